@@ -1,0 +1,75 @@
+"""Every error GradShield raises on purpose, and the exit code the command line gives it.
+
+    GradShieldError            1   something went wrong that has a name
+    ├── UsageError             2   an option, a name or a combination of them is not allowed
+    │   └── UnknownNameError   2   a name that no registry holds (the message lists the live names)
+    ├── DataError              3   the data cannot be used as it is
+    │   ├── FormatError        3   a file or row whose shape is unknown, or fits two shapes
+    │   └── EmptyDataError     3   nothing is left to score
+    ├── ModelError             4   the model cannot be loaded, or cannot be scored
+    │   ├── HubError           4   a model or dataset could not be fetched
+    │   ├── ProbeError         4   the probe means nothing on this model (it does not refuse, or it thinks first)
+    │   └── ScoreError         4   a score that is not finite, or an engine that disagrees with the oracle
+    └── GateError              5   ``--fail-above``: more was removed than the gate allows
+
+A message is one sentence in four parts: what was wrong, what was got, what is allowed, what to do.
+``str(error)`` is the whole message; nothing else is printed to a user.
+"""
+
+
+class GradShieldError(Exception):
+    """Base of the tree. ``exit_code`` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class UsageError(GradShieldError):
+    """An option, a name or a combination of them is not allowed."""
+
+    exit_code = 2
+
+
+class UnknownNameError(UsageError):
+    """A name that no registry holds."""
+
+    def __init__(self, kind: str, name: str, allowed: list[str]) -> None:
+        self.kind, self.name, self.allowed = kind, name, allowed
+        super().__init__(f"unknown {kind} {name!r}: choose one of {', '.join(allowed)}")
+
+
+class DataError(GradShieldError):
+    """The data cannot be used as it is."""
+
+    exit_code = 3
+
+
+class FormatError(DataError):
+    """A file or row whose shape is unknown, or fits two shapes."""
+
+
+class EmptyDataError(DataError):
+    """Nothing is left to score."""
+
+
+class ModelError(GradShieldError):
+    """The model cannot be loaded, or cannot be scored."""
+
+    exit_code = 4
+
+
+class HubError(ModelError):
+    """A model or dataset could not be fetched."""
+
+
+class ProbeError(ModelError):
+    """The probe means nothing on this model: it does not refuse, or it thinks before it answers."""
+
+
+class ScoreError(ModelError):
+    """A score that is not finite, or an engine that disagrees with the oracle."""
+
+
+class GateError(GradShieldError):
+    """More was removed than the gate allows."""
+
+    exit_code = 5

@@ -1,0 +1,195 @@
+"""The nouns: what flows from one room to the next. Frozen, and free of torch.
+
+    rows ──read──▶ Example ──render──▶ Rendered ──batches──▶ Batch ──measure──▶ Scores ──threshold──▶ Selection
+
+Letters for shapes, used in every room:
+
+    N rows of the dataset      B sequences of one batch      T positions of a sequence
+    K directions               V entries of the vocabulary   D width of the model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One sequence of a row before it is rendered: chat messages, or a prompt and its completion as plain text.
+
+    ``messages`` are dicts as the chat template takes them (``role``, ``content``, and whatever else the row had, such
+    as ``tool_calls``). ``trained`` holds, per message, whether its tokens may count in the loss (an assistant turn
+    whose ``weight`` is 0 may not). ``prompt_turns`` is the number of leading messages that are the prompt of a
+    prompt/completion row, None for a plain conversation. Where ``messages`` is None, the sequence is
+    ``prompt + completion``; a plain ``text`` row has an empty prompt.
+    ``coefficient`` is the factor of this sequence in its row (+1, and -1 for a rejected answer).
+    """
+
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    trained: tuple[bool, ...] = ()
+    prompt_turns: int | None = None
+    prompt: str = ""
+    completion: str = ""
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    coefficient: float = 1.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of the dataset, read but not yet rendered.
+
+    ``row`` is its position in the input (0-based, quarantined rows counted); ``id`` is a hash of its content,
+    with ``-2``, ``-3``… where the same content comes again. ``shape`` names the row shape it was read as.
+    ``source`` is the row exactly as it came in: bytes from a file, the mapping from a ``Dataset``.
+    """
+
+    row: int
+    id: str
+    shape: str
+    source: bytes | Mapping[str, Any]
+    conversations: tuple[Conversation, ...]
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A row that cannot be used: where it stands, why, and the row itself.
+
+    ``line`` is 1-based (line of the file, or row of the table); ``row`` is the position in the input.
+    """
+
+    row: int
+    line: int
+    reason: str
+    source: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """One rendered sequence. ``loss[t]`` says that token t counts in the loss; ``loss[0]`` is never True."""
+
+    ids: Ints  # (T,)
+    loss: Bools  # (T,)
+    coefficient: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """One row as the model will see it: one sequence, or two for a preference pair."""
+
+    row: int
+    id: str
+    shape: str
+    sequences: tuple[Tokens, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Padded sequences of some rows. A row is not a sequence: ``rows`` maps each sequence to its row.
+
+    Value t of any per-token array belongs to token t (which the model predicts at position t - 1).
+    """
+
+    ids: Ints  # (B, T), right-padded
+    attention: Bools  # (B, T)
+    loss: Bools  # (B, T), never True in column 0
+    rows: Ints  # (B,) position in the input
+    coefficients: Floats  # (B,)
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """K unsafety gradients v = ∇S, one tensor per parameter of the subspace: ``tensors[name]`` is (K, *shape).
+
+    ``names`` are the K directions (``"all"``, or harm categories). ``scale`` is ‖θ‖/‖v‖ over the subspace, the unit
+    of the finite-difference step. ``digest`` is the SHA-256 of names and bytes.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    names: tuple[str, ...]
+    subspace: str
+    scale: float
+    digest: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One score per row; higher = drop first. Arrays are aligned with ``rows``.
+
+    ``decoys`` holds the score of each row's own decoy (None where the selector has none): what the row would score
+    if its tokens pushed as much toward safety as they push toward harm. ``tokens[i]`` holds the row's per-token
+    values where they were measured. ``shapes`` is the row shape, since scales differ between shapes.
+    """
+
+    rows: Ints  # (N,)
+    ids: tuple[str, ...]
+    values: Floats  # (N,)
+    shapes: tuple[str, ...]
+    decoys: Floats | None = None
+    lengths: Ints | None = None  # (N,) response tokens
+    nll: Floats | None = None  # (N,) mean loss of the row's response tokens, in nats
+    tokens: tuple[Floats, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a threshold decided: rows whose score is greater than ``value`` go.
+
+    ``detail`` is what a reader needs to see why (fits, likelihoods, estimated false discovery rate), JSON-able.
+    """
+
+    value: float
+    rule: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A proportion and its Wilson interval: ``k`` successes in ``n``; ``low``/``high`` at confidence ``level``."""
+
+    k: int
+    n: int
+    rate: float
+    low: float
+    high: float
+    level: float = 0.95
+
+    def as_dict(self) -> dict[str, float | int]:
+        """``{rate, low, high, n, k}``, the form every JSON file of the product uses."""
+        return {"rate": self.rate, "low": self.low, "high": self.high, "n": self.n, "k": self.k}
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What was measured on one model. ``rates[name]`` is a Rate (``asr/refusal-phrases``, ``over_refusal``, ``utility``…).
+
+    ``outputs`` holds every prompt with the answer and each judge's verdict, so that a headline can be opened.
+    """
+
+    rates: Mapping[str, Rate]
+    outputs: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything needed to repeat a result: JSON-able, written last, so that its presence means a finished run."""
+
+    command: str
+    versions: Mapping[str, str]
+    data: Mapping[str, Any]
+    model: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    results: Mapping[str, Any] = field(default_factory=dict)
