@@ -113,14 +113,14 @@ class Batch:
 class Direction:
     """K unsafety gradients v = ∇S, one tensor per parameter of the subspace: ``tensors[name]`` is (K, *shape).
 
-    ``names`` are the K directions (``"all"``, or harm categories). ``scale`` is ‖θ‖/‖v‖ over the subspace, the unit
-    of the finite-difference step. ``digest`` is the SHA-256 of names and bytes.
+    ``names`` are the K directions (``"all"``, or harm categories). ``scales[k]`` is ‖θ‖/‖v_k‖ over the subspace, the
+    unit of the finite-difference step. ``digest`` is the SHA-256 of names and bytes.
     """
 
     tensors: Mapping[str, torch.Tensor]
     names: tuple[str, ...]
     subspace: str
-    scale: float
+    scales: tuple[float, ...]
     digest: str
     meta: Mapping[str, Any] = field(default_factory=dict)
 

@@ -1,0 +1,55 @@
+"""Directional derivatives of the loss: one slow oracle, three fast engines, and how far they agree."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gradshield.errors import UsageError
+from gradshield.gradients.agreement import Agreement, agreement, calibrated
+from gradshield.gradients.base import ENGINES, Derivatives, Engine
+from gradshield.gradients.direction import gradient_direction
+from gradshield.gradients.finite_difference import FiniteDifference
+from gradshield.gradients.forward import Forward
+from gradshield.gradients.loop import Loop
+from gradshield.gradients.perturbation import Perturbation
+from gradshield.gradients.subspace import SUBSPACES, adapted, check_subspace, parameter_names
+
+__all__ = [
+    "ENGINES",
+    "SUBSPACES",
+    "Agreement",
+    "Derivatives",
+    "Engine",
+    "FiniteDifference",
+    "Forward",
+    "Loop",
+    "Perturbation",
+    "adapted",
+    "agreement",
+    "calibrated",
+    "check_subspace",
+    "gradient_direction",
+    "parameter_names",
+    "pick",
+]
+
+
+def pick(name: str, model: nn.Module, per_token: bool) -> Engine:
+    """The engine to use. ``auto`` decides by precision, device and whether per-token values are needed.
+
+    float32 or float64: finite difference (cheapest, per token). Half precision: forward mode where per-token values are
+    needed, else perturbation. Raises UsageError when a named engine cannot give per-token values that are needed.
+    """
+    if name == "auto":
+        if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()):
+            return FiniteDifference()
+        return Forward() if per_token else Perturbation()
+    engine = ENGINES[name]()
+    if per_token and not engine.per_token:
+        able = ", ".join(n for n in ENGINES if ENGINES[n].per_token)
+        raise UsageError(
+            f"the engine {name!r} gives row sums only, and the chosen aggregate needs per-token values: use one of {able}, "
+            "or the aggregate sum"
+        )
+    return engine

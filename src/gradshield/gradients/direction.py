@@ -1,0 +1,95 @@
+"""From a differentiable score to the direction v = ∇S, and to a file that every worker loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gradshield.errors import DataError, ScoreError
+from gradshield.gradients.base import scoring
+from gradshield.types import Direction
+
+Score = Callable[[nn.Module], Tensor]
+
+
+def gradient_direction(
+    model: nn.Module, scores: Mapping[str, Iterable[Score]], parameters: list[str], subspace: str
+) -> Direction:
+    """∇S for each named score, over the named parameters.
+
+    ``scores[name]`` is one or more callables whose values add up to S (chunks of the probe set, so that the graph of one
+    chunk at a time is alive). Raises ScoreError when a gradient is zero or not finite: no row could be told apart by it.
+    """
+    gradients = {name: _gradient(model, parts, parameters) for name, parts in scores.items()}
+    names = tuple(gradients)
+    for name, gradient in gradients.items():
+        total = _norm(gradient.values())
+        if not total > 0 or total == float("inf"):
+            raise ScoreError(
+                f"the gradient of the unsafety score {name!r} has norm {total}, and a direction must be finite and not "
+                "zero: check the model's weights, or choose another probe"
+            )
+    with torch.no_grad():
+        theta = _norm(p for n, p in model.named_parameters() if n in set(parameters))
+        scales = tuple(theta / _norm(gradients[name].values()) for name in names)
+        moved = [p for p in parameters if any(bool(gradients[name][p].any()) for name in names)]
+        tensors = {p: torch.stack([gradients[name][p] for name in names]) for p in moved}
+    return Direction(tensors, names, subspace, scales, digest(names, tensors))
+
+
+def _gradient(model: nn.Module, parts: Iterable[Score], parameters: list[str]) -> dict[str, Tensor]:
+    with scoring(model, parameters) as trainable, torch.enable_grad():
+        total = {name: torch.zeros_like(p) for name, p in trainable.items()}
+        for part in parts:
+            found = torch.autograd.grad(part(model), list(trainable.values()), allow_unused=True)
+            for name, g in zip(trainable, found, strict=True):
+                if g is not None:
+                    total[name] += g
+    return total
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return float(sum(float(t.detach().double().pow(2).sum()) for t in tensors) ** 0.5)
+
+
+def digest(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the directions' names, the parameters' names and the bytes of every tensor."""
+    sha = hashlib.sha256(json.dumps(names).encode())
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def save(direction: Direction, path: Path) -> None:
+    """Write the direction as safetensors, atomically, with its digest in the header."""
+    header = {
+        "names": json.dumps(direction.names),
+        "subspace": direction.subspace,
+        "scales": json.dumps(direction.scales),
+        "digest": direction.digest,
+        "meta": json.dumps(dict(direction.meta)),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: t.detach().cpu().contiguous() for name, t in direction.tensors.items()}, temporary, header)
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> Direction:
+    """Read a saved direction. Raises DataError when its bytes do not match its digest."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    names = tuple(json.loads(header["names"]))
+    if digest(names, tensors) != header["digest"]:
+        raise DataError(f"the saved direction {path.name} does not match its digest: delete it and run the scan again")
+    scales = tuple(json.loads(header["scales"]))
+    return Direction(tensors, names, header["subspace"], scales, header["digest"], json.loads(header["meta"]))

@@ -1,0 +1,135 @@
+"""Central finite difference along the direction: two batched forward passes, every token's derivative for free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gradshield.errors import UsageError
+from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, owners, scoring
+from gradshield.logits import token_nll
+from gradshield.types import Batch, Direction
+
+
+@contextmanager
+def shifted(model: nn.Module, tensors: Mapping[str, Tensor], step: float) -> Iterator[None]:
+    """The model at θ + step·v, one layer at a time: W + step·V exists only while its own layer runs.
+
+    The caller's Parameter objects are never written to. Each module's slot holds a shifted stand-in during the
+    module's forward and the original object again after it; the exit puts every original back whatever happened.
+    """
+    places = owners(model, tensors)
+    originals = [(module, {name: module._parameters[name] for name in own}) for module, own in places]
+    handles = []
+
+    def enter(own: Mapping[str, Tensor], mine: Mapping[str, Any]) -> Any:
+        def hook(module: nn.Module, _args: Any) -> None:
+            for name, v in own.items():
+                moved = torch.add(mine[name].detach(), v.to(mine[name]), alpha=step)
+                module._parameters[name] = nn.Parameter(moved, requires_grad=False)
+
+        return hook
+
+    def leave(mine: Mapping[str, Any]) -> Any:
+        def hook(module: nn.Module, _args: Any, _output: Any) -> None:
+            module._parameters.update(mine)
+
+        return hook
+
+    try:
+        for (module, own), (_, mine) in zip(places, originals, strict=True):
+            handles.append(module.register_forward_pre_hook(enter(own, mine)))
+            handles.append(module.register_forward_hook(leave(mine)))
+        yield
+    finally:
+        for module, mine in originals:
+            module._parameters.update(mine)
+        for handle in handles:
+            handle.remove()
+
+
+class _Routing(TorchFunctionMode):
+    """Records which experts a pass chose, and makes later passes choose the same.
+
+    A router's choice is discrete: a finite step can flip it, and the difference would then measure the jump, not the
+    slope. The oracle's derivative holds the choice fixed, and so does this.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen: list[Tensor] = []
+        self.turn: int | None = None  # None while recording
+
+    def replay(self) -> _Routing:
+        self.turn = 0
+        return self
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func not in (torch.topk, Tensor.topk):
+            return result
+        if self.turn is None:
+            self.chosen.append(result.indices)
+            return result
+        indices = self.chosen[self.turn]
+        self.turn += 1
+        scores = args[0] if args else kwargs["input"]
+        return type(result)((scores.gather(-1, indices), indices))
+
+
+def _routes(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
+@ENGINES.register("finite-difference")
+class FiniteDifference:
+    """[L(θ-εv) - L(θ+εv)] / 2ε: two batched forward passes, per-token values, any kernel; float32 or float64 only.
+
+    ``relative_step`` is ε in units of ‖θ‖/‖v‖ over the subspace: too small and float32 rounds the difference away,
+    too large and the curvature shows. The default is the middle of the flat part of the error measured against the
+    oracle (docs/methods.md); `calibrated` finds the model's own.
+    """
+
+    name = "finite-difference"
+    per_token = True
+
+    def __init__(self, relative_step: float = 1e-3) -> None:
+        self.relative_step = relative_step
+
+    def directional(self, model: nn.Module, batch: Batch, direction: Direction) -> Derivatives:
+        """(K, B, T) derivatives. Raises UsageError on a half-precision model, where the step would be rounded away."""
+        check_direction(model, direction)
+        self._check_precision(model, direction)
+        data = DeviceBatch.of(batch, model)
+        losses = lambda: token_nll(model, data.ids, data.attention, data.loss).double().cpu()  # noqa: E731
+        with scoring(model), torch.no_grad():
+            routing = _Routing() if _routes(model) else None
+            if routing is not None:
+                with routing:
+                    losses()
+            values = []
+            for k in range(len(direction.names)):
+                tensors = {name: v[k] for name, v in direction.tensors.items()}
+                step = self.relative_step * direction.scales[k]
+                sides = []
+                for sign in (1.0, -1.0):
+                    with shifted(model, tensors, sign * step), routing.replay() if routing else nullcontext():
+                        sides.append(losses())
+                plus, minus = sides
+                values.append((minus - plus) / (2.0 * step))
+        return Derivatives(torch.stack(values), (plus + minus) / 2.0)
+
+    @staticmethod
+    def _check_precision(model: nn.Module, direction: Direction) -> None:
+        for name, parameter in model.named_parameters():
+            if name in direction.tensors and parameter.dtype not in (torch.float32, torch.float64):
+                raise UsageError(
+                    f"the finite-difference engine got {name} in {str(parameter.dtype).removeprefix('torch.')}, where its "
+                    "step is rounded away: load the model in float32, or use the engine 'perturbation' or 'forward'"
+                )

@@ -1,0 +1,58 @@
+"""Forward-mode differentiation: dual numbers carry the direction through one forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, eager_experts, scoring
+from gradshield.logits import token_nll
+from gradshield.types import Batch, Direction
+
+
+class _TokenLoss(nn.Module):
+    """token_nll as a module, so that functional_call can swap the model's parameters beneath it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, data: DeviceBatch) -> Tensor:
+        return token_nll(self.model, data.ids, data.attention, data.loss)
+
+
+@ENGINES.register("forward")
+class Forward:
+    """Dual numbers through one forward pass: exact, per-token values, any dtype; attention in its math form.
+
+    The fused attention kernels have no forward-mode derivative, so memory grows with T² per head.
+    """
+
+    name = "forward"
+    per_token = True
+
+    def directional(self, model: nn.Module, batch: Batch, direction: Direction) -> Derivatives:
+        """(K, B, T) derivatives, one dual pass per direction."""
+        check_direction(model, direction)
+        data = DeviceBatch.of(batch, model)
+        wrapped = _TokenLoss(model)
+        values: list[Tensor] = []
+        nll = torch.zeros(0)
+        with scoring(model), eager_experts(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            parameters = dict(model.named_parameters())
+            for k in range(len(direction.names)):
+                with forward_ad.dual_level():
+                    duals = {
+                        f"model.{name}": forward_ad.make_dual(parameters[name].detach(), v[k].to(parameters[name]))
+                        for name, v in direction.tensors.items()
+                    }
+                    losses = functional_call(wrapped, duals, (data,))
+                    primal, tangent = forward_ad.unpack_dual(losses)
+                    if tangent is None:  # the direction does not reach the loss
+                        tangent = torch.zeros_like(primal)
+                    values.append(-tangent.double().cpu())
+                    nll = primal.double().cpu()
+        return Derivatives(torch.stack(values), nll)

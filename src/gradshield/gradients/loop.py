@@ -1,0 +1,48 @@
+"""The oracle: one backward pass per sequence, its gradient dotted with the direction. Slow and obvious."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, scoring
+from gradshield.logits import token_nll
+from gradshield.types import Batch, Direction
+
+
+@ENGINES.register("loop")
+class Loop:
+    """One backward pass a row, dotted with the direction; exact, slow, the oracle of every other engine.
+
+    Paper: arXiv 2605.14194, FIHS as defined. Departures: none.
+    """
+
+    name = "loop"
+    per_token = False
+
+    def directional(self, model: nn.Module, batch: Batch, direction: Direction) -> Derivatives:
+        """(K, B) derivatives; every sequence runs alone and unpadded."""
+        check_direction(model, direction)
+        whole = DeviceBatch.of(batch, model)
+        count, width = whole.ids.shape
+        values = torch.zeros(len(direction.names), count, dtype=torch.float64)
+        nll = torch.zeros(count, width, dtype=torch.float64)
+        with scoring(model, direction.tensors) as parameters:
+            for i in range(count):
+                length = int(whole.attention[i].sum())
+                row = slice(i, i + 1), slice(0, length)
+                losses = token_nll(model, whole.ids[row], whole.attention[row], whole.loss[row])
+                gradient = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
+                values[:, i] = -self._dot(dict(zip(parameters, gradient, strict=True)), direction)
+                nll[i, :length] = losses[0].detach().double().cpu()
+        return Derivatives(values, nll)
+
+    @staticmethod
+    def _dot(gradient: dict[str, Tensor | None], direction: Direction) -> Tensor:
+        total = torch.zeros(len(direction.names), dtype=torch.float64)
+        for name, g in gradient.items():
+            if g is None:  # a parameter the row does not reach (an expert it was not routed to)
+                continue
+            v = direction.tensors[name].to(g.device)
+            total += (v.flatten(1).double() @ g.flatten().double()).cpu()
+        return total

@@ -1,0 +1,67 @@
+"""One forward pass that computes logits only where they are wanted.
+
+The language-model head is most of the work of a small model and most of the memory of a large vocabulary. A hook on it
+gathers the wanted positions first, so that everything a model does after its head (soft-capping, scaling, a bias) still
+happens, in the model's own code, on those positions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradshield.errors import ModelError
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """The module that turns hidden states into logits. Raises ModelError when the model has none."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Module):
+        raise ModelError(
+            f"{type(model).__name__} has no language-model head, and only causal language models can be scored: "
+            "load the model with AutoModelForCausalLM"
+        )
+    return head
+
+
+@contextmanager
+def _gather_before(head: nn.Module, where: Tensor) -> Iterator[None]:
+    def gather(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]  # (B, T, D)
+        return (hidden[where].unsqueeze(0), *args[1:])  # (1, M, D)
+
+    handle = head.register_forward_pre_hook(gather, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def logits_at(model: nn.Module, ids: Tensor, attention: Tensor, where: Tensor) -> Tensor:
+    """Logits at chosen positions, in float32.
+
+    ``ids`` and ``attention`` are (B, T), right-padded; ``where`` is (B, T) bool with M positions set. Returns (M, V) in
+    row-major order of ``where``: logits at position t are the prediction of token t + 1.
+    """
+    with _gather_before(output_head(model), where):
+        output = model(input_ids=ids, attention_mask=attention, use_cache=False)
+    return output.logits[0].float()
+
+
+def token_nll(model: nn.Module, ids: Tensor, attention: Tensor, loss: Tensor) -> Tensor:
+    """Negative log-likelihood of each token that counts in the loss, in nats: (B, T) float32, zero elsewhere.
+
+    Value t belongs to token t, which the model predicts at position t - 1; column 0 is always zero.
+    """
+    counted = loss[:, 1:]  # (B, T-1)
+    predicting = torch.zeros_like(loss)
+    predicting[:, :-1] = counted
+    logits = logits_at(model, ids, attention, predicting)  # (M, V)
+    targets = ids[:, 1:][counted]  # (M,)
+    nll = logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    out = nll.new_zeros(loss.shape)
+    return out.masked_scatter(loss & torch.cat([torch.zeros_like(loss[:, :1]), counted], 1), nll)
