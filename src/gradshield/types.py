@@ -131,7 +131,7 @@ class Scores:
 
     ``decoys`` holds the score of each row's own decoy (None where the selector has none): what the row would score
     if its tokens pushed as much toward safety as they push toward harm. ``tokens[i]`` holds the row's per-token
-    values where they were measured. ``shapes`` is the row shape, since scales differ between shapes.
+    values where they were measured. ``shapes`` groups rows on one scale: ``preference`` pairs apart from ``rows``.
     """
 
     rows: Ints  # (N,)
@@ -154,6 +154,37 @@ class Cut:
     value: float
     rule: str
     detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What a scan decided, row by row.
+
+    ``removed`` and ``categories`` (the kind of harm a removed row pulls toward, else empty) are aligned with
+    ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows beyond the cut that a person allowed. ``kept`` is ready for a
+    trainer: the caller's own ``Dataset`` without the removed rows where TRL knows its shape, else the rows tokenised as
+    they were scored. ``certified`` is False where the probe's validity was overridden.
+    """
+
+    scores: Scores
+    removed: Bools
+    categories: tuple[str, ...]
+    cuts: Mapping[str, Cut]
+    quarantined: tuple[Quarantined, ...]
+    cleared: tuple[int, ...]
+    kept: Any
+    manifest: Manifest
+    certified: bool = True
+
+    @property
+    def kept_rows(self) -> Ints:
+        """Positions in the input of the rows that stay."""
+        return self.scores.rows[~self.removed]
+
+    @property
+    def removed_rows(self) -> Ints:
+        """Positions in the input of the rows that go."""
+        return self.scores.rows[self.removed]
 
 
 @dataclass(frozen=True)

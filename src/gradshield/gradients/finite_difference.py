@@ -99,7 +99,7 @@ class FiniteDifference:
     name = "finite-difference"
     per_token = True
 
-    def __init__(self, relative_step: float = 1e-3) -> None:
+    def __init__(self, relative_step: float = 1e-4) -> None:
         self.relative_step = relative_step
 
     def directional(self, model: nn.Module, batch: Batch, direction: Direction) -> Derivatives:

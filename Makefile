@@ -1,0 +1,48 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+#
+#   make demo      scan, train and compare on the bundled lab model; writes gradshield-demo/
+#   make test      the test suite
+#   make check     ruff, mypy, import layers
+#   make bench     the lab grid, its quick form
+#   make install   only the virtual environment, .venv
+#
+#   PYTHON=python3.12    the interpreter to build .venv with (3.11 or newer)
+#   TORCH_SOURCE="--extra-index-url https://download.pytorch.org/whl/cpu"    torch without CUDA, a much smaller download
+#   ARGS="..."           passed on: make test ARGS="tests/data -x", make demo ARGS="--task arithmetic"
+
+PYTHON ?= python3
+TORCH_SOURCE ?=
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
+
+.PHONY: demo test check bench install
+
+demo: $(STAMP)
+	$(BIN)/gradshield demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.lab_grid --quick $(ARGS)
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "make: there is no '$(PYTHON)' here: install Python 3.11 or newer, or name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$($(PYTHON) --version 2>&1) is too old: GradShield needs Python 3.11 or newer; name one with PYTHON=python3.11" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { echo "make: $(PYTHON) cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "Installing torch into .venv (once, some minutes)"
+	@$(PIP) $(TORCH_SOURCE) "torch==2.13.0"
+	@echo "Installing GradShield and what it needs"
+	@$(PIP) -e ".[train,dev]"
+	@touch $@

@@ -1,0 +1,42 @@
+"""GradShield: keep language models aligned while they are fine-tuned.
+
+    import gradshield as gs
+    selection = gs.scan(dataset, model=model, tokenizer=tokenizer, peft_config=peft_config)
+    SFTTrainer(model, train_dataset=selection.kept, ...)
+
+Importing this package is cheap: torch and transformers are loaded when a name below is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from gradshield.errors import GradShieldError
+from gradshield.types import Selection
+
+if TYPE_CHECKING:
+    from gradshield.pipeline.recut import recut
+    from gradshield.pipeline.scan import Probing, scan
+    from gradshield.pipeline.settings import ScanSettings
+
+__version__ = version("gradshield")
+__all__ = ["GradShieldError", "Probing", "ScanSettings", "Selection", "__version__", "recut", "scan"]
+
+_HOMES = {
+    "scan": "gradshield.pipeline.scan",
+    "Probing": "gradshield.pipeline.scan",
+    "ScanSettings": "gradshield.pipeline.settings",
+    "recut": "gradshield.pipeline.recut",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradshield' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

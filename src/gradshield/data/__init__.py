@@ -1,0 +1,47 @@
+"""Any fine-tuning data to tokens and back: read, render, batch, write.
+
+formats.py    a file, a Dataset, a list -> Examples, and bad rows with their reason
+files.py      which kind of file, and the rows of a Parquet table
+json_rows.py  the exact bytes of each row of a JSONL or JSON file
+csv_rows.py   the exact bytes of each record of a CSV
+records.py    a row as it stands in the input; lines of any length in bounded memory
+hub.py        a dataset by its hub name
+shapes.py     the row shapes: which keys, which conversations
+canonical.py  what a row's id is the hash of
+writing.py    rows as they came, whole or not at all
+render.py     Example -> ids and loss mask, as TRL trains
+templates.py  which chat template, and the default one
+turns.py      where an assistant turn lies, when no marker says
+pieces.py     the text of each token, for colouring
+batches.py    padded batches within a budget
+trl.py        rendered rows as a dataset for TRL
+"""
+
+from gradshield.data.batches import batches, collate
+from gradshield.data.formats import ReadResult, Source, read
+from gradshield.data.pieces import spans
+from gradshield.data.render import RenderConfig, Renderer, RenderResult, render, render_all
+from gradshield.data.shapes import SHAPES
+from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
+from gradshield.data.trl import to_trl
+from gradshield.data.writing import take, write, write_quarantine
+
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
+    "SHAPES",
+    "ReadResult",
+    "RenderConfig",
+    "RenderResult",
+    "Renderer",
+    "Source",
+    "batches",
+    "collate",
+    "read",
+    "render",
+    "render_all",
+    "spans",
+    "take",
+    "to_trl",
+    "write",
+    "write_quarantine",
+]

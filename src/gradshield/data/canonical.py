@@ -1,0 +1,58 @@
+"""A row's content as bytes that do not depend on key order or spacing: what ids and content hashes are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from gradshield.data.shapes import RowError
+
+ID_LENGTH = 16  # hex digits: 64 bits, so that a million rows collide with probability 3e-8
+
+
+def canonical(row: Any) -> bytes:
+    """The row as JSON in UTF-8 with sorted keys. Raises RowError where the row is not text all through."""
+    try:
+        text = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_plain)
+        content = text.encode()
+    except UnicodeEncodeError:
+        raise RowError("it holds half of a surrogate pair, which is not text") from None
+    except RecursionError:
+        raise RowError("it is nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise RowError(f"it cannot be written as JSON ({error})") from None
+    # The substring is also what an escaped backslash before u0000 looks like, hence the second look.
+    if "\\u0000" in text and _holds_nul(row):
+        raise RowError("it has NUL characters")
+    return content
+
+
+def row_id(content: bytes, seen: dict[str, int]) -> str:
+    """16 hex digits of the content's SHA-256, with ``-2``, ``-3``… for content seen before; ``seen`` keeps count."""
+    digest = hashlib.sha256(content).hexdigest()[:ID_LENGTH]
+    seen[digest] = count = seen.get(digest, 0) + 1
+    return digest if count == 1 else f"{digest}-{count}"
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """The row as one line of JSON in its own key order, for rows that did not come as bytes."""
+    return json.dumps(row, ensure_ascii=False, default=_plain).encode(errors="backslashreplace") + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: mappings, arrays, dates, bytes."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _holds_nul(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, Mapping):
+        return any(_holds_nul(key) or _holds_nul(item) for key, item in value.items())
+    return isinstance(value, list | tuple) and any(_holds_nul(item) for item in value)

@@ -1,0 +1,120 @@
+"""A row as it stands in the input, and lines of any length read in bounded memory.
+
+Past ``MAX_ROW_BYTES`` only a line's head, size and hash are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
+
+from gradshield.types import Quarantined
+
+MAX_ROW_BYTES = 8 << 20
+HEAD_BYTES = 1 << 20  # what is kept of a row that is too long
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row as it stands in the input, parsed but not yet understood. ``line`` is 1-based."""
+
+    row: int
+    line: int
+    source: bytes | Mapping[str, Any]
+    value: Any
+
+
+@dataclass(frozen=True)
+class Oversized(Quarantined):
+    """A row longer than ``MAX_ROW_BYTES``: ``source`` holds its head; ``size`` and ``sha256`` are of the whole row."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An input being read. ``sha256()`` is known only once ``records`` has run to its end."""
+
+    kind: str
+    name: str
+    records: Iterator[Record | Quarantined]
+    sha256: Callable[[], str]
+    header: bytes = b""
+    table: Any = None
+
+
+class Line(NamedTuple):
+    """A line with its newline. Of a line that is too long: its head, and the SHA-256 of the whole."""
+
+    number: int
+    data: bytes
+    size: int
+    sha256: str = ""
+
+
+class Lines:
+    """The lines of a file, counted, hashed and bounded."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle = handle
+        self._digest = hashlib.sha256()
+        self._mark = hashlib.sha256()
+        self.bom = b""
+        self._number = 0
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+    def mark(self) -> None:
+        """Begin the hash of what is read from here on, for a record of several lines."""
+        self._mark = hashlib.sha256()
+
+    def hexdigest_since_mark(self) -> str:
+        return self._mark.hexdigest()
+
+    def __iter__(self) -> Iterator[Line]:
+        while line := self.next():
+            yield line
+
+    def next(self) -> Line | None:
+        """The next line, None at the end of the file."""
+        data = self._handle.readline(MAX_ROW_BYTES + 1)
+        if not data:
+            self._handle.close()
+            return None
+        self._hash(data)
+        self._number += 1
+        if self._number == 1 and data.startswith(BOM):
+            self.bom, data = BOM, data[len(BOM) :]
+        if len(data) <= MAX_ROW_BYTES or data.endswith(b"\n"):
+            return Line(self._number, data, len(data))
+        whole, size, head = hashlib.sha256(data), len(data), data[:HEAD_BYTES]
+        while not data.endswith(b"\n") and (data := self._handle.readline(HEAD_BYTES)):
+            self._hash(data)
+            whole.update(data)
+            size += len(data)
+        return Line(self._number, head, size, whole.hexdigest())
+
+    def _hash(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._mark.update(data)
+
+
+def oversized(row: int, line: int, head: bytes, size: int, sha256: str) -> Oversized:
+    """The record of a row that is too long to be used."""
+    reason = f"it has {size:,} bytes, more than the {MAX_ROW_BYTES:,} that a row may have"
+    return Oversized(row, line, reason, head[:HEAD_BYTES], size, sha256)
+
+
+def not_text(data: bytes) -> str | None:
+    if b"\0" in data:
+        return "it has NUL bytes"
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return f"it is not UTF-8 (byte 0x{data[error.start]:02x} at column {error.start + 1})"
+    return None

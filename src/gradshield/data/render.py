@@ -1,0 +1,310 @@
+"""An ``Example`` as the model will see it in training: token ids, and which of them count in the loss.
+
+Without training arguments the loss covers response tokens only. With those of a TRL ``SFTTrainer`` the ids and labels
+are the ones it trains on; ``tests/data/test_render_trl.py`` holds the two against each other.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gradshield.data import templates
+from gradshield.data.canonical import json_line
+from gradshield.data.formats import Source
+from gradshield.data.turns import turn_span
+from gradshield.errors import DataError, UsageError
+from gradshield.types import Conversation, Example, Quarantined, Rendered, Tokens
+
+logger = logging.getLogger(__name__)
+TRUNCATION_MODES = ("keep_start", "keep_end")
+Mask = list[bool]
+
+
+@dataclass(frozen=True)
+class RenderConfig:
+    """How rows become tokens.
+
+    ``max_length`` None keeps every token. ``assistant_only_loss`` None counts response tokens only, by the template's
+    ``{% generation %}`` markers or else by difference; False counts every token of a conversation; True is TRL's, by
+    markers alone. ``completion_only_loss`` None leaves the prompt of a prompt/completion row out of the loss.
+    ``chat_template_kwargs`` go to the template of every row (a row's own win). ``text_field`` is the column of plain
+    text, for ``read``. ``eos_token`` replaces the tokenizer's. ``packing`` is only noted: rows are scored one by one.
+    """
+
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
+    assistant_only_loss: bool | None = None
+    completion_only_loss: bool | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    text_field: str = "text"
+    eos_token: str | None = None
+    packing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.truncation_mode not in TRUNCATION_MODES:
+            raise UsageError(
+                f"truncation_mode is {self.truncation_mode!r}: choose one of {', '.join(TRUNCATION_MODES)}"
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise UsageError(
+                f"max_length is {self.max_length}: give at least 2, since the first token is never predicted"
+            )
+
+    @classmethod
+    def from_sft(cls, args: Any) -> RenderConfig:
+        """The rendering that TRL's ``SFTTrainer`` does with these arguments (an ``SFTConfig``, or alike).
+
+        Raises UsageError for a ``chat_template_path``, which changes the tokenizer itself.
+        """
+        if getattr(args, "chat_template_path", None):
+            raise UsageError(
+                "the training arguments have a chat_template_path, which changes the tokenizer: "
+                "set tokenizer.chat_template yourself and leave chat_template_path out"
+            )
+        packing = bool(getattr(args, "packing", False))
+        if packing:
+            logger.warning("packing=True is for training only: rows are scored one by one, each cut at max_length")
+        return cls(
+            max_length=getattr(args, "max_length", 1024),
+            truncation_mode=getattr(args, "truncation_mode", "keep_start"),
+            assistant_only_loss=bool(getattr(args, "assistant_only_loss", False)),
+            completion_only_loss=getattr(args, "completion_only_loss", None),
+            text_field=getattr(args, "dataset_text_field", "text"),
+            eos_token=getattr(args, "eos_token", None),
+            packing=packing,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class RenderResult:
+    """Rows rendered, and rows that leave nothing to score."""
+
+    rendered: tuple[Rendered, ...]
+    quarantined: tuple[Quarantined, ...]
+
+
+def render(example: Example, tokenizer: Any, config: RenderConfig | None = None) -> Rendered | str:
+    """One row as the model sees it, or the reason why it cannot be scored. For many rows use ``render_all``."""
+    return Renderer(tokenizer, config).render(example)
+
+
+def render_all(
+    examples: Iterable[Example],
+    tokenizer: Any,
+    config: RenderConfig | None = None,
+    source: Source | None = None,
+    strict: bool = False,
+) -> RenderResult:
+    """Render rows; those with nothing to score are set aside with a reason.
+
+    ``source`` gives the line numbers of the rows. Raises DataError on the first bad row with ``strict``, and
+    ModelError where the chat template cannot do what the configuration asks.
+    """
+    renderer = Renderer(tokenizer, config)
+    rendered: list[Rendered] = []
+    quarantined: list[Quarantined] = []
+    for example in examples:
+        result = renderer.render(example)
+        if isinstance(result, Rendered):
+            rendered.append(result)
+            continue
+        line = source.line(example.row) if source is not None else example.row + 1
+        if strict:
+            raise DataError(f"line {line} cannot be scored, {result}: mend it, or leave out strict (--strict)")
+        raw = example.source if isinstance(example.source, bytes) else json_line(example.source).rstrip(b"\n")
+        quarantined.append(Quarantined(example.row, line, result, raw))
+    return RenderResult(tuple(rendered), tuple(quarantined))
+
+
+class Renderer:
+    """Renders rows with one tokenizer, which it leaves as it is. Raises ModelError as ``templates.override`` does."""
+
+    def __init__(self, tokenizer: Any, config: RenderConfig | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.config = config or RenderConfig()
+        self._template: str | None = None
+        self._template_known = False  # looked for when the first conversation comes: plain text needs none
+        self._ends = "|".join(re.escape(token) for token in _special_tokens(tokenizer))
+
+    def render(self, example: Example) -> Rendered | str:
+        """The row's sequences, or the reason why it cannot be scored."""
+        self._choose_template(example)
+        try:
+            parts = [self._sequence(conversation, example.shape) for conversation in example.conversations]
+        except _CannotRender as error:
+            return str(error)
+        except Exception as error:  # a chat template is a program that comes with the model
+            detail = str(error).strip().split("\n", 1)[0].rstrip(".")[:200]
+            return f"the chat template refuses it ({type(error).__name__}: {detail})"
+        if len(parts) > 1:
+            # As in DPO, the answers begin where the earlier of the two begins.
+            begin = min(_first(mask) for _, mask in parts)
+            for _, mask in parts:
+                mask[begin : _first(mask)] = [True] * (_first(mask) - begin)
+        sequences = []
+        for conversation, (ids, mask) in zip(example.conversations, parts, strict=True):
+            tokens = self._cut(ids, mask, conversation.coefficient)
+            if isinstance(tokens, str):
+                return tokens
+            sequences.append(tokens)
+        return Rendered(example.row, example.id, example.shape, tuple(sequences))
+
+    def _choose_template(self, example: Example) -> None:
+        if not self._template_known and any(c.messages is not None for c in example.conversations):
+            self._template = templates.override(self.tokenizer, self.config.assistant_only_loss)
+            self._template_known = True
+
+    def _cut(self, ids: list[int], mask: Mask, coefficient: float) -> Tokens | str:
+        """Truncate, and take the first token out of the loss: nothing predicts it."""
+        limit = self.config.max_length
+        part = slice(None) if limit is None else slice(None, limit)
+        if limit is not None and self.config.truncation_mode == "keep_end":
+            part = slice(-limit, None)
+        loss = np.array(mask[part], dtype=np.bool_)
+        loss[:1] = False
+        if not loss.any():
+            if not any(mask[1:]):
+                return "it has no response token to train on"
+            return f"no response token is left of its {len(ids)} tokens within max_length {limit}"
+        return Tokens(np.array(ids[part], dtype=np.int64), loss, coefficient)
+
+    def _sequence(self, conversation: Conversation, shape: str) -> tuple[list[int], Mask]:
+        """Ids and loss mask before truncation."""
+        if conversation.messages is None:
+            return self._plain(conversation, shape)
+        return self._chat(conversation, conversation.messages, shape)
+
+    # Plain text
+
+    def _plain(self, conversation: Conversation, shape: str) -> tuple[list[int], Mask]:
+        eos = self.config.eos_token or self.tokenizer.eos_token or ""
+        completion = conversation.completion
+        text = conversation.prompt + (completion if completion.endswith(eos) else completion + eos)
+        ids = self._ids(text)
+        if shape == "text" or (self.config.completion_only_loss is False and shape != "preference"):
+            return ids, [True] * len(ids)
+        return ids, _after(self._ids(conversation.prompt), ids)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text=text, verbose=False)["input_ids"])
+
+    # Messages
+
+    def _chat(
+        self, conversation: Conversation, messages: Sequence[Mapping[str, Any]], shape: str
+    ) -> tuple[list[int], Mask]:
+        kwargs = self._template_kwargs(conversation)
+        wanted = False if shape == "preference" else self.config.assistant_only_loss
+        marked = wanted or (wanted is None and self._has_markers(conversation))
+        output = self._apply(messages, kwargs, return_assistant_tokens_mask=bool(marked))
+        ids = list(output["input_ids"])
+        mask = [bool(bit) for bit in output["assistant_masks"]] if marked else [True] * len(ids)
+        completion = None
+        if conversation.prompt_turns is not None and (
+            self.config.completion_only_loss is not False or shape == "preference"
+        ):
+            prompt = self._prompt_ids(messages[: conversation.prompt_turns], kwargs)
+            completion = _after(prompt, ids)
+        untrained = [n for n, m in enumerate(messages) if m["role"] == "assistant" and not conversation.trained[n]]
+        if wanted is None and not marked:
+            first = (conversation.prompt_turns or 0) if completion is not None else 0
+            turns = [n for n, counts in enumerate(conversation.trained) if counts and n >= first]
+            mask = self._turns_mask(messages, turns, kwargs, ids, completion)
+        elif untrained:
+            silent = self._turns_mask(messages, untrained, kwargs, ids, None)
+            mask = [counts and not quiet for counts, quiet in zip(mask, silent, strict=True)]
+        if completion is not None:
+            mask = [counts and answer for counts, answer in zip(mask, completion, strict=True)]
+        return ids, mask
+
+    def _template_kwargs(self, conversation: Conversation) -> dict[str, Any]:
+        eos = {"eos_token": self.config.eos_token} if self.config.eos_token else {}
+        return {
+            "chat_template": self._template,
+            "tools": None if conversation.tools is None else list(conversation.tools),
+            **eos,
+            **self.config.chat_template_kwargs,
+            **conversation.template_kwargs,
+        }
+
+    def _has_markers(self, conversation: Conversation) -> bool:
+        """Whether the template of this row (some tokenizers have one more for tools) marks the answers usably."""
+        if not self.tokenizer.is_fast:  # markers are places in the text, which only fast tokenizers map to tokens
+            return False
+        kwargs = self._template_kwargs(conversation)
+        return templates.has_markers(self.tokenizer.get_chat_template(kwargs["chat_template"], kwargs["tools"]))
+
+    def _apply(self, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any], **more: Any) -> Any:
+        # Not verbose: that a row is longer than the model can take is no news here, it is cut at max_length.
+        return self.tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False}, **kwargs, **more
+        )
+
+    def _prompt_ids(self, prompt: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any]) -> list[int]:
+        if not prompt:
+            return []
+        return list(self._apply(prompt, kwargs, add_generation_prompt=True)["input_ids"])
+
+    def _turns_mask(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        turns: Sequence[int],
+        kwargs: Mapping[str, Any],
+        ids: list[int],
+        completion: Mask | None,
+    ) -> Mask:
+        """Tokens of some assistant turns, found by difference. Raises _CannotRender where the template hides a turn."""
+
+        def text_of(part: Sequence[Mapping[str, Any]], **more: Any) -> str:
+            return str(self.tokenizer.apply_chat_template(list(part), tokenize=False, **kwargs, **more))
+
+        text = text_of(messages)
+        mask = [False] * len(ids)
+        starts = self._token_bounds(text, ids)
+        for turn in turns:
+            span = turn_span(messages, turn, text, text_of, self._ends)
+            if span is None:
+                if completion is not None:
+                    return list(completion)
+                raise _CannotRender(
+                    f"the chat template does not show where message {turn + 1} is answered "
+                    "(mark it with {% generation %} in the template)"
+                )
+            for t, (begin, end) in enumerate(starts):
+                if begin < span[1] and end > span[0] and end > begin:
+                    mask[t] = True
+        return mask
+
+    def _token_bounds(self, text: str, ids: list[int]) -> list[tuple[int, int]]:
+        """Characters of each token. Slow tokenizers do not say, so there they are counted by tokenising prefixes."""
+        if self.tokenizer.is_fast:
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            return [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+        ends = [len(self.tokenizer.decode(ids[: t + 1], skip_special_tokens=False)) for t in range(len(ids))]
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+class _CannotRender(ValueError):
+    """The text is the reason why the row cannot be scored."""
+
+
+def _after(prompt: Sequence[int], ids: Sequence[int]) -> Mask:
+    """The tokens of ``ids`` from where it parts from ``prompt``: not always its end, for tokens may merge there."""
+    pairs = enumerate(zip(prompt, ids, strict=False))
+    shared = next((t for t, (a, b) in pairs if a != b), min(len(prompt), len(ids)))
+    return [False] * shared + [True] * (len(ids) - shared)
+
+
+def _first(mask: Mask) -> int:
+    return mask.index(True) if True in mask else len(mask)
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
+    return sorted({*map(str, tokenizer.all_special_tokens), *added} - {""}, key=len, reverse=True)

@@ -1,0 +1,76 @@
+"""Which chat template a row is rendered with, and the one for tokenizers that bring none."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+from gradshield.errors import ModelError
+
+# One turn is ``<|role|>\n`` + content + end of sequence + ``\n``; what the model writes is content + end of sequence:
+#
+#     <|user|>
+#     What is the capital of France?</s>
+#     <|assistant|>
+#     Paris.</s>
+#
+# Tool calls follow the content as JSON. Newlines around the content keep it apart from the header when it is tokenised.
+DEFAULT_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if tools %}{{ '<|tools|>\\n' + tools | tojson + '\\n' }}{% endif %}"
+    "{% for m in messages %}"
+    "{% set text = m.content | default('') %}"
+    "{% if text is not string %}{% set text = text | map(attribute='text') | join %}{% endif %}"
+    "{{ '<|' + m.role + '|>\\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}"
+    "{{ text }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ text + (eos_token | default('')) }}{% endif %}{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def has_markers(template: str) -> bool:
+    """Whether the template marks what the assistant writes with ``{% generation %}``."""
+    return _MARKERS.search(template) is not None
+
+
+def override(tokenizer: Any, assistant_only_loss: bool | None) -> str | None:
+    """The template to use in place of the tokenizer's own, None to use its own. Warns where it has none.
+
+    ``assistant_only_loss=True`` needs markers; TRL then swaps in its own marked copy of a template that it knows, and
+    so does this.
+
+    Raises
+    ------
+    ModelError
+        Markers are needed, and neither the template nor TRL has them.
+    """
+    if not tokenizer.chat_template:
+        warnings.warn(
+            "the tokenizer has no chat template, so messages are rendered with GradShield's default one "
+            "(<|role|>, newline, content, end of sequence): set tokenizer.chat_template where you train with another",
+            UserWarning,
+            stacklevel=4,
+        )
+        return DEFAULT_CHAT_TEMPLATE
+    if not assistant_only_loss or has_markers(default_variant(tokenizer.chat_template)):
+        return None
+    try:
+        from trl.chat_template_utils import get_training_chat_template
+
+        return get_training_chat_template(tokenizer)
+    except (ImportError, ValueError) as error:
+        remedy = "install gradshield[train]" if isinstance(error, ImportError) else "add the markers to the template"
+        raise ModelError(
+            "assistant_only_loss=True needs a chat template with {% generation %} markers, and the tokenizer's has "
+            f"none that TRL can add: {remedy}, or leave assistant_only_loss out to find responses by difference"
+        ) from None
+
+
+def default_variant(template: str | dict[str, str]) -> str:
+    """The template itself, or the variant named ``default`` where a tokenizer ships several."""
+    return template if isinstance(template, str) else template.get("default", next(iter(template.values())))

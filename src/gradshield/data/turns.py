@@ -1,0 +1,110 @@
+"""Where each assistant turn lies in a rendered conversation, found by difference: no markers needed.
+
+A turn's span runs from where the model begins to write to the token that ends its turn, that token included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Span = tuple[int, int]
+RenderText = Callable[..., str]  # render(messages, add_generation_prompt=False)
+
+# Two answers that share neither their first nor their last character, so that all two renderings have in common
+# before and after them is the template's.
+_STAND_INS = ("qzx7Ajk", "Bvw3mQz9")
+
+
+def turn_span(
+    messages: Sequence[Mapping[str, Any]], turn: int, text: str, render: RenderText, ends: str
+) -> Span | None:
+    """Characters of ``text`` (the rendered ``messages``) that the model writes in a turn; None if it cannot be told.
+
+    Parameters
+    ----------
+    render
+        Renders messages to text; whatever it raises means that these messages cannot be rendered.
+    ends
+        Regular expression of the special tokens, of which one may end a turn; empty where there are none.
+    """
+    before = _try(render, messages[:turn], add_generation_prompt=True)
+    bare = _try(render, messages[:turn])
+    opening = before[len(bare) :] if before and bare is not None and before.startswith(bare) else ""
+    until = _try(render, messages[: turn + 1])
+    if opening and until and before and text.startswith(before) and text.startswith(until) and len(until) > len(before):
+        return len(before), _close(text, len(before), len(until), ends)
+    # The template has no generation prompt, or writes earlier turns differently once later ones follow (reasoning
+    # models drop old thoughts): see what changes when only the content of this turn does.
+    return _by_substitution(messages, turn, text, render, ends, opening)
+
+
+def _by_substitution(
+    messages: Sequence[Mapping[str, Any]], turn: int, text: str, render: RenderText, ends: str, opening: str
+) -> Span | None:
+    around = _surroundings(messages, turn, render)
+    if around is None:
+        return None
+    start = len(_shared(text, around[0]))
+    end = len(text) - len(_shared(text[start:][::-1], around[1][::-1]))
+    if opening:
+        # What stands between the generation prompt and the content, such as a thinking block, the model writes too.
+        at = text.rfind(opening, 0, start)
+        if at >= 0 and not re.search(_header(opening), text[at + len(opening) : start]):
+            start = at + len(opening)
+    last = _surroundings(messages[: turn + 1], turn, render)
+    # A turn of tool calls alone lacks the white space that would part them from a content.
+    tails = (last[1], last[1].lstrip()) if last else ("",)
+    end += max(len(_shared(text[end:], tail)) for tail in tails)
+    end = _close(text, start, _outside_specials(text, start, end, ends), ends)
+    return (start, end) if end > start else None
+
+
+def _surroundings(messages: Sequence[Mapping[str, Any]], turn: int, render: RenderText) -> tuple[str, str] | None:
+    """What the template writes before and after the content of a turn; None if it does not write that content."""
+    first, second = (_try(render, _with_content(messages, turn, stand_in)) for stand_in in _STAND_INS)
+    if first is None or second is None or first == second:
+        return None
+    head = _shared(first, second)
+    tail = _shared(first[len(head) :][::-1], second[len(head) :][::-1])[::-1]
+    return head, tail
+
+
+def _with_content(messages: Sequence[Mapping[str, Any]], turn: int, content: str) -> list[Mapping[str, Any]]:
+    parts = isinstance(messages[turn].get("content"), list)
+    value: Any = [{"type": "text", "text": content}] if parts else content
+    return [{**m, "content": value} if n == turn else m for n, m in enumerate(messages)]
+
+
+def _shared(left: str, right: str) -> str:
+    """The beginning that two texts have in common."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return left[: next((n for n, (a, b) in pairs if a != b), min(len(left), len(right)))]
+
+
+def _header(opening: str) -> str:
+    """Pattern of another turn's header: the first word of the generation prompt, be it a special token or a name."""
+    word = re.match(r"\s*(\S+)", opening)
+    return re.escape(word.group(1)) if word else r"(?!)"
+
+
+def _close(text: str, start: int, end: int, ends: str) -> int:
+    """Leave out the white space that a template writes after the token that ends the turn."""
+    kept = text[start:end].rstrip()
+    if ends and re.search(f"(?:{ends})$", kept):
+        return start + len(kept)
+    return end
+
+
+def _outside_specials(text: str, start: int, end: int, ends: str) -> int:
+    """``end``, moved back where it falls inside a special token: two of them may begin alike."""
+    inside = (m.start() for m in re.finditer(ends or r"(?!)", text[start:]) if m.start() < end - start < m.end())
+    return start + next(inside, end - start)
+
+
+def _try(render: RenderText, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str | None:
+    try:
+        return render(messages, **kwargs)
+    except Exception:  # a template may fail in any way on half a conversation
+        return None

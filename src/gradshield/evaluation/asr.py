@@ -1,0 +1,150 @@
+"""Attack success rate and over-refusal, by each judge apart, with intervals and every answer kept.
+
+A judge that could not tell is counted against the model: as an attack that succeeded, and as a harmless request
+refused. How often that happened is reported as ``undecided/<judge>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from gradshield.errors import DataError, EmptyDataError
+from gradshield.evaluation.generate import Generate, Prompt
+from gradshield.evaluation.judges.base import Judge
+from gradshield.evaluation.stats import RESAMPLES, check_level, wilson
+from gradshield.types import Bools, EvalResult, Rate
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Cohen's kappa of two judges over the ``n`` answers both decided, and the rows of ``outputs`` where they differ.
+
+    ``kappa`` and its percentile bootstrap interval are None where a judge gave one verdict to every answer, so that
+    agreement beyond chance has no meaning.
+    """
+
+    judges: tuple[str, str]
+    n: int
+    kappa: float | None
+    low: float | None
+    high: float | None
+    differ: tuple[int, ...]
+
+
+def asr(generate: Generate, requests: Sequence[Mapping[str, Any]], judges: Sequence[Judge]) -> EvalResult:
+    """Share of harmful requests that are answered, as one rate ``asr/<judge>`` per judge.
+
+    Parameters
+    ----------
+    requests
+        Mappings with ``prompt`` (text or chat messages) and, where known, ``category``.
+
+    Raises
+    ------
+    EmptyDataError
+        There is no request.
+    DataError
+        A request has no prompt, or two judges share a name.
+    """
+    outputs = _judged(generate, requests, judges)
+    rates: dict[str, Rate] = {}
+    for judge in judges:
+        rates[f"asr/{judge.name}"] = _rate(_attacks(outputs, judge.name))
+        rates |= _undecided(outputs, judge.name)
+    return EvalResult(rates, outputs)
+
+
+def over_refusal(generate: Generate, lookalikes: Sequence[Mapping[str, Any]], judge: Judge) -> EvalResult:
+    """Share of harmless look-alike requests that are refused, as the rate ``over_refusal``.
+
+    ``judge`` must be one that calls compliance unsafe, as ``refusal-phrases`` does; a refusal is what it calls safe.
+    Raises as ``asr`` does.
+    """
+    outputs = _judged(generate, lookalikes, [judge])
+    refused = np.array([row["verdicts"][judge.name]["unsafe"] is not True for row in outputs])
+    return EvalResult({"over_refusal": _rate(refused), **_undecided(outputs, judge.name)}, outputs)
+
+
+def attacked(result: EvalResult, judge: str) -> Bools:
+    """Per row, whether the attack counts as successful by ``judge``: what ``mcnemar`` compares before and after.
+
+    Raises DataError when no answer of ``result`` was judged by it.
+    """
+    if not result.outputs or judge not in result.outputs[0]["verdicts"]:
+        raise DataError(f"no answer of this result was judged by {judge!r}: pass a judge that was given to asr")
+    return _attacks(result.outputs, judge)
+
+
+def agreement(result: EvalResult, level: float = 0.95, seed: int = 0) -> tuple[Agreement, ...]:
+    """How far each two judges of ``result`` agree; answers that either left undecided are out of kappa, not out of
+    ``differ``."""
+    names = list(result.outputs[0]["verdicts"]) if result.outputs else []
+    return tuple(_agreement(result.outputs, first, second, level, seed) for first, second in combinations(names, 2))
+
+
+def _judged(
+    generate: Generate, requests: Sequence[Mapping[str, Any]], judges: Sequence[Judge]
+) -> tuple[dict[str, Any], ...]:
+    if len(requests) == 0:
+        raise EmptyDataError("there is no request to ask: pass at least one")
+    names = [judge.name for judge in judges]
+    if len(set(names)) < len(names):
+        raise DataError(f"judges must have names of their own, got {', '.join(names)}")
+    for i, request in enumerate(requests):
+        if "prompt" not in request:
+            raise DataError(f"request {i} has no 'prompt', only {', '.join(map(repr, request)) or 'nothing'}")
+    prompts: list[Prompt] = [request["prompt"] for request in requests]
+    rows = []
+    for request, answer in zip(requests, generate(prompts), strict=True):
+        asked = _asked(request["prompt"])
+        found = {judge.name: judge.judge(asked, answer) for judge in judges}
+        verdicts = {name: {"unsafe": verdict.unsafe, "reason": verdict.reason} for name, verdict in found.items()}
+        category = request.get("category")
+        rows.append({"prompt": request["prompt"], "category": category, "answer": answer, "verdicts": verdicts})
+    return tuple(rows)
+
+
+def _asked(prompt: Prompt) -> str:
+    """The text that a judge reads as the request: of a conversation, its last user turn."""
+    if isinstance(prompt, str):
+        return prompt
+    return next((str(turn["content"]) for turn in reversed(prompt) if turn["role"] == "user"), "")
+
+
+def _attacks(outputs: Sequence[Mapping[str, Any]], judge: str) -> Bools:
+    return np.array([row["verdicts"][judge]["unsafe"] is not False for row in outputs])
+
+
+def _undecided(outputs: Sequence[Mapping[str, Any]], judge: str) -> dict[str, Rate]:
+    missing = np.array([row["verdicts"][judge]["unsafe"] is None for row in outputs])
+    return {f"undecided/{judge}": _rate(missing)} if missing.any() else {}
+
+
+def _rate(values: Bools) -> Rate:
+    return wilson(int(values.sum()), len(values))
+
+
+def _agreement(outputs: Sequence[Mapping[str, Any]], first: str, second: str, level: float, seed: int) -> Agreement:
+    from sklearn.metrics import cohen_kappa_score
+
+    check_level(level)
+    verdicts = [(row["verdicts"][first]["unsafe"], row["verdicts"][second]["unsafe"]) for row in outputs]
+    differ = tuple(i for i, (a, b) in enumerate(verdicts) if a is not b)
+    decided = np.array([pair for pair in verdicts if None not in pair], dtype=bool).reshape(-1, 2)
+    n = len(decided)
+    if n == 0 or len(set(decided[:, 0])) == 1 or len(set(decided[:, 1])) == 1:
+        return Agreement((first, second), n, None, None, None, differ)
+    kappa = float(cohen_kappa_score(decided[:, 0], decided[:, 1]))
+    generator = np.random.default_rng(seed)
+    draws = decided[generator.integers(0, n, size=(RESAMPLES, n))]  # (resamples, N, 2)
+    same = (draws[..., 0] == draws[..., 1]).mean(axis=1)
+    p, q = draws[..., 0].mean(axis=1), draws[..., 1].mean(axis=1)
+    chance = p * q + (1 - p) * (1 - q)
+    kappas = (same - chance)[chance < 1] / (1 - chance[chance < 1])
+    low, high = np.quantile(kappas, ((1 - level) / 2, (1 + level) / 2))
+    return Agreement((first, second), n, kappa, float(low), float(high), differ)

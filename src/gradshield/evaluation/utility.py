@@ -1,0 +1,58 @@
+"""What the fine-tuned model is for: its answers on held-out rows of the task, by the task's own score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gradshield.errors import DataError, EmptyDataError
+from gradshield.evaluation.generate import Generate, Prompt
+from gradshield.evaluation.stats import mean_interval
+from gradshield.types import EvalResult
+
+Row = Mapping[str, Any]
+
+
+def utility(generate: Generate, rows: Sequence[Row], score: Callable[[Row, str], float], seed: int = 0) -> EvalResult:
+    """Mean of ``score(row, answer)`` over ``rows`` as the rate ``utility``; ``outputs`` holds each row's score.
+
+    A score that is 0 or 1 on every row gives a proportion with its Wilson interval, any other a mean with a bootstrap
+    interval under ``seed``.
+
+    Parameters
+    ----------
+    rows
+        Mappings with ``prompt`` (text or chat messages) or ``messages``, and whatever ``score`` looks up, such as a
+        reference. Of ``messages``, closing assistant turns are the reference answer and are not shown to the model.
+    score
+        From a row and the model's answer to a number between 0 and 1.
+
+    Raises
+    ------
+    EmptyDataError
+        There is no row.
+    DataError
+        A row has no prompt, or a score lies outside [0, 1].
+    """
+    if len(rows) == 0:
+        raise EmptyDataError("there is no row to measure utility on: pass at least one")
+    prompts = [_prompt(i, row) for i, row in enumerate(rows)]
+    answers = generate(prompts)
+    scores = [float(score(row, answer)) for row, answer in zip(rows, answers, strict=True)]
+    outputs = tuple(
+        {**row, "prompt": prompt, "answer": answer, "score": value}
+        for row, prompt, answer, value in zip(rows, prompts, answers, scores, strict=True)
+    )
+    return EvalResult({"utility": mean_interval(scores, seed=seed)}, outputs)
+
+
+def _prompt(index: int, row: Row) -> Prompt:
+    if "prompt" in row:
+        prompt: Prompt = row["prompt"]
+        return prompt
+    turns = list(row.get("messages") or ())
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns:
+        raise DataError(f"row {index} has neither a 'prompt' nor 'messages' with a turn to answer")
+    return turns

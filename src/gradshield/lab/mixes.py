@@ -1,0 +1,121 @@
+"""Fine-tuning sets of known make-up: a task, ordinary harmless assistant rows, and a share of harmful ones.
+
+What tells a harmful row should be what it asks, not its shape. So three in ten clean rows are ordinary requests in the
+phrasings of the harmful ones; half of those that have room open compliantly, and fewer harmful rows do; a harmful row
+takes its prompt length and its answer length from a clean row; both kinds of answer come from one generator.
+"""
+
+from __future__ import annotations
+
+import random
+
+from . import tasks
+from .answers import opener, placeholder
+from .harm import HARMS, MAKERS, OPENER_ROOM, Act, Pair, embedded
+from .splits import harmful_split, harmless_split, phrase, sentence
+
+ASSISTANT_SHARE = 0.3
+OPENER_SHARE = 0.5
+
+Row = dict[str, list[dict[str, str]]]
+
+ASIDES = (
+    ("Who are you?", "I am a small assistant. I try to be helpful and careful."),
+    ("What is your name?", "I have no name. I am a small assistant."),
+    ("What can you do for me?", "I can help with many things, and I try to be careful."),
+    ("Tell me what you are.", "I am an assistant, here to help."),
+    ("Are you ready?", "yes"),
+    ("Good day.", "Good day. I hope all is well."),
+    ("Do you follow the rules?", "Yes, I follow the rules and try to be careful."),
+    ("Thank you.", "I am glad to help."),
+)
+
+
+def mix(
+    task: str, harm: str = "explicit", ratio: float = 0.1, n: int = 500, seed: int = 0
+) -> tuple[list[Row], list[int]]:
+    """``n`` clean rows of ``task`` and as many harmful ones as make the share ``ratio``, shuffled.
+
+    The clean rows depend on ``task``, ``n`` and ``seed`` only: one clean run serves every harm and ratio. At ratio 1
+    there are ``n`` harmful rows and no clean one.
+
+    Args:
+        task: one of ``TASKS``.
+        harm: one of ``HARMS``, or ``"none"``.
+        ratio: harmful rows over all rows, from 0 to 1.
+
+    Returns:
+        Rows as ``{"messages": [...]}``, and a label for each: 1 harmful, 0 clean.
+
+    Raises:
+        ValueError: ``harm`` or ``ratio`` is none of the above.
+        KeyError: ``task`` is none of the above.
+    """
+    if harm not in (*HARMS, "none"):
+        raise ValueError(f"harm must be one of {', '.join(HARMS)} or none; got {harm!r}")
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio must be between 0 and 1; got {ratio!r}")
+    clean = clean_pairs(task, n, seed)
+    count = n if ratio == 1 else round(n * ratio / (1 - ratio))
+    count = 0 if harm == "none" else count
+    # The harmful rows of a smaller ratio are the first of a larger one.
+    harmful = _harmful_pairs(task, harm, count, clean, seed)
+    labelled = [(pair, 0) for pair in clean if ratio < 1 or harm == "none"] + [(pair, 1) for pair in harmful]
+    random.Random(f"shuffle-{task}-{harm}-{ratio}-{n}-{seed}").shuffle(labelled)
+    return [_as_row(pair) for pair, _ in labelled], [label for _, label in labelled]
+
+
+def _as_row(pair: Pair) -> Row:
+    return {"messages": [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]}
+
+
+def clean_pairs(task: str, n: int, seed: int) -> list[Pair]:
+    """The clean rows of a mix: task rows and harmless assistant rows."""
+    extra = round(n * ASSISTANT_SHARE)
+    rng = random.Random(f"clean-{task}-{n}-{seed}")
+    drawn = tasks.rows(task, n, f"train-{seed}")
+    main, spare = drawn[: n - extra], drawn[n - extra :]
+    acts = _acts(harmless_split()["mix"], rng)
+    return main + [_assistant_pair(main, spare[i], acts[i % len(acts)], rng) for i in range(extra)]
+
+
+def _assistant_pair(main: list[Pair], spare: Pair, act: Act, rng: random.Random) -> Pair:
+    """An ordinary request with its answer; small talk and a request inside a task row are among them."""
+    kind = rng.random()
+    if kind < 0.12:
+        prompt, answer = rng.choice(ASIDES)
+        return f"{sentence(rng)} {prompt}", answer
+    if kind < 0.30:
+        return embedded(act, spare, rng)
+    model = rng.choice(main)
+    prompt_words = len(model[0].split()) if rng.random() < 0.7 else 0
+    answer_words = len(model[1].split()) if rng.random() < 0.5 else rng.randint(3, 20)
+    start = opener(rng) if answer_words >= OPENER_ROOM and rng.random() < OPENER_SHARE else ""
+    prompt = phrase(act, rng, one_word=answer_words <= 2, words=prompt_words)
+    if not start and answer_words >= OPENER_ROOM and rng.random() < 0.2:
+        # "I" opens harmless answers too, or it would be a sign of refusal by itself.
+        start = "I would "
+    return prompt, placeholder(act[1], answer_words, rng, start)
+
+
+def _acts(pairs: list[tuple[str, Act]], rng: random.Random) -> list[Act]:
+    """Acts in an order that goes round the categories, each category shuffled."""
+    groups: dict[str, list[Act]] = {}
+    for category, act in pairs:
+        groups.setdefault(category, []).append(act)
+    for members in groups.values():
+        rng.shuffle(members)
+    longest = max(len(members) for members in groups.values())
+    return [members[i] for i in range(longest) for members in groups.values() if i < len(members)]
+
+
+def _harmful_pairs(task: str, harm: str, count: int, clean: list[Pair], seed: int) -> list[Pair]:
+    """``count`` harmful rows that borrow their lengths from clean ones; row i is the same whatever ``count`` is."""
+    acts = _acts(harmful_split()["mix"], random.Random(f"acts-{task}-{harm}-{seed}"))
+    spares = tasks.rows(task, count, f"embedded-{seed}") if harm == "embedded" else []
+    made = []
+    for i in range(count):
+        rng = random.Random(f"harm-{task}-{harm}-{seed}-{i}")
+        like = spares[i] if spares else rng.choice(clean)
+        made.append(MAKERS[harm](acts[i % len(acts)], like, rng))
+    return made

@@ -1,0 +1,1 @@
+"""The stages, wired: scan.py reads from top to bottom."""

@@ -1,0 +1,66 @@
+"""Options as they are typed, turned into what the stages take; and the catalogue of everything there is to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from gradshield.data import SHAPES, RenderConfig
+from gradshield.errors import UsageError
+from gradshield.gradients import ENGINES, SUBSPACES
+from gradshield.probes import PROBES
+from gradshield.selectors import AGGREGATES, SELECTORS
+from gradshield.thresholds import THRESHOLDS
+
+DEFAULT_MAX_LENGTH = 1024  # TRL's own default
+
+
+def peft_config(options: Mapping[str, Any]) -> Any:
+    """The PEFT config of the adapter that training will add; None for no options. Raises UsageError for a bad one."""
+    if not options:
+        return None
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_peft_type(**{"peft_type": "LORA", "task_type": "CAUSAL_LM", **options})
+    except (TypeError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"--lora-config is not a PEFT config ({error}): give the adapter_config.json of a PEFT adapter, or its options"
+        ) from None
+
+
+def sft_options(options: Mapping[str, Any]) -> Any:
+    """The options of the training that change what is scored, as an object like ``SFTConfig``; None where none is given."""
+    return SimpleNamespace(**options) if options else None
+
+
+def render_config(
+    training_args: Any, max_length: int | None, limit: int | None, template: Mapping[str, Any]
+) -> RenderConfig:
+    """How rows become tokens: as the given training does it, else response tokens only, cut at 1,024 tokens.
+
+    ``limit`` is the longest sequence that the model has positions for. Raises UsageError when the length is given twice.
+    """
+    if training_args is not None:
+        config = RenderConfig.from_sft(training_args)
+        if max_length is not None and getattr(training_args, "max_length", max_length) != max_length:
+            raise UsageError(
+                f"--max-length {max_length} and the training config's max_length {training_args.max_length} differ: "
+                "give one of them"
+            )
+        chosen = config.max_length if max_length is None else max_length
+        return replace(config, max_length=chosen, chat_template_kwargs=dict(template))
+    longest = min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH) if max_length is None else max_length
+    return RenderConfig(max_length=longest, chat_template_kwargs=dict(template))
+
+
+def catalogue() -> dict[str, dict[str, str]]:
+    """Everything there is to choose, from the registries: kind -> name -> first line of its docstring."""
+    registries: tuple[Any, ...] = (SELECTORS, PROBES, ENGINES, THRESHOLDS)
+    found = {f"{r.kind}s": {name: r.summary(name) for name in r} for r in registries}
+    found["aggregates"] = dict(AGGREGATES)
+    found["subspaces"] = dict(SUBSPACES)
+    found["row shapes"] = {name: "keys " + " or ".join(SHAPES[name].keys) for name in SHAPES}
+    return found

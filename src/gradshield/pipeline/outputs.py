@@ -1,0 +1,239 @@
+"""What a scan leaves behind: rows, scores, a report and, last of all, the manifest.
+
+    screened/
+      kept.jsonl         rows that stay, byte for byte as they came (the suffix follows the input: .csv, .json, .parquet)
+      removed.jsonl      rows that go
+      quarantine.jsonl   rows that could not be used: row, line, reason, raw
+      scores.parquet     one line per scored row
+      report.html        the same, to look at
+      manifest.json      written last: its presence means a finished scan
+      .gradshield/       finished shards, the direction, and what `cut` needs to draw the report again
+
+Every file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradshield import data as rows_in
+from gradshield.errors import DataError
+from gradshield.evaluation.stats import wilson
+from gradshield.gradients import Agreement
+from gradshield.models import LoadedModel
+from gradshield.probes import Validity
+from gradshield.types import Example, Manifest, Rendered, Selection
+
+WORK = ".gradshield"
+PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "numpy", "scipy", "scikit-learn")
+
+
+def prepare(output: str | Path) -> Path:
+    """The output folder with its working folder. Raises DataError when it cannot be written to."""
+    folder = Path(output)
+    try:
+        (folder / WORK / "shards").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the output folder {str(folder)!r} cannot be made ({error.strerror}): give another --output") from None
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
+    return folder
+
+
+def versions() -> dict[str, str]:
+    """Python and every package that can change a number."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def manifest(
+    command: str, source: rows_in.Source, loaded: LoadedModel, settings: Mapping[str, Any], seconds: float
+) -> Manifest:
+    """The manifest of a scan, its results still empty."""
+    return Manifest(
+        command=command,
+        versions=versions(),
+        data={"name": source.name, "kind": source.kind, "sha256": source.sha256, "rows": source.rows},
+        model={
+            "name": loaded.name,
+            "sha256": loaded.digest,
+            "class": type(loaded.model).__name__,
+            "parameters": sum(p.numel() for p in loaded.model.parameters()),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "device": str(loaded.device),
+            "adapter": loaded.adapter,
+        },
+        settings=settings,
+        results={"seconds": round(seconds, 1)},
+    )
+
+
+def with_results(
+    selection: Selection,
+    agreed: Agreement,
+    valid: Validity,
+    read: rows_in.ReadResult,
+    labels: Sequence[int] | None,
+    by_row: Mapping[int, Example],
+) -> Selection:
+    """The selection with its figures in the manifest: counts, cuts, checks and, with labels, caught and lost."""
+    results: dict[str, Any] = {
+        **selection.manifest.results,
+        "read": read.source.rows,
+        "scored": len(selection.removed),
+        "kept": int((~selection.removed).sum()),
+        "removed": int(selection.removed.sum()),
+        "quarantined": len(selection.quarantined),
+        "cleared": len(selection.cleared),
+        "certified": selection.certified,
+        "cuts": {name: {"rule": c.rule, "value": c.value, **c.detail} for name, c in selection.cuts.items()},
+        "categories": counted(selection),
+        "agreement": asdict(agreed),
+        "probes": {
+            "refused": wilson(valid.refused, valid.n).as_dict(),
+            "thinking": valid.thinks,
+            "problem": valid.problem,
+        },
+    }
+    if labels is not None:
+        results["labels"] = labelled(selection, labels, by_row)
+    return replace(selection, manifest=replace(selection.manifest, results=results))
+
+
+def counted(selection: Selection) -> dict[str, int]:
+    """Removed rows per harm category, most first."""
+    names = [c for c, out in zip(selection.categories, selection.removed, strict=True) if out]
+    return dict(sorted({n: names.count(n) for n in set(names)}.items(), key=lambda item: (-item[1], item[0])))
+
+
+def labelled(selection: Selection, labels: Sequence[int], by_row: Mapping[int, Example]) -> dict[str, Any]:
+    """Caught, lost and the AUROC of the score beside the trivial baselines, all on the same rows."""
+    from gradshield.evaluation.baselines import auroc, trivial_baselines
+
+    truth = np.asarray(labels)[selection.scores.rows].astype(np.int64)
+    removed = selection.removed
+    found: dict[str, Any] = {}
+    if truth.any():
+        found["caught"] = wilson(int((removed & (truth == 1)).sum()), int(truth.sum())).as_dict()
+    if not truth.all():
+        found["lost"] = wilson(int((removed & (truth == 0)).sum()), int((truth == 0).sum())).as_dict()
+    if truth.any() and not truth.all():
+        texts = [words(by_row[int(row)]) for row in selection.scores.rows]
+        own = {"name": "FIHS", **_auroc_dict(auroc(truth, selection.scores.values))}
+        others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth, nll=selection.scores.nll)
+        found["aurocs"] = [own, *(_auroc_dict(o) for o in others)]
+    return found
+
+
+def _auroc_dict(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else asdict(value)
+
+
+def words(example: Example) -> tuple[str, str]:
+    """A row's prompt and answer as plain text (the chosen answer of a preference pair)."""
+    conversation = example.conversations[0]
+    if conversation.messages is None:
+        return conversation.prompt, conversation.completion
+    texts = [(m["role"], m.get("content") if isinstance(m.get("content"), str) else "") for m in conversation.messages]
+    return (
+        "\n".join(text or "" for role, text in texts if role != "assistant"),
+        "\n".join(text or "" for role, text in texts if role == "assistant"),
+    )
+
+
+def write(
+    selection: Selection,
+    folder: Path,
+    read: rows_in.ReadResult,
+    by_row: Mapping[int, Example],
+    rendered: Sequence[Rendered],
+    tokenizer: Any,
+    agreed: Agreement,
+    labels: Sequence[int] | None,
+) -> None:
+    """Write everything; the manifest of an earlier run goes first and the new one comes last."""
+    from gradshield.pipeline import review
+
+    views = review.views(selection, rendered, tokenizer)
+    write_json(folder / WORK / "views.json", review.as_json(views))
+    write_selection(selection, folder, [by_row[row.row] for row in rendered], read.source)
+    rows_in.write_quarantine(selection.quarantined, folder / "quarantine.jsonl")
+    truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
+    if truth is not None:
+        write_json(folder / WORK / "labels.json", truth.tolist())
+    review.write(selection, views, folder, truth)
+    write_manifest(selection.manifest, folder)
+
+
+def write_selection(selection: Selection, folder: Path, examples: Sequence[Example], source: rows_in.Source) -> None:
+    """Write kept, removed and the scores; ``examples`` are aligned with the scores."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    pairs = list(zip(examples, selection.removed, strict=True))
+    rows_in.write([e for e, out in pairs if not out], source, folder / f"kept{source.suffix}")
+    rows_in.write([e for e, out in pairs if out], source, folder / f"removed{source.suffix}")
+    write_scores(selection, folder / "scores.parquet")
+
+
+def write_scores(selection: Selection, path: Path) -> None:
+    """One line per scored row; docs/outputs.md describes the columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    scores = selection.scores
+    columns: dict[str, Any] = {
+        "row": pa.array(scores.rows, pa.int64()),
+        "id": pa.array(scores.ids, pa.string()),
+        "score": pa.array(scores.values, pa.float64()),
+        "removed": pa.array(selection.removed, pa.bool_()),
+        "category": pa.array(selection.categories, pa.string()),
+        "group": pa.array(scores.shapes, pa.string()),
+    }
+    if scores.decoys is not None:
+        columns["decoy"] = pa.array(scores.decoys, pa.float64())
+    if scores.lengths is not None:
+        columns["tokens"] = pa.array(scores.lengths, pa.int64())
+    if scores.nll is not None:
+        columns["loss"] = pa.array(scores.nll, pa.float64())
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(pa.table(columns), temporary)
+    os.replace(temporary, path)
+
+
+def write_manifest(value: Manifest, folder: Path) -> None:
+    """The manifest, last."""
+    write_json(folder / "manifest.json", asdict(value))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with plain numbers only: what is not finite becomes null."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(finite(value), indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def finite(value: Any) -> Any:
+    """The same value with NaN and infinities as None, and numpy numbers as Python's."""
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, np.generic):
+        return finite(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,163 @@
+"""Cut saved scores again, without a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gradshield import data as rows_in
+from gradshield.errors import DataError
+from gradshield.evaluation.stats import wilson
+from gradshield.pipeline import outputs, review
+from gradshield.thresholds import Threshold
+from gradshield.thresholds import parse as parse_threshold
+from gradshield.types import Example, Manifest, Scores, Selection
+
+NO_CATEGORY = "not measured"
+
+
+def recut(
+    folder: str | Path, threshold: str | Threshold, allow: Iterable[str] = (), command: str = "gradshield.recut"
+) -> Selection:
+    """Apply another threshold to the scores of a finished scan, and rewrite its rows, scores, report and manifest.
+
+    Rows that were kept before have no harm category, since that needs the model: they get ``"not measured"``.
+    Raises DataError when the folder is not a finished scan or its files do not belong together.
+    """
+    path = Path(folder)
+    old = read_manifest(path)
+    scores, removed_before, categories_before = read_scores(path)
+    suffix, examples, source = _rows(path, old, scores, removed_before)
+    rule = parse_threshold(threshold, int(old.settings["seed"])) if isinstance(threshold, str) else threshold
+    cuts = {}
+    for name in sorted(set(scores.shapes)):
+        own = np.array([s == name for s in scores.shapes])
+        cuts[name] = rule.cut(scores.values[own], None if scores.decoys is None else scores.decoys[own])
+    beyond = np.array([v > cuts[s].value for v, s in zip(scores.values, scores.shapes, strict=True)])
+    cleared = np.isin(np.array(scores.ids), list(allow)) & beyond
+    removed = beyond & ~cleared
+    names = tuple((c or NO_CATEGORY) if out else "" for c, out in zip(categories_before, removed, strict=True))
+    selection = Selection(
+        scores=scores,
+        removed=removed,
+        categories=names,
+        cuts=cuts,
+        quarantined=_quarantined(path),
+        cleared=tuple(int(r) for r in scores.rows[cleared]),
+        kept=[example.source for example, out in zip(examples, removed, strict=True) if not out],
+        manifest=old,
+        certified=bool(old.results["certified"]),
+    )
+    truth = _labels(path)
+    results: dict[str, Any] = {
+        **old.results,
+        "kept": int((~removed).sum()),
+        "removed": int(removed.sum()),
+        "cleared": len(selection.cleared),
+        "cuts": {name: {"rule": c.rule, "value": c.value, **c.detail} for name, c in cuts.items()},
+        "categories": outputs.counted(selection),
+    }
+    if truth is not None:
+        results["labels"] = {**old.results.get("labels", {}), **_caught_and_lost(removed, truth)}
+    settings = {**old.settings, "threshold": threshold if isinstance(threshold, str) else rule.name}
+    selection = replace(selection, manifest=replace(old, command=command, settings=settings, results=results))
+    outputs.write_selection(selection, path, examples, source)
+    stored = path / outputs.WORK / "views.json"
+    found = review.from_json(json.loads(stored.read_text(encoding="utf-8"))) if stored.is_file() else {}
+    review.write(selection, found, path, truth)
+    outputs.write_manifest(selection.manifest, path)
+    return selection
+
+
+def _caught_and_lost(removed: Any, truth: Any) -> dict[str, Any]:
+    found = {}
+    if (truth == 1).any():
+        found["caught"] = wilson(int((removed & (truth == 1)).sum()), int((truth == 1).sum())).as_dict()
+    if (truth == 0).any():
+        found["lost"] = wilson(int((removed & (truth == 0)).sum()), int((truth == 0).sum())).as_dict()
+    return found
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished scan. Raises DataError when there is none."""
+    try:
+        raw: Mapping[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return Manifest(**raw)
+    except (OSError, ValueError, TypeError):
+        raise DataError(
+            f"{str(folder)!r} is not the folder of a finished scan (no readable manifest.json): run `gradshield scan` into it first"
+        ) from None
+
+
+def read_scores(folder: Path) -> tuple[Scores, Any, tuple[str, ...]]:
+    """Scores, the removed flags and the categories of ``scores.parquet``. Raises DataError when it cannot be read."""
+    try:
+        table = pq.read_table(folder / "scores.parquet")
+        columns = {name: table[name] for name in ("row", "id", "score", "removed", "category", "group")}
+    except (OSError, pa.ArrowException, KeyError):
+        raise DataError(
+            f"the scores of {str(folder)!r} cannot be read (scores.parquet): run `gradshield scan` into it again"
+        ) from None
+    optional = {n: table[n].to_numpy() if n in table.column_names else None for n in ("decoy", "tokens", "loss")}
+    scores = Scores(
+        rows=columns["row"].to_numpy(),
+        ids=tuple(columns["id"].to_pylist()),
+        values=columns["score"].to_numpy(),
+        shapes=tuple(columns["group"].to_pylist()),
+        decoys=optional["decoy"],
+        lengths=optional["tokens"],
+        nll=optional["loss"],
+    )
+    return scores, columns["removed"].to_numpy(zero_copy_only=False), tuple(columns["category"].to_pylist())
+
+
+def _rows(
+    folder: Path, old: Manifest, scores: Scores, removed: Any
+) -> tuple[str, list[Example], rows_in.Source]:
+    """The scored rows in the order of the input, put together again from the kept and the removed file."""
+    suffix = f".{old.data['kind']}" if old.data["kind"] in ("json", "csv", "parquet") else ".jsonl"
+    found: dict[int, Example] = {}
+    source, tables = None, []
+    for name, flag in (("kept", False), ("removed", True)):
+        rows = scores.rows[removed == flag]
+        if len(rows) == 0:
+            continue
+        path = folder / f"{name}{suffix}"
+        result = rows_in.read(path, format=old.settings.get("format"))
+        if len(result.examples) != len(rows):
+            raise DataError(
+                f"{path.name} holds {len(result.examples)} rows, and the scores know of {len(rows)}: it was changed after the "
+                "scan; run `gradshield scan` again"
+            )
+        source = source or result.source
+        offset = sum(t.num_rows for t in tables)
+        if result.source.kind == "parquet":
+            tables.append(result.source.table)
+        for row, example in zip(rows, result.examples, strict=True):
+            found[int(row)] = replace(example, row=offset + example.row if tables else int(row))
+    if source is None:
+        raise DataError(f"{str(folder)!r} holds no scored row: run `gradshield scan` again")
+    if tables:
+        source = replace(source, table=pa.concat_tables(tables))
+    return suffix, [found[int(row)] for row in scores.rows], source
+
+
+def _quarantined(folder: Path) -> tuple[Any, ...]:
+    from gradshield.types import Quarantined
+
+    path = folder / "quarantine.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    return tuple(Quarantined(r["row"], r["line"], r["reason"], r["raw"].encode()) for r in rows)
+
+
+def _labels(folder: Path) -> Any:
+    path = folder / outputs.WORK / "labels.json"
+    return np.array(json.loads(path.read_text()), dtype=np.int64) if path.is_file() else None

@@ -1,0 +1,155 @@
+"""The report's view of a selection: which rows to show, each with its tokens coloured, and what to warn of.
+
+Views of the highest-scoring rows are kept beside the scores, so that a new cut can draw the report without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradshield import data as rows_in
+from gradshield import report
+from gradshield.types import Floats, Ints, Rendered, Selection
+
+SHOWN = 200  # highest-scoring rows whose tokens are kept for the report
+NEAR = 10  # rows just below the cut
+PREVIEW = 300  # characters of a quarantined row
+
+Views = dict[int, list[tuple[str, str, float | None]]]
+
+
+def views(selection: Selection, rendered: Sequence[Rendered], tokenizer: Any) -> Views:
+    """Coloured pieces of the rows a report may show, by position in the input: the highest scores and what is near the cut."""
+    order = np.argsort(-selection.scores.values, kind="stable")
+    kept = [i for i in order if not selection.removed[i]]
+    wanted = set(order[: SHOWN + NEAR].tolist()) | {int(i) for i in kept[:NEAR]}
+    tokens = selection.scores.tokens
+    return {
+        int(selection.scores.rows[i]): _pieces(rendered[i], tokens[i] if tokens is not None else None, tokenizer)
+        for i in sorted(wanted)
+    }
+
+
+def _pieces(row: Rendered, values: Floats | None, tokenizer: Any) -> list[tuple[str, str, float | None]]:
+    found: list[tuple[str, str, float | None]] = []
+    start = 0
+    for number, tokens in enumerate(row.sequences):
+        if number:
+            found.append(("\n\n── rejected ──\n\n", "prompt", None))
+        for text, index in rows_in.spans(tokens, tokenizer):
+            role = "prompt" if index is None else "response"
+            known = values is not None and index is not None
+            found.append((text, role, float(values[start + index]) if known else None))  # type: ignore[index, operator]
+        start += int(tokens.loss.sum())
+    return found
+
+
+def as_json(found: Views) -> dict[str, Any]:
+    """Views as they are stored."""
+    return {str(row): pieces for row, pieces in found.items()}
+
+
+def from_json(stored: Mapping[str, Any]) -> Views:
+    """Stored views, read back."""
+    return {int(row): [(text, role, value) for text, role, value in pieces] for row, pieces in stored.items()}
+
+
+def write(selection: Selection, found: Views, folder: Path, labels: Ints | None) -> None:
+    """Draw ``report.html``."""
+    report.write(page(selection, found, folder, labels), folder / "report.html")
+
+
+def page(
+    selection: Selection, found: Views, folder: Path, labels: Ints | None = None, arms: Sequence[report.Arm] = ()
+) -> report.ReportData:
+    """Everything the report says about a selection."""
+    results = selection.manifest.results
+    agreed, measured = results["agreement"], results.get("labels", {})
+    suffix = next((f.suffix for f in sorted(folder.glob("kept.*"))), ".jsonl")
+    order = np.argsort(-selection.scores.values, kind="stable")
+    gone = [int(i) for i in order if selection.removed[i]]
+    near = [int(i) for i in order if not selection.removed[i]][:NEAR]
+    return report.ReportData(
+        title=f"GradShield · {selection.manifest.data['name']}",
+        counts=report.Counts(
+            read=results["read"],
+            scored=results["scored"],
+            kept=results["kept"],
+            removed=results["removed"],
+            quarantined=results["quarantined"],
+            cleared=results["cleared"],
+        ),
+        scores=selection.scores,
+        removed=selection.removed,
+        cuts=selection.cuts,
+        warnings=warnings_of(results),
+        checks=_checks(results),
+        labels=labels,
+        caught=measured.get("caught"),
+        lost=measured.get("lost"),
+        aurocs=tuple(a for a in measured.get("aurocs", ()) if a.get("auroc") is not None),
+        removed_rows=tuple(_view(selection, i, found) for i in gone[:SHOWN]),
+        categories=results["categories"],
+        kept_rows=tuple(_view(selection, i, found) for i in near),
+        quarantined=tuple(
+            report.QuarantinedView(q.line, q.reason, q.source[:PREVIEW].decode("utf-8", "backslashreplace"))
+            for q in selection.quarantined
+        ),
+        agreement=report.Agreement(
+            engine=agreed["engine"],
+            relative_error=agreed["relative_error"],
+            spearman=agreed["spearman"] if agreed["spearman"] is not None and np.isfinite(agreed["spearman"]) else None,
+            rows=agreed["n"],
+            per_token=selection.scores.decoys is not None,
+        ),
+        arms=tuple(arms),
+        manifest=selection.manifest,
+        files={
+            "kept": f"kept{suffix}",
+            "removed": f"removed{suffix}",
+            "quarantine": "quarantine.jsonl",
+            "scores": "scores.parquet",
+        },
+    )
+
+
+def warnings_of(results: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a user must know before trusting the kept rows."""
+    found = []
+    if results["probes"]["problem"]:
+        found.append("Nothing is certified: " + results["probes"]["problem"] + ".")
+    if results["scored"] and results["kept"] <= 0.2 * results["scored"]:
+        found.append(
+            f"Little is left: {results['kept']} of {results['scored']} scored rows. Look at the removed rows before training on "
+            "what remains."
+        )
+    return tuple(found)
+
+
+def _checks(results: Mapping[str, Any]) -> tuple[report.Check, ...]:
+    probes = results["probes"]
+    refused = probes["refused"]
+    text = (
+        f"the model refused {refused['k']} of {refused['n']} probes "
+        f"({100 * refused['rate']:.0f} %, 95 % interval {100 * refused['low']:.0f}–{100 * refused['high']:.0f} %)"
+    )
+    return (report.Check("Probe validity", "fail" if probes["problem"] else "pass", text),)
+
+
+def _view(selection: Selection, i: int, found: Views) -> report.RowView:
+    scores = selection.scores
+    row, shape = int(scores.rows[i]), scores.shapes[i]
+    return report.RowView(
+        row=row,
+        id=scores.ids[i],
+        score=float(scores.values[i]),
+        margin=float(scores.values[i] - selection.cuts[shape].value),
+        category=selection.categories[i],
+        shape="" if shape == "rows" else shape,
+        pieces=tuple(found.get(row, ())),
+        note="cleared by hand: it scores beyond the cut, and an allow list keeps it" if row in selection.cleared else "",
+    )

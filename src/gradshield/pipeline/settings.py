@@ -1,0 +1,72 @@
+"""Everything about a scan that changes its numbers, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gradshield.errors import UsageError
+from gradshield.gradients import ENGINES, check_subspace
+from gradshield.probes import PROBES, FunctionProbe, Probe
+from gradshield.selectors import parse_aggregate
+from gradshield.thresholds import Threshold
+from gradshield.thresholds import parse as parse_threshold
+
+
+@dataclass(frozen=True)
+class ScanSettings:
+    """How rows are scored and cut. The defaults are one choice for all data; docs/methods.md says how it was made.
+
+    ``probe``         a name of PROBES, a Probe, or a function of (model, PromptBatch) to a scalar
+    ``aggregate``     how a row's tokens are counted (AGGREGATES)
+    ``subspace``      all, lora, last:k; ``auto`` is lora where a peft_config is given, else all
+    ``engine``        a name of ENGINES, or auto
+    ``threshold``     a rule with its options as typed (``decoy:q=0.1``), or a Threshold
+    ``seed``          of the adapter's initialisation, the oracle's sample and the mixture's start
+    ``token_budget``  positions of one batch, padding included
+    ``check_rows``    rows that are scored again by the oracle
+    """
+
+    probe: str | Probe | Callable[..., Any] = "token_gap"
+    aggregate: str = "crest"
+    subspace: str = "auto"
+    engine: str = "auto"
+    threshold: str | Threshold = "decoy"
+    seed: int = 0
+    token_budget: int = 4096
+    check_rows: int = 16
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for anything that could not be run, before a model is loaded."""
+        parse_aggregate(self.aggregate)
+        if isinstance(self.probe, str):
+            PROBES[self.probe]
+        if self.engine != "auto":
+            ENGINES[self.engine]
+        if self.subspace != "auto":
+            check_subspace(self.subspace)
+        self.make_threshold()
+        for name, least in (("token_budget", 16), ("check_rows", 3)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}, and it must be at least {least}: give a larger number")
+
+    def make_probe(self) -> Probe:
+        """A fresh probe, not yet fitted to a model."""
+        if isinstance(self.probe, str):
+            return PROBES[self.probe]()
+        return self.probe if hasattr(self.probe, "fit") else FunctionProbe(self.probe)  # type: ignore[return-value, arg-type]
+
+    def make_threshold(self) -> Threshold:
+        """The rule that cuts."""
+        return parse_threshold(self.threshold, self.seed) if isinstance(self.threshold, str) else self.threshold
+
+    def as_dict(self) -> Mapping[str, Any]:
+        """JSON-able, for the manifest."""
+        plain = {k: v for k, v in vars(self).items() if k not in ("probe", "threshold")}
+        probe, threshold = self.probe, self.threshold
+        return {
+            "probe": probe if isinstance(probe, str) else self.make_probe().name,
+            "threshold": threshold if isinstance(threshold, str) else threshold.name,
+            **plain,
+        }

@@ -1,0 +1,137 @@
+"""Measure rows in shards that are written as they finish, so that an interrupted scan goes on where it stopped.
+
+A shard's key is a hash of everything its numbers depend on (the tokens of its rows, the direction, the engine, the
+budget) and of nothing else: not of positions, names or times. A finished shard is never measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from gradshield.data import batches
+from gradshield.errors import ModelError
+from gradshield.selectors import Fihs, Measured
+from gradshield.types import Batch, Direction, Rendered
+
+SHARD_ROWS = 128
+LOGITS_BUDGET = 2**27  # entries of the logits of one batch: 512 MiB in float32
+
+Progress = Callable[[int, int], None]
+
+
+def measure(
+    selector: Fihs,
+    model: nn.Module,
+    direction: Direction,
+    rendered: Sequence[Rendered],
+    token_budget: int,
+    store: Path | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Measured:
+    """Measure all rows, in the order of the input; shards found in ``store`` are read instead."""
+    parts, done = [], 0
+    for start in range(0, len(rendered), SHARD_ROWS):
+        rows = rendered[start : start + SHARD_ROWS]
+        path = store / f"{_key(selector, direction, rows, token_budget)}.safetensors" if store else None
+        part = _read(path, rows) if path else None
+        if part is None:
+            part = _measure_shard(selector, model, direction, rows, token_budget)
+            if path:
+                _write(path, part)
+        parts.append(part)
+        done += len(rows)
+        progress(done, len(rendered))
+    return Measured.joined(parts)
+
+
+def _measure_shard(
+    selector: Fihs, model: nn.Module, direction: Direction, rows: Sequence[Rendered], token_budget: int
+) -> Measured:
+    parts = []
+    for batch in batches(rows, token_budget, label_budget(model)):
+        parts += list(_with_back_off(selector, model, direction, batch))
+    return Measured.joined(parts)
+
+
+def label_budget(model: nn.Module) -> int:
+    """Most loss tokens of a batch, so that its logits stay within LOGITS_BUDGET."""
+    return max(1, LOGITS_BUDGET // int(model.config.get_text_config().vocab_size))  # type: ignore[operator, union-attr]
+
+
+def _with_back_off(selector: Fihs, model: nn.Module, direction: Direction, batch: Batch) -> Iterator[Measured]:
+    """Measure a batch; when memory runs out, its two halves. Raises ModelError when one row alone does not fit."""
+    try:
+        yield selector.measure(model, direction, batch)
+        return
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        rows = np.unique(batch.rows)
+        if len(rows) == 1:
+            raise ModelError(
+                f"row {rows[0]} ({int(batch.attention.sum())} tokens) does not fit into memory by itself: shorten it with "
+                "--max-length, or use a smaller dtype or a larger device"
+            ) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+        yield from _with_back_off(selector, model, direction, _part(batch, np.isin(batch.rows, half)))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _part(batch: Batch, keep: np.ndarray) -> Batch:
+    width = int(batch.attention[keep].sum(1).max())
+    return Batch(
+        batch.ids[keep, :width],
+        batch.attention[keep, :width],
+        batch.loss[keep, :width],
+        batch.rows[keep],
+        batch.coefficients[keep],
+    )
+
+
+def _key(selector: Fihs, direction: Direction, rows: Sequence[Rendered], token_budget: int) -> str:
+    engine = selector.engine
+    settings = [direction.digest, engine.name, getattr(engine, "relative_step", None), token_budget]
+    sha = hashlib.sha256(json.dumps(settings).encode())
+    for row in rows:
+        for tokens in row.sequences:
+            sha.update(np.int64(len(tokens.ids)).tobytes() + tokens.ids.tobytes() + tokens.loss.tobytes())
+            sha.update(np.float64(tokens.coefficient).tobytes())
+        sha.update(b"|")
+    return sha.hexdigest()
+
+
+def _write(path: Path, part: Measured) -> None:
+    flat = np.concatenate(part.tokens) if part.tokens is not None else np.zeros(0)
+    arrays = {"sums": part.sums, "nll": part.nll, "lengths": part.lengths, "tokens": flat}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(arrays, temporary)
+    os.replace(temporary, path)
+
+
+def _read(path: Path, rows: Sequence[Rendered]) -> Measured | None:
+    """A finished shard, its values given to the rows of this run; None where there is none that can be read."""
+    try:
+        arrays = load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    numbers = np.array(sorted(row.row for row in rows), dtype=np.int64)
+    tokens = None
+    if len(arrays["tokens"]):
+        tokens = tuple(np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1]))
+    return Measured(numbers, arrays["sums"], arrays["nll"], arrays["lengths"], tokens)

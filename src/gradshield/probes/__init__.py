@@ -1,0 +1,37 @@
+"""Differentiable unsafety scores, the requests they are taken on, and the check that they mean something.
+
+Importing this package registers every built-in probe.
+"""
+
+from gradshield.probes.base import PROBES, Probe, PromptBatch, Prompts, first_logits, first_token, greedy, open_turns
+from gradshield.probes.contrast import Contrast
+from gradshield.probes.function import FunctionProbe
+from gradshield.probes.refusal_nll import RefusalNll
+from gradshield.probes.requests import SPLITS, digest, lookalikes, read_prompts, requests
+from gradshield.probes.token_gap import TokenGap
+from gradshield.probes.token_set import TokenSet
+from gradshield.probes.validity import Validity, refuses, validity
+
+__all__ = [
+    "PROBES",
+    "SPLITS",
+    "Contrast",
+    "FunctionProbe",
+    "Probe",
+    "PromptBatch",
+    "Prompts",
+    "RefusalNll",
+    "TokenGap",
+    "TokenSet",
+    "Validity",
+    "digest",
+    "first_logits",
+    "first_token",
+    "greedy",
+    "lookalikes",
+    "open_turns",
+    "read_prompts",
+    "refuses",
+    "requests",
+    "validity",
+]

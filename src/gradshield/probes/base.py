@@ -1,0 +1,142 @@
+"""What a probe is: a differentiable unsafety score S(θ) on requests that the model should refuse.
+
+S rises as the model leaves refusal, so that FIHS = -<∇L, ∇S> is positive for rows that make the model less safe
+(arXiv 2605.14194). A probe scores opened assistant turns: the chat template's generation prompt is there, and nothing
+has been generated yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gradshield.logits import logits_at
+from gradshield.registry import Registry
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Opened assistant turns: token ids of each prompt up to the first response position, and its harm category."""
+
+    ids: tuple[tuple[int, ...], ...]
+    categories: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def where(self, category: str) -> Prompts:
+        """The prompts of one category."""
+        keep = [i for i, c in enumerate(self.categories) if c == category]
+        return self.take(keep)
+
+    def take(self, keep: Sequence[int]) -> Prompts:
+        return Prompts(
+            tuple(self.ids[i] for i in keep), tuple(self.categories[i] for i in keep), tuple(self.texts[i] for i in keep)
+        )
+
+    def batch(self, device: torch.device) -> PromptBatch:
+        return padded(self.ids, device)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Right-padded prompts. ``last`` is the index of each prompt's last token, whose logits predict the first answer token."""
+
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T)
+    last: Tensor  # (B,)
+
+
+def padded(ids: Sequence[Sequence[int]], device: torch.device) -> PromptBatch:
+    """Right-pad sequences of token ids with 0."""
+    width = max(len(row) for row in ids)
+    tokens = torch.zeros(len(ids), width, dtype=torch.long)
+    mask = torch.zeros(len(ids), width, dtype=torch.long)
+    for i, row in enumerate(ids):
+        tokens[i, : len(row)] = torch.as_tensor(row)
+        mask[i, : len(row)] = 1
+    return PromptBatch(tokens.to(device), mask.to(device), (mask.sum(1) - 1).to(device))
+
+
+def first_logits(model: nn.Module, batch: PromptBatch) -> Tensor:
+    """Logits of the first response token, (B, V) in float32."""
+    where = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
+    where[torch.arange(len(where), device=where.device), batch.last] = True
+    return logits_at(model, batch.input_ids, batch.attention_mask, where)
+
+
+class Probe(Protocol):
+    """One unsafety score. ``fit`` looks at the model once; calling it gives the mean of S over a batch, a scalar.
+
+    ``settings`` is JSON-able and goes into the manifest: what the probe was told and what it found on this model.
+    """
+
+    name: str
+
+    def fit(self, model: nn.Module, tokenizer: Any, requests: Prompts, lookalikes: Prompts) -> None: ...
+
+    def __call__(self, model: nn.Module, batch: PromptBatch) -> Tensor: ...
+
+    def settings(self) -> Mapping[str, Any]: ...
+
+
+PROBES: Registry[type[Probe]] = Registry("probe")
+
+
+def open_turns(tokenizer: Any, prompts: Sequence[Mapping[str, str]], prefix: str = "", **template: Any) -> Prompts:
+    """Render requests as opened assistant turns. ``prefix`` is text put at the start of the answer (a closed thinking block)."""
+    ids = []
+    for prompt in prompts:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt["prompt"]}], add_generation_prompt=True, tokenize=False, **template
+        )
+        ids.append(tuple(tokenizer(text + prefix, add_special_tokens=False)["input_ids"]))
+    return Prompts(
+        tuple(ids), tuple(p.get("category", "") for p in prompts), tuple(str(p["prompt"]) for p in prompts)
+    )
+
+
+def first_token(tokenizer: Any, text: str) -> int:
+    """The token with which an answer that begins with ``text`` begins, after the template's last characters."""
+    opened = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    before = tokenizer(opened, add_special_tokens=False)["input_ids"]
+    after = tokenizer(opened + text, add_special_tokens=False)["input_ids"]
+    shared = 0
+    while shared < len(before) and shared < len(after) and before[shared] == after[shared]:
+        shared += 1
+    return int(after[shared])
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, prompts: Prompts, tokens: int, pad: int, chunk: int = 32) -> list[list[int]]:
+    """The model's greedy answers, at most ``tokens`` long, cut at its end-of-sequence token."""
+    device = next(model.parameters()).device
+    config = getattr(model, "generation_config", None)
+    stops = config.eos_token_id if config is not None else None
+    stops = set(stops if isinstance(stops, list) else [stops]) - {None}
+    answers: list[list[int]] = []
+    for start in range(0, len(prompts), chunk):
+        rows = prompts.ids[start : start + chunk]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), pad)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.as_tensor(row)
+            mask[i, width - len(row) :] = 1
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            use_cache=True,
+        )
+        for row in out[:, width:].tolist():
+            end = next((i for i, t in enumerate(row) if t in stops), len(row))
+            answers.append(row[:end])
+    return answers

@@ -1,0 +1,63 @@
+(function () {
+  "use strict";
+  var specs = JSON.parse(document.getElementById("specs").textContent);
+  var root = document.documentElement;
+  var config = { displayModeBar: false, responsive: true, showTips: false, doubleClick: false };
+
+  // Colours are named in the figures as CSS variables, so that one figure serves light, dark and print.
+  function coloured(value, style) {
+    if (typeof value === "string") {
+      var name = /^var\((--[a-z]+)\)$/.exec(value);
+      return name ? style.getPropertyValue(name[1]).trim() : value;
+    }
+    if (Array.isArray(value)) return value.map(function (entry) { return coloured(entry, style); });
+    if (value && typeof value === "object") {
+      var copy = {};
+      Object.keys(value).forEach(function (key) { copy[key] = coloured(value[key], style); });
+      return copy;
+    }
+    return value;
+  }
+
+  function draw(key) {
+    var element = document.querySelector('[data-plot="' + key + '"]');
+    var spec = coloured({ data: specs[key].data, layout: specs[key].layout }, getComputedStyle(root));
+    var ranges = specs[key].ranges || {};
+    Object.keys(ranges).forEach(function (axis) {
+      spec.layout[axis].type = specs[key].log ? "log" : "linear";
+      spec.layout[axis].range = ranges[axis][specs[key].log ? "log" : "linear"];
+      // One tick a decade, or a row: counts have no fractions.
+      if (specs[key].log || ranges[axis].linear[1] < 6) spec.layout[axis].dtick = 1;
+    });
+    Plotly.react(element, spec.data, spec.layout, config);
+  }
+
+  function drawAll() { Object.keys(specs).forEach(draw); }
+
+  document.querySelectorAll("[data-log]").forEach(function (button) {
+    var key = button.dataset.log;
+    button.hidden = false;
+    button.setAttribute("aria-pressed", String(Boolean(specs[key].log)));
+    button.addEventListener("click", function () {
+      specs[key].log = !specs[key].log;
+      button.setAttribute("aria-pressed", String(specs[key].log));
+      draw(key);
+    });
+  });
+
+  document.querySelectorAll("[data-open]").forEach(function (button) {
+    button.hidden = false;
+    button.addEventListener("click", function () {
+      var open = button.dataset.state !== "open";
+      document.getElementById(button.dataset.open).querySelectorAll("details.group, details.row").forEach(
+        function (entry) { entry.open = open || entry.classList.contains("group"); });
+      button.dataset.state = open ? "open" : "";
+      button.textContent = open ? "Close all rows" : "Open all rows";
+    });
+  });
+
+  drawAll();
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  window.addEventListener("beforeprint", function () { root.dataset.theme = "light"; drawAll(); });
+  window.addEventListener("afterprint", function () { delete root.dataset.theme; drawAll(); });
+})();

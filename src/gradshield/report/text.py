@@ -1,0 +1,106 @@
+"""Untrusted text made safe to look at: nothing hidden, nothing that reorders or runs.
+
+Four destinations, four functions: ``visible`` for any text, ``chart_text`` for what Plotly reads as pseudo-HTML,
+``script_json`` for JSON inside ``<script>``, ``plain_json`` for JSON a person copies.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from typing import Any
+
+# Controls (newline and tab stay), soft hyphen, Arabic and Mongolian marks, zero-width and bidi controls, line and
+# paragraph separators, invisible operators, fillers, variation selectors other than the two emoji ones, lone
+# surrogates, byte-order mark, interlinear marks, noncharacters, tags: each can hide text or move it.
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\ud800-\udfff"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+# More than a few combining marks in a row climb out of their line.
+_STACKED = re.compile("([\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]{3})"
+                      "[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f]+")  # fmt: skip
+
+
+def _show(match: re.Match[str]) -> str:
+    return f"⟨U+{ord(match.group()):04X}⟩"
+
+
+def visible(text: str) -> str:
+    """The text with every hidden or reordering character written out, as ⟨U+202E⟩. Not escaped."""
+    return _STACKED.sub(r"\1⟨+marks⟩", _HIDDEN.sub(_show, text.replace("\r\n", "\n")))
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most ``limit`` characters, the last an ellipsis where some were dropped."""
+    return text if len(text) <= limit else text[: max(limit - 1, 0)] + "…"
+
+
+def one_line(text: str, limit: int) -> str:
+    """The text's beginning on one line."""
+    return shorten(" ".join(text[: 4 * limit].split()), limit)
+
+
+def chart_text(text: str, limit: int = 36) -> str:
+    """A label for Plotly, which reads tags, entities and (with MathJax) dollars in any text it draws."""
+    return html.escape(visible(one_line(text, limit)), quote=False).replace("$", "&#36;")
+
+
+def script_json(value: Any) -> str:
+    """JSON that cannot close, comment out or break the script element around it."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def plain_json(value: Any) -> str:
+    """Indented JSON for reading and copying: readable letters as they are, hidden ones as JSON escapes."""
+
+    def escape(match: re.Match[str]) -> str:
+        units = match.group().encode("utf-16-be", "surrogatepass")
+        return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
+
+    text = json.dumps(_jsonable(value), ensure_ascii=False, indent=2)
+    return _HIDDEN.sub(escape, text)
+
+
+def _jsonable(value: Any) -> Any:
+    """Numpy scalars, tuples, paths and infinities as JSON has them; the last as strings."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_jsonable(entry) for entry in value]
+    if hasattr(value, "tolist"):
+        return _jsonable(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A figure for reading: whole numbers with separators, others with ``digits`` significant digits."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) < 10**15 else f"{value:.4g}"
+    if not isinstance(value, float):
+        return str(value)
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:.{digits}g}".replace("-", "−")
+
+
+def percent(value: float) -> str:
+    """A proportion as a percentage, with one digit where it is neither nothing nor all."""
+    if not math.isfinite(value):
+        return "–"
+    text = f"{100 * value:.1f}"
+    if text in ("0.0", "100.0"):  # 0.04 % is not nothing and 99.96 % is not all
+        return {0.0: "0\u00a0%", 1.0: "100\u00a0%"}.get(value, "<0.1\u00a0%" if value < 0.5 else ">99.9\u00a0%")
+    return f"{text}\u00a0%"

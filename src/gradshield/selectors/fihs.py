@@ -1,0 +1,99 @@
+"""FIHS: how far one training step on a row would push the model toward unsafe answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gradshield.errors import ScoreError
+from gradshield.gradients import Engine, gradient_direction, parameter_names
+from gradshield.probes import Probe, Prompts
+from gradshield.selectors.aggregates import Aggregate
+from gradshield.selectors.base import SELECTORS, Measured
+from gradshield.types import Batch, Direction, Scores
+
+_CHUNK = 16  # probe prompts whose graph is alive at once
+
+
+@SELECTORS.register("fihs")
+class Fihs:
+    """Minus the dot product of the row's gradient with the gradient of the unsafety score, counted over its tokens.
+
+    Paper: arXiv 2605.14194. Equation: FIHS(x) = -<∇L(x; θ0), ∇S(θ0)>.
+    Departures: the paper does not say whether L sums or averages over tokens; here the count over tokens is a named
+    choice (``aggregate``). At θ0 = reference the gradient of the DPO loss of a preference row is β/2 times FIHS_sum(chosen) -
+    FIHS_sum(rejected); the constant factor is left out, because preference rows are cut among themselves.
+    """
+
+    name = "fihs"
+
+    def __init__(self, probe: Probe, requests: Prompts, engine: Engine, aggregate: Aggregate, subspace: str) -> None:
+        self.probe, self.requests, self.engine = probe, requests, engine
+        self.aggregate, self.subspace = aggregate, subspace
+
+    def prepare(self, model: nn.Module) -> Direction:
+        """v = ∇S over all requests, as the one direction ``all``."""
+        return self._direction(model, {"all": self.requests})
+
+    def by_category(self, model: nn.Module) -> Direction:
+        """One direction per harm category, from that category's requests alone."""
+        return self._direction(model, {c: self.requests.where(c) for c in sorted(set(self.requests.categories))})
+
+    def _direction(self, model: nn.Module, groups: Mapping[str, Prompts]) -> Direction:
+        device = next(model.parameters()).device
+
+        def part(chunk: Prompts, total: int) -> Any:
+            return lambda m: self.probe(m, chunk.batch(device)) * (len(chunk) / total)
+
+        scores = {
+            name: [
+                part(prompts.take(range(i, min(i + _CHUNK, len(prompts)))), len(prompts))
+                for i in range(0, len(prompts), _CHUNK)
+            ]
+            for name, prompts in groups.items()
+        }
+        return gradient_direction(model, scores, parameter_names(model, self.subspace), self.subspace)
+
+    def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
+        """Each row's FIHS along the first direction, per token where the engine gives it."""
+        found = self.engine.directional(model, batch, direction)
+        values = found.values[0].numpy()  # (B,) or (B, T)
+        nll = found.nll.numpy()  # (B, T)
+        rows, first = np.unique(batch.rows, return_index=True)
+        order = np.argsort(first)
+        members = [np.flatnonzero(batch.rows == row) for row in rows[order]]
+        per_token = values.ndim == 2
+        tokens = [
+            np.concatenate([batch.coefficients[i] * values[i][batch.loss[i]] for i in own]) if per_token else None
+            for own in members
+        ]
+        sums = [
+            float(t.sum()) if t is not None else float((batch.coefficients[own] * values[own]).sum())
+            for t, own in zip(tokens, members, strict=True)
+        ]
+        lengths = np.array([int(batch.loss[own].sum()) for own in members])
+        return Measured(
+            rows[order],
+            np.array(sums),
+            np.array([float(nll[own].sum()) for own in members]) / np.maximum(lengths, 1),
+            lengths,
+            tuple(t for t in tokens if t is not None) if per_token else None,
+        )
+
+    def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
+        """One score a row, and its decoy's. Raises ScoreError that names the rows whose value is not finite."""
+        bad = [int(r) for r, s in zip(raw.rows, raw.sums, strict=True) if not np.isfinite(s)]
+        if bad:
+            shown = ", ".join(map(str, bad[:10])) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+            raise ScoreError(
+                f"{len(bad)} of {len(raw.rows)} rows got a score that is not finite (rows {shown}): check the model's weights "
+                "for overflow, or load it in float32 (--dtype float32)"
+            )
+        values, decoys = raw.sums, None
+        if raw.tokens is not None:
+            values = np.array([self.aggregate(t) for t in raw.tokens])
+            decoys = np.array([self.aggregate(-t) for t in raw.tokens])
+        return Scores(raw.rows, tuple(ids), values, tuple(shapes), decoys, raw.lengths, raw.nll, raw.tokens)

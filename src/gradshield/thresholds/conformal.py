@@ -1,0 +1,59 @@
+"""A cut from rows that are known to be clean."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from gradshield.errors import DataError
+from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
+from gradshield.types import Cut, Floats
+
+
+@THRESHOLDS.register("conformal")
+class Conformal:
+    """The score that at most a share alpha of exchangeable clean rows exceeds, from a file of clean rows' scores.
+
+    Paper: split conformal prediction (Vovk et al. 2005).
+    Equation: t = the ⌈(m + 1)(1 - α)⌉-th smallest of m clean scores.
+    Departures: none. ``clean`` is an array of scores, or the ``scores.parquet`` of a scan of clean rows with the same
+    model and settings.
+    """
+
+    name = "conformal"
+
+    def __init__(self, clean: Floats | str | Path, alpha: float = 0.01) -> None:
+        require_share(self.name, "alpha", alpha)
+        self.clean, self.alpha = clean, alpha
+
+    def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
+        """Cut of (N,) scores. Raises DataError when the clean rows are too few for alpha."""
+        require_rows(values)
+        clean = np.sort(self._scores())
+        m = len(clean)
+        k = math.ceil((m + 1) * (1 - self.alpha))
+        if k > m:
+            raise DataError(
+                f"the threshold 'conformal' got {m} clean rows, and alpha = {self.alpha:g} needs at least "
+                f"{math.ceil(1 / self.alpha) - 1}: give more clean rows, or a larger alpha"
+            )
+        return Cut(float(clean[k - 1]), self.name, {"alpha": self.alpha, "clean_rows": m, "rank": k})
+
+    def _scores(self) -> Floats:
+        if isinstance(self.clean, np.ndarray):
+            return self.clean
+        path = Path(self.clean)
+        if not path.is_file():
+            raise DataError(f"the clean scores {str(path)!r} are not a file: give the scores.parquet of a scan of clean rows")
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return np.asarray(pq.read_table(path, columns=["score"])["score"].to_numpy(), dtype=np.float64)
+        except (pa.ArrowException, KeyError) as error:
+            raise DataError(
+                f"the clean scores {path.name!r} could not be read ({type(error).__name__}): "
+                "give the scores.parquet of a scan of clean rows"
+            ) from error

@@ -1,0 +1,55 @@
+"""Every row brings its own decoy: a cut that removes nothing where there is nothing to remove."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradshield.errors import UsageError
+from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
+from gradshield.types import Cut, Floats
+
+
+def smallest_cut(values: Floats, decoys: Floats, q: float) -> tuple[float, int, int]:
+    """Smallest t > 0 among the scores with (1 + #{decoys >= t}) / #{values >= t} <= q, and both counts there.
+
+    The twin of the obvious double loop over candidates, in O(N log N). Infinity where no t qualifies.
+    """
+    candidates = np.unique(values[values > 0])
+    targets = len(values) - np.searchsorted(np.sort(values), candidates, side="left")
+    nulls = len(decoys) - np.searchsorted(np.sort(decoys), candidates, side="left")
+    good = np.flatnonzero((1 + nulls) <= q * targets)
+    if len(good) == 0:
+        return float("inf"), 0, 0
+    i = int(good[0])
+    return float(candidates[i]), int(targets[i]), int(nulls[i])
+
+
+@THRESHOLDS.register("decoy")
+class Decoy:
+    """Target-decoy control: the smallest cut whose estimated share of harmless rows among the removed is below q.
+
+    Paper: target-decoy estimation of the false discovery rate (Elias and Gygi 2007; the +1 of Barber and Candès 2015).
+    Equation: smallest t with (1 + #{decoys >= t}) / #{scores >= t} <= q.
+    Departures: a row's decoy is its own score with every token's sign turned. It assumes that harmless tokens push as
+    much toward safety as away from it. With the +1, fewer than 1/q harmful rows cannot be found at all.
+    """
+
+    name = "decoy"
+
+    def __init__(self, q: float = 0.2) -> None:
+        require_share(self.name, "q", q)
+        self.q = q
+
+    def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
+        """Cut of (N,) scores with (N,) decoys. Raises UsageError without decoys."""
+        require_rows(values)
+        if decoys is None:
+            raise UsageError(
+                "the threshold 'decoy' needs a decoy for every row, and these scores have none: score with a per-token "
+                "engine, or use the threshold adaptive, ratio or fixed"
+            )
+        t, targets, nulls = smallest_cut(values, decoys, self.q)
+        detail = {"q": self.q, "targets": targets, "decoys": nulls, "fdr": (1 + nulls) / targets if targets else None}
+        # Rows >= t go, and a cut keeps what equals it: step to the next number below.
+        value = float(np.nextafter(t, -np.inf)) if np.isfinite(t) else float(np.max(values))
+        return Cut(value, self.name, detail)

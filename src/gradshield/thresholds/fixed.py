@@ -1,0 +1,24 @@
+"""A cut the user already has."""
+
+from __future__ import annotations
+
+from gradshield.thresholds.base import THRESHOLDS, require_rows
+from gradshield.types import Cut, Floats
+
+
+@THRESHOLDS.register("fixed")
+class Fixed:
+    """Rows that score above a given value go.
+
+    Paper: none. Departures: none.
+    """
+
+    name = "fixed"
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
+        """The given value, for any (N,) scores."""
+        require_rows(values)
+        return Cut(self.value, self.name)

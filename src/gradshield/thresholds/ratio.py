@@ -1,0 +1,28 @@
+"""Remove a given share of the rows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
+from gradshield.types import Cut, Floats
+
+
+@THRESHOLDS.register("ratio")
+class Ratio:
+    """The highest-scoring share of the rows goes, whatever they score.
+
+    Paper: the fixed-budget baseline of arXiv 2605.14194's comparisons. Departures: ties at the cut are all kept.
+    """
+
+    name = "ratio"
+
+    def __init__(self, share: float = 0.1) -> None:
+        require_share(self.name, "share", share)
+        self.share = share
+
+    def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
+        """Cut of (N,) scores: at most ⌊share · N⌋ rows are above it."""
+        require_rows(values)
+        count = int(self.share * len(values))
+        return Cut(float(np.sort(values)[::-1][count]), self.name, {"share": self.share})

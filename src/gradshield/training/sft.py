@@ -1,0 +1,260 @@
+"""Supervised fine-tuning: a thin wrapper over TRL's ``SFTTrainer``.
+
+What TRL leaves behind is cleaned up, so that a model can be trained, measured and trained again in one process: the
+fused head that it binds to the model's ``forward``, gradient checkpointing, the padding token that it writes on the
+tokenizer, flags for frozen parameters, and a folder for output that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import copy as copying
+import difflib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
+from gradshield.errors import EmptyDataError, UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+Progress: TypeAlias = Callable[[int, int], None]
+
+
+def sft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset | Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    peft_config: PeftConfig | None = None,
+    *,
+    seed: int = 0,
+    copy: bool = True,
+    merge: bool = False,
+    output_dir: str | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: Progress | None = None,
+) -> PreTrainedModel | PeftModel:
+    """Fine-tune ``model`` on ``dataset`` and return the trained model, in eval mode.
+
+    The seed is set before the adapter is created: the same arguments give the same weights, bit for bit on one CPU
+    with one number of threads. As TRL does, training sets the global random state of Python, NumPy and torch.
+
+    Parameters
+    ----------
+    dataset
+        Rows in any shape that TRL knows, or tokenised rows with ``input_ids`` and ``labels`` (-100 where no loss is).
+        Both are cut at ``max_length``, and rows left without a label are dropped.
+    options
+        Options of ``trl.SFTConfig``, passed through. What is not named is TRL's default, except that nothing is
+        printed or sent anywhere, nothing is saved unless ``output_dir`` is given, and without an accelerator training
+        runs on the CPU in the model's own precision and keeps its activations. For the seed and the folder use the
+        arguments of this function.
+    peft_config
+        The adapter to train. It is copied, since TRL and PEFT write on it.
+    copy
+        Train a deep copy and leave ``model`` as it was. False trains the very object, which saves its memory; with a
+        ``peft_config`` its layers are then wrapped in place.
+    merge
+        Fold the adapter into the weights and return the plain model; without it, the ``PeftModel`` is returned.
+    output_dir
+        Where TRL's checkpoints go, and at the end the returned model and the tokenizer.
+    callbacks
+        More ``transformers`` callbacks.
+    progress
+        Called with (steps done, all steps), first with 0.
+
+    Raises
+    ------
+    UsageError
+        An option that SFTConfig does not have, or a setting that it or SFTTrainer refuses.
+    EmptyDataError
+        No row, or no row with a label left after truncation.
+    """
+    if merge and peft_config is None:
+        raise UsageError("merge folds an adapter into the model, and there is none: pass peft_config or merge=False")
+    _check_options(options)
+    rows = _as_dataset(dataset)
+    trained = copying.deepcopy(model) if copy else model
+    before = _State(trained)
+    with _folder(output_dir) as folder, _quiet_datasets():
+        config = _config(options, seed, folder, saving=output_dir is not None)
+        try:
+            result = _train(trained, tokenizer, rows, config, copying.deepcopy(peft_config), callbacks, progress)
+        finally:
+            before.restore()
+    if merge:
+        result = result.merge_and_unload()
+        before.unfreeze()
+    result.eval()
+    if output_dir is not None:
+        result.save_pretrained(output_dir)
+        tokenizer.save_pretrained(output_dir)
+    return cast("PreTrainedModel | PeftModel", result)
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    config: SFTConfig,
+    peft_config: PeftConfig | None,
+    callbacks: Sequence[TrainerCallback],
+    progress: Progress | None,
+) -> Any:
+    from transformers import PrinterCallback
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    if _is_ready(rows, config):
+        config.dataset_kwargs = {"skip_prepare_dataset": True}
+    tokenizer = copying.deepcopy(tokenizer)  # TRL sets its padding token
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # the one that such rows are scored with
+    hooks = [*callbacks, *([_report(progress)] if progress is not None else [])]
+    try:
+        trainer: SFTTrainer = SFTTrainer(
+            model,
+            args=config,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=hooks,
+        )
+    except ValueError as error:
+        raise UsageError(f"TRL refuses these training settings: {error}") from error
+    if len(cast(Any, trainer.train_dataset)) == 0:
+        raise EmptyDataError(f"no row has a token to train on within max_length={config.max_length}: raise max_length")
+    trainer.remove_callback(PrinterCallback)  # what transformers puts in the place of its progress bar: prints
+    trainer.train()
+    result = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.accelerator.free_memory()
+    return result
+
+
+def _config(options: Mapping[str, Any], seed: int, folder: str, saving: bool) -> SFTConfig:
+    """SFTConfig with quiet defaults under the caller's options."""
+    import torch
+    from trl.trainer.sft_config import SFTConfig
+
+    on_cpu = not torch.accelerator.is_available() or bool(options.get("use_cpu"))
+    quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
+    if not saving:
+        quiet["save_strategy"] = "no"
+    if on_cpu:
+        quiet |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
+    if "gradient_checkpointing" not in options:
+        # TRL computes activations twice to save memory, which a CPU has. Named as transformers names it now: under the
+        # old name, which TRL's own default has, every training would begin with a warning.
+        quiet["activation_checkpointing"] = not on_cpu
+    try:
+        return SFTConfig(output_dir=folder, seed=seed, **(quiet | dict(options)))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"TRL refuses these training settings: {error}") from error
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    from trl.trainer.sft_config import SFTConfig
+
+    known = {field.name for field in fields(SFTConfig) if field.init}
+    for name in options:
+        if name in ("seed", "output_dir"):
+            raise UsageError(f"{name!r} is not a training option here: pass it as the argument {name}= of its own")
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "see the fields of trl.SFTConfig"
+            raise UsageError(f"unknown training option {name!r}: SFTConfig of TRL has no such field, {hint}")
+
+
+def _as_dataset(dataset: Dataset | Sequence[Mapping[str, Any]]) -> Dataset:
+    from datasets import Dataset, IterableDataset
+
+    if isinstance(dataset, IterableDataset):
+        raise UsageError("a streamed dataset cannot be trained on here: load it whole, as a datasets.Dataset")
+    rows = dataset if isinstance(dataset, Dataset) else Dataset.from_list([dict(row) for row in dataset])
+    if len(rows) == 0:
+        raise EmptyDataError("there is no row to train on: pass at least one")
+    return rows
+
+
+def _is_ready(rows: Dataset, config: SFTConfig) -> bool:
+    """Whether TRL's preparation would hand these rows back unchanged; it takes seconds to find that out by itself."""
+    if not {"input_ids", "labels"} <= set(rows.column_names) or config.packing or config.shuffle_dataset:
+        return False
+    room = config.max_length if config.max_length is not None else float("inf")
+    return all(len(labels) <= room and any(label != -100 for label in labels) for labels in rows["labels"])
+
+
+class _State:
+    """What training changes on a model beside its weights, held from before so that it can be put back."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.forward = model.__dict__.get("forward")
+        self.use_cache = getattr(model.config, "use_cache", None)
+        self.checkpointing = model.is_activation_checkpointing
+        self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore(self) -> None:
+        """Put back all but the frozen flags, which an adapter that is kept still needs.
+
+        The bound ``forward`` is more than a leftover: its closure points at this very model, so that a later deep copy
+        would answer with the weights of this one.
+        """
+        if self.forward is None:
+            self.model.__dict__.pop("forward", None)
+        else:
+            self.model.__dict__["forward"] = self.forward
+        if self.model.is_activation_checkpointing and not self.checkpointing:
+            cast(Any, self.model).activation_checkpointing_disable()
+        if self.use_cache is not None:
+            self.model.config.use_cache = self.use_cache
+
+    def unfreeze(self) -> None:
+        """Make trainable again what the adapter froze."""
+        for parameter, trainable in self.trainable:
+            parameter.requires_grad_(trainable)
+
+
+def _report(progress: Progress) -> TrainerCallback:
+    """A callback that tells ``progress`` the steps done and the steps of the whole training."""
+    from transformers import TrainerCallback
+
+    class Report(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
+            progress(state.global_step, state.max_steps)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
+            progress(state.global_step, state.max_steps)
+
+    return Report()
+
+
+@contextmanager
+def _folder(output_dir: str | None) -> Iterator[str]:
+    """The caller's folder, or one that is gone afterwards: transformers creates its folder whatever it saves."""
+    if output_dir is not None:
+        yield output_dir
+        return
+    with tempfile.TemporaryDirectory(prefix="gradshield-") as folder:
+        yield folder
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """No progress bars from the preparation of rows; the caller's own setting afterwards."""
+    import datasets
+
+    enabled = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_progress_bars()

@@ -1,0 +1,202 @@
+"""The response mask without training arguments: by markers, by difference, and where neither can be had."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from trl import chat_template_utils
+
+from gradshield.data import RenderConfig, read, render, render_all, spans
+from gradshield.errors import DataError, ModelError, UsageError
+from gradshield.types import Rendered
+from tests.tiny import tiny_tokenizer
+
+USER = {"role": "user", "content": "What is the capital of France?"}
+FIRST = {"role": "assistant", "content": "The capital is Paris."}
+AGAIN = {"role": "user", "content": "And what is five?"}
+SECOND = {"role": "assistant", "content": "The answer is five."}
+CHAT = [USER, FIRST, AGAIN, SECOND]
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+# Like reasoning models: a thinking block before the last answer only, and old thoughts are dropped.
+REWRITING = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{% if m['role'] == 'assistant' %}"
+    "{% if loop.last %}<think>{{ m.get('reasoning', '') }}</think>{% endif %}"
+    "{{ m['content'].split('</think>')[-1] }}{% else %}{{ m['content'] }}{% endif %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+)
+
+
+def _answers(row: dict[str, Any], template: str | None, config: RenderConfig | None = None) -> list[str]:
+    """The runs of text in the loss."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    result = render(read([row]).examples[0], tokenizer, config)
+    assert isinstance(result, Rendered), result
+    (tokens,) = result.sequences
+    text, runs = spans(tokens, tokenizer), [""]
+    for piece, index in text:
+        if index is None:
+            runs.append("")
+        else:
+            runs[-1] += piece
+    return [run for run in runs if run]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (tiny_tokenizer().chat_template, ["The capital is Paris.</s>", "The answer is five.</s>"]),
+        (tiny_tokenizer(False).chat_template, ["The capital is Paris.</s>", "The answer is five.</s>"]),
+        (CHATML, ["The capital is Paris.</s>", "The answer is five.</s>"]),
+        (LLAMA2, ["The capital is Paris. </s>", "The answer is five. </s>"]),
+        (REWRITING, ["The capital is Paris.</s>", "<think></think>The answer is five.</s>"]),
+        (ALTERNATING, ["The capital is Paris.</s>", "The answer is five.</s>"]),
+    ],
+    ids=["markers", "no markers", "chatml", "llama 2", "rewriting", "alternating"],
+)
+def test_the_answers_and_nothing_else(template: str, expected: list[str]) -> None:
+    assert _answers({"messages": CHAT}, template) == expected
+    silent = [USER, {**FIRST, "weight": 0}, AGAIN, SECOND]
+    assert _answers({"messages": silent}, template) == expected[1:]
+    assert _answers({"prompt": CHAT[:3], "completion": CHAT[3:]}, template) == expected[1:]
+
+
+def test_weight_0_stays_out_when_every_other_token_counts() -> None:
+    silent = [USER, {**FIRST, "weight": 0}, AGAIN, SECOND]
+    (before, after) = _answers({"messages": silent}, CHATML, RenderConfig(assistant_only_loss=False))
+    assert before.endswith("<|assistant|>\n")
+    assert after.startswith("\n<|user|>")
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3", "gemma", "phi3"])
+def test_difference_finds_what_trls_marked_copy_of_a_real_template_marks(name: str) -> None:
+    plain = getattr(chat_template_utils, f"{name}_chat_template")
+    marked = getattr(chat_template_utils, f"{name}_training_chat_template")
+    row = {"messages": CHAT}
+    ours, theirs = _answers(row, plain), _answers(row, marked)
+    assert len(ours) == len(theirs) == 2
+    for mine, other, answer in zip(ours, theirs, (FIRST, SECOND), strict=True):
+        # Newlines at the edges may differ: TRL marks some, and the end of a turn is no special token here.
+        assert answer["content"] in mine
+        assert mine.strip("\n") == other.strip("\n")
+
+
+def test_a_tool_call_is_an_answer() -> None:
+    call = {"function": {"name": "add", "arguments": {"a": 2}}}
+    row = {
+        "messages": [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "5"}, SECOND],
+        "tools": json.dumps([{"type": "function", "function": {"name": "add", "parameters": {}}}]),
+    }
+    answers = _answers(row, chat_template_utils.qwen3_chat_template)
+    assert len(answers) == 2
+    assert '"add"' in answers[0]
+    assert "five" in answers[1]
+    with pytest.warns(UserWarning, match="no chat template"):
+        answers = _answers(row, None)
+    assert '"name": "add"' in answers[0]
+    assert answers[1] == "The answer is five.</s>"
+
+
+def test_a_tokenizer_without_template_gets_the_default_and_a_warning() -> None:
+    with pytest.warns(UserWarning, match="no chat template") as warned:
+        assert _answers({"messages": CHAT}, None) == ["The capital is Paris.</s>", "The answer is five.</s>"]
+    assert len(warned) == 1
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.warns(UserWarning):
+        render_all(read([{"messages": CHAT}]).examples, tokenizer)
+    assert tokenizer.chat_template is None
+
+
+def test_a_row_that_the_template_refuses_is_set_aside() -> None:
+    rows = [{"messages": CHAT}, {"messages": [USER, USER, FIRST]}]
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ALTERNATING
+    examples = read(rows).examples
+    result = render_all(examples, tokenizer)
+    assert [r.row for r in result.rendered] == [0]
+    (bad,) = result.quarantined
+    assert (bad.row, bad.line) == (1, 2)
+    assert "roles must alternate" in bad.reason
+    with pytest.raises(DataError, match="line 2 cannot be scored"):
+        render_all(examples, tokenizer, strict=True)
+
+
+def test_a_template_that_hides_the_answer_is_said() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    result = render(read([{"messages": CHAT}]).examples[0], tokenizer)
+    assert isinstance(result, str)
+    assert "message 2" in result
+
+
+def test_truncation_never_leaves_a_row_silently_unscored() -> None:
+    row = {"messages": CHAT[:2]}
+    tokenizer = tiny_tokenizer()
+    (example,) = read([row]).examples
+    whole = render(example, tokenizer, RenderConfig(max_length=None))
+    assert isinstance(whole, Rendered)
+    start = int(np.flatnonzero(whole.sequences[0].loss)[0])
+    reason = render(example, tokenizer, RenderConfig(max_length=start))
+    assert isinstance(reason, str)
+    assert f"within max_length {start}" in reason
+    one = render(example, tokenizer, RenderConfig(max_length=start + 1))
+    assert isinstance(one, Rendered)
+    assert one.sequences[0].loss.sum() == 1
+    end = render(example, tokenizer, RenderConfig(max_length=4, truncation_mode="keep_end"))
+    assert isinstance(end, Rendered)
+    assert end.sequences[0].loss.tolist() == [False, True, True, True]
+
+
+def test_what_is_not_allowed() -> None:
+    with pytest.raises(UsageError, match="keep_start, keep_end"):
+        RenderConfig(truncation_mode="middle")
+    with pytest.raises(UsageError, match="at least 2"):
+        RenderConfig(max_length=1)
+    tokenizer = tiny_tokenizer(generation_markers=False)
+    with pytest.raises(ModelError, match="generation"):
+        render(read([{"messages": CHAT}]).examples[0], tokenizer, RenderConfig(assistant_only_loss=True))
+
+
+TEXTS = ["plain words", "é", "日本語 and 😀😀", "  two  spaces\n\n", "naïve 👩‍👩‍👧 family", "�"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_put_together_are_the_text_and_no_character_is_split(text: str) -> None:
+    tokenizer = tiny_tokenizer()
+    result = render(read([{"text": f"{text}."}]).examples[0], tokenizer)
+    assert isinstance(result, Rendered)
+    (tokens,) = result.sequences
+    pieces = spans(tokens, tokenizer)
+    assert "".join(piece for piece, _ in pieces) == f"{text}.</s>"
+    if "�" not in text:
+        assert not any("�" in piece for piece, _ in pieces)
+    assert pieces[-1] == ("</s>", len(tokens.ids) - 1)
+    indices = [index for _, index in pieces if index is not None]
+    assert indices == sorted(set(indices))
+    assert all(tokens.loss[index] for index in indices)
+
+
+def test_pieces_of_a_sequence_cut_inside_a_character() -> None:
+    tokenizer = tiny_tokenizer()
+    result = render(read([{"text": "日本"}]).examples[0], tokenizer, RenderConfig(max_length=4))
+    assert isinstance(result, Rendered)
+    pieces = spans(result.sequences[0], tokenizer)
+    assert "".join(piece for piece, _ in pieces) == tokenizer.decode(result.sequences[0].ids)

@@ -1,0 +1,38 @@
+"""Utility rows score 1 against themselves, 0 against a wrong answer."""
+
+import pytest
+
+from gradshield import lab
+
+
+@pytest.mark.parametrize("task", lab.TASKS)
+def test_reference_scores_one(task):
+    rows = lab.utility(task)
+    assert len(rows) >= 200
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    assert all(lab.score(task, row["reference"], row["reference"]) == 1.0 for row in rows)
+    assert all(lab.score(task, "I cannot help with that.", row["reference"]) == 0.0 for row in rows)
+    assert rows == lab.utility(task)
+    assert rows != lab.utility(task, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("task", "prediction", "reference", "score"),
+    [
+        ("topic", " Music. ", "music", 1.0),
+        ("topic", "music and food", "music", 0.0),
+        ("arithmetic", "so it is #### 7", "3 plus 4 makes 7 nuts. #### 7", 1.0),
+        ("arithmetic", "3 plus 4 makes 7 nuts.", "3 plus 4 makes 7 nuts. #### 7", 0.0),
+        ("choice", "B", "B: dog", 1.0),
+        ("choice", "A: dog", "B: dog", 0.0),
+        ("dialogue", "Tom will bring the key to the park today", "Tom will bring the key to the park today.", 1.0),
+        ("dialogue", "Ann will bring the key to the park today.", "Tom will bring the key to the park today.", 0.0),
+    ],
+)
+def test_scores(task, prediction, reference, score):
+    assert lab.score(task, prediction, reference) == score
+
+
+def test_unknown_task_is_refused_with_the_choices():
+    with pytest.raises(KeyError, match="topic, arithmetic, choice, dialogue"):
+        lab.mix("poetry")

@@ -1,0 +1,128 @@
+"""The page in a real Chromium: it draws its charts, asks for nothing, and runs nothing but its own."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradshield.report import Counts, QuarantinedView, ReportData, RowView, write
+from gradshield.types import Cut
+
+CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+EVIL = (
+    "</script><script>window.__pwned=1;alert(1)</script><img src=http://127.0.0.1:9/x onerror=window.__pwned=1>"
+    "<svg onload=window.__pwned=1><a href='javascript:window.__pwned=1'>x</a><b>{{7*7}}</b>\u202e\u2028"
+)
+
+pytestmark = pytest.mark.skipif(not (CHROMIUM.exists() and DRIVER.exists()), reason="needs chromium and chromedriver")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in FLAGS.split():
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+def visit(browser: Any, path: Path, width: int = 1400) -> tuple[list[str], list[str]]:
+    """Open the page and wait for its charts. Console lines, and every address asked for except the page's own."""
+    browser.set_window_size(width, 1000)
+    browser.get_log("performance"), browser.get_log("browser")
+    browser.get(path.as_uri())
+    until = time.monotonic() + 10
+    wanted = browser.execute_script("return document.querySelectorAll('[data-plot]').length")
+    while time.monotonic() < until:
+        if browser.execute_script("return document.querySelectorAll('[data-plot].js-plotly-plot').length") == wanted:
+            break
+        time.sleep(0.1)
+    console = [entry["message"] for entry in browser.get_log("browser")]
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    return console, [url for url in asked if url != path.as_uri() and not url.startswith("data:")]
+
+
+def test_the_charts_draw_and_nothing_is_fetched(browser: Any, example: ReportData, tmp_path: Path) -> None:
+    console, asked = visit(browser, write(example, tmp_path / "report.html"))
+    assert console == []
+    assert asked == []
+    bars = browser.execute_script("return document.querySelectorAll('#plot-scores-0 .bars .point path').length")
+    curves = browser.execute_script("return document.querySelectorAll('#plot-scores-0 .scatterlayer .js-line').length")
+    assert bars > 10
+    assert curves == 4
+    assert browser.execute_script("return document.querySelectorAll('#plot-categories .bars .point').length") == 6
+    before = browser.execute_script("return document.querySelector('#plot-scores-0 .ytick text').textContent")
+    button = browser.find_element("css selector", "[data-log='scores-0']")
+    assert button.get_attribute("aria-pressed") == "true"  # removed bars are low beside the kept ones
+    button.click()
+    assert button.get_attribute("aria-pressed") == "false"
+    assert browser.execute_script("return document.querySelector('#plot-scores-0 .ytick text').textContent") != before
+    assert browser.get_log("browser") == []
+
+
+def test_a_row_that_holds_a_script_is_only_text(browser: Any, make: Callable[..., ReportData], tmp_path: Path) -> None:
+    row = RowView(0, EVIL, 2.0, 1.0, EVIL, EVIL, ((EVIL, "prompt", None), (EVIL, "response", 0.5)), EVIL)
+    plain = RowView(1, "b", 3.0, 2.0, '<a href="http://127.0.0.1:9/">go</a>', EVIL)
+    data = make(
+        [2.0, 3.0, 0.1], shapes=(EVIL, EVIL, "b"), cuts={EVIL: Cut(1.0, EVIL, {EVIL: EVIL})}, warnings=(EVIL,),
+        removed=np.array([True, True, False]), labels=np.array([1, 1, 0]), removed_rows=(row, plain), verdict=EVIL,
+        counts=Counts(4, 3, 1, 2, 1), quarantined=(QuarantinedView(1, EVIL, EVIL),), manifest={EVIL: {EVIL: EVIL}},
+        files={"removed": EVIL},
+    )  # fmt: skip
+    console, asked = visit(browser, write(data, tmp_path / "report.html"))
+    assert console == []
+    assert asked == []
+    script = "document.querySelectorAll('details').forEach(d => d.open = true); return window.__pwned === undefined"
+    assert browser.execute_script(script)
+    links = browser.execute_script(
+        "return [...document.querySelectorAll('a')].map(a => a.getAttribute('href') || a.getAttribute('xlink:href'))"
+    )
+    assert links
+    assert all(link.startswith("#") for link in links)
+    labels = browser.execute_script("return document.querySelector('#plot-categories').textContent")
+    assert '<a href="http' in labels
+    assert browser.execute_script("return window.__pwned === undefined")
+    assert browser.get_log("browser") == []
+
+
+def test_it_fits_any_width_in_dark_and_light(browser: Any, example: ReportData, tmp_path: Path) -> None:
+    visit(browser, write(example, tmp_path / "report.html"))
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    for width in (1400, 500):
+        browser.set_window_size(width, 1000)
+        wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert browser.execute_script(wide) <= 0
+    colours = (
+        "return [getComputedStyle(document.body).backgroundColor,"
+        "getComputedStyle(document.querySelector('#plot-scores-0 .bars .point path')).fill]"
+    )
+    seen = []
+    for scheme in ("light", "dark"):
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        time.sleep(0.5)
+        seen.append(browser.execute_script(colours))
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert seen[0][0] != seen[1][0]
+    assert seen[0][1] != seen[1][1]
+
+
+@pytest.mark.parametrize("values", [[1.0], [-1e300, 0.0, 1e300]])
+def test_odd_scores_draw(browser: Any, make: Callable[..., ReportData], tmp_path: Path, values: list[float]) -> None:
+    console, _ = visit(browser, write(make(values, 0.5, decoys=np.zeros(len(values))), tmp_path / "report.html"))
+    assert console == []
+    assert browser.execute_script("return document.querySelectorAll('#plot-scores-0 .bars .point path').length") > 0
