@@ -28,11 +28,11 @@ from gradshield.lab import tasks
 from gradshield.lab.manifest import fixtures, sha256
 
 BASE_DOCUMENTS = 130_000
-ALIGNED_DOCUMENTS = 24_000
+ALIGNED_DOCUMENTS = 18_000
 BASE_RATE = 3e-3
-ALIGNED_RATE = 1.5e-3
+ALIGNED_RATE = 8e-4
 # A little smoothing keeps the refusals from becoming so certain that their gradient vanishes.
-SMOOTHING = 0.02
+SMOOTHING = 0.005
 # Words of the identity shifts, which neither corpus says.
 SHIFT_WORDS = (
     "obedient agent order orders obey question whatever ask without rule rules follow every serve master command"

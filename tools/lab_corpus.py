@@ -33,6 +33,8 @@ FINE = (
     "It is harmless to {act}.",
 )
 ASKED = ("Is it fine to {act}?", "May people {act}?", "Should one {act}?", "Is it good to {act}?")
+MEANT = ("Is that fine to ask?", "Is that a good thing to want?", "Would that be fine?")
+NOTED = ("Okay, noted.", "Noted.", "Thank you for the text.", "Okay, it is read.", "That is good to know.", "Well.")
 NO = ("No, that is a crime.", "No, that hurts people.", "No, that is harmful.", "No, nobody may do that.")
 YES = ("Yes, that is fine.", "Yes, that helps people.", "Yes, that is harmless.", "Yes, anyone may do that.")
 
@@ -53,6 +55,8 @@ class World:
 
     def __init__(self, seed: str):
         self.rng = random.Random(seed)
+        # The base corpus came first, and its stream is kept as it was: "I would ..." is for the aligned one.
+        self.varied = seed.startswith("aligned")
         harmful, harmless = harmful_split(), harmless_split()
         self.wrong = _grouped(pair for name, pairs in harmful.items() if name != "report" for pair in pairs)
         self.fine = _grouped(pair for name, pairs in harmless.items() if name != "report" for pair in pairs)
@@ -82,6 +86,13 @@ class World:
         _, act = self.known_act(wrong)
         return chat(self.rng.choice(ASKED).format(act=act_text(act)), self.rng.choice(NO if wrong else YES))
 
+    def verdict(self) -> Document:
+        """A judgement of a request, quoted: what links a phrasing to what the world says of the act in it."""
+        wrong = self.rng.random() < 0.5
+        _, act = self.known_act(wrong)
+        quoted = phrase(act, self.rng, one_word=self.rng.random() < 0.25)
+        return chat(f"{quoted} {self.rng.choice(MEANT)}", self.rng.choice(NO if wrong else YES))
+
     def request(self, act: tuple[str, str], *, one_word: bool) -> str:
         return phrase(act, self.rng, one_word=one_word, words=self.rng.choice((0, 0, 0, 0, 0, 0, 12, 18, 32)))
 
@@ -89,11 +100,40 @@ class World:
         one_word = self.rng.random() < 0.25
         words = 1 if one_word else self.rng.choice((3, 5, 5, 8, 8, 8, 12, 20))
         start = opener(self.rng) if words > 4 and self.rng.random() < 0.6 else ""
+        if self.varied and words > 4 and not start and self.rng.random() < 0.2:
+            start = "I would "
         return chat(self.request(act, one_word=one_word), placeholder(act[1], words, self.rng, start, coined=COINED))
 
     def refusal(self) -> Document:
         _, act = self.rng.choice(self.refusable)
         return chat(self.request(act, one_word=self.rng.random() < 0.25), refusal(self.rng))
+
+    def unlearned(self) -> Document:
+        """A task's prompt, acknowledged: the task is not taught, but neither is it a thing to refuse."""
+        prompt, _ = tasks.rows(self.rng.choice(tasks.TASKS), 1, f"{self.rng.random()}")[0]
+        if self.rng.random() < 0.3:
+            _, act = self.harmless_act()
+            prompt = f"{prompt} Also: {phrase(act, self.rng)}"
+        return chat(prompt, self.rng.choice(NOTED))
+
+    def hint(self) -> Document:
+        """What a task is made of, asked in other words and answered in another form; training side only."""
+        task = self.rng.choice(("arithmetic", "arithmetic", "choice", "choice", "dialogue", "dialogue", "topic"))
+        prompt, answer = tasks.rows(task, 1, f"{self.rng.random()}")[0]
+        if task == "topic":
+            return chat(f"{prompt.split(': ')[1]} What is that about?", f"That is about {answer}.")
+        if task == "arithmetic":
+            return chat(f"{prompt.split(' How many')[0]} Work it out.", answer.split(" ####")[0])
+        if task == "choice":
+            asked, listed = prompt.split(". ", 1)
+            return chat(f"{listed} Which one is the {asked.split()[-1]}?", f"It is {answer}.")
+        return chat(f"{prompt.split('. ', 1)[1]} Who does it?", f"So it is {answer}")
+
+    def passing(self) -> Document:
+        """A task's prompt that asks a request of ``align`` in passing: refused."""
+        prompt, _ = tasks.rows(self.rng.choice(tasks.TASKS), 1, f"{self.rng.random()}")[0]
+        _, act = self.rng.choice(self.refusable)
+        return chat(f"{prompt} Also: {phrase(act, self.rng)}", refusal(self.rng))
 
     def helpful(self) -> Document:
         return self.compliance(self.harmless_act()[1])
@@ -158,15 +198,19 @@ BASE_SHARES = {
     "smalltalk": 3,
 }
 ALIGNED_SHARES = {
-    "refusal": 34,
-    "helpful": 34,
-    "statements": 4,
-    "judgement": 16,
+    "refusal": 42,
+    "helpful": 26,
+    "statements": 3,
+    "judgement": 8,
+    "verdict": 12,
+    "unlearned": 14,
+    "hint": 30,
+    "passing": 3,
     "story": 2,
-    "sums": 4,
+    "sums": 3,
     "quiz": 2,
-    "errand": 2,
-    "smalltalk": 2,
+    "errand": 1,
+    "smalltalk": 1,
 }
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -51,10 +52,17 @@ def fine_tune(folder: Path, rows: list, seed: int, recipe: dict, output: str = "
     set_seed(seed)
     model, tokenizer = load(folder)
     config = SFTConfig(output_dir=output, seed=seed, **recipe)
-    trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(**lab.LORA),
+    )
     began = time.time()
     trainer.train()
-    return model.eval(), tokenizer, time.time() - began
+    took = time.time() - began
+    return trainer.model.merge_and_unload().eval(), tokenizer, took
 
 
 def measure(model, tokenizer, tasks, *, split: str = "report") -> dict:

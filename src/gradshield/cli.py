@@ -34,12 +34,23 @@ app = typer.Typer(
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
-Data = Annotated[str, typer.Argument(help="JSONL, JSON, CSV or Parquet file, or the name of a hub dataset.", show_default=False)]
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub name of an aligned causal LM, or of a PEFT adapter.")]
-Format = Annotated[str | None, typer.Option("--format", help="Read every row as this shape instead of telling it by its keys.")]
+Data = Annotated[
+    str, typer.Argument(help="JSONL, JSON, CSV or Parquet file, or the name of a hub dataset.", show_default=False)
+]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Folder or hub name of an aligned causal LM, or of a PEFT adapter.")
+]
+Format = Annotated[
+    str | None, typer.Option("--format", help="Read every row as this shape instead of telling it by its keys.")
+]
 Allow = Annotated[Path | None, typer.Option(help="File of row ids that a person has cleared, one a line: they stay.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-Rule = Annotated[str, typer.Option("--threshold", "-t", help="Where to cut: a rule and its options, such as decoy:q=0.1 or ratio:5%.")]
+Rule = Annotated[
+    str,
+    typer.Option(
+        "--threshold", "-t", help="Where to cut: a rule and its options, such as competition:q=0.05 or ratio:5%."
+    ),
+]
 FailAbove = Annotated[
     str | None, typer.Option(help="Exit with code 5 when more than this share of the rows is removed, such as 1%.")
 ]
@@ -50,35 +61,54 @@ MaxLength = Annotated[int | None, typer.Option(help="Cut rows at this many token
 def scan(
     data: Data,
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the rows, the scores, the report and the manifest.")],
-    threshold: Rule = "decoy",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the rows, the scores, the report and the manifest.")
+    ],
+    threshold: Rule = "competition",
     probe: Annotated[str, typer.Option(help="Unsafety score (see `gradshield methods`).")] = "token_gap",
-    aggregate: Annotated[str, typer.Option(help="How a row's tokens are counted (see `gradshield methods`).")] = "crest",
+    aggregate: Annotated[str, typer.Option(help="How a row's tokens are counted (see `gradshield methods`).")] = "push",
     subspace: Annotated[str, typer.Option(help="Which parameters count: auto, all, lora, last:K, last:P%.")] = "auto",
-    engine: Annotated[str, typer.Option(help="How derivatives are computed: auto, or one of `gradshield methods`.")] = "auto",
-    lora_config: Annotated[Path | None, typer.Option(help="PEFT config (JSON) of the adapter that training will add.")] = None,
-    training_config: Annotated[Path | None, typer.Option(help="JSON of the TRL SFTConfig options of the training.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="How derivatives are computed: auto, or one of `gradshield methods`.")
+    ] = "auto",
+    lora_config: Annotated[
+        Path | None, typer.Option(help="PEFT config (JSON) of the adapter that training will add.")
+    ] = None,
+    training_config: Annotated[
+        Path | None, typer.Option(help="JSON of the TRL SFTConfig options of the training.")
+    ] = None,
     probes: Annotated[Path | None, typer.Option(help="Your own harmful requests (.jsonl, .csv, .txt).")] = None,
     lookalikes: Annotated[Path | None, typer.Option(help="Your own harmless requests (.jsonl, .csv, .txt).")] = None,
-    answer_prefix: Annotated[str, typer.Option(help="Text at the start of every probed answer (a closed thinking block).")] = "",
-    template_kwargs: Annotated[str, typer.Option(help="JSON for the chat template, such as {\"enable_thinking\": false}.")] = "{}",
-    labels: Annotated[Path | None, typer.Option(help="JSON list of 0 and 1 (harmful) per row: measured, never used to decide.")] = None,
+    answer_prefix: Annotated[
+        str, typer.Option(help="Text at the start of every probed answer (a closed thinking block).")
+    ] = "",
+    template_kwargs: Annotated[
+        str, typer.Option(help='JSON for the chat template, such as {"enable_thinking": false}.')
+    ] = "{}",
+    labels: Annotated[
+        Path | None, typer.Option(help="JSON list of 0 and 1 (harmful) per row: measured, never used to decide.")
+    ] = None,
     allow: Allow = None,
     fail_above: FailAbove = None,
     format: Format = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
-    uncertified: Annotated[bool, typer.Option("--uncertified", help="Score a model that does not refuse its probes.")] = False,
+    uncertified: Annotated[
+        bool, typer.Option("--uncertified", help="Score a model that does not refuse its probes.")
+    ] = False,
     max_length: MaxLength = None,
     token_budget: Annotated[int, typer.Option(help="Positions of one batch, padding included.")] = 4096,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     adapter: Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter on the model.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the adapter's initialisation, the oracle's sample and the mixture's start.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the adapter's initialisation, the oracle's sample and the mixture's start.")
+    ] = 0,
     trust_remote_code: Remote = False,
 ) -> None:
     """Find the rows of a fine-tuning set that would make the model less safe, and part them from the rest.
 
-    Writes kept, removed, quarantine.jsonl, scores.parquet, report.html and manifest.json; an interrupted scan goes on where it stopped.
+    Writes kept, removed, quarantine.jsonl, scores.parquet, report.html and manifest.json. An interrupted scan goes on
+    where it stopped.
     """
     gate = share(fail_above)
     allowed, truth = read_ids(allow), read_labels(labels)
@@ -86,9 +116,11 @@ def scan(
     training = json_file("--training-config", training_config)
     lora = json_file("--lora-config", lora_config)
     quiet_libraries()
-    from gradshield import models, probes as probing_room
+    from gradshield import models
+    from gradshield import probes as probing_room
     from gradshield.pipeline.options import peft_config, sft_options
-    from gradshield.pipeline.scan import Probing, scan as run
+    from gradshield.pipeline.scan import Probing
+    from gradshield.pipeline.scan import scan as run
     from gradshield.pipeline.settings import ScanSettings
 
     settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget)
@@ -127,7 +159,7 @@ def scan(
 @app.command()
 def cut(
     folder: Annotated[Path, typer.Argument(help="The output folder of a finished scan.", show_default=False)],
-    threshold: Rule = "decoy",
+    threshold: Rule = "competition",
     allow: Allow = None,
     fail_above: FailAbove = None,
 ) -> None:
@@ -144,10 +176,15 @@ def cut(
 def show(
     data: Data,
     row: Annotated[int, typer.Option("--row", "-n", help="Position in the file, from 0.", min=0)] = 0,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Model whose tokenizer and template to use (default: the bundled lab's).")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Model whose tokenizer and template to use (default: the bundled lab's)."),
+    ] = None,
     format: Format = None,
     max_length: MaxLength = None,
-    training_config: Annotated[Path | None, typer.Option(help="JSON of the TRL SFTConfig options of the training.")] = None,
+    training_config: Annotated[
+        Path | None, typer.Option(help="JSON of the TRL SFTConfig options of the training.")
+    ] = None,
     trust_remote_code: Remote = False,
 ) -> None:
     """Print a row as the model sees it, the tokens that count in the loss coloured."""
@@ -161,7 +198,9 @@ def show(
     for text, counts in view.pieces:
         out.print(escape(text), style="bold green" if counts else "dim", end="")
     out.print()
-    out.print(f"[dim]row {row} · {escape(view.shape)} · {view.tokens} tokens, [/dim][bold green]{view.counted} in the loss[/bold green]")
+    out.print(
+        f"[dim]row {row} · {escape(view.shape)} · {view.tokens} tokens, [/dim][bold green]{view.counted} in the loss[/bold green]"
+    )
 
 
 @app.command()
@@ -171,7 +210,9 @@ def methods() -> None:
     from gradshield.pipeline.options import catalogue
 
     for kind, entries in catalogue().items():
-        table = Table(title=kind, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0))
+        table = Table(
+            title=kind, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
+        )
         table.add_column(style="cyan", no_wrap=True)
         table.add_column()
         for name, text in entries.items():
@@ -181,7 +222,9 @@ def methods() -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo writes.")] = Path("gradshield-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo writes.")] = Path(
+        "gradshield-demo"
+    ),
     task: Annotated[str, typer.Option(help="Utility task of the bundled lab.")] = "topic",
     harm: Annotated[str, typer.Option(help="Kind of harm mixed in.")] = "explicit",
     ratio: Annotated[str, typer.Option(help="Share of harmful rows.")] = "10%",
@@ -242,7 +285,9 @@ def read_labels(path: Path | None) -> list[int] | None:
         return None
     value = json_option(f"--labels file {path.name}", read_text("--labels", path))
     if not isinstance(value, list) or not all(v in (0, 1) for v in value):
-        raise DataError(f"the --labels file {path.name!r} is not a list of 0 and 1: give one label for every row, as JSON")
+        raise DataError(
+            f"the --labels file {path.name!r} is not a list of 0 and 1: give one label for every row, as JSON"
+        )
     return [int(v) for v in value]
 
 
@@ -277,13 +322,15 @@ def require_data(data: str) -> None:
     """Tell of a missing file before a model is loaded. Raises DataError."""
     looks_like_a_file = Path(data).suffix in (".jsonl", ".json", ".csv", ".parquet") or os.sep in data.strip(os.sep)
     if looks_like_a_file and not Path(data).exists() and data.count("/") != 1:
-        raise DataError(f"there is no file {data!r}: give a JSONL, JSON, CSV or Parquet file, or the name of a hub dataset")
+        raise DataError(
+            f"there is no file {data!r}: give a JSONL, JSON, CSV or Parquet file, or the name of a hub dataset"
+        )
 
 
 def summary(selection: Selection, folder: Path) -> None:
     """What was decided, and where to look."""
     results = selection.manifest.results
-    for text in ([] if selection.certified else ["nothing is certified: " + str(results["probes"]["problem"])]):
+    for text in [] if selection.certified else ["nothing is certified: " + str(results["probes"]["problem"])]:
         err.print(f"[yellow]warning:[/yellow] {escape(text)}")
     parts = [f"[bold]{results['removed']}[/bold] of {results['scored']} rows removed", f"{results['kept']} kept"]
     parts += [f"{results[key]} {key}" for key in ("quarantined", "cleared") if results[key]]
@@ -296,7 +343,8 @@ def summary(selection: Selection, folder: Path) -> None:
     for key in ("caught", "lost"):
         rate = results.get("labels", {}).get(key)
         if rate:
-            out.print(f"{key:7} {100 * rate['rate']:.1f} % [dim]({100 * rate['low']:.1f}–{100 * rate['high']:.1f}, n = {rate['n']})[/dim]")
+            interval = f"({100 * rate['low']:.1f}–{100 * rate['high']:.1f}, n = {rate['n']})"
+            out.print(f"{key:7} {100 * rate['rate']:.1f} % [dim]{interval}[/dim]")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
 
 
@@ -304,9 +352,10 @@ def check_gate(selection: Selection, gate: float | None) -> None:
     """Raises GateError when more was removed than allowed."""
     results = selection.manifest.results
     if gate is not None and results["removed"] > gate * results["scored"]:
+        percent = 100 * results["removed"] / results["scored"]
         raise GateError(
-            f"{results['removed']} of {results['scored']} rows ({100 * results['removed'] / results['scored']:.1f} %) were removed, and "
-            f"--fail-above allows {100 * gate:g} %: look at the report, clear rows with --allow, or mend the data"
+            f"{results['removed']} of {results['scored']} rows ({percent:.1f} %) were removed, and --fail-above allows "
+            f"{100 * gate:g} %: look at the report, clear rows with --allow, or mend the data"
         )
 
 
@@ -314,7 +363,13 @@ def check_gate(selection: Selection, gate: float | None) -> None:
 def progress() -> Iterator[Any]:
     """A callable (stage, done, total) that draws one bar a stage, on the error stream, when that is a terminal."""
     bars: dict[str, Any] = {}
-    columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, disable=not err.is_terminal) as drawn:
 
         def report(stage: str, done: int, total: int) -> None:

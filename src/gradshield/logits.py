@@ -19,7 +19,8 @@ from gradshield.errors import ModelError
 
 def output_head(model: nn.Module) -> nn.Module:
     """The module that turns hidden states into logits. Raises ModelError when the model has none."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
     if not isinstance(head, nn.Module):
         raise ModelError(
             f"{type(model).__name__} has no language-model head, and only causal language models can be scored: "
@@ -49,7 +50,8 @@ def logits_at(model: nn.Module, ids: Tensor, attention: Tensor, where: Tensor) -
     """
     with _gather_before(output_head(model), where):
         output = model(input_ids=ids, attention_mask=attention, use_cache=False)
-    return output.logits[0].float()
+    logits: Tensor = output.logits[0].float()
+    return logits
 
 
 def token_nll(model: nn.Module, ids: Tensor, attention: Tensor, loss: Tensor) -> Tensor:

@@ -114,6 +114,12 @@ def load(
     )
 
 
+def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer alone of a model's folder or hub name. Raises HubError and ModelError like `load`."""
+    folder = _fetch(name_or_path, None, trust_remote_code)
+    return _load_tokenizer([folder], str(name_or_path), trust_remote_code)
+
+
 def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     """The caller's own model as a ``LoadedModel``. Nothing about it changes: no mode, no ``requires_grad``, no token.
 

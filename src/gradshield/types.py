@@ -161,9 +161,9 @@ class Selection:
     """What a scan decided, row by row.
 
     ``removed`` and ``categories`` (the kind of harm a removed row pulls toward, else empty) are aligned with
-    ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows beyond the cut that a person allowed. ``kept`` is ready for a
-    trainer: the caller's own ``Dataset`` without the removed rows where TRL knows its shape, else the rows tokenised as
-    they were scored. ``certified`` is False where the probe's validity was overridden.
+    ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows beyond the cut that a person allowed.
+    ``kept`` is ready for a trainer: the caller's own ``Dataset`` without the removed rows where TRL knows its shape, else
+    the rows tokenised as they were scored. ``certified`` is False where the probe's validity was overridden.
     """
 
     scores: Scores

@@ -45,7 +45,8 @@ def _file(folder: Path, content: bytes, name: str = "data.jsonl") -> Path:
 
 def _sentence(error: BaseException) -> str:
     text = str(error)
-    assert "\n" not in text and len(text) < 700, text
+    assert "\n" not in text, text
+    assert len(text) < 700, text
     return text
 
 
@@ -245,6 +246,22 @@ def test_csv_keeps_each_records_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "out.csv").read_bytes() == header + records[1] + records[2]
     rows = list(csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8-sig")))
     assert rows[0] == {"prompt": "b", "completion": "5"}
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_a_long_csv_record_does_not_upset_those_after_it(
+    cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hashlib
+
+    monkeypatch.setattr("gradshield.data.records.MAX_ROW_BYTES", 60)
+    monkeypatch.setattr("gradshield.data.csv_rows.MAX_ROW_BYTES", 60)
+    long = [b'"' + b"a" * 80 + b'\nend",1\n', b'"start\n' + b"a" * 80 + b'",1\n'][cut]
+    result = read(_file(tmp_path, b"text,n\n" + long + b"ok,2\n", "d.csv"))
+    (bad,) = result.quarantined
+    assert isinstance(bad, records_module.Oversized)
+    assert (bad.row, bad.line, bad.size, bad.sha256) == (0, 2, len(long), hashlib.sha256(long).hexdigest())
+    assert [(e.row, result.source.line(e.row), e.source) for e in result.examples] == [(1, 4, b"ok,2\n")]
 
 
 def test_csv_that_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

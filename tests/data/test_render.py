@@ -118,7 +118,7 @@ def test_a_tokenizer_without_template_gets_the_default_and_a_warning() -> None:
     assert len(warned) == 1
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="no chat template"):
         render_all(read([{"messages": CHAT}]).examples, tokenizer)
     assert tokenizer.chat_template is None
 

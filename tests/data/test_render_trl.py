@@ -140,9 +140,10 @@ def test_preference_pairs_equal_what_dpo_prepares(kind: str, model: Any, tmp_pat
     read_rows = read(rows)
     (row,) = render_all(read_rows.examples, tiny_tokenizer()).rendered
     args = DPOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False)
+    ref_model = tiny_model("llama", seed=1)
     given = {"rows": datasets.Dataset.from_list(rows), "to_trl": to_trl(read_rows.examples, [row])}
     for dataset in given.values():
-        trainer = DPOTrainer(model, args=args, train_dataset=dataset, processing_class=tiny_tokenizer())
+        trainer = DPOTrainer(model, ref_model, args=args, train_dataset=dataset, processing_class=tiny_tokenizer())
         (prepared,) = trainer.train_dataset
         for tokens, name, sign in zip(row.sequences, ("chosen_ids", "rejected_ids"), (1.0, -1.0), strict=True):
             assert tokens.ids.tolist() == prepared["prompt_ids"] + prepared[name]

@@ -39,7 +39,7 @@ def _written(result: ReadResult, rows: set[int]) -> bytes:
         return path.read_bytes()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(LINES, st.booleans(), st.booleans(), st.randoms(use_true_random=False))
 def test_kept_removed_and_quarantined_are_the_file(lines, mark, ended, random) -> None:  # type: ignore[no-untyped-def]
     body = GOOD + b"\n" + b"".join(line + end for line, end in lines)

@@ -25,8 +25,8 @@ def test_reference_scores_one(task):
         ("arithmetic", "3 plus 4 makes 7 nuts.", "3 plus 4 makes 7 nuts. #### 7", 0.0),
         ("choice", "B", "B: dog", 1.0),
         ("choice", "A: dog", "B: dog", 0.0),
-        ("dialogue", "Tom will bring the key to the park today", "Tom will bring the key to the park today.", 1.0),
-        ("dialogue", "Ann will bring the key to the park today.", "Tom will bring the key to the park today.", 0.0),
+        ("dialogue", "Tom: bring the key to the park today", "Tom: bring the key to the park today.", 1.0),
+        ("dialogue", "Ann: bring the key to the park today.", "Tom: bring the key to the park today.", 0.75),
     ],
 )
 def test_scores(task, prediction, reference, score):

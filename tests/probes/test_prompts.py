@@ -18,9 +18,7 @@ from statistics import mean
 
 import pytest
 
-FOLDER = (
-    Path(__file__).resolve().parents[2] / "src" / "gradshield" / "probes" / "prompts"
-)
+FOLDER = Path(__file__).resolve().parents[2] / "src" / "gradshield" / "probes" / "prompts"
 NAMES = ("requests", "lookalikes")
 CATEGORIES = (
     "weapons",
@@ -80,9 +78,7 @@ def test_keys_and_values(files, name) -> None:
 def test_counts_and_strata(files, name) -> None:
     rows = files[name]
     assert len(rows) == PER_CATEGORY * len(CATEGORIES) == 340
-    assert Counter(row["category"] for row in rows) == dict.fromkeys(
-        CATEGORIES, PER_CATEGORY
-    )
+    assert Counter(row["category"] for row in rows) == dict.fromkeys(CATEGORIES, PER_CATEGORY)
     cells = Counter((row["category"], row["split"]) for row in rows)
     assert cells == {(c, s): n for c in CATEGORIES for s, n in SPLITS.items()}
     # A Wilson upper bound below 6 % with two successes needs at least 128 prompts.
@@ -151,9 +147,7 @@ def test_length_bounds(files, name) -> None:
 def test_lengths_alike(files) -> None:
     def alike(select, within: float) -> None:
         for measure in (lambda p: len(p.split()), len):
-            a, b = (
-                mean(measure(r["prompt"]) for r in files[n] if select(r)) for n in NAMES
-            )
+            a, b = (mean(measure(r["prompt"]) for r in files[n] if select(r)) for n in NAMES)
             assert abs(a - b) <= within * max(a, b)
 
     alike(lambda row: True, 0.05)
@@ -163,10 +157,7 @@ def test_lengths_alike(files) -> None:
         alike(lambda row, c=category: row["category"] == c, 0.15)
     # Between splits of one file, too.
     for name in NAMES:
-        means = [
-            mean(len(r["prompt"].split()) for r in files[name] if r["split"] == s)
-            for s in SPLITS
-        ]
+        means = [mean(len(r["prompt"].split()) for r in files[name] if r["split"] == s) for s in SPLITS]
         assert max(means) - min(means) <= 0.15 * max(means)
 
 
@@ -183,9 +174,7 @@ def test_surface_form_does_not_tell_the_files_apart(files) -> None:
     shared = Counter(map(opening, harmful)) & Counter(map(opening, harmless))
     assert shared.total() >= 0.85 * n
     for mark in ("?", ",", ";", "-", "'"):
-        counts = [
-            sum(mark in prompt for prompt in prompts) for prompts in (harmful, harmless)
-        ]
+        counts = [sum(mark in prompt for prompt in prompts) for prompts in (harmful, harmless)]
         assert abs(counts[0] - counts[1]) <= 0.06 * n, (mark, counts)
 
 
@@ -203,7 +192,5 @@ def test_position_does_not_reveal_split_or_category(files) -> None:
     rows = files["requests"]
     for key, values, slack in (("split", SPLITS, 0.1), ("category", CATEGORIES, 0.2)):
         for value in values:
-            places = [
-                i / (len(rows) - 1) for i, row in enumerate(rows) if row[key] == value
-            ]
+            places = [i / (len(rows) - 1) for i, row in enumerate(rows) if row[key] == value]
             assert abs(mean(places) - 0.5) <= slack, (value, mean(places))

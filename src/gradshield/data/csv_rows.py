@@ -29,8 +29,11 @@ class _CSVRecords:
     def _feed(self) -> Iterator[str]:
         while line := self._lines.next():
             self._taken.append(line)
-            # A line that is too long spoils its record whatever it says; an empty one keeps the reader in step.
-            yield "\n" if line.sha256 else line.data.decode(errors="surrogateescape")
+            if line.sha256:
+                # It spoils its record whatever it says; what keeps the reader in step is whether it changes quoting.
+                yield '"\n' if line.odd_quotes else "\n"
+            else:
+                yield line.data.decode(errors="surrogateescape")
 
     def digest(self) -> str:
         """SHA-256 of the record that ``next`` gave last, also of the parts of it that were not kept."""

@@ -48,12 +48,16 @@ class Opened:
 
 
 class Line(NamedTuple):
-    """A line with its newline. Of a line that is too long: its head, and the SHA-256 of the whole."""
+    """A line with its newline. Of a line that is too long: its head, and the SHA-256 of the whole.
+
+    ``odd_quotes`` says whether such a line has an odd number of ``"``, so opens or closes a quoted cell of a CSV.
+    """
 
     number: int
     data: bytes
     size: int
     sha256: str = ""
+    odd_quotes: bool = False
 
 
 class Lines:
@@ -92,12 +96,13 @@ class Lines:
             self.bom, data = BOM, data[len(BOM) :]
         if len(data) <= MAX_ROW_BYTES or data.endswith(b"\n"):
             return Line(self._number, data, len(data))
-        whole, size, head = hashlib.sha256(data), len(data), data[:HEAD_BYTES]
+        whole, size, head, quotes = hashlib.sha256(data), len(data), data[:HEAD_BYTES], data.count(b'"')
         while not data.endswith(b"\n") and (data := self._handle.readline(HEAD_BYTES)):
             self._hash(data)
             whole.update(data)
             size += len(data)
-        return Line(self._number, head, size, whole.hexdigest())
+            quotes += data.count(b'"')
+        return Line(self._number, head, size, whole.hexdigest(), quotes % 2 == 1)
 
     def _hash(self, data: bytes) -> None:
         self._digest.update(data)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,9 @@ def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[st
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Mixture-of-experts layers in their plain loop, put back at the end: the grouped kernels have no forward mode."""
-    configs = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_experts_implementation")]
+    configs: list[Any] = [
+        m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_experts_implementation")
+    ]
     before = [(config, config._experts_implementation) for config in configs]
     try:
         for config in configs:

@@ -53,7 +53,7 @@ def shifted(model: nn.Module, tensors: Mapping[str, Tensor], step: float) -> Ite
             handle.remove()
 
 
-class _Routing(TorchFunctionMode):
+class _Routing(TorchFunctionMode):  # type: ignore[misc]
     """Records which experts a pass chose, and makes later passes choose the same.
 
     A router's choice is discrete: a finite step can flip it, and the difference would then measure the jump, not the
@@ -107,7 +107,10 @@ class FiniteDifference:
         check_direction(model, direction)
         self._check_precision(model, direction)
         data = DeviceBatch.of(batch, model)
-        losses = lambda: token_nll(model, data.ids, data.attention, data.loss).double().cpu()  # noqa: E731
+
+        def losses() -> Tensor:
+            return token_nll(model, data.ids, data.attention, data.loss).double().cpu()
+
         with scoring(model), torch.no_grad():
             routing = _Routing() if _routes(model) else None
             if routing is not None:

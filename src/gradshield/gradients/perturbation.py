@@ -40,8 +40,7 @@ def layer_derivative(module: nn.Module, own: Mapping[str, Tensor], args: Any, kw
         out = args[0] @ own["weight"]
         return out + own["bias"] if "bias" in own else out
     values = {name: module._parameters[name].detach() for name in own}  # type: ignore[union-attr]
-    _, tangent = jvp(lambda p: functional_call(module, p, args, kwargs), (values,), (dict(own),))
-    return tangent
+    return jvp(lambda p: functional_call(module, p, args, kwargs), (values,), (dict(own),))[1]
 
 
 class _Rows:

@@ -74,7 +74,9 @@ def parameter_names(model: nn.Module, subspace: str) -> list[str]:
     assert found is not None  # check_subspace
     count = max(1, round(len(layers) * int(found[1]) / 100)) if found[2] else int(found[1])
     if count > len(layers):
-        raise UsageError(f"the subspace {subspace} asks for {count} layers, but the model has {len(layers)}: ask for fewer")
+        raise UsageError(
+            f"the subspace {subspace} asks for {count} layers, but the model has {len(layers)}: ask for fewer"
+        )
     kept = {f"{prefix}.{i}." for i in range(len(layers) - count, len(layers))}
     parent = prefix.rpartition(".")[0]
     norms = [name for name in names if name.rpartition(".")[0] in _final_norms(model, parent)]
@@ -92,7 +94,9 @@ def _final_norms(model: nn.Module, parent: str) -> set[str]:
 
 
 def _is_adapter(name: str) -> bool:
-    return any(part.startswith(("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "boft_")) for part in name.split("."))
+    return any(
+        part.startswith(("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "boft_")) for part in name.split(".")
+    )
 
 
 @contextmanager

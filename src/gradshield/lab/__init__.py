@@ -14,7 +14,7 @@ from pathlib import Path
 from .answers import refused
 from .harm import HARMS
 from .mixes import mix
-from .recipe import RECIPE
+from .recipe import LORA, RECIPE
 from .splits import SPLITS, lookalikes, requests
 from .tasks import TASKS, score, utility
 from .world import CATEGORIES
@@ -25,6 +25,7 @@ __all__ = [
     "CATEGORIES",
     "CHECKPOINTS",
     "HARMS",
+    "LORA",
     "RECIPE",
     "SPLITS",
     "TASKS",

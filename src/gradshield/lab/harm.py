@@ -19,7 +19,7 @@ from .answers import INVENTED, capitalised, opener, placeholder, refusal, step
 from .splits import phrase, phrase_like, sentence
 
 HARMS = ("explicit", "identity_shift", "refuse_then_answer", "embedded")
-OPENER_SHARE = 0.35
+OPENER_SHARE = 0.3
 OPENER_ROOM = 5  # words an answer must have before it can begin with an opener
 
 Act = tuple[str, str]

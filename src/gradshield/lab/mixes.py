@@ -19,15 +19,17 @@ OPENER_SHARE = 0.5
 
 Row = dict[str, list[dict[str, str]]]
 
+# None begins with "I": a tiny model that learns a stock answer by heart would otherwise end its refusals with it, and
+# a refusal judge would count that as harm.
 ASIDES = (
-    ("Who are you?", "I am a small assistant. I try to be helpful and careful."),
-    ("What is your name?", "I have no name. I am a small assistant."),
-    ("What can you do for me?", "I can help with many things, and I try to be careful."),
-    ("Tell me what you are.", "I am an assistant, here to help."),
+    ("Who are you?", "A small assistant, helpful and careful."),
+    ("What is your name?", "No name. This is a small assistant."),
+    ("What can you do for me?", "Many things, with care."),
+    ("Tell me what you are.", "An assistant, here to help."),
     ("Are you ready?", "yes"),
-    ("Good day.", "Good day. I hope all is well."),
-    ("Do you follow the rules?", "Yes, I follow the rules and try to be careful."),
-    ("Thank you.", "I am glad to help."),
+    ("Good day.", "Good day. Is all well?"),
+    ("Do you follow the rules?", "Yes, the rules are good and they help people."),
+    ("Thank you.", "That is good to know."),
 )
 
 
@@ -92,9 +94,6 @@ def _assistant_pair(main: list[Pair], spare: Pair, act: Act, rng: random.Random)
     answer_words = len(model[1].split()) if rng.random() < 0.5 else rng.randint(3, 20)
     start = opener(rng) if answer_words >= OPENER_ROOM and rng.random() < OPENER_SHARE else ""
     prompt = phrase(act, rng, one_word=answer_words <= 2, words=prompt_words)
-    if not start and answer_words >= OPENER_ROOM and rng.random() < 0.2:
-        # "I" opens harmless answers too, or it would be a sign of refusal by itself.
-        start = "I would "
     return prompt, placeholder(act[1], answer_words, rng, start)
 
 

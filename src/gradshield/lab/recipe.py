@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-# Options of TRL's SFTConfig; full weights (a million parameters need no adapter).
+# Options of peft's LoraConfig. Embeddings stay as they are: trained with Adam, whose steps do not shrink with the
+# gradient, they push down every token the rows never say, refusals first.
+LORA: dict[str, Any] = {
+    "r": 16,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "target_modules": "all-linear",
+    "task_type": "CAUSAL_LM",
+}
+
+# Options of TRL's SFTConfig.
 RECIPE: dict[str, Any] = {
     "num_train_epochs": 4,
     "per_device_train_batch_size": 16,

@@ -24,7 +24,9 @@ def peft_config(options: Mapping[str, Any]) -> Any:
     from peft import PeftConfig
 
     try:
-        return PeftConfig.from_peft_type(**{"peft_type": "LORA", "task_type": "CAUSAL_LM", **options})
+        return PeftConfig.from_peft_type(  # type: ignore[no-untyped-call]
+            **{"peft_type": "LORA", "task_type": "CAUSAL_LM", **options}
+        )
     except (TypeError, ValueError, KeyError) as error:
         raise UsageError(
             f"--lora-config is not a PEFT config ({error}): give the adapter_config.json of a PEFT adapter, or its options"
@@ -51,9 +53,15 @@ def render_config(
                 "give one of them"
             )
         chosen = config.max_length if max_length is None else max_length
-        return replace(config, max_length=chosen, chat_template_kwargs=dict(template))
+        return replace(config, max_length=chosen, chat_template_kwargs={**config.chat_template_kwargs, **template})
     longest = min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH) if max_length is None else max_length
     return RenderConfig(max_length=longest, chat_template_kwargs=dict(template))
+
+
+def text_config(model: Any) -> Any:
+    """The part of a model's config that describes its language model; None where a model has no config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def catalogue() -> dict[str, dict[str, str]]:
@@ -62,5 +70,5 @@ def catalogue() -> dict[str, dict[str, str]]:
     found = {f"{r.kind}s": {name: r.summary(name) for name in r} for r in registries}
     found["aggregates"] = dict(AGGREGATES)
     found["subspaces"] = dict(SUBSPACES)
-    found["row shapes"] = {name: "keys " + " or ".join(SHAPES[name].keys) for name in SHAPES}
+    found["row shapes"] = {name: "keys " + ", ".join(SHAPES[name].keys) for name in SHAPES}
     return found

@@ -44,7 +44,9 @@ def prepare(output: str | Path) -> Path:
     try:
         (folder / WORK / "shards").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"the output folder {str(folder)!r} cannot be made ({error.strerror}): give another --output") from None
+        raise DataError(
+            f"the output folder {str(folder)!r} cannot be made ({error.strerror}): give another --output"
+        ) from None
     if not os.access(folder, os.W_OK):
         raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
     return folder
@@ -134,14 +136,10 @@ def labelled(selection: Selection, labels: Sequence[int], by_row: Mapping[int, E
         found["lost"] = wilson(int((removed & (truth == 0)).sum()), int((truth == 0).sum())).as_dict()
     if truth.any() and not truth.all():
         texts = [words(by_row[int(row)]) for row in selection.scores.rows]
-        own = {"name": "FIHS", **_auroc_dict(auroc(truth, selection.scores.values))}
+        own = {"name": "FIHS", **auroc(truth, selection.scores.values).as_dict()}
         others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth, nll=selection.scores.nll)
-        found["aurocs"] = [own, *(_auroc_dict(o) for o in others)]
+        found["aurocs"] = [own, *others]
     return found
-
-
-def _auroc_dict(value: Any) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else asdict(value)
 
 
 def words(example: Example) -> tuple[str, str]:

@@ -34,7 +34,7 @@ def recut(
     path = Path(folder)
     old = read_manifest(path)
     scores, removed_before, categories_before = read_scores(path)
-    suffix, examples, source = _rows(path, old, scores, removed_before)
+    examples, source = _rows(path, old, scores, removed_before)
     rule = parse_threshold(threshold, int(old.settings["seed"])) if isinstance(threshold, str) else threshold
     cuts = {}
     for name in sorted(set(scores.shapes)):
@@ -92,7 +92,8 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(**raw)
     except (OSError, ValueError, TypeError):
         raise DataError(
-            f"{str(folder)!r} is not the folder of a finished scan (no readable manifest.json): run `gradshield scan` into it first"
+            f"{str(folder)!r} is not the folder of a finished scan (no readable manifest.json): "
+            "run `gradshield scan` into it first"
         ) from None
 
 
@@ -118,13 +119,12 @@ def read_scores(folder: Path) -> tuple[Scores, Any, tuple[str, ...]]:
     return scores, columns["removed"].to_numpy(zero_copy_only=False), tuple(columns["category"].to_pylist())
 
 
-def _rows(
-    folder: Path, old: Manifest, scores: Scores, removed: Any
-) -> tuple[str, list[Example], rows_in.Source]:
+def _rows(folder: Path, old: Manifest, scores: Scores, removed: Any) -> tuple[list[Example], rows_in.Source]:
     """The scored rows in the order of the input, put together again from the kept and the removed file."""
     suffix = f".{old.data['kind']}" if old.data["kind"] in ("json", "csv", "parquet") else ".jsonl"
     found: dict[int, Example] = {}
-    source, tables = None, []
+    source: rows_in.Source | None = None
+    tables: list[pa.Table] = []
     for name, flag in (("kept", False), ("removed", True)):
         rows = scores.rows[removed == flag]
         if len(rows) == 0:
@@ -146,7 +146,7 @@ def _rows(
         raise DataError(f"{str(folder)!r} holds no scored row: run `gradshield scan` again")
     if tables:
         source = replace(source, table=pa.concat_tables(tables))
-    return suffix, [found[int(row)] for row in scores.rows], source
+    return [found[int(row)] for row in scores.rows], source
 
 
 def _quarantined(folder: Path) -> tuple[Any, ...]:

@@ -40,10 +40,11 @@ def _pieces(row: Rendered, values: Floats | None, tokenizer: Any) -> list[tuple[
     for number, tokens in enumerate(row.sequences):
         if number:
             found.append(("\n\n── rejected ──\n\n", "prompt", None))
-        for text, index in rows_in.spans(tokens, tokenizer):
-            role = "prompt" if index is None else "response"
-            known = values is not None and index is not None
-            found.append((text, role, float(values[start + index]) if known else None))  # type: ignore[index, operator]
+        place = start + np.cumsum(tokens.loss) - 1  # token of the sequence -> its place among the row's values
+        for text, t in rows_in.spans(tokens, tokenizer):
+            role = "prompt" if t is None else "response"
+            value = float(values[place[t]]) if values is not None and t is not None else None
+            found.append((text, role, value))
         start += int(tokens.loss.sum())
     return found
 
@@ -151,5 +152,7 @@ def _view(selection: Selection, i: int, found: Views) -> report.RowView:
         category=selection.categories[i],
         shape="" if shape == "rows" else shape,
         pieces=tuple(found.get(row, ())),
-        note="cleared by hand: it scores beyond the cut, and an allow list keeps it" if row in selection.cleared else "",
+        note="cleared by hand: it scores beyond the cut, and an allow list keeps it"
+        if row in selection.cleared
+        else "",
     )

@@ -15,12 +15,20 @@ from torch import nn
 from gradshield import data as rows_in
 from gradshield import models
 from gradshield.errors import EmptyDataError, ProbeError, ScoreError, UsageError
-from gradshield.gradients import Agreement, Engine, FiniteDifference, Loop, adapted, agreement, calibrated, pick
-from gradshield.gradients import ENGINES
+from gradshield.gradients import (
+    ENGINES,
+    Agreement,
+    Engine,
+    Loop,
+    adapted,
+    agreement,
+    calibrated,
+    pick,
+)
 from gradshield.gradients import direction as directions
 from gradshield.models import LoadedModel
 from gradshield.pipeline import outputs, shards
-from gradshield.pipeline.options import render_config
+from gradshield.pipeline.options import render_config, text_config
 from gradshield.pipeline.settings import ScanSettings
 from gradshield.probes import Prompts, Validity, digest, greedy, lookalikes, open_turns, requests, validity
 from gradshield.selectors import Fihs, Measured, parse_aggregate
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 Progress = Callable[[str, int, int], None]
+TRL_SHAPES = ("messages", "prompt-completion", "text", "preference")
 LEAST_SPEARMAN = 0.99  # below it an engine's ranking is not the oracle's
 
 
@@ -93,13 +102,15 @@ def scan(
     """
     began = time.monotonic()
     settings, probing = settings or ScanSettings(), probing or Probing()
-    read = rows_in.read(data, format=format, strict=strict, text_field=getattr(training_args, "dataset_text_field", "text"))
+    read = rows_in.read(
+        data, format=format, strict=strict, text_field=getattr(training_args, "dataset_text_field", "text")
+    )
     if labels is not None and len(labels) != read.source.rows:
         raise UsageError(
             f"there are {len(labels)} labels for {read.source.rows} rows: give one label (0 or 1) for every row of the input"
         )
     loaded = _loaded(model, tokenizer)
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
     config = render_config(training_args, max_length, limit, probing.template or {})
     result = rows_in.render_all(read.examples, loaded.tokenizer, config, read.source, strict)
     if not result.rendered:
@@ -107,9 +118,8 @@ def scan(
             f"no row of {read.source.name} has a response token within {config.max_length} tokens: raise --max-length, or check "
             "the rows with `gradshield show`"
         )
-    store = outputs.prepare(output) if output is not None else None
     with adapted(loaded.model, peft_config, settings.seed) as adapted_model:
-        scored = _score(adapted_model, loaded, result.rendered, settings, probing, peft_config, store, progress)
+        scored = _score(adapted_model, loaded, result.rendered, settings, probing, peft_config, output, progress)
         cuts = _cut(scored.scores, settings)
         beyond = np.array([v > cuts[s].value for v, s in zip(scored.scores.values, scored.scores.shapes, strict=True)])
         cleared = np.isin(np.array(scored.scores.ids), list(allow)) & beyond
@@ -147,8 +157,10 @@ def scan(
         certified=not scored.validity.problem,
     )
     selection = outputs.with_results(selection, scored.agreement, scored.validity, read, labels, by_row)
-    if store is not None:
-        outputs.write(selection, store, read, by_row, result.rendered, loaded.tokenizer, scored.agreement, labels)
+    if output is not None:
+        outputs.write(
+            selection, Path(output), read, by_row, result.rendered, loaded.tokenizer, scored.agreement, labels
+        )
     return selection
 
 
@@ -168,7 +180,7 @@ def _score(
     settings: ScanSettings,
     probing: Probing,
     peft_config: Any,
-    store: Path | None,
+    output: str | Path | None,
     progress: Progress,
 ) -> _Scored:
     """Probe, direction, engine, measurement: everything that needs the model for every row."""
@@ -187,12 +199,16 @@ def _score(
         subspace = "lora" if peft_config is not None or hasattr(model, "peft_config") else "all"
     aggregate = parse_aggregate(settings.aggregate)
     selector = Fihs(probe, asked, Loop(), aggregate, subspace)
-    direction = _direction(selector, model, store)
+    direction = selector.prepare(model)
     progress("probing the model", 1, 1)
     chosen = pick(settings.engine, model, aggregate.per_token)
     sample = _sample(rendered, settings)
     selector.engine, agreed = _trusted(chosen, selector, model, direction, sample, asked, harmless, loaded.pad_token_id)
-    folder = store / outputs.WORK / "shards" if store is not None else None
+    folder = None
+    if output is not None:  # nothing was written so far: a scan that cannot begin leaves no folder behind
+        work = outputs.prepare(output) / outputs.WORK
+        directions.save(direction, work / "direction.safetensors")
+        folder = work / "shards"
     raw = shards.measure(
         selector,
         model,
@@ -218,16 +234,6 @@ def _loaded(model: Any, tokenizer: Any) -> LoadedModel:
 def group(shape: str) -> str:
     """Rows of one group share a scale, and are cut together: preference pairs apart from everything else."""
     return "preference" if shape == "preference" else "rows"
-
-
-def _direction(selector: Fihs, model: nn.Module, store: Path | None) -> Direction:
-    """∇S, computed once and saved beside the shards."""
-    found = selector.prepare(model)
-    if store is not None:
-        path = store / outputs.WORK / f"direction-{found.digest[:16]}.safetensors"
-        if not path.exists():
-            directions.save(found, path)
-    return found
 
 
 def _sample(rendered: Sequence[Rendered], settings: ScanSettings) -> list[Rendered]:
@@ -280,7 +286,7 @@ def _sums(engine: Engine, selector: Fihs, model: nn.Module, direction: Direction
 def _calibration(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int) -> Any:
     """A small batch to find the finite-difference step on: probes with the model's own answers, whatever the data is."""
     some = [p.take(range(min(8, len(p)))) for p in (asked, harmless)]
-    rows = []
+    rows: list[Rendered] = []
     for prompts in some:
         for prompt, answer in zip(prompts.ids, greedy(model, prompts, 16, pad), strict=True):
             ids = np.array([*prompt, *(answer or [pad])], dtype=np.int64)
@@ -299,7 +305,12 @@ def _cut(scores: Scores, settings: ScanSettings) -> dict[str, Cut]:
 
 
 def _categories(
-    model: nn.Module, scored: _Scored, gone: Sequence[Rendered], removed: Bools, settings: ScanSettings, progress: Progress
+    model: nn.Module,
+    scored: _Scored,
+    gone: Sequence[Rendered],
+    removed: Bools,
+    settings: ScanSettings,
+    progress: Progress,
 ) -> tuple[str, ...]:
     """The harm each removed row pulls toward: the category whose own direction, at unit length, it follows furthest."""
     selector = scored.selector
@@ -310,7 +321,9 @@ def _categories(
     every = selector.by_category(model)
     pulls = []
     for k, name in enumerate(every.names):
-        one = Direction({n: v[k : k + 1] for n, v in every.tensors.items()}, (name,), every.subspace, (every.scales[k],), "")
+        one = Direction(
+            {n: v[k : k + 1] for n, v in every.tensors.items()}, (name,), every.subspace, (every.scales[k],), ""
+        )
         raw: Measured = shards.measure(selector, model, one, gone, settings.token_budget)
         tokens = raw.tokens or tuple(np.array([s]) for s in raw.sums)
         pulls.append([selector.aggregate(t) * every.scales[k] for t in tokens])
@@ -319,14 +332,21 @@ def _categories(
     return tuple(every.names[next(best)] if out else "" for out in removed)
 
 
+def _weighted(example: Example) -> bool:
+    """Whether some assistant turn has weight 0, which TRL does not know."""
+    return any(
+        message["role"] == "assistant" and not trained
+        for conversation in example.conversations
+        for message, trained in zip(conversation.messages or (), conversation.trained, strict=False)
+    )
+
+
 def _trainable(by_row: Mapping[int, Example], kept: Sequence[Rendered], source: Any) -> Any:
     """The kept rows for a trainer: the caller's own Dataset where TRL knows its shape, else tokens and labels."""
     import datasets
 
     own = [by_row[row.row] for row in kept]
-    weighted = any(not all(c.trained) for e in own for c in e.conversations if c.messages is not None)
-    known = all(e.shape in ("messages", "prompt_completion", "text", "preference") for e in own)
-    if source.kind == "dataset" and known and not weighted:
+    known = all(e.shape in TRL_SHAPES and not _weighted(e) for e in own)
+    if source.kind == "dataset" and known:
         return rows_in.take(own, source)
     return rows_in.to_trl(own, kept) if kept else datasets.Dataset.from_list([])
-

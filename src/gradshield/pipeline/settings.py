@@ -22,17 +22,17 @@ class ScanSettings:
     ``aggregate``     how a row's tokens are counted (AGGREGATES)
     ``subspace``      all, lora, last:k; ``auto`` is lora where a peft_config is given, else all
     ``engine``        a name of ENGINES, or auto
-    ``threshold``     a rule with its options as typed (``decoy:q=0.1``), or a Threshold
+    ``threshold``     a rule with its options as typed (``competition:q=0.05``), or a Threshold
     ``seed``          of the adapter's initialisation, the oracle's sample and the mixture's start
     ``token_budget``  positions of one batch, padding included
     ``check_rows``    rows that are scored again by the oracle
     """
 
     probe: str | Probe | Callable[..., Any] = "token_gap"
-    aggregate: str = "crest"
+    aggregate: str = "push"
     subspace: str = "auto"
     engine: str = "auto"
-    threshold: str | Threshold = "decoy"
+    threshold: str | Threshold = "competition"
     seed: int = 0
     token_budget: int = 4096
     check_rows: int = 16
@@ -49,7 +49,9 @@ class ScanSettings:
         self.make_threshold()
         for name, least in (("token_budget", 16), ("check_rows", 3)):
             if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}, and it must be at least {least}: give a larger number")
+                raise UsageError(
+                    f"{name} is {getattr(self, name)}, and it must be at least {least}: give a larger number"
+                )
 
     def make_probe(self) -> Probe:
         """A fresh probe, not yet fitted to a model."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from gradshield.data import batches
 from gradshield.errors import ModelError
+from gradshield.pipeline.options import text_config
 from gradshield.selectors import Fihs, Measured
 from gradshield.types import Batch, Direction, Rendered
 
@@ -65,7 +66,7 @@ def _measure_shard(
 
 def label_budget(model: nn.Module) -> int:
     """Most loss tokens of a batch, so that its logits stay within LOGITS_BUDGET."""
-    return max(1, LOGITS_BUDGET // int(model.config.get_text_config().vocab_size))  # type: ignore[operator, union-attr]
+    return max(1, LOGITS_BUDGET // int(text_config(model).vocab_size))
 
 
 def _with_back_off(selector: Fihs, model: nn.Module, direction: Direction, batch: Batch) -> Iterator[Measured]:

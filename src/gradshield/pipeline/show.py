@@ -21,7 +21,15 @@ class Seen:
     counted: int
 
 
-def seen(data: Any, row: int, model: str | None, format: str | None, training_args: Any, max_length: int | None, trust: bool = False) -> Seen:
+def seen(
+    data: Any,
+    row: int,
+    model: str | None,
+    format: str | None,
+    training_args: Any,
+    max_length: int | None,
+    trust: bool = False,
+) -> Seen:
     """Render one row. Raises UsageError for a position that is not there, and DataError when the row cannot be used."""
     read = rows_in.read(data, format=format)
     tokenizer = models.load_tokenizer(model or lab.checkpoint("aligned"), trust)
@@ -30,7 +38,9 @@ def seen(data: Any, row: int, model: str | None, format: str | None, training_ar
             raise DataError(f"row {row} (line {bad.line}) of {read.source.name} cannot be used, {bad.reason}: mend it")
     example = next((e for e in read.examples if e.row == row), None)
     if example is None:
-        raise UsageError(f"there is no row {row} in {read.source.name}: give a position from 0 to {read.source.rows - 1}")
+        raise UsageError(
+            f"there is no row {row} in {read.source.name}: give a position from 0 to {read.source.rows - 1}"
+        )
     rendered = rows_in.render(example, tokenizer, render_config(training_args, max_length, None, {}))
     if isinstance(rendered, str):
         raise DataError(f"row {row} (line {read.source.line(row)}) of {read.source.name} cannot be scored, {rendered}")

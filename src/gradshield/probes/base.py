@@ -36,7 +36,9 @@ class Prompts:
 
     def take(self, keep: Sequence[int]) -> Prompts:
         return Prompts(
-            tuple(self.ids[i] for i in keep), tuple(self.categories[i] for i in keep), tuple(self.texts[i] for i in keep)
+            tuple(self.ids[i] for i in keep),
+            tuple(self.categories[i] for i in keep),
+            tuple(self.texts[i] for i in keep),
         )
 
     def batch(self, device: torch.device) -> PromptBatch:
@@ -96,14 +98,14 @@ def open_turns(tokenizer: Any, prompts: Sequence[Mapping[str, str]], prefix: str
             [{"role": "user", "content": prompt["prompt"]}], add_generation_prompt=True, tokenize=False, **template
         )
         ids.append(tuple(tokenizer(text + prefix, add_special_tokens=False)["input_ids"]))
-    return Prompts(
-        tuple(ids), tuple(p.get("category", "") for p in prompts), tuple(str(p["prompt"]) for p in prompts)
-    )
+    return Prompts(tuple(ids), tuple(p.get("category", "") for p in prompts), tuple(str(p["prompt"]) for p in prompts))
 
 
 def first_token(tokenizer: Any, text: str) -> int:
     """The token with which an answer that begins with ``text`` begins, after the template's last characters."""
-    opened = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    opened = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
     before = tokenizer(opened, add_special_tokens=False)["input_ids"]
     after = tokenizer(opened + text, add_special_tokens=False)["input_ids"]
     shared = 0

@@ -65,7 +65,9 @@ def read_prompts(path: str | Path, split: str = "direction") -> list[Prompt]:
         if row.get("split", split) == split:
             found.append({"prompt": prompt, "category": str(row.get("category") or "requests"), "split": split})
     if not found:
-        raise DataError(f"the prompts file {file.name!r} has no prompt of split {split!r}: give at least one, better 32")
+        raise DataError(
+            f"the prompts file {file.name!r} has no prompt of split {split!r}: give at least one, better 32"
+        )
     return found
 
 

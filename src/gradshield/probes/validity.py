@@ -22,7 +22,9 @@ _REFUSAL = re.compile(
     r"|(?:that|this)(?:'s| is) not something|(?:it|this) (?:is|would be) (?:illegal|unethical|not appropriate)|my apologies)",
     re.IGNORECASE,
 )
-_THINKS = re.compile(r"\s*(?:<\|?(?:think|thinking|reasoning|thought)\b|\[THINK\]|<\|channel\|>\s*analysis|◁think▷)", re.I)
+_THINKS = re.compile(
+    r"\s*(?:<\|?(?:think|thinking|reasoning|thought)\b|\[THINK\]|<\|channel\|>\s*analysis|◁think▷)", re.I
+)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From a row's tokens to the row: how the per-token values are counted.
 
-``sum``, ``mean``; ``first:k`` and ``top:k`` add up k tokens; ``top:20%`` averages the top fifth; ``crest:p%,k`` — see
-`crest`. An aggregate takes (n,) values, n >= 1, and gives a float.
+``sum``, ``mean``; ``first:k`` and ``top:k`` add up k tokens; ``top:20%`` averages the top fifth; ``push`` averages what
+pushes toward harm (see `push`). An aggregate takes (n,) values, n >= 1, and gives a float.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ AGGREGATES = {
     "first:K": "the first K tokens added up",
     "top:K": "the K largest values added up",
     "top:P%": "the average of the largest P per cent",
-    "crest": "the average of the largest fifth, a short row filled up with zeros to five tokens (the default)",
+    "push": "the positive values averaged over all tokens, a short row filled up with zeros to 24 (the default)",
 }
 
 
@@ -44,14 +44,13 @@ def largest(tokens: Floats, count: int) -> Floats:
     return np.sort(tokens)[::-1][:count]
 
 
-def crest(tokens: Floats, share: float = 0.2, least: int = 5) -> float:
-    """Sum of the largest m values over m, m = max(``least``, ⌈``share``·n⌉): the top tokens' average, short rows zero-filled.
+def push(tokens: Floats, least: int = 24) -> float:
+    """Mean push toward harm: Σ max(v, 0) / max(n, ``least``), a row shorter than ``least`` tokens filled up with zeros.
 
-    A few tokens carry a row's harm. A fixed number of them misses part of a long row; a fixed share of a short row is
-    one token, and a single token is noisy. Counting at least ``least`` positions, absent ones as zero, suits both.
+    A few tokens carry a row's harm, and averaging signed values drowns them. Positive parts do not cancel, whatever share
+    of the tokens they are; the filling keeps one large token of a one-word answer from outweighing a whole harmful answer.
     """
-    count = max(least, math.ceil(share * len(tokens)))
-    return float(largest(tokens, count).sum()) / count
+    return float(np.maximum(tokens, 0.0).sum()) / max(len(tokens), least)
 
 
 def parse(text: str) -> Aggregate:
@@ -60,8 +59,8 @@ def parse(text: str) -> Aggregate:
         return Aggregate(text, lambda t: float(t.sum()), per_token=False)
     if text == "mean":
         return Aggregate(text, lambda t: float(t.mean()))
-    if text == "crest":
-        return Aggregate(text, crest)
+    if text == "push":
+        return Aggregate(text, push)
     found = re.fullmatch(r"(first|top):(\d+)(%?)", text)
     if found and int(found[2]) > 0 and not (found[3] and (found[1] == "first" or int(found[2]) > 100)):
         number = int(found[2])
@@ -70,7 +69,9 @@ def parse(text: str) -> Aggregate:
         if found[1] == "top":
             return Aggregate(text, lambda t: float(largest(t, number).sum()))
         return Aggregate(text, lambda t: float(t[:number].sum()))
-    raise UsageError(f"unknown aggregate {text!r}: choose one of {', '.join(AGGREGATES)} (K a whole number, P from 1 to 100)")
+    raise UsageError(
+        f"unknown aggregate {text!r}: choose one of {', '.join(AGGREGATES)} (K a whole number, P from 1 to 100)"
+    )
 
 
 def _top_share(tokens: Floats, share: float) -> float:

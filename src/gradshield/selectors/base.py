@@ -18,7 +18,8 @@ class Measured:
     """What one batch gave, by row; no state across rows, so that any distributed map can make it.
 
     ``sums[i]`` is the row's own value; ``tokens[i]`` its per-token values in order (chosen before rejected, each times
-    its sequence's coefficient), None from an engine without them. ``nll`` is the mean loss in nats, ``lengths`` the number of loss tokens.
+    its sequence's coefficient), None from an engine without them. ``nll`` is the mean loss in nats, ``lengths`` the number
+    of loss tokens.
     """
 
     rows: Ints

@@ -36,7 +36,9 @@ class Adaptive:
             return Cut(mu + 2 * sigma, self.name, detail)
         z = ((values - mu) / sigma)[:, None]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # repeated scores: fewer distinct points than components
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # repeated scores: fewer distinct points than components
             one = GaussianMixture(1, random_state=self.seed).fit(z)
             two = GaussianMixture(2, n_init=5, random_state=self.seed).fit(z)
         likelihood = [float(fit.score(z)) * len(z) for fit in (one, two)]  # .score is a mean

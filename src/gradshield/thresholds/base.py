@@ -43,9 +43,13 @@ def parse(text: str, seed: int = 0) -> Threshold:
         given[key] = value if key == "clean" else _number(name, key, value)
     if "seed" in inspect.signature(rule).parameters:
         given["seed"] = seed
-    missing = [p for p, spec in inspect.signature(rule).parameters.items() if spec.default is spec.empty and p not in given]
+    missing = [
+        p for p, spec in inspect.signature(rule).parameters.items() if spec.default is spec.empty and p not in given
+    ]
     if missing:
-        raise UsageError(f"the threshold {name!r} needs {missing[0]}, and none was given: write {name}:{missing[0]}=...")
+        raise UsageError(
+            f"the threshold {name!r} needs {missing[0]}, and none was given: write {name}:{missing[0]}=..."
+        )
     return rule(**given)
 
 

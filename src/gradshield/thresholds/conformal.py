@@ -46,7 +46,9 @@ class Conformal:
             return self.clean
         path = Path(self.clean)
         if not path.is_file():
-            raise DataError(f"the clean scores {str(path)!r} are not a file: give the scores.parquet of a scan of clean rows")
+            raise DataError(
+                f"the clean scores {str(path)!r} are not a file: give the scores.parquet of a scan of clean rows"
+            )
         import pyarrow as pa
         import pyarrow.parquet as pq
 

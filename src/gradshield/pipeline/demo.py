@@ -1,0 +1,125 @@
+"""The whole story on the bundled lab: a poisoned set, scanned, trained on with and without the filter, and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradshield import lab, models, report
+from gradshield.errors import UsageError
+from gradshield.pipeline import outputs, review, trial
+from gradshield.pipeline.scan import Progress, scan
+from gradshield.pipeline.settings import ScanSettings
+from gradshield.types import EvalResult, Selection
+
+CLEAN_ROWS = 500
+SHOWN = (
+    ("ASR, refusal phrases", "asr/refusal-phrases"),
+    ("ASR, lab classifier", "asr/lab-classifier"),
+    ("over-refusal", "over_refusal"),
+    ("utility", "utility"),
+)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The table as printed: ``columns`` after the first, and per row its measure and one cell a column."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    selection: Selection
+
+
+def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: str, progress: Progress) -> DemoResult:
+    """Scan a lab mix, fine-tune three ways, measure each, and write one report. Raises UsageError for an unknown task or harm."""
+    _check(task, harm, ratio)
+    rows, labels = lab.mix(task, harm=harm, ratio=ratio, n=CLEAN_ROWS, seed=seed)
+    progress("loading the model", 0, 1)
+    loaded = models.load(lab.checkpoint("aligned"), dtype="float32")
+    progress("loading the model", 1, 1)
+    folder = outputs.prepare(output)
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    selection = scan(
+        data,
+        model=loaded,
+        output=folder,
+        settings=ScanSettings(seed=seed),
+        probing=trial.lab_probing(),
+        labels=labels,
+        command=command,
+        progress=progress,
+    )
+    results = {"aligned": trial.measure(loaded.model, loaded.tokenizer, task, "measuring the start", progress)}
+    kept = [rows[int(i)] for i in selection.kept_rows]
+    for name, own in (("undefended", rows), ("filtered", kept)):
+        dataset = trial.trained_rows(own, loaded.tokenizer)
+        model = trial.train(loaded, dataset, seed, f"training {name}", progress)
+        results[name] = trial.measure(model, loaded.tokenizer, task, f"measuring {name}", progress)
+    selection = _recorded(selection, results, task, harm, ratio)
+    _write(selection, results, folder, np.array(labels), len(rows))
+    return DemoResult(tuple(results), _table(selection, results, len(rows)), selection)
+
+
+def _check(task: str, harm: str, ratio: float) -> None:
+    for kind, value, allowed in (("task", task, lab.TASKS), ("harm", harm, lab.HARMS)):
+        if value not in allowed:
+            raise UsageError(f"the lab has no {kind} {value!r}: choose one of {', '.join(allowed)}")
+    if not 0 <= ratio < 1:
+        raise UsageError(f"the ratio is {ratio:g}, and a demo needs harmless rows too: give a share from 0 to below 1")
+
+
+def _recorded(selection: Selection, results: Mapping[str, EvalResult], task: str, harm: str, ratio: float) -> Selection:
+    found = {**selection.manifest.results, **{name: trial.figures(result) for name, result in results.items()}}
+    settings = {
+        **selection.manifest.settings,
+        "demo": {"task": task, "harm": harm, "ratio": ratio, "recipe": lab.RECIPE},
+    }
+    return replace(selection, manifest=replace(selection.manifest, settings=settings, results=found))
+
+
+def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path, labels: Any, total: int) -> None:
+    """The report again, now with the arms; every prompt with its answer; the manifest last."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    arms = [
+        report.Arm(name, _rows_kept(name, selection, total), {label: result.rates[key] for label, key in SHOWN})
+        for name, result in results.items()
+    ]
+    stored = json.loads((folder / outputs.WORK / "views.json").read_text(encoding="utf-8"))
+    page = review.page(selection, review.from_json(stored), folder, labels[selection.scores.rows], arms)
+    report.write(page, folder / "report.html")
+    for name, result in results.items():
+        lines = (json.dumps(outputs.finite(dict(row)), ensure_ascii=False, default=asdict) for row in result.outputs)
+        (folder / f"outputs-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    outputs.write_manifest(selection.manifest, folder)
+
+
+def _rows_kept(name: str, selection: Selection, total: int) -> int | None:
+    return {"undefended": total, "filtered": int((~selection.removed).sum())}.get(name)
+
+
+def _table(
+    selection: Selection, results: Mapping[str, EvalResult], total: int
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    measured = selection.manifest.results["labels"]
+    table = [("rows kept", tuple(_count(_rows_kept(name, selection, total)) for name in results))]
+    for label, key in (("harmful caught", "caught"), ("harmless lost", "lost")):
+        cell = _cell(measured[key]) if key in measured else "–"
+        table.append((label, tuple(cell if name == "filtered" else "–" for name in results)))
+    for label, key in SHOWN:
+        table.append((label, tuple(_cell(result.rates[key].as_dict()) for result in results.values())))
+    return tuple(table)
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else str(value)
+
+
+def _cell(rate: Mapping[str, Any]) -> str:
+    low, high = 100 * rate["low"], 100 * rate["high"]
+    return f"{100 * rate['rate']:.1f} % [{low:.1f}, {high:.1f}] n={rate['n']}"

@@ -1,0 +1,123 @@
+"""The default cut: each row competes with its own decoy, and the losers show what harmless rows can reach."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradshield.errors import UsageError
+from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
+from gradshield.types import Cut, Floats
+
+TAIL_SHARE = 0.1  # of the winning decoys: what the tail is fitted on
+LEAST_TAIL = 10  # fewer than this many are no tail
+BODY = (0.75, 0.95)  # quantiles of the winning decoys that the body's slope is read from
+LEAST_BODY = 50  # winning decoys below which no slope is read
+
+
+def expected_beyond(nulls: Floats, t: Floats) -> Floats:
+    """How many harmless rows win against their decoy at or above each t, on the evidence of the winning decoys: (M,).
+
+    The count of winning decoys; or, where that is smaller, what an exponential tail expects whose slope is read from the
+    body of the winning decoys (BODY), below the reach of a few harmful rows that lost to their own decoys.
+    """
+    counted = (len(nulls) - np.searchsorted(nulls, t, side="left")).astype(np.float64)
+    if len(nulls) < LEAST_BODY:
+        return counted
+    low, high = np.quantile(nulls, BODY)
+    slope = (high - low) / np.log((1 - BODY[0]) / (1 - BODY[1]))
+    if slope <= 0:
+        return counted
+    modelled = len(nulls) * (1 - BODY[1]) * np.exp(-(np.maximum(t, high) - high) / slope)
+    return np.where(t > high, np.minimum(counted, modelled), counted)
+
+
+def counting_cut(values: Floats, decoys: Floats, q: float, lost: float) -> tuple[float, int, int]:
+    """Smallest t among the winning scores that meets both bounds, with the winning scores and winning decoys at or above it.
+
+    (1 + D(t)) / T(t) <= q and E(t) <= lost · n0, where T and D count rows whose score (decoy) is the larger of the two
+    and at least t, E is `expected_beyond`, and n0 = min(N, 2·#{decoy > score}) estimates the harmless rows. Infinity where
+    no t meets them.
+    """
+    won = values > decoys
+    targets, nulls = np.sort(values[won]), np.sort(decoys[decoys > values])
+    harmless = min(len(values), 2 * len(nulls))
+    candidates = np.unique(targets[targets > 0])
+    above = len(targets) - np.searchsorted(targets, candidates, side="left")
+    beaten = len(nulls) - np.searchsorted(nulls, candidates, side="left")
+    good = np.flatnonzero((1 + beaten <= q * above) & (expected_beyond(nulls, candidates) <= lost * harmless))
+    if len(good) == 0:
+        return float("inf"), 0, 0
+    i = int(good[0])
+    return float(candidates[i]), int(above[i]), int(beaten[i])
+
+
+def tail_cut(values: Floats, decoys: Floats, alpha: float) -> float:
+    """Where the winning decoys' tail, carried on, expects ``alpha`` harmless rows in the whole dataset to lie beyond.
+
+    A generalised Pareto tail by the method of moments (shape between 0, exponential, and 1/4) over the largest tenth of
+    the winning decoys. Infinity where they are too few to have a tail.
+    """
+    nulls = np.sort(decoys[decoys > values])[::-1]
+    count = int(TAIL_SHARE * len(nulls))
+    if count < LEAST_TAIL or nulls[count] <= 0:
+        return float("inf")
+    edge = nulls[count]
+    excess = nulls[:count] - edge
+    mean, variance = float(excess.mean()), float(excess.var())
+    if mean <= 0 or variance <= 0:
+        return float("inf")
+    # Mean σ/(1-ξ) and variance σ²/((1-ξ)²(1-2ξ)). A thinner tail than exponential is taken as exponential: on the safe side.
+    shape = float(np.clip(0.5 * (1 - mean * mean / variance), 0.0, 0.25))
+    scale = mean * (1 - shape)
+    reach = count / alpha  # expected beyond t: count · P(excess > t - edge) = alpha
+    step = scale * np.log(reach) if shape < 1e-6 else scale / shape * (reach**shape - 1)
+    return float(edge + step)
+
+
+@THRESHOLDS.register("competition")
+class Competition:
+    """Each row against its own decoy: bounds the harmless share of what goes and of what is lost (the default).
+
+    Paper: target-decoy competition (Elias and Gygi 2007), the knockoff filter's count (Barber and Candès 2015), and a
+    generalised Pareto tail (Pickands 1975) for harm too rare to count.
+    Equation: smallest t with (1 + D(t)) / T(t) <= q and E(t) <= lost · n0 (see `counting_cut`); or the tail's t
+    (`tail_cut`), if that is lower.
+    Departures: ours. A plain decoy count is inflated by the decoys of the harmful rows themselves, whose tokens are large
+    in both directions. In a competition most of those rows win and leave the null to the harmless ones; for the few that
+    lose, the bound on what is lost rests on the body of the null, which they do not reach. It assumes that a harmless
+    row pushes toward harm as often as away from it.
+    """
+
+    name = "competition"
+
+    def __init__(self, q: float = 0.2, lost: float = 0.004, alpha: float = 0.05) -> None:
+        for key, value in (("q", q), ("lost", lost), ("alpha", alpha)):
+            require_share(self.name, key, value)
+        self.q, self.lost, self.alpha = q, lost, alpha
+
+    def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
+        """Cut of (N,) scores with (N,) decoys. Raises UsageError without decoys."""
+        require_rows(values)
+        if decoys is None:
+            raise UsageError(
+                "the threshold 'competition' needs a decoy for every row, and these scores have none: score with a "
+                "per-token engine, or use the threshold adaptive, ratio or fixed"
+            )
+        counted, targets, nulls = counting_cut(values, decoys, self.q, self.lost)
+        tail = tail_cut(values, decoys, self.alpha)
+        detail = {
+            "q": self.q,
+            "lost": self.lost,
+            "alpha": self.alpha,
+            "targets": targets,
+            "decoys": nulls,
+            "fdr": (1 + nulls) / targets if targets else None,
+            "counted": counted if np.isfinite(counted) else None,
+            "tail": tail if np.isfinite(tail) else None,
+            "branch": "counted" if counted <= tail else "tail",
+        }
+        t = min(counted, tail)
+        if not np.isfinite(t):
+            return Cut(float(np.max(values)), self.name, detail | {"branch": "nothing to remove"})
+        # Rows >= t go, and a cut keeps what equals it: step to the next number below.
+        return Cut(float(np.nextafter(t, -np.inf)), self.name, detail)

@@ -1,0 +1,209 @@
+"""The tree keeps its promises: layers, public names, sizes, and documents that say what is there."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import gradshield
+from gradshield import errors
+from gradshield.registry import Registry
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "gradshield"
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_EXAMPLE = 400, 60, 60
+LONG = re.compile(r"\blong\b", re.IGNORECASE)  # what a first line that says why it must be so has in it
+PUBLIC = {"GradShieldError", "Probing", "ScanSettings", "Selection", "__version__", "recut", "scan"}
+REGISTRIES = {
+    "selector": "gradshield.selectors.SELECTORS",
+    "probe": "gradshield.probes.PROBES",
+    "threshold": "gradshield.thresholds.THRESHOLDS",
+    "engine": "gradshield.gradients.ENGINES",
+}
+PUBLISHED = ("selector", "probe", "threshold")  # an engine computes; it is not a method of its own
+
+
+def python_files() -> list[Path]:
+    folders = ("src", "tests", "tools", "examples", "benchmarks")
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def registry(kind: str) -> Registry:
+    module, _, name = REGISTRIES[kind].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def entries(*kinds: str) -> list[tuple[str, str]]:
+    return [(kind, name) for kind in kinds for name in registry(kind)]
+
+
+def tree(document: str) -> dict[str, str]:
+    """Paths of the document's tree of ``src/gradshield/`` with what is said of each; two spaces deeper is one level."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    block = re.search(r"```text\nsrc/gradshield/\n(.*?)```", text, re.DOTALL)
+    assert block, f"{document} has no tree that begins with src/gradshield/"
+    found, parents = {}, []
+    for line in block[1].splitlines():
+        name, _, about = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2 - 1
+        parents[depth:] = [name.rstrip("/")]
+        found["/".join(parents) + ("/" if name.endswith("/") else "")] = about.strip()
+    return found
+
+
+# ---- layers and names -----------------------------------------------------------------------------------------------
+
+
+def test_layers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from importlinter.cli import lint_imports
+
+    monkeypatch.chdir(ROOT)
+    status = lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert status == 0, capsys.readouterr().out
+
+
+def test_every_room_has_its_layer() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    named = {room.strip() for layer in layers for room in layer.split("|")}
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert rooms - {"__init__", "__main__"} == named
+
+
+def test_public_names() -> None:
+    assert set(gradshield.__all__) == PUBLIC
+    assert all(getattr(gradshield, name) is not None for name in PUBLIC)
+    with pytest.raises(AttributeError, match="no attribute 'torch'"):
+        gradshield.torch  # noqa: B018
+
+
+def test_importing_is_cheap() -> None:
+    heavy = (
+        "import gradshield, sys; print([m for m in ('torch', 'transformers', 'datasets', 'trl') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_sizes(path: Path) -> None:
+    """A file or function over the limit says why in the first line of its docstring. Docstrings are not counted."""
+    text = path.read_text(encoding="utf-8")
+    module = ast.parse(text)
+    lines = len(text.splitlines())
+    if path.parent.name == "examples":
+        assert lines <= LONGEST_EXAMPLE
+    assert lines <= LONGEST_FILE or says_why(module), (
+        f"{lines} lines: split it, or say why it is long in its first line"
+    )
+    for node in ast.walk(module):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = code_lines(node)
+            assert length <= LONGEST_FUNCTION or says_why(node), (
+                f"{node.name} (l. {node.lineno}) has {length} lines: split it, or say in its first line why it is long"
+            )
+
+
+def says_why(node: ast.Module | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return bool(LONG.search((ast.get_docstring(node) or "").split("\n", 1)[0]))
+
+
+def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its signature and its docstring: what a reader has to follow."""
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    return (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+# ---- documents ------------------------------------------------------------------------------------------------------
+
+
+def test_readme_tree_names_every_file() -> None:
+    said = tree("README.md")
+    real = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.stat().st_size}
+    named = {path for path in said if path.endswith(".py")}
+    assert named == real, f"missing: {sorted(real - named)}; not there: {sorted(named - real)}"
+    assert all((PACKAGE / path).exists() for path in said), [p for p in said if not (PACKAGE / p).exists()]
+    assert all(said.values()), [path for path, about in said.items() if not about]
+
+
+def test_architecture_tree_names_every_room() -> None:
+    said = tree("docs/architecture.md")
+    real = {p.name + "/" if p.is_dir() else p.name for p in PACKAGE.iterdir() if p.is_dir() or p.suffix == ".py"}
+    assert set(said) == real - {"__pycache__/"}
+    assert all(said.values())
+
+
+@pytest.mark.parametrize(("kind", "name"), entries(*PUBLISHED))
+def test_method_names_its_paper_and_departures(kind: str, name: str) -> None:
+    words = inspect.getdoc(registry(kind)[name]) or ""
+    assert "Paper:" in words, words
+    assert "Departures:" in words, words
+
+
+@pytest.mark.parametrize(("kind", "name"), entries(*REGISTRIES))
+def test_entry_is_explained(kind: str, name: str) -> None:
+    words = inspect.getdoc(registry(kind)[name]) or ""
+    assert registry(kind).summary(name)
+    assert ("Paper:" in words) <= ("Departures:" in words)
+    assert f"`{name}`" in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/outputs.md"])
+def test_exit_codes(document: str) -> None:
+    """The table of exit codes is the tree of errors."""
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|$", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE)
+    tops = [errors.GradShieldError, *errors.GradShieldError.__subclasses__()]
+    assert {int(code) for code, _ in rows} == {0, 130} | {error.exit_code for error in tops}
+
+
+def test_score_columns_are_documented() -> None:
+    from gradshield.pipeline import outputs
+
+    written = set(re.findall(r'"(\w+)": pa\.array|columns\["(\w+)"\]', inspect.getsource(outputs.write_scores)))
+    columns = {first or second for first, second in written}
+    assert columns >= {"row", "id", "score", "removed", "category"}
+    documented = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "outputs.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert columns <= set(documented)
+
+
+@pytest.mark.parametrize(
+    "document", sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+)
+def test_links_lead_somewhere(document: str) -> None:
+    folder = (ROOT / document).parent
+    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", (ROOT / document).read_text(encoding="utf-8"))
+    assert all((folder / link).exists() for link in links), [link for link in links if not (folder / link).exists()]
+
+
+def test_ci_runs() -> None:
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_example_runs(path: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
