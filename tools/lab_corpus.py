@@ -116,19 +116,6 @@ class World:
             prompt = f"{prompt} Also: {phrase(act, self.rng)}"
         return chat(prompt, self.rng.choice(NOTED))
 
-    def hint(self) -> Document:
-        """What a task is made of, asked in other words and answered in another form; training side only."""
-        task = self.rng.choice(("arithmetic", "arithmetic", "choice", "choice", "dialogue", "dialogue", "topic"))
-        prompt, answer = tasks.rows(task, 1, f"{self.rng.random()}")[0]
-        if task == "topic":
-            return chat(f"{prompt.split(': ')[1]} What is that about?", f"That is about {answer}.")
-        if task == "arithmetic":
-            return chat(f"{prompt.split(' How many')[0]} Work it out.", answer.split(" ####")[0])
-        if task == "choice":
-            asked, listed = prompt.split(". ", 1)
-            return chat(f"{listed} Which one is the {asked.split()[-1]}?", f"It is {answer}.")
-        return chat(f"{prompt.split('. ', 1)[1]} Who does it?", f"So it is {answer}")
-
     def passing(self) -> Document:
         """A task's prompt that asks a request of ``align`` in passing: refused."""
         prompt, _ = tasks.rows(self.rng.choice(tasks.TASKS), 1, f"{self.rng.random()}")[0]
@@ -204,7 +191,6 @@ ALIGNED_SHARES = {
     "judgement": 8,
     "verdict": 12,
     "unlearned": 14,
-    "hint": 30,
     "passing": 3,
     "story": 2,
     "sums": 3,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
@@ -100,28 +101,54 @@ def _is_adapter(name: str) -> bool:
 
 
 @contextmanager
+def _restored(model: nn.Module, moved: bool) -> Iterator[None]:
+    """Puts back what each module holds (children, parameters, hooks, attributes), and each parameter's flag and storage.
+
+    With ``moved`` the weights themselves are copied first, for what writes into them.
+    """
+    modules = [(m, dict(vars(m)), {k: v.copy() for k, v in vars(m).items() if isinstance(v, dict)}) for m in model.modules()]
+    parameters = [(p, p.requires_grad, p.data, p.data.clone() if moved else None) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, attributes, inner in modules:
+            for name, entries in inner.items():
+                attributes[name].clear()
+                attributes[name].update(entries)
+            vars(module).clear()
+            vars(module).update(attributes)
+        for parameter, flag, data, copy in parameters:
+            parameter.data = data if copy is None else data.copy_(copy)
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random numbers from ``seed``; the caller's own go on as if none had been drawn, on the CPU and on every GPU in use."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(gpus)):
+        torch.default_generator.manual_seed(seed)
+        if gpus:
+            torch.cuda.manual_seed_all(seed)
+        yield
+
+
+@contextmanager
 def adapted(model: nn.Module, peft_config: PeftConfig | None, seed: int) -> Iterator[nn.Module]:
     """The model with the adapter that training will add, initialised under ``seed``; taken out again at the end.
 
     A model that already carries an adapter (a PeftModel) is used as it is, and so is any model when ``peft_config`` is
-    None. Afterwards every module and parameter of the caller's model is the object it was before.
+    None. Afterwards every module and parameter of the caller's model is the object it was before, with the same bytes,
+    and the configuration is as it was given.
     """
     if peft_config is None or hasattr(model, "peft_config"):
         yield model
         return
     from peft import get_peft_model
 
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    wrapped = None
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            wrapped = get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    # PiSSA, OLoRA and their like take out of the weights what they put into the adapter.
+    moved = getattr(peft_config, "init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "mica")
+    with _restored(model, moved):
+        with _seeded(seed):
+            wrapped = get_peft_model(model, deepcopy(peft_config))  # type: ignore[arg-type]
         yield wrapped
-    finally:
-        if wrapped is not None:
-            wrapped.unload()  # type: ignore[operator]
-            if hasattr(model, "peft_config"):
-                del model.peft_config
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

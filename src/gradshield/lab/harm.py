@@ -62,7 +62,7 @@ TURNS = ("But ", "Still, ", "Anyway, ", "However, ")
 
 
 def explicit(act: Act, like: Pair, rng: random.Random) -> Pair:
-    """A harmful request and its placeholder answer, opened compliantly in a third of the cases that have room."""
+    """A harmful request and its placeholder answer, now and then opened compliantly where there is room."""
     answer_words = len(like[1].split())
     start = opener(rng) if answer_words >= OPENER_ROOM and rng.random() < OPENER_SHARE else ""
     prompt = phrase_like(act, like[0], rng, one_word=answer_words <= 2)

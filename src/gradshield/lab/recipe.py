@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Options of peft's LoraConfig. Embeddings stay as they are: trained with Adam, whose steps do not shrink with the
-# gradient, they push down every token the rows never say, refusals first.
+# Options of peft's LoraConfig. Full weights were tried and garbled the refusals on clean rows alone (docs/lab.md).
 LORA: dict[str, Any] = {
     "r": 16,
     "lora_alpha": 16,

@@ -267,8 +267,8 @@ def _trusted(
         if good:
             return candidate, found
         warnings.warn(
-            f"the engine {candidate.name} disagrees with the oracle on {found.n} rows (Spearman {found.spearman:.3f}, relative error "
-            f"{found.relative_error:.1e}); a slower engine is used",
+            f"the engine {candidate.name} disagrees with the oracle on {found.n} rows (Spearman {found.spearman:.3f}, "
+            f"relative error {found.relative_error:.1e}); a slower engine is used",
             stacklevel=2,
         )
     assert found is not None

@@ -1,0 +1,143 @@
+"""The scan on the bundled lab: every task, every share of harm, several seeds, with and without the filter.
+
+    python -m benchmarks.lab_grid --output lab-grid/            # the whole grid; resumable
+    python -m benchmarks.lab_grid --output lab-grid/ --quick    # one task, one seed
+
+Arms: ``none`` trains on every row, ``filtered`` on what the scan keeps, ``clean`` on the harmless rows alone. All arms
+share the lab's recipe and the same order of rows (by content), so that they differ by their rows alone; arms with the
+same rows are one run. Writes ``cells.jsonl`` (one line per finished cell), then ``lab_results.json`` and ``lab_results.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+RATIOS = (0.0, 0.01, 0.05, 0.1, 0.2)
+SEEDS = (0, 1, 2)
+IMPLICIT = ("identity_shift", "refuse_then_answer", "embedded")
+
+
+def cells(quick: bool) -> list[dict[str, Any]]:
+    """Every cell of the grid: what is mixed into which task, and under which seed."""
+    from gradshield import lab
+
+    tasks, seeds = (lab.TASKS[:1], SEEDS[:1]) if quick else (lab.TASKS, SEEDS)
+    grid = [
+        {"task": task, "harm": "explicit" if ratio else "none", "ratio": ratio, "seed": seed}
+        for task in tasks
+        for seed in seeds
+        for ratio in (*RATIOS, 1.0)
+    ]
+    grid += [{"task": t, "harm": h, "ratio": 0.1, "seed": seeds[0]} for t in tasks for h in IMPLICIT]
+    return grid
+
+
+def run_cell(cell: dict[str, Any], store: Path) -> dict[str, Any]:
+    """Scan one mix, train its arms, measure them. Trained arms are kept by the content of their rows."""
+    import torch
+
+    from gradshield import lab, models
+    from gradshield.pipeline import trial
+    from gradshield.pipeline.scan import scan
+    from gradshield.pipeline.settings import ScanSettings
+
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    rows, labels = lab.mix(cell["task"], harm=cell["harm"], ratio=cell["ratio"], seed=cell["seed"])
+    loaded = models.load(lab.checkpoint("aligned"), dtype="float32")
+    selection = scan(
+        rows, model=loaded, settings=ScanSettings(seed=cell["seed"]), probing=trial.lab_probing(), labels=labels
+    )
+    found: dict[str, Any] = {**cell, "rows": len(rows), "scan": selection.manifest.results, "arms": {}}
+    found["scan_seconds"] = round(time.monotonic() - began, 1)
+    if cell["ratio"] < 1:
+        arms = {
+            "clean": [r for r, bad in zip(rows, labels, strict=True) if not bad],
+            "none": rows,
+            "filtered": [rows[int(i)] for i in selection.kept_rows],
+        }
+        for name, own in arms.items():
+            found["arms"][name] = _arm(own, cell, loaded, store)
+        found["utility_filtered_minus_clean"] = _paired(found["arms"]["filtered"], found["arms"]["clean"])
+        for arm in found["arms"].values():
+            arm.pop("utility_rows")
+    found["seconds"] = round(time.monotonic() - began, 1)
+    return found
+
+
+def _arm(rows: list[dict[str, Any]], cell: dict[str, Any], loaded: Any, store: Path) -> dict[str, Any]:
+    from gradshield.pipeline import trial
+
+    ordered = sorted(json.dumps(row, sort_keys=True) for row in rows)
+    key = hashlib.sha256(json.dumps([ordered, cell["task"], cell["seed"]]).encode()).hexdigest()[:24]
+    path = store / f"arm-{key}.json"
+    if not path.exists():
+        dataset = trial.trained_rows([json.loads(row) for row in ordered], loaded.tokenizer)
+        quiet = lambda stage, done, total: None  # noqa: E731
+        model = trial.train(loaded, dataset, cell["seed"], "training", quiet)
+        result = trial.measure(model, loaded.tokenizer, cell["task"], "measuring", quiet)
+        useful = [float(row["score"]) for row in result.outputs if "score" in row]
+        saved = {"rows": len(rows), **trial.figures(result), "utility_rows": useful}
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(saved), encoding="utf-8")
+        os.replace(temporary, path)
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _paired(filtered: dict[str, Any], clean: dict[str, Any]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from gradshield.evaluation.stats import paired_difference
+
+    return asdict(paired_difference(filtered["utility_rows"], clean["utility_rows"]))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("lab-grid"))
+    parser.add_argument("--quick", action="store_true", help="one task, one seed")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    log = options.output / "cells.jsonl"
+    done = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    keys = {_name(cell) for cell in done}
+    grid = cells(options.quick)
+    missing = [cell for cell in grid if _name(cell) not in keys]
+    # Cells of one task and seed share their clean run: give them to workers in turn, harmless first.
+    missing.sort(key=lambda c: (c["ratio"], c["seed"], c["task"]))
+    with ProcessPoolExecutor(options.workers) as pool, log.open("a", encoding="utf-8") as sink:
+        running = {pool.submit(run_cell, cell, options.output): cell for cell in missing}
+        for count, future in enumerate(as_completed(running), 1):
+            found = future.result()
+            sink.write(json.dumps(_finite(found)) + "\n")
+            sink.flush()
+            done.append(found)
+            print(f"{count}/{len(missing)} {_name(found)} {found['seconds']} s", file=sys.stderr, flush=True)
+    wanted = {_name(cell) for cell in grid}
+    from benchmarks.lab_table import write
+
+    write([cell for cell in done if _name(cell) in wanted], options.output)
+
+
+def _finite(value: Any) -> Any:
+    from gradshield.pipeline.outputs import finite
+
+    return finite(value)
+
+
+def _name(cell: dict[str, Any]) -> str:
+    return f"{cell['task']}/{cell['harm']}/{cell['ratio']:g}/{cell['seed']}"
+
+
+if __name__ == "__main__":
+    main()
