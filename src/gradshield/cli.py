@@ -1,4 +1,4 @@
-"""The command line: argument parsing only. What a command does is in ``pipeline``."""
+"""The command line: argument parsing only, long because every option is declared here; ``pipeline`` does the work."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from gradshield.errors import DataError, GateError, GradShieldError, UsageError
+from gradshield.report.text import visible
 
 if TYPE_CHECKING:
     from gradshield.types import Selection
@@ -31,8 +33,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 Data = Annotated[
     str, typer.Argument(help="JSONL, JSON, CSV or Parquet file, or the name of a hub dataset.", show_default=False)
@@ -67,7 +69,9 @@ def scan(
     threshold: Rule = "competition",
     probe: Annotated[str, typer.Option(help="Unsafety score (see `gradshield methods`).")] = "token_gap",
     aggregate: Annotated[str, typer.Option(help="How a row's tokens are counted (see `gradshield methods`).")] = "push",
-    subspace: Annotated[str, typer.Option(help="Which parameters count: auto, all, lora, last:K, last:P%.")] = "auto",
+    subspace: Annotated[
+        str, typer.Option(help="Which parameters count: auto, all, targets, lora, last:K, last:P%.")
+    ] = "auto",
     engine: Annotated[
         str, typer.Option(help="How derivatives are computed: auto, or one of `gradshield methods`.")
     ] = "auto",
@@ -112,7 +116,7 @@ def scan(
     """
     gate = share(fail_above)
     allowed, truth = read_ids(allow), read_labels(labels)
-    template = json_option("--template-kwargs", template_kwargs)
+    template = json_object("--template-kwargs", template_kwargs)
     training = json_file("--training-config", training_config)
     lora = json_file("--lora-config", lora_config)
     quiet_libraries()
@@ -196,7 +200,7 @@ def show(
     require_data(data)
     view = seen(data, row, model, format, sft_options(training), max_length, trust_remote_code)
     for text, counts in view.pieces:
-        out.print(escape(text), style="bold green" if counts else "dim", end="")
+        out.print(Text(visible(text), style="bold green" if counts else "dim"), end="")
     out.print()
     out.print(
         f"[dim]row {row} · {escape(view.shape)} · {view.tokens} tokens, [/dim][bold green]{view.counted} in the loss[/bold green]"
@@ -283,7 +287,7 @@ def read_labels(path: Path | None) -> list[int] | None:
     """A JSON list of 0 and 1. Raises DataError for anything else."""
     if path is None:
         return None
-    value = json_option(f"--labels file {path.name}", read_text("--labels", path))
+    value = json_text("--labels", path)
     if not isinstance(value, list) or not all(v in (0, 1) for v in value):
         raise DataError(
             f"the --labels file {path.name!r} is not a list of 0 and 1: give one label for every row, as JSON"
@@ -300,19 +304,30 @@ def read_text(option: str, path: Path) -> str:
         raise DataError(f"the file {str(path)!r} given to {option} cannot be read ({reason}): check its path") from None
 
 
-def json_option(name: str, text: str) -> Any:
-    """JSON given by an option. Raises UsageError when it is not."""
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """A JSON object given as an option. Raises UsageError when it is not one."""
     try:
-        return json.loads(text)
-    except ValueError as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{name} is not JSON ({error}): write it with double quotes, inside single ones") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{name} holds a {type(value).__name__}: give a JSON object of options")
+    return value
+
+
+def json_text(option: str, path: Path) -> Any:
+    """JSON from a file named by an option. Raises DataError when it is not."""
+    try:
+        return json.loads(read_text(option, path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the file {str(path)!r} given to {option} is not JSON ({error}): mend it there") from None
 
 
 def json_file(name: str, path: Path | None) -> dict[str, Any]:
-    """A JSON object from a file. Raises DataError, UsageError."""
+    """A JSON object of options from a file. Raises DataError when it cannot be read, UsageError when it is another value."""
     if path is None:
         return {}
-    value = json_option(f"the file given to {name}", read_text(name, path))
+    value = json_text(name, path)
     if not isinstance(value, dict):
         raise UsageError(f"the file given to {name} holds a {type(value).__name__}: give a JSON object of options")
     return value
@@ -331,7 +346,7 @@ def summary(selection: Selection, folder: Path) -> None:
     """What was decided, and where to look."""
     results = selection.manifest.results
     for text in [] if selection.certified else ["nothing is certified: " + str(results["probes"]["problem"])]:
-        err.print(f"[yellow]warning:[/yellow] {escape(text)}")
+        err.print(f"[yellow]warning:[/yellow] {plain(text)}")
     parts = [f"[bold]{results['removed']}[/bold] of {results['scored']} rows removed", f"{results['kept']} kept"]
     parts += [f"{results[key]} {key}" for key in ("quarantined", "cleared") if results[key]]
     out.print(", ".join(parts))
@@ -339,7 +354,7 @@ def summary(selection: Selection, folder: Path) -> None:
         label = "" if name == "rows" else f" ({name})"
         out.print(f"cut{label}     {one.rule}, score > {one.value:.6g}")
     if results["categories"]:
-        out.print("harm    " + escape(", ".join(f"{name} {count}" for name, count in results["categories"].items())))
+        out.print("harm    " + plain(", ".join(f"{name} {count}" for name, count in results["categories"].items())))
     for key in ("caught", "lost"):
         rate = results.get("labels", {}).get(key)
         if rate:
@@ -380,6 +395,11 @@ def progress() -> Iterator[Any]:
         yield report
 
 
+def plain(text: str) -> str:
+    """Untrusted text for one line of markup: no markup, no terminal escape, no hidden or reordering character."""
+    return escape(visible(text).replace("\n", " "))
+
+
 def quiet_libraries() -> None:
     """Progress bars and advice of other libraries stay out of the way: there is one bar, ours."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -397,12 +417,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; every error is one sentence and a documented exit code (docs/outputs.md)."""
     import warnings
 
-    warnings.showwarning = lambda message, *_args, **_kw: err.print(f"[yellow]warning:[/yellow] {escape(str(message))}")
+    warnings.showwarning = lambda message, *_args, **_kw: err.print(f"[yellow]warning:[/yellow] {plain(str(message))}")
     try:
         app(args=arguments, standalone_mode=True)
     except GradShieldError as error:
-        err.print(f"[red]error:[/red] {escape(str(error))}")
+        err.print(f"[red]error:[/red] {plain(str(error))}")
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        # typer turns Ctrl-C into exit code 130 without a word.
+        if isinstance(stopped, SystemExit) and stopped.code != 130:
+            raise
         err.print("[yellow]interrupted:[/yellow] finished shards are kept; run the same command again to go on")
         raise SystemExit(130) from None

@@ -7,13 +7,13 @@ from torch import nn
 
 from gradshield.errors import UsageError
 from gradshield.gradients.agreement import Agreement, agreement, calibrated
-from gradshield.gradients.base import ENGINES, Derivatives, Engine
+from gradshield.gradients.base import ENGINES, Derivatives, Engine, beyond_layers
 from gradshield.gradients.direction import gradient_direction
 from gradshield.gradients.finite_difference import FiniteDifference
 from gradshield.gradients.forward import Forward
 from gradshield.gradients.loop import Loop
 from gradshield.gradients.perturbation import Perturbation
-from gradshield.gradients.subspace import SUBSPACES, adapted, check_subspace, parameter_names
+from gradshield.gradients.subspace import SUBSPACES, adapted, check_subspace, parameter_names, target_names
 
 __all__ = [
     "ENGINES",
@@ -32,6 +32,7 @@ __all__ = [
     "gradient_direction",
     "parameter_names",
     "pick",
+    "target_names",
 ]
 
 
@@ -39,9 +40,11 @@ def pick(name: str, model: nn.Module, per_token: bool) -> Engine:
     """The engine to use. ``auto`` decides by precision, device and whether per-token values are needed.
 
     float32 or float64: finite difference (cheapest, per token). Half precision: forward mode where per-token values are
-    needed, else perturbation. Raises UsageError when a named engine cannot give per-token values that are needed.
+    needed, else perturbation. Adapters that a layer's hook cannot follow (DoRA, fused experts): forward mode. Raises UsageError when a named engine cannot give per-token values that are needed.
     """
     if name == "auto":
+        if beyond_layers(model):
+            return Forward()
         if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()):
             return FiniteDifference()
         return Forward() if per_token else Perturbation()

@@ -114,6 +114,29 @@ def check_direction(model: nn.Module, direction: Direction) -> None:
             )
 
 
+def beyond_layers(model: nn.Module) -> list[str]:
+    """Names of adapter layers whose parameters act beyond their own module's forward, where a layer's hook cannot follow.
+
+    Two are known: PEFT's adapters of fused experts (ParamWrapper reads the factors itself), and DoRA, whose training
+    gradient holds the weight's norm fixed although it depends on the adapter.
+    """
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ == "ParamWrapper" or getattr(module, "lora_magnitude_vector", None)
+    ]
+
+
+def check_layers(engine: str, model: nn.Module, direction: Direction) -> None:
+    """Raises UsageError when the direction moves an adapter that an engine of hooks on layers cannot follow."""
+    for name in beyond_layers(model):
+        if any(tensor.startswith(f"{name}.lora_") for tensor in direction.tensors):
+            raise UsageError(
+                f"the engine {engine} works layer by layer, and got the adapter at {name} (DoRA, or an adapter of fused "
+                "experts), whose parameters act outside their own layer: use the engine forward or loop"
+            )
+
+
 def owners(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
     """Modules that hold the direction's parameters themselves, each with its own tensors by attribute name.
 

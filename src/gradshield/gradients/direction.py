@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -84,10 +84,20 @@ def save(direction: Direction, path: Path) -> None:
 
 
 def load(path: Path) -> Direction:
-    """Read a saved direction. Raises DataError when its bytes do not match its digest."""
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    """Read a saved direction. Raises DataError when it is none, or when its bytes do not match its digest."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise DataError(
+            f"the saved direction {path.name} could not be read ({error}): delete it and run the scan again"
+        ) from error
+    missing = {"names", "subspace", "scales", "digest", "meta"} - header.keys()
+    if missing:
+        raise DataError(
+            f"the saved direction {path.name} has no {', '.join(sorted(missing))} in its header: delete it and run the scan again"
+        )
     names = tuple(json.loads(header["names"]))
     if digest(names, tensors) != header["digest"]:
         raise DataError(f"the saved direction {path.name} does not match its digest: delete it and run the scan again")

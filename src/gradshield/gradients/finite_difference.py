@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradshield.errors import UsageError
-from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, owners, scoring
+from gradshield.gradients.base import (
+    ENGINES,
+    Derivatives,
+    DeviceBatch,
+    check_direction,
+    check_layers,
+    owners,
+    scoring,
+)
 from gradshield.logits import token_nll
 from gradshield.types import Batch, Direction
 
@@ -105,6 +113,7 @@ class FiniteDifference:
     def directional(self, model: nn.Module, batch: Batch, direction: Direction) -> Derivatives:
         """(K, B, T) derivatives. Raises UsageError on a half-precision model, where the step would be rounded away."""
         check_direction(model, direction)
+        check_layers(self.name, model, direction)
         self._check_precision(model, direction)
         data = DeviceBatch.of(batch, model)
 

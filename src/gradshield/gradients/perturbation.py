@@ -17,7 +17,16 @@ from torch.func import functional_call, jvp
 from transformers.pytorch_utils import Conv1D
 
 from gradshield.errors import UsageError
-from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, eager_experts, owners, scoring
+from gradshield.gradients.base import (
+    ENGINES,
+    Derivatives,
+    DeviceBatch,
+    check_direction,
+    check_layers,
+    eager_experts,
+    owners,
+    scoring,
+)
 from gradshield.logits import output_head, token_nll
 from gradshield.types import Batch, Direction
 
@@ -136,6 +145,7 @@ class Perturbation:
     def directional(self, model: nn.Module, batch: Batch, direction: Direction) -> Derivatives:
         """(K, B) derivatives, all K in one forward and one backward pass."""
         check_direction(model, direction)
+        check_layers(self.name, model, direction)
         data = DeviceBatch.of(batch, model)
         shape = len(direction.names), data.ids.shape[0]
         with scoring(model), eager_experts(model), torch.enable_grad():

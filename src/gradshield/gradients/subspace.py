@@ -1,6 +1,8 @@
 """Which parameters count: all of them, the adapter that will be trained, or the last layers.
 
 ``all``      every parameter.
+``targets``  the weights that the training's adapter will change, without the adapter. A LoRA factor A starts at random, and
+             over its draws the score in the subspace ``lora`` has this one as its mean (up to a factor), free of the noise.
 ``lora``     the LoRA (or other PEFT) adapter that the training will add, at its seeded initialisation.
 ``last:k``   the last k decoder layers and the final norm; ``last:25%`` takes that share of the layers, at least one.
 """
@@ -8,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 SUBSPACES = {
     "all": "every parameter of the model",
+    "targets": "the weights that the adapter of a peft_config will change",
     "lora": "the adapter that will be trained, at its seeded initialisation",
     "last:k": "the last k decoder layers (last:2) or a share of them (last:25%), and the final norm",
 }
@@ -31,12 +34,12 @@ _LAST = re.compile(r"last:(\d+)(%?)")
 
 def check_subspace(subspace: str) -> None:
     """Raises UsageError when the name is none of SUBSPACES."""
-    if subspace in ("all", "lora"):
+    if subspace in ("all", "targets", "lora"):
         return
     found = _LAST.fullmatch(subspace)
     if not found or int(found[1]) == 0 or (found[2] and int(found[1]) > 100):
         raise UsageError(
-            f"unknown subspace {subspace!r}: use all, lora, last:K with K layers (last:2), or last:P% with a share of the "
+            f"unknown subspace {subspace!r}: use all, targets, lora, last:K with K layers (last:2), or last:P% with a share of the "
             "layers from 1 to 100 (last:25%)"
         )
 
@@ -53,8 +56,10 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return min(lists, key=lambda item: item[0].count("."))
 
 
-def parameter_names(model: nn.Module, subspace: str) -> list[str]:
+def parameter_names(model: nn.Module, subspace: str, targets: Sequence[str] = ()) -> list[str]:
     """Names of the subspace's parameters; ``model`` must already hold its adapter when the subspace is ``lora``.
+
+    ``targets`` are the names that `target_names` found, for the subspace of that name.
 
     Raises UsageError for an unknown subspace and ModelError when the model has no such parameters.
     """
@@ -62,6 +67,13 @@ def parameter_names(model: nn.Module, subspace: str) -> list[str]:
     names = [name for name, p in model.named_parameters() if p.is_floating_point()]
     if subspace == "all":
         return names
+    if subspace == "targets":
+        if not targets:
+            raise UsageError(
+                "the subspace targets needs to know which weights training will change: give the peft_config "
+                "(--lora-config FILE), or use the subspace all"
+            )
+        return [name for name in names if name in set(targets)]
     if subspace == "lora":
         chosen = [name for name in names if _is_adapter(name)]
         if not chosen:
@@ -94,6 +106,15 @@ def _final_norms(model: nn.Module, parent: str) -> set[str]:
     }
 
 
+def target_names(model: nn.Module, peft_config: PeftConfig | None) -> list[str]:
+    """Names, in ``model``, of the weights that an adapter changes: the one it carries, or the one of ``peft_config``."""
+    with adapted(model, peft_config, seed=0) as carrying:
+        inside = [name for name, _ in carrying.named_parameters() if ".base_layer." in name]
+    if carrying is model:
+        return inside
+    return [name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in inside]
+
+
 def _is_adapter(name: str) -> bool:
     return any(
         part.startswith(("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "boft_")) for part in name.split(".")
@@ -106,7 +127,9 @@ def _restored(model: nn.Module, moved: bool) -> Iterator[None]:
 
     With ``moved`` the weights themselves are copied first, for what writes into them.
     """
-    modules = [(m, dict(vars(m)), {k: v.copy() for k, v in vars(m).items() if isinstance(v, dict)}) for m in model.modules()]
+    modules = [
+        (m, dict(vars(m)), {k: v.copy() for k, v in vars(m).items() if isinstance(v, dict)}) for m in model.modules()
+    ]
     parameters = [(p, p.requires_grad, p.data, p.data.clone() if moved else None) for p in model.parameters()]
     try:
         yield

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+
+from torch import nn
 
 from gradshield.data import SHAPES, RenderConfig
 from gradshield.errors import UsageError
@@ -13,8 +16,18 @@ from gradshield.gradients import ENGINES, SUBSPACES
 from gradshield.probes import PROBES
 from gradshield.selectors import AGGREGATES, SELECTORS
 from gradshield.thresholds import THRESHOLDS
+from gradshield.types import Rendered
 
 DEFAULT_MAX_LENGTH = 1024  # TRL's own default
+_SFT_TYPES: dict[str, tuple[type, ...]] = {
+    "max_length": (int, type(None)),
+    "truncation_mode": (str,),
+    "assistant_only_loss": (bool,),
+    "completion_only_loss": (bool, type(None)),
+    "dataset_text_field": (str,),
+    "eos_token": (str, type(None)),
+    "packing": (bool,),
+}
 
 
 def peft_config(options: Mapping[str, Any]) -> Any:
@@ -34,7 +47,16 @@ def peft_config(options: Mapping[str, Any]) -> Any:
 
 
 def sft_options(options: Mapping[str, Any]) -> Any:
-    """The options of the training that change what is scored, as an object like ``SFTConfig``; None where none is given."""
+    """The options of the training that change what is scored, as an object like ``SFTConfig``; None where none is given.
+
+    Raises UsageError for an option of the wrong type.
+    """
+    for name, kinds in _SFT_TYPES.items():
+        if name in options and type(options[name]) not in kinds:
+            allowed = " or ".join({type(None): "null", bool: "true or false"}.get(k, k.__name__) for k in kinds)
+            raise UsageError(
+                f"the training config's {name} is {options[name]!r}, and it takes {allowed}: mend the file"
+            )
     return SimpleNamespace(**options) if options else None
 
 
@@ -56,6 +78,18 @@ def render_config(
         return replace(config, max_length=chosen, chat_template_kwargs={**config.chat_template_kwargs, **template})
     longest = min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH) if max_length is None else max_length
     return RenderConfig(max_length=longest, chat_template_kwargs=dict(template))
+
+
+def check_positions(model: Any, rendered: Sequence[Rendered], limit: int | None) -> None:
+    """Raises UsageError for rows longer than the learned positions of the model (GPT-2, OPT); rotary ones have no end."""
+    longest = max(len(tokens.ids) for row in rendered for tokens in row.sequences)
+    if limit is None or longest <= limit:
+        return
+    if any(isinstance(m, nn.Embedding) and re.search("wpe|position", name) for name, m in model.named_modules()):
+        raise UsageError(
+            f"a row has {longest} tokens, and the model has positions for {limit}: give --max-length {limit}, or a training "
+            "config with that max_length"
+        )
 
 
 def text_config(model: Any) -> Any:

@@ -38,6 +38,18 @@ WORK = ".gradshield"
 PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "numpy", "scipy", "scikit-learn")
 
 
+def check(output: str | Path) -> None:
+    """Raises DataError where no output folder can be made, before anything is loaded; makes nothing."""
+    folder = Path(output)
+    nearest = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    if not nearest.is_dir():
+        raise DataError(
+            f"the output folder {str(folder)!r} cannot be made ({nearest} is a file): give another --output"
+        )
+    if not os.access(nearest, os.W_OK):
+        raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
+
+
 def prepare(output: str | Path) -> Path:
     """The output folder with its working folder. Raises DataError when it cannot be written to."""
     folder = Path(output)
@@ -174,6 +186,8 @@ def write(
     truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
     if truth is not None:
         write_json(folder / WORK / "labels.json", truth.tolist())
+    else:  # of an earlier scan into this folder
+        (folder / WORK / "labels.json").unlink(missing_ok=True)
     review.write(selection, views, folder, truth)
     write_manifest(selection.manifest, folder)
 

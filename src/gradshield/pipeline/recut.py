@@ -55,7 +55,7 @@ def recut(
         manifest=old,
         certified=bool(old.results["certified"]),
     )
-    truth = _labels(path)
+    truth = _labels(path, len(removed))
     results: dict[str, Any] = {
         **old.results,
         "kept": int((~removed).sum()),
@@ -69,9 +69,7 @@ def recut(
     settings = {**old.settings, "threshold": threshold if isinstance(threshold, str) else rule.name}
     selection = replace(selection, manifest=replace(old, command=command, settings=settings, results=results))
     outputs.write_selection(selection, path, examples, source)
-    stored = path / outputs.WORK / "views.json"
-    found = review.from_json(json.loads(stored.read_text(encoding="utf-8"))) if stored.is_file() else {}
-    review.write(selection, found, path, truth)
+    review.write(selection, _views(path), path, truth)
     outputs.write_manifest(selection.manifest, path)
     return selection
 
@@ -89,8 +87,10 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished scan. Raises DataError when there is none."""
     try:
         raw: Mapping[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return Manifest(**raw)
-    except (OSError, ValueError, TypeError):
+        found = Manifest(**raw)
+        _ = found.data["kind"], found.settings["seed"], found.results["certified"]
+        return found
+    except (OSError, ValueError, TypeError, KeyError):
         raise DataError(
             f"{str(folder)!r} is not the folder of a finished scan (no readable manifest.json): "
             "run `gradshield scan` into it first"
@@ -130,12 +130,20 @@ def _rows(folder: Path, old: Manifest, scores: Scores, removed: Any) -> tuple[li
         if len(rows) == 0:
             continue
         path = folder / f"{name}{suffix}"
-        result = rows_in.read(path, format=old.settings.get("format"))
+        text_field = old.settings.get("render", {}).get("text_field", "text")
+        result = rows_in.read(path, format=old.settings.get("format"), text_field=text_field)
         if len(result.examples) != len(rows):
             raise DataError(
                 f"{path.name} holds {len(result.examples)} rows, and the scores know of {len(rows)}: it was changed after the "
                 "scan; run `gradshield scan` again"
             )
+        ids = [i for i, out in zip(scores.ids, removed, strict=True) if out == flag]
+        for number, (example, known) in enumerate(zip(result.examples, ids, strict=True)):
+            if example.id.partition("-")[0] != known.partition("-")[0]:  # -2, -3 count repeats, of each file anew
+                raise DataError(
+                    f"line {result.source.line(number)} of {path.name} is not the row that was scored: it was changed after "
+                    "the scan; run `gradshield scan` again"
+                )
         source = source or result.source
         offset = sum(t.num_rows for t in tables)
         if result.source.kind == "parquet":
@@ -153,11 +161,27 @@ def _quarantined(folder: Path) -> tuple[Any, ...]:
     from gradshield.types import Quarantined
 
     path = folder / "quarantine.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = [json.loads(line) for line in lines]
-    return tuple(Quarantined(r["row"], r["line"], r["reason"], r["raw"].encode()) for r in rows)
+    try:
+        # By newline alone: a row may hold other characters at which splitlines would break it.
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        rows = [json.loads(line) for line in lines if line]
+        return tuple(Quarantined(r["row"], r["line"], r["reason"], r["raw"].encode()) for r in rows)
+    except (OSError, ValueError, TypeError, KeyError):
+        raise DataError(f"{path} cannot be read: it was changed after the scan; run `gradshield scan` again") from None
 
 
-def _labels(folder: Path) -> Any:
+def _views(folder: Path) -> review.Views:
+    """The coloured rows that the scan kept for the report; none where they cannot be read."""
+    try:
+        return review.from_json(json.loads((folder / outputs.WORK / "views.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _labels(folder: Path, scored: int) -> Any:
     path = folder / outputs.WORK / "labels.json"
-    return np.array(json.loads(path.read_text()), dtype=np.int64) if path.is_file() else None
+    try:
+        found = np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.int64)
+    except (OSError, ValueError, TypeError):
+        return None
+    return found if found.shape == (scored,) else None

@@ -70,7 +70,8 @@ def page(
     """Everything the report says about a selection."""
     results = selection.manifest.results
     agreed, measured = results["agreement"], results.get("labels", {})
-    suffix = next((f.suffix for f in sorted(folder.glob("kept.*"))), ".jsonl")
+    kind = selection.manifest.data["kind"]
+    suffix = f".{kind}" if kind in ("json", "csv", "parquet") else ".jsonl"
     order = np.argsort(-selection.scores.values, kind="stable")
     gone = [int(i) for i in order if selection.removed[i]]
     near = [int(i) for i in order if not selection.removed[i]][:NEAR]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,8 @@ from torch import nn
 
 from gradshield import data as rows_in
 from gradshield import models
-from gradshield.errors import EmptyDataError, ProbeError, ScoreError, UsageError
+from gradshield.data import templates
+from gradshield.errors import DataError, EmptyDataError, ProbeError, ScoreError, UsageError
 from gradshield.gradients import (
     ENGINES,
     Agreement,
@@ -24,15 +27,16 @@ from gradshield.gradients import (
     agreement,
     calibrated,
     pick,
+    target_names,
 )
 from gradshield.gradients import direction as directions
 from gradshield.models import LoadedModel
 from gradshield.pipeline import outputs, shards
-from gradshield.pipeline.options import render_config, text_config
+from gradshield.pipeline.options import check_positions, render_config, text_config
 from gradshield.pipeline.settings import ScanSettings
 from gradshield.probes import Prompts, Validity, digest, greedy, lookalikes, open_turns, requests, validity
 from gradshield.selectors import Fihs, Measured, parse_aggregate
-from gradshield.types import Bools, Cut, Direction, Example, Floats, Rendered, Scores, Selection, Tokens
+from gradshield.types import Bools, Cut, Direction, Example, Rendered, Scores, Selection, Tokens
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -46,8 +50,8 @@ LEAST_SPEARMAN = 0.99  # below it an engine's ranking is not the oracle's
 class Probing:
     """What the model is asked: the requests S is taken on, their harmless look-alikes, and how a turn is opened.
 
-    ``answer_prefix`` is put at the start of every probed answer (a closed thinking block); ``template`` goes to the chat template.
-    ``uncertified`` scores a model whose probes are not valid, and says so in everything that is written.
+    ``answer_prefix`` is put at the start of every probed answer (a closed thinking block); ``template`` goes to the chat
+    template. ``uncertified`` scores a model whose probes are not valid, and says so in everything that is written.
     """
 
     requests: Sequence[Mapping[str, str]] = ()
@@ -102,6 +106,8 @@ def scan(
     """
     began = time.monotonic()
     settings, probing = settings or ScanSettings(), probing or Probing()
+    if output is not None:
+        outputs.check(output)
     read = rows_in.read(
         data, format=format, strict=strict, text_field=getattr(training_args, "dataset_text_field", "text")
     )
@@ -109,23 +115,29 @@ def scan(
         raise UsageError(
             f"there are {len(labels)} labels for {read.source.rows} rows: give one label (0 or 1) for every row of the input"
         )
-    loaded = _loaded(model, tokenizer)
+    if labels is not None and not set(labels) <= {0, 1}:
+        raise UsageError("a label is neither 0 nor 1: give 1 for a harmful row and 0 for any other")
+    loaded = _with_template(_loaded(model, tokenizer))
     limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
     config = render_config(training_args, max_length, limit, probing.template or {})
     result = rows_in.render_all(read.examples, loaded.tokenizer, config, read.source, strict)
     if not result.rendered:
         raise EmptyDataError(
-            f"no row of {read.source.name} has a response token within {config.max_length} tokens: raise --max-length, or check "
-            "the rows with `gradshield show`"
+            f"no row of {read.source.name} can be scored within {config.max_length} tokens, line {result.quarantined[0].line}: "
+            f"{result.quarantined[0].reason}; raise --max-length, or check the rows with `gradshield show`"
         )
-    with adapted(loaded.model, peft_config, settings.seed) as adapted_model:
-        scored = _score(adapted_model, loaded, result.rendered, settings, probing, peft_config, output, progress)
+    check_positions(loaded.model, result.rendered, limit)
+    subspace = _subspace(settings, loaded.model, peft_config)
+    with _adapted(loaded.model, peft_config if subspace == "lora" else None, settings.seed) as scored_model:
+        scored = _score(
+            scored_model, loaded, result.rendered, settings, subspace, probing, peft_config, output, progress
+        )
         cuts = _cut(scored.scores, settings)
         beyond = np.array([v > cuts[s].value for v, s in zip(scored.scores.values, scored.scores.shapes, strict=True)])
         cleared = np.isin(np.array(scored.scores.ids), list(allow)) & beyond
         removed = beyond & ~cleared
         gone = [row for row, out in zip(result.rendered, removed, strict=True) if out]
-        categories = _categories(adapted_model, scored, gone, removed, settings, progress)
+        categories = _categories(scored_model, scored, gone, removed, settings, progress)
     by_row = {example.row: example for example in read.examples}
     kept = [row for row, out in zip(result.rendered, removed, strict=True) if not out]
     selection = Selection(
@@ -178,6 +190,7 @@ def _score(
     loaded: LoadedModel,
     rendered: Sequence[Rendered],
     settings: ScanSettings,
+    subspace: str,
     probing: Probing,
     peft_config: Any,
     output: str | Path | None,
@@ -194,14 +207,14 @@ def _score(
         raise ProbeError(valid.problem + "; or pass --uncertified to score it all the same, with nothing certified")
     probe = settings.make_probe()
     probe.fit(model, tokenizer, asked, harmless)
-    subspace = settings.subspace
-    if subspace == "auto":
-        subspace = "lora" if peft_config is not None or hasattr(model, "peft_config") else "all"
     aggregate = parse_aggregate(settings.aggregate)
-    selector = Fihs(probe, asked, Loop(), aggregate, subspace)
+    targets = _targets(model, peft_config) if subspace == "targets" else ()
+    selector = Fihs(probe, asked, Loop(), aggregate, subspace, targets)
     direction = selector.prepare(model)
     progress("probing the model", 1, 1)
     chosen = pick(settings.engine, model, aggregate.per_token)
+    if isinstance(settings.threshold, str):  # a rule that cannot cut is told now, not after the rows are measured
+        settings.make_threshold().cut(np.zeros(1), np.zeros(1) if chosen.per_token else None)
     sample = _sample(rendered, settings)
     selector.engine, agreed = _trusted(chosen, selector, model, direction, sample, asked, harmless, loaded.pad_token_id)
     folder = None
@@ -222,6 +235,13 @@ def _score(
     return _Scored(selector, direction, scores, agreed, valid)
 
 
+def _subspace(settings: ScanSettings, model: nn.Module, peft_config: Any) -> str:
+    """``auto`` takes the weights that training will change where it is told of an adapter, else all of them."""
+    if settings.subspace != "auto":
+        return settings.subspace
+    return "targets" if peft_config is not None or hasattr(model, "peft_config") else "all"
+
+
 def _loaded(model: Any, tokenizer: Any) -> LoadedModel:
     if isinstance(model, LoadedModel):
         return model
@@ -229,6 +249,43 @@ def _loaded(model: Any, tokenizer: Any) -> LoadedModel:
         found = models.load(model)
         return found if tokenizer is None else replace(found, tokenizer=tokenizer)
     return models.wrap(model, tokenizer)
+
+
+def _with_template(loaded: LoadedModel) -> LoadedModel:
+    """The model with a copy of its tokenizer that has the default chat template, where its own has none; warns then."""
+    default = templates.override(loaded.tokenizer, None)
+    if default is None:
+        return loaded
+    tokenizer = deepcopy(loaded.tokenizer)
+    tokenizer.chat_template = default
+    return replace(loaded, tokenizer=tokenizer)
+
+
+def _targets(model: nn.Module, peft_config: Any) -> list[str]:
+    with _fits_the_model():
+        return target_names(model, peft_config)
+
+
+@contextmanager
+def _adapted(model: nn.Module, peft_config: Any, seed: int) -> Iterator[nn.Module]:
+    """`adapted`, with an adapter that does not fit the model as a UsageError."""
+    with ExitStack() as stack:
+        with _fits_the_model():
+            found = stack.enter_context(adapted(model, peft_config, seed))
+        yield found
+
+
+@contextmanager
+def _fits_the_model() -> Iterator[None]:
+    """Raises UsageError for what PEFT says of an adapter that does not fit."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+        raise UsageError(
+            f"the adapter of the PEFT config cannot be put on the model ({type(error).__name__}: {reason}): "
+            "mend the file given to --lora-config (peft_config), first of all its target_modules"
+        ) from error
 
 
 def group(shape: str) -> str:
@@ -252,7 +309,9 @@ def _trusted(
     pad: int,
 ) -> tuple[Engine, Agreement]:
     """The first engine, from the chosen one to slower ones, whose ranking of a random sample is the oracle's."""
-    oracle = _sums(Loop(), selector, model, direction, sample)
+    truth = _measured(Loop(), selector, model, direction, sample)
+    selector.finish(truth, [row.id for row in sample], [group(row.shape) for row in sample])  # names what is not finite
+    oracle = truth.sums
     slower: list[Engine] = [engine]
     if engine.name == "finite-difference":
         slower[0] = calibrated(model, _calibration(model, asked, harmless, pad), direction)[0]
@@ -261,7 +320,7 @@ def _trusted(
         slower.append(Loop())
     found: Agreement | None = None
     for candidate in slower:
-        found = agreement(candidate.name, _sums(candidate, selector, model, direction, sample), oracle)
+        found = agreement(candidate.name, _measured(candidate, selector, model, direction, sample).sums, oracle)
         # Too few rows, or equal ones, have no ranking: then the relative error decides.
         good = found.spearman >= LEAST_SPEARMAN if np.isfinite(found.spearman) else found.relative_error <= 0.01
         if good:
@@ -278,9 +337,12 @@ def _trusted(
     )
 
 
-def _sums(engine: Engine, selector: Fihs, model: nn.Module, direction: Direction, rows: Sequence[Rendered]) -> Floats:
-    with_engine = Fihs(selector.probe, selector.requests, engine, selector.aggregate, selector.subspace)
-    return shards.measure(with_engine, model, direction, rows, 4096).sums
+def _measured(
+    engine: Engine, selector: Fihs, model: nn.Module, direction: Direction, rows: Sequence[Rendered]
+) -> Measured:
+    with_engine = copy(selector)
+    with_engine.engine = engine
+    return shards.measure(with_engine, model, direction, rows, 4096)
 
 
 def _calibration(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int) -> Any:
@@ -342,11 +404,17 @@ def _weighted(example: Example) -> bool:
 
 
 def _trainable(by_row: Mapping[int, Example], kept: Sequence[Rendered], source: Any) -> Any:
-    """The kept rows for a trainer: the caller's own Dataset where TRL knows its shape, else tokens and labels."""
+    """The kept rows for a trainer: the caller's own Dataset where TRL knows its shape, else tokens and labels.
+
+    Rows that no single trainer takes, such as preference pairs among other rows, are given as they came.
+    """
     import datasets
 
     own = [by_row[row.row] for row in kept]
     known = all(e.shape in TRL_SHAPES and not _weighted(e) for e in own)
     if source.kind == "dataset" and known:
         return rows_in.take(own, source)
-    return rows_in.to_trl(own, kept) if kept else datasets.Dataset.from_list([])
+    try:
+        return rows_in.to_trl(own, kept) if kept else datasets.Dataset.from_list([])
+    except DataError:
+        return rows_in.take(own, source)

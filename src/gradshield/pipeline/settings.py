@@ -20,7 +20,7 @@ class ScanSettings:
 
     ``probe``         a name of PROBES, a Probe, or a function of (model, PromptBatch) to a scalar
     ``aggregate``     how a row's tokens are counted (AGGREGATES)
-    ``subspace``      all, lora, last:k; ``auto`` is lora where a peft_config is given, else all
+    ``subspace``      all, targets, lora, last:k; ``auto`` is targets where a peft_config is given, else all
     ``engine``        a name of ENGINES, or auto
     ``threshold``     a rule with its options as typed (``competition:q=0.05``), or a Threshold
     ``seed``          of the adapter's initialisation, the oracle's sample and the mixture's start
@@ -47,7 +47,7 @@ class ScanSettings:
         if self.subspace != "auto":
             check_subspace(self.subspace)
         self.make_threshold()
-        for name, least in (("token_budget", 16), ("check_rows", 3)):
+        for name, least in (("token_budget", 16), ("check_rows", 3), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(
                     f"{name} is {getattr(self, name)}, and it must be at least {least}: give a larger number"

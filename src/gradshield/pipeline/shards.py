@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import nn
 
 from gradshield.data import batches
-from gradshield.errors import ModelError
+from gradshield.errors import DataError, ModelError
 from gradshield.pipeline.options import text_config
 from gradshield.selectors import Fihs, Measured
 from gradshield.types import Batch, Direction, Rendered
@@ -121,15 +121,32 @@ def _write(path: Path, part: Measured) -> None:
     flat = np.concatenate(part.tokens) if part.tokens is not None else np.zeros(0)
     arrays = {"sums": part.sums, "nll": part.nll, "lengths": part.lengths, "tokens": flat}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(arrays, temporary)
-    os.replace(temporary, path)
+    try:
+        save_file(arrays, temporary, {"sha256": _digest(arrays)})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(
+            f"{path.parent} cannot be written ({error}): free some space, or give another --output"
+        ) from None
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(arrays):
+        sha.update(f"{name} {arrays[name].dtype} {arrays[name].shape} ".encode() + arrays[name].tobytes())
+    return sha.hexdigest()
 
 
 def _read(path: Path, rows: Sequence[Rendered]) -> Measured | None:
-    """A finished shard, its values given to the rows of this run; None where there is none that can be read."""
+    """A finished shard, its values given to the rows of this run; None where there is none whose bytes are as written."""
     try:
-        arrays = load_file(path)
-    except (FileNotFoundError, SafetensorError):
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            intact = (file.metadata() or {}).get("sha256") == _digest(arrays)
+    except (OSError, ValueError, SafetensorError):
+        return None
+    if not intact:
         return None
     numbers = np.array(sorted(row.row for row in rows), dtype=np.int64)
     tokens = None

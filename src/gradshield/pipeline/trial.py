@@ -26,6 +26,13 @@ def lab_probing() -> Probing:
     return Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
 
 
+def lab_adapter() -> Any:
+    """The adapter that the lab's recipe trains."""
+    from peft import LoraConfig
+
+    return LoraConfig(**lab.LORA)
+
+
 def trained_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: int | None = None) -> Any:
     """Rows as tokens and labels, exactly as a scan scores them: a ``Dataset`` for ``train``."""
     read = rows_in.read(list(rows))
@@ -49,7 +56,9 @@ def train(loaded: LoadedModel, dataset: Any, seed: int, stage: str, progress: Pr
         loaded.tokenizer,
         dataset,
         options,
+        lab_adapter(),
         seed=seed,
+        merge=True,
         progress=lambda step, total: progress(stage, step, total),
     )
 

@@ -6,7 +6,6 @@ pushes toward harm (see `push`). An aggregate takes (n,) values, n >= 1, and giv
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ def parse(text: str) -> Aggregate:
     if found and int(found[2]) > 0 and not (found[3] and (found[1] == "first" or int(found[2]) > 100)):
         number = int(found[2])
         if found[3]:
-            return Aggregate(text, partial(_top_share, share=number / 100))
+            return Aggregate(text, partial(_top_share, percent=number))
         if found[1] == "top":
             return Aggregate(text, lambda t: float(largest(t, number).sum()))
         return Aggregate(text, lambda t: float(t[:number].sum()))
@@ -74,5 +73,6 @@ def parse(text: str) -> Aggregate:
     )
 
 
-def _top_share(tokens: Floats, share: float) -> float:
-    return float(largest(tokens, max(1, math.ceil(share * len(tokens)))).mean())
+def _top_share(tokens: Floats, percent: int) -> float:
+    count = -(-percent * len(tokens) // 100)  # rounded up in whole numbers: 0.07 · 100 is more than 7 in floating point
+    return float(largest(tokens, count).mean())

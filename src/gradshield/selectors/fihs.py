@@ -30,9 +30,17 @@ class Fihs:
 
     name = "fihs"
 
-    def __init__(self, probe: Probe, requests: Prompts, engine: Engine, aggregate: Aggregate, subspace: str) -> None:
+    def __init__(
+        self,
+        probe: Probe,
+        requests: Prompts,
+        engine: Engine,
+        aggregate: Aggregate,
+        subspace: str,
+        targets: Sequence[str] = (),
+    ) -> None:
         self.probe, self.requests, self.engine = probe, requests, engine
-        self.aggregate, self.subspace = aggregate, subspace
+        self.aggregate, self.subspace, self.targets = aggregate, subspace, targets
 
     def prepare(self, model: nn.Module) -> Direction:
         """v = ∇S over all requests, as the one direction ``all``."""
@@ -55,7 +63,7 @@ class Fihs:
             ]
             for name, prompts in groups.items()
         }
-        return gradient_direction(model, scores, parameter_names(model, self.subspace), self.subspace)
+        return gradient_direction(model, scores, parameter_names(model, self.subspace, self.targets), self.subspace)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Each row's FIHS along the first direction, per token where the engine gives it."""
