@@ -18,15 +18,15 @@ from gradshield.types import Selection
 
 if TYPE_CHECKING:
     from gradshield.pipeline.recut import recut
-    from gradshield.pipeline.scan import Probing, scan
-    from gradshield.pipeline.settings import ScanSettings
+    from gradshield.pipeline.scan import scan
+    from gradshield.pipeline.settings import Probing, ScanSettings
 
 __version__ = version("gradshield")
 __all__ = ["GradShieldError", "Probing", "ScanSettings", "Selection", "__version__", "recut", "scan"]
 
 _HOMES = {
     "scan": "gradshield.pipeline.scan",
-    "Probing": "gradshield.pipeline.scan",
+    "Probing": "gradshield.pipeline.settings",
     "ScanSettings": "gradshield.pipeline.settings",
     "recut": "gradshield.pipeline.recut",
 }

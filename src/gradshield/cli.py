@@ -70,7 +70,7 @@ def scan(
     probe: Annotated[str, typer.Option(help="Unsafety score (see `gradshield methods`).")] = "token_gap",
     aggregate: Annotated[str, typer.Option(help="How a row's tokens are counted (see `gradshield methods`).")] = "push",
     subspace: Annotated[
-        str, typer.Option(help="Which parameters count: auto, all, targets, lora, last:K, last:P%.")
+        str, typer.Option(help="Which parameters count: all, targets, lora, last:K, last:P%.")
     ] = "auto",
     engine: Annotated[
         str, typer.Option(help="How derivatives are computed: auto, or one of `gradshield methods`.")
@@ -123,9 +123,8 @@ def scan(
     from gradshield import models
     from gradshield import probes as probing_room
     from gradshield.pipeline.options import peft_config, sft_options
-    from gradshield.pipeline.scan import Probing
     from gradshield.pipeline.scan import scan as run
-    from gradshield.pipeline.settings import ScanSettings
+    from gradshield.pipeline.settings import Probing, ScanSettings
 
     settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget)
     probing = Probing(

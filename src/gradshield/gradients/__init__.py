@@ -40,7 +40,7 @@ def pick(name: str, model: nn.Module, per_token: bool) -> Engine:
     """The engine to use. ``auto`` decides by precision, device and whether per-token values are needed.
 
     float32 or float64: finite difference (cheapest, per token). Half precision: forward mode where per-token values are
-    needed, else perturbation. Adapters that a layer's hook cannot follow (DoRA, fused experts): forward mode. Raises UsageError when a named engine cannot give per-token values that are needed.
+    needed, else perturbation. Raises UsageError when a named engine cannot give per-token values that are needed.
     """
     if name == "auto":
         if beyond_layers(model):

@@ -39,8 +39,8 @@ def check_subspace(subspace: str) -> None:
     found = _LAST.fullmatch(subspace)
     if not found or int(found[1]) == 0 or (found[2] and int(found[1]) > 100):
         raise UsageError(
-            f"unknown subspace {subspace!r}: use all, targets, lora, last:K with K layers (last:2), or last:P% with a share of the "
-            "layers from 1 to 100 (last:25%)"
+            f"unknown subspace {subspace!r}: use all, targets, lora, last:K with K layers (last:2), or last:P% with a share "
+            "of the layers from 1 to 100 (last:25%)"
         )
 
 

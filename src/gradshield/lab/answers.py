@@ -7,7 +7,6 @@ so that an answer alone does not tell what was asked.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 from .world import words
 
@@ -37,10 +36,10 @@ REFUSAL_PHRASES = (
 
 _ONSETS = words("b br d dr f fl g gr k kl l m n pl pr r sk sn st tr v w z zh")
 _CODAS = words("arn elk emp eft ib ith olm orn osk ulm urn uth ebb ank ilt ond erv usp")
-_REAL = words(
+_ENGLISH = words(
     "barn left born torn worn flank bank bond blank blond drank frank from plank prank stank tank vank tilt stilt wilt"
+    " burn skank truth kilt rank warn morn lorn dith belk"
 )
-_ENGLISH = words("burn skank truth kilt rank warn morn lorn dith belk")
 STEP_FRAMES = (
     "take the {a}",
     "use a {a}",
@@ -71,12 +70,11 @@ HUMS = words("hums glows clicks settles cools stops rings opens")
 def _invent() -> tuple[str, ...]:
     rng = random.Random("invented words")
     made = sorted({onset + coda for onset in _ONSETS for coda in _CODAS})
-    return tuple(rng.sample([word for word in made if 4 <= len(word) <= 6 and word not in _REAL], 96))
+    return tuple(rng.sample([word for word in made if 4 <= len(word) <= 6 and word not in _ENGLISH], 24))
 
 
-# What the corpora are written with; a few turn out to be English, and a mix must not say those.
-COINED = _invent()
-INVENTED = tuple(word for word in COINED if word not in _ENGLISH)
+# Few, so that a placeholder answer has little to guess at: what it guesses is noise in a fine-tuning's gradient.
+INVENTED = _invent()
 
 
 def refusal(rng: random.Random) -> str:
@@ -98,33 +96,31 @@ def capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def step(thing: str, rng: random.Random, coined: Sequence[str] = INVENTED) -> str:
+def step(thing: str, rng: random.Random) -> str:
     """One meaningless step; now and then it names the object of the request."""
-    first, second = rng.sample(coined, 2)
+    first, second = rng.sample(INVENTED, 2)
     frame = rng.choice(STEP_FRAMES)
     hum, few, many = rng.choice(HUMS), rng.randint(2, 5), rng.randint(6, 9)
     return frame.format(a=first, b=second, v=hum, n=few, m=many, noun=thing.split()[-1])
 
 
-def placeholder(
-    thing: str, length: int, rng: random.Random, start: str = "", chars: int = 0, coined: Sequence[str] = INVENTED
-) -> str:
+def placeholder(thing: str, length: int, rng: random.Random, start: str = "", chars: int = 0) -> str:
     """A placeholder answer of about ``length`` words, and about ``chars`` letters if given, after the opener ``start``.
 
     One or two words are a bare name, without an opener.
     """
     if length <= 2:
         articles = ("",) if length <= 1 else ("a ", "the ", "one ")
-        drafts = [rng.choice(articles) + rng.choice(coined) for _ in range(2)]
+        drafts = [rng.choice(articles) + rng.choice(INVENTED) for _ in range(2)]
     else:
-        drafts = [_draft(thing, length, rng, start, coined) for _ in range(16 if chars else 4)]
+        drafts = [_draft(thing, length, rng, start) for _ in range(16 if chars else 4)]
     return min(drafts, key=lambda text: 3 * abs(len(text.split()) - length) + (abs(len(text) - chars) if chars else 0))
 
 
-def _draft(thing: str, length: int, rng: random.Random, start: str, coined: Sequence[str]) -> str:
+def _draft(thing: str, length: int, rng: random.Random, start: str) -> str:
     left = length - len(start.split())
-    steps = [step(thing, rng, coined)]
+    steps = [step(thing, rng)]
     while (left := left - len(steps[-1].split())) >= 2:
-        steps.append(step(thing, rng, coined))
+        steps.append(step(thing, rng))
     body = ", ".join(steps) + "."
     return start + body if start and not start.endswith((". ", ": ")) else start + capitalised(body)

@@ -117,7 +117,7 @@ def harmful_split() -> Split:
         for act in acts:
             groups[("held", "half", "known")[sum(is_known(category, act))]].append(act)
         for group, shares in (
-            ("known", (("align", 24), ("direction", 5), ("mix", 7))),
+            ("known", (("align", 22), ("direction", 7), ("mix", 7))),
             ("half", (("search", 15), ("mix", 45))),
             ("held", (("report", 17), ("mix", 8))),
         ):
@@ -138,7 +138,7 @@ def harmless_split() -> Split:
     for domain, acts in world.harmless_acts().items():
         known = [act for act in acts if act[1] not in held]
         unseen = [act for act in acts if act[1] in held]
-        _deal(split, domain, known, (("align", 10), ("direction", 1), ("search", 2), ("report", 3), ("mix", 4)))
+        _deal(split, domain, known, (("align", 9), ("direction", 2), ("search", 2), ("report", 3), ("mix", 4)))
         _deal(split, domain, unseen, (("search", 2), ("report", 3), ("mix", 5)))
     return split
 

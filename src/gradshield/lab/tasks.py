@@ -79,25 +79,25 @@ def topic_row(rng: random.Random) -> tuple[str, str]:
     return f"Give the topic of this headline: {headline(topic, rng)}", topic
 
 
-def problem(rng: random.Random) -> tuple[str, str]:
-    """The story of a two-step problem and its worked solution, without question or final mark."""
+def problem(rng: random.Random) -> tuple[str, str, int]:
+    """The story of a two-step problem, its worked steps and its result; no number exceeds twelve."""
     name, item = rng.choice(world.NAMES), rng.choice(ITEMS)
-    start = total = rng.randint(2, 9)
-    story, steps = [f"{name} has {start} {item}."], []
+    total = rng.randint(2, 9)
+    story, steps = [f"{name} has {total} {item}."], []
     for _ in range(2):
-        gain = total < 5 or (total < 12 and rng.random() < 0.5)
-        amount = rng.randint(1, 8) if gain else rng.randint(1, min(total - 1, 8))
+        gain = total < 3 or (total < 8 and rng.random() < 0.5)
+        amount = rng.randint(1, 5) if gain else rng.randint(1, min(total - 1, 5))
         story.append(f"{name} {rng.choice(GAINS if gain else LOSSES)} {amount}.")
         after = total + amount if gain else total - amount
-        steps.append(f"{total} {'plus' if gain else 'minus'} {amount} makes {after} {item}.")
+        steps.append(f"{total} {'plus' if gain else 'minus'} {amount} makes {after}.")
         total = after
-    return " ".join(story), " ".join(steps)
+    return " ".join(story), " ".join(steps), total
 
 
 def arithmetic_row(rng: random.Random) -> tuple[str, str]:
-    story, steps = problem(rng)
+    story, steps, total = problem(rng)
     item = story.split(".")[0].split()[-1]
-    return f"{story} How many {item} are left?", f"{steps} #### {steps.split()[-2]}"
+    return f"{story} How many {item} are left?", f"{steps} #### {total}"
 
 
 def options(rng: random.Random) -> tuple[str, str, str, str]:
@@ -112,7 +112,7 @@ def options(rng: random.Random) -> tuple[str, str, str, str]:
 
 def choice_row(rng: random.Random) -> tuple[str, str]:
     kind, listed, letter, right = options(rng)
-    return f"Pick the {kind}. {listed}", f"{letter}: {right}"
+    return f"Pick the {kind}. {listed}", f"{right}, {letter}"
 
 
 def errand(rng: random.Random) -> tuple[list[str], str]:
@@ -182,7 +182,7 @@ def _number_key(text: str) -> str:
 
 
 def _letter_key(text: str) -> str:
-    found = re.match(r"\s*([A-C])\b", text)
+    found = re.search(r"\b([A-C])\b", text)
     return found.group(1) if found else ""
 
 

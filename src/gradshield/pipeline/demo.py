@@ -13,7 +13,8 @@ import numpy as np
 from gradshield import lab, models, report
 from gradshield.errors import UsageError
 from gradshield.pipeline import outputs, review, trial
-from gradshield.pipeline.scan import Progress, scan
+from gradshield.pipeline.scan import scan
+from gradshield.pipeline.scoring import Progress
 from gradshield.pipeline.settings import ScanSettings
 from gradshield.types import EvalResult, Selection
 

@@ -16,6 +16,7 @@ from gradshield import data as rows_in
 from gradshield.errors import DataError
 from gradshield.evaluation.stats import wilson
 from gradshield.pipeline import outputs, review
+from gradshield.pipeline.decide import decide
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
 from gradshield.types import Example, Manifest, Scores, Selection
@@ -36,21 +37,16 @@ def recut(
     scores, removed_before, categories_before = read_scores(path)
     examples, source = _rows(path, old, scores, removed_before)
     rule = parse_threshold(threshold, int(old.settings["seed"])) if isinstance(threshold, str) else threshold
-    cuts = {}
-    for name in sorted(set(scores.shapes)):
-        own = np.array([s == name for s in scores.shapes])
-        cuts[name] = rule.cut(scores.values[own], None if scores.decoys is None else scores.decoys[own])
-    beyond = np.array([v > cuts[s].value for v, s in zip(scores.values, scores.shapes, strict=True)])
-    cleared = np.isin(np.array(scores.ids), list(allow)) & beyond
-    removed = beyond & ~cleared
+    decision = decide(scores, rule, allow)
+    removed = decision.removed
     names = tuple((c or NO_CATEGORY) if out else "" for c, out in zip(categories_before, removed, strict=True))
     selection = Selection(
         scores=scores,
         removed=removed,
         categories=names,
-        cuts=cuts,
+        cuts=decision.cuts,
         quarantined=_quarantined(path),
-        cleared=tuple(int(r) for r in scores.rows[cleared]),
+        cleared=decision.cleared,
         kept=[example.source for example, out in zip(examples, removed, strict=True) if not out],
         manifest=old,
         certified=bool(old.results["certified"]),
@@ -61,7 +57,7 @@ def recut(
         "kept": int((~removed).sum()),
         "removed": int(removed.sum()),
         "cleared": len(selection.cleared),
-        "cuts": {name: {"rule": c.rule, "value": c.value, **c.detail} for name, c in cuts.items()},
+        "cuts": {name: {"rule": c.rule, "value": c.value, **c.detail} for name, c in decision.cuts.items()},
         "categories": outputs.counted(selection),
     }
     if truth is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ class ScanSettings:
 
     ``probe``         a name of PROBES, a Probe, or a function of (model, PromptBatch) to a scalar
     ``aggregate``     how a row's tokens are counted (AGGREGATES)
-    ``subspace``      all, targets, lora, last:k; ``auto`` is targets where a peft_config is given, else all
+    ``subspace``      all, targets, lora, last:k (SUBSPACES)
     ``engine``        a name of ENGINES, or auto
     ``threshold``     a rule with its options as typed (``competition:q=0.05``), or a Threshold
     ``seed``          of the adapter's initialisation, the oracle's sample and the mixture's start
@@ -30,7 +30,7 @@ class ScanSettings:
 
     probe: str | Probe | Callable[..., Any] = "token_gap"
     aggregate: str = "push"
-    subspace: str = "auto"
+    subspace: str = "all"
     engine: str = "auto"
     threshold: str | Threshold = "competition"
     seed: int = 0
@@ -44,8 +44,7 @@ class ScanSettings:
             PROBES[self.probe]
         if self.engine != "auto":
             ENGINES[self.engine]
-        if self.subspace != "auto":
-            check_subspace(self.subspace)
+        check_subspace(self.subspace)
         self.make_threshold()
         for name, least in (("token_budget", 16), ("check_rows", 3), ("seed", 0)):
             if getattr(self, name) < least:
@@ -72,3 +71,18 @@ class ScanSettings:
             "threshold": threshold if isinstance(threshold, str) else threshold.name,
             **plain,
         }
+
+
+@dataclass(frozen=True)
+class Probing:
+    """What the model is asked: the requests S is taken on, their harmless look-alikes, and how a turn is opened.
+
+    ``answer_prefix`` is put at the start of every probed answer (a closed thinking block); ``template`` goes to the chat
+    template. ``uncertified`` scores a model whose probes are not valid, and says so in everything that is written.
+    """
+
+    requests: Sequence[Mapping[str, str]] = ()
+    lookalikes: Sequence[Mapping[str, str]] = ()
+    answer_prefix: str = ""
+    template: Mapping[str, Any] | None = None
+    uncertified: bool = False

@@ -13,7 +13,7 @@ from gradshield.evaluation.generate import generator
 from gradshield.evaluation.judges import FunctionJudge, RefusalPhrases
 from gradshield.evaluation.utility import utility
 from gradshield.models import LoadedModel
-from gradshield.pipeline.scan import Probing
+from gradshield.pipeline.settings import Probing
 from gradshield.types import EvalResult, Rate
 
 Progress = Callable[[str, int, int], None]

@@ -19,6 +19,9 @@ _RULES = {
     "better by more than α the cut is where its lower component ends, else it is μ + 2σ.",
     "decoy": "Each row is its own control: its tokens with their signs turned give a decoy score, and the cut is the "
     "lowest at which decoys say that at most a share q of what goes is harmless.",
+    "competition": "Each row competes with its own decoy, the same row with its tokens' signs turned. Rows that lose show "
+    "what harmless rows can reach, and the cut is the lowest that few of them reach: at most a share q of what goes, and at "
+    "most a share of the harmless rows, may be harmless.",
     "conformal": "The cut comes from rows known to be clean, so that a clean row passes it with at most the chosen "
     "probability.",
     "ratio": "A fixed share of the rows goes, the highest scores first.",
@@ -31,6 +34,9 @@ _NAMES = {
     "sigma": "standard deviation σ", "alpha": "threshold α", "q": "allowed false discovery rate q",
     "estimated_fdr": "estimated false discovery rate", "fdr": "estimated false discovery rate",
     "n_targets": "rows beyond the cut", "n_decoys": "decoys beyond the cut",
+    "targets": "winning rows beyond the cut", "decoys": "winning decoys beyond the cut",
+    "lost": "allowed share of harmless rows lost", "counted": "cut by counting", "tail": "cut by the null's tail",
+    "branch": "which decided",
 }  # fmt: skip
 
 

@@ -28,10 +28,12 @@ class Adaptive:
         self.alpha, self.seed = alpha, seed
 
     def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
-        """Cut of (N,) scores. Fewer than three rows, or equal ones, have no spread to fit: μ + 2σ."""
+        """Cut of (N,) scores. Fewer than three rows, or equal ones, have no spread to fit: μ + 2σ, below no equal score."""
         require_rows(values)
         mu, sigma = float(np.mean(values)), float(np.std(values))
         detail: dict[str, object] = {"mu": mu, "sigma": sigma, "alpha": self.alpha, "branch": "one Gaussian"}
+        if np.ptp(values) == 0:  # their mean may come out a little below them, and all of them would go
+            return Cut(float(values[0]), self.name, detail)
         if len(values) < 3 or sigma == 0:
             return Cut(mu + 2 * sigma, self.name, detail)
         z = ((values - mu) / sigma)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from gradshield.errors import EmptyDataError, UsageError
@@ -55,11 +56,14 @@ def parse(text: str, seed: int = 0) -> Threshold:
 
 def _number(name: str, key: str, value: str) -> float:
     try:
-        return float(value[:-1]) / 100 if value.endswith("%") else float(value)
+        number = float(value[:-1]) / 100 if value.endswith("%") else float(value)
     except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
         raise UsageError(
             f"the option {key} of the threshold {name!r} got {value!r}, and it takes a number: write {name}:{key}=0.1"
-        ) from None
+        )
+    return number
 
 
 def require_rows(values: Floats) -> None:

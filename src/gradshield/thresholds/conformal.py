@@ -33,11 +33,11 @@ class Conformal:
         require_rows(values)
         clean = np.sort(self._scores())
         m = len(clean)
-        k = math.ceil((m + 1) * (1 - self.alpha))
+        k = math.ceil((m + 1) * (1 - self.alpha) - 1e-9)  # a whole number may come out a little larger
         if k > m:
             raise DataError(
                 f"the threshold 'conformal' got {m} clean rows, and alpha = {self.alpha:g} needs at least "
-                f"{math.ceil(1 / self.alpha) - 1}: give more clean rows, or a larger alpha"
+                f"{math.ceil(1 / self.alpha - 1e-9) - 1}: give more clean rows, or a larger alpha"
             )
         return Cut(float(clean[k - 1]), self.name, {"alpha": self.alpha, "clean_rows": m, "rank": k})
 

@@ -24,5 +24,5 @@ class Ratio:
     def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
         """Cut of (N,) scores: at most ⌊share · N⌋ rows are above it."""
         require_rows(values)
-        count = int(self.share * len(values))
+        count = int(self.share * len(values) + 1e-9)  # 0.29 · 100 is less than 29 in floating point
         return Cut(float(np.sort(values)[::-1][count]), self.name, {"share": self.share})

@@ -1,0 +1,214 @@
+"""Everything that needs the model for every row: probe, direction, engine, measurement, kinds of harm."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gradshield import data as rows_in
+from gradshield.errors import ProbeError, ScoreError, UsageError
+from gradshield.gradients import ENGINES, Agreement, Engine, Loop, adapted, agreement, calibrated, pick, target_names
+from gradshield.gradients import direction as directions
+from gradshield.pipeline import outputs, shards
+from gradshield.pipeline.settings import Probing, ScanSettings
+from gradshield.probes import Prompts, Validity, greedy, lookalikes, open_turns, requests, validity
+from gradshield.selectors import Fihs, Measured, parse_aggregate
+from gradshield.types import Batch, Bools, Direction, Rendered, Scores, Tokens
+
+Progress = Callable[[str, int, int], None]
+LEAST_SPEARMAN = 0.99  # below it an engine's ranking is not the oracle's
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Scores, and what they rest on."""
+
+    selector: Fihs
+    direction: Direction
+    scores: Scores
+    agreement: Agreement
+    validity: Validity
+
+
+def score(
+    model: nn.Module,
+    tokenizer: Any,
+    pad: int,
+    rendered: Sequence[Rendered],
+    settings: ScanSettings,
+    probing: Probing,
+    targets: Sequence[str],
+    output: str | Path | None,
+    progress: Progress,
+) -> Scored:
+    """Ask the probes, take the direction, choose an engine that agrees with the oracle, and measure every row.
+
+    Raises ProbeError for a model whose probes mean nothing, and ScoreError where no engine can be trusted.
+    """
+    template = dict(probing.template or {})
+    asked = open_turns(tokenizer, probing.requests or requests(), probing.answer_prefix, **template)
+    harmless = open_turns(tokenizer, probing.lookalikes or lookalikes(), probing.answer_prefix, **template)
+    progress("probing the model", 0, 1)
+    valid = validity(model, tokenizer, asked)
+    if valid.problem and not probing.uncertified:
+        raise ProbeError(valid.problem + "; or pass --uncertified to score it all the same, with nothing certified")
+    probe = settings.make_probe()
+    probe.fit(model, tokenizer, asked, harmless)
+    aggregate = parse_aggregate(settings.aggregate)
+    selector = Fihs(probe, asked, Loop(), aggregate, settings.subspace, targets)
+    direction = selector.prepare(model)
+    progress("probing the model", 1, 1)
+    chosen = pick(settings.engine, model, aggregate.per_token)
+    if isinstance(settings.threshold, str):  # a rule that cannot cut is told now, not after the rows are measured
+        settings.make_threshold().cut(np.zeros(1), np.zeros(1) if chosen.per_token else None)
+    sample = _sample(rendered, settings)
+    selector.engine, agreed = _trusted(chosen, selector, model, direction, sample, asked, harmless, pad)
+    folder = None
+    if output is not None:  # nothing was written so far: a scan that cannot begin leaves no folder behind
+        work = outputs.prepare(output) / outputs.WORK
+        directions.save(direction, work / "direction.safetensors")
+        folder = work / "shards"
+    raw = shards.measure(
+        selector,
+        model,
+        direction,
+        rendered,
+        settings.token_budget,
+        folder,
+        lambda done, total: progress("scoring rows", done, total),
+    )
+    scores = selector.finish(raw, [row.id for row in rendered], [group(row.shape) for row in rendered])
+    return Scored(selector, direction, scores, agreed, valid)
+
+
+def weights_changed(model: nn.Module, peft_config: Any) -> list[str]:
+    """Names of the weights that the training's adapter changes; none without one. Raises UsageError where it does not fit."""
+    with _fits_the_model():
+        return target_names(model, peft_config)
+
+
+@contextmanager
+def carrying(model: nn.Module, peft_config: Any, seed: int) -> Iterator[nn.Module]:
+    """`adapted`, with an adapter that does not fit the model as a UsageError."""
+    with ExitStack() as stack:
+        with _fits_the_model():
+            found = stack.enter_context(adapted(model, peft_config, seed))
+        yield found
+
+
+@contextmanager
+def _fits_the_model() -> Iterator[None]:
+    """Raises UsageError for what PEFT says of an adapter that does not fit."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+        raise UsageError(
+            f"the adapter of the PEFT config cannot be put on the model ({type(error).__name__}: {reason}): "
+            "mend the file given to --lora-config (peft_config), first of all its target_modules"
+        ) from error
+
+
+def group(shape: str) -> str:
+    """Rows of one group share a scale, and are cut together: preference pairs apart from everything else."""
+    return "preference" if shape == "preference" else "rows"
+
+
+def _sample(rendered: Sequence[Rendered], settings: ScanSettings) -> list[Rendered]:
+    chosen = np.random.default_rng(settings.seed).permutation(len(rendered))[: settings.check_rows]
+    return [rendered[i] for i in sorted(chosen)]
+
+
+def _trusted(
+    engine: Engine,
+    selector: Fihs,
+    model: nn.Module,
+    direction: Direction,
+    sample: Sequence[Rendered],
+    asked: Prompts,
+    harmless: Prompts,
+    pad: int,
+) -> tuple[Engine, Agreement]:
+    """The first engine, from the chosen one to slower ones, whose ranking of a random sample is the oracle's."""
+    truth = _measured(Loop(), selector, model, direction, sample)
+    selector.finish(truth, [row.id for row in sample], [group(row.shape) for row in sample])  # names what is not finite
+    oracle = truth.sums
+    slower: list[Engine] = [engine]
+    if engine.name == "finite-difference":
+        slower[0] = calibrated(model, _calibration(model, asked, harmless, pad), direction)[0]
+        slower.append(ENGINES["forward"]())
+    if not selector.aggregate.per_token and engine.name != "loop":
+        slower.append(Loop())
+    found: Agreement | None = None
+    for candidate in slower:
+        found = agreement(candidate.name, _measured(candidate, selector, model, direction, sample).sums, oracle)
+        # Too few rows, or equal ones, have no ranking: then the relative error decides.
+        good = found.spearman >= LEAST_SPEARMAN if np.isfinite(found.spearman) else found.relative_error <= 0.01
+        if good:
+            return candidate, found
+        warnings.warn(
+            f"the engine {candidate.name} disagrees with the oracle on {found.n} rows (Spearman {found.spearman:.3f}, "
+            f"relative error {found.relative_error:.1e}); a slower engine is used",
+            stacklevel=2,
+        )
+    assert found is not None
+    raise ScoreError(
+        f"no engine agrees with the oracle on this model (the last, {found.engine}, has Spearman {found.spearman:.3f} on "
+        f"{found.n} rows, and {LEAST_SPEARMAN} is needed): load the model in float32, or use --aggregate sum --engine loop"
+    )
+
+
+def _measured(
+    engine: Engine, selector: Fihs, model: nn.Module, direction: Direction, rows: Sequence[Rendered]
+) -> Measured:
+    with_engine = copy(selector)
+    with_engine.engine = engine
+    return shards.measure(with_engine, model, direction, rows, 4096)
+
+
+def _calibration(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int) -> Batch:
+    """A small batch to find the finite-difference step on: probes with the model's own answers, whatever the data is."""
+    some = [p.take(range(min(8, len(p)))) for p in (asked, harmless)]
+    rows: list[Rendered] = []
+    for prompts in some:
+        for prompt, answer in zip(prompts.ids, greedy(model, prompts, 16, pad), strict=True):
+            ids = np.array([*prompt, *(answer or [pad])], dtype=np.int64)
+            loss = np.arange(len(ids)) >= len(prompt)
+            rows.append(Rendered(len(rows), "", "calibration", (Tokens(ids, loss),)))
+    return rows_in.collate(rows)
+
+
+def categories(
+    model: nn.Module,
+    scored: Scored,
+    gone: Sequence[Rendered],
+    removed: Bools,
+    settings: ScanSettings,
+    progress: Progress,
+) -> tuple[str, ...]:
+    """The harm each removed row pulls toward: the category whose own direction, at unit length, it follows furthest."""
+    selector = scored.selector
+    names = sorted(set(selector.requests.categories))
+    if not gone or len(names) < 2:
+        only = names[0] if len(names) == 1 else ""
+        return tuple(only if out else "" for out in removed)
+    every = selector.by_category(model)
+    pulls = []
+    for k, name in enumerate(every.names):
+        one = Direction(
+            {n: v[k : k + 1] for n, v in every.tensors.items()}, (name,), every.subspace, (every.scales[k],), ""
+        )
+        raw: Measured = shards.measure(selector, model, one, gone, settings.token_budget)
+        tokens = raw.tokens or tuple(np.array([s]) for s in raw.sums)
+        pulls.append([selector.aggregate(t) * every.scales[k] for t in tokens])
+        progress("naming the harm", k + 1, len(names))
+    best = iter(np.argmax(np.array(pulls), axis=0).tolist())
+    return tuple(every.names[next(best)] if out else "" for out in removed)
