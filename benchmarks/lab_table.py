@@ -18,7 +18,9 @@ def write(cells: Sequence[Mapping[str, Any]], folder: Path) -> None:
     from gradshield import lab
     from gradshield.pipeline.outputs import finite, versions
 
-    ordered = sorted(cells, key=lambda c: (c["harm"] not in ("none", "explicit"), c["task"], c["ratio"], c["harm"], c["seed"]))
+    ordered = sorted(
+        cells, key=lambda c: (c["harm"] not in ("none", "explicit"), c["task"], c["ratio"], c["harm"], c["seed"])
+    )
     manifest = {
         "command": "python -m benchmarks.lab_grid",
         "versions": versions(),
@@ -72,4 +74,7 @@ def _baselines(cells: Sequence[Mapping[str, Any]]) -> str:
     for (task, harm), row in table.items():
         values = (f"{sum(row[n]) / len(row[n]):.3f} ({len(row[n])})" if n in row else "–" for n in names)
         lines.append(f"| {task} | {harm} | " + " | ".join(values) + " |\n")
-    return "Mean AUROC over the seeds (how many in brackets), beside the trivial baselines on the same rows:\n\n" + "".join(lines)
+    return (
+        "Mean AUROC over the seeds (how many in brackets), beside the trivial baselines on the same rows:\n\n"
+        + "".join(lines)
+    )

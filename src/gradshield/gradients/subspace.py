@@ -109,10 +109,11 @@ def _final_norms(model: nn.Module, parent: str) -> set[str]:
 def target_names(model: nn.Module, peft_config: PeftConfig | None) -> list[str]:
     """Names, in ``model``, of the weights that an adapter changes: the one it carries, or the one of ``peft_config``."""
     with adapted(model, peft_config, seed=0) as carrying:
-        inside = [name for name, _ in carrying.named_parameters() if ".base_layer." in name]
+        inside = [name for name, _ in carrying.named_parameters() if ".base_layer." in name and not _is_adapter(name)]
     if carrying is model:
         return inside
-    return [name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in inside]
+    # Adapters of two weights of one layer (fused experts) stand around each other.
+    return [re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model.")) for name in inside]
 
 
 def _is_adapter(name: str) -> bool:
