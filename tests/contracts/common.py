@@ -49,12 +49,21 @@ def reluctance(model: nn.Module) -> Tensor:
     return -model(input_ids=PROMPTS).logits[:, 2:4].log_softmax(-1)[..., 45].mean()
 
 
-def lora(arch: str, target: Any = None) -> LoraConfig:
+def lora(arch: str, target: Any = None, **more: Any) -> LoraConfig:
     """An adapter on the attention's q and v (GPT-2's fused c_attn, a transposed Conv1D)."""
     if arch == "gpt2":
-        return LoraConfig(r=4, lora_dropout=0.2, target_modules=target or ["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        return LoraConfig(
+            r=4,
+            lora_dropout=0.2,
+            target_modules=target or ["c_attn"],
+            fan_in_fan_out=True,
+            task_type="CAUSAL_LM",
+            **more,
+        )
     dropout = 0.0 if target == "all-linear" else 0.2  # PEFT's adapters of fused experts allow none
-    return LoraConfig(r=4, lora_dropout=dropout, target_modules=target or ["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=4, lora_dropout=dropout, target_modules=target or ["q_proj", "v_proj"], task_type="CAUSAL_LM", **more
+    )
 
 
 def two_directions(model: nn.Module, subspace: str) -> Direction:
@@ -86,8 +95,8 @@ class Case:
 
 
 @contextmanager
-def case(arch: str, subspace: str, target: Any = None) -> Iterator[Case]:
-    with adapted(tiny_model(arch), lora(arch, target) if subspace == "lora" else None, seed=1) as model:
+def case(arch: str, subspace: str, target: Any = None, **more: Any) -> Iterator[Case]:
+    with adapted(tiny_model(arch), lora(arch, target, **more) if subspace == "lora" else None, seed=1) as model:
         batch = batch_of(rows())
         direction = two_directions(model, subspace)
         yield Case(arch, subspace, model, batch, direction, Loop().directional(model, batch, direction))
@@ -115,7 +124,7 @@ def _bytes(tensor: Tensor | None) -> Any:
 
 def state(model: nn.Module) -> dict[str, Any]:
     """Everything of a model, and of torch beside it, that must be what it was: compare two of these with ==."""
-    found: dict[str, Any] = {"grad enabled": torch.is_grad_enabled(), "random": torch.get_rng_state().tolist()}
+    found: dict[str, Any] = {"grad enabled": torch.is_grad_enabled(), "random": torch.get_rng_state().numpy().tobytes()}
     for name, module in model.named_modules():
         found[f"{name}: module"] = (id(module), type(module), module.training, sorted(module.__dict__))
         found[f"{name}: hooks"] = {kind: list(getattr(module, kind)) for kind in _HOOKS}
@@ -128,10 +137,10 @@ def state(model: nn.Module) -> dict[str, Any]:
             found[f"{name}.{attribute}"] = (_bytes(parameter), flag, type(parameter), _bytes(grad))
         for attribute, buffer in module._buffers.items():
             found[f"{name}.{attribute} (buffer)"] = _bytes(buffer)
-        config = getattr(module, "config", None)
-        found[f"{name}: experts"] = getattr(config, "_experts_implementation", None)
-        found[f"{name}: attention"] = getattr(config, "_attn_implementation", None)
-        found[f"{name}: config"] = str(config)
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        found[f"config {id(config)}"] = {
+            key: str(value) for key, value in vars(config).items()
+        }  # with _experts_implementation
     return found
 
 
