@@ -69,9 +69,7 @@ def scan(
     threshold: Rule = "competition",
     probe: Annotated[str, typer.Option(help="Unsafety score (see `gradshield methods`).")] = "token_gap",
     aggregate: Annotated[str, typer.Option(help="How a row's tokens are counted (see `gradshield methods`).")] = "push",
-    subspace: Annotated[
-        str, typer.Option(help="Which parameters count: all, targets, lora, last:K, last:P%.")
-    ] = "auto",
+    subspace: Annotated[str, typer.Option(help="Which parameters count: all, targets, lora, last:K, last:P%.")] = "all",
     engine: Annotated[
         str, typer.Option(help="How derivatives are computed: auto, or one of `gradshield methods`.")
     ] = "auto",

@@ -54,7 +54,7 @@ def rate(k: int, n: int, spread: float = 0.03) -> dict[str, float]:
 
 
 def make_example() -> ReportData:
-    """Everything a report can hold, in the sizes of an ordinary scan."""
+    """Everything a report can hold, in the sizes of an ordinary scan; long because it is one literal."""
     rng = np.random.default_rng(7)
     labels = np.r_[np.zeros(920, dtype=np.int64), np.ones(77, dtype=np.int64)]
     values = np.where(labels == 1, rng.normal(2.6, 0.6, 997), rng.normal(0.1, 0.22, 997))

@@ -23,9 +23,10 @@ def write(examples: Sequence[Example], source: Source, path: str | Path) -> None
     where the file cannot be written; what stood at ``path`` is then still there.
     """
     if source.kind == "parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows = [example.row for example in examples]
+        rows = pa.array([example.row for example in examples], pa.int64())  # typed, so that none is a selection too
         _replace(Path(path), lambda part: pq.write_table(source.table.take(rows), part))
     else:
         _replace(Path(path), lambda part: _write_chunks(part, _chunks(examples, source)))

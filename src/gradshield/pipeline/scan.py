@@ -17,7 +17,7 @@ from gradshield.models import LoadedModel
 from gradshield.pipeline import outputs
 from gradshield.pipeline.decide import decide
 from gradshield.pipeline.options import check_positions, render_config, text_config
-from gradshield.pipeline.scoring import Progress, carrying, categories, score, weights_changed
+from gradshield.pipeline.scoring import Progress, Scored, carrying, categories, score, weights_changed
 from gradshield.pipeline.settings import Probing, ScanSettings
 from gradshield.probes import digest, requests
 from gradshield.types import Example, Rendered, Selection
@@ -79,22 +79,11 @@ def scan(
     read = rows_in.read(
         data, format=format, strict=strict, text_field=getattr(training_args, "dataset_text_field", "text")
     )
-    if labels is not None and len(labels) != read.source.rows:
-        raise UsageError(
-            f"there are {len(labels)} labels for {read.source.rows} rows: give one label (0 or 1) for every row of the input"
-        )
-    if labels is not None and not set(labels) <= {0, 1}:
-        raise UsageError("a label is neither 0 nor 1: give 1 for a harmful row and 0 for any other")
+    _check_labels(labels, read.source.rows)
     loaded = _with_template(_loaded(model, tokenizer))
     limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
     config = render_config(training_args, max_length, limit, probing.template or {})
-    result = rows_in.render_all(read.examples, loaded.tokenizer, config, read.source, strict)
-    if not result.rendered:
-        raise EmptyDataError(
-            f"no row of {read.source.name} can be scored within {config.max_length} tokens, line {result.quarantined[0].line}: "
-            f"{result.quarantined[0].reason}; raise --max-length, or check the rows with `gradshield show`"
-        )
-    check_positions(loaded.model, result.rendered, limit)
+    result = _rendered(read, loaded, config, limit, strict)
     adapted_weights = weights_changed(loaded.model, peft_config)
     with carrying(loaded.model, peft_config if settings.subspace == "lora" else None, settings.seed) as scored_model:
         scored = score(
@@ -127,16 +116,9 @@ def scan(
             source=read.source,
             loaded=loaded,
             settings={
-                **settings.as_dict(),
+                **_recorded(settings, probing, scored, config),
                 "peft": peft_config.to_dict() if peft_config is not None else None,
                 "adapted_weights": len(adapted_weights),
-                "engine": scored.agreement.engine,
-                "engine_step": getattr(scored.selector.engine, "relative_step", None),
-                "render": {k: v for k, v in asdict(config).items() if k != "packing"},
-                "probe_found": dict(scored.selector.probe.settings()),
-                "probe_sha256": digest([dict(p) for p in probing.requests or requests()]),
-                "direction_sha256": scored.direction.digest,
-                "answer_prefix": probing.answer_prefix,
                 "format": format,
             },
             seconds=time.monotonic() - began,
@@ -149,6 +131,44 @@ def scan(
             selection, Path(output), read, by_row, result.rendered, loaded.tokenizer, scored.agreement, labels
         )
     return selection
+
+
+def _check_labels(labels: Sequence[int] | None, rows: int) -> None:
+    if labels is not None and len(labels) != rows:
+        raise UsageError(
+            f"there are {len(labels)} labels for {rows} rows: give one label (0 or 1) for every row of the input"
+        )
+    if labels is not None and not set(labels) <= {0, 1}:
+        raise UsageError("a label is neither 0 nor 1: give 1 for a harmful row and 0 for any other")
+
+
+def _rendered(
+    read: rows_in.ReadResult, loaded: LoadedModel, config: rows_in.RenderConfig, limit: int | None, strict: bool
+) -> rows_in.RenderResult:
+    """Every row as tokens. Raises EmptyDataError where none has a token to score."""
+    result = rows_in.render_all(read.examples, loaded.tokenizer, config, read.source, strict)
+    if not result.rendered:
+        first = result.quarantined[0]
+        raise EmptyDataError(
+            f"no row of {read.source.name} can be scored within {config.max_length} tokens, line {first.line}: "
+            f"{first.reason}; raise --max-length, or check the rows with `gradshield show`"
+        )
+    check_positions(loaded.model, result.rendered, limit)
+    return result
+
+
+def _recorded(settings: ScanSettings, probing: Probing, scored: Scored, config: rows_in.RenderConfig) -> dict[str, Any]:
+    """Everything that changes a number, for the manifest: as given, and as found on this model."""
+    return {
+        **settings.as_dict(),
+        "engine": scored.agreement.engine,
+        "engine_step": getattr(scored.selector.engine, "relative_step", None),
+        "render": {k: v for k, v in asdict(config).items() if k != "packing"},
+        "probe_found": dict(scored.selector.probe.settings()),
+        "probe_sha256": digest([dict(p) for p in probing.requests or requests()]),
+        "direction_sha256": scored.direction.digest,
+        "answer_prefix": probing.answer_prefix,
+    }
 
 
 def _loaded(model: Any, tokenizer: Any) -> LoadedModel:

@@ -75,9 +75,9 @@ def _rows(file: Path, text: str) -> Sequence[dict[str, str]]:
     if file.suffix == ".csv":
         return list(csv.DictReader(text.splitlines(keepends=True)))
     if file.suffix == ".txt":
-        return [{"prompt": line} for line in text.splitlines() if line.strip()]
+        return [{"prompt": line} for line in text.split("\n") if line.strip()]
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # by newline alone: a prompt may hold others, such as U+2028
         if not line.strip():
             continue
         try:

@@ -1,0 +1,188 @@
+"""`selection.kept` goes into a trainer as it is, and the caller's model is bit for bit what it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from trl import SFTConfig, SFTTrainer
+
+import gradshield as gs
+from gradshield.models import parameters_digest
+from gradshield.selectors import Fihs
+from tests.pipeline.common import HALF, PROBING, chats, command, jsonl, scan, scan_arguments, write
+from tests.tiny import tiny_model, tiny_tokenizer
+
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "One.", "weight": 0}]
+WEIGHTED = [
+    {"messages": [*TURNS, {"role": "user", "content": "R"}, {"role": "assistant", "content": f"Two {n}.", "weight": 1}]}
+    for n in range(4)
+]
+
+
+def _config(folder: Path, **more: Any) -> SFTConfig:
+    return SFTConfig(output_dir=str(folder), report_to=[], use_cpu=True, bf16=False, max_steps=1, **more)
+
+
+def _state(model: Any) -> Any:
+    """Everything about a model that a scan could change."""
+    return (
+        parameters_digest(model),
+        [(name, id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()],
+        [(name, id(m), type(m), m.training) for name, m in model.named_modules()],
+        [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        {name: b.clone().tolist() for name, b in model.named_buffers()},
+        sorted(vars(model)),
+        model.config.to_json_string(),
+    )
+
+
+def _marked_model() -> Any:
+    """A model in a state that no scan would leave by accident."""
+    model = tiny_model("llama").train()
+    model.model.layers[0].eval()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_three_lines_in_a_trl_script(peft: bool, tmp_path: Path) -> None:
+    dataset, model, tokenizer = datasets.Dataset.from_list(chats(8)), _marked_model(), tiny_tokenizer()
+    config = LoraConfig(**LORA) if peft else None
+    template, before = tokenizer.chat_template, _state(model)
+    selection = gs.scan(dataset, model=model, tokenizer=tokenizer, peft_config=config, settings=HALF, probing=PROBING)
+    assert _state(model) == before
+    assert (tokenizer.chat_template, tokenizer.padding_side) == (template, tiny_tokenizer().padding_side)
+    assert selection.manifest.settings["adapted_weights"] == (4 if peft else 0)
+    assert (selection.manifest.settings["peft"] or {}).get("r") == (2 if peft else None)
+    assert isinstance(selection.kept, datasets.Dataset)
+    assert selection.kept.features == dataset.features
+    assert list(selection.kept) == [dataset[int(row)] for row in selection.kept_rows]
+    assert len(selection.kept) == 4
+    args = _config(tmp_path, assistant_only_loss=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    trainer = SFTTrainer(model, args, train_dataset=selection.kept, processing_class=tokenizer, peft_config=config)
+    assert np.isfinite(trainer.train().training_loss)
+
+
+@pytest.mark.parametrize("subspace", ["all", "lora"])
+def test_the_model_is_as_it_was_wherever_it_is_interrupted(subspace: str) -> None:
+    model = _marked_model()
+    calls, stop = 0, 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+
+    model.model.layers[1].mlp.down_proj.register_forward_hook(count)
+    before = _state(model)
+    settings = gs.ScanSettings(threshold="ratio:50%", subspace=subspace)
+    options = {"model": model, "tokenizer": tiny_tokenizer(), "peft_config": LoraConfig(**LORA), "settings": settings}
+    scan(chats(6), **options)
+    assert _state(model) == before
+    total = calls
+    assert total > 40
+    for stop in (1, total // 5, total // 2, total - 20, total):
+        calls = 0
+        with pytest.raises(KeyboardInterrupt):
+            scan(chats(6), **options)
+        assert _state(model) == before, f"forward pass {stop} of {total}"
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_model_alone() -> None:
+    model = _marked_model()
+    before = _state(model)
+    for wrong in ({"target_modules": ["nope"]}, {"r": 0}, {"r": "many"}):
+        with pytest.raises(gs.GradShieldError, match="cannot be put on the model") as raised:
+            scan(chats(4), model=model, tokenizer=tiny_tokenizer(), peft_config=LoraConfig(**(LORA | wrong)))
+        assert raised.value.exit_code == 2
+        assert "\n" not in str(raised.value)
+        assert _state(model) == before
+
+
+def test_a_model_with_an_adapter_keeps_it() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model("llama"), LoraConfig(**LORA, init_lora_weights=False))
+    before = parameters_digest(model)
+    for subspace in ("all", "targets", "lora"):
+        settings = gs.ScanSettings(threshold="ratio:50%", subspace=subspace)
+        selection = scan(chats(4), model=model, tokenizer=tiny_tokenizer(), settings=settings)
+        assert selection.manifest.settings["subspace"] == subspace
+        assert selection.manifest.settings["adapted_weights"] == 4
+        assert parameters_digest(model) == before
+        assert hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"instruction": "Add", "input": f"2 {n}", "output": f"It is {n}."} for n in range(4)],
+        [
+            {"conversations": [{"from": "human", "value": f"Q {n}"}, {"from": "gpt", "value": f"A {n}"}]}
+            for n in range(4)
+        ],
+        WEIGHTED,
+    ],
+    ids=["alpaca", "sharegpt", "weights"],
+)
+def test_rows_that_trl_does_not_know_come_as_tokens(rows: list[Any], tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    selection = scan(datasets.Dataset.from_list(rows), model=tiny_model("llama"), tokenizer=tokenizer)
+    assert selection.kept.column_names == ["input_ids", "labels"]
+    assert len(selection.kept) == 2
+    for row, count in zip(selection.kept, selection.scores.lengths[~selection.removed], strict=True):
+        assert sum(label != -100 for label in row["labels"]) == count
+        text = tokenizer.decode([label for label in row["labels"] if label != -100])
+        assert "One" not in text
+        assert text.endswith("</s>")
+    trainer = SFTTrainer(
+        tiny_model("llama"), _config(tmp_path), train_dataset=selection.kept, processing_class=tokenizer
+    )
+    prepared = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+    assert prepared == [(row["input_ids"], row["labels"]) for row in selection.kept]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"assistant_only_loss": True}, {"max_length": 24, "truncation_mode": "keep_end"}]
+)
+def test_what_is_scored_is_what_the_training_arguments_say(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, tuple[list[int], list[int]]] = {}
+    measure = Fihs.measure
+
+    def noted(self: Fihs, model: Any, direction: Any, batch: Any) -> Any:
+        for row, ids, mask, loss in zip(batch.rows, batch.ids, batch.attention, batch.loss, strict=True):
+            seen[int(row)] = (ids[mask].tolist(), np.where(loss, ids, -100)[mask].tolist()[1:])
+        return measure(self, model, direction, batch)
+
+    monkeypatch.setattr(Fihs, "measure", noted)
+    dataset, args = datasets.Dataset.from_list(chats(4)), _config(tmp_path, **options)
+    selection = scan(dataset, training_args=args, settings=gs.ScanSettings(threshold="fixed:1e9"))
+    trainer = SFTTrainer(tiny_model("llama"), args, train_dataset=selection.kept, processing_class=tiny_tokenizer())
+    trained = [(row["input_ids"], row["labels"][1:]) for row in trainer.train_dataset]
+    assert [seen[row] for row in range(4)] == trained
+
+
+def test_the_training_config_of_the_command_counts(folder: Path, probes: Path, tmp_path: Path) -> None:
+    rows = [{"words": f"The answer {n} is that.", "text": 3} for n in range(4)]
+    data = write(tmp_path / "data.jsonl", jsonl(rows))
+    config = write(tmp_path / "sft.json", json.dumps({"dataset_text_field": "words", "max_length": 8}))
+    output = tmp_path / "out"
+    more = ("--training-config", config, "-t", "ratio:50%")
+    done = command(*scan_arguments(data, folder, output, probes, *more))
+    assert done.code == 0, done.err
+    assert json.loads((output / "manifest.json").read_text())["settings"]["render"]["max_length"] == 8
+    again = command("cut", output, "-t", "ratio:25%")
+    assert again.code == 0, again.err
+    assert "1 of 4 rows removed" in again.out

@@ -1,0 +1,239 @@
+"""Cutting again equals scanning with that rule, in every kind of file, and refuses a folder that was tampered with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import gradshield as gs
+from gradshield.errors import DataError, UsageError
+from tests.pipeline.common import chats, command, files, jsonl, scan, scan_arguments, table, write
+from tests.tiny import tiny_model, tiny_tokenizer
+
+ROWS = [*chats(9), chats(1)[0]]
+PARTS = ("command", "versions", "data", "model", "settings")
+RULES = ("ratio:50%", "ratio:20%", "decoy", "fixed:1e9", "fixed:-1e9")
+
+
+def _settings(rule: str) -> gs.ScanSettings:
+    return gs.ScanSettings(threshold=rule)
+
+
+def _input(kind: str, folder: Path) -> Path:
+    path = folder / f"data.{kind}"
+    if kind == "jsonl":
+        return write(
+            path, b"\xef\xbb\xbf" + jsonl(ROWS).replace(b"\n", b"\r\n") + b'{"text": "a\xe2\x80\xa8", "messages": 3'
+        )
+    if kind == "json":
+        return write(path, b"[" + b", ".join(json.dumps(row, indent=1).encode() for row in ROWS) + b', {"text": 3}]')
+    if kind == "csv":
+        body = "".join(f'"say ""{n}""","line\none {n * 17}"\r\n' for n in range(9))
+        return write(path, f"prompt,completion\r\n{body}bad\r\nlast,no newline")
+    pq.write_table(pa.Table.from_pylist([*ROWS, {"messages": []}]), path)
+    return path
+
+
+def _same_rows(one: Path, two: Path) -> None:
+    ours, theirs = files(one), files(two)
+    assert set(ours) == set(theirs)
+    for name in set(ours) - {"manifest.json", "report.html", "scores.parquet"}:
+        if name.endswith(".parquet"):
+            assert pq.read_table(one / name).equals(pq.read_table(two / name))
+        else:
+            assert ours[name] == theirs[name], name
+    columns = ["row", "id", "score", "removed", "group", "decoy", "tokens", "loss"]
+    assert table(one).select(columns).equals(table(two).select(columns))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_cutting_again_equals_a_scan_with_that_rule(kind: str, tmp_path: Path) -> None:
+    """From a rule that removes some to one that removes none, or all: each from the folder as the one before left it."""
+    data = _input(kind, tmp_path)
+    again, fresh = tmp_path / "again", tmp_path / "fresh"
+    first = scan(data, output=again, settings=_settings("ratio:20%"))
+    assert len(first.quarantined) == 1
+    for rule in RULES:
+        cut = gs.recut(again, rule)
+        direct = scan(data, output=fresh, settings=_settings(rule))
+        _same_rows(again, fresh)
+        assert np.array_equal(cut.removed, direct.removed)
+        assert {name: one.value for name, one in cut.cuts.items()} == {n: one.value for n, one in direct.cuts.items()}
+        old, new = (json.loads((folder / "manifest.json").read_text()) for folder in (again, fresh))
+        counts = ("read", "scored", "kept", "removed", "quarantined", "cleared", "cuts", "agreement", "certified")
+        assert {key: old["results"][key] for key in counts} == {key: new["results"][key] for key in counts}
+        assert old["settings"] == new["settings"]
+
+
+def test_parquet_of_which_nothing_goes(tmp_path: Path) -> None:
+    scan(_input("parquet", tmp_path), output=tmp_path / "out", settings=_settings("fixed:1e9"))
+    kept, removed = (pq.read_table(tmp_path / "out" / f"{name}.parquet") for name in ("kept", "removed"))
+    assert (kept.num_rows, removed.num_rows) == (10, 0)
+    assert kept.schema.equals(removed.schema)
+
+
+def test_categories_are_kept_and_new_rows_have_none(tmp_path: Path) -> None:
+    scan(ROWS, output=tmp_path, settings=_settings("ratio:20%"))
+    before = table(tmp_path)["category"].to_pylist()
+    cut = gs.recut(tmp_path, "ratio:50%")
+    known = {c for c, out in zip(before, cut.removed, strict=True) if out and c}
+    assert known
+    for was, now, out in zip(before, cut.categories, cut.removed, strict=True):
+        assert now == ((was or "not measured") if out else "")
+    assert "not measured" in cut.manifest.results["categories"]
+
+
+def test_an_allow_list_keeps_rows(tmp_path: Path) -> None:
+    first = scan(ROWS, output=tmp_path / "out", settings=_settings("ratio:50%"))
+    gone = [i for i, out in zip(first.scores.ids, first.removed, strict=True) if out]
+    allowed = write(tmp_path / "allow.txt", f"# cleared by me\n{gone[0]}  # fine\n\n{gone[2]}\nffff000011112222\n")
+    done = command("cut", tmp_path / "out", "-t", "ratio:50%", "--allow", allowed)
+    assert done.code == 0, done.err
+    assert "3 of 10 rows removed, 7 kept, 2 cleared" in done.out
+    assert [i for i, out in zip(*_flags(tmp_path / "out"), strict=True) if out] == [gone[1], *gone[3:]]
+    direct = scan(ROWS, output=tmp_path / "direct", settings=_settings("ratio:50%"), allow=[gone[0], gone[2]])
+    _same_rows(tmp_path / "out", tmp_path / "direct")
+    assert direct.cleared == tuple(sorted(direct.scores.ids.index(gone[n]) for n in (0, 2)))
+    gs.recut(tmp_path / "out", "ratio:50%")  # an allow list has to be given again
+    assert [i for i, out in zip(*_flags(tmp_path / "out"), strict=True) if out] == gone
+
+
+def _flags(output: Path) -> tuple[list[str], list[bool]]:
+    return table(output)["id"].to_pylist(), table(output)["removed"].to_pylist()
+
+
+def test_an_id_numbered_for_a_repeat_is_one_row(tmp_path: Path) -> None:
+    rows = [chats(1)[0]] * 3
+    plain = scan(rows, output=tmp_path, settings=_settings("fixed:-1e9"))
+    cut = gs.recut(tmp_path, "fixed:-1e9", allow=[plain.scores.ids[1]])
+    assert cut.removed.tolist() == [True, False, True]
+    assert cut.cleared == (1,)
+
+
+def test_labels_are_measured_again(tmp_path: Path) -> None:
+    labels = [1, 0] * 5
+    scan(ROWS, output=tmp_path / "a", settings=_settings("ratio:20%"), labels=labels)
+    cut = gs.recut(tmp_path / "a", "ratio:50%")
+    direct = scan(ROWS, output=tmp_path / "b", settings=_settings("ratio:50%"), labels=labels)
+    assert cut.manifest.results["labels"] == json.loads(json.dumps(direct.manifest.results["labels"]))
+
+
+def test_the_gate_closes_after_everything_is_written(folder: Path, probes: Path, tmp_path: Path) -> None:
+    data, output = write(tmp_path / "data.jsonl", jsonl(ROWS)), tmp_path / "out"
+    done = command(*scan_arguments(data, folder, output, probes, "-t", "ratio:50%", "--fail-above", "49%"))
+    assert done.code == 5
+    assert done.sentence.startswith("5 of 10 rows (50.0 %) were removed, and --fail-above allows 49 %")
+    assert (output / "manifest.json").exists()
+    assert "5 of 10 rows removed" in done.out
+    for share, code in (("0.5", 0), ("50%", 0), ("0", 5), ("1", 0)):
+        assert command("cut", output, "-t", "ratio:50%", "--fail-above", share).code == code
+    assert command("cut", output, "-t", "fixed:1e9", "--fail-above", "0").code == 0
+    assert table(output)["removed"].to_pylist() == [False] * 10
+
+
+def test_scores_without_decoys_say_which_rules_there_are(tmp_path: Path) -> None:
+    settings = gs.ScanSettings(aggregate="sum", engine="loop", threshold="ratio:50%")
+    scan(ROWS, output=tmp_path, settings=settings)
+    assert "decoy" not in table(tmp_path).column_names
+    before = files(tmp_path)
+    for rule in ("decoy", "competition"):
+        with pytest.raises(UsageError, match="these scores have none"):
+            gs.recut(tmp_path, rule)
+    assert files(tmp_path) == before
+    gs.recut(tmp_path, "adaptive")
+    with pytest.raises(UsageError, match="these scores have none"):  # told before the rows are measured
+        scan(ROWS, output=tmp_path / "new", settings=gs.ScanSettings(aggregate="sum", engine="loop", threshold="decoy"))
+    assert not (tmp_path / "new").exists()
+
+
+def _edited(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"Question", b"Quastion", 1))
+
+
+def _shortened(path: Path) -> None:
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+
+
+def _swapped(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
+
+
+def _nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("kept.jsonl", _edited),
+        ("kept.jsonl", _shortened),
+        ("kept.jsonl", _swapped),
+        ("kept.jsonl", _nothing),
+        ("kept.jsonl", Path.unlink),
+        ("removed.jsonl", _edited),
+        ("removed.jsonl", Path.unlink),
+        ("scores.parquet", _nothing),
+        ("scores.parquet", Path.unlink),
+        ("quarantine.jsonl", lambda path: path.write_text("{broken\n")),
+        ("manifest.json", Path.unlink),
+        ("manifest.json", _nothing),
+        ("manifest.json", lambda path: path.write_text("[]")),
+        ("manifest.json", lambda path: path.write_text(json.dumps({key: {} for key in PARTS}))),
+    ],
+)  # fmt: skip
+def test_a_folder_that_was_changed_is_refused(name: str, change: Any, finished: Path, tmp_path: Path) -> None:
+    for path in finished.iterdir():
+        if path.is_file():
+            write(tmp_path / path.name, path.read_bytes())
+    change(tmp_path / name)
+    before = files(tmp_path)
+    done = command("cut", tmp_path, "-t", "ratio:20%")
+    assert done.code == 3
+    assert done.sentence
+    assert files(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("finished")
+    scan(ROWS, output=output)
+    return output
+
+
+def test_a_folder_that_is_no_scan_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "file", "x")
+    for folder in (tmp_path, tmp_path / "missing", tmp_path / "file"):
+        done = command("cut", folder, "-t", "ratio:20%")
+        assert done.code == 3
+        assert "run `gradshield scan` into it first" in done.sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_only_what_the_report_needs_may_be_missing(finished: Path, tmp_path: Path) -> None:
+    for path in finished.iterdir():
+        if path.is_file():
+            write(tmp_path / path.name, path.read_bytes())
+    assert command("cut", tmp_path, "-t", "ratio:20%").code == 0
+    (tmp_path / ".gradshield").mkdir()
+    for junk in ("{broken", "[]", '{"0": 3}'):
+        write(tmp_path / ".gradshield" / "views.json", junk)
+        write(tmp_path / ".gradshield" / "labels.json", junk)
+        assert command("cut", tmp_path, "-t", "ratio:20%").code == 0
+
+
+def test_an_unfinished_scan_cannot_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradshield.selectors import Fihs
+
+    monkeypatch.setattr(Fihs, "by_category", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        scan(ROWS, output=tmp_path, model=tiny_model("llama"), tokenizer=tiny_tokenizer())
+    assert [path.name for path in tmp_path.iterdir()] == [".gradshield"]
+    with pytest.raises(DataError, match="not the folder of a finished scan"):
+        gs.recut(tmp_path, "ratio:20%")

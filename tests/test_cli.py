@@ -1,0 +1,411 @@
+"""The command line, long as a table of bad input: one sentence, the documented exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationMixin
+
+import gradshield
+from gradshield.gradients import ENGINES
+from gradshield.probes import PROBES
+from gradshield.selectors import AGGREGATES, SELECTORS
+from gradshield.thresholds import THRESHOLDS
+from tests.pipeline.common import chats, command, files, jsonl, save_model, scan_arguments, table, write, write_probes
+from tests.tiny import tiny_tokenizer
+
+COMMANDS = ("scan", "cut", "show", "methods", "demo")
+GOOD = jsonl(chats(6))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_probes(tmp_path_factory.mktemp("probes") / "probes.jsonl")
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """A model folder to break."""
+    return shutil.copytree(folder, tmp_path / "model")
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+BAD_DATA: dict[str, tuple[str, bytes, str]] = {
+    "empty file": ("a.jsonl", b"", "has no rows"),
+    "blank lines": ("a.jsonl", b"\n\r\n  \n", "has no rows"),
+    "all broken": ("a.jsonl", b"{\n[1\n", "none of the 2 rows"),
+    "no rows in an array": ("a.json", b"[]", "has no rows"),
+    "broken array": ("a.json", b'[{"text": "a"}, ', "not valid JSON"),
+    "not UTF-8": ("a.jsonl", b'{"text": "caf\xe9"}\n', "not UTF-8"),
+    "UTF-16": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "UTF-16"),
+    "NUL bytes": ("a.jsonl", b'{"text": "a\0"}\n', "NUL bytes"),
+    "NUL characters": ("a.jsonl", b'{"text": "a\\u0000"}\n', "NUL characters"),
+    "wrong types": ("a.jsonl", b'{"messages": 3}\n{"text": []}\n"text"\n7\nnull\n', "none of the 5 rows"),
+    "empty answers": ("a.jsonl", b'{"prompt": "a", "completion": " "}\n', "completion is empty"),
+    "unknown keys": ("a.jsonl", b'{"question": "a", "reply": "b"}\n', "known formats and their keys"),
+    "two shapes": ("a.jsonl", b'{"text": "a", "messages": []}\n' + GOOD, "fits 2 formats, messages and text"),
+    "nested": ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "nested too deeply"),
+    "header only": ("a.csv", b"instruction,output\n", "has no rows"),
+    "column twice": ("a.csv", b"text,text\na,b\n", "names a column twice"),
+    "no parquet": ("a.parquet", b"PAR1 or so", "not a Parquet file"),
+    "unknown kind": ("a.xlsx", b"PK\x03\x04", "not a kind of file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_data_that_cannot_be_used(case: str, folder: Path, probes: Path, tmp_path: Path) -> None:
+    name, content, words = BAD_DATA[case]
+    output = tmp_path / "out"
+    done = command(*scan_arguments(write(tmp_path / name, content), folder, output, probes))
+    assert done.code == 3
+    assert words in done.sentence
+    assert done.out == ""
+    assert not output.exists()
+
+
+def test_data_that_is_not_there(folder: Path, probes: Path, tmp_path: Path) -> None:
+    cases = {str(tmp_path / "missing.jsonl"): 3, "no/missing.jsonl": 3, str(tmp_path): 3, "owner/dataset": 4}
+    for data, code in cases.items():
+        began = time.monotonic()
+        done = command(*scan_arguments(data, folder, tmp_path / "out", probes))
+        assert done.code == code, done.err
+        assert done.sentence
+        assert time.monotonic() - began < 5
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{broken",
+        b'{"text": 3}',
+        b'{"prompt": "a", "completion": ""}',
+        b'{"text": "caf\xe9"}',
+        b'{"text": "\0"}',
+        b"[]",
+    ],
+)
+def test_strict_stops_at_the_first_bad_row(line: bytes, folder: Path, probes: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", GOOD + line + b"\n")
+    done = command(*scan_arguments(data, folder, tmp_path / "out", probes, "--strict"))
+    assert done.code == 3
+    assert done.sentence.startswith(f"line 7 of {data} cannot be used, ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_line_of_fifty_megabytes_is_set_aside_in_bounded_time(folder: Path, probes: Path, tmp_path: Path) -> None:
+    big = b'{"text": "' + b"a" * 50_000_000 + b'"}\n'
+    data, output = write(tmp_path / "data.jsonl", GOOD[: GOOD.index(b"\n") + 1] + big + GOOD), tmp_path / "out"
+    began = time.monotonic()
+    done = command(*scan_arguments(data, folder, output, probes, "-t", "ratio:50%"))
+    assert done.code == 0, done.err
+    assert time.monotonic() - began < 20
+    (bad,) = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
+    assert (bad["row"], bad["line"], bad["bytes"]) == (1, 2, len(big))
+    assert "50,000,013 bytes" in bad["reason"]
+    assert (output / "quarantine.jsonl").stat().st_size < 2_000_000
+    assert (output / "report.html").stat().st_size < 8_000_000
+    assert table(output)["row"].to_pylist() == [0, 2, 3, 4, 5, 6, 7]
+    assert command("cut", output, "-t", "ratio:20%").code == 0
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
+    **{f"unknown {name}": ([f"--{name}", "zzz"], "zzz") for name in ("format", "probe", "aggregate", "engine")},
+    **{f"unknown {name}": ([f"--{name}", "zzz"], "zzz") for name in ("threshold", "subspace", "device", "dtype")},
+    "aggregate of none": (["--aggregate", "top:0"], "unknown aggregate"),
+    "subspace of none": (["--subspace", "last:0"], "unknown subspace"),
+    "subspace too deep": (["--subspace", "last:9"], "the model has 2"),
+    "subspace without adapter": (["--subspace", "targets"], "--lora-config"),
+    "ratio beyond one": (["-t", "ratio:2"], "between 0 and 1"),
+    "ratio of no number": (["-t", "ratio:some"], "takes a number"),
+    "ratio of nan": (["-t", "ratio:nan"], "takes a"),
+    "unknown option of a rule": (["-t", "decoy:k=1"], "takes q"),
+    "fixed at nothing": (["-t", "fixed"], "needs value"),
+    "too many options": (["-t", "ratio:0.1,0.2"], "takes share"),
+    "rule without decoys": (["--aggregate", "sum", "--engine", "loop"], "have none"),
+    "no values per token": (["--engine", "loop"], "row sums only"),
+    "half precision": (["--dtype", "bfloat16", "--engine", "finite-difference"], "rounded away"),
+    "negative seed": (["--seed", "-1"], "at least 0"),
+    "tiny budget": (["--token-budget", "1"], "at least 16"),
+    "no length": (["--max-length", "0"], "at least 2"),
+    "template is no JSON": (["--template-kwargs", "{nope"], "not JSON"),
+    "template is a list": (["--template-kwargs", "[1]"], "a JSON object"),
+    "gate beyond one": (["--fail-above", "2"], "not a share"),
+    "gate is a word": (["--fail-above", "some"], "not a share"),
+    "gate is nan": (["--fail-above", "nan"], "not a share"),
+    "gate is a sign": (["--fail-above", "%"], "not a share"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_options_that_are_not_allowed(case: str, folder: Path, probes: Path, tmp_path: Path) -> None:
+    more, words = BAD_OPTIONS[case]
+    output = tmp_path / "out"
+    done = command(*scan_arguments(write(tmp_path / "data.jsonl", GOOD), folder, output, probes, *more))
+    assert done.code in (2, 4) if case == "subspace without adapter" else done.code == 2
+    assert words in done.sentence
+    assert not output.exists()
+
+
+def _many(*contents: tuple[str, str, int, str]) -> list[Any]:
+    return [pytest.param(*case, id=f"{case[0]} {number}") for number, case in enumerate(contents)]
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "code", "words"),
+    _many(
+        ("--labels", "[0, 1]", 2, "2 labels for 6 rows"),
+        ("--labels", "[0, 1, 2, 0, 1, 0]", 3, "not a list of 0 and 1"),
+        ("--labels", '["a", "b", 0, 0, 0, 0]', 3, "not a list of 0 and 1"),
+        ("--labels", '{"0": 1}', 3, "not a list of 0 and 1"),
+        ("--labels", "nope", 3, "not JSON"),
+        ("--lora-config", "{nope", 3, "not JSON"),
+        ("--lora-config", "[]", 2, "holds a list"),
+        ("--lora-config", '{"peft_type": "WHAT"}', 2, "not a PEFT config"),
+        ("--lora-config", '{"target_modules": ["nope"]}', 2, "cannot be put on the model"),
+        ("--lora-config", '{"r": 0, "target_modules": ["q_proj"]}', 2, "cannot be put on the model"),
+        ("--lora-config", '{"r": "x", "target_modules": ["q_proj"]}', 2, "cannot be put on the model"),
+        ("--training-config", "\x00", 3, "not JSON"),
+        ("--training-config", "3", 2, "holds a int"),
+        ("--training-config", '{"max_length": "long"}', 2, "takes int or null"),
+        ("--training-config", '{"max_length": 128}', 2, "differ: give one of them"),
+        ("--training-config", '{"assistant_only_loss": "false"}', 2, "takes true or false"),
+        ("--training-config", '{"truncation_mode": "middle"}', 2, "keep_start, keep_end"),
+        ("--training-config", '{"chat_template_path": "x"}', 2, "chat_template_path"),
+        ("--probes", '{"x": 1}\n', 3, "no text under 'prompt'"),
+        ("--probes", '{"prompt', 3, "not JSON"),
+        ("--probes", "[1]\n", 3, "no text under 'prompt'"),
+        ("--probes", "", 3, "has no prompt"),
+    ),
+)
+def test_files_given_to_options(
+    option: str, content: str, code: int, words: str, folder: Path, probes: Path, tmp_path: Path
+) -> None:
+    data, given, output = (
+        write(tmp_path / "data.jsonl", GOOD),
+        write(tmp_path / "given.json", content),
+        tmp_path / "out",
+    )
+    if option == "--probes":
+        given = given.rename(tmp_path / "given.jsonl")
+    more = ["--max-length", 64] if option == "--training-config" else []
+    done = command(*scan_arguments(data, folder, output, probes, *more, option, given))
+    assert done.code == code, done.err
+    assert words in done.sentence
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["--labels", "--lora-config", "--training-config", "--probes", "--lookalikes", "--allow"]
+)
+def test_files_that_are_not_there(option: str, folder: Path, probes: Path, tmp_path: Path) -> None:
+    data, binary = write(tmp_path / "data.jsonl", GOOD), write(tmp_path / "binary", b"\xff\xfe\x00")
+    for given in (tmp_path / "missing", tmp_path, binary):
+        done = command(*scan_arguments(data, folder, tmp_path / "out", probes, option, given))
+        assert done.code == 3, done.err
+        assert done.sentence
+        assert not (tmp_path / "out").exists()
+
+
+def test_what_the_parser_refuses(folder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", GOOD)
+    for arguments in (
+        ["scan", data],
+        ["scan", data, "--model", folder],
+        ["scan", data, "--model", folder, "--output", tmp_path / "out", "--max-length", "long"],
+        ["scan", data, "--model", folder, "--output", tmp_path / "out", "--nope"],
+        ["nope"],
+        ["show", data, "--row", "x"],
+    ):
+        done = command(*arguments)
+        assert done.code == 2
+        assert "Traceback" not in done.err
+        assert not (tmp_path / "out").exists()
+
+
+# ---- models and folders ---------------------------------------------------------------------------------------------
+
+
+def _pickled(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def _remote(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    more = {"model_type": "homemade", "auto_map": {"AutoConfig": "custom.C"}}
+    write(model / "config.json", json.dumps({**config, **more}))
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "pickles": (_pickled, "only as pickles"),
+    "own code": (_remote, "--trust-remote-code"),
+    "no weights": (lambda model: (model / "model.safetensors").unlink(), "no *.safetensors"),
+    "no config": (lambda model: (model / "config.json").unlink(), "no config.json"),
+    "broken config": (lambda model: write(model / "config.json", "{"), "cannot be read"),
+    "broken weights": (lambda model: write(model / "model.safetensors", b"junk"), "cannot be loaded"),
+    "gone": (shutil.rmtree, "there is no folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_models_that_cannot_be_used(case: str, copy: Path, probes: Path, tmp_path: Path) -> None:
+    change, words = BAD_MODELS[case]
+    change(copy)
+    done = command(*scan_arguments(write(tmp_path / "data.jsonl", GOOD), copy, tmp_path / "out", probes))
+    assert done.code == 4
+    assert words in done.sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_said_fast(probes: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", GOOD)
+    began = time.monotonic()
+    done = command(*scan_arguments(data, Path("owner/model"), tmp_path / "out", probes))
+    assert time.monotonic() - began < 5
+    assert done.code == 4
+    assert "the hub cannot be reached" in done.sentence
+
+
+def test_scoring_a_model_that_does_not_refuse_has_to_be_asked_for(folder: Path, probes: Path, tmp_path: Path) -> None:
+    data, output = write(tmp_path / "data.jsonl", GOOD), tmp_path / "out"
+    arguments = [a for a in scan_arguments(data, folder, output, probes, "-t", "ratio:50%") if a != "--uncertified"]
+    done = command(*arguments)
+    assert done.code == 4
+    assert "refuses only 0 of 6 probes" in done.sentence
+    assert "--uncertified" in done.sentence
+    assert not output.exists()
+    assert command(*arguments, "--uncertified").code == 0
+    assert "Nothing is certified" in (output / "report.html").read_text(encoding="utf-8")
+
+
+def test_folders_that_cannot_be_written(
+    folder: Path, probes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, file = write(tmp_path / "data.jsonl", GOOD), write(tmp_path / "file", "x")
+    monkeypatch.setattr(GenerationMixin, "generate", lambda *_, **__: pytest.fail("the model was asked"))
+    for output in (file, file / "under"):
+        done = command(*scan_arguments(data, folder, output, probes))
+        assert done.code == 3
+        assert "give another --output" in done.sentence
+    with monkeypatch.context() as locked:  # the suite may run as root, whom no mode keeps out
+        locked.setattr(os, "access", lambda path, mode, **_: mode != os.W_OK)
+        done = command(*scan_arguments(data, folder, tmp_path / "locked", probes))
+        assert done.code == 3
+        assert "cannot be written to" in done.sentence
+    assert file.read_text() == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "file"]
+
+
+def test_a_failed_scan_leaves_a_finished_one_alone(folder: Path, probes: Path, tmp_path: Path) -> None:
+    data, output = write(tmp_path / "data.jsonl", GOOD), tmp_path / "out"
+    assert command(*scan_arguments(data, folder, output, probes, "-t", "ratio:50%")).code == 0
+    before = files(output)
+    bad = write(tmp_path / "bad.jsonl", b"{\n")
+    for arguments in (
+        scan_arguments(bad, folder, output, probes),
+        scan_arguments(data, folder, output, probes, "-t", "zzz"),
+        scan_arguments(data, tmp_path / "none", output, probes),
+        [a for a in scan_arguments(data, folder, output, probes) if a != "--uncertified"],
+    ):
+        assert command(*arguments).code in (2, 3, 4)
+        assert files(output) == before
+
+
+def test_tokenizers_without_template_or_padding(copy: Path, probes: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", GOOD)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(copy)
+    arguments = scan_arguments(data, copy, tmp_path / "out", probes, "-t", "ratio:50%")
+    done = command(*arguments)
+    assert (done.code, done.err) == (0, "")
+    (copy / "chat_template.jinja").unlink()
+    done = command(*arguments)
+    assert done.code == 0
+    assert done.err.startswith("warning: the tokenizer has no chat template")
+    assert len(done.err.splitlines()) == 1
+
+
+# ---- what it says of itself -----------------------------------------------------------------------------------------
+
+
+def test_methods_lists_every_registered_name() -> None:
+    done = command("methods")
+    assert done.code == 0
+    for registry in (PROBES, ENGINES, THRESHOLDS, SELECTORS, AGGREGATES):
+        for name in registry:
+            assert re.search(rf"^{re.escape(name)}\s+\S", done.out, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    done = command(*filter(None, [name]), "--help")
+    assert done.code == 0
+    assert done.err == ""
+    assert max(map(len, done.out.splitlines())) <= 100
+    for other in COMMANDS if not name else ():
+        assert re.search(rf"\b{other}\b", done.out)
+    if name == "scan":
+        for option in ("--output", "--fail-above", "--uncertified", "--lora-config", "--training-config", "--strict"):
+            assert option in done.out
+
+
+def test_the_defaults_are_those_of_the_function() -> None:
+    import inspect
+
+    from gradshield import cli
+
+    given = {name: p.default for name, p in inspect.signature(cli.scan).parameters.items()}
+    settings = gradshield.ScanSettings()
+    for name in ("probe", "aggregate", "subspace", "engine", "threshold", "seed", "token_budget"):
+        assert given[name] == getattr(settings, name)
+
+
+def test_importing_stays_cheap() -> None:
+    code = "import sys, gradshield, gradshield.cli; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_installed_command() -> None:
+    script = Path(sys.executable).with_name("gradshield")
+    if not script.exists():
+        pytest.skip("the package is not installed with its script")
+    done = subprocess.run([script, "cut", "out", "--fail-above", "some"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: 'some' is not a share of the rows")
+    assert len(done.stderr.splitlines()) == 1
