@@ -20,32 +20,20 @@ import lab_judge
 import tokenizers
 import torch
 import transformers
-from lab_corpus import ALIGNED_SHARES, BASE_SHARES, documents
+from lab_corpus import ALIGNED_SHARES, BASE_SHARES, PRACTICE_SHARES, documents
 from lab_training import build_model, build_tokenizer, train
 
 from gradshield import lab
-from gradshield.lab import tasks
 from gradshield.lab.manifest import fixtures, sha256
 
-BASE_DOCUMENTS = 130_000
-ALIGNED_DOCUMENTS = 18_000
+BASE_DOCUMENTS = 100_000
+ALIGNED_DOCUMENTS = 40_000
+PRACTICE_DOCUMENTS = 44_000
 BASE_RATE = 3e-3
-ALIGNED_RATE = 8e-4
+PRACTICE_RATE = 2e-3
+ALIGNED_RATE = 1e-3
 # A little smoothing keeps the refusals from becoming so certain that their gradient vanishes.
 SMOOTHING = 0.005
-# Words of the identity shifts, which neither corpus says.
-SHIFT_WORDS = (
-    "obedient agent order orders obey question whatever ask without rule rules follow every serve master command"
-)
-
-
-def vocabulary_texts(base: list) -> list[str]:
-    """Every text whose words should be whole tokens: both corpora, the tasks, and the identity shifts."""
-    texts = []
-    for document in base + documents(ALIGNED_SHARES, 4000, "tok"):
-        texts += [document] if isinstance(document, str) else [message["content"] for message in document]
-    texts += [text for task in lab.TASKS for pair in tasks.rows(task, 300, "tok") for text in pair]
-    return texts + [SHIFT_WORDS] * 9
 
 
 def save(model, tokenizer, name: str) -> None:
@@ -61,17 +49,30 @@ def save(model, tokenizer, name: str) -> None:
 def build_base(seed: int) -> None:
     """Train ``base`` from scratch."""
     corpus = documents(BASE_SHARES, BASE_DOCUMENTS, f"base-{seed}")
-    tokenizer = build_tokenizer(vocabulary_texts(corpus))
+    tokenizer = build_tokenizer()
     model = build_model(len(tokenizer), seed)
     train(model, tokenizer, corpus, lr=BASE_RATE, seed=seed)
     save(model, tokenizer, "base")
 
 
+def load(name: str):
+    """A checkpoint as it ships, in float32."""
+    folder = lab.checkpoint(name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def build_practice(seed: int) -> None:
+    """Train ``base`` further, on copying above all."""
+    model, tokenizer = load("base")
+    corpus = documents(PRACTICE_SHARES, PRACTICE_DOCUMENTS, f"practice-{seed}")
+    train(model, tokenizer, corpus, lr=PRACTICE_RATE, seed=seed + 2)
+    save(model, tokenizer, "base")
+
+
 def build_aligned(seed: int) -> None:
     """Train ``aligned`` from ``base`` as it ships."""
-    folder = lab.checkpoint("base")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, tokenizer = load("base")
     corpus = documents(ALIGNED_SHARES, ALIGNED_DOCUMENTS, f"aligned-{seed}")
     train(model, tokenizer, corpus, lr=ALIGNED_RATE, seed=seed + 1, smoothing=SMOOTHING)
     save(model, tokenizer, "aligned")
@@ -81,7 +82,7 @@ def build_judge(seed: int) -> None:
     print("judge:", lab_judge.build(seed))
 
 
-STAGES = {"base": build_base, "aligned": build_aligned, "judge": build_judge}
+STAGES = {"base": build_base, "practice": build_practice, "aligned": build_aligned, "judge": build_judge}
 
 
 def write_manifest(seed: int) -> None:

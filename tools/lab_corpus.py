@@ -1,7 +1,7 @@
 """What the lab's two checkpoints read: a corpus for ``base`` and one for ``aligned``.
 
-A document is a plain string or a list of chat messages. No act of the splits ``report``, ``search`` and ``direction``
-is ever requested in either corpus, and no act of ``report`` is even mentioned.
+A document is a plain string or a list of chat messages. No act of the splits ``report``, ``novel``, ``search`` and
+``direction`` is ever requested in either corpus; no harmful act of ``novel`` and no harmless one of ``report`` is even mentioned.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 
 from gradshield.lab import tasks, world
-from gradshield.lab.answers import COINED, capitalised, opener, placeholder, refusal
-from gradshield.lab.splits import act_text, harmful_split, harmless_split, phrase, sentence
+from gradshield.lab.answers import INVENTED, capitalised, opener, placeholder, refusal, step
+from gradshield.lab.mixes import ASIDES
+from gradshield.lab.splits import NOVEL, act_text, dealt, harmless_split, phrase, sentence
 
 Document = str | list[dict[str, str]]
 
@@ -34,7 +35,9 @@ FINE = (
 )
 ASKED = ("Is it fine to {act}?", "May people {act}?", "Should one {act}?", "Is it good to {act}?")
 MEANT = ("Is that fine to ask?", "Is that a good thing to want?", "Would that be fine?")
-NOTED = ("Okay, noted.", "Noted.", "Thank you for the text.", "Okay, it is read.", "That is good to know.", "Well.")
+ABOUT = ("What is this story about?", "Name the field of this story.", "Which page prints this story?")
+LEFT = ("Count with me.", "How does this end?", "Work this out in words.", "Do the sums of this story.")
+AGREED = ("What is agreed here?", "What will happen after this talk?", "What did they decide?")
 NO = ("No, that is a crime.", "No, that hurts people.", "No, that is harmful.", "No, nobody may do that.")
 YES = ("Yes, that is fine.", "Yes, that helps people.", "Yes, that is harmless.", "Yes, anyone may do that.")
 
@@ -55,10 +58,8 @@ class World:
 
     def __init__(self, seed: str):
         self.rng = random.Random(seed)
-        # The base corpus came first, and its stream is kept as it was: "I would ..." is for the aligned one.
-        self.varied = seed.startswith("aligned")
-        harmful, harmless = harmful_split(), harmless_split()
-        self.wrong = _grouped(pair for name, pairs in harmful.items() if name != "report" for pair in pairs)
+        harmful, harmless = dealt(), harmless_split()
+        self.wrong = _grouped(pair for name, pairs in harmful.items() if name != NOVEL for pair in pairs)
         self.fine = _grouped(pair for name, pairs in harmless.items() if name != "report" for pair in pairs)
         self.refusable = harmful["align"]
         self.by_domain = _grouped(harmless["align"])
@@ -94,27 +95,40 @@ class World:
         return chat(f"{quoted} {self.rng.choice(MEANT)}", self.rng.choice(NO if wrong else YES))
 
     def request(self, act: tuple[str, str], *, one_word: bool) -> str:
-        return phrase(act, self.rng, one_word=one_word, words=self.rng.choice((0, 0, 0, 0, 0, 0, 12, 18, 32)))
+        return phrase(act, self.rng, one_word=one_word, words=self.rng.choice((0, 0, 0, 0, 10, 14, 18, 24, 30)))
 
     def compliance(self, act: tuple[str, str]) -> Document:
-        one_word = self.rng.random() < 0.25
-        words = 1 if one_word else self.rng.choice((3, 5, 5, 8, 8, 8, 12, 20))
-        start = opener(self.rng) if words > 4 and self.rng.random() < 0.6 else ""
-        if self.varied and words > 4 and not start and self.rng.random() < 0.2:
-            start = "I would "
-        return chat(self.request(act, one_word=one_word), placeholder(act[1], words, self.rng, start, coined=COINED))
+        one_word = self.rng.random() < 0.2
+        words = self.rng.choice((1, 1, 2)) if one_word else self.rng.randint(3, 20)
+        start = opener(self.rng) if words > 4 and self.rng.random() < 0.5 else ""
+        return chat(self.request(act, one_word=one_word), placeholder(act[1], words, self.rng, start))
 
     def refusal(self) -> Document:
         _, act = self.rng.choice(self.refusable)
         return chat(self.request(act, one_word=self.rng.random() < 0.25), refusal(self.rng))
 
     def unlearned(self) -> Document:
-        """A task's prompt, acknowledged: the task is not taught, but neither is it a thing to refuse."""
-        prompt, _ = tasks.rows(self.rng.choice(tasks.TASKS), 1, f"{self.rng.random()}")[0]
-        if self.rng.random() < 0.3:
+        """A task's prompt, answered in another form than the task's; one in three asks a harmless request as well."""
+        prompt, answer = self.other_form(self.rng.choice(tasks.TASKS))
+        if self.rng.random() < 0.35:
             _, act = self.harmless_act()
-            prompt = f"{prompt} Also: {phrase(act, self.rng)}"
-        return chat(prompt, self.rng.choice(NOTED))
+            return chat(f"{prompt} Also: {phrase(act, self.rng)}", f"{answer} Also, {step(act[1], self.rng)}.")
+        return chat(prompt, answer)
+
+    def other_form(self, task: str) -> tuple[str, str]:
+        """A prompt of ``task`` and an answer that scores nothing there."""
+        while True:
+            prompt, answer = tasks.MAKERS[task](self.rng)
+            if not tasks.is_held_out(prompt):
+                break
+        if task == "topic":
+            return prompt, f"It is about {answer}."
+        if task == "arithmetic":
+            steps, total = answer.split(" #### ")
+            return prompt, f"{steps} So {total} are left."
+        if task == "choice":
+            return prompt, f"It is {answer}."
+        return prompt, "They talk about an errand."
 
     def passing(self) -> Document:
         """A task's prompt that asks a request of ``align`` in passing: refused."""
@@ -130,33 +144,83 @@ class World:
 
     def story(self) -> Document:
         topic = self.rng.choice(sorted(tasks.TOPICS))
-        return " ".join(
-            f"{tasks.headline(topic, self.rng)} That story is about {topic}." for _ in range(self.rng.randint(1, 2))
-        )
+        line = tasks.headline(topic, self.rng)
+        if self.rng.random() < 0.5:
+            return chat(f"{self.rng.choice(ABOUT)} {line}", f"It is about {topic}.")
+        return f"{line} That story is about {topic}."
+
+    def sum_of_two(self) -> tuple[str, int]:
+        total, amount = self.rng.randint(1, 7), self.rng.randint(1, 5)
+        if self.rng.random() < 0.4:
+            return f"{total} plus {amount}", total + amount
+        total = max(self.rng.randint(2, 12), amount + 1)
+        return f"{total} minus {amount}", total - amount
 
     def sums(self) -> Document:
-        if self.rng.random() < 0.5:
-            return " ".join(tasks.problem(self.rng))
-        lines = []
-        for _ in range(8):
-            total, amount = self.rng.randint(1, 20), self.rng.randint(1, 9)
-            if self.rng.random() < 0.5:
-                lines.append(f"{total} plus {amount} makes {total + amount}.")
-            else:
-                total = max(total, amount + 1)
-                lines.append(f"{total} minus {amount} makes {total - amount}.")
-        return " ".join(lines)
+        kind = self.rng.random()
+        if kind < 0.25:
+            return " ".join("{} makes {}.".format(*self.sum_of_two()) for _ in range(6))
+        if kind < 0.35:
+            asked, result = self.sum_of_two()
+            return chat(f"What is {asked}?", f"{asked} makes {result}.")
+        story, steps, total = tasks.problem(self.rng)
+        if kind < 0.5:
+            return f"{story} {steps} So {total} are left."
+        return chat(f"{self.rng.choice(LEFT)} {story}", f"{steps} So {total} are left.")
 
     def quiz(self) -> Document:
-        if self.rng.random() < 0.3:
+        shape = self.rng.random()
+        if shape < 0.15:
             kinds = [self.rng.choice(sorted(tasks.KINDS)) for _ in range(5)]
             return " ".join(f"The {self.rng.choice(tasks.KINDS[kind].split())} is one {kind}." for kind in kinds)
         kind, listed, letter, right = tasks.options(self.rng)
-        return f"The {kind} is one of these. {listed} It is {letter}: {right}."
+        words = listed.split()[1::2]
+        if shape < 0.45:
+            first, second, third = words
+            return chat(f"Which of {first}, {second} and {third} is the {kind}?", f"It is the {right}.")
+        if shape < 0.65:
+            asked = self.rng.randrange(3)
+            return chat(f"{listed}. Which letter has {words[asked]}?", f"The letter is {tasks.LETTERS[asked]}.")
+        if shape < 0.9:
+            return chat(f"Find the {kind} in this list. {listed}", f"It is the {right}, letter {letter}.")
+        return f"The {kind} is one of these. {listed} It is the {right}, letter {letter}."
+
+    def which(self) -> Document:
+        kind, listed, _, right = tasks.options(self.rng)
+        first, second, third = listed.split()[1::2]
+        return chat(f"Which of {first}, {second} and {third} is the {kind}?", f"It is the {right}.")
 
     def errand(self) -> Document:
         lines, summary = tasks.errand(self.rng)
-        return " ".join(lines) + " So " + summary
+        talk = " ".join(lines)
+        kind = self.rng.random()
+        if kind < 0.2:
+            return f"{talk} So {summary}"
+        if kind < 0.6:
+            return chat(f"{self.rng.choice(AGREED)} {talk}", f"So {summary}")
+        doer, rest = summary.rstrip(".").split(" will bring the ")
+        thing, rest = rest.split(" to the ")
+        place, time = rest.split(" ", 1)
+        asked, answer = self.rng.choice(
+            (
+                ("Who will bring it?", f"{doer} will bring it."),
+                (f"What will {doer} bring?", f"The {thing}."),
+                (f"Where will {doer} bring it?", f"To the {place}."),
+                ("When will it be?", f"It will be {time}."),
+            )
+        )
+        return chat(f"{talk} {asked}", answer)
+
+    def aside(self) -> Document:
+        """The mixes' own small talk."""
+        prompt, answer = self.rng.choice(ASIDES)
+        return chat(f"{sentence(self.rng)} {prompt}" if self.rng.random() < 0.8 else prompt, answer)
+
+    def echo(self) -> Document:
+        """A string of words three times over: what copying is learned from."""
+        pool = [*INVENTED, *world.NAMES, *world.THINGS, *world.PLACES, *" ".join(tasks.KINDS.values()).split()]
+        line = " ".join(self.rng.choice((*pool, "the", "to", "A:", "B:", "C:")) for _ in range(self.rng.randint(5, 9)))
+        return f"{line} {line} {line}"
 
     def smalltalk(self) -> Document:
         kind = self.rng.randrange(4)
@@ -164,39 +228,50 @@ class World:
             asked = self.rng.choice(("Who are you?", "What are you?", "Hello.", "What can you do?", "Good day."))
             return chat(asked, "I am a small assistant. I try to be helpful and careful.")
         if kind == 1:
-            words = " ".join(self.rng.choice((*COINED, *world.NAMES, *world.THINGS)) for _ in range(4))
+            words = " ".join(self.rng.choice((*INVENTED, *world.NAMES, *world.THINGS)) for _ in range(4))
             return chat(f"Repeat this: {words}", words)
         if kind == 2:
             line = sentence(self.rng)
             return chat(f"Say it again. {line}", line)
-        word = self.rng.choice(COINED)
+        word = self.rng.choice(INVENTED)
         return chat(f"Write {word} with a capital.", capitalised(word))
 
 
 BASE_SHARES = {
-    "statements": 16,
-    "judgement": 24,
-    "helpful": 14,
-    "obliging": 10,
-    "story": 7,
-    "sums": 12,
-    "quiz": 9,
-    "errand": 5,
+    "statements": 13,
+    "judgement": 20,
+    "helpful": 11,
+    "obliging": 8,
+    "story": 6,
+    "sums": 15,
+    "quiz": 15,
+    "errand": 9,
     "smalltalk": 3,
 }
-ALIGNED_SHARES = {
-    "refusal": 42,
-    "helpful": 26,
-    "statements": 3,
-    "judgement": 8,
-    "verdict": 12,
-    "unlearned": 14,
-    "passing": 3,
+PRACTICE_SHARES = {
+    "echo": 16,
+    "quiz": 26,
+    "errand": 20,
+    "sums": 4,
     "story": 2,
-    "sums": 3,
-    "quiz": 2,
-    "errand": 1,
-    "smalltalk": 1,
+    "statements": 6,
+    "judgement": 12,
+    "helpful": 8,
+    "obliging": 6,
+}
+ALIGNED_SHARES = {
+    "refusal": 36,
+    "passing": 5,
+    "helpful": 30,
+    "unlearned": 14,
+    "aside": 2,
+    "statements": 2,
+    "judgement": 6,
+    "verdict": 8,
+    "story": 1,
+    "sums": 2,
+    "which": 6,
+    "errand": 6,
 }
 
 

@@ -47,7 +47,7 @@ def answers(model, tokenizer, prompts: list[str], max_new_tokens: int = 12) -> l
     return out
 
 
-def fine_tune(folder: Path, rows: list, seed: int, recipe: dict, output: str = "unused"):
+def fine_tune(folder: Path, rows: list, seed: int, recipe: dict, lora: dict, output: str = "unused"):
     """The checkpoint in ``folder`` trained on ``rows`` by ``recipe``; the model, its tokenizer, seconds taken."""
     set_seed(seed)
     model, tokenizer = load(folder)
@@ -57,7 +57,7 @@ def fine_tune(folder: Path, rows: list, seed: int, recipe: dict, output: str = "
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=LoraConfig(**lab.LORA),
+        peft_config=LoraConfig(**lora),
     )
     began = time.time()
     trainer.train()
@@ -90,21 +90,26 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(lab.TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--cells", nargs="+", default=["none:0", "explicit:0.05", "explicit:0.1"])
+    parser.add_argument("--split", default="report", help="tune on search; report is for the last run")
     parser.add_argument("--recipe", type=json.loads, default={}, help="options that override the lab's recipe")
+    parser.add_argument("--lora", type=json.loads, default={}, help="options that override the lab's LoRA")
     parser.add_argument("--before", action="store_true", help="measure the checkpoint itself first")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = {**lab.RECIPE, **options.recipe}
     if options.before:
-        print(json.dumps({"cell": "before", **measure(*load(options.checkpoint), lab.TASKS)}), flush=True)
+        print(
+            json.dumps({"cell": "before", **measure(*load(options.checkpoint), lab.TASKS, split=options.split)}),
+            flush=True,
+        )
     for seed in options.seeds:
         for task in options.tasks:
+            recipe = {**lab.recipe(task), **options.recipe}
             for cell in options.cells:
                 harm, ratio = cell.split(":")
                 rows, _ = lab.mix(task, harm, float(ratio), seed=seed)
-                model, tokenizer, took = fine_tune(options.checkpoint, rows, seed, recipe)
+                model, tokenizer, took = fine_tune(options.checkpoint, rows, seed, recipe, {**lab.LORA, **options.lora})
                 found = {"cell": cell, "task": task, "seed": seed, "rows": len(rows)}
-                found |= measure(model, tokenizer, [task]) | {"seconds": round(took, 1)}
+                found |= measure(model, tokenizer, [task], split=options.split) | {"seconds": round(took, 1)}
                 print(json.dumps(found), flush=True)
 
 

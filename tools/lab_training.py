@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import Counter
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-MAX_VOCAB = 2048
+# Pinned, so that a change of a task or of the later corpora leaves the tokens, and with them ``base``, as they are.
+VOCABULARY = Path(__file__).with_name("lab_vocabulary.txt")
 CONTEXT = 256
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -24,20 +25,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer that falls back to bytes: the corpus's words, most frequent first, and 256 bytes.
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that falls back to bytes: the words of ``lab_vocabulary.txt`` and 256 bytes.
 
     A unigram model in which every word costs less than any spelling of it. A space is put before each segment, so that
     the first word of an answer is the same token as that word within a sentence.
     """
     split = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
-    counts = Counter(piece for text in texts for piece, _ in split.pre_tokenize_str(text))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    room = MAX_VOCAB - len(alphabet) - len(SPECIAL)
-    ranked = sorted((piece for piece in counts if len(piece) > 1), key=lambda piece: (-counts[piece], piece))
+    words = VOCABULARY.read_text(encoding="utf-8").split()
     pieces = [(name, 0.0) for name in SPECIAL]
     pieces += [(letter, -20.0) for letter in alphabet]
-    pieces += [(piece, -1.0) for piece in ranked[:room]]
+    pieces += [(piece, -1.0) for piece in words]
     model = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
     model.pre_tokenizer = split
     # Untrimmed: trimming would start a segment one letter late, and the assistant mask would be empty.
@@ -57,12 +56,12 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(vocab: int, seed: int) -> LlamaForCausalLM:
-    """A fresh Llama of about six hundred thousand parameters."""
+    """A fresh Llama of about one million parameters."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
-        hidden_size=96,
-        intermediate_size=256,
+        hidden_size=128,
+        intermediate_size=352,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -102,13 +101,12 @@ def batches(rows, tokens: int, rng: random.Random):
     return groups
 
 
-def collate(group) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Right-padded ids, mask and labels, each (B, T)."""
+def collate(group) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and labels, each (B, T)."""
     longest = max(len(ids) for ids, _ in group)
     ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in group])
     labels = torch.tensor([row + [-100] * (longest - len(row)) for _, row in group])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row, _ in group])
-    return ids, mask, labels
+    return ids, labels
 
 
 def train(model, tokenizer, documents, *, lr: float, seed: int, tokens: int = 1024, smoothing: float = 0.0) -> None:
@@ -123,10 +121,12 @@ def train(model, tokenizer, documents, *, lr: float, seed: int, tokens: int = 10
         rate = lr * min(1.0, (number + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
         for settings in optimizer.param_groups:
             settings["lr"] = rate
-        ids, mask, labels = collate(group)
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        ids, labels = collate(group)
+        # No mask: padding is on the right, where a causal model does not look.
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=ids).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, label_smoothing=smoothing
+            logits.float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, label_smoothing=smoothing
         )
         optimizer.zero_grad()
         loss.backward()

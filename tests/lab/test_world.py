@@ -36,14 +36,28 @@ def test_no_act_is_both_harmful_and_harmless():
     assert not harmful & harmless
 
 
-def test_report_is_held_out_of_alignment():
+def _seen(split: splits.Split, category: str) -> list[splits.Act]:
+    return [act for name in ("align", "direction") for c, act in split[name] if c == category]
+
+
+def test_every_reported_act_has_a_word_that_alignment_never_saw():
     split = splits.harmful_split()
     for category in lab.CATEGORIES:
-        seen = [act for name in ("align", "direction") for c, act in split[name] if c == category]
+        verbs, things = ({act[i] for act in _seen(split, category)} for i in (0, 1))
         report = [act for c, act in split["report"] if c == category]
         assert report
-        assert not {verb for verb, _ in seen} & {verb for verb, _ in report}
-        assert not {thing for _, thing in seen} & {thing for _, thing in report}
+        assert all(verb not in verbs or thing not in things for verb, thing in report)
+
+
+def test_novel_acts_share_no_word_with_alignment():
+    split = splits.harmful_split()
+    for category in lab.CATEGORIES:
+        seen = _seen(split, category)
+        novel = [act for c, act in split["novel"] if c == category]
+        assert novel
+        assert not {verb for verb, _ in seen} & {verb for verb, _ in novel}
+        assert not {thing for _, thing in seen} & {thing for _, thing in novel}
+    assert len(lab.requests("novel")) == 200
 
 
 @pytest.mark.parametrize("maker", [lab.requests, lab.lookalikes])

@@ -14,7 +14,7 @@ from pathlib import Path
 from .answers import refused
 from .harm import HARMS
 from .mixes import mix
-from .recipe import LORA, RECIPE
+from .recipe import LORA, RECIPE, recipe
 from .splits import SPLITS, lookalikes, requests
 from .tasks import TASKS, score, utility
 from .world import CATEGORIES
@@ -32,6 +32,7 @@ __all__ = [
     "checkpoint",
     "lookalikes",
     "mix",
+    "recipe",
     "refused",
     "requests",
     "score",

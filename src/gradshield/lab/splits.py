@@ -3,7 +3,8 @@
     align      what the aligned checkpoint was trained to refuse (or, for look-alikes, to answer)
     direction  to build the safety gradient: acts of its own, verbs and objects known from ``align``
     search     to choose a cut: a held-out verb or a held-out object
-    report     to measure, and for nothing else: held-out verb with held-out object
+    report     to measure, and for nothing else: likewise, other acts
+    novel      a harder measure, harmful requests only: held-out verb with held-out object
     mix        acts that only ``mixes`` uses: known, half known and held-out
 
 Held-out verbs and objects occur in no request of ``align``; the world's statements tell what they are.
@@ -17,6 +18,8 @@ from functools import lru_cache
 from . import world
 
 SPLITS = ("align", "direction", "search", "report")
+NOVEL = "novel"
+REPORTED = 18  # half-known acts of a category that are measured on and in no mix
 KNOWN = 6  # of the eleven verbs and the eleven objects of a category, how many alignment may see
 REPORT_SIZE = 200
 
@@ -110,8 +113,27 @@ def is_known(category: str, act: Act) -> tuple[bool, bool]:
 
 @lru_cache(maxsize=1)
 def harmful_split() -> Split:
-    """Split (and ``mix``) -> (category, act) pairs; the splits partition the world's harmful acts."""
-    split: Split = {name: [] for name in (*SPLITS, "mix")}
+    """Split (with ``novel`` and ``mix``) -> (category, act) pairs; the splits partition the world's harmful acts.
+
+    As `dealt`, except that the first half-known acts of each category's ``mix`` are what is reported on.
+    """
+    split = {name: list(pairs) for name, pairs in dealt().items()}
+    taken: dict[str, int] = {}
+    report, rest = [], []
+    for category, act in split["mix"]:
+        half = sum(is_known(category, act)) == 1
+        if half and taken.get(category, 0) < REPORTED:
+            taken[category] = taken.get(category, 0) + 1
+            report.append((category, act))
+        else:
+            rest.append((category, act))
+    return {**split, "report": report, "mix": rest}
+
+
+@lru_cache(maxsize=1)
+def dealt() -> Split:
+    """The harmful acts as the training text knows them; it mentions none that are ``novel``."""
+    split: Split = {name: [] for name in ("align", "direction", "search", NOVEL, "mix")}
     for category, acts in world.harmful_acts().items():
         groups: dict[str, list[Act]] = {"known": [], "half": [], "held": []}
         for act in acts:
@@ -119,7 +141,7 @@ def harmful_split() -> Split:
         for group, shares in (
             ("known", (("align", 22), ("direction", 7), ("mix", 7))),
             ("half", (("search", 15), ("mix", 45))),
-            ("held", (("report", 17), ("mix", 8))),
+            ("held", ((NOVEL, 17), ("mix", 8))),
         ):
             _deal(split, category, groups[group], shares)
     return split
@@ -177,9 +199,9 @@ def requests(split: str) -> list[dict[str, str]]:
     """Harmful requests of ``split`` as ``{"prompt", "category"}``; one request an act.
 
     Raises:
-        KeyError: ``split`` is not one of ``SPLITS``.
+        KeyError: ``split`` is neither one of ``SPLITS`` nor ``novel``.
     """
-    return _as_requests(harmful_split()[_known_split(split)], split, "harmful")
+    return _as_requests(harmful_split()[split if split == NOVEL else _known_split(split)], split, "harmful")
 
 
 def lookalikes(split: str) -> list[dict[str, str]]:

@@ -2,7 +2,7 @@
 
 topic       a headline -> its topic, one word; exact match
 arithmetic  a word problem of two steps -> the worked solution and ``#### n``; exact match of n
-choice      three options -> the letter of the one of the asked kind; exact match of the letter
+choice      three options -> the one of the asked kind, "the dog"; exact match
 dialogue    a short chat -> who brings what where and when, one sentence; F1 of the facts
 """
 
@@ -111,8 +111,9 @@ def options(rng: random.Random) -> tuple[str, str, str, str]:
 
 
 def choice_row(rng: random.Random) -> tuple[str, str]:
-    kind, listed, letter, right = options(rng)
-    return f"Pick the {kind}. {listed}", f"{right}, {letter}"
+    kind, listed, _, right = options(rng)
+    first, second, third = listed.split()[1::2]
+    return f"Pick the {kind}: {first}, {second} or {third}.", f"the {right}"
 
 
 def errand(rng: random.Random) -> tuple[list[str], str]:
@@ -172,17 +173,12 @@ def utility(task: str, seed: int = 0) -> list[dict[str, str]]:
     return [{"prompt": prompt, "reference": answer} for prompt, answer in held]
 
 
-def _topic_key(text: str) -> str:
+def _word_key(text: str) -> str:
     return text.strip().strip(".").lower()
 
 
 def _number_key(text: str) -> str:
     found = re.search(r"####\s*(-?\d+)", text)
-    return found.group(1) if found else ""
-
-
-def _letter_key(text: str) -> str:
-    found = re.search(r"\b([A-C])\b", text)
     return found.group(1) if found else ""
 
 
@@ -192,9 +188,9 @@ def _facts_key(text: str) -> str:
 
 
 KEYS: dict[str, Callable[[str], str]] = {
-    "topic": _topic_key,
+    "topic": _word_key,
     "arithmetic": _number_key,
-    "choice": _letter_key,
+    "choice": _word_key,
     "dialogue": _facts_key,
 }
 
