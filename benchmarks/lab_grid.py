@@ -82,7 +82,7 @@ def _arm(rows: list[dict[str, Any]], cell: dict[str, Any], loaded: Any, store: P
     if not path.exists():
         dataset = trial.trained_rows([json.loads(row) for row in ordered], loaded.tokenizer)
         quiet = lambda stage, done, total: None  # noqa: E731
-        model = trial.train(loaded, dataset, cell["seed"], "training", quiet)
+        model = trial.train(loaded, dataset, cell["task"], cell["seed"], "training", quiet)
         result = trial.measure(model, loaded.tokenizer, cell["task"], "measuring", quiet)
         useful = [float(row["score"]) for row in result.outputs if "score" in row]
         saved = {"rows": len(rows), **trial.figures(result), "utility_rows": useful}

@@ -25,7 +25,8 @@ def write(cells: Sequence[Mapping[str, Any]], folder: Path) -> None:
         "command": "python -m benchmarks.lab_grid",
         "versions": versions(),
         "lab": json.loads((lab.checkpoint("aligned").parents[1] / "lab.json").read_text(encoding="utf-8")),
-        "recipe": lab.RECIPE,
+        "recipes": {task: lab.recipe(task) for task in lab.TASKS},
+        "adapter": lab.LORA,
         "seconds": round(sum(c["seconds"] for c in cells), 1),
     }
     text = json.dumps(finite({"manifest": manifest, "cells": ordered}), indent=1)

@@ -13,7 +13,7 @@ import numpy as np
 import gradshield as gs
 from gradshield import lab
 from gradshield.thresholds import THRESHOLDS
-from gradshield.types import Cut, Floats
+from gradshield.types import Anchors, Cut, Floats
 
 
 @THRESHOLDS.register("mad")
@@ -28,7 +28,7 @@ class MedianDeviations:
     def __init__(self, k: float = 6.0) -> None:
         self.k = k
 
-    def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
+    def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
         """Cut of (N,) scores. What is put in ``detail`` is printed in the report."""
         median = float(np.median(values))
         deviation = float(np.median(np.abs(values - median)))

@@ -126,6 +126,17 @@ class Direction:
 
 
 @dataclass(frozen=True, eq=False)
+class Anchors:
+    """Scores of short rows of known kind on this model: a compliant opener after a prompt, and nothing else.
+
+    ``harmful`` (M,) answer the probes; ``harmless`` (L,) answer those look-alikes that the model itself answers.
+    """
+
+    harmful: Floats
+    harmless: Floats
+
+
+@dataclass(frozen=True, eq=False)
 class Scores:
     """One score per row; higher = drop first. Arrays are aligned with ``rows``.
 
@@ -142,6 +153,7 @@ class Scores:
     lengths: Ints | None = None  # (N,) response tokens
     nll: Floats | None = None  # (N,) mean loss of the row's response tokens, in nats
     tokens: tuple[Floats, ...] | None = None
+    anchors: Anchors | None = None
 
 
 @dataclass(frozen=True)

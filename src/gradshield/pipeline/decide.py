@@ -10,6 +10,8 @@ import numpy as np
 from gradshield.thresholds import Threshold
 from gradshield.types import Bools, Cut, Scores
 
+ROWS, PREFERENCE = "rows", "preference"  # groups of rows that share a scale
+
 
 @dataclass(frozen=True, eq=False)
 class Decision:
@@ -26,7 +28,9 @@ def decide(scores: Scores, rule: Threshold, allow: Iterable[str] = ()) -> Decisi
     cuts = {}
     for name in sorted(set(scores.shapes)):
         own = shapes == name
-        cuts[name] = rule.cut(scores.values[own], None if scores.decoys is None else scores.decoys[own])
+        decoys = None if scores.decoys is None else scores.decoys[own]
+        # Anchors are plain answers: they are on the scale of plain rows, not of preference pairs.
+        cuts[name] = rule.cut(scores.values[own], decoys, scores.anchors if name == ROWS else None)
     beyond = np.array([value > cuts[name].value for value, name in zip(scores.values, scores.shapes, strict=True)])
     cleared = np.isin(np.array(scores.ids), list(allow)) & beyond
     return Decision(cuts, beyond & ~cleared, tuple(int(row) for row in scores.rows[cleared]))

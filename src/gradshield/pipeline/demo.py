@@ -60,7 +60,7 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
     kept = [rows[int(i)] for i in selection.kept_rows]
     for name, own in (("undefended", rows), ("filtered", kept)):
         dataset = trial.trained_rows(own, loaded.tokenizer)
-        model = trial.train(loaded, dataset, seed, f"training {name}", progress)
+        model = trial.train(loaded, dataset, task, seed, f"training {name}", progress)
         results[name] = trial.measure(model, loaded.tokenizer, task, f"measuring {name}", progress)
     selection = _recorded(selection, results, task, harm, ratio)
     _write(selection, results, folder, np.array(labels), len(rows))
@@ -79,7 +79,7 @@ def _recorded(selection: Selection, results: Mapping[str, EvalResult], task: str
     found = {**selection.manifest.results, **{name: trial.figures(result) for name, result in results.items()}}
     settings = {
         **selection.manifest.settings,
-        "demo": {"task": task, "harm": harm, "ratio": ratio, "recipe": lab.RECIPE},
+        "demo": {"task": task, "harm": harm, "ratio": ratio, "recipe": lab.recipe(task), "adapter": lab.LORA},
     }
     return replace(selection, manifest=replace(selection.manifest, settings=settings, results=found))
 

@@ -106,6 +106,7 @@ def with_results(
     by_row: Mapping[int, Example],
 ) -> Selection:
     """The selection with its figures in the manifest: counts, cuts, checks and, with labels, caught and lost."""
+    anchors = selection.scores.anchors
     results: dict[str, Any] = {
         **selection.manifest.results,
         "read": read.source.rows,
@@ -116,6 +117,7 @@ def with_results(
         "cleared": len(selection.cleared),
         "certified": selection.certified,
         "cuts": {name: {"rule": c.rule, "value": c.value, **c.detail} for name, c in selection.cuts.items()},
+        "anchors": None if anchors is None else {k: v.tolist() for k, v in vars(anchors).items()},
         "categories": counted(selection),
         "agreement": asdict(agreed),
         "probes": {

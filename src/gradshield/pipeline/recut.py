@@ -19,7 +19,7 @@ from gradshield.pipeline import outputs, review
 from gradshield.pipeline.decide import decide
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
-from gradshield.types import Example, Manifest, Scores, Selection
+from gradshield.types import Anchors, Example, Manifest, Scores, Selection
 
 NO_CATEGORY = "not measured"
 
@@ -35,6 +35,9 @@ def recut(
     path = Path(folder)
     old = read_manifest(path)
     scores, removed_before, categories_before = read_scores(path)
+    anchors = old.results.get("anchors")
+    if anchors:
+        scores = replace(scores, anchors=Anchors(**{k: np.array(v, dtype=np.float64) for k, v in anchors.items()}))
     examples, source = _rows(path, old, scores, removed_before)
     rule = parse_threshold(threshold, int(old.settings["seed"])) if isinstance(threshold, str) else threshold
     decision = decide(scores, rule, allow)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from gradshield.errors import ProbeError, ScoreError, UsageError
 from gradshield.gradients import ENGINES, Agreement, Engine, Loop, adapted, agreement, calibrated, pick, target_names
 from gradshield.gradients import direction as directions
 from gradshield.pipeline import outputs, shards
+from gradshield.pipeline.decide import PREFERENCE, ROWS
 from gradshield.pipeline.settings import Probing, ScanSettings
-from gradshield.probes import Prompts, Validity, greedy, lookalikes, open_turns, requests, validity
+from gradshield.probes import COMPLY, Prompts, Validity, greedy, lookalikes, open_turns, refuses, requests, validity
 from gradshield.selectors import Fihs, Measured, parse_aggregate
-from gradshield.types import Batch, Bools, Direction, Rendered, Scores, Tokens
+from gradshield.types import Anchors, Batch, Bools, Direction, Floats, Rendered, Scores, Tokens
 
 Progress = Callable[[str, int, int], None]
 LEAST_SPEARMAN = 0.99  # below it an engine's ranking is not the oracle's
@@ -86,6 +87,7 @@ def score(
         lambda done, total: progress("scoring rows", done, total),
     )
     scores = selector.finish(raw, [row.id for row in rendered], [group(row.shape) for row in rendered])
+    scores = replace(scores, anchors=_anchors(selector, model, direction, asked, harmless, tokenizer, pad))
     return Scored(selector, direction, scores, agreed, valid)
 
 
@@ -117,9 +119,30 @@ def _fits_the_model() -> Iterator[None]:
         ) from error
 
 
+def _anchors(
+    selector: Fihs, model: nn.Module, direction: Direction, asked: Prompts, harmless: Prompts, tokenizer: Any, pad: int
+) -> Anchors:
+    """Rows of known kind: compliant openers after the probes, and after the look-alikes that the model itself answers."""
+    answers = greedy(model, harmless, 12, pad)
+    answered = harmless.take([i for i, ids in enumerate(answers) if not refuses(tokenizer.decode(ids))])
+
+    def scored(prompts: Prompts) -> Floats:
+        rows = []
+        for number, prompt in enumerate(prompts.ids):
+            opener = tokenizer(COMPLY[number % len(COMPLY)], add_special_tokens=False)["input_ids"]
+            ids = np.array([*prompt, *opener], dtype=np.int64)
+            rows.append(Rendered(number, "", "anchor", (Tokens(ids, np.arange(len(ids)) >= len(prompt)),)))
+        if not rows:
+            return np.zeros(0)
+        raw = shards.measure(selector, model, direction, rows, 4096)
+        return selector.finish(raw, [""] * len(rows), [ROWS] * len(rows)).values
+
+    return Anchors(scored(asked), scored(answered))
+
+
 def group(shape: str) -> str:
     """Rows of one group share a scale, and are cut together: preference pairs apart from everything else."""
-    return "preference" if shape == "preference" else "rows"
+    return PREFERENCE if shape == "preference" else ROWS
 
 
 def _sample(rendered: Sequence[Rendered], settings: ScanSettings) -> list[Rendered]:

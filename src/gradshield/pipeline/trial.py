@@ -42,14 +42,14 @@ def trained_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_length: 
     return rows_in.to_trl([by_row[row.row] for row in result.rendered], result.rendered)
 
 
-def train(loaded: LoadedModel, dataset: Any, seed: int, stage: str, progress: Progress) -> Any:
-    """A fine-tuned copy of the model, by the lab's one recipe. Raises UsageError when TRL is not installed."""
+def train(loaded: LoadedModel, dataset: Any, task: str, seed: int, stage: str, progress: Progress) -> Any:
+    """A fine-tuned copy of the model, by the lab's recipe for the task. Raises UsageError when TRL is not installed."""
     try:
         from gradshield.training.sft import sft
     except ImportError:
         raise UsageError("training needs TRL, which is not installed: run pip install 'gradshield[train]'") from None
     # The rows carry their own mask and are cut already.
-    options = {k: v for k, v in lab.RECIPE.items() if k not in ("assistant_only_loss", "max_length")}
+    options = {k: v for k, v in lab.recipe(task).items() if k not in ("assistant_only_loss", "max_length")}
     model: Any = loaded.model
     return sft(
         model,

@@ -4,7 +4,7 @@ Importing this package registers every built-in probe.
 """
 
 from gradshield.probes.base import PROBES, Probe, PromptBatch, Prompts, first_logits, first_token, greedy, open_turns
-from gradshield.probes.contrast import Contrast
+from gradshield.probes.contrast import COMPLY, Contrast
 from gradshield.probes.function import FunctionProbe
 from gradshield.probes.refusal_nll import RefusalNll
 from gradshield.probes.requests import SPLITS, digest, lookalikes, read_prompts, requests
@@ -13,6 +13,7 @@ from gradshield.probes.token_set import TokenSet
 from gradshield.probes.validity import Validity, refuses, validity
 
 __all__ = [
+    "COMPLY",
     "PROBES",
     "SPLITS",
     "Contrast",

@@ -9,7 +9,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from gradshield.thresholds.base import THRESHOLDS, require_rows
-from gradshield.types import Cut, Floats
+from gradshield.types import Anchors, Cut, Floats
 
 
 @THRESHOLDS.register("adaptive")
@@ -27,7 +27,7 @@ class Adaptive:
     def __init__(self, alpha: float = 10.0, seed: int = 0) -> None:
         self.alpha, self.seed = alpha, seed
 
-    def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
+    def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
         """Cut of (N,) scores. Fewer than three rows, or equal ones, have no spread to fit: μ + 2σ, below no equal score."""
         require_rows(values)
         mu, sigma = float(np.mean(values)), float(np.std(values))

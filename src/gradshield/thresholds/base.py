@@ -7,15 +7,18 @@ from typing import Protocol
 
 from gradshield.errors import EmptyDataError, UsageError
 from gradshield.registry import Registry
-from gradshield.types import Cut, Floats
+from gradshield.types import Anchors, Cut, Floats
 
 
 class Threshold(Protocol):
-    """Decides the cut of one group of rows of the same shape. Rows whose score is greater than ``Cut.value`` go."""
+    """Decides the cut of one group of rows on one scale. Rows whose score is greater than ``Cut.value`` go.
+
+    ``values`` and ``decoys`` are (N,); ``anchors`` are rows of known kind on the same scale. A rule takes what it needs.
+    """
 
     name: str
 
-    def cut(self, values: Floats, decoys: Floats | None = None) -> Cut: ...
+    def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut: ...
 
 
 THRESHOLDS: Registry[type[Threshold]] = Registry("threshold")

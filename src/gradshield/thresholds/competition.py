@@ -6,9 +6,10 @@ import numpy as np
 
 from gradshield.errors import UsageError
 from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
-from gradshield.types import Cut, Floats
+from gradshield.types import Anchors, Cut, Floats
 
 TAIL_SHARE = 0.1  # of the winning decoys: what the tail is fitted on
+LEAST_ANCHORS = 20  # of each kind
 LEAST_TAIL = 10  # fewer than this many are no tail
 BODY = (0.75, 0.95)  # quantiles of the winning decoys that the body's slope is read from
 LEAST_BODY = 50  # winning decoys below which no slope is read
@@ -31,8 +32,8 @@ def expected_beyond(nulls: Floats, t: Floats) -> Floats:
     return np.where(t > high, np.minimum(counted, modelled), counted)
 
 
-def counting_cut(values: Floats, decoys: Floats, q: float, lost: float) -> tuple[float, int, int]:
-    """Smallest t among the winning scores that meets both bounds, with the winning scores and winning decoys at or above it.
+def counting_cut(values: Floats, decoys: Floats, q: float, lost: float, floor: float = 0.0) -> tuple[float, int, int]:
+    """Smallest t >= ``floor`` among the winning scores that meets both bounds, and the winning scores and decoys from it on.
 
     (1 + D(t)) / T(t) <= q and E(t) <= lost · n0, where T and D count rows whose score (decoy) is the larger of the two
     and at least t, E is `expected_beyond`, and n0 = min(N, 2·#{decoy > score}) estimates the harmless rows. Infinity where
@@ -41,7 +42,7 @@ def counting_cut(values: Floats, decoys: Floats, q: float, lost: float) -> tuple
     won = values > decoys
     targets, nulls = np.sort(values[won]), np.sort(decoys[decoys > values])
     harmless = min(len(values), 2 * len(nulls))
-    candidates = np.unique(targets[targets > 0])
+    candidates = np.unique(targets[(targets > 0) & (targets >= floor)])
     above = len(targets) - np.searchsorted(targets, candidates, side="left")
     beaten = len(nulls) - np.searchsorted(nulls, candidates, side="left")
     good = np.flatnonzero((1 + beaten <= q * above) & (expected_beyond(nulls, candidates) <= lost * harmless))
@@ -49,6 +50,18 @@ def counting_cut(values: Floats, decoys: Floats, q: float, lost: float) -> tuple
         return float("inf"), 0, 0
     i = int(good[0])
     return float(candidates[i]), int(above[i]), int(beaten[i])
+
+
+def floor_between(anchors: Anchors | None) -> float:
+    """Halfway from what harmless rows of known kind reach (95 % of them) to what harmful ones do (95 % of them).
+
+    Zero, no floor, without enough of either (LEAST_ANCHORS), or where the two overlap: a model that refuses most
+    look-alikes has no harmless rows of that kind.
+    """
+    if anchors is None or min(len(anchors.harmful), len(anchors.harmless)) < LEAST_ANCHORS:
+        return 0.0
+    low, high = float(np.quantile(anchors.harmless, 0.95)), float(np.quantile(anchors.harmful, 0.05))
+    return max(0.0, (low + high) / 2) if low < high else 0.0
 
 
 def tail_cut(values: Floats, decoys: Floats, alpha: float) -> float:
@@ -82,6 +95,7 @@ class Competition:
     generalised Pareto tail (Pickands 1975) for harm too rare to count.
     Equation: smallest t with (1 + D(t)) / T(t) <= q and E(t) <= lost · n0 (see `counting_cut`); or the tail's t
     (`tail_cut`), if that is lower.
+    And t >= `floor_between` harmless and harmful rows of known kind, where the model has both.
     Departures: ours. A plain decoy count is inflated by the decoys of the harmful rows themselves, whose tokens are large
     in both directions. In a competition most of those rows win and leave the null to the harmless ones; for the few that
     lose, the bound on what is lost rests on the body of the null, which they do not reach. It assumes that a harmless
@@ -95,20 +109,22 @@ class Competition:
             require_share(self.name, key, value)
         self.q, self.lost, self.alpha = q, lost, alpha
 
-    def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
-        """Cut of (N,) scores with (N,) decoys. Raises UsageError without decoys."""
+    def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
+        """Cut of (N,) scores with (N,) decoys, above the floor that the anchors give. Raises UsageError without decoys."""
         require_rows(values)
         if decoys is None:
             raise UsageError(
                 "the threshold 'competition' needs a decoy for every row, and these scores have none: score with a "
                 "per-token engine, or use the threshold adaptive, ratio or fixed"
             )
-        counted, targets, nulls = counting_cut(values, decoys, self.q, self.lost)
-        tail = tail_cut(values, decoys, self.alpha)
+        floor = floor_between(anchors)
+        counted, targets, nulls = counting_cut(values, decoys, self.q, self.lost, floor)
+        tail = max(floor, tail_cut(values, decoys, self.alpha))
         detail = {
             "q": self.q,
             "lost": self.lost,
             "alpha": self.alpha,
+            "floor": floor,
             "targets": targets,
             "decoys": nulls,
             "fdr": (1 + nulls) / targets if targets else None,

@@ -9,7 +9,7 @@ import numpy as np
 
 from gradshield.errors import DataError
 from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
-from gradshield.types import Cut, Floats
+from gradshield.types import Anchors, Cut, Floats
 
 
 @THRESHOLDS.register("conformal")
@@ -28,7 +28,7 @@ class Conformal:
         require_share(self.name, "alpha", alpha)
         self.clean, self.alpha = clean, alpha
 
-    def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
+    def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
         """Cut of (N,) scores. Raises DataError when the clean rows are too few for alpha."""
         require_rows(values)
         clean = np.sort(self._scores())

@@ -6,7 +6,7 @@ import numpy as np
 
 from gradshield.errors import UsageError
 from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
-from gradshield.types import Cut, Floats
+from gradshield.types import Anchors, Cut, Floats
 
 
 def smallest_cut(values: Floats, decoys: Floats, q: float) -> tuple[float, int, int]:
@@ -40,7 +40,7 @@ class Decoy:
         require_share(self.name, "q", q)
         self.q = q
 
-    def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
+    def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
         """Cut of (N,) scores with (N,) decoys. Raises UsageError without decoys."""
         require_rows(values)
         if decoys is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradshield.thresholds.base import THRESHOLDS, require_rows
-from gradshield.types import Cut, Floats
+from gradshield.types import Anchors, Cut, Floats
 
 
 @THRESHOLDS.register("fixed")
@@ -18,7 +18,7 @@ class Fixed:
     def __init__(self, value: float) -> None:
         self.value = value
 
-    def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
+    def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
         """The given value, for any (N,) scores."""
         require_rows(values)
         return Cut(self.value, self.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
-from gradshield.types import Cut, Floats
+from gradshield.types import Anchors, Cut, Floats
 
 
 @THRESHOLDS.register("ratio")
@@ -21,7 +21,7 @@ class Ratio:
         require_share(self.name, "share", share)
         self.share = share
 
-    def cut(self, values: Floats, decoys: Floats | None = None) -> Cut:
+    def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
         """Cut of (N,) scores: at most ⌊share · N⌋ rows are above it."""
         require_rows(values)
         count = int(self.share * len(values) + 1e-9)  # 0.29 · 100 is less than 29 in floating point
