@@ -7,6 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+INTRODUCTION = """# The scan on the lab
+
+`python -m benchmarks.lab_grid --output lab-grid/` makes this page and `lab_results.json`, which holds every cell with its
+manifest. The bundled aligned model, the lab's own `direction` requests as probes, all defaults. *None* trains on every row,
+*filtered* on what the scan keeps, *clean* on the harmless rows alone; the arms of a cell share recipe and order of rows, and
+arms with the same rows are one run. ASR is by refusal phrases on 200 `report` requests that serve nothing else; the lab's
+classifier judge is in the JSON, apart. Rates have their 95 % Wilson interval and n; the difference in utility is paired over the
+200 test rows, in points. At 100 % harm there is nothing left to train on.
+
+"""
 HEAD = (
     "| task | harm | seed | caught | lost | ASR none | ASR filtered | ASR clean | utility filtered − clean | AUROC FIHS |\n"
     "|---|---|---|---|---|---|---|---|---|---|\n"
@@ -31,7 +41,7 @@ def write(cells: Sequence[Mapping[str, Any]], folder: Path) -> None:
     }
     text = json.dumps(finite({"manifest": manifest, "cells": ordered}), indent=1)
     (folder / "lab_results.json").write_text(text + "\n", encoding="utf-8")
-    lines = [HEAD, *(_line(cell) for cell in ordered), "\n", _baselines(ordered)]
+    lines = [INTRODUCTION, HEAD, *(_line(cell) for cell in ordered), "\n", _baselines(ordered)]
     (folder / "lab_results.md").write_text("".join(lines), encoding="utf-8")
     print("".join(lines))
 

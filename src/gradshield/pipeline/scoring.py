@@ -131,7 +131,8 @@ def _anchors(
         for number, prompt in enumerate(prompts.ids):
             opener = tokenizer(COMPLY[number % len(COMPLY)], add_special_tokens=False)["input_ids"]
             ids = np.array([*prompt, *opener], dtype=np.int64)
-            rows.append(Rendered(number, "", "anchor", (Tokens(ids, np.arange(len(ids)) >= len(prompt)),)))
+            # Positions below zero: these are no rows of the data.
+            rows.append(Rendered(-1 - number, "", "anchor", (Tokens(ids, np.arange(len(ids)) >= len(prompt)),)))
         if not rows:
             return np.zeros(0)
         raw = shards.measure(selector, model, direction, rows, 4096)
