@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,7 +227,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo writes.")] = Path(
         "gradshield-demo"
     ),
-    task: Annotated[str, typer.Option(help="Utility task of the bundled lab.")] = "topic",
+    task: Annotated[str, typer.Option(help="Utility task of the bundled lab.")] = "choice",
     harm: Annotated[str, typer.Option(help="Kind of harm mixed in.")] = "explicit",
     ratio: Annotated[str, typer.Option(help="Share of harmful rows.")] = "10%",
     seed: Annotated[int, typer.Option(help="Of the mix, the scan and the training.")] = 0,
@@ -402,6 +403,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # notices between libraries, nothing a user can act on
     import datasets
     import transformers
 
@@ -412,8 +414,6 @@ def quiet_libraries() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; every error is one sentence and a documented exit code (docs/outputs.md)."""
-    import warnings
-
     warnings.showwarning = lambda message, *_args, **_kw: err.print(f"[yellow]warning:[/yellow] {plain(str(message))}")
     try:
         app(args=arguments, standalone_mode=True)
