@@ -210,7 +210,7 @@ def test_an_own_probe_and_an_own_rule() -> None:
     class Median:
         name = "median"
 
-        def cut(self, values: Any, decoys: Any = None) -> Cut:
+        def cut(self, values: Any, decoys: Any = None, anchors: Any = None) -> Cut:
             assert len(values) == len(decoys) == 12  # an own rule sees the real scores only
             return Cut(float(np.median(values)), self.name)
 

@@ -149,6 +149,7 @@ def test_chats_are_trained_on_their_answers(template: bool, capsys: pytest.Captu
     seen: list[tuple[int, int]] = []
     options = {**OPTIONS, "assistant_only_loss": True}
     model = tiny_model("llama")
+    datasets.enable_progress_bars()  # a command that ran in this process may have turned them off
     trained = sft(model, tokenizer, CHATS, options, progress=lambda step, total: seen.append((step, total)))
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert not _same(_weights(trained), _weights(model))
