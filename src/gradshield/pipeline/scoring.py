@@ -130,9 +130,7 @@ def _anchors(
         rows = []
         for number, prompt in enumerate(prompts.ids):
             opener = tokenizer(COMPLY[number % len(COMPLY)], add_special_tokens=False)["input_ids"]
-            ids = np.array([*prompt, *opener], dtype=np.int64)
-            # Positions below zero: these are no rows of the data.
-            rows.append(Rendered(-1 - number, "", "anchor", (Tokens(ids, np.arange(len(ids)) >= len(prompt)),)))
+            rows.append(_answered(-1 - number, prompt, opener))  # below zero: these are no rows of the data
         if not rows:
             return np.zeros(0)
         raw = shards.measure(selector, model, direction, rows, 4096)
@@ -204,10 +202,14 @@ def _calibration(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int) 
     rows: list[Rendered] = []
     for prompts in some:
         for prompt, answer in zip(prompts.ids, greedy(model, prompts, 16, pad), strict=True):
-            ids = np.array([*prompt, *(answer or [pad])], dtype=np.int64)
-            loss = np.arange(len(ids)) >= len(prompt)
-            rows.append(Rendered(len(rows), "", "calibration", (Tokens(ids, loss),)))
+            rows.append(_answered(len(rows), prompt, answer or [pad]))
     return rows_in.collate(rows)
+
+
+def _answered(row: int, prompt: Sequence[int], answer: Sequence[int]) -> Rendered:
+    """A probe with an answer as a row, the answer's tokens in the loss."""
+    ids = np.array([*prompt, *answer], dtype=np.int64)
+    return Rendered(row, "", "probe", (Tokens(ids, np.arange(len(ids)) >= len(prompt)),))
 
 
 def categories(
