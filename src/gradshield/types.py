@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -107,6 +108,39 @@ class Batch:
     loss: Bools  # (B, T), never True in column 0
     rows: Ints  # (B,) position in the input
     coefficients: Floats  # (B,)
+
+
+class OnlineSelection(Protocol):
+    """A method that chooses rows inside training, at the current weights; ``training.online`` runs it in a trainer.
+
+    ``begin`` is called once, after the adapter is on the model and before the first step; ``choose`` gets every batch
+    that the trainer collated (rows numbered 0 to B - 1 in the order of the batch) and says which of them train, at
+    least one (B,); ``correct`` may rewrite the ``.grad`` of the trainable parameters, after a step's backward passes and
+    before the optimiser's step; ``record`` is JSON-able: the settings, and what was done so far.
+    """
+
+    name: str
+
+    def begin(self, model: nn.Module) -> None: ...
+
+    def choose(self, model: nn.Module, batch: Batch) -> Bools: ...
+
+    def correct(self, model: nn.Module) -> None: ...
+
+    def record(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """Short rows of known kind on one model, as tokens: what methods that compare rows with examples are given.
+
+    ``harmful`` are the probe requests, each followed by a compliant opener and nothing else; ``refused`` are the same requests
+    with the model's own refusals; ``answered`` are harmless look-alikes with the model's own answers. The loss covers the answers.
+    """
+
+    harmful: tuple[Rendered, ...]
+    refused: tuple[Rendered, ...]
+    answered: tuple[Rendered, ...]
 
 
 @dataclass(frozen=True, eq=False)

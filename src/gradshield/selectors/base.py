@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
@@ -45,15 +45,22 @@ class Measured:
 
 
 class Selector(Protocol):
-    """A method that scores rows. ``measure`` sees one batch at a time; ``finish`` sees the whole dataset, in numpy."""
+    """A method that scores rows. ``measure`` sees one batch at a time; ``finish`` sees the whole dataset, in numpy.
+
+    ``rule`` is the threshold that cuts its scores where none is named. ``settings`` is JSON-able: everything but rows, model and
+    direction that a measured number depends on. ``prepare`` of a method that has no direction gives one without tensors.
+    """
 
     name: str
+    rule: str
 
     def prepare(self, model: nn.Module) -> Direction: ...
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured: ...
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores: ...
+
+    def settings(self) -> Mapping[str, Any]: ...
 
 
 SELECTORS: Registry[type[Selector]] = Registry("selector")

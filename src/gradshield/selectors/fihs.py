@@ -29,6 +29,7 @@ class Fihs:
     """
 
     name = "fihs"
+    rule = "competition"
 
     def __init__(
         self,
@@ -105,3 +106,7 @@ class Fihs:
             values = np.array([self.aggregate(t) for t in raw.tokens])
             decoys = np.array([self.aggregate(-t) for t in raw.tokens])
         return Scores(raw.rows, tuple(ids), values, tuple(shapes), decoys, raw.lengths, raw.nll, raw.tokens)
+
+    def settings(self) -> dict[str, Any]:
+        """The engine and its step; what else matters is in the direction."""
+        return {"engine": self.engine.name, "relative_step": getattr(self.engine, "relative_step", None)}

@@ -1,0 +1,31 @@
+"""What a defence inside training is: a scalar that joins the loss of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gradshield.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Penalty(Protocol):
+    """A scalar that is added to the training loss at the current weights.
+
+    ``prepare`` is called once, when the adapter is on the model and before the first step. A call gets what the trainer
+    collated for one forward pass (``input_ids``, ``attention_mask``, ``labels``) and gives a scalar with a graph. ``record`` is
+    JSON-able, for the manifest: the settings, and what was found on this model.
+    """
+
+    name: str
+
+    def prepare(self, model: nn.Module) -> None: ...
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor: ...
+
+    def record(self) -> Mapping[str, Any]: ...
+
+
+PENALTIES: Registry[type[Penalty]] = Registry("penalty")
