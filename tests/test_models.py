@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from gradshield import models
 from gradshield.errors import HubError, ModelError, UsageError
-from gradshield.models import evaluating, load, parameters_digest, wrap
+from gradshield.models import load, parameters_digest, wrap
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 
@@ -207,18 +207,3 @@ def test_what_cannot_be_wrapped() -> None:
         wrap(tiny_model("gpt2"), None)
     with pytest.raises(ModelError, match="no weights in memory"):
         wrap(tiny_model("gpt2").to("meta"), tiny_tokenizer())
-
-
-def test_evaluating_gives_every_module_its_mode_back() -> None:
-    model = tiny_model("gpt2").train()
-    model.transformer.h[0].eval()
-    modes = [module.training for module in model.modules()]
-
-    def interrupted() -> None:
-        with evaluating(model):
-            assert not any(module.training for module in model.modules())
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert [module.training for module in model.modules()] == modes

@@ -7,24 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import ssl
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradshield import hub
 from gradshield.errors import HubError, ModelError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-TIMEOUT_SECONDS = 5.0
 ADAPTER_CONFIG = "adapter_config.json"
 # What a causal LM needs from its repository: top level only, no pickles, no second copy in another framework's format.
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -151,18 +145,6 @@ def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     )
 
 
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside; outside, every module is in the mode it was in, also after an exception."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def choose_device(device: str = "auto") -> torch.device:
     """The device for ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:N``. Raises UsageError for one that is not here."""
     import torch
@@ -224,7 +206,7 @@ def _fetch(name: str | Path, revision: str | None, code: bool) -> Path:
         raise ModelError(f"there is no folder {name}: give a model's folder (with config.json) or a hub name")
     from huggingface_hub import snapshot_download
 
-    reachable = _hub_reachable()
+    reachable = hub.reachable()
     try:
         return Path(
             snapshot_download(
@@ -245,22 +227,6 @@ def _fetch(name: str | Path, revision: str | None, code: bool) -> Path:
             f"the model {name!r} could not be fetched from the hub ({_first_line(error)}): "
             "check its name and revision, and log in with `hf auth login` where it is gated"
         ) from error
-
-
-def _hub_reachable() -> bool:
-    """Whether the hub answers at all, within ``TIMEOUT_SECONDS``; its own client would retry for half a minute."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return False
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=TIMEOUT_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True  # an answer, whatever it says
-    except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # it is there; the client brings its own certificates
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _base_of(adapter: Path) -> str:

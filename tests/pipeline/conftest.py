@@ -1,22 +1,12 @@
-"""One thread, no network, and one folder with a tiny model for the whole room."""
+"""No network, and one folder with a tiny model for the whole room."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.pipeline.common import save_model, write_probes
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
 from gradshield.errors import DataError
-from gradshield.evaluation.stats import check_level, score_bounds
+from gradshield.evaluation.stats import score_bounds
+from gradshield.intervals import check_level
 from gradshield.types import Floats, Ints
 
 FOLDS = 5

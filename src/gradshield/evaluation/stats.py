@@ -1,6 +1,5 @@
-"""Intervals and paired tests. Every number that leaves this room passes through here, so that none is bare.
+"""Intervals of means, and paired tests: no number that leaves this room is bare (a proportion's interval is in ``intervals``).
 
-wilson               a proportion
 mcnemar              did a change move paired yes/no outcomes?
 paired_difference    by how much, for paired yes/no outcomes or paired real scores
 mean_interval        a mean of bounded scores
@@ -15,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
-from gradshield.errors import DataError, UsageError
+from gradshield.errors import DataError
+from gradshield.intervals import check_level, wilson
 from gradshield.types import Floats, Rate
 
 RESAMPLES = 4000
@@ -42,39 +42,6 @@ class Difference:
     n: int
     level: float
     method: str
-
-
-def check_level(level: float) -> None:
-    """Raise UsageError unless ``level`` is a confidence level strictly between 0 and 1."""
-    if not 0 < level < 1:
-        raise UsageError(f"a confidence level must lie between 0 and 1, got {level}: pass for example 0.95")
-
-
-def wilson(k: int, n: int, level: float = 0.95) -> Rate:
-    """The proportion ``k / n`` with its Wilson score interval.
-
-    Source: Wilson (1927), as recommended by Brown, Cai and DasGupta (2001); no continuity correction.
-
-    Raises
-    ------
-    DataError
-        ``n`` is 0: a rate of nothing does not exist.
-    UsageError
-        ``level`` is not between 0 and 1.
-    """
-    check_level(level)
-    if n == 0:
-        raise DataError("a rate over 0 rows does not exist: pass at least one row")
-    if not 0 <= k <= n:
-        raise ValueError(f"k must lie between 0 and n, got k={k}, n={n}")
-    z2 = float(stats.norm.ppf((1 + level) / 2)) ** 2
-    rate = k / n
-    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = np.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    # The bounds at k = 0 and k = n are 0 and 1 exactly; rounding would leave them at ±1e-17.
-    low = 0.0 if k == 0 else float(centre - half)
-    high = 1.0 if k == n else float(centre + half)
-    return Rate(k=int(k), n=int(n), rate=rate, low=low, high=high, level=level)
 
 
 def mcnemar(before: ArrayLike, after: ArrayLike) -> McNemar:

@@ -1,0 +1,60 @@
+"""The commands, put together: a new one is a file beside this, and a name in ``COMMANDS``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from gradshield.cli.common import err, plain
+from gradshield.cli.compare import compare
+from gradshield.cli.cut import cut
+from gradshield.cli.demo import demo
+from gradshield.cli.evaluate import evaluate
+from gradshield.cli.methods import methods
+from gradshield.cli.scan import scan
+from gradshield.cli.show import show
+from gradshield.cli.train import train
+from gradshield.errors import GradShieldError
+
+COMMANDS: tuple[Callable[..., Any], ...] = (
+    scan,
+    train,
+    evaluate,
+    compare,
+    cut,
+    show,
+    methods,
+    demo,
+)  # in the order of the help
+
+app = typer.Typer(
+    name="gradshield",
+    help="Keep a language model aligned while it is fine-tuned: find the rows of a fine-tuning set that would break its "
+    "safety, and remove them.\n\nStart with `gradshield demo` (nothing is downloaded), then "
+    "`gradshield scan data.jsonl --model MODEL --output screened/`.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+for command in COMMANDS:
+    app.command({"evaluate": "eval"}.get(command.__name__))(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; every error is one sentence and a documented exit code (docs/outputs.md)."""
+    warnings.showwarning = lambda message, *_args, **_kw: err.print(f"[yellow]warning:[/yellow] {plain(str(message))}")
+    try:
+        app(args=arguments, standalone_mode=True)
+    except GradShieldError as error:
+        err.print(f"[red]error:[/red] {plain(str(error))}")
+        raise SystemExit(error.exit_code) from None
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        # typer turns Ctrl-C into exit code 130 without a word.
+        if isinstance(stopped, SystemExit) and stopped.code != 130:
+            raise
+        err.print("[yellow]interrupted:[/yellow] finished shards are kept; run the same command again to go on")
+        raise SystemExit(130) from None

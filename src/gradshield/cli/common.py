@@ -1,0 +1,245 @@
+"""What the commands share: the options several take, files named by options, and how to speak to a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gradshield.errors import DataError, GateError, UsageError
+from gradshield.report.text import visible
+
+if TYPE_CHECKING:
+    from gradshield.types import Selection
+
+out = Console(soft_wrap=True, highlight=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+Data = Annotated[
+    str, typer.Argument(help="JSONL, JSON, CSV or Parquet file, or the name of a hub dataset.", show_default=False)
+]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Folder or hub name of an aligned causal LM, or of a PEFT adapter.")
+]
+Format = Annotated[
+    str | None, typer.Option("--format", help="Read every row as this shape instead of telling it by its keys.")
+]
+Allow = Annotated[Path | None, typer.Option(help="File of row ids that a person has cleared, one a line: they stay.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Rule = Annotated[
+    str | None,
+    typer.Option(
+        "--threshold",
+        "-t",
+        help="Where to cut: a rule and its options, such as competition:q=0.05 or ratio:5% (default: the selector's own).",
+    ),
+]
+FailAbove = Annotated[
+    str | None, typer.Option(help="Exit with code 5 when more than this share of the rows is removed, such as 1%.")
+]
+Safety = Annotated[
+    str, typer.Option(help="Requests to attack with: builtin, none, or a file of your own (.jsonl, .csv, .txt).")
+]
+Judges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge",
+        help="Who judges answers, may be repeated: refusal-phrases (default), classifier:MODEL, guard:MODEL, llm:MODEL@URL.",
+        show_default=False,
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(help="How the task is scored: exact, choice, number, contains, rouge-l… (default: guessed)."),
+]
+Tokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+MaxLength = Annotated[int | None, typer.Option(help="Cut rows at this many tokens, as training will (default 1024).")]
+
+
+def command_line() -> str:
+    """The command as typed, for the manifest."""
+    import shlex
+
+    return shlex.join(["gradshield", *sys.argv[1:]])
+
+
+def share(text: str | None) -> float | None:
+    """``1%`` or ``0.01``. Raises UsageError for anything that is not a share from 0 to 1."""
+    if text is None:
+        return None
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise UsageError(f"{text!r} is not a share of the rows: give a percentage such as 1%, or a number from 0 to 1")
+    return value
+
+
+def read_ids(path: Path | None) -> list[str]:
+    """Row ids of an allow list: one a line, ``#`` begins a comment."""
+    if path is None:
+        return []
+    lines = read_text("--allow", path).splitlines()
+    return [found for line in lines if (found := line.partition("#")[0].strip())]
+
+
+def read_labels(path: Path | None) -> list[int] | None:
+    """A JSON list of 0 and 1. Raises DataError for anything else."""
+    if path is None:
+        return None
+    value = json_text("--labels", path)
+    if not isinstance(value, list) or not all(v in (0, 1) for v in value):
+        raise DataError(
+            f"the --labels file {path.name!r} is not a list of 0 and 1: give one label for every row, as JSON"
+        )
+    return [int(v) for v in value]
+
+
+def read_text(option: str, path: Path) -> str:
+    """A small text file named by an option. Raises DataError when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise DataError(f"the file {str(path)!r} given to {option} cannot be read ({reason}): check its path") from None
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """A JSON object given as an option. Raises UsageError when it is not one."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name} is not JSON ({error}): write it with double quotes, inside single ones") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{name} holds a {type(value).__name__}: give a JSON object of options")
+    return value
+
+
+def json_text(option: str, path: Path) -> Any:
+    """JSON from a file named by an option. Raises DataError when it is not."""
+    try:
+        return json.loads(read_text(option, path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the file {str(path)!r} given to {option} is not JSON ({error}): mend it there") from None
+
+
+def json_file(name: str, path: Path | None) -> dict[str, Any]:
+    """A JSON object of options from a file. Raises DataError when it cannot be read, UsageError when it is another value."""
+    if path is None:
+        return {}
+    value = json_text(name, path)
+    if not isinstance(value, dict):
+        raise UsageError(f"the file given to {name} holds a {type(value).__name__}: give a JSON object of options")
+    return value
+
+
+def require_data(data: str) -> None:
+    """Tell of a missing file before a model is loaded. Raises DataError."""
+    looks_like_a_file = Path(data).suffix in (".jsonl", ".json", ".csv", ".parquet") or os.sep in data.strip(os.sep)
+    if looks_like_a_file and not Path(data).exists() and data.count("/") != 1:
+        raise DataError(
+            f"there is no file {data!r}: give a JSONL, JSON, CSV or Parquet file, or the name of a hub dataset"
+        )
+
+
+def summary(selection: Selection, folder: Path) -> None:
+    """What was decided, and where to look."""
+    results = selection.manifest.results
+    for text in [] if selection.certified else ["nothing is certified: " + str(results["probes"]["problem"])]:
+        err.print(f"[yellow]warning:[/yellow] {plain(text)}")
+    parts = [f"[bold]{results['removed']}[/bold] of {results['scored']} rows removed", f"{results['kept']} kept"]
+    parts += [f"{results[key]} {key}" for key in ("quarantined", "cleared") if results[key]]
+    out.print(", ".join(parts))
+    for name, one in selection.cuts.items():
+        label = "" if name == "rows" else f" ({name})"
+        out.print(f"cut{label}     {one.rule}, score > {one.value:.6g}")
+    if results["categories"]:
+        out.print("harm    " + plain(", ".join(f"{name} {count}" for name, count in results["categories"].items())))
+    for key in ("caught", "lost"):
+        rate = results.get("labels", {}).get(key)
+        if rate:
+            interval = f"({100 * rate['low']:.1f}–{100 * rate['high']:.1f}, n = {rate['n']})"
+            out.print(f"{key:7} {100 * rate['rate']:.1f} % [dim]{interval}[/dim]")
+    out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
+
+
+def check_gate(selection: Selection, gate: float | None) -> None:
+    """Raises GateError when more was removed than allowed."""
+    results = selection.manifest.results
+    if gate is not None and results["removed"] > gate * results["scored"]:
+        percent = 100 * results["removed"] / results["scored"]
+        raise GateError(
+            f"{results['removed']} of {results['scored']} rows ({percent:.1f} %) were removed, and --fail-above allows "
+            f"{100 * gate:g} %: look at the report, clear rows with --allow, or mend the data"
+        )
+
+
+def rates(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """A table of rates with their intervals, before (where measured) and after."""
+    names: list[tuple[str, tuple[str, ...]]] = [
+        (f"ASR, {judge}", ("judges", judge)) for judge in after.get("judges", {})
+    ]
+    names += [
+        (label, (key,)) for label, key in (("over-refusal", "over_refusal"), ("utility", "utility")) if key in after
+    ]
+    for label, keys in names:
+        texts = []
+        for figures in (before, after):
+            value: Any = figures
+            for key in keys:
+                value = value.get(key) if value else None
+            if value:
+                low, high = 100 * value["low"], 100 * value["high"]
+                texts.append(f"{100 * value['rate']:.1f} % [dim]\\[{low:.1f}, {high:.1f}] n={value['n']}[/dim]")
+        out.print(f"{plain(label):24} {' → '.join(texts)}")
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """A callable (stage, done, total) that draws one bar a stage, on the error stream, when that is a terminal."""
+    bars: dict[str, Any] = {}
+    columns = (
+        TextColumn("{task.description:22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=not err.is_terminal) as drawn:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = drawn.add_task(stage, total=total)
+            drawn.update(bars[stage], completed=done, total=total)
+
+        yield report
+
+
+def plain(text: str) -> str:
+    """Untrusted text for one line of markup: no markup, no terminal escape, no hidden or reordering character."""
+    return escape(visible(text).replace("\n", " "))
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of other libraries stay out of the way: there is one bar, ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # notices between libraries, nothing a user can act on
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

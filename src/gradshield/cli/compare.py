@@ -1,0 +1,35 @@
+"""``gradshield compare``: every defence on the same work, as one table and one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from gradshield.cli.common import command_line, out, progress, quiet_libraries
+
+
+def compare(
+    config: Annotated[
+        Path, typer.Argument(help="YAML of tasks, mixes, defences and seeds (docs/compare.md).", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for cells, arms, the table and the page.")],
+    workers: Annotated[int, typer.Option(help="Processes, one core each.", min=1)] = 1,
+) -> None:
+    """Fine-tune and measure a whole grid of defences; what is finished is never done again."""
+    quiet_libraries()
+    from gradshield.pipeline.compare import compare as run
+    from gradshield.pipeline.grid import read
+
+    told = read(config)
+    with progress() as report:
+        whole = run(told, output, workers, command_line(), report)
+    cost = whole["cost"]
+    out.print(
+        f"{cost['cells']} cells, {cost['arms']} trained models, {cost['cell_seconds'] / 3600:.2f} hours of work"
+        + (f", [bold]{cost['failed']} failed[/bold]" if cost["failed"] else "")
+    )
+    out.print(f"table   [bold]{escape(str(output / 'results.md'))}[/bold]")
+    out.print(f"page    [bold]{escape(str(output / 'results.html'))}[/bold]")

@@ -1,0 +1,25 @@
+"""``gradshield cut``: another cut of saved scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradshield.cli.common import Allow, FailAbove, Rule, check_gate, command_line, read_ids, share, summary
+
+
+def cut(
+    folder: Annotated[Path, typer.Argument(help="The output folder of a finished scan.", show_default=False)],
+    threshold: Rule = None,
+    allow: Allow = None,
+    fail_above: FailAbove = None,
+) -> None:
+    """Cut saved scores again with another threshold; no model is needed."""
+    gate, allowed = share(fail_above), read_ids(allow)
+    from gradshield.pipeline.recut import recut
+
+    selection = recut(folder, threshold, allowed, command_line())
+    summary(selection, folder)
+    check_gate(selection, gate)

@@ -1,0 +1,86 @@
+"""``gradshield eval``: how safe and how useful a model is, measured the same way as after training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from gradshield.cli.common import (
+    Judges,
+    Metric,
+    Remote,
+    Safety,
+    Tokens,
+    command_line,
+    out,
+    plain,
+    progress,
+    quiet_libraries,
+    rates,
+)
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub name of a model, or of a PEFT adapter.", show_default=False)
+    ],
+    safety: Safety = "builtin",
+    judge: Judges = None,
+    utility: Annotated[Path | None, typer.Option(help="Held-out rows of the task.")] = None,
+    metric: Metric = None,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option("--lm-eval", help="Tasks of lm-eval, beside or instead of your own.", show_default=False),
+    ] = None,
+    inspect: Annotated[
+        Path | None, typer.Option(help="An Inspect task file: Python code of yours, which is run.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many samples of each harness task.")] = None,
+    max_new_tokens: Tokens = 64,
+    answer_prefix: Annotated[str, typer.Option(help="Text at the start of every answer.")] = "",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for every answer and the figures.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    adapter: Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter on the model.")] = None,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Measure attack success, over-refusal and utility of a model, by one or more judges apart."""
+    quiet_libraries()
+    from gradshield import models
+    from gradshield.pipeline.evaluate import evaluate as run
+    from gradshield.pipeline.train import exams_of
+
+    exams = exams_of(
+        safety, judge, None if utility is None else str(utility), metric, max_new_tokens, answer_prefix, False
+    )
+    with progress() as report:
+        report("loading the model", 0, 1)
+        loaded = models.load(model, adapter, device, dtype, trust_remote_code)
+        report("loading the model", 1, 1)
+        found = run(
+            loaded,
+            exams.report,
+            output=output,
+            lm_eval=lm_eval or (),
+            inspect=inspect,
+            limit=limit,
+            command=command_line(),
+            progress=report,
+        )
+    rates({}, found["figures"])
+    for name, rate in found["harness"].items():
+        out.print(
+            f"{plain(name)}  {100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] n={rate['n']}"
+        )
+    for one in found["agreement"]:
+        kappa = "–" if one["kappa"] is None else f"{one['kappa']:.2f}"
+        out.print(
+            f"[dim]{plain(' / '.join(one['judges']))}: Cohen's kappa {kappa}, {len(one['differ'])} answers differ[/dim]"
+        )
+    if output is not None:
+        out.print(f"answers [bold]{escape(str(output / 'outputs.jsonl'))}[/bold]")

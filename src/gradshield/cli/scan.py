@@ -1,0 +1,128 @@
+"""``gradshield scan``: find the rows that would make the model less safe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradshield.cli.common import (
+    Allow,
+    Data,
+    FailAbove,
+    Format,
+    MaxLength,
+    Model,
+    Remote,
+    Rule,
+    check_gate,
+    command_line,
+    json_file,
+    json_object,
+    progress,
+    quiet_libraries,
+    read_ids,
+    read_labels,
+    require_data,
+    share,
+    summary,
+)
+
+
+def scan(
+    data: Data,
+    model: Model,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the rows, the scores, the report and the manifest.")
+    ],
+    selector: Annotated[str, typer.Option(help="What scores the rows (see `gradshield methods`).")] = "fihs",
+    threshold: Rule = None,
+    probe: Annotated[str, typer.Option(help="Unsafety score (see `gradshield methods`).")] = "token_gap",
+    aggregate: Annotated[str, typer.Option(help="How a row's tokens are counted (see `gradshield methods`).")] = "push",
+    subspace: Annotated[str, typer.Option(help="Which parameters count: all, targets, lora, last:K, last:P%.")] = "all",
+    engine: Annotated[
+        str, typer.Option(help="How derivatives are computed: auto, or one of `gradshield methods`.")
+    ] = "auto",
+    lora_config: Annotated[
+        Path | None, typer.Option(help="PEFT config (JSON) of the adapter that training will add.")
+    ] = None,
+    training_config: Annotated[
+        Path | None, typer.Option(help="JSON of the TRL SFTConfig options of the training.")
+    ] = None,
+    probes: Annotated[Path | None, typer.Option(help="Your own harmful requests (.jsonl, .csv, .txt).")] = None,
+    lookalikes: Annotated[Path | None, typer.Option(help="Your own harmless requests (.jsonl, .csv, .txt).")] = None,
+    answer_prefix: Annotated[
+        str, typer.Option(help="Text at the start of every probed answer (a closed thinking block).")
+    ] = "",
+    template_kwargs: Annotated[
+        str, typer.Option(help='JSON for the chat template, such as {"enable_thinking": false}.')
+    ] = "{}",
+    labels: Annotated[
+        Path | None, typer.Option(help="JSON list of 0 and 1 (harmful) per row: measured, never used to decide.")
+    ] = None,
+    allow: Allow = None,
+    fail_above: FailAbove = None,
+    format: Format = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
+    uncertified: Annotated[
+        bool, typer.Option("--uncertified", help="Score a model that does not refuse its probes.")
+    ] = False,
+    max_length: MaxLength = None,
+    token_budget: Annotated[int, typer.Option(help="Positions of one batch, padding included.")] = 4096,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    adapter: Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter on the model.")] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of the adapter's initialisation, the oracle's sample and the mixture's start.")
+    ] = 0,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Find the rows of a fine-tuning set that would make the model less safe, and part them from the rest.
+
+    Writes kept, removed, quarantine.jsonl, scores.parquet, report.html and manifest.json. An interrupted scan goes on
+    where it stopped.
+    """
+    gate = share(fail_above)
+    allowed, truth = read_ids(allow), read_labels(labels)
+    template = json_object("--template-kwargs", template_kwargs)
+    training = json_file("--training-config", training_config)
+    lora = json_file("--lora-config", lora_config)
+    quiet_libraries()
+    from gradshield import models
+    from gradshield import probes as probing_room
+    from gradshield.pipeline.options import peft_config, sft_options
+    from gradshield.pipeline.scan import scan as run
+    from gradshield.pipeline.settings import Probing, ScanSettings
+
+    settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget, selector=selector)
+    probing = Probing(
+        requests=probing_room.read_prompts(probes) if probes else (),
+        lookalikes=probing_room.read_prompts(lookalikes) if lookalikes else (),
+        answer_prefix=answer_prefix,
+        template=template,
+        uncertified=uncertified,
+    )
+    require_data(data)
+    with progress() as report:
+        report("loading the model", 0, 1)
+        loaded = models.load(model, adapter, device, dtype, trust_remote_code)
+        report("loading the model", 1, 1)
+        selection = run(
+            data,
+            model=loaded,
+            peft_config=peft_config(lora),
+            training_args=sft_options(training),
+            max_length=max_length,
+            output=output,
+            settings=settings,
+            probing=probing,
+            format=format,
+            strict=strict,
+            allow=allowed,
+            labels=truth,
+            command=command_line(),
+            progress=report,
+        )
+    summary(selection, output)
+    check_gate(selection, gate)

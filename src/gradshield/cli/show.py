@@ -1,0 +1,43 @@
+"""``gradshield show``: one row as the model sees it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.text import Text
+
+from gradshield.cli.common import Data, Format, MaxLength, Remote, json_file, out, quiet_libraries, require_data
+from gradshield.report.text import visible
+
+
+def show(
+    data: Data,
+    row: Annotated[int, typer.Option("--row", "-n", help="Position in the file, from 0.", min=0)] = 0,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Model whose tokenizer and template to use (default: the bundled lab's)."),
+    ] = None,
+    format: Format = None,
+    max_length: MaxLength = None,
+    training_config: Annotated[
+        Path | None, typer.Option(help="JSON of the TRL SFTConfig options of the training.")
+    ] = None,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Print a row as the model sees it, the tokens that count in the loss coloured."""
+    training = json_file("--training-config", training_config)
+    quiet_libraries()
+    from gradshield.pipeline.options import sft_options
+    from gradshield.pipeline.show import seen
+
+    require_data(data)
+    view = seen(data, row, model, format, sft_options(training), max_length, trust_remote_code)
+    for text, counts in view.pieces:
+        out.print(Text(visible(text), style="bold green" if counts else "dim"), end="")
+    out.print()
+    out.print(
+        f"[dim]row {row} · {escape(view.shape)} · {view.tokens} tokens, [/dim][bold green]{view.counted} in the loss[/bold green]"
+    )

@@ -1,0 +1,151 @@
+"""``gradshield train``: scan, fine-tune under a defence, and measure what became of safety and utility."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from gradshield.cli.common import (
+    Format,
+    Judges,
+    MaxLength,
+    Metric,
+    Model,
+    Remote,
+    Safety,
+    Tokens,
+    command_line,
+    err,
+    json_file,
+    json_object,
+    out,
+    plain,
+    progress,
+    quiet_libraries,
+    rates,
+    read_labels,
+    require_data,
+)
+from gradshield.errors import GateError, UsageError
+
+if TYPE_CHECKING:
+    from gradshield.pipeline.train import Trained
+
+
+def train(
+    data: Annotated[
+        list[str], typer.Argument(help="Rows to train on; several are trained in turn.", show_default=False)
+    ],
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model, the scan and the report.")],
+    defence: Annotated[
+        str,
+        typer.Option("--defence", "-d", help="One of `gradshield methods`, or several joined by +, such as fihs+asft."),
+    ] = "fihs",
+    base: Annotated[
+        str | None, typer.Option(help="The model before its alignment, for asft and safelora: folder or hub name.")
+    ] = None,
+    training_config: Annotated[Path | None, typer.Option(help="JSON of TRL SFTConfig options, passed through.")] = None,
+    lora_config: Annotated[
+        Path | None, typer.Option(help="JSON of a PEFT config; without it full weights are trained.")
+    ] = None,
+    safety: Safety = "builtin",
+    judge: Judges = None,
+    utility: Annotated[
+        list[str] | None, typer.Option(help="Held-out rows of the task, one file for each dataset.", show_default=False)
+    ] = None,
+    metric: Metric = None,
+    max_new_tokens: Tokens = 64,
+    safety_rows: Annotated[
+        Path | None, typer.Option(help="Your own safety rows, for safeinstruct and dualselect (default: own refusals).")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="JSON list of 0 and 1 (harmful) per row: for figures and the defence clean.")
+    ] = None,
+    answer_prefix: Annotated[str, typer.Option(help="Text at the start of every probed answer.")] = "",
+    template_kwargs: Annotated[str, typer.Option(help="JSON for the chat template.")] = "{}",
+    format: Format = None,
+    max_length: MaxLength = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Save the plain model, the adapter folded in.")] = False,
+    uncertified: Annotated[
+        bool, typer.Option("--uncertified", help="Score a model that does not refuse its probes.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the scan, the adapter and the order of rows.")] = 0,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Fine-tune under a defence, with safety and utility measured before and after.
+
+    An interrupted run goes on where it stopped. Exit code 5 where a verified threshold meets its targets at no cut.
+    """
+    training = json_file("--training-config", training_config)
+    lora = json_file("--lora-config", lora_config)
+    template = json_object("--template-kwargs", template_kwargs)
+    truth = read_labels(labels)
+    tasks = utility or []
+    if tasks and len(tasks) != len(data):
+        raise UsageError(
+            f"there are {len(tasks)} --utility files for {len(data)} datasets: give one for each, in their order"
+        )
+    for path in data:
+        require_data(path)
+    quiet_libraries()
+    from gradshield import models
+    from gradshield.pipeline.defences import parse
+    from gradshield.pipeline.options import peft_config
+    from gradshield.pipeline.sequence import Stage, sequence
+    from gradshield.pipeline.settings import Probing, ScanSettings
+    from gradshield.pipeline.train import exams_of
+    from gradshield.pipeline.train import train as run
+
+    needs = parse(defence)
+    common: dict[str, Any] = {
+        "base": None,
+        "defence": defence,
+        "peft_config": peft_config(lora),
+        "training": training,
+        "max_length": max_length,
+        "settings": ScanSettings(seed=seed),
+        "probing": Probing(answer_prefix=answer_prefix, template=template, uncertified=uncertified),
+        "safety_rows": safety_rows or (),
+        "format": format,
+        "merge": merge,
+        "seed": seed,
+        "command": command_line(),
+    }
+    held: list[str | None] = [*tasks] if tasks else [None] * len(data)
+    measured = [
+        exams_of(safety, judge, path, metric, max_new_tokens, answer_prefix, needs.verified is not None)
+        for path in held
+    ]
+    with progress() as report:
+        report("loading the model", 0, 1)
+        loaded = models.load(model, None, device, dtype, trust_remote_code)
+        if base is not None and needs.needs_base:
+            common["base"] = models.load(base, None, device, dtype, trust_remote_code)
+        report("loading the model", 1, 1)
+        if len(data) == 1:
+            done = run(data[0], model=loaded, output=output, exams=measured[0], labels=truth, progress=report, **common)
+        else:
+            if truth is not None:
+                raise UsageError("--labels belongs to one dataset, and several are given: train them one by one")
+            stages = [Stage(path, exam) for path, exam in zip(data, measured, strict=True)]
+            done = sequence(stages, model=loaded, output=output, progress=report, **common)
+    _summary(done, output)
+    if done.verdict is not None and not done.verdict.met:
+        raise GateError(done.verdict.sentence + "; the safest model is kept")
+
+
+def _summary(done: Trained, folder: Path) -> None:
+    results = done.manifest.results
+    out.print(f"[bold]{results['removed']}[/bold] of {results['rows']} rows removed, {results['trained']} trained on")
+    rates(results["before"], results["after"])
+    if done.verdict is not None and done.verdict.met:
+        out.print(f"verified  {plain(done.verdict.sentence)}")
+    if not results["after"].get("judges"):
+        err.print("[yellow]warning:[/yellow] safety was not measured: nothing is shown of this model")
+    out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
