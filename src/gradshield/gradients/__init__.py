@@ -12,6 +12,7 @@ from gradshield.gradients.direction import gradient_direction
 from gradshield.gradients.finite_difference import FiniteDifference
 from gradshield.gradients.forward import Forward
 from gradshield.gradients.loop import Loop
+from gradshield.gradients.norms import Norms, check_norms, row_norms
 from gradshield.gradients.perturbation import Perturbation
 from gradshield.gradients.subspace import SUBSPACES, adapted, check_subspace, parameter_names, target_names
 
@@ -24,14 +25,17 @@ __all__ = [
     "FiniteDifference",
     "Forward",
     "Loop",
+    "Norms",
     "Perturbation",
     "adapted",
     "agreement",
     "calibrated",
+    "check_norms",
     "check_subspace",
     "gradient_direction",
     "parameter_names",
     "pick",
+    "row_norms",
     "target_names",
 ]
 

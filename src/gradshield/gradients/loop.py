@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, scoring
+from gradshield.gradients.norms import Norms
 from gradshield.logits import token_nll
 from gradshield.types import Batch, Direction
 
@@ -36,6 +40,25 @@ class Loop:
                 values[:, i] = -self._dot(dict(zip(parameters, gradient, strict=True)), direction)
                 nll[i, :length] = losses[0].detach().double().cpu()
         return Derivatives(values, nll)
+
+    def norms(self, model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norms:
+        """`row_norms` the slow way, for parameters of any kind: one backward pass a sequence, unpadded."""
+        whole = DeviceBatch.of(batch, model)
+        nll = torch.zeros(whole.ids.shape, dtype=torch.float64)
+        totals: dict[int, list[Tensor]] = {}
+        with scoring(model, parameters) as trainable:
+            for i, row in enumerate(batch.rows.tolist()):
+                length = int(whole.attention[i].sum())
+                part = slice(i, i + 1), slice(0, length)
+                losses = token_nll(model, whole.ids[part], whole.attention[part], whole.loss[part])
+                gradient = torch.autograd.grad(losses.sum(), list(trainable.values()), allow_unused=True)
+                total = totals.setdefault(row, [torch.zeros_like(p) for p in trainable.values()])
+                for sofar, g in zip(total, gradient, strict=True):
+                    if g is not None:  # a parameter the row does not reach
+                        sofar.add_(g, alpha=float(batch.coefficients[i]))
+                nll[i, :length] = losses[0].detach().double().cpu()
+        squares = [sum(float(t.double().square().sum()) for t in total) for total in totals.values()]
+        return Norms(torch.tensor(squares, dtype=torch.float64).sqrt(), np.array(list(totals), dtype=np.int64), nll)
 
     @staticmethod
     def _dot(gradient: dict[str, Tensor | None], direction: Direction) -> Tensor:

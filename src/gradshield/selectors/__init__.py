@@ -3,6 +3,31 @@
 from gradshield.selectors.aggregates import AGGREGATES, Aggregate
 from gradshield.selectors.aggregates import parse as parse_aggregate
 from gradshield.selectors.base import SELECTORS, Measured, Selector
+from gradshield.selectors.dualselect import DualSelect
 from gradshield.selectors.fihs import Fihs
+from gradshield.selectors.gradnorm import GradNorm
+from gradshield.selectors.guard import Guard
+from gradshield.selectors.loss import Loss
+from gradshield.selectors.moderate import Moderate, OnlineModerate
+from gradshield.selectors.online import ONLINE
+from gradshield.selectors.random import Random
+from gradshield.selectors.representation import Representation
 
-__all__ = ["AGGREGATES", "SELECTORS", "Aggregate", "Fihs", "Measured", "Selector", "parse_aggregate"]
+__all__ = [
+    "AGGREGATES",
+    "ONLINE",
+    "SELECTORS",
+    "Aggregate",
+    "DualSelect",
+    "Fihs",
+    "GradNorm",
+    "Guard",
+    "Loss",
+    "Measured",
+    "Moderate",
+    "OnlineModerate",
+    "Random",
+    "Representation",
+    "Selector",
+    "parse_aggregate",
+]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import nn
 
+from gradshield.errors import ScoreError
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction, Floats, Ints, Scores
 
@@ -61,6 +64,39 @@ class Selector(Protocol):
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores: ...
 
     def settings(self) -> Mapping[str, Any]: ...
+
+
+def no_direction(name: str, model: nn.Module | None = None, subspace: str = "all") -> Direction:
+    """What ``prepare`` of a method without a direction gives: no tensors, and a digest that no other weights have.
+
+    The digest stands for the model in the names of saved shards, so it covers the selector's ``name``, the subspace and the
+    bytes of every parameter; ``model`` is None for a method that never asks the model.
+    """
+    sha = hashlib.sha256(f"{name}\n{subspace}\n".encode())
+    for parameter, value in model.named_parameters() if model is not None else ():
+        sha.update(f"{parameter} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return Direction({}, (), subspace, (), sha.hexdigest(), {})
+
+
+def by_row(batch: Batch, nll: Floats) -> tuple[Ints, Floats, Ints]:
+    """Rows in order of first appearance, each one's mean loss in nats and number of loss tokens, from ``nll`` (B, T)."""
+    rows, first = np.unique(batch.rows, return_index=True)
+    rows = rows[np.argsort(first)]
+    members = [np.flatnonzero(batch.rows == row) for row in rows]
+    lengths = np.array([int(batch.loss[own].sum()) for own in members])
+    return rows, np.array([float(nll[own].sum()) for own in members]) / np.maximum(lengths, 1), lengths
+
+
+def require_finite(raw: Measured) -> None:
+    """Raises ScoreError that names the rows whose value or loss is not finite."""
+    bad = raw.rows[~(np.isfinite(raw.sums) & np.isfinite(raw.nll))].tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:10])) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise ScoreError(
+            f"{len(bad)} of {len(raw.rows)} rows got a score that is not finite (rows {shown}): check the model's weights "
+            "for overflow, or load it in float32 (--dtype float32)"
+        )
 
 
 SELECTORS: Registry[type[Selector]] = Registry("selector")

@@ -1,0 +1,302 @@
+"""DualSelect: safety references and task rows chosen together, step by step, inside training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradshield.data import collate
+from gradshield.errors import UsageError
+from gradshield.gradients import Engine, pick
+from gradshield.gradients.base import DeviceBatch, scoring
+from gradshield.logits import logits_at, token_nll
+from gradshield.selectors.online import ONLINE
+from gradshield.types import Batch, Bools, Direction, Floats, Rendered
+
+_ENTRIES = 1024  # most likely tokens whose log-probability under θ0 is kept at each place; the rest is one entry
+_ROUNDING = (
+    1e-5  # a preservation gradient shorter than this share of the task gradient is rounding: 1e-7 was seen at θ0
+)
+
+
+@ONLINE.register("dualselect")
+class DualSelect:
+    """Chooses the safety references that training endangers most, and drops the task rows that pull against them.
+
+    Paper: arXiv 2606.09866. Equation: w = softmax((a KL_i/max KL - (1 - a) cos(∇KL_i, ∇L_task))/τ), the k largest kept;
+    r = ∇Σ w_i KL_i; a row stays unless <∇L_row, r> < 0; g <- g - <g, r>/<r, r> r where <g, r> < 0.
+    Departures: only the abstract was at hand, so these are choices of ours. KL(θ0 ‖ θ) is the mean over a reference's answer
+    tokens, taken over θ0's 1,024 most likely tokens and the rest as one. Preservation is divided by its largest value in the
+    pool, since a cosine has a fixed range and a KL has none; ``weight`` a = 0.5 and ``temperature`` τ = 0.1 were not tuned. r is
+    the gradient of the weighted KL over the trainable parameters, kept until the next refresh; rows and the correction are
+    judged against it at the current weights. The task gradient of a refresh is that of the candidate batch's mean token loss.
+    Steps are counted in batches. All is measured in evaluation mode. A batch without a compatible row keeps its best one.
+    Where every incompatible row goes, what is left agrees with r, and there is little to correct.
+    """
+
+    name = "dualselect"
+
+    def __init__(
+        self,
+        references: Sequence[Rendered],
+        warmup: int = 10,
+        refresh: int = 10,
+        temperature: float = 0.1,
+        top: int = 8,
+        weight: float = 0.5,
+        drop: float = 1.0,
+        correction: bool = True,
+        engine: Engine | None = None,
+    ) -> None:
+        """``references`` are harmful requests with the model's own refusals. No row is dropped in the first ``warmup`` batches;
+        from then on the direction is taken anew every ``refresh`` batches from the ``top`` references of largest weight.
+        ``drop`` is the largest share of a batch that may go, the least compatible first. ``engine`` computes the
+        compatibilities; None lets `gradients.pick` choose.
+
+        Raises UsageError for a value out of range, or references without a token in the loss.
+        """
+        checks = (
+            ("warmup", warmup, warmup >= 0, "at least 0"),
+            ("refresh", refresh, refresh >= 1, "at least 1"),
+            ("temperature", temperature, 0 < temperature < float("inf"), "above 0"),
+            ("top", top, top >= 1, "at least 1"),
+            ("weight", weight, 0 <= weight <= 1, "from 0 to 1"),
+            ("drop", drop, 0 <= drop <= 1, "from 0 to 1"),
+        )
+        for name, value, good, allowed in checks:
+            if not good:
+                raise UsageError(f"dualselect got {name}={value}: give a value {allowed}")
+        counted = [any(tokens.loss.any() for tokens in row.sequences) for row in references]
+        if not counted or not all(counted):
+            raise UsageError(
+                f"dualselect got {len(counted)} references, {sum(counted)} of them with a token in the loss: give harmful "
+                "requests with the model's own refusals, at least one, the loss over the refusals"
+            )
+        self.references = list(references)
+        self.warmup, self.refresh, self.temperature, self.top = warmup, refresh, temperature, top
+        self.weight, self.drop, self.correction, self.engine = weight, drop, correction, engine
+        self._start: list[_Start] = []
+        self._direction: Direction | None = None
+        self._counts = dict.fromkeys(("batches", "rows", "dropped", "refreshes", "steps", "corrections"), 0)
+        self._refreshed: list[dict[str, float]] = []
+
+    def begin(self, model: nn.Module) -> None:
+        """Keep θ0's log-probabilities on the references, and forget everything of an earlier run."""
+        self._direction, self._refreshed = None, []
+        self._counts = dict.fromkeys(self._counts, 0)
+        with scoring(model), torch.no_grad():
+            self._start = [_Start.of(model, collate([row])) for row in self.references]
+
+    def choose(self, model: nn.Module, batch: Batch) -> Bools:
+        """Which rows of the batch train: all of them in the warm-up, later those that do not raise the preservation loss.
+
+        Raises UsageError before `begin`.
+        """
+        if not self._start:
+            raise UsageError("dualselect was asked to choose before it began: call begin(model) before the first step")
+        since = self._counts["batches"] - self.warmup
+        rows = np.unique(batch.rows)
+        self._counts["batches"] += 1
+        self._counts["rows"] += len(rows)
+        if since < 0:
+            return np.ones(len(rows), dtype=np.bool_)
+        if since % self.refresh == 0:
+            self._direction = self._induced(model, batch)
+        if self._direction is None or self.drop == 0:
+            return np.ones(len(rows), dtype=np.bool_)
+        keep = kept(self.compatibility(model, batch), self.drop)
+        self._counts["dropped"] += int((~keep).sum())
+        return keep
+
+    def compatibility(self, model: nn.Module, batch: Batch) -> Floats:
+        """<∇L_row, r> at the current weights, by row in ascending order: below zero, a step on the row raises the loss that r
+        is the gradient of. Zeros where there is no direction."""
+        rows = np.unique(batch.rows)
+        if self._direction is None:
+            return np.zeros(len(rows))
+        engine = self.engine or pick("auto", model, per_token=False)
+        found = engine.directional(model, batch, self._direction).values[0]
+        values = -(found.sum(-1) if found.dim() == 2 else found).numpy() * batch.coefficients
+        return np.array([float(values[batch.rows == row].sum()) for row in rows])
+
+    def correct(self, model: nn.Module) -> None:
+        """Take out of the ``.grad`` what would raise the preservation loss, where the two conflict."""
+        self._counts["steps"] += 1
+        if self._direction is None or not self.correction:
+            return
+        pairs = [
+            (p.grad, self._direction.tensors[name][0].to(p.grad.device, p.grad.dtype))
+            for name, p in model.named_parameters()
+            if p.grad is not None and name in self._direction.tensors
+        ]
+        size = sum(_dot(r, r) for _, r in pairs)
+        along = sum(_dot(g, r) for g, r in pairs)
+        if along >= 0 or size <= 0:
+            return
+        self._counts["corrections"] += 1
+        with torch.no_grad():
+            for g, r in pairs:
+                g.sub_(r, alpha=along / size)
+
+    def record(self) -> Mapping[str, Any]:
+        """The settings and what was done. ``conflict`` is the mean over refreshes of the pool's mean negative cosine with the
+        task gradient, ``preservation`` that of its mean KL in nats; None before the first refresh."""
+        means = {
+            name: float(np.mean([entry[name] for entry in self._refreshed])) if self._refreshed else None
+            for name in ("conflict", "preservation")
+        }
+        settings = {
+            name: getattr(self, name)
+            for name in ("warmup", "refresh", "temperature", "top", "weight", "drop", "correction")
+        }
+        engine = self.engine.name if self.engine else "auto"
+        return {
+            "name": self.name,
+            **settings,
+            "engine": engine,
+            "references": len(self.references),
+            **self._counts,
+            **means,
+        }
+
+    def _induced(self, model: nn.Module, batch: Batch) -> Direction | None:
+        """r, the gradient of the chosen references' weighted preservation loss; None where it vanishes, as it does at θ0."""
+        with _trainable(model) as parameters:
+            task = _gradient(_mean_loss(model, batch), parameters)
+            losses, cosines = [], []
+            for start in self._start:
+                loss, gradient = _valued(start, model, parameters)
+                losses.append(loss)
+                cosines.append(_cosine(gradient, task))
+            weights = reference_weights(losses, cosines, self.weight, self.temperature, self.top)
+            r = {name: torch.zeros_like(p) for name, p in parameters.items()}
+            for start, w in zip(self._start, weights.tolist(), strict=True):
+                if w > 0:
+                    for name, g in _valued(start, model, parameters)[1].items():
+                        r[name].add_(g, alpha=w)
+            theta = _norm({name: p.detach() for name, p in parameters.items()})
+        self._counts["refreshes"] += 1
+        self._refreshed.append({"conflict": -float(np.mean(cosines)), "preservation": float(np.mean(losses))})
+        size = _norm(r)
+        if not _ROUNDING * _norm(task) < size < float("inf"):
+            return None
+        tensors = {name: g.unsqueeze(0) for name, g in r.items() if bool(g.any())}
+        return Direction(tensors, ("preservation",), "trainable", (theta / size,), "")
+
+
+def reference_weights(
+    losses: Sequence[float], cosines: Sequence[float], weight: float, temperature: float, top: int
+) -> Floats:
+    """The weight of each reference, summing to one, zero beyond the ``top`` largest (R,).
+
+    The maximum over the simplex of Σ w_i s_i + temperature · entropy(w) is softmax(s / temperature); s_i is ``weight`` times the
+    preservation loss in units of the pool's largest, minus (1 - weight) times the cosine with the task gradient.
+    """
+    values = np.asarray(losses, dtype=np.float64)
+    largest = max(float(values.max()), 0.0)
+    scores = weight * (values / largest if largest > 0 else 0.0 * values) - (1 - weight) * np.asarray(cosines)
+    order = np.argsort(-scores, kind="stable")[:top]
+    out = np.zeros(len(values))
+    out[order] = np.exp((scores[order] - scores[order[0]]) / temperature)
+    weights: Floats = out / out.sum()
+    return weights
+
+
+def kept(compatibility: Floats, drop: float) -> Bools:
+    """Which rows stay (B,): the incompatible go (below zero), at most ⌊drop · B⌋ of them, the worst first; never all rows."""
+    count = min(int(drop * len(compatibility) + 1e-9), len(compatibility) - 1)
+    keep = np.ones(len(compatibility), dtype=np.bool_)
+    keep[np.argsort(compatibility, kind="stable")[:count]] = False
+    return keep | ~(compatibility < 0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """One reference, and what θ0 said on its M answer tokens: its most likely tokens and the log-probability of the rest."""
+
+    data: DeviceBatch
+    where: Tensor  # (B, T) positions that predict the answer
+    tokens: Tensor  # (M, E)
+    logs: Tensor  # (M, E)
+    rest: Tensor | None  # (M,), None where E is the whole vocabulary
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Batch) -> _Start:
+        data = DeviceBatch.of(batch, model)
+        where = torch.zeros_like(data.loss)
+        where[:, :-1] = data.loss[:, 1:]
+        logits = logits_at(model, data.ids, data.attention, where)
+        tokens = logits.topk(min(_ENTRIES, logits.shape[-1]), -1).indices
+        logs, rest = _coarse(logits, tokens)
+        return cls(data, where, tokens, logs, rest)
+
+    def divergence(self, model: nn.Module) -> Tensor:
+        """KL(θ0 ‖ θ), the mean over the answer's tokens, in nats, with a graph."""
+        logits = logits_at(model, self.data.ids, self.data.attention, self.where)
+        logs, rest = _coarse(logits, self.tokens)
+        each = (self.logs.exp() * (self.logs - logs)).sum(-1)
+        if self.rest is not None and rest is not None:
+            each = each + self.rest.exp() * (self.rest - rest)
+        return each.mean()
+
+
+def _coarse(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of the given tokens (M, E), and of all others together (M,)."""
+    total = logits.logsumexp(-1, keepdim=True)
+    logs = logits.gather(-1, tokens) - total
+    if tokens.shape[-1] == logits.shape[-1]:
+        return logs, None
+    others = logits.scatter(-1, tokens, float("-inf"))
+    return logs, others.logsumexp(-1) - total.squeeze(-1)
+
+
+@contextmanager
+def _trainable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not names:
+        raise UsageError(
+            "dualselect got a model without a trainable parameter: put the adapter on it, or unfreeze its weights"
+        )
+    with scoring(model, names) as parameters, torch.enable_grad():
+        yield parameters
+
+
+def _valued(start: _Start, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
+    """A reference's preservation loss and its gradient."""
+    loss = start.divergence(model)
+    return float(loss.detach()), _gradient(loss, parameters)
+
+
+def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """What a trainer minimises: the mean loss of the batch's tokens, in nats."""
+    data = DeviceBatch.of(batch, model)
+    each = token_nll(model, data.ids, data.attention, data.loss).sum(-1)
+    signs = torch.as_tensor(batch.coefficients, dtype=each.dtype, device=each.device)
+    return (signs * each).sum() / data.loss.sum()
+
+
+def _gradient(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {name: g.detach() for name, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float((a.double() * b.double()).sum())
+
+
+def _norm(gradient: Mapping[str, Tensor]) -> float:
+    return float(sum(_dot(g, g) for g in gradient.values()) ** 0.5)
+
+
+def _cosine(reference: Mapping[str, Tensor], task: Mapping[str, Tensor]) -> float:
+    """Of a reference's gradient with the task's; 0 where it vanishes, as every reference's does at θ0."""
+    size, of_task = _norm(reference), _norm(task)
+    if size <= _ROUNDING * of_task or of_task == 0:
+        return 0.0
+    return sum(_dot(g, task[name]) for name, g in reference.items() if name in task) / (size * of_task)

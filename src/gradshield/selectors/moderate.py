@@ -1,0 +1,174 @@
+"""Rows of moderate gradient: those whose loss is usual and whose gradient norm is nearest to the median."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gradshield.errors import ScoreError, UsageError
+from gradshield.gradients import check_norms, check_subspace, parameter_names
+from gradshield.selectors.base import SELECTORS, Measured, no_direction, require_finite
+from gradshield.selectors.gradnorm import mean_norms
+from gradshield.selectors.online import ONLINE
+from gradshield.types import Batch, Bools, Direction, Floats, Scores
+
+RATIO = 0.2  # the paper's share of the candidates that train
+
+
+def in_band(losses: Floats) -> Bools:
+    """Which of the (N,) losses lie within the mean ± one standard deviation (of the population), ends included.
+
+    At least one does: were all farther away than the standard deviation, so would be their mean.
+    """
+    # Two losses lie exactly on the ends, and rounding must not throw both out.
+    return np.asarray(_deviations(losses) <= 1 + 1e-9)
+
+
+def _deviations(losses: Floats) -> Floats:
+    """How many standard deviations each of the (N,) losses is away from their mean; 0 where that is only rounding."""
+    scaled = losses / (np.abs(losses).max() or 1.0)  # squares of very small or large losses are no numbers
+    apart = np.abs(scaled - scaled.mean())
+    apart[apart <= 8 * np.finfo(np.float64).eps] = 0.0
+    far: Floats = apart / (scaled.std() or 1.0)
+    return far
+
+
+def moderate(losses: Floats, norms: Floats, ratio: float = RATIO) -> Bools:
+    """Which of the candidates train: (N,) mean losses and gradient norms give (N,), True for at least one row.
+
+    The ⌊ratio · N⌋ rows (at least one) whose norm is nearest to the median of the rows in the loss band, and from that band
+    alone, so fewer where the band holds fewer; of equal distances the earlier row. Rows whose loss or norm is not finite
+    are no candidates. Raises ScoreError when there is no other, and UsageError for a ratio outside (0, 1].
+    """
+    check_ratio(ratio)
+    usable = np.isfinite(losses) & np.isfinite(norms)
+    if not usable.any():
+        raise ScoreError(
+            f"none of the {len(losses)} candidate rows has a finite loss and gradient norm: the weights have overflowed; "
+            "lower the learning rate, or train in float32"
+        )
+    band = np.flatnonzero(usable)[in_band(losses[usable])]
+    distances = np.abs(norms[band] - np.median(norms[band]))
+    chosen = np.zeros(len(losses), dtype=np.bool_)
+    chosen[band[np.argsort(distances, kind="stable")[: _count(len(losses), ratio)]]] = True
+    return chosen
+
+
+def check_ratio(ratio: float) -> None:
+    """Raises UsageError for a ratio outside (0, 1]."""
+    if not 0 < ratio <= 1:
+        raise UsageError(f"the ratio of rows to keep is {ratio}: give more than 0 and at most 1")
+
+
+def _count(rows: int, ratio: float) -> int:
+    return max(1, int(ratio * rows + 1e-9))  # 0.29 · 100 is less than 29 in floating point
+
+
+@SELECTORS.register("moderate")
+class Moderate:
+    """Keeps rows of usual loss whose gradient norm is nearest to the median; measured once, before training.
+
+    Paper: arXiv 2604.17215. Equation: C = {i: |L_i - mean| <= std}; keep the ⌊ρN⌋ rows of C with the least |G_i - median G|,
+    G_i = ‖∇_θ L_i‖₂, L_i the mean over loss tokens.
+    Departures: the paper chooses inside training, from each candidate batch (``OnlineModerate``); here the dataset is one
+    batch at θ0. Scores are |G_i - median| minus that of the last row kept, so that the cut is at zero and rows tied with it
+    stay; rows outside the band stand above all others, the farthest highest. The standard deviation is the population's.
+    A preference pair's loss is the mean over both answers; its gradient is that of GradNorm.
+    """
+
+    name = "moderate"
+    rule = "fixed:0"
+
+    def __init__(self, subspace: str = "all", targets: Sequence[str] = (), ratio: float = RATIO) -> None:
+        """``ratio`` ρ is the share of the rows to keep. Raises UsageError for one outside (0, 1], or an unknown subspace."""
+        check_ratio(ratio)
+        check_subspace(subspace)
+        self.subspace, self.targets, self.ratio = subspace, tuple(targets), ratio
+
+    def prepare(self, model: nn.Module) -> Direction:
+        """No tensors: a norm has no direction."""
+        return no_direction(self.name, model, self.subspace)
+
+    def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
+        """Each row's mean loss, and the norm of its gradient over the subspace."""
+        return mean_norms(model, batch, parameter_names(model, self.subspace, self.targets))
+
+    def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
+        """One score a row; rows of one shape are compared among themselves. At most 0 for those that the method keeps.
+
+        Raises ScoreError that names the rows whose loss or norm is not finite.
+        """
+        require_finite(raw)
+        values = np.zeros(len(raw.rows))
+        for shape in set(shapes):
+            own = np.array([s == shape for s in shapes])
+            values[own] = self._scores(raw.nll[own], raw.sums[own])
+        return Scores(raw.rows, tuple(ids), values, tuple(shapes), lengths=raw.lengths, nll=raw.nll)
+
+    def _scores(self, losses: Floats, norms: Floats) -> Floats:
+        band = in_band(losses)
+        distances = np.abs(norms - np.median(norms[band]))
+        inside = np.sort(distances[band])
+        edge = inside[: _count(len(losses), self.ratio)][-1]
+        scores: Floats = np.where(band, distances - edge, 2 * inside[-1] - edge + _deviations(losses))
+        return scores
+
+    def settings(self) -> Mapping[str, Any]:
+        """Which parameters count, and the share to keep."""
+        return {"subspace": self.subspace, "targets": sorted(self.targets), "ratio": self.ratio}
+
+
+@ONLINE.register("moderate")
+class OnlineModerate:
+    """Trains on the rows of each batch whose loss is usual and whose gradient norm is nearest to the median.
+
+    Paper: arXiv 2604.17215. Equation: as in the selector ``moderate``, at the current θ, for each batch of candidates.
+    Departures: candidates are measured in evaluation mode, without dropout; the norm is taken over the trainable parameters
+    (an adapter's factors under LoRA), since nothing else moves; the standard deviation is the population's; a batch whose
+    band holds fewer than ⌊ρB⌋ rows trains on those.
+    """
+
+    name = "moderate"
+
+    def __init__(self, ratio: float = RATIO) -> None:
+        """``ratio`` ρ is the share of each batch that trains. Raises UsageError for one outside (0, 1]."""
+        check_ratio(ratio)
+        self.ratio = ratio
+        self._parameters: list[str] = []
+        self._counts = {"batches": 0, "rows_seen": 0, "rows_trained": 0, "rows_outside_band": 0}
+
+    def begin(self, model: nn.Module) -> None:
+        """Note the trainable parameters. Raises UsageError where there are none, or the norms cannot be taken in a batch."""
+        self._parameters = [name for name, p in model.named_parameters() if p.requires_grad]
+        if not self._parameters:
+            raise UsageError(
+                "the model has no trainable parameter, and rows are chosen by the gradient over those: unfreeze some, or add "
+                "an adapter"
+            )
+        check_norms(model, self._parameters)
+
+    def choose(self, model: nn.Module, batch: Batch) -> Bools:
+        """Which rows of the batch train (B,), by the losses and norms of all of them at the current weights.
+
+        Raises ScoreError when no row has a finite loss and norm.
+        """
+        found = mean_norms(model, batch, self._parameters)
+        order = np.argsort(found.rows)
+        losses, norms = found.nll[order], found.sums[order]
+        chosen = moderate(losses, norms, self.ratio)
+        usable = np.isfinite(losses) & np.isfinite(norms)
+        self._counts["batches"] += 1
+        self._counts["rows_seen"] += len(chosen)
+        self._counts["rows_trained"] += int(chosen.sum())
+        self._counts["rows_outside_band"] += len(chosen) - int(in_band(losses[usable]).sum())
+        return chosen
+
+    def correct(self, model: nn.Module) -> None:
+        """Nothing: the gradient of the chosen rows is taken as it is."""
+
+    def record(self) -> Mapping[str, Any]:
+        """The share, and how many batches and rows were seen, trained on, and outside the band of losses."""
+        return {"ratio": self.ratio, **self._counts}

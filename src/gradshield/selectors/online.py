@@ -1,0 +1,8 @@
+"""Names of the methods that choose rows inside training, at the current weights."""
+
+from __future__ import annotations
+
+from gradshield.registry import Registry
+from gradshield.types import OnlineSelection
+
+ONLINE: Registry[type[OnlineSelection]] = Registry("online selection")

@@ -1,0 +1,52 @@
+"""Chance, against which a method that removes as many rows has to show itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gradshield.selectors.base import SELECTORS, Measured, by_row, no_direction
+from gradshield.types import Batch, Direction, Scores
+
+
+@SELECTORS.register("random")
+class Random:
+    """A number drawn for each row from the seed and the row's content: what removing as many rows blindly would do.
+
+    Paper: none; the control at equal removal. Equation: SHA-256(seed, id), read as a number in [0, 1).
+    Departures: none. The same row gets the same number wherever it stands; the model is never run, so no loss is known
+    and it is given as zero.
+    """
+
+    name = "random"
+    rule = "ratio:10%"
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def prepare(self, model: nn.Module) -> Direction:
+        """No tensors, and nothing of the model."""
+        return no_direction(self.name)
+
+    def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
+        """Lengths alone: the numbers are drawn in ``finish``, where the ids are known."""
+        rows, means, lengths = by_row(batch, np.zeros(batch.ids.shape))
+        return Measured(rows, means, means, lengths)
+
+    def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
+        """One score a row, in [0, 1)."""
+        values = np.array([_drawn(self.seed, name) for name in ids])
+        return Scores(raw.rows, tuple(ids), values, tuple(shapes), lengths=raw.lengths, nll=raw.nll)
+
+    def settings(self) -> Mapping[str, Any]:
+        """The seed."""
+        return {"seed": self.seed}
+
+
+def _drawn(seed: int, name: str) -> float:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # what a float64 holds exactly

@@ -1,0 +1,236 @@
+"""Where a row lies between examples of harm and examples of safety, in the model's own hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradshield.data import batches
+from gradshield.errors import ModelError, ProbeError, ScoreError, UsageError
+from gradshield.gradients.base import DeviceBatch, scoring
+from gradshield.gradients.direction import digest
+from gradshield.gradients.subspace import decoder_layers
+from gradshield.logits import token_nll
+from gradshield.selectors.base import SELECTORS, Measured
+from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
+
+FORMS = ("larf", "anchors")
+FEATURES = ("mean", "last", "opening")
+_TOKENS = 4096  # positions of one batch of references
+_LEAST = 2  # references of a kind: one is held out at a time
+
+
+@SELECTORS.register("representation")
+class Representation:
+    """Nearer to unsafe than to safe reference rows, in the hidden states of the model before training.
+
+    Paper: arXiv 2507.18631 (``form="larf"``) and arXiv 2404.01099 (``form="anchors"``). Equation: larf, the mean over
+    layers of (‖h - μ_safe‖ - ‖h - μ_unsafe‖) / ‖μ_unsafe - μ_safe‖; anchors, mean cos(h, unsafe) - mean cos(h, safe).
+    Departures: the papers' texts were not at hand. h is the state of the row's last answer token (``feature="last"``, as both
+    take it) or the mean over its answer (``"mean"``). The unsafe references are requests with a compliant opener alone, since
+    no harmful answer is kept here, so that their last state is that of an answer broken off; the safe ones are the same
+    requests with the model's own refusals. larf's safety-sensitive layers are those that part the references best, each
+    reference held out in turn, in units of their spread, where the paper scales weights and watches refusals; blocks are
+    averaged in units of the distance between the means. anchors is the paper's variant on representations, not on gradients,
+    at the last block, before the final norm. Both papers rank rows and take a top share; zero lies between the two sides and
+    is no cut. ``feature="opening"`` is ours: the state that predicts the first answer token, with answered look-alikes as
+    the safe side; it sees the request and nothing of the answer.
+    """
+
+    name = "representation"
+    rule = "ratio:10%"
+
+    def __init__(self, references: References, form: str = "larf", feature: str = "last", layers: int = 1) -> None:
+        """``feature`` of a row is one of FEATURES; ``layers`` is how many blocks larf uses.
+
+        Raises UsageError for an unknown form or feature, or fewer layers than one.
+        """
+        for kind, got, allowed in (("form", form, FORMS), ("feature", feature, FEATURES)):
+            if got not in allowed:
+                raise UsageError(
+                    f"unknown {kind} {got!r} of the selector representation: choose one of {', '.join(allowed)}"
+                )
+        if layers < 1:
+            raise UsageError(f"the selector representation got {layers} layers: give at least 1")
+        self.references, self.form, self.feature, self.layers = references, form, feature, layers
+
+    def prepare(self, model: nn.Module) -> Direction:
+        """Means of the references at the chosen blocks: ``tensors["<block's name>"]`` is (2, D), unsafe then safe.
+
+        For ``anchors`` they are means of unit vectors, so that a dot product with a unit vector is a mean cosine.
+        ``meta["separation"]`` holds each block's separation of the references. Raises ProbeError with fewer than two
+        references of a kind, UsageError with more layers than the model has, ScoreError where the two means are equal.
+        """
+        names = [name for name, _ in _blocks(model)]
+        if self.layers > len(names):
+            raise UsageError(
+                f"the selector representation got layers={self.layers}, but the model has {len(names)}: ask for fewer"
+            )
+        unsafe, safe = (self._features(model, kind, rows, names) for kind, rows in self._sides())
+        parted = separation(unsafe, safe)
+        if self.form == "larf":
+            chosen = sorted(np.argsort(-parted, kind="stable")[: self.layers].tolist())
+        else:
+            chosen = [len(names) - 1]
+            unsafe, safe = (side / side.norm(dim=-1, keepdim=True) for side in (unsafe, safe))
+        tensors = {names[i]: torch.stack([unsafe[:, i].mean(0), safe[:, i].mean(0)]).float() for i in chosen}
+        for name, (one, other) in tensors.items():
+            if not 0 < float((one - other).norm()) < float("inf"):
+                raise ScoreError(
+                    f"the unsafe and the safe references have the same mean, or one that is not finite, at {name}: check the "
+                    "model's weights, or load it in float32 (--dtype float32)"
+                )
+        kinds = ("unsafe", "safe")
+        meta = {"separation": {name: float(d) for name, d in zip(names, parted, strict=True)}}
+        return Direction(tensors, kinds, "hidden states", (1.0, 1.0), digest(kinds, tensors), meta)
+
+    def _sides(self) -> tuple[tuple[str, tuple[Rendered, ...]], tuple[str, tuple[Rendered, ...]]]:
+        """The unsafe references and the safe ones. A refused request opens like a harmful one: it is the same prompt."""
+        if self.feature == "opening":
+            return ("harmful", self.references.harmful), ("answered", self.references.answered)
+        return ("harmful", self.references.harmful), ("refused", self.references.refused)
+
+    def _features(self, model: nn.Module, kind: str, rows: tuple[Rendered, ...], names: Sequence[str]) -> Tensor:
+        """(n, blocks, D) of references, float64, on the CPU."""
+        if len(rows) < _LEAST:
+            raise ProbeError(
+                f"there are {len(rows)} {kind} references on this model, and the selector representation needs at least "
+                f"{_LEAST} (harmful requests that it refuses, and harmless ones that it answers): give other requests, or "
+                "another selector"
+            )
+        parts = [self._forward(model, batch, names)[0] for batch in batches(rows, _TOKENS, _TOKENS)]
+        return torch.cat(parts).double().cpu()
+
+    def _forward(self, model: nn.Module, batch: Batch, names: Sequence[str]) -> tuple[Tensor, Floats]:
+        """One pass: features (B, len(names), D) in float32, and the sum of each sequence's losses in nats (B,)."""
+        data = DeviceBatch.of(batch, model)
+        weights = torch.as_tensor(_weights(batch, self.feature), dtype=torch.float32, device=data.ids.device)
+        with scoring(model), torch.no_grad(), _gathered(model, names, weights) as found:
+            nll = token_nll(model, data.ids, data.attention, data.loss)
+        return torch.stack([found[name] for name in names], 1), nll.sum(-1).double().cpu().numpy()
+
+    def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
+        """Each row's score from one forward pass. A preference pair is placed by its chosen answer alone.
+
+        Raises UsageError when the direction was prepared on another model.
+        """
+        _check(model, direction)
+        names = list(direction.tensors)
+        features, nll = self._forward(model, batch, names)
+        values = self._placed(features, direction).cpu().numpy()
+        rows, first = np.unique(batch.rows, return_index=True)
+        rows = rows[np.argsort(first)]
+        members = [np.flatnonzero(batch.rows == row) for row in rows]
+        lengths = np.array([int(batch.loss[own].sum()) for own in members])
+        return Measured(
+            rows,
+            np.array([float(values[own][batch.coefficients[own] > 0].mean()) for own in members]),
+            np.array([float(nll[own].sum()) for own in members]) / np.maximum(lengths, 1),
+            lengths,
+        )
+
+    def _placed(self, features: Tensor, direction: Direction) -> Tensor:
+        """(B,) in float64: where each feature (B, layers, D) lies between the two sides."""
+        unsafe, safe = torch.stack(list(direction.tensors.values()), 1).to(features.device).double()  # (layers, D) each
+        at = features.double()
+        if self.form == "anchors":
+            cosines: Tensor = ((at / at.norm(dim=-1, keepdim=True)) * (unsafe - safe)).sum(-1).mean(-1)
+            return cosines
+        nearer: Tensor = (at - safe).norm(dim=-1) - (at - unsafe).norm(dim=-1)
+        placed: Tensor = (nearer / (unsafe - safe).norm(dim=-1)).mean(-1)
+        return placed
+
+    def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
+        """One score a row, without decoys. Raises ScoreError that names the rows whose value is not finite."""
+        bad = raw.rows[~np.isfinite(raw.sums)]
+        if len(bad):
+            shown = ", ".join(str(int(r)) for r in bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+            raise ScoreError(
+                f"{len(bad)} of {len(raw.rows)} rows got a score that is not finite (rows {shown}): check the model's weights "
+                "for overflow, or load it in float32 (--dtype float32)"
+            )
+        return Scores(raw.rows, tuple(ids), raw.sums, tuple(shapes), lengths=raw.lengths, nll=raw.nll)
+
+    def settings(self) -> Mapping[str, Any]:
+        """The form and the feature; the blocks and the references are in the direction."""
+        return {"form": self.form, "feature": self.feature}
+
+
+def separation(unsafe: Tensor, safe: Tensor) -> Floats:
+    """How well each block parts the references, every reference held out of its own side's mean: (blocks,).
+
+    ``unsafe`` is (n, blocks, D), ``safe`` (m, blocks, D). The value is the difference of the two sides' mean held-out
+    scores (distance to the safe mean minus distance to the unsafe one) over their pooled standard deviation.
+    """
+
+    def held(own: Tensor, other: Tensor) -> Tensor:
+        rest = (own.sum(0, keepdim=True) - own) / (len(own) - 1)
+        score: Tensor = (own - other.mean(0)).norm(dim=-1) - (own - rest).norm(dim=-1)
+        return score
+
+    of_unsafe, of_safe = held(unsafe, safe), -held(safe, unsafe)
+    spread = ((of_unsafe.var(0, correction=0) + of_safe.var(0, correction=0)) / 2).sqrt()
+    apart: Floats = ((of_unsafe.mean(0) - of_safe.mean(0)) / spread.clamp_min(1e-12)).numpy()
+    return apart
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The decoder's blocks by name. Raises ModelError when they cannot be told."""
+    try:
+        prefix, layers = decoder_layers(model)
+    except ModelError:
+        raise ModelError(
+            f"the decoder layers of {type(model).__name__} could not be found, and the selector representation looks at "
+            "their hidden states: use another selector"
+        ) from None
+    return [(f"{prefix}.{i}" if prefix else str(i), layer) for i, layer in enumerate(layers)]
+
+
+def _weights(batch: Batch, feature: str) -> Floats:
+    """(B, T), summing to one in each row: which positions make the feature."""
+    counted = batch.loss.astype(np.float64)
+    if feature == "mean":
+        each: Floats = counted / np.maximum(counted.sum(1, keepdims=True), 1)
+        return each
+    found = np.zeros(batch.loss.shape)
+    width = batch.loss.shape[1]
+    at = batch.loss.argmax(1) - 1 if feature == "opening" else width - 1 - batch.loss[:, ::-1].argmax(1)
+    found[np.arange(len(found)), at] = 1.0
+    return found
+
+
+@contextmanager
+def _gathered(model: nn.Module, names: Sequence[str], weights: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Fills a dict with Σ_t weights[:, t]·h[:, t] (B, D) of the named blocks as the model runs; keeps nothing else."""
+    found: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            hidden: Tensor = output if isinstance(output, Tensor) else output[0]  # (B, T, D)
+            # A padded position may hold anything, and nothing times infinity is not nothing.
+            counted = hidden.float().masked_fill((weights == 0).unsqueeze(-1), 0.0)
+            found[name] = torch.einsum("bt,btd->bd", weights, counted)
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check(model: nn.Module, direction: Direction) -> None:
+    """Raises UsageError when the direction names blocks that the model has not."""
+    unknown = sorted(set(direction.tensors) - {name for name, _ in _blocks(model)})
+    if unknown or not direction.tensors:
+        raise UsageError(
+            f"the direction holds {', '.join(unknown) or 'nothing'}, which are no decoder blocks of this model: prepare it "
+            "with the selector representation on the model that is scored"
+        )
