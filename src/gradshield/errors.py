@@ -8,9 +8,10 @@
     │   └── EmptyDataError     3   nothing is left to score
     ├── ModelError             4   the model cannot be loaded, or cannot be scored
     │   ├── HubError           4   a model or dataset could not be fetched
+    │   ├── EndpointError      4   an endpoint that does not answer, or not as its protocol says
     │   ├── ProbeError         4   the probe means nothing on this model (it does not refuse, or it thinks first)
     │   └── ScoreError         4   a score that is not finite, or an engine that disagrees with the oracle
-    └── GateError              5   ``--fail-above``: more was removed than the gate allows
+    └── GateError              5   ``--fail-above``: more was removed than allowed; or no verified cut met its targets
 
 A message is one sentence in four parts: what was wrong, what was got, what is allowed, what to do.
 ``str(error)`` is the whole message; nothing else is printed to a user.
@@ -61,6 +62,10 @@ class HubError(ModelError):
     """A model or dataset could not be fetched."""
 
 
+class EndpointError(ModelError):
+    """An endpoint that does not answer after every retry, or answers with something else than its protocol says."""
+
+
 class ProbeError(ModelError):
     """The probe means nothing on this model: it does not refuse, or it thinks before it answers."""
 
@@ -70,6 +75,6 @@ class ScoreError(ModelError):
 
 
 class GateError(GradShieldError):
-    """More was removed than the gate allows."""
+    """More was removed than the gate allows, or no verified cut met its targets."""
 
     exit_code = 5

@@ -12,7 +12,7 @@ import difflib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
+
+    from gradshield.training.base import Penalty
+    from gradshield.types import OnlineSelection
 
 Progress: TypeAlias = Callable[[int, int], None]
 
@@ -40,6 +42,10 @@ def sft(
     merge: bool = False,
     output_dir: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    penalties: Sequence[Penalty] = (),
+    online: OnlineSelection | None = None,
+    finish: Callable[[Any], None] | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Fine-tune ``model`` on ``dataset`` and return the trained model, in eval mode.
@@ -68,6 +74,14 @@ def sft(
         Where TRL's checkpoints go, and at the end the returned model and the tokenizer.
     callbacks
         More ``transformers`` callbacks.
+    penalties
+        What joins the loss of every step (AsFT, a KL to the start).
+    online
+        A method that chooses rows inside training, at the current weights.
+    finish
+        Called with the trained model before its adapter is merged (SafeLoRA's projection).
+    resume
+        Go on from the newest checkpoint in ``output_dir``, where there is one.
     progress
         Called with (steps done, all steps), first with 0.
 
@@ -87,9 +101,12 @@ def sft(
     with _folder(output_dir) as folder, _quiet_datasets():
         config = _config(options, seed, folder, saving=output_dir is not None)
         try:
-            result = _train(trained, tokenizer, rows, config, copying.deepcopy(peft_config), callbacks, progress)
+            parts = _Parts(tuple(callbacks), tuple(penalties), online, progress, resume)
+            result = _train(trained, tokenizer, rows, config, copying.deepcopy(peft_config), parts)
         finally:
             before.restore()
+    if finish is not None:
+        finish(result)
     if merge:
         result = result.merge_and_unload()
         before.unfreeze()
@@ -100,26 +117,41 @@ def sft(
     return cast("PreTrainedModel | PeftModel", result)
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What is put into the trainer beside model and rows."""
+
+    callbacks: tuple[TrainerCallback, ...]
+    penalties: tuple[Penalty, ...]
+    online: OnlineSelection | None
+    progress: Progress | None
+    resume: bool
+
+
 def _train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     config: SFTConfig,
     peft_config: PeftConfig | None,
-    callbacks: Sequence[TrainerCallback],
-    progress: Progress | None,
+    parts: _Parts,
 ) -> Any:
     from transformers import PrinterCallback
+    from transformers.trainer_utils import get_last_checkpoint
     from trl.trainer.sft_trainer import SFTTrainer
+
+    from gradshield.training.mixin import Penalised
+    from gradshield.training.online import Selecting
 
     if _is_ready(rows, config):
         config.dataset_kwargs = {"skip_prepare_dataset": True}
     tokenizer = copying.deepcopy(tokenizer)  # TRL sets its padding token
     if not tokenizer.chat_template:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # the one that such rows are scored with
-    hooks = [*callbacks, *([_report(progress)] if progress is not None else [])]
+    hooks = [*parts.callbacks, *([_report(parts.progress)] if parts.progress is not None else [])]
+    kind = type("Defended", (Selecting, Penalised, SFTTrainer), {})
     try:
-        trainer: SFTTrainer = SFTTrainer(
+        trainer: Any = kind(
             model,
             args=config,
             train_dataset=rows,
@@ -132,7 +164,9 @@ def _train(
     if len(cast(Any, trainer.train_dataset)) == 0:
         raise EmptyDataError(f"no row has a token to train on within max_length={config.max_length}: raise max_length")
     trainer.remove_callback(PrinterCallback)  # what transformers puts in the place of its progress bar: prints
-    trainer.train()
+    trainer.penalties, trainer.online = parts.penalties, parts.online
+    folder = config.output_dir
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if parts.resume and folder else None)
     result = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
     return result

@@ -1,0 +1,196 @@
+"""The alignment direction: what alignment training did to each weight matrix, V = W_aligned - W_base.
+
+Methods that hold fine-tuning near an aligned model take V as the way that is safe to go along. Here it is computed once from two
+models, kept in a file with its hash, and looked at: how many directions it spans, and how the published operator
+C = V Vᵀ/‖V‖_F stretches them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gradshield.errors import DataError, ModelError, UsageError
+from gradshield.gradients.direction import digest
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """One V for each weight matrix: ``tensors[name]`` is (d_out, d_in), float32, on the CPU.
+
+    Rows are outputs and columns inputs whatever the layer keeps, so that a LoRA update ``scale * B @ A`` adds to V as it is.
+    Names are those of the plain model, without an adapter. ``digest`` is the SHA-256 of names and bytes. ``meta`` is JSON-able;
+    ``meta["unchanged"]`` lists the matrices that alignment left alone (V = 0).
+    """
+
+    tensors: Mapping[str, Tensor]
+    digest: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues of C = V Vᵀ/‖V‖_F, largest first: min(d_out, d_in) of them, the rest being zero.
+
+    A projector has eigenvalues 0 and 1 only. I - C shrinks a direction whose eigenvalue is between 0 and 2 and stretches it
+    beyond: there the published penalty punishes the alignment direction itself, harder than any other.
+    """
+
+    eigenvalues: tuple[float, ...]
+
+    @property
+    def largest(self) -> float:
+        return self.eigenvalues[0]
+
+    @property
+    def beyond_two(self) -> int:
+        """How many directions the published operator punishes harder than one that alignment did not use."""
+        return sum(value > 2 for value in self.eigenvalues)
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter has in the model without its adapter."""
+    # Adapters of two weights of one layer (fused experts) stand around each other.
+    return re.sub(r"(\.base_layer)+(?=\.|$)", "", name.removeprefix("base_model.model."))
+
+
+def alignment(aligned: nn.Module, base: nn.Module, names: Sequence[str]) -> Alignment:
+    """V of each weight matrix in ``names``; vectors among them (biases) are passed over, since no adapter's factors move them.
+
+    ``names`` come from ``gradients.target_names``. Raises ModelError where the two models do not have the same matrices, or one
+    is no plain matrix of a linear layer, and UsageError where there is no matrix or none differs.
+    """
+    first, second = _owned(aligned), _owned(base)
+    tensors = {}
+    for name in sorted({plain_name(n) for n in names}):
+        if name not in first or name not in second:
+            where = "aligned" if name not in first else "base"
+            raise ModelError(
+                f"the {where} model has no weight {name}, and both models must have every weight that the adapter "
+                "changes: give the base model that this aligned model was made from"
+            )
+        if first[name][1].ndim != 1:
+            tensors[name] = _difference(name, *first[name], second[name][1])
+    if not tensors:
+        raise UsageError(
+            "no weight matrix was named to take the alignment direction of: give a peft_config whose target modules "
+            "are linear layers"
+        )
+    unchanged = [name for name, v in tensors.items() if not bool(v.any())]
+    if len(unchanged) == len(tensors):
+        raise UsageError(
+            f"the aligned and the base model are identical in all {len(tensors)} weights, so there is no direction to "
+            "stay along: give as base the model before its alignment (the one without -Instruct or -chat)"
+        )
+    return Alignment(tensors, digest((), tensors), {"unchanged": unchanged})
+
+
+def _owned(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+    return {
+        plain_name(f"{prefix}.{attribute}" if prefix else attribute): (module, parameter)
+        for prefix, module in model.named_modules()
+        for attribute, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def _difference(name: str, owner: nn.Module, one: Tensor, other: Tensor) -> Tensor:
+    if one.shape != other.shape:
+        raise ModelError(
+            f"{name} has shape {tuple(one.shape)} in the aligned model and {tuple(other.shape)} in the base model, and "
+            "they must be equal: give the base model that this aligned model was made from"
+        )
+    transposed = type(owner).__name__ == "Conv1D"  # GPT-2's, of transformers
+    if one.ndim != 2 or not (transposed or isinstance(owner, nn.Linear)):
+        raise ModelError(
+            f"{name} of shape {tuple(one.shape)} belongs to a {type(owner).__name__}, and an alignment direction is "
+            "taken of linear layers only: leave embeddings, convolutions and fused experts out of the adapter's targets"
+        )
+    if not (one.is_floating_point() and other.is_floating_point()):
+        raise ModelError(
+            f"{name} is held as {one.dtype} in one model and {other.dtype} in the other, and quantised weights cannot "
+            "be subtracted: load both models unquantised"
+        )
+    with torch.no_grad():
+        v = one.detach().to("cpu", torch.float32) - other.detach().to("cpu", torch.float32)
+    if not bool(v.isfinite().all()):
+        raise ModelError(f"{name} holds values that are not finite in one of the models: check both models' files")
+    return v.T.contiguous() if transposed else v
+
+
+def spectrum(v: Tensor) -> Spectrum:
+    """Eigenvalues of C = V Vᵀ/‖V‖_F of one (d_out, d_in) matrix: squared singular values of V over its norm.
+
+    Exact, from the smaller Gram matrix in float64, on the device that ``v`` is on. For V = 0 all are zero.
+    """
+    squares = _squares(_gram(v))
+    norm = squares.sum().sqrt()
+    return Spectrum(tuple((squares / norm if float(norm) else squares).tolist()))
+
+
+def leading(v: Tensor, energy: float) -> Tensor:
+    """Orthonormal basis (d_out, q) of the smallest number of left singular directions that hold a share ``energy`` of ‖V‖²_F.
+
+    With ``energy`` 1 it is the whole column space, up to the rounding of float64. Float32; q = 0 for V = 0.
+    """
+    if not 0 < energy <= 1:
+        raise UsageError(f"energy {energy} is not a share: give a number above 0 and at most 1")
+    squares, vectors = torch.linalg.eigh(_gram(v))
+    squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
+    # What float64 cannot tell from zero is no direction of V.
+    floor = float(squares[0]) * max(v.shape) * torch.finfo(torch.float64).eps
+    rank = int((squares > floor).sum())
+    reached = squares.cumsum(0) >= energy * squares.sum()
+    q = rank if energy == 1 else min(rank, int((~reached).sum()) + 1)
+    basis = vectors[:, :q]
+    if v.shape[0] > v.shape[1]:
+        basis = torch.linalg.qr(v.double() @ basis).Q
+    out: Tensor = basis.float().contiguous()
+    return out
+
+
+def _gram(v: Tensor) -> Tensor:
+    wide = v.double()
+    return wide @ wide.T if v.shape[0] <= v.shape[1] else wide.T @ wide
+
+
+def _squares(gram: Tensor) -> Tensor:
+    squares: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
+    return squares
+
+
+def save(direction: Alignment, path: Path) -> None:
+    """Write the alignment direction as safetensors, atomically, with its digest in the header."""
+    header = {"kind": "alignment", "digest": direction.digest, "meta": json.dumps(dict(direction.meta))}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: v.detach().cpu().contiguous() for name, v in direction.tensors.items()}, temporary, header)
+    os.replace(temporary, path)
+
+
+def load(path: Path) -> Alignment:
+    """Read a saved alignment direction. Raises DataError when it is none, or when its bytes do not match its digest."""
+    again = "compute it again from the aligned and the base model"
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        meta = json.loads(header.get("meta", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"the alignment direction {path.name} could not be read ({error}): {again}") from error
+    fits = all(v.ndim == 2 and v.dtype == torch.float32 for v in tensors.values())
+    if header.get("kind") != "alignment" or not tensors or not fits or not isinstance(meta, dict):
+        raise DataError(
+            f"the file {path.name} is no alignment direction, which is one float32 matrix per weight with its hash: {again}"
+        )
+    if digest((), tensors) != header.get("digest"):
+        raise DataError(f"the alignment direction {path.name} does not match its digest: {again}")
+    return Alignment(tensors, header["digest"], meta)

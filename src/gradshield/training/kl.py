@@ -1,0 +1,126 @@
+"""A penalty on how far the model's predictions move from those of the model that training started from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gradshield.errors import UsageError
+from gradshield.gradients.base import scoring
+from gradshield.logits import logits_at
+from gradshield.training.adapters import UNMOVED
+from gradshield.training.base import PENALTIES
+
+
+def divergence(reference: Tensor, current: Tensor) -> Tensor:
+    """Mean over positions of KL(p_reference || p_current), in nats, for logits (M, V) each; 0 where M is 0."""
+    p, q = reference.log_softmax(-1), current.log_softmax(-1)
+    return functional.kl_div(q, p, log_target=True, reduction="sum") / max(len(current), 1)
+
+
+@PENALTIES.register("kl")
+class FrozenReferenceKL:
+    """Keeps the answers' predictions near the model before training: adds λ times their KL divergence to the loss.
+
+    Paper: none; the usual leash of fine-tuning with a reference, as a baseline. Equation: L + λ mean_t KL(p_θ0(· | x_<t) ||
+    p_θ(· | x_<t)), the mean over the response tokens of the batch.
+    Departures: θ0 is the model with its adapter switched off where that is where training started from, else a frozen copy, which
+    takes a model's memory again. It answers without dropout; p_θ is taken as in training. Costs one more pass with gradient and
+    one without, since a trainer does not hand its logits on.
+    """
+
+    name = "kl"
+
+    def __init__(self, weight: float = 0.1) -> None:
+        if not 0 <= weight < float("inf"):
+            raise UsageError(
+                f"the penalty's weight is {weight}: give a finite number that is not negative, such as 0.1"
+            )
+        self.weight = weight
+        self._prepared = False
+        self._copy: nn.Module | None = None
+        self._value: Tensor | None = None
+
+    def prepare(self, model: nn.Module) -> None:
+        """Settle where θ0's logits come from. Raises UsageError for a soft prompt, which changes a sequence's "
+        "length."""
+        self._value, self._copy, self._prepared = None, None, True
+        configs = getattr(model, "peft_config", {}).values()
+        if any(config.is_prompt_learning for config in configs):
+            raise UsageError(
+                "the penalty kl got a soft prompt (prompt or prefix tuning), and it compares predictions token by "
+                "token: train a LoRA adapter or the weights themselves"
+            )
+        if not _starts_without(model):
+            self._copy = _frozen(model)
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """weight * mean KL, a scalar, from ``input_ids``, ``attention_mask`` and ``labels``, all (B, T), of one batch.
+
+        Raises UsageError for packed batches, whose sequences are told apart by more than these three.
+        """
+        if not self._prepared:
+            raise UsageError(
+                "the penalty kl was called before prepare(model), which settles its reference: call it once first"
+            )
+        if "labels" not in inputs or "attention_mask" not in inputs or "position_ids" in inputs:
+            raise UsageError(
+                f"the penalty kl got a batch with {', '.join(sorted(inputs))}, and it needs input_ids, attention_mask "
+                "and labels of sequences that are not packed: train with packing=False and padding_free=False"
+            )
+        ids, attention, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
+        where = torch.zeros_like(labels, dtype=torch.bool)
+        where[:, :-1] = labels[:, 1:] != -100  # position t predicts token t + 1
+        with torch.no_grad(), self._reference(model) as start:
+            reference = logits_at(start, ids, attention, where)
+        value = self.weight * divergence(reference, logits_at(model, ids, attention, where))
+        self._value = value.detach()
+        return value
+
+    @contextmanager
+    def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
+        if self._copy is not None:
+            yield self._copy
+            return
+        adapted: Any = model
+        # PEFT makes every part of an adapter trainable as it switches it on again; scoring puts modes and flags back.
+        with scoring(model), adapted.disable_adapter():
+            yield model
+
+    def record(self) -> Mapping[str, Any]:
+        """The weight, where the reference came from, and the penalty's value when last computed."""
+        found: dict[str, Any] = {"weight": self.weight}
+        if self._prepared:
+            found["reference"] = "adapter switched off" if self._copy is None else "frozen copy"
+        if self._value is not None:
+            found["value"] = float(self._value)
+        return found
+
+
+def _starts_without(model: nn.Module) -> bool:
+    """Whether the model without its adapter is θ0 and stays so: nothing else trains, and the weights under it were "
+    "not moved."""
+    configs = list(getattr(model, "peft_config", {}).values())
+    moved = any(getattr(config, "init_lora_weights", True) not in UNMOVED for config in configs)
+    own = tuple(
+        f".{p}"
+        for p in (getattr(getattr(model, "base_model", None), "prefix", None), "modules_to_save", "token_adapter")
+        if p
+    )
+    elsewhere = [n for n, p in model.named_parameters() if p.requires_grad and not any(part in n for part in own)]
+    return bool(configs) and not moved and not elsewhere
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    """A copy in eval mode that trains nothing and answers with weights of its own."""
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in frozen.modules():
+        # A forward that a trainer bound to the original would go on answering with the original's weights.
+        vars(module).pop("forward", None)
+    return frozen

@@ -1,0 +1,103 @@
+"""Runs an `OnlineSelection` inside a Hugging Face trainer: a mix-in that stands before the trainer in a class's bases.
+
+    class Trainer(Selecting, SFTTrainer): ...
+    trainer = Trainer(...); trainer.online = OnlineModerate()
+
+Candidates are the batches that the trainer's own collator made; what is not chosen is taken out before the step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from gradshield.errors import UsageError
+from gradshield.types import Batch, Bools
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gradshield.types import OnlineSelection
+
+IGNORED = -100
+
+
+def as_batch(inputs: dict[str, Any]) -> Batch:
+    """What a trainer collated, as a Batch of rows 0 to B - 1. Raises UsageError for packed or left-padded sequences."""
+    labels = inputs["labels"].cpu().numpy()
+    attention = inputs.get("attention_mask")
+    real = np.ones(labels.shape, bool) if attention is None else attention.cpu().numpy().astype(bool)
+    if "position_ids" in inputs or not (np.diff(real.astype(np.int8), axis=1) <= 0).all():
+        raise UsageError(
+            "rows are chosen inside training one sequence at a time, and this trainer packs them or pads on the left: set "
+            "packing=False, padding_free=False and a tokenizer that pads on the right"
+        )
+    loss = labels != IGNORED
+    loss[:, 0] = False
+    rows = np.arange(len(labels), dtype=np.int64)
+    return Batch(inputs["input_ids"].cpu().numpy(), real, loss, rows, np.ones(len(labels)))
+
+
+class Selecting:
+    """Trainer mix-in: before every step the ``online`` method chooses which of the batch's rows train.
+
+    The loss is the mean over the tokens of the chosen rows. With gradient accumulation each micro-batch chooses by
+    itself and keeps the weight that its tokens had among all. Raises UsageError for packed sequences.
+    """
+
+    online: OnlineSelection | None = None
+    _begun = False
+
+    def train(self, *args: Any, **more: Any) -> Any:
+        """The trainer's own training; the method begins before a checkpoint is loaded over the start."""
+        if self.online is not None and not self._begun:
+            self._begun = True
+            own = cast(Any, self)
+            self.online.begin(own.accelerator.unwrap_model(own.model, keep_fp32_wrapper=False))
+            own.add_callback(_correction(self.online))
+        return super().train(*args, **more)  # type: ignore[misc]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """One micro-batch, without the rows that were not chosen."""
+        own = cast(Any, self)
+        if self.online is not None:
+            inputs = own._prepare_inputs(inputs)
+            batch = as_batch(inputs)
+            chosen = self.online.choose(own.accelerator.unwrap_model(model, keep_fp32_wrapper=False), batch)
+            if num_items_in_batch is not None:
+                num_items_in_batch = num_items_in_batch * (_tokens(batch, chosen) / max(_tokens(batch), 1))
+            inputs = _taken(inputs, chosen)
+        return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+
+
+def _tokens(batch: Batch, chosen: Bools | slice = slice(None)) -> int:
+    return int(batch.loss[chosen].sum())
+
+
+def _taken(inputs: dict[str, Any], chosen: Bools) -> dict[str, Any]:
+    """The chosen rows of every tensor, without the columns of padding that no row needs any more."""
+    import torch
+
+    index = torch.as_tensor(np.flatnonzero(chosen))
+    count, width = inputs["input_ids"].shape
+    kept = {
+        name: value[index.to(value.device)] if torch.is_tensor(value) and value.shape[:1] == (count,) else value
+        for name, value in inputs.items()
+    }
+    attention = kept.get("attention_mask")
+    longest = width if attention is None else int(attention.sum(1).max())
+    return {
+        name: value[:, :longest] if torch.is_tensor(value) and value.shape[1:2] == (width,) else value
+        for name, value in kept.items()
+    }
+
+
+def _correction(online: OnlineSelection) -> Any:
+    from transformers import TrainerCallback
+
+    class Correction(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            online.correct(more["model"])
+
+    return Correction()

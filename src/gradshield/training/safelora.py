@@ -1,0 +1,128 @@
+"""SafeLoRA: after training, put back on the alignment direction the layers that left it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradshield.errors import UsageError
+from gradshield.gradients.alignment import Alignment
+from gradshield.training.adapters import Adapted, Moved, adapted_layers, direction_of, moved_weights
+from gradshield.training.asft import Operator, published
+
+
+@dataclass(frozen=True)
+class SafeLoraRecord:
+    """What SafeLoRA found and did. ``cosines[name]`` is None where the change or V is zero, and such a layer is left "
+    "alone."""
+
+    cosines: Mapping[str, float | None]
+    projected: tuple[str, ...]
+    threshold: float | None
+    layers: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "threshold": self.threshold,
+            "layers": self.layers,
+            "projected": list(self.projected),
+            "cosines": dict(self.cosines),
+        }
+
+
+def cosine(b: Tensor, a: Tensor, operator: Operator) -> float | None:
+    """Cosine of C ΔW and ΔW as vectors, ΔW = B A, for B (d, r) and A (r, k), from traces of (r, r); None where one is "
+    "zero."""
+    b, a = b.double(), a.double()
+    y, gram = Operator(operator.matrix.double(), operator.dense)(b), a @ a.T
+    return _cosine(((y.T @ b) * gram).sum(), ((y.T @ y) * gram).sum(), ((b.T @ b) * gram).sum())
+
+
+def cosine_full(delta: Tensor, operator: Operator) -> float | None:
+    """The same of a change (d, k) that is no product of thin factors."""
+    moved, delta = operator(delta).double(), delta.double()
+    return _cosine((moved * delta).sum(), moved.square().sum(), delta.square().sum())
+
+
+def _cosine(inner: Tensor, one: Tensor, other: Tensor) -> float | None:
+    product = float(one.clamp(min=0).sqrt() * other.clamp(min=0).sqrt())
+    return float(inner) / product if product > 0 else None
+
+
+def project(
+    model: nn.Module,
+    alignment: Alignment,
+    threshold: float | None = None,
+    layers: int | None = None,
+    start: nn.Module | None = None,
+) -> SafeLoraRecord:
+    """Project the change of the layers that left the alignment direction back onto it, in place: ΔW becomes C ΔW.
+
+    Paper: arXiv 2405.16833. Equation: ΔW ← C ΔW where cos(C ΔW, ΔW) < τ, C = V Vᵀ/‖V‖_F, V = W_aligned - W_base.
+    Departures: the cosine comes from the thin factors of a LoRA adapter and B alone is replaced, which keeps the rank. A layer
+    whose change or direction is zero has no cosine and is left alone.
+
+    Parameters
+    ----------
+    model
+        After training: with its LoRA adapter, before merging; or without one, and then ``start`` is needed.
+    threshold
+        Layers whose cosine is below it are projected; the paper uses values from 0.3 to 0.6.
+    layers
+        Instead: project this many, those of the lowest cosine. Give exactly one of the two.
+    start
+        For training without an adapter: the model as it was before, on any device.
+
+    Raises
+    ------
+    UsageError
+        Both or none of ``threshold`` and ``layers``, no adapter and no ``start``, an adapter other than plain LoRA, or a layer
+        without its direction.
+    """
+    if (threshold is None) == (layers is None):
+        raise UsageError(
+            "SafeLoRA needs exactly one of threshold (a cosine, such as 0.5) and layers (how many to project)"
+        )
+    if threshold is not None and not -1 <= threshold <= 1:
+        raise UsageError(f"the threshold {threshold} is no cosine: give a number from -1 to 1, such as 0.5")
+    if layers is not None and layers < 1:
+        raise UsageError(f"SafeLoRA was asked to project {layers} layers: give at least 1, or a threshold instead")
+    adapted = adapted_layers(model)
+    if not adapted and start is None:
+        raise UsageError(
+            f"{type(model).__name__} has no LoRA adapter in use: give the model before merging, or for training "
+            "without an adapter the model it started from (start=)"
+        )
+    parts: list[Adapted | Moved] = [*adapted]
+    if start is not None and not adapted:
+        parts = [*moved_weights(model, alignment, dict(start.named_parameters()))]
+    with torch.no_grad():
+        cosines = {part.name: _cosine_of(part, alignment) for part in parts}
+        known = sorted((value, name) for name, value in cosines.items() if value is not None)
+        chosen = {name for value, name in known if value < threshold} if threshold is not None else set()
+        if layers is not None:
+            chosen = {name for _, name in known[:layers]}
+        for part in parts:
+            if part.name in chosen:
+                _project(part, published(direction_of(alignment, part)))
+    return SafeLoraRecord(cosines, tuple(name for name in cosines if name in chosen), threshold, layers)
+
+
+def _cosine_of(part: Adapted | Moved, alignment: Alignment) -> float | None:
+    operator = published(direction_of(alignment, part))
+    return cosine(*part.factors(), operator) if isinstance(part, Adapted) else cosine_full(part.delta(), operator)
+
+
+def _project(part: Adapted | Moved, operator: Operator) -> None:
+    if isinstance(part, Adapted):
+        for adapter in part.adapters:
+            b = part.layer.lora_B[adapter].weight
+            b.copy_(operator(b.float()))
+        return
+    moved = operator(part.delta())
+    part.weight.copy_(part.start.to(part.device).float() + (moved.T if part.transposed else moved))
