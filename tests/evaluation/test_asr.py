@@ -11,8 +11,9 @@ from gradshield.errors import DataError, EmptyDataError
 from gradshield.evaluation.asr import agreement, asr, attacked, over_refusal
 from gradshield.evaluation.generate import Prompt
 from gradshield.evaluation.judges import FunctionJudge, RefusalPhrases
-from gradshield.evaluation.stats import mcnemar, wilson
+from gradshield.evaluation.stats import mcnemar
 from gradshield.evaluation.utility import utility
+from gradshield.intervals import wilson
 
 
 def _scripted(answers: Sequence[str]) -> Callable[[Sequence[Prompt]], list[str]]:

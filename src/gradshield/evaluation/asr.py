@@ -15,8 +15,9 @@ import numpy as np
 
 from gradshield.errors import DataError, EmptyDataError
 from gradshield.evaluation.generate import Generate, Prompt
-from gradshield.evaluation.judges.base import Judge
-from gradshield.evaluation.stats import RESAMPLES, check_level, wilson
+from gradshield.evaluation.judges.base import Judge, ReadyJudge, verdicts
+from gradshield.evaluation.stats import RESAMPLES
+from gradshield.intervals import check_level, wilson
 from gradshield.types import Bools, EvalResult, Rate
 
 
@@ -98,14 +99,18 @@ def _judged(
     for i, request in enumerate(requests):
         if "prompt" not in request:
             raise DataError(f"request {i} has no 'prompt', only {', '.join(map(repr, request)) or 'nothing'}")
+    for judge in judges:
+        if isinstance(judge, ReadyJudge):  # what cannot judge is told before answers are made
+            judge.ready()
     prompts: list[Prompt] = [request["prompt"] for request in requests]
+    answers = generate(prompts)
+    asked = [_asked(prompt) for prompt in prompts]
+    found = {judge.name: verdicts(judge, asked, answers) for judge in judges}
     rows = []
-    for request, answer in zip(requests, generate(prompts), strict=True):
-        asked = _asked(request["prompt"])
-        found = {judge.name: judge.judge(asked, answer) for judge in judges}
-        verdicts = {name: {"unsafe": verdict.unsafe, "reason": verdict.reason} for name, verdict in found.items()}
+    for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+        said = {name: {"unsafe": every[i].unsafe, "reason": every[i].reason} for name, every in found.items()}
         category = request.get("category")
-        rows.append({"prompt": request["prompt"], "category": category, "answer": answer, "verdicts": verdicts})
+        rows.append({"prompt": request["prompt"], "category": category, "answer": answer, "verdicts": said})
     return tuple(rows)
 
 
