@@ -1,0 +1,286 @@
+"""The safety landscape: what a model does when its weights are moved along a line, and how wide the safe basin is.
+
+    lines = random_directions(weights(model), count=3, seed=0)
+    found = landscape(model, lines, alphas=np.linspace(-0.5, 0.5, 21), unit=norm(weights(model)), measure=rates)
+    found.visage("asr/refusal-phrases")
+
+A direction is a plain mapping from a parameter's name to a tensor of its shape. A point of a line is theta + a * unit * d
+with d of norm 1 over all its tensors together, so ``unit`` alone says what a step of 1 is: the norm of the weights
+(steps relative to the model) or the norm of the alignment vector (a step of -1 along it is the base model).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from gradshield.errors import DataError, UsageError
+from gradshield.gradients.base import owners
+from gradshield.types import Floats, Rate
+
+Tensors = Mapping[str, Tensor]
+Measure = Callable[[], Mapping[str, Rate]]
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Rates along lines through one model's weights.
+
+    ``rates[direction][measure]`` is a tuple of one Rate (with its n and Wilson interval) for each of ``alphas``, the steps
+    in units of ``unit``. Point 0 is the model itself, measured once and the same on every line.
+    """
+
+    alphas: tuple[float, ...]
+    unit: float
+    rates: Mapping[str, Mapping[str, tuple[Rate, ...]]]
+
+    def curve(self, direction: str, measure: str) -> Floats:
+        """The rate at every step (A,). Raises UsageError when there is no such direction or measure."""
+        for kind, name, there in (
+            ("direction", direction, self.rates),
+            ("rate", measure, self.rates.get(direction, {})),
+        ):
+            if name not in there:
+                raise UsageError(f"the landscape has no {kind} {name!r}: choose one of {', '.join(there) or 'none'}")
+        return np.array([rate.rate for rate in self.rates[direction][measure]])
+
+    def visage(
+        self,
+        measure: str,
+        directions: Sequence[str] | None = None,
+        highest: float = 1.0,
+        conditional: bool = True,
+    ) -> float:
+        """``visage`` of the rate, averaged over ``directions`` (all of them where None)."""
+        names = list(self.rates) if directions is None else list(directions)
+        curves = [self.curve(name, measure) for name in names]
+        return float(np.mean([visage(self.alphas, curve, highest, conditional) for curve in curves]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: ``alphas``, ``unit`` and, by direction and measure, one ``{rate, low, high, n, k}`` per step."""
+        lines = {
+            name: {measure: [rate.as_dict() for rate in rates] for measure, rates in measured.items()}
+            for name, measured in self.rates.items()
+        }
+        return {"alphas": list(self.alphas), "unit": self.unit, "rates": lines}
+
+
+def visage(alphas: ArrayLike, asr: ArrayLike, highest: float = 1.0, conditional: bool = True) -> float:
+    """The safe basin along one line: the mean of S_max - S(a) over a in (-A, A), over those a where S(a) < S_max.
+
+    0 where no point lies below ``highest``. The mean over a is an integral: each step stands for the stretch half way
+    to its neighbours, so that steps need not be even. ``Landscape.visage`` averages lines.
+
+    Parameters
+    ----------
+    highest
+        S_max. Whether the paper means the highest rate seen or the highest there can be was not to be had; 1 by default, so
+        that models are compared against the same mark.
+    conditional
+        Leave points at S_max out of the mean (as published, read as a conditional expectation), which says how deep the
+        basin is, not how wide: a model that is wholly unsafe but for a narrow basin scores as one with a wide basin.
+        False counts such points as 0, so that a wider basin always scores higher.
+
+    Source: arXiv 2604.17215, after Peng et al. (arXiv 2405.17374).
+
+    Raises
+    ------
+    DataError
+        Steps and rates differ in number, a step comes twice, a value is not finite, or the steps do not lie on both
+        sides of 0.
+    """
+    a, s = np.asarray(alphas, dtype=np.float64), np.asarray(asr, dtype=np.float64)
+    if a.ndim != 1 or a.shape != s.shape:
+        raise DataError(f"VISAGE takes one rate per step, got {a.size} steps and {s.size} rates: pass as many of each")
+    if not (np.isfinite(a).all() and np.isfinite(s).all()):
+        raise DataError("VISAGE takes finite steps and rates, and some are not: leave those points out")
+    order = np.argsort(a)
+    a, s = a[order], s[order]
+    if a.size < 3 or not a[0] < 0 < a[-1] or (np.diff(a) == 0).any():
+        raise DataError("VISAGE takes three or more different steps on both sides of 0: pass for example -0.5 to 0.5")
+    edges = np.concatenate([a[:1], (a[1:] + a[:-1]) / 2, a[-1:]])
+    lengths = np.diff(edges)
+    inside = lengths * (s < highest)
+    over = inside.sum() if conditional else lengths.sum()
+    return float((inside * (highest - s)).sum() / over) if over > 0 else 0.0
+
+
+def breaking_steps(alphas: ArrayLike, asr: ArrayLike, limit: float) -> tuple[float | None, float | None]:
+    """The steps nearest to 0, on the negative and on the positive side, at which a rate exceeds ``limit``.
+
+    None where no step on that side does. A step at 0 belongs to both sides.
+    """
+    a, s = np.asarray(alphas, dtype=np.float64), np.asarray(asr, dtype=np.float64)
+    over = a[s > limit]
+    down, up = over[over <= 0], over[over >= 0]
+    return (float(down.max()) if down.size else None, float(up.min()) if up.size else None)
+
+
+def weights(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """The model's own parameters by name (not copies), or those of ``names``. Raises UsageError for an unknown one."""
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    missing = [name for name in names or () if name not in own]
+    if missing:
+        raise UsageError(f"the model has no parameter {missing[0]!r}: name parameters as named_parameters() does")
+    return own if names is None else {name: own[name] for name in names}
+
+
+def norm(tensors: Tensors) -> float:
+    """Euclidean norm over all tensors together."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+
+
+def unit_norm(tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors in float32 at norm 1 over all together. Raises UsageError when they are zero or not finite."""
+    length = norm(tensors)
+    if not (math.isfinite(length) and length > 0):
+        raise UsageError(f"a direction must have a finite norm above 0, got {length}: take another direction")
+    return {name: tensor.float() / length for name, tensor in tensors.items()}
+
+
+def random_directions(
+    like: Tensors, count: int, seed: int = 0, orthogonal_to: Sequence[Tensors] = ()
+) -> dict[str, dict[str, Tensor]]:
+    """``count`` random directions of norm 1, by name (``random-0``...), with Gaussian entries drawn under ``seed``.
+
+    Parameters
+    ----------
+    like
+        Tensors whose names and shapes the directions have, and whose norms set how a step is shared out: each tensor's
+        part of the norm is its part in ``like``. Pass the weights to move every tensor by the same fraction of
+        itself; pass an alignment vector to compare with that vector at equal norm, tensor by tensor.
+    orthogonal_to
+        Directions to which every tensor of the random ones is made orthogonal (entries as one long vector).
+
+    Raises UsageError when ``like`` is zero or an ``orthogonal_to`` lacks one of its tensors.
+    """
+    shares = {name: float(tensor.double().norm()) for name, tensor in unit_norm(like).items()}
+    for other in orthogonal_to:
+        missing = [name for name in like if name not in other]
+        if missing:
+            raise UsageError(f"a direction to be orthogonal to has no tensor {missing[0]!r}: pass one with all of them")
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for i in range(count):
+        direction = {}
+        for name, tensor in like.items():
+            drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            drawn = _reject(drawn, [other[name] for other in orthogonal_to])
+            length = float(drawn.norm())
+            # A tensor of one entry has no direction orthogonal to another: it stays where it is.
+            scale = shares[name] / length if length > 1e-9 * math.sqrt(drawn.numel()) else 0.0
+            direction[name] = drawn * scale
+        found[f"random-{i}"] = unit_norm(direction)
+    return found
+
+
+def orthogonal_part(direction: Tensors, to: Tensors) -> dict[str, Tensor]:
+    """What is left of ``direction`` when, tensor by tensor, its part along ``to`` is taken out; at norm 1."""
+    return unit_norm({name: _reject(tensor.double().cpu(), [to[name]]) for name, tensor in direction.items()})
+
+
+def cosine(first: Tensors, second: Tensors) -> float:
+    """Cosine of two directions over the tensors they share."""
+    dot = sum(
+        float((first[name].double().cpu() * second[name].double().cpu()).sum()) for name in first if name in second
+    )
+    return dot / (norm(first) * norm(second))
+
+
+@contextmanager
+def moved(model: nn.Module, direction: Tensors, step: float) -> Iterator[None]:
+    """The model at theta + step * direction; at the end it holds its own parameters again, the same objects and bits.
+
+    The caller's parameters are never written to: every module's slot holds a moved stand-in meanwhile, one stand-in per
+    parameter, so that tied weights stay tied. In half precision a step below the rounding of a weight leaves it where it
+    is. Costs one more copy of the moved tensors. Raises UsageError when the direction does not fit the model.
+    """
+    own = dict(model.named_parameters())
+    for name, tensor in direction.items():
+        if name not in own or own[name].shape != tensor.shape:
+            there = tuple(own[name].shape) if name in own else "no such parameter"
+            raise UsageError(
+                f"the direction has {name} of shape {tuple(tensor.shape)}, but the model has {there}: "
+                "a direction fits only the model it was computed on"
+            )
+    stand_ins = {}
+    for name, tensor in direction.items():
+        here = own[name].detach()
+        shifted = torch.add(here.float(), tensor.to(here.device, torch.float32), alpha=step).to(here.dtype)
+        stand_ins[id(own[name])] = nn.Parameter(shifted, requires_grad=False)
+    places = [(module, tuple(slots)) for module, slots in owners(model, direction)]
+    originals = [(module, {slot: module._parameters[slot] for slot in slots}) for module, slots in places]
+    try:
+        for module, mine in originals:
+            module._parameters.update({slot: stand_ins[id(parameter)] for slot, parameter in mine.items()})
+        yield
+    finally:
+        for module, mine in originals:
+            module._parameters.update(mine)
+
+
+def landscape(
+    model: nn.Module,
+    directions: Mapping[str, Tensors],
+    alphas: ArrayLike,
+    unit: float,
+    measure: Measure,
+    progress: Callable[[int, int], None] | None = None,
+) -> Landscape:
+    """Measure the model at theta + a * unit * d for every step a and every direction d (brought to norm 1 first).
+
+    Parameters
+    ----------
+    measure
+        Called with the weights in place; returns rates by name, such as the ``rates`` of ``evaluation.asr.asr`` with
+        a ``generate`` on this very model.
+    unit
+        Length of a step of 1, in the norm of the weights themselves.
+    progress
+        Called with (points measured, all points).
+
+    Raises UsageError when there is no direction or no step, a step comes twice, or a direction does not fit.
+    """
+    steps = sorted(float(a) for a in np.asarray(alphas, dtype=np.float64).ravel())
+    if not directions or not steps or any(a == b for a, b in pairwise(steps)) or not np.isfinite(steps).all():
+        raise UsageError(f"a landscape takes directions and different finite steps, got {len(directions)} and {steps}")
+    total = 1 + len(directions) * sum(a != 0 for a in steps) if 0 in steps else len(directions) * len(steps)
+    here = measure() if 0 in steps else None
+    done = int(here is not None)
+    found: dict[str, dict[str, tuple[Rate, ...]]] = {}
+    for name, direction in directions.items():
+        line = unit_norm(direction)
+        points: list[Mapping[str, Rate]] = []
+        for a in steps:
+            if a == 0 and here is not None:
+                points.append(here)
+                continue
+            with moved(model, line, a * unit):
+                points.append(measure())
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        # A rate that some points alone have (an undecided judge) has no curve.
+        names = [key for key in points[0] if all(key in point for point in points)]
+        found[name] = {key: tuple(point[key] for point in points) for key in names}
+    return Landscape(tuple(steps), float(unit), found)
+
+
+def _reject(tensor: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """``tensor`` (float64) without its parts along ``others``, which need not be orthogonal to each other."""
+    flat = tensor.flatten()
+    basis = torch.stack([other.detach().double().cpu().flatten() for other in others], 1) if others else None
+    if basis is not None:
+        # Two passes: the first leaves rounding of the size of what it took out.
+        for _ in range(2):
+            flat = flat - basis @ torch.linalg.lstsq(basis, flat.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+    return flat.reshape(tensor.shape)

@@ -1,0 +1,104 @@
+"""Utility by loss: how likely held-out answers are, where a model cannot do the task well enough to be scored on its answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradshield.data import RenderConfig, batches, read, render_all
+from gradshield.errors import EmptyDataError
+from gradshield.evaluation.stats import RESAMPLES
+from gradshield.gradients.base import DeviceBatch, scoring
+from gradshield.intervals import check_level
+from gradshield.logits import token_nll
+from gradshield.types import Floats
+
+TOKEN_BUDGET = 8192  # positions of a batch, padding included
+LABEL_BUDGET = 2048  # positions of a batch with logits
+
+
+@dataclass(frozen=True, eq=False)
+class ResponseLoss:
+    """Mean negative log-likelihood per response token, in nats, with its percentile bootstrap interval over rows.
+
+    ``sums`` (N,) and ``tokens`` (N,) hold each row's sum of losses and number of response tokens, in the order of the
+    input, for paired comparisons; ``set_aside`` counts the rows that could not be used.
+    """
+
+    nats: float
+    low: float
+    high: float
+    level: float
+    sums: Floats
+    tokens: Floats
+    set_aside: int
+
+    def as_dict(self) -> dict[str, float | int]:
+        """JSON-able: ``{nats, low, high, n, tokens, set_aside}``."""
+        counts = {"n": len(self.sums), "tokens": int(self.tokens.sum()), "set_aside": self.set_aside}
+        return {"nats": self.nats, "low": self.low, "high": self.high, **counts}
+
+
+def response_loss(
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Any,
+    config: RenderConfig | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+) -> ResponseLoss:
+    """Mean loss per response token of held-out rows, rendered as they would be for training.
+
+    Every token counts the same, so that long answers weigh more; the bootstrap, under ``seed``, draws whole rows, since
+    the tokens of one answer are not independent. Of a preference pair the chosen answer counts. The model is as before.
+
+    Parameters
+    ----------
+    rows
+        Whatever ``data.read`` takes: a path, a ``Dataset``, a list of dicts.
+
+    Raises
+    ------
+    EmptyDataError
+        No row has a response token.
+    DataError, UsageError
+        As ``data.read`` and ``data.render_all``; UsageError too where ``level`` is not between 0 and 1.
+    """
+    check_level(level)
+    found = read(rows)
+    result = render_all(found.examples, tokenizer, config, found.source)
+    if not result.rendered:
+        reason = result.quarantined[0].reason
+        raise EmptyDataError(
+            f"none of the {found.source.rows} rows has a response token ({reason}): give rows with answers"
+        )
+    position = {row.row: i for i, row in enumerate(result.rendered)}
+    sums, tokens = np.zeros(len(position)), np.zeros(len(position))
+    with scoring(model), torch.no_grad():
+        for batch in batches(result.rendered, TOKEN_BUDGET, LABEL_BUDGET):
+            data = DeviceBatch.of(batch, model)
+            nll = token_nll(model, data.ids, data.attention, data.loss).double().sum(1).cpu().numpy()  # (B,)
+            counts = batch.loss.sum(1)
+            for b, row in enumerate(batch.rows):
+                if batch.coefficients[b] > 0:
+                    sums[position[int(row)]] += nll[b]
+                    tokens[position[int(row)]] += counts[b]
+    low, high = _bootstrap(sums, tokens, level, seed)
+    aside = len(found.quarantined) + len(result.quarantined)
+    return ResponseLoss(float(sums.sum() / tokens.sum()), low, high, level, sums, tokens, aside)
+
+
+def _bootstrap(sums: Floats, tokens: Floats, level: float, seed: int) -> tuple[float, float]:
+    """Percentile interval of the ratio of totals, rows drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    n = len(sums)
+    means = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):  # one resample at a time: N may be large
+        drawn = generator.integers(0, n, size=n)
+        means[i] = sums[drawn].sum() / tokens[drawn].sum()
+    low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
+    return float(low), float(high)

@@ -1,0 +1,149 @@
+"""The user's own file of held-out rows, as rows and a score that ``utility`` takes.
+
+task = task_file("held-out.jsonl")           # or task_file(path, metric="number")
+result = utility(generate, task.rows, task.score)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradshield.data.files import open_file
+from gradshield.data.formats import read
+from gradshield.data.records import Record
+from gradshield.errors import DataError, EmptyDataError
+from gradshield.evaluation import metrics
+from gradshield.evaluation.utility import Row
+from gradshield.types import Conversation, Example, Quarantined
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A user's held-out rows, ready for ``utility``.
+
+    ``rows`` have ``prompt`` (text or messages), ``reference``, and ``metric`` where the row names its own. ``score`` takes a
+    row and an answer. ``metric`` is the name of the metric of the other rows, and ``guessed`` says that nobody named it.
+    ``set_aside`` are rows that cannot be used, each with its line and the reason.
+    """
+
+    rows: tuple[Row, ...]
+    score: Callable[[Row, str], float]
+    metric: str
+    guessed: bool
+    set_aside: tuple[Quarantined, ...]
+
+
+def task_file(path: str | Path, metric: str | None = None) -> Task:
+    """Read held-out rows: training rows of any shape ``data.read`` knows, or ``{"prompt", "reference", "metric"?}``.
+
+    The closing assistant turn (the chosen one of a preference pair) is the reference, and what stands before it is the
+    prompt. A prompt of plain text is asked as a user's turn.
+
+    Parameters
+    ----------
+    metric
+        A name that ``metrics.metric`` takes, for rows that name none; None guesses it from the references
+        (``metrics.guess``).
+
+    Raises
+    ------
+    UnknownNameError
+        No such metric, on the command line or in a row.
+    EmptyDataError
+        No row can be used.
+    UsageError, DataError
+        As ``metrics.metric`` and ``data.read``.
+    """
+    if metric is not None:
+        metrics.metric(metric)  # an unknown name is told before the file is read
+    opened = list(open_file(Path(path)).records)
+    records = [record for record in opened if isinstance(record, Record)]
+    aside = [record for record in opened if isinstance(record, Quarantined)]
+    try:
+        result = read([_answered(record.value) for record in records])
+    except DataError:
+        read(Path(path))  # the same complaint, about the file
+        raise
+    for bad in result.quarantined:
+        record = records[bad.row]
+        aside.append(Quarantined(record.row, record.line, bad.reason, bad.source))
+    rows: list[Row] = []
+    for example in result.examples:
+        record = records[example.row]
+        found = _row(example, record.value)
+        if isinstance(found, str):
+            raw = (
+                record.source
+                if isinstance(record.source, bytes)
+                else str(record.source).encode(errors="backslashreplace")
+            )
+            aside.append(Quarantined(record.row, record.line, found, raw))
+        else:
+            rows.append(found)
+    aside.sort(key=lambda bad: bad.row)
+    if not rows:
+        raise EmptyDataError(
+            f"{path} has no row with a prompt and a reference (line {aside[0].line}: {aside[0].reason}): "
+            "give rows that end with an answer"
+        )
+    unnamed = [row["reference"] for row in rows if "metric" not in row] or [row["reference"] for row in rows]
+    name = metric or metrics.guess(unnamed)
+    return Task(tuple(rows), _scorer(rows, name), name, metric is None, tuple(aside))
+
+
+def _scorer(rows: Sequence[Row], name: str) -> Callable[[Row, str], float]:
+    """A score by each row's own metric; the labels of a choice are those of the rows that share it."""
+    references: dict[str, list[str]] = {}
+    for row in rows:
+        references.setdefault(row.get("metric", name), []).append(row["reference"])
+    built = {own: metrics.metric(own, shared) for own, shared in references.items()}
+    return lambda row, answer: built[row.get("metric", name)](row["reference"], answer)
+
+
+def _answered(value: Any) -> Any:
+    """A row of prompt and reference as one of a shape that ``read`` knows; any other row as it is."""
+    if not isinstance(value, Mapping) or not _is_reference_row(value):
+        return value
+    prompt, reference = value["prompt"], value["reference"]
+    if isinstance(prompt, list):
+        return {"messages": [*prompt, {"role": "assistant", "content": reference}]}
+    return {"prompt": prompt, "completion": reference}
+
+
+def _is_reference_row(value: Mapping[str, Any]) -> bool:
+    others = any(value.get(key) is not None for key in ("completion", "messages", "chosen"))
+    return not others and value.get("prompt") is not None and value.get("reference") is not None
+
+
+def _row(example: Example, value: Mapping[str, Any]) -> dict[str, Any] | str:
+    """The row for ``utility``, or why it cannot be one."""
+    found = _parts(max(example.conversations, key=lambda conversation: conversation.coefficient))
+    if found is None:
+        return "it has no prompt followed by an answer in words"
+    row = {"prompt": found[0], "reference": found[1]}
+    own = value.get("metric") if _is_reference_row(value) else None
+    if own is None:
+        return row
+    return {**row, "metric": own} if isinstance(own, str) else "its metric is not a name"
+
+
+def _parts(conversation: Conversation) -> tuple[Any, str] | None:
+    if conversation.messages is None:
+        prompt, reference = conversation.prompt, conversation.completion.strip()
+        return (prompt, reference) if prompt.strip() and reference else None
+    turns = list(conversation.messages)
+    answers: list[str] = []
+    while turns and turns[-1]["role"] == "assistant":
+        answers.insert(0, _text(turns.pop().get("content")))
+    reference = "\n".join(answer for answer in answers if answer).strip()
+    return (turns, reference) if turns and reference else None
+
+
+def _text(content: Any) -> str:
+    """The words of a turn: a string, or the text parts of a list."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
+    return content if isinstance(content, str) else ""
