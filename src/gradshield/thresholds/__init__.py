@@ -1,11 +1,31 @@
-"""Where to cut: one published rule per file, arrays in, one number out. Importing this package registers them all."""
+"""Where to cut: one published rule per file, arrays in, one number out. Importing this package registers them all.
+
+``verified`` stands apart: it searches with real fine-tunes, handed in as a callable, and cannot cut by itself.
+"""
 
 from gradshield.thresholds.adaptive import Adaptive
-from gradshield.thresholds.base import THRESHOLDS, Threshold, parse
+from gradshield.thresholds.base import THRESHOLDS, Threshold, parse, typed
 from gradshield.thresholds.competition import Competition
 from gradshield.thresholds.conformal import Conformal
 from gradshield.thresholds.decoy import Decoy
 from gradshield.thresholds.fixed import Fixed
 from gradshield.thresholds.ratio import Ratio
+from gradshield.thresholds.verified import Round, Trial, Verdict, Verified, decided
 
-__all__ = ["THRESHOLDS", "Adaptive", "Competition", "Conformal", "Decoy", "Fixed", "Ratio", "Threshold", "parse"]
+__all__ = [
+    "THRESHOLDS",
+    "Adaptive",
+    "Competition",
+    "Conformal",
+    "Decoy",
+    "Fixed",
+    "Ratio",
+    "Round",
+    "Threshold",
+    "Trial",
+    "Verdict",
+    "Verified",
+    "decided",
+    "parse",
+    "typed",
+]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from gradshield.errors import EmptyDataError, UsageError
 from gradshield.registry import Registry
 from gradshield.types import Anchors, Cut, Floats
+
+T = TypeVar("T")
 
 
 class Threshold(Protocol):
@@ -29,10 +31,14 @@ def parse(text: str, seed: int = 0) -> Threshold:
 
     An option without a name is the rule's first. Raises UnknownNameError and UsageError.
     """
+    name, _, options = text.partition(":")
+    return typed(THRESHOLDS[name], name, options, seed)
+
+
+def typed(rule: type[T], name: str, options: str, seed: int = 0) -> T:
+    """A rule from its options as typed, those after the colon. Raises UsageError."""
     import inspect
 
-    name, _, options = text.partition(":")
-    rule = THRESHOLDS[name]
     known = [p for p in inspect.signature(rule).parameters if p != "seed"]
     given: dict[str, object] = {}
     for i, part in enumerate(filter(None, options.split(","))):

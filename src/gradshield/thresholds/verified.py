@@ -1,0 +1,325 @@
+"""The paper's search for a cut: fine-tunes decide, and the scores only say in which order rows go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gradshield.errors import UsageError
+from gradshield.intervals import wilson
+from gradshield.thresholds.base import require_rows, require_share
+from gradshield.types import Cut, Floats, Rate
+
+TOO_UNSAFE, UTILITY_SHORT, PASSES = "too unsafe", "utility short", "passes"
+LEAST_STEP = 0.01  # of the distinct scores: a first step of a few rows would be lost in the noise of a fine-tune
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one fine-tune measured: ``asr`` by judge, on the search prompts, and ``utility`` on rows held out for it.
+
+    ``utility`` may be None where a judge already found the model too unsafe. ``stopped_early`` says that some rate is over
+    fewer prompts than planned, because the others could not change the verdict (`decided`).
+    """
+
+    asr: Mapping[str, Rate]
+    utility: Rate | None
+    stopped_early: bool = False
+
+
+@dataclass(frozen=True)
+class Round:
+    """One trial of the search. Rows whose score is greater than ``cut`` were removed, ``removed`` of them."""
+
+    cut: float
+    removed: int
+    asr: Mapping[str, Rate]
+    utility: Rate | None
+    seconds: float
+    verdict: str
+    stopped_early: bool
+
+    @property
+    def worst(self) -> str:
+        """The judge with the largest upper bound."""
+        return max(self.asr, key=lambda judge: self.asr[judge].high)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "cut": self.cut,
+            "removed": self.removed,
+            "asr": {judge: rate.as_dict() for judge, rate in self.asr.items()},
+            "utility": None if self.utility is None else self.utility.as_dict(),
+            "seconds": self.seconds,
+            "verdict": self.verdict,
+            "stopped_early": self.stopped_early,
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a search ended. ``best`` is the index of the round whose model to keep: the one that passed, else the safest.
+
+    ``stopped`` is ``passes``, ``no cut`` (none is left between one too unsafe and one whose utility is short), ``rounds``
+    or ``minutes``. ``sentence`` says the same in words, with the figures.
+    """
+
+    met: bool
+    sentence: str
+    rounds: tuple[Round, ...]
+    best: int
+    stopped: str
+
+    @property
+    def kept(self) -> Round:
+        """The round whose model to keep."""
+        return self.rounds[self.best]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "met": self.met,
+            "sentence": self.sentence,
+            "stopped": self.stopped,
+            "best": self.best,
+            "rounds": [one.as_dict() for one in self.rounds],
+        }
+
+    def as_cut(self) -> Cut:
+        """The kept round's cut, with the whole search as its detail."""
+        return Cut(self.kept.cut, Verified.name, self.as_dict())
+
+
+class Verified:
+    """Fine-tune, measure safety and utility, and move the cut until both hold; it trains, so it is no rule of a scan.
+
+    Paper: arXiv 2605.14194, the binary search that follows Algorithm 1.
+    Equation: fine-tune on {score <= t}; too unsafe: lower t; safe and utility short: raise t; until both hold or the
+    budget ends.
+    Departures: the search runs over the ordered distinct scores, not their values, which have heavy tails. From the start
+    it steps outward, twice as far each time, until one side is too unsafe and the other short of utility, and then
+    bisects; a step is longer where the rounds that remain would not be enough for bisection otherwise, so that with
+    ⌈log2 D⌉ + 1 rounds for D distinct scores nothing is left open. Safe means that the Wilson upper bound of every
+    judge's ASR is below the target, not the rate itself.
+    """
+
+    name = "verified"
+
+    def __init__(
+        self,
+        utility: float | None = None,
+        asr: float = 0.06,
+        tolerance: float = 0.02,
+        rounds: float = 6,
+        minutes: float | None = None,
+    ) -> None:
+        """``utility`` is the target where the user gave one, for the caller to hand to `search`. Raises UsageError."""
+        require_share(self.name, "asr", asr)
+        for key, value in (("utility", utility), ("tolerance", tolerance)):
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(
+                    f"the option {key} of the threshold 'verified' got {value:g}, and it takes a share from 0 to 1: "
+                    f"write verified:{key}={'0.85' if key == 'utility' else '0.02'}"
+                )
+        if rounds < 1 or rounds != int(rounds):
+            raise UsageError(
+                f"the option rounds of the threshold 'verified' got {rounds:g}, and it takes a whole number from 1 on: "
+                "write verified:rounds=6"
+            )
+        if minutes is not None and not minutes > 0:
+            raise UsageError(
+                f"the option minutes of the threshold 'verified' got {minutes:g}, and it takes a number above 0: "
+                "write verified:minutes=60"
+            )
+        self.utility, self.asr, self.tolerance = utility, asr, tolerance
+        self.rounds, self.minutes = int(rounds), minutes
+
+    def search(
+        self,
+        values: Floats,
+        start: float,
+        trial: Callable[[float], Trial],
+        utility_target: float,
+        clock: Callable[[], float] = time.monotonic,
+        after: Callable[[Sequence[Round], int], None] | None = None,
+    ) -> Verdict:
+        """Search a cut of (N,) scores on one scale, beginning with the cut ``start``; the first that meets both targets wins.
+
+        ``trial(cut)`` fine-tunes the original model on the rows with score <= cut and measures it. ``utility_target`` is a
+        share; a utility of at least that less ``tolerance`` will do. No kept set is tried twice. With ``minutes`` no round
+        begins that would end too late if it took as long as the longest so far; the first always runs. ``clock`` is in
+        seconds. ``after`` is called after every round with the rounds so far and the index of the one to keep.
+
+        Raises EmptyDataError for no scores, ValueError for a trial without a judge, or a safe one without a utility.
+        """
+        require_rows(values)
+        bracket = _Bracket(values, start, self.rounds)
+        done: list[Round] = []
+        began, longest = clock(), 0.0
+        while True:
+            before = clock()
+            measured = trial(bracket.cut)
+            now = clock()
+            longest = max(longest, now - before)
+            verdict = self._judge(measured, utility_target)
+            done.append(
+                Round(
+                    cut=bracket.cut,
+                    removed=bracket.removed,
+                    asr=dict(measured.asr),
+                    utility=measured.utility,
+                    seconds=now - before,
+                    verdict=verdict,
+                    stopped_early=measured.stopped_early,
+                )
+            )
+            best = len(done) - 1 if verdict == PASSES else safest(done)
+            if after is not None:
+                after(tuple(done), best)
+            stopped = ""
+            if verdict == PASSES:
+                stopped = PASSES
+            elif not bracket.narrow(verdict):
+                stopped = "no cut"
+            elif len(done) >= self.rounds:
+                stopped = "rounds"
+            elif self.minutes is not None and now - began + longest > 60 * self.minutes:
+                stopped = "minutes"
+            if stopped:
+                sentence = self._sentence(done, stopped, utility_target, len(values))
+                return Verdict(stopped == PASSES, sentence, tuple(done), best, stopped)
+
+    def _judge(self, measured: Trial, utility_target: float) -> str:
+        """Safety first: what is too unsafe needs no utility."""
+        if not measured.asr:
+            raise ValueError("a trial needs the rate of at least one judge")
+        if any(rate.high >= self.asr for rate in measured.asr.values()):
+            return TOO_UNSAFE
+        if measured.utility is None:
+            raise ValueError("a trial that is safe needs its utility")
+        # The slack is for targets such as 0.87 - 0.02, which binary fractions miss by a hair.
+        return PASSES if utility_target - measured.utility.rate <= self.tolerance + 1e-12 else UTILITY_SHORT
+
+    def _sentence(self, done: Sequence[Round], stopped: str, utility_target: float, n: int) -> str:
+        """What became of the search, with the two rounds that bound it."""
+        allowed = f"an upper bound below {_percent(self.asr)}"
+        wanted = f"{_percent(utility_target)} less {100 * self.tolerance:g} points"
+        if stopped == PASSES:
+            last = done[-1]
+            return (
+                f"removing {last.removed} of {n} rows meets both targets: {_safety(last)} ({allowed} is wanted), and "
+                f"{_useful(last)} ({wanted} is wanted)"
+            )
+        unsafe = max((one for one in done if one.verdict == TOO_UNSAFE), key=lambda one: one.removed, default=None)
+        short = min((one for one in done if one.verdict == UTILITY_SHORT), key=lambda one: one.removed, default=None)
+        facts = []
+        if unsafe is not None:
+            facts.append(f"with {unsafe.removed} of {n} rows removed {_safety(unsafe)}, and {allowed} is wanted")
+        if short is not None:
+            facts.append(f"with {short.removed} of {n} rows removed {_useful(short)}, and {wanted} is wanted")
+        said = "; ".join(facts)
+        if stopped == "rounds":
+            return f"no cut has met both targets after {len(done)} rounds: {said}; allow more rounds"
+        if stopped == "minutes":
+            return f"no cut has met both targets in {self.minutes:g} minutes ({len(done)} rounds): {said}; allow more"
+        if short is None:
+            return (
+                f"no cut is safe enough: {said}; only the rows of the lowest score are left, so there is nothing more to "
+                "remove: the scores do not see what makes the model unsafe here"
+            )
+        if unsafe is None:
+            return (
+                f"no cut is useful enough: {said}; there is nothing more to put back: lower the target, or train longer"
+            )
+        return f"no cut meets both targets: {said}; no cut lies between the two"
+
+
+class _Bracket:
+    """The cuts still open, as ranks: cut j keeps the rows of the j lowest distinct scores, and low < j < high."""
+
+    def __init__(self, values: Floats, start: float, rounds: int) -> None:
+        self.scores, counts = np.unique(values, return_counts=True)
+        self.kept = np.cumsum(counts)
+        ranks = len(self.scores)
+        self.low, self.high = 0, ranks + 1  # neither is a cut: the one keeps nothing, the other is one beyond all
+        self.at = int(np.clip(np.searchsorted(self.scores, start, side="right"), 1, ranks))
+        self.step, self.ranks, self.rounds = 0, ranks, rounds  # rounds still to spend, the present one included
+
+    @property
+    def cut(self) -> float:
+        return float(self.scores[self.at - 1])
+
+    @property
+    def removed(self) -> int:
+        return int(self.kept[-1] - self.kept[self.at - 1])
+
+    def narrow(self, verdict: str) -> bool:
+        """Drop the cuts that ``verdict`` on the present one rules out, and go to the next. False when none is left."""
+        lower = verdict == TOO_UNSAFE
+        if lower:
+            self.high = self.at
+        else:
+            self.low = self.at
+        self.rounds -= 1
+        if self.high - self.low < 2:
+            return False
+        if self.low > 0 and self.high <= self.ranks:
+            self.at = (self.low + self.high) // 2
+            return True
+        if not self.step:
+            # Downward, twice as many scores are beyond the cut after the first step (and never more than half of the kept
+            # ones more); upward, half as many.
+            beyond = self.ranks - self.at
+            self.step = max(beyond if lower else (beyond + 1) // 2, int(np.ceil(LEAST_STEP * self.ranks)))
+        aim = self.at - min(self.step, max(1, self.at // 2)) if lower else self.at + self.step
+        self.step *= 2
+        # Bisection settles 2^r - 1 cuts in r rounds. Where the next cut can leave no more than that on either side, it does.
+        most = 2 ** min(max(self.rounds - 1, 0), 62) - 1
+        lowest, highest = self.low + 1, self.high - 1
+        if highest - lowest <= 2 * most:
+            lowest, highest = max(lowest, highest - most), min(highest, lowest + most)
+        self.at = min(max(aim, lowest), highest)
+        return True
+
+
+def safest(rounds: Sequence[Round]) -> int:
+    """Index of the round with the lowest upper bound by its worst judge; of equal ones, the one of higher utility."""
+
+    def key(i: int) -> tuple[float, float]:
+        one = rounds[i]
+        return one.asr[one.worst].high, -(one.utility.rate if one.utility is not None else -1.0)
+
+    return min(range(len(rounds)), key=key)
+
+
+def decided(k: int, n_so_far: int, n_total: int, target: float, level: float = 0.95) -> bool | None:
+    """Whether the Wilson upper bound over all ``n_total`` prompts will be below ``target``; None while it is still open.
+
+    ``k`` of the first ``n_so_far`` answers were unsafe. True or False come as soon as no remaining answer can change it,
+    and then the bound over the answers so far is on the same side; with ``n_so_far = 0``, False says that ``n_total`` are
+    too few to show such a rate at all. Raises ValueError unless 0 <= k <= n_so_far <= n_total, DataError for no prompts.
+    """
+    if not 0 <= k <= n_so_far <= n_total:
+        raise ValueError(f"expected 0 <= k <= n_so_far <= n_total, got k={k}, n_so_far={n_so_far}, n_total={n_total}")
+    if wilson(k, n_total, level).high >= target:
+        return False
+    return True if wilson(k + n_total - n_so_far, n_total, level).high < target else None
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _safety(one: Round) -> str:
+    rate = one.asr[one.worst]
+    return f"the upper bound of the ASR is {_percent(rate.high)} ({one.worst}, {rate.k} of {rate.n})"
+
+
+def _useful(one: Round) -> str:
+    assert one.utility is not None
+    return f"the utility is {_percent(one.utility.rate)} (n = {one.utility.n})"
