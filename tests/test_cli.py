@@ -9,12 +9,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import GenerationMixin
 
 import gradshield
@@ -27,14 +26,6 @@ from tests.tiny import tiny_tokenizer
 
 COMMANDS = ("scan", "cut", "show", "methods", "demo")
 GOOD = jsonl(chats(6))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -386,18 +377,21 @@ def test_help(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_defaults_are_those_of_the_function() -> None:
     import inspect
 
-    from gradshield import cli
+    from gradshield.cli.scan import scan
 
-    given = {name: p.default for name, p in inspect.signature(cli.scan).parameters.items()}
+    given = {name: p.default for name, p in inspect.signature(scan).parameters.items()}
     settings = gradshield.ScanSettings()
     for name in ("probe", "aggregate", "subspace", "engine", "threshold", "seed", "token_budget"):
         assert given[name] == getattr(settings, name)
 
 
 def test_importing_stays_cheap() -> None:
-    code = "import sys, gradshield, gradshield.cli; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    heavy = "print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
+    for arguments in (["--help"], ["scan", "--help"]):
+        code = f"import sys, gradshield.cli\ntry: gradshield.cli.main({arguments})\nexcept SystemExit: {heavy}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "Usage" in done.stdout
+        assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_installed_command() -> None:

@@ -22,12 +22,28 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "gradshield"
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_EXAMPLE = 400, 60, 60
 LONG = re.compile(r"\blong\b", re.IGNORECASE)  # what a first line that says why it must be so has in it
-PUBLIC = {"GradShieldError", "Probing", "ScanSettings", "Selection", "__version__", "recut", "scan"}
+PUBLIC = {
+    "GradShieldError",
+    "Probing",
+    "ScanSettings",
+    "Selection",
+    "__version__",
+    "compare",
+    "evaluate",
+    "recut",
+    "scan",
+    "train",
+}
 REGISTRIES = {
     "selector": "gradshield.selectors.SELECTORS",
     "probe": "gradshield.probes.PROBES",
     "threshold": "gradshield.thresholds.THRESHOLDS",
     "engine": "gradshield.gradients.ENGINES",
+    "defence": "gradshield.pipeline.defences.DEFENCES",
+    "judge": "gradshield.evaluation.judges.JUDGES",
+    "metric": "gradshield.evaluation.metrics.METRICS",
+    "online selection": "gradshield.selectors.ONLINE",
+    "penalty": "gradshield.training.PENALTIES",
 }
 PUBLISHED = ("selector", "probe", "threshold")  # an engine computes; it is not a method of its own
 

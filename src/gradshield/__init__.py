@@ -17,18 +17,35 @@ from gradshield.errors import GradShieldError
 from gradshield.types import Selection
 
 if TYPE_CHECKING:
+    from gradshield.pipeline.compare import compare
+    from gradshield.pipeline.evaluate import evaluate
     from gradshield.pipeline.recut import recut
     from gradshield.pipeline.scan import scan
     from gradshield.pipeline.settings import Probing, ScanSettings
+    from gradshield.pipeline.train import train
 
 __version__ = version("gradshield")
-__all__ = ["GradShieldError", "Probing", "ScanSettings", "Selection", "__version__", "recut", "scan"]
+__all__ = [
+    "GradShieldError",
+    "Probing",
+    "ScanSettings",
+    "Selection",
+    "__version__",
+    "compare",
+    "evaluate",
+    "recut",
+    "scan",
+    "train",
+]
 
 _HOMES = {
     "scan": "gradshield.pipeline.scan",
     "Probing": "gradshield.pipeline.settings",
     "ScanSettings": "gradshield.pipeline.settings",
     "recut": "gradshield.pipeline.recut",
+    "train": "gradshield.pipeline.train",
+    "evaluate": "gradshield.pipeline.evaluate",
+    "compare": "gradshield.pipeline.compare",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,10 +13,12 @@ from torch import nn
 
 from gradshield.data import SHAPES, RenderConfig
 from gradshield.errors import UsageError
+from gradshield.evaluation.judges import JUDGES
 from gradshield.gradients import ENGINES, SUBSPACES
+from gradshield.pipeline.defences import DEFENCES
 from gradshield.probes import PROBES
 from gradshield.selectors import AGGREGATES, SELECTORS
-from gradshield.thresholds import THRESHOLDS
+from gradshield.thresholds import THRESHOLDS, Verified
 from gradshield.types import Rendered
 
 DEFAULT_MAX_LENGTH = 1024  # TRL's own default
@@ -100,8 +103,9 @@ def text_config(model: Any) -> Any:
 
 def catalogue() -> dict[str, dict[str, str]]:
     """Everything there is to choose, from the registries: kind -> name -> first line of its docstring."""
-    registries: tuple[Any, ...] = (SELECTORS, PROBES, ENGINES, THRESHOLDS)
+    registries: tuple[Any, ...] = (DEFENCES, SELECTORS, PROBES, ENGINES, THRESHOLDS, JUDGES)
     found = {f"{r.kind}s": {name: r.summary(name) for name in r} for r in registries}
+    found["thresholds"][Verified.name] = (inspect.getdoc(Verified) or "").split("\n", 1)[0]
     found["aggregates"] = dict(AGGREGATES)
     found["subspaces"] = dict(SUBSPACES)
     found["row shapes"] = {name: "keys " + ", ".join(SHAPES[name].keys) for name in SHAPES}

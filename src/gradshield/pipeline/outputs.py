@@ -14,25 +14,28 @@ Every file appears whole or not at all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradshield import data as rows_in
 from gradshield.errors import DataError
-from gradshield.evaluation.stats import wilson
-from gradshield.gradients import Agreement
+from gradshield.intervals import wilson
 from gradshield.models import LoadedModel
-from gradshield.probes import Validity
-from gradshield.types import Example, Manifest, Rendered, Selection
+from gradshield.types import Bools, EvalResult, Example, Manifest, Rate, Rendered, Selection
+
+if TYPE_CHECKING:
+    from gradshield.pipeline.rows import Prepared
+    from gradshield.pipeline.scoring import Scored
 
 WORK = ".gradshield"
 PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "numpy", "scipy", "scikit-learn")
@@ -76,9 +79,13 @@ def versions() -> dict[str, str]:
 
 
 def manifest(
-    command: str, source: rows_in.Source, loaded: LoadedModel, settings: Mapping[str, Any], seconds: float
+    command: str,
+    source: rows_in.Source,
+    loaded: LoadedModel,
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
 ) -> Manifest:
-    """The manifest of a scan, its results still empty."""
+    """The manifest of a command on one dataset and one model."""
     return Manifest(
         command=command,
         versions=versions(),
@@ -93,23 +100,16 @@ def manifest(
             "adapter": loaded.adapter,
         },
         settings=settings,
-        results={"seconds": round(seconds, 1)},
+        results=dict(results),
     )
 
 
-def with_results(
-    selection: Selection,
-    agreed: Agreement,
-    valid: Validity,
-    read: rows_in.ReadResult,
-    labels: Sequence[int] | None,
-    by_row: Mapping[int, Example],
-) -> Selection:
+def with_results(selection: Selection, scored: Scored, rows: Prepared, labels: Sequence[int] | None) -> Selection:
     """The selection with its figures in the manifest: counts, cuts, checks and, with labels, caught and lost."""
-    anchors = selection.scores.anchors
+    anchors, valid = selection.scores.anchors, scored.validity
     results: dict[str, Any] = {
         **selection.manifest.results,
-        "read": read.source.rows,
+        "read": rows.read.source.rows,
         "scored": len(selection.removed),
         "kept": int((~selection.removed).sum()),
         "removed": int(selection.removed.sum()),
@@ -119,15 +119,17 @@ def with_results(
         "cuts": {name: {"rule": c.rule, "value": c.value, **c.detail} for name, c in selection.cuts.items()},
         "anchors": None if anchors is None else {k: v.tolist() for k, v in vars(anchors).items()},
         "categories": counted(selection),
-        "agreement": asdict(agreed),
-        "probes": {
+        "agreement": None if scored.agreement is None else asdict(scored.agreement),
+        "probes": None
+        if valid is None
+        else {
             "refused": wilson(valid.refused, valid.n).as_dict(),
             "thinking": valid.thinks,
             "problem": valid.problem,
         },
     }
     if labels is not None:
-        results["labels"] = labelled(selection, labels, by_row)
+        results["labels"] = labelled(selection, labels, rows.by_row, scored.selector.name)
     return replace(selection, manifest=replace(selection.manifest, results=results))
 
 
@@ -137,7 +139,9 @@ def counted(selection: Selection) -> dict[str, int]:
     return dict(sorted({n: names.count(n) for n in set(names)}.items(), key=lambda item: (-item[1], item[0])))
 
 
-def labelled(selection: Selection, labels: Sequence[int], by_row: Mapping[int, Example]) -> dict[str, Any]:
+def labelled(
+    selection: Selection, labels: Sequence[int], by_row: Mapping[int, Example], name: str = "fihs"
+) -> dict[str, Any]:
     """Caught, lost and the AUROC of the score beside the trivial baselines, all on the same rows."""
     from gradshield.evaluation.baselines import auroc, trivial_baselines
 
@@ -150,7 +154,7 @@ def labelled(selection: Selection, labels: Sequence[int], by_row: Mapping[int, E
         found["lost"] = wilson(int((removed & (truth == 0)).sum()), int((truth == 0).sum())).as_dict()
     if truth.any() and not truth.all():
         texts = [words(by_row[int(row)]) for row in selection.scores.rows]
-        own = {"name": "FIHS", **auroc(truth, selection.scores.values).as_dict()}
+        own = {"name": "FIHS" if name == "fihs" else name, **auroc(truth, selection.scores.values).as_dict()}
         others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth, nll=selection.scores.nll)
         found["aurocs"] = [own, *others]
     return found
@@ -168,22 +172,13 @@ def words(example: Example) -> tuple[str, str]:
     )
 
 
-def write(
-    selection: Selection,
-    folder: Path,
-    read: rows_in.ReadResult,
-    by_row: Mapping[int, Example],
-    rendered: Sequence[Rendered],
-    tokenizer: Any,
-    agreed: Agreement,
-    labels: Sequence[int] | None,
-) -> None:
+def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[int] | None) -> None:
     """Write everything; the manifest of an earlier run goes first and the new one comes last."""
     from gradshield.pipeline import review
 
-    views = review.views(selection, rendered, tokenizer)
+    views, by_row = review.views(selection, rows.rendered, rows.loaded.tokenizer), rows.by_row
     write_json(folder / WORK / "views.json", review.as_json(views))
-    write_selection(selection, folder, [by_row[row.row] for row in rendered], read.source)
+    write_selection(selection, folder, [by_row[row.row] for row in rows.rendered], rows.read.source)
     rows_in.write_quarantine(selection.quarantined, folder / "quarantine.jsonl")
     truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
     if truth is not None:
@@ -251,3 +246,45 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def caught_and_lost(rows: Sequence[Rendered], removed: Bools, labels: Sequence[int]) -> dict[str, Any]:
+    """Of the rows labelled harmful and of the others, what went. A kind that is not there is left out."""
+    harmful = np.array([bool(labels[row.row]) for row in rows])
+    return {
+        name: wilson(int(removed[own].sum()), int(own.sum())).as_dict()
+        for name, own in (("caught", harmful), ("lost", ~harmful))
+        if own.any()
+    }
+
+
+def stored(result: EvalResult) -> dict[str, Any]:
+    """A measurement as JSON holds it, every answer included."""
+    rates = {name: asdict(rate) for name, rate in result.rates.items()}
+    rows = json.loads(json.dumps([dict(row) for row in result.outputs], default=plain))
+    return {"rates": rates, "outputs": rows}
+
+
+def result(value: Mapping[str, Any]) -> EvalResult:
+    """A stored measurement, read back."""
+    return EvalResult({name: Rate(**rate) for name, rate in value["rates"].items()}, tuple(value["outputs"]))
+
+
+def write_outputs(found: EvalResult, path: Path) -> None:
+    """Every prompt with its answer, verdicts or score, one JSON line each."""
+    lines = (json.dumps(finite(row), ensure_ascii=False) + "\n" for row in stored(found)["outputs"])
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-able value, its keys in order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and arrays as JSON holds them; for ``json.dumps(default=...)``."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 from gradshield import data as rows_in
 from gradshield.errors import DataError
-from gradshield.evaluation.stats import wilson
+from gradshield.intervals import wilson
 from gradshield.pipeline import outputs, review
 from gradshield.pipeline.decide import decide
+from gradshield.selectors import SELECTORS
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
 from gradshield.types import Anchors, Example, Manifest, Scores, Selection
@@ -25,11 +26,15 @@ NO_CATEGORY = "not measured"
 
 
 def recut(
-    folder: str | Path, threshold: str | Threshold, allow: Iterable[str] = (), command: str = "gradshield.recut"
+    folder: str | Path,
+    threshold: str | Threshold | None = None,
+    allow: Iterable[str] = (),
+    command: str = "gradshield.recut",
 ) -> Selection:
     """Apply another threshold to the scores of a finished scan, and rewrite its rows, scores, report and manifest.
 
-    Rows that were kept before have no harm category, since that needs the model: they get ``"not measured"``.
+    Without a threshold, the one that belongs to the scan's selector. Rows that were kept before have no harm category,
+    since that needs the model: they get ``"not measured"``.
     Raises DataError when the folder is not a finished scan or its files do not belong together.
     """
     path = Path(folder)
@@ -39,6 +44,8 @@ def recut(
     if anchors:
         scores = replace(scores, anchors=Anchors(**{k: np.array(v, dtype=np.float64) for k, v in anchors.items()}))
     examples, source = _rows(path, old, scores, removed_before)
+    if threshold is None:
+        threshold = SELECTORS[str(old.settings["selector"]).partition(":")[0]].rule
     rule = parse_threshold(threshold, int(old.settings["seed"])) if isinstance(threshold, str) else threshold
     decision = decide(scores, rule, allow)
     removed = decision.removed
@@ -87,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw: Mapping[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         found = Manifest(**raw)
-        _ = found.data["kind"], found.settings["seed"], found.results["certified"]
+        _ = found.data["kind"], found.settings["seed"], found.settings["selector"], found.results["certified"]
         return found
     except (OSError, ValueError, TypeError, KeyError):
         raise DataError(

@@ -101,13 +101,7 @@ def page(
             report.QuarantinedView(q.line, q.reason, q.source[:PREVIEW].decode("utf-8", "backslashreplace"))
             for q in selection.quarantined
         ),
-        agreement=report.Agreement(
-            engine=agreed["engine"],
-            relative_error=agreed["relative_error"],
-            spearman=agreed["spearman"] if agreed["spearman"] is not None and np.isfinite(agreed["spearman"]) else None,
-            rows=agreed["n"],
-            per_token=selection.scores.decoys is not None,
-        ),
+        agreement=None if agreed is None else _agreement(agreed, selection.scores.decoys is not None),
         arms=tuple(arms),
         manifest=selection.manifest,
         files={
@@ -119,10 +113,21 @@ def page(
     )
 
 
+def _agreement(agreed: Mapping[str, Any], per_token: bool) -> report.Agreement:
+    rank = agreed["spearman"]
+    return report.Agreement(
+        engine=agreed["engine"],
+        relative_error=agreed["relative_error"],
+        spearman=rank if rank is not None and np.isfinite(rank) else None,
+        rows=agreed["n"],
+        per_token=per_token,
+    )
+
+
 def warnings_of(results: Mapping[str, Any]) -> tuple[str, ...]:
     """What a user must know before trusting the kept rows."""
     found = []
-    if results["probes"]["problem"]:
+    if results["probes"] and results["probes"]["problem"]:
         found.append("Nothing is certified: " + results["probes"]["problem"] + ".")
     if results["scored"] and results["kept"] <= 0.2 * results["scored"]:
         found.append(
@@ -134,6 +139,8 @@ def warnings_of(results: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _checks(results: Mapping[str, Any]) -> tuple[report.Check, ...]:
     probes = results["probes"]
+    if probes is None:
+        return ()
     refused = probes["refused"]
     text = (
         f"the model refused {refused['k']} of {refused['n']} probes "

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradshield import data as rows_in
-from gradshield import models
-from gradshield.data import templates
-from gradshield.errors import DataError, EmptyDataError, UsageError
-from gradshield.models import LoadedModel
+from gradshield.errors import UsageError
 from gradshield.pipeline import outputs
 from gradshield.pipeline.decide import decide
-from gradshield.pipeline.options import check_positions, render_config, text_config
-from gradshield.pipeline.scoring import Progress, Scored, carrying, categories, score, weights_changed
+from gradshield.pipeline.ranking import score
+from gradshield.pipeline.rows import Prepared, prepare
+from gradshield.pipeline.scoring import Progress, Scored, carrying, categories, weights_changed
 from gradshield.pipeline.settings import Probing, ScanSettings
 from gradshield.probes import digest, requests
-from gradshield.types import Example, Rendered, Selection
+from gradshield.selectors import Fihs
+from gradshield.types import Selection
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-TRL_SHAPES = ("messages", "prompt-completion", "text", "preference")
 
 
 def scan(
@@ -46,7 +42,7 @@ def scan(
     command: str = "gradshield.scan",
     progress: Progress = lambda stage, done, total: None,
 ) -> Selection:
-    """Score every row by FIHS, find the cut, and part the rows that stay from those that go.
+    """Score every row (by FIHS, if not told otherwise), find the cut, and part the rows that stay from those that go.
 
     Parameters
     ----------
@@ -72,68 +68,77 @@ def scan(
     UsageError, DataError, ModelError
         As in `gradshield.errors`; nothing is written to ``output`` before the data and the model have been read.
     """
-    began = time.monotonic()
     settings, probing = settings or ScanSettings(), probing or Probing()
     if output is not None:
         outputs.check(output)
-    read = rows_in.read(
-        data, format=format, strict=strict, text_field=getattr(training_args, "dataset_text_field", "text")
+    rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, strict)
+    check_labels(labels, rows.read.source.rows)
+    selection, _ = select(
+        rows,
+        settings,
+        probing,
+        peft_config=peft_config,
+        allow=allow,
+        labels=labels,
+        output=output,
+        command=command,
+        format=format,
+        progress=progress,
     )
-    _check_labels(labels, read.source.rows)
-    loaded = _with_template(_loaded(model, tokenizer))
-    limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
-    config = render_config(training_args, max_length, limit, probing.template or {})
-    result = _rendered(read, loaded, config, limit, strict)
+    if output is not None:
+        outputs.write(selection, Path(output), rows, labels)
+    return selection
+
+
+def select(
+    rows: Prepared,
+    settings: ScanSettings,
+    probing: Probing,
+    *,
+    peft_config: PeftConfig | None = None,
+    allow: Iterable[str] = (),
+    labels: Sequence[int] | None = None,
+    output: str | Path | None = None,
+    command: str = "",
+    format: str | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> tuple[Selection, Scored]:
+    """A scan of rows that are ready: the selection, and the scores with what they rest on. Only shards are written."""
+    began = time.monotonic()
+    loaded = rows.loaded
     adapted_weights = weights_changed(loaded.model, peft_config)
     with carrying(loaded.model, peft_config if settings.subspace == "lora" else None, settings.seed) as scored_model:
-        scored = score(
-            scored_model,
-            loaded.tokenizer,
-            loaded.pad_token_id,
-            result.rendered,
-            settings,
-            probing,
-            adapted_weights,
-            output,
-            progress,
-        )
+        scored = score(scored_model, loaded, rows.rendered, settings, probing, adapted_weights, output, progress)
         decision = decide(scored.scores, settings.make_threshold(), allow)
-        removed = decision.removed
-        gone = [row for row, out in zip(result.rendered, removed, strict=True) if out]
-        kinds = categories(scored_model, scored, gone, removed, settings, progress)
-    by_row = {example.row: example for example in read.examples}
-    kept = [row for row, out in zip(result.rendered, removed, strict=True) if not out]
+        gone = rows.kept(~decision.removed)
+        kinds = categories(scored_model, scored, gone, decision.removed, settings, progress)
     selection = Selection(
         scores=scored.scores,
-        removed=removed,
+        removed=decision.removed,
         categories=kinds,
         cuts=decision.cuts,
-        quarantined=tuple(sorted((*read.quarantined, *result.quarantined), key=lambda q: q.row)),
+        quarantined=rows.quarantined,
         cleared=decision.cleared,
-        kept=_trainable(by_row, kept, read.source),
+        kept=rows.trainable(decision.removed),
         manifest=outputs.manifest(
             command=command,
-            source=read.source,
+            source=rows.read.source,
             loaded=loaded,
             settings={
-                **_recorded(settings, probing, scored, config),
+                **_recorded(settings, probing, scored, rows.config),
                 "peft": peft_config.to_dict() if peft_config is not None else None,
                 "adapted_weights": len(adapted_weights),
                 "format": format,
             },
-            seconds=time.monotonic() - began,
+            results={"seconds": round(time.monotonic() - began, 1)},
         ),
-        certified=not scored.validity.problem,
+        certified=scored.validity is None or not scored.validity.problem,
     )
-    selection = outputs.with_results(selection, scored.agreement, scored.validity, read, labels, by_row)
-    if output is not None:
-        outputs.write(
-            selection, Path(output), read, by_row, result.rendered, loaded.tokenizer, scored.agreement, labels
-        )
-    return selection
+    return outputs.with_results(selection, scored, rows, labels), scored
 
 
-def _check_labels(labels: Sequence[int] | None, rows: int) -> None:
+def check_labels(labels: Sequence[int] | None, rows: int) -> None:
+    """Raises UsageError unless there is one label, 0 or 1, for every row of the input."""
     if labels is not None and len(labels) != rows:
         raise UsageError(
             f"there are {len(labels)} labels for {rows} rows: give one label (0 or 1) for every row of the input"
@@ -142,75 +147,20 @@ def _check_labels(labels: Sequence[int] | None, rows: int) -> None:
         raise UsageError("a label is neither 0 nor 1: give 1 for a harmful row and 0 for any other")
 
 
-def _rendered(
-    read: rows_in.ReadResult, loaded: LoadedModel, config: rows_in.RenderConfig, limit: int | None, strict: bool
-) -> rows_in.RenderResult:
-    """Every row as tokens. Raises EmptyDataError where none has a token to score."""
-    result = rows_in.render_all(read.examples, loaded.tokenizer, config, read.source, strict)
-    if not result.rendered:
-        first = result.quarantined[0]
-        raise EmptyDataError(
-            f"no row of {read.source.name} can be scored within {config.max_length} tokens, line {first.line}: "
-            f"{first.reason}; raise --max-length, or check the rows with `gradshield show`"
-        )
-    check_positions(loaded.model, result.rendered, limit)
-    return result
-
-
 def _recorded(settings: ScanSettings, probing: Probing, scored: Scored, config: rows_in.RenderConfig) -> dict[str, Any]:
     """Everything that changes a number, for the manifest: as given, and as found on this model."""
-    return {
+    found = {
         **settings.as_dict(),
-        "engine": scored.agreement.engine,
-        "engine_step": getattr(scored.selector.engine, "relative_step", None),
+        "selector_found": dict(scored.selector.settings()),
         "render": {k: v for k, v in asdict(config).items() if k != "packing"},
-        "probe_found": dict(scored.selector.probe.settings()),
-        "probe_sha256": digest([dict(p) for p in probing.requests or requests()]),
         "direction_sha256": scored.direction.digest,
-        "answer_prefix": probing.answer_prefix,
     }
-
-
-def _loaded(model: Any, tokenizer: Any) -> LoadedModel:
-    if isinstance(model, LoadedModel):
-        return model
-    if isinstance(model, str | Path):
-        found = models.load(model)
-        return found if tokenizer is None else replace(found, tokenizer=tokenizer)
-    return models.wrap(model, tokenizer)
-
-
-def _with_template(loaded: LoadedModel) -> LoadedModel:
-    """The model with a copy of its tokenizer that has the default chat template, where its own has none; warns then."""
-    default = templates.override(loaded.tokenizer, None)
-    if default is None:
-        return loaded
-    tokenizer = deepcopy(loaded.tokenizer)
-    tokenizer.chat_template = default
-    return replace(loaded, tokenizer=tokenizer)
-
-
-def _weighted(example: Example) -> bool:
-    """Whether some assistant turn has weight 0, which TRL does not know."""
-    return any(
-        message["role"] == "assistant" and not trained
-        for conversation in example.conversations
-        for message, trained in zip(conversation.messages or (), conversation.trained, strict=False)
-    )
-
-
-def _trainable(by_row: Mapping[int, Example], kept: Sequence[Rendered], source: Any) -> Any:
-    """The kept rows for a trainer: the caller's own Dataset where TRL knows its shape, else tokens and labels.
-
-    Rows that no single trainer takes, such as preference pairs among other rows, are given as they came.
-    """
-    import datasets
-
-    own = [by_row[row.row] for row in kept]
-    known = all(e.shape in TRL_SHAPES and not _weighted(e) for e in own)
-    if source.kind == "dataset" and known:
-        return rows_in.take(own, source)
-    try:
-        return rows_in.to_trl(own, kept) if kept else datasets.Dataset.from_list([])
-    except DataError:
-        return rows_in.take(own, source)
+    if isinstance(scored.selector, Fihs):
+        found |= {
+            "engine": scored.selector.engine.name,
+            "engine_step": getattr(scored.selector.engine, "relative_step", None),
+            "probe_found": dict(scored.selector.probe.settings()),
+            "probe_sha256": digest([dict(p) for p in probing.requests or requests()]),
+            "answer_prefix": probing.answer_prefix,
+        }
+    return found

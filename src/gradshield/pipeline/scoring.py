@@ -19,10 +19,11 @@ from gradshield.gradients import ENGINES, Agreement, Engine, Loop, adapted, agre
 from gradshield.gradients import direction as directions
 from gradshield.pipeline import outputs, shards
 from gradshield.pipeline.decide import PREFERENCE, ROWS
+from gradshield.pipeline.references import answered, opened
 from gradshield.pipeline.settings import Probing, ScanSettings
-from gradshield.probes import COMPLY, Prompts, Validity, greedy, lookalikes, open_turns, refuses, requests, validity
-from gradshield.selectors import Fihs, Measured, parse_aggregate
-from gradshield.types import Anchors, Batch, Bools, Direction, Floats, Rendered, Scores, Tokens
+from gradshield.probes import Prompts, Validity, greedy, lookalikes, open_turns, refuses, requests, validity
+from gradshield.selectors import Fihs, Measured, Selector, parse_aggregate
+from gradshield.types import Anchors, Batch, Bools, Direction, Floats, Rendered, Scores
 
 Progress = Callable[[str, int, int], None]
 LEAST_SPEARMAN = 0.99  # below it an engine's ranking is not the oracle's
@@ -30,16 +31,16 @@ LEAST_SPEARMAN = 0.99  # below it an engine's ranking is not the oracle's
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Scores, and what they rest on."""
+    """Scores, and what they rest on. Only FIHS has an engine to compare with its oracle, and probes that must be valid."""
 
-    selector: Fihs
+    selector: Selector
     direction: Direction
     scores: Scores
-    agreement: Agreement
-    validity: Validity
+    agreement: Agreement | None = None
+    validity: Validity | None = None
 
 
-def score(
+def score_fihs(
     model: nn.Module,
     tokenizer: Any,
     pad: int,
@@ -54,9 +55,7 @@ def score(
 
     Raises ProbeError for a model whose probes mean nothing, and ScoreError where no engine can be trusted.
     """
-    template = dict(probing.template or {})
-    asked = open_turns(tokenizer, probing.requests or requests(), probing.answer_prefix, **template)
-    harmless = open_turns(tokenizer, probing.lookalikes or lookalikes(), probing.answer_prefix, **template)
+    asked, harmless = asked_of(tokenizer, probing)
     progress("probing the model", 0, 1)
     valid = validity(model, tokenizer, asked)
     if valid.problem and not probing.uncertified:
@@ -68,7 +67,7 @@ def score(
     direction = selector.prepare(model)
     progress("probing the model", 1, 1)
     chosen = pick(settings.engine, model, aggregate.per_token)
-    if isinstance(settings.threshold, str):  # a rule that cannot cut is told now, not after the rows are measured
+    if not hasattr(settings.threshold, "cut"):  # a rule that cannot cut is told now, not after the rows are measured
         settings.make_threshold().cut(np.zeros(1), np.zeros(1) if chosen.per_token else None)
     sample = _sample(rendered, settings)
     selector.engine, agreed = _trusted(chosen, selector, model, direction, sample, asked, harmless, pad)
@@ -119,24 +118,30 @@ def _fits_the_model() -> Iterator[None]:
         ) from error
 
 
+def asked_of(tokenizer: Any, probing: Probing) -> tuple[Prompts, Prompts]:
+    """The probe requests and their harmless look-alikes, as opened turns."""
+    template = dict(probing.template or {})
+    return (
+        open_turns(tokenizer, probing.requests or requests(), probing.answer_prefix, **template),
+        open_turns(tokenizer, probing.lookalikes or lookalikes(), probing.answer_prefix, **template),
+    )
+
+
 def _anchors(
     selector: Fihs, model: nn.Module, direction: Direction, asked: Prompts, harmless: Prompts, tokenizer: Any, pad: int
 ) -> Anchors:
     """Rows of known kind: compliant openers after the probes, and after the look-alikes that the model itself answers."""
-    answers = greedy(model, harmless, 12, pad)
-    answered = harmless.take([i for i, ids in enumerate(answers) if not refuses(tokenizer.decode(ids))])
+    said = greedy(model, harmless, 12, pad)
+    known = harmless.take([i for i, ids in enumerate(said) if not refuses(tokenizer.decode(ids))])
 
     def scored(prompts: Prompts) -> Floats:
-        rows = []
-        for number, prompt in enumerate(prompts.ids):
-            opener = tokenizer(COMPLY[number % len(COMPLY)], add_special_tokens=False)["input_ids"]
-            rows.append(_answered(-1 - number, prompt, opener))  # below zero: these are no rows of the data
+        rows = opened(tokenizer, prompts)
         if not rows:
             return np.zeros(0)
         raw = shards.measure(selector, model, direction, rows, 4096)
         return selector.finish(raw, [""] * len(rows), [ROWS] * len(rows)).values
 
-    return Anchors(scored(asked), scored(answered))
+    return Anchors(scored(asked), scored(known))
 
 
 def group(shape: str) -> str:
@@ -202,14 +207,8 @@ def _calibration(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int) 
     rows: list[Rendered] = []
     for prompts in some:
         for prompt, answer in zip(prompts.ids, greedy(model, prompts, 16, pad), strict=True):
-            rows.append(_answered(len(rows), prompt, answer or [pad]))
+            rows.append(answered(len(rows), prompt, answer or [pad]))
     return rows_in.collate(rows)
-
-
-def _answered(row: int, prompt: Sequence[int], answer: Sequence[int]) -> Rendered:
-    """A probe with an answer as a row, the answer's tokens in the loss."""
-    ids = np.array([*prompt, *answer], dtype=np.int64)
-    return Rendered(row, "", "probe", (Tokens(ids, np.arange(len(ids)) >= len(prompt)),))
 
 
 def categories(
@@ -222,6 +221,8 @@ def categories(
 ) -> tuple[str, ...]:
     """The harm each removed row pulls toward: the category whose own direction, at unit length, it follows furthest."""
     selector = scored.selector
+    if not isinstance(selector, Fihs):
+        return ("",) * len(removed)
     names = sorted(set(selector.requests.categories))
     if not gone or len(names) < 2:
         only = names[0] if len(names) == 1 else ""

@@ -9,7 +9,7 @@ from typing import Any
 from gradshield.errors import UsageError
 from gradshield.gradients import ENGINES, check_subspace
 from gradshield.probes import PROBES, FunctionProbe, Probe
-from gradshield.selectors import parse_aggregate
+from gradshield.selectors import SELECTORS, parse_aggregate
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
 
@@ -18,11 +18,12 @@ from gradshield.thresholds import parse as parse_threshold
 class ScanSettings:
     """How rows are scored and cut. The defaults are one choice for all data; docs/methods.md says how it was made.
 
+    ``selector``      a name of SELECTORS, with its options as typed (``representation:anchors``, ``representation:larf:opening``)
     ``probe``         a name of PROBES, a Probe, or a function of (model, PromptBatch) to a scalar
     ``aggregate``     how a row's tokens are counted (AGGREGATES)
     ``subspace``      all, targets, lora, last:k (SUBSPACES)
     ``engine``        a name of ENGINES, or auto
-    ``threshold``     a rule with its options as typed (``competition:q=0.05``), or a Threshold
+    ``threshold``     a rule with its options as typed (``competition:q=0.05``), or a Threshold; None is the selector's own
     ``seed``          of the adapter's initialisation, the oracle's sample and the mixture's start
     ``token_budget``  positions of one batch, padding included
     ``check_rows``    rows that are scored again by the oracle
@@ -32,13 +33,15 @@ class ScanSettings:
     aggregate: str = "push"
     subspace: str = "all"
     engine: str = "auto"
-    threshold: str | Threshold = "competition"
+    threshold: str | Threshold | None = None
     seed: int = 0
     token_budget: int = 4096
     check_rows: int = 16
+    selector: str = "fihs"
 
     def __post_init__(self) -> None:
         """Raises UsageError for anything that could not be run, before a model is loaded."""
+        SELECTORS[self.selector.partition(":")[0]]
         parse_aggregate(self.aggregate)
         if isinstance(self.probe, str):
             PROBES[self.probe]
@@ -60,17 +63,22 @@ class ScanSettings:
 
     def make_threshold(self) -> Threshold:
         """The rule that cuts."""
-        return parse_threshold(self.threshold, self.seed) if isinstance(self.threshold, str) else self.threshold
+        if self.threshold is not None and not isinstance(self.threshold, str):
+            return self.threshold
+        return parse_threshold(self.threshold or self.rule, self.seed)
+
+    @property
+    def rule(self) -> str:
+        """The threshold as typed, the selector's own where none was."""
+        if self.threshold is None:
+            return SELECTORS[self.selector.partition(":")[0]].rule
+        return self.threshold if isinstance(self.threshold, str) else self.threshold.name
 
     def as_dict(self) -> Mapping[str, Any]:
         """JSON-able, for the manifest."""
         plain = {k: v for k, v in vars(self).items() if k not in ("probe", "threshold")}
-        probe, threshold = self.probe, self.threshold
-        return {
-            "probe": probe if isinstance(probe, str) else self.make_probe().name,
-            "threshold": threshold if isinstance(threshold, str) else threshold.name,
-            **plain,
-        }
+        probe = self.probe if isinstance(self.probe, str) else self.make_probe().name
+        return {"probe": probe, "threshold": self.rule, **plain}
 
 
 @dataclass(frozen=True)

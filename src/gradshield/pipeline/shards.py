@@ -21,7 +21,7 @@ from torch import nn
 from gradshield.data import batches
 from gradshield.errors import DataError, ModelError
 from gradshield.pipeline.options import text_config
-from gradshield.selectors import Fihs, Measured
+from gradshield.selectors import Measured, Selector
 from gradshield.types import Batch, Direction, Rendered
 
 SHARD_ROWS = 128
@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 
 def measure(
-    selector: Fihs,
+    selector: Selector,
     model: nn.Module,
     direction: Direction,
     rendered: Sequence[Rendered],
@@ -56,7 +56,7 @@ def measure(
 
 
 def _measure_shard(
-    selector: Fihs, model: nn.Module, direction: Direction, rows: Sequence[Rendered], token_budget: int
+    selector: Selector, model: nn.Module, direction: Direction, rows: Sequence[Rendered], token_budget: int
 ) -> Measured:
     parts = []
     for batch in batches(rows, token_budget, label_budget(model)):
@@ -69,7 +69,7 @@ def label_budget(model: nn.Module) -> int:
     return max(1, LOGITS_BUDGET // int(text_config(model).vocab_size))
 
 
-def _with_back_off(selector: Fihs, model: nn.Module, direction: Direction, batch: Batch) -> Iterator[Measured]:
+def _with_back_off(selector: Selector, model: nn.Module, direction: Direction, batch: Batch) -> Iterator[Measured]:
     """Measure a batch; when memory runs out, its two halves. Raises ModelError when one row alone does not fit."""
     try:
         yield selector.measure(model, direction, batch)
@@ -105,10 +105,9 @@ def _part(batch: Batch, keep: np.ndarray) -> Batch:
     )
 
 
-def _key(selector: Fihs, direction: Direction, rows: Sequence[Rendered], token_budget: int) -> str:
-    engine = selector.engine
-    settings = [direction.digest, engine.name, getattr(engine, "relative_step", None), token_budget]
-    sha = hashlib.sha256(json.dumps(settings).encode())
+def _key(selector: Selector, direction: Direction, rows: Sequence[Rendered], token_budget: int) -> str:
+    settings = [selector.name, dict(selector.settings()), direction.digest, token_budget]
+    sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for row in rows:
         for tokens in row.sequences:
             sha.update(np.int64(len(tokens.ids)).tobytes() + tokens.ids.tobytes() + tokens.loss.tobytes())

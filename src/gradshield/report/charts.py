@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -16,26 +15,14 @@ import numpy as np
 
 from gradshield.report.axis import Axis, make_axis
 from gradshield.report.data import ReportData
+from gradshield.report.draw import Chart, axis_style, axis_title, base_layout
 from gradshield.report.text import chart_text, number
 from gradshield.types import Bools, Cut, Floats
 
 SHAPES = 8  # charts of row shapes on one page
 CATEGORIES = 14  # bars of the category chart; the rest share one
 CURVE_POINTS = 240
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 FAINT = 0.04  # where removed bars are below this share of the tallest, counts start on a logarithmic axis
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One figure: ``spec`` for Plotly, ``table`` (header, then lines of text) to read instead, and what it shows."""
-
-    key: str
-    title: str
-    caption: str
-    spec: Mapping[str, Any]
-    table: tuple[tuple[str, ...], ...]
-    toggles: bool = True  # whether counts can be put on a logarithmic axis
 
 
 def score_charts(data: ReportData) -> list[Chart]:
@@ -64,7 +51,7 @@ def category_chart(totals: Mapping[str, int]) -> Chart | None:
         "text": [f"{n:,}" for _, n in bars], "textposition": "outside", "cliponaxis": False,
         "marker": {"color": "var(--removed)"}, "hoverinfo": "none", "width": 0.62, "textfont": {"color": "var(--ink)"},
     }  # fmt: skip
-    layout = _layout(height=48 + 30 * len(bars), showlegend=False)
+    layout = base_layout(height=48 + 30 * len(bars), showlegend=False)
     layout["margin"] = {"l": 12, "r": 46, "t": 8, "b": 30}
     layout["yaxis"] = {
         "tickvals": positions, "ticktext": [chart_text(name or "no category", 30) + "  " for name, _ in bars],
@@ -72,7 +59,9 @@ def category_chart(totals: Mapping[str, int]) -> Chart | None:
         "ticks": "",
     }  # fmt: skip
     few = {"dtick": 1} if bars[0][1] < 6 else {}
-    layout["xaxis"] = _axis(None) | few | {"rangemode": "tozero", "fixedrange": True, "nticks": 6, "tickformat": ",d"}
+    layout["xaxis"] = (
+        axis_style(None) | few | {"rangemode": "tozero", "fixedrange": True, "nticks": 6, "tickformat": ",d"}
+    )
     table = (("Category", "Rows removed"), *((name or "no category", f"{n:,}") for name, n in bars))
     return Chart("categories", "Removed rows by harm category", "", {"data": [trace], "layout": layout}, table, False)
 
@@ -140,9 +129,9 @@ def _by_class(data: ReportData, shape: str, index: int) -> Chart:
         ranges[f"yaxis{suffix}"] = _ranges(tallest)
     layout = _score_layout(axis, cut, 1.0)
     layout["height"] = 430
-    layout["yaxis"] |= {"domain": [0.56, 1], "title": _title("harmful rows"), "range": ranges["yaxis"]["linear"]}
+    layout["yaxis"] |= {"domain": [0.56, 1], "title": axis_title("harmful rows"), "range": ranges["yaxis"]["linear"]}
     layout["yaxis2"] = layout["yaxis"] | {
-        "domain": [0, 0.44], "title": _title("harmless rows"), "range": ranges["yaxis2"]["linear"]
+        "domain": [0, 0.44], "title": axis_title("harmless rows"), "range": ranges["yaxis2"]["linear"]
     }  # fmt: skip
     layout["xaxis"]["anchor"] = "y2"
     spec = {"data": traces, "layout": layout, "log": faint, "ranges": ranges}
@@ -226,38 +215,16 @@ def _ranges(tallest: float) -> dict[str, list[float]]:
     return {"linear": [0, 1.12 * tallest], "log": [-0.4, math.log10(tallest) * 1.06 + 0.15]}
 
 
-def _title(text: str) -> dict[str, Any]:
-    return {"text": text, "standoff": 8, "font": {"size": 12, "color": "var(--muted)"}}
-
-
-def _axis(title: str | None) -> dict[str, Any]:
-    return {
-        "gridcolor": "var(--line)", "linecolor": "var(--line)", "zeroline": False, "automargin": True,
-        "tickfont": {"color": "var(--muted)", "size": 11}, "title": _title(title or ""),
-    }  # fmt: skip
-
-
-def _layout(**more: Any) -> dict[str, Any]:
-    return {
-        "autosize": True, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "barmode": "stack",
-        "font": {"family": FONT, "color": "var(--ink)", "size": 12},
-        "margin": {"l": 8, "r": 8, "t": 34, "b": 8}, "hovermode": "closest", "dragmode": False,
-        "hoverlabel": {"bgcolor": "var(--surface)", "bordercolor": "var(--line)", "font": {"color": "var(--ink)"}},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "itemclick": False,
-                   "itemdoubleclick": False, "traceorder": "normal"},
-    } | more  # fmt: skip
-
-
 def _score_layout(axis: Axis, cut: Cut | None, tallest: float) -> dict[str, Any]:
     positions, labels = axis.ticks()
     low, high = float(axis.edges[0]), float(axis.edges[-1])
     name = "score (FIHS)" if axis.linear else "score (FIHS), symmetric-log axis"
-    layout = _layout(height=360, showlegend=True)
-    layout["xaxis"] = _axis(name) | {
+    layout = base_layout(height=360, showlegend=True)
+    layout["xaxis"] = axis_style(name) | {
         "tickvals": positions, "ticktext": labels, "range": [low, high], "showgrid": False, "ticks": "outside",
         "tickcolor": "var(--line)", "showline": True, "fixedrange": True, "tickangle": 0,
     }  # fmt: skip
-    layout["yaxis"] = _axis("rows") | {
+    layout["yaxis"] = axis_style("rows") | {
         "range": [0, 1.12 * tallest], "fixedrange": True, "nticks": 6, "tickformat": ",~f", "rangemode": "tozero"
     }  # fmt: skip
     if cut is not None and math.isfinite(cut.value):

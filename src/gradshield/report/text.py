@@ -10,6 +10,7 @@ import html
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 # Controls (newline and tab stay), soft hyphen, Arabic and Mongolian marks, zero-width and bidi controls, line and
@@ -104,3 +105,24 @@ def percent(value: float) -> str:
     if text in ("0.0", "100.0"):  # 0.04 % is not nothing and 99.96 % is not all
         return {0.0: "0\u00a0%", 1.0: "100\u00a0%"}.get(value, "<0.1\u00a0%" if value < 0.5 else ">99.9\u00a0%")
     return f"{text}\u00a0%"
+
+
+def flatten(value: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as lines of (dotted key, short value)."""
+    lines: list[tuple[str, str]] = []
+    for key, entry in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(entry, Mapping) and entry:
+            lines += flatten(entry, f"{name}.")
+        else:
+            lines.append((shorten(name, 120), brief(entry)))
+    return lines
+
+
+def brief(value: Any) -> str:
+    """A value on one line: six digits of a number, the first fifty entries of a list."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        value = ", ".join(str(entry) for entry in value[:50])
+    return shorten(str(value), 300)

@@ -1,0 +1,75 @@
+"""The section that a fine-tuned model's card carries: what was done to its data and training, and what came of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradshield.types import Manifest
+
+BEGIN, END = "<!-- gradshield:begin -->", "<!-- gradshield:end -->"
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Put the section into ``README.md`` of the folder, in place of an earlier one; what else stands there stays."""
+    path = folder / "README.md"
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    old = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", "", old, flags=re.DOTALL).rstrip()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text((old + "\n\n" if old else "") + section(manifest) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def section(manifest: Manifest) -> str:
+    """The section as Markdown."""
+    told, data, model = manifest.results, manifest.data, manifest.model
+    lines = [
+        BEGIN,
+        "## Safety of the fine-tuning",
+        "",
+        f"Fine-tuned with GradShield {manifest.versions.get('gradshield', '')}, defence {_code(manifest.settings['defence'])}: "
+        f"{told['removed']} of {told['rows']} rows removed, {told['trained']} trained on.",
+        "",
+        "| measured on held-out prompts | before | after |",
+        "|---|---|---|",
+        *_rates(told["before"], told["after"]),
+        "",
+        f"Data: {_code(data['name'])}, SHA-256 {_code(data['sha256'])}. Start: {_code(model['name'])}, SHA-256 "
+        f"{_code(model['sha256'])}. Seed {manifest.settings['seed']}. Everything else is in `manifest.json`, the rows that went "
+        "are in `scan/`.",
+    ]
+    if told["verified"] is not None:
+        lines += ["", f"Verified threshold: {_plain(told['verified']['sentence'])}."]
+    return "\n".join([*lines, END])
+
+
+def _rates(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    names: list[tuple[str, tuple[str, ...]]] = [(f"ASR, {judge}", ("judges", judge)) for judge in after["judges"]]
+    names += [("over-refusal", ("over_refusal",)), ("utility", ("utility",))]
+    rows = []
+    for label, keys in names:
+        cells = [_cell(before, keys), _cell(after, keys)]
+        if any(cells):
+            rows.append(f"| {_plain(label)} | {cells[0] or '–'} | {cells[1] or '–'} |")
+    return rows
+
+
+def _cell(figures: Mapping[str, Any], keys: tuple[str, ...]) -> str:
+    value: Any = figures
+    for key in keys:
+        value = value.get(key) if value is not None else None
+    if value is None:
+        return ""
+    return f"{100 * value['rate']:.1f} % [{100 * value['low']:.1f}, {100 * value['high']:.1f}], n = {value['n']}"
+
+
+def _code(value: Any) -> str:
+    """Someone else's text as code, without what would end it."""
+    return "`" + str(value).replace("`", "'").replace("\n", " ").replace("|", "/")[:300] + "`"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[<>|`\[\]\n]", " ", text)

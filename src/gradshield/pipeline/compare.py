@@ -1,0 +1,312 @@
+"""Every defence on the same work: a grid of fine-tunes, resumable at any moment, as one table and one page.
+
+results/
+  cells.jsonl      one line per finished cell
+  arms/            one file per trained model and measurement, named by all that it depends on: equal arms are trained once
+  results.json     every cell, the cost, versions and the command; written last
+  results.md, results.html
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import asdict
+from functools import lru_cache
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+from gradshield import lab, models
+from gradshield.errors import DataError, EmptyDataError, ScoreError
+from gradshield.evaluation.stats import paired_difference
+from gradshield.models import LoadedModel
+from gradshield.pipeline import grid, outputs, verify
+from gradshield.pipeline.course import RENDERED, Chosen, Course, Job, quiet
+from gradshield.pipeline.defences import Defence, parse
+from gradshield.pipeline.exam import Exam, exam, figures, lab_exam
+from gradshield.pipeline.grid import Cell, Config
+from gradshield.pipeline.rows import prepare
+from gradshield.pipeline.scan import check_labels
+from gradshield.pipeline.scoring import Progress
+from gradshield.pipeline.settings import Probing, ScanSettings
+from gradshield.probes import read_prompts
+from gradshield.types import EvalResult
+
+ARMS, CELLS = "arms", "cells"
+
+
+def compare(
+    config: Config,
+    output: Path,
+    workers: int = 1,
+    command: str = "gradshield.compare",
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Run what is missing of the grid, then write everything. Returns what ``results.json`` holds.
+
+    Cells of one task and seed run in one process, since they share models; a cell that fails in a documented way is kept with
+    its sentence in place of figures.
+    """
+    began = time.monotonic()
+    folder = outputs.prepare(output)
+    for name in (ARMS, CELLS):
+        (folder / name).mkdir(exist_ok=True)
+    _take_over(folder)
+    wanted = grid.cells(config)
+    done = _finished(folder, wanted)
+    missing = [cell for cell in wanted if cell not in done]
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for cell in missing:
+        groups.setdefault((cell.task, cell.seed), []).append(cell)
+    progress("comparing", len(done), len(wanted))
+    if workers <= 1 or len(groups) <= 1:
+        for cells in groups.values():
+            _run_group(
+                config, cells, folder, lambda: progress("comparing", len(_finished(folder, wanted)), len(wanted))
+            )
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+            running = {pool.submit(_run_group, config, cells, folder) for cells in groups.values()}
+            while running:
+                finished, running = wait(running, timeout=2)
+                for future in finished:
+                    future.result()
+                progress("comparing", len(_finished(folder, wanted)), len(wanted))
+    found = _finished(folder, wanted)
+    return _write(config, [found[cell] for cell in wanted], folder, command, time.monotonic() - began)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _file(folder: Path, cell: Cell) -> Path:
+    return folder / CELLS / f"{cell.name.replace('/', '~').replace(':', '=')[:200]}.json"
+
+
+def _finished(folder: Path, wanted: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
+    found = {}
+    for cell in wanted:
+        path = _file(folder, cell)
+        if path.exists():
+            found[cell] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _take_over(folder: Path) -> None:
+    """Cells of a ``results.json`` that was put into the folder count as done, so that a grid can go on elsewhere."""
+    path = folder / "results.json"
+    if not path.exists():
+        return
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for value in cells:
+            cell = Cell(value["task"], value["harm"], value["ratio"], value["seed"], value["defence"])
+            if not _file(folder, cell).exists():
+                outputs.write_json(_file(folder, cell), value)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no results.json of a comparison ({error}): move it away, or give another --output"
+        ) from None
+
+
+def _run_group(config: Config, cells: Sequence[Cell], folder: Path, tick: Any = lambda: None) -> None:
+    """All missing cells of one task and seed, mix by mix."""
+    mixes = dict.fromkeys((cell.harm, cell.ratio) for cell in cells)
+    for harm, ratio in mixes:
+        own = [cell for cell in cells if (cell.harm, cell.ratio) == (harm, ratio)]
+        bench = Bench(config, own[0], folder)
+        for cell in sorted(own, key=lambda c: (c.defence != "clean", c.defence != "none")):
+            if _orphaned():
+                return
+            outputs.write_json(_file(folder, cell), bench.run(cell))
+            tick()
+
+
+def _orphaned() -> bool:
+    """Whether the process that asked for this work is gone: then another may have begun it anew."""
+    parent = parent_process()
+    return parent is not None and not parent.is_alive()
+
+
+class Bench:
+    """One mix of one task and seed, with all that its cells share."""
+
+    def __init__(self, config: Config, cell: Cell, folder: Path) -> None:
+        self.folder, self.config = folder, config
+        self.course = Course(_job(config, cell))
+        self.exams = {split: _exam(config, cell, split) for split in ("report", "search")}
+        self._models: list[tuple[str, Any, Mapping[str, Any]]] = []  # the last trained ones
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """One finished cell."""
+        began = time.monotonic()
+        found: dict[str, Any] = cell.as_dict()
+        defence = parse(cell.defence)
+        try:
+            verdict = None
+            if defence.verified is not None:
+                verdict, chosen = self._verified(defence)
+                found["verified"] = verdict.as_dict()
+            else:
+                chosen = self.course.chosen(defence)
+            found |= self._selected(chosen)
+            measured, arm = self._arm(defence, chosen, "report")
+            found |= figures(measured) | {"arm": arm["key"], "defence_record": arm["record"]}
+            if cell.defence != "clean" and self.course.job.labels is not None:
+                found["utility_minus_clean"] = self._minus_clean(measured)
+        except (EmptyDataError, ScoreError) as error:
+            found["failed"] = str(error)
+        found["seconds"] = round(time.monotonic() - began, 1)
+        return dict(outputs.finite(found))
+
+    def _verified(self, defence: Defence) -> Any:
+        exam = self.exams["search"]
+        return verify.search(
+            self.course,
+            defence,
+            lambda chosen, settled: self._arm(defence, chosen, "search", settled)[0],
+            exam,
+        )
+
+    def _selected(self, chosen: Chosen) -> dict[str, Any]:
+        """What the defence took out, and with labels what of it was harmful."""
+        found: dict[str, Any] = {
+            "rows": len(chosen.rows),
+            "removed": int(chosen.removed.sum()),
+            "dropped_tokens": chosen.dropped_tokens,
+            "cuts": {name: cut.value for name, cut in chosen.cuts.items()},
+        }
+        if self.course.job.labels is not None:
+            found |= outputs.caught_and_lost(chosen.rows, chosen.removed, self.course.job.labels)
+        return found
+
+    def _arm(
+        self, defence: Defence, chosen: Chosen, split: str, settled: Any = lambda found, total: False
+    ) -> tuple[EvalResult, dict[str, Any]]:
+        """A trained model's rates on one exam, from disk where an equal arm was measured before."""
+        dataset = self.course.dataset(defence, chosen)
+        exam = self.exams[split]
+        key = self.course.key(defence, dataset)
+        path = self.folder / ARMS / f"{key}-{outputs.digest(exam.settings())[:12]}.json"
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            return outputs.result(stored), stored
+        model, record = self._trained(defence, dataset, key)
+        measured = exam.sit(model, self.course.loaded.tokenizer, settled=settled)
+        stored = {"key": key, "record": dict(record), **outputs.stored(measured)}
+        outputs.write_json(path, stored)
+        return measured, stored
+
+    def _trained(self, defence: Defence, dataset: Any, key: str) -> tuple[Any, Mapping[str, Any]]:
+        for known, model, record in self._models:
+            if known == key:
+                return model, record
+        fitted = self.course.fit(defence, dataset)
+        self._models = [(key, fitted.model, fitted.record), *self._models[:3]]
+        return fitted.model, fitted.record
+
+    def _minus_clean(self, measured: EvalResult) -> dict[str, Any] | None:
+        """Utility minus that of training on the harmless rows alone, paired over the task's rows."""
+        if "utility" not in measured.rates:
+            return None
+        defence = parse("clean")
+        clean, _ = self._arm(defence, self.course.chosen(defence), "report")
+        return asdict(paired_difference(_scores(measured), _scores(clean)))
+
+
+def _scores(result: EvalResult) -> list[float]:
+    return [float(row["score"]) for row in result.outputs if "score" in row]
+
+
+@lru_cache(maxsize=4)
+def _model(name: str) -> LoadedModel:
+    return models.load(lab.checkpoint(name[4:]) if name.startswith("lab:") else name, dtype="float32")
+
+
+def _job(config: Config, cell: Cell) -> Job:
+    from peft import LoraConfig
+
+    own = next((d for d in config.datasets if d.name == cell.task), None)
+    lora: dict[str, Any] = {**(lab.LORA if config.model == "lab" else {}), **config.lora}
+    if own is None:
+        if cell.harm == grid.MIXED:
+            rows, labels = grid.mixed(cell.task, cell.ratio, cell.seed)
+        else:
+            rows, labels = lab.mix(cell.task, harm=cell.harm, ratio=cell.ratio, seed=cell.seed)
+        options = {**lab.recipe(cell.task), **config.training}
+        probing = Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
+        # By content, so that any two arms have what they share in the same order.
+        paired = sorted(zip(rows, labels, strict=True), key=lambda pair: json.dumps(pair[0], sort_keys=True))
+        data: Any = [row for row, _ in paired]
+        truth: list[int] | None = [label for _, label in paired]
+    else:
+        data, truth = (
+            own.train,
+            None if own.labels is None else json.loads(Path(own.labels).read_text(encoding="utf-8")),
+        )
+        options = {**config.training, **own.training}
+        asked = config.requests.get("direction")
+        probing = Probing(requests=read_prompts(asked, "direction") if asked else ())
+    model = "lab:aligned" if config.model == "lab" else config.model
+    base = "lab:base" if config.model == "lab" else config.base
+    prepared = prepare(data, _model(model), max_length=options.get("max_length"))
+    check_labels(truth, prepared.read.source.rows)
+    return Job(
+        rows=prepared,
+        options={k: v for k, v in options.items() if k not in RENDERED},
+        peft_config=LoraConfig(**lora) if lora else None,
+        base=_model(base) if base else None,
+        labels=truth,
+        settings=ScanSettings(seed=cell.seed),
+        probing=probing,
+        seed=cell.seed,
+    )
+
+
+def _exam(config: Config, cell: Cell, split: str) -> Exam:
+    own = next((d for d in config.datasets if d.name == cell.task), None)
+    if own is None:
+        return lab_exam(cell.task, split, cell.seed)
+    return exam(
+        split,
+        safety=config.requests.get(split, "builtin"),
+        judges=config.judges,
+        task=own.task,
+        metric=own.metric,
+        tokens=config.answer_tokens,
+        most=config.task_rows,
+        halved=True,  # the search decides on rows that the report does not see
+    )
+
+
+def _write(
+    config: Config, cells: Sequence[Mapping[str, Any]], folder: Path, command: str, seconds: float
+) -> dict[str, Any]:
+    """The table, the page and, last, ``results.json``."""
+    from gradshield.report import results as pages
+
+    whole = {
+        "command": command,
+        "versions": outputs.versions(),
+        "config": config.model_dump(),
+        "cost": {
+            "cells": len(cells),
+            "failed": sum("failed" in cell for cell in cells),
+            "arms": len({cell["arm"] for cell in cells if "arm" in cell}),
+            "cell_seconds": round(sum(float(cell["seconds"]) for cell in cells), 1),
+            "seconds_of_this_run": round(seconds, 1),
+        },
+        "cells": list(cells),
+    }
+    lines = "".join(json.dumps(cell, ensure_ascii=False) + "\n" for cell in cells)
+    (folder / "cells.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "results.md").write_text(pages.markdown(whole), encoding="utf-8")
+    pages.write(whole, folder / "results.html")
+    outputs.write_json(folder / "results.json", whole)
+    return whole

@@ -1,0 +1,322 @@
+"""One fine-tuning job under any defence: which rows train, what joins the training, and the trained model.
+
+    job ──scored──▶ Chosen ──dataset──▶ tokens and labels ──fit──▶ Fitted
+
+Everything that several defences of one job share is computed once: scores, reference rows, the alignment direction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradshield import data as rows_in
+from gradshield.errors import EmptyDataError, UsageError
+from gradshield.gradients.alignment import Alignment, alignment
+from gradshield.models import LoadedModel
+from gradshield.pipeline.decide import Decision, decide
+from gradshield.pipeline.defences import AS_MANY, Defence, parse
+from gradshield.pipeline.masking import masked
+from gradshield.pipeline.ranking import score
+from gradshield.pipeline.references import references, refusals
+from gradshield.pipeline.rows import Prepared
+from gradshield.pipeline.scoring import Progress, Scored, asked_of, carrying, weights_changed
+from gradshield.pipeline.settings import Probing, ScanSettings
+from gradshield.selectors import DualSelect, Fihs, OnlineModerate
+from gradshield.types import Bools, Cut, OnlineSelection, References, Rendered
+
+# The rows carry their own mask and are cut already, so that TRL must do neither.
+RENDERED = (
+    "max_length",
+    "truncation_mode",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "dataset_text_field",
+    "eos_token",
+)
+
+POOL = 32
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is trained, on what and how: the same for every defence.
+
+    ``options`` go to TRL's ``SFTConfig``. ``base`` is the model before its alignment. ``labels`` (1 = harmful, per input
+    row) serve the oracle and the figures only. ``safety`` are safety rows (a file or a list) for the defences that mix them
+    in or refer to them; where there are none, the model's own refusals of the probes are taken.
+    """
+
+    rows: Prepared
+    options: Mapping[str, Any]
+    peft_config: Any = None
+    base: LoadedModel | None = None
+    labels: Sequence[int] | None = None
+    safety: Any = ()
+    settings: ScanSettings = field(default_factory=ScanSettings)
+    probing: Probing = field(default_factory=Probing)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for rows that supervised fine-tuning does not take."""
+        if any(row.shape == "preference" for row in self.rows.rendered):
+            raise UsageError(
+                "the data holds preference pairs, and fine-tuning here is supervised: scan them, and train on what is kept with "
+                "TRL's DPOTrainer"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Which rows train under a defence: ``removed`` is aligned with the rows, ``dropped_tokens`` are loss tokens masked."""
+
+    rows: tuple[Rendered, ...]
+    removed: Bools
+    cuts: Mapping[str, Cut]
+    scored: Scored | None = None
+    dropped_tokens: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A trained model, its adapter merged if there was one and it was asked for, and what the defence did in training."""
+
+    model: Any
+    record: Mapping[str, Any]
+
+
+class Course:
+    """A job, and what its defences share."""
+
+    def __init__(self, job: Job, progress: Progress = quiet) -> None:
+        self.job, self.progress = job, progress
+        self._scored: dict[str, Scored] = {}
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model before training."""
+        return self.job.rows.loaded
+
+    @cached_property
+    def references(self) -> References:
+        """Rows of known kind on this model."""
+        asked, harmless = asked_of(self.loaded.tokenizer, self.job.probing)
+        model: Any = self.loaded.model
+        return references(model, self.loaded.tokenizer, asked, harmless, self.loaded.pad_token_id)
+
+    @cached_property
+    def safety(self) -> tuple[Rendered, ...]:
+        """Safety rows as tokens: the given ones, else the model's own refusals of the probes, written to their end."""
+        loaded, given = self.loaded, self.job.safety
+        if not given:
+            given = refusals(loaded, asked_of(loaded.tokenizer, self.job.probing)[0])
+        if not given:
+            raise UsageError(
+                "the model refuses none of the probes, so that it gives no safety row: give your own with --safety-rows"
+            )
+        read = rows_in.read(str(given) if isinstance(given, str | Path) else list(given))
+        return tuple(rows_in.render_all(read.examples, loaded.tokenizer, self.job.rows.config, read.source).rendered)
+
+    @cached_property
+    def alignment(self) -> Alignment:
+        """Aligned minus base, for every weight that the training's adapter changes. Raises UsageError without a base."""
+        if self.job.base is None:
+            raise UsageError(
+                "the defences asft and safelora need the model before its alignment, and none was given: pass --base MODEL"
+            )
+        names = weights_changed(self.loaded.model, self.job.peft_config)
+        if not names:
+            names = [n for n, p in self.loaded.model.named_parameters() if p.ndim == 2 and "embed" not in n]
+        return alignment(self.loaded.model, self.job.base.model, names)
+
+    def scored(self, selector: str, output: Any = None) -> Scored:
+        """Every row's score by a selector, computed once."""
+        if selector not in self._scored:
+            settings = replace(self.job.settings, selector=selector, threshold=None)
+            job, targets = self.job, weights_changed(self.loaded.model, self.job.peft_config)
+            adapter = job.peft_config if settings.subspace == "lora" else None
+            with carrying(self.loaded.model, adapter, settings.seed) as model:
+                self._scored[selector] = score(
+                    model, self.loaded, job.rows.rendered, settings, job.probing, targets, output, self.progress
+                )
+        return self._scored[selector]
+
+    def know(self, selector: str, scored: Scored) -> None:
+        """Take over scores that were measured elsewhere."""
+        self._scored[selector] = scored
+
+    def decision(self, defence: Defence, output: Any = None) -> tuple[Scored, Decision]:
+        """The scores of the defence's selector, and its own cut of them."""
+        assert defence.selector is not None
+        scored = self.scored(defence.selector, output)
+        rule = None if defence.verified else defence.threshold
+        if rule is not None and rule.startswith(AS_MANY):
+            return scored, self._as_many(scored, rule.removeprefix(AS_MANY))
+        settings = replace(self.job.settings, selector=defence.selector, threshold=rule)
+        if rule is None and defence.selector == "fihs":
+            settings = replace(settings, threshold=self.job.settings.threshold)
+        return scored, decide(scored.scores, settings.make_threshold())
+
+    def _as_many(self, scored: Scored, other: str) -> Decision:
+        """As many rows beyond the cut as another defence removes, fewer where scores at the cut are equal."""
+        count = int(self.chosen(parse(other)).removed.sum())
+        values = scored.scores.values
+        cut = Cut(float(np.sort(values)[::-1][count]) if count < len(values) else -np.inf, f"as {other}")
+        return Decision(dict.fromkeys(sorted(set(scored.scores.shapes)), cut), values > cut.value, ())
+
+    def chosen(self, defence: Defence, cut: float | None = None, output: Any = None) -> Chosen:
+        """Which rows train; ``cut`` takes the place of the threshold's own. Raises EmptyDataError where none is left."""
+        rows = tuple(self.job.rows.rendered)
+        nothing = np.zeros(len(rows), dtype=bool)
+        if defence.oracle:
+            return self._left(Chosen(rows, self._harmful(), {}))
+        if defence.selector is None:
+            return Chosen(rows, nothing, {})
+        scored, decision = self.decision(defence, output)
+        cuts, removed = decision.cuts, decision.removed
+        if cut is not None:
+            cuts = {name: Cut(cut, "verified") for name in cuts}
+            removed = scored.scores.values > cut
+        if not defence.mask:
+            return self._left(Chosen(rows, removed, cuts, scored))
+        if not isinstance(scored.selector, Fihs) or scored.scores.tokens is None:
+            raise UsageError(
+                "token-mask needs a score for every token, and the engine gives none: use --engine auto, "
+                "finite-difference or forward"
+            )
+        limits = np.array([cuts[name].value for name in scored.scores.shapes])
+        kept = [
+            masked(row, values, limit, scored.selector.aggregate) if out else row
+            for row, values, limit, out in zip(rows, scored.scores.tokens, limits, removed, strict=True)
+        ]
+        lost = sum(_counted(a) - _counted(b) for a, b in zip(rows, kept, strict=True))
+        empty = np.array([_counted(row) == 0 for row in kept])
+        return self._left(Chosen(tuple(kept), empty, cuts, scored, lost))
+
+    def _harmful(self) -> Bools:
+        if self.job.labels is None:
+            raise UsageError(
+                "the defence clean drops the rows labelled harmful, and there are no labels: give --labels FILE"
+            )
+        return np.array([bool(self.job.labels[row.row]) for row in self.job.rows.rendered])
+
+    @staticmethod
+    def _left(chosen: Chosen) -> Chosen:
+        if chosen.removed.all():
+            raise EmptyDataError("the defence leaves no row to train on: loosen its threshold, or give more data")
+        return chosen
+
+    def dataset(self, defence: Defence, chosen: Chosen) -> list[dict[str, list[int]]]:
+        """Tokens and labels of every row that trains, in the order of the input, safety rows spread among them."""
+        kept = [row for row, out in zip(chosen.rows, chosen.removed, strict=True) if not out]
+        rows = _as_tokens(kept)
+        if defence.safe_share:
+            count = max(1, round(defence.safe_share * len(rows)))
+            pool = _as_tokens(self.safety)
+            places = np.linspace(0, len(rows), count, endpoint=False).astype(int)[::-1]
+            for number, place in enumerate(places):
+                rows.insert(int(place), pool[number % len(pool)])
+        return rows
+
+    def fit(
+        self,
+        defence: Defence,
+        dataset: Sequence[Mapping[str, Any]],
+        stage: str = "training",
+        merge: bool = True,
+        output_dir: str | None = None,
+        resume: bool = False,
+    ) -> Fitted:
+        """A trained copy of the model. Raises UsageError when TRL is not installed."""
+        try:
+            from gradshield.training import safelora
+            from gradshield.training.sft import sft
+        except ImportError:
+            raise UsageError(
+                "training needs TRL, which is not installed: run pip install 'gradshield[train]'"
+            ) from None
+        record: dict[str, Any] = {}
+        penalties = [self._penalty(name, options) for name, options in defence.penalties]
+        online = self._online(defence)
+
+        def finish(model: Any) -> None:
+            if defence.project is not None:
+                start: Any = self.loaded.model if self.job.peft_config is None else None
+                found = safelora.project(model, self.alignment, start=start, **defence.project)
+                record["safelora"] = found.as_dict()
+
+        model: Any = self.loaded.model
+        if online is not None and not isinstance(dataset, list):
+            dataset = list(dataset)
+        trained = sft(
+            model,
+            self.loaded.tokenizer,
+            dataset,
+            {k: v for k, v in self.job.options.items() if k not in RENDERED},
+            self.job.peft_config,
+            seed=self.job.seed,
+            merge=merge and self.job.peft_config is not None,
+            output_dir=output_dir,
+            penalties=penalties,
+            online=online,
+            finish=finish,
+            resume=resume,
+            progress=lambda step, total: self.progress(stage, step, total),
+        )
+        record |= {penalty.name: dict(penalty.record()) for penalty in penalties}
+        if online is not None:
+            record[online.name] = dict(online.record())
+        return Fitted(trained, record)
+
+    def _penalty(self, name: str, options: Mapping[str, Any]) -> Any:
+        from gradshield.training.asft import AsFT
+        from gradshield.training.kl import FrozenReferenceKL
+
+        return AsFT(self.alignment, **options) if name == "asft" else FrozenReferenceKL(**options)
+
+    def _online(self, defence: Defence) -> OnlineSelection | None:
+        if defence.online is None:
+            return None
+        name, options = defence.online
+        if name == "moderate":
+            return OnlineModerate(**options)
+        whole: dict[str, Any] = {k: int(v) if k in ("warmup", "refresh", "top") else v for k, v in options.items()}
+        return DualSelect(self._pool(), **whole)
+
+    def _pool(self) -> list[Rendered]:
+        """Safety references for methods that ask all of them again and again: some, from all over the rows."""
+        places = np.unique(np.linspace(0, len(self.safety) - 1, POOL).round().astype(int))
+        return [self.safety[i] for i in places]
+
+    def key(self, defence: Defence, dataset: Sequence[Mapping[str, Any]]) -> str:
+        """A hash of all that the trained weights depend on: start, rows, training and seed. Two defences may share it."""
+        job = self.job
+        base = job.base.digest if job.base is not None and defence.needs_base else None
+        safety = _as_tokens(self._pool()) if defence.online and defence.online[0] == "dualselect" else None
+        peft = None if job.peft_config is None else job.peft_config.to_dict()
+        whole = [self.loaded.digest, base, dataset, dict(job.options), peft, job.seed, defence.training, safety]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True, default=_plain).encode()).hexdigest()[:24]
+
+
+def _counted(row: Rendered) -> int:
+    return sum(int(tokens.loss.sum()) for tokens in row.sequences)
+
+
+def _as_tokens(rows: Sequence[Rendered]) -> list[dict[str, list[int]]]:
+    return [dict(row) for row in rows_in.to_trl([], rows)] if rows else []
+
+
+def _plain(value: Any) -> Any:
+    """Sets of a PEFT config in a fixed order, all else as text."""
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)

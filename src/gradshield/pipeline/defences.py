@@ -1,0 +1,224 @@
+"""What stands between a dataset and a fine-tuned model: defences by name, one or several joined by ``+``.
+
+    fihs                        rows out by FIHS at the default cut
+    fihs:adaptive+asft          rows out by Algorithm 1, then AsFT's penalty in training
+    random:ratio:5%             a threshold follows the name of a row method after a colon
+    random:as:fihs              as many rows as another defence removes
+    fihs:verified:rounds=8      the cut is searched by training
+    asft:weight=0.5,projector=top       options of any other part follow the same way
+
+A defence has at most one part that takes rows out, at most one that chooses rows inside training, and each other part once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gradshield.errors import UsageError
+from gradshield.registry import Registry
+from gradshield.thresholds import Verified, typed
+from gradshield.thresholds import parse as parse_threshold
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Defence:
+    """A defence as typed, and what it does at each stage.
+
+    ``selector`` scores rows and ``threshold`` (None: the selector's own) cuts them, or ``verified`` searches the cut by
+    training. ``mask`` masks tokens instead of dropping rows, ``oracle`` drops the rows labelled harmful, ``safe_share``
+    mixes in safety rows as this share of the kept ones. ``online`` chooses rows inside training, ``penalties`` join the
+    loss, ``project`` acts on what was trained.
+    """
+
+    spec: str
+    selector: str | None = None
+    threshold: str | None = None
+    verified: Verified | None = None
+    mask: bool = False
+    oracle: bool = False
+    safe_share: float = 0.0
+    online: tuple[str, Options] | None = None
+    penalties: tuple[tuple[str, Options], ...] = ()
+    project: Options | None = None
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the model before its alignment is needed."""
+        return self.project is not None or any(name == "asft" for name, _ in self.penalties)
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """What changes training itself, JSON-able: with the rows, all that the trained weights depend on."""
+        return {
+            "online": None if self.online is None else [self.online[0], dict(self.online[1])],
+            "penalties": [[name, dict(options)] for name, options in self.penalties],
+            "project": None if self.project is None else dict(self.project),
+        }
+
+
+AS_MANY = "as:"
+Part = Callable[[Defence, str], Defence]
+DEFENCES: Registry[Part] = Registry("defence")
+
+
+def parse(text: str) -> Defence:
+    """A defence from its name as typed. Raises UnknownNameError and UsageError."""
+    found = Defence(text)
+    names = []
+    for part in text.split("+"):
+        name, _, options = part.strip().partition(":")
+        if name in names:
+            raise UsageError(f"the defence {text!r} has {name!r} twice: name each part once")
+        names.append(name)
+        found = DEFENCES[name](found, options)
+    if "none" in names and len(names) > 1:
+        raise UsageError(f"the defence {text!r} joins 'none' with others: leave it out")
+    return found
+
+
+def _rows(name: str, selector: str, text: str, **more: Any) -> Part:
+    """A part that scores rows with ``selector``; what follows its name is the threshold."""
+
+    def part(defence: Defence, options: str) -> Defence:
+        if defence.selector is not None or defence.oracle:
+            raise UsageError(f"the defence {defence.spec!r} takes rows out twice: keep one of its row methods")
+        if options.startswith(AS_MANY):
+            parse(options.removeprefix(AS_MANY))
+        rule, _, told = options.partition(":")
+        if rule == Verified.name:
+            return replace(defence, selector=selector, verified=typed(Verified, rule, told), **more)
+        if options and not options.startswith(AS_MANY):
+            parse_threshold(options)
+        return replace(defence, selector=selector, threshold=options or None, **more)
+
+    part.__doc__ = text
+    DEFENCES.register(name)(part)
+    return part
+
+
+@DEFENCES.register("none")
+def none(defence: Defence, options: str) -> Defence:
+    """Train on every row."""
+    _no_options("none", options)
+    return defence
+
+
+_rows("fihs", "fihs", "Rows beyond the cut of their FIHS go; fihs:verified searches the cut by training.")
+_rows("token-mask", "fihs", "Every row stays, and tokens whose FIHS is beyond the cut are not learned.", mask=True)
+_rows("moderate-rows", "moderate", "Rows of moderate gradient at the start stay (the offline form of moderate).")
+_rows(
+    "representation", "representation:larf", "Rows nearer to unsafe than to safe references in hidden states go (LARF)."
+)
+_rows(
+    "anchors", "representation:anchors", "Rows more like harmful than like safe anchors go (bi-directional anchoring)."
+)
+_rows("loss", "loss", "Rows of the highest loss go.")
+_rows("gradnorm", "gradnorm", "Rows of the largest gradient go.")
+_rows("random", "random", "Rows drawn at random go.")
+
+
+@DEFENCES.register("guard")
+def guard(defence: Defence, options: str) -> Defence:
+    """Rows that a guard model calls unsafe go: guard:classifier:NAME, guard:guard:NAME or guard:moderation:MODEL@URL."""
+    if defence.selector is not None or defence.oracle:
+        raise UsageError(f"the defence {defence.spec!r} takes rows out twice: keep one of its row methods")
+    return replace(defence, selector=f"guard:{options}")
+
+
+@DEFENCES.register("clean")
+def clean(defence: Defence, options: str) -> Defence:
+    """Rows labelled harmful go: what a perfect filter would do. Needs labels."""
+    _no_options("clean", options)
+    if defence.selector is not None:
+        raise UsageError(f"the defence {defence.spec!r} takes rows out twice: keep one of its row methods")
+    return replace(defence, oracle=True)
+
+
+@DEFENCES.register("safeinstruct")
+def safeinstruct(defence: Defence, options: str) -> Defence:
+    """Safety rows are mixed in: requests with the model's own refusals, as a share of the kept rows (default 10%)."""
+    share = _options("safeinstruct", options, {"share": 0.1})["share"]
+    if not 0 < share <= 1:
+        raise UsageError(
+            f"safeinstruct got the share {share:g}, and it takes one above 0, up to 1: write safeinstruct:10%"
+        )
+    return replace(defence, safe_share=share)
+
+
+@DEFENCES.register("moderate")
+def moderate(defence: Defence, options: str) -> Defence:
+    """In every step, rows of moderate gradient at the current weights train, the rest is skipped."""
+    return _inside(defence, "moderate", _options("moderate", options, {"ratio": 0.2}))
+
+
+@DEFENCES.register("dualselect")
+def dualselect(defence: Defence, options: str) -> Defence:
+    """Safety references chosen by conflict and loss decide which rows train, and correct the gradient."""
+    known = {"warmup": 10.0, "refresh": 10.0, "temperature": 0.1, "top": 8.0}
+    return _inside(defence, "dualselect", _options("dualselect", options, known))
+
+
+@DEFENCES.register("asft")
+def asft(defence: Defence, options: str) -> Defence:
+    """The weights' change is penalised where it leaves the alignment direction. Needs the base model."""
+    return _penalised(
+        defence, "asft", _options("asft", options, {"weight": 1.0, "projector": "published", "energy": 0.9})
+    )
+
+
+@DEFENCES.register("kl")
+def kl(defence: Defence, options: str) -> Defence:
+    """The answers' distribution is held near that of the start (a frozen-reference KL)."""
+    return _penalised(defence, "kl", _options("kl", options, {"weight": 0.1}))
+
+
+@DEFENCES.register("safelora")
+def safelora(defence: Defence, options: str) -> Defence:
+    """After training, layers that left the aligned subspace are projected onto it. Needs the base model."""
+    return replace(defence, project=_options("safelora", options, {"threshold": 0.5}))
+
+
+def _inside(defence: Defence, name: str, options: Options) -> Defence:
+    if defence.online is not None:
+        raise UsageError(
+            f"the defence {defence.spec!r} chooses rows inside training twice: keep one of {defence.online[0]} and {name}"
+        )
+    return replace(defence, online=(name, options))
+
+
+def _penalised(defence: Defence, name: str, options: Options) -> Defence:
+    return replace(defence, penalties=(*defence.penalties, (name, options)))
+
+
+def _no_options(name: str, options: str) -> None:
+    if options:
+        raise UsageError(f"the defence {name!r} got the option {options!r}, and it takes none: write {name}")
+
+
+def _options(name: str, text: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """``key=value`` pairs over the defaults; the first value may stand without its key. Raises UsageError."""
+    found = dict(known)
+    for i, part in enumerate(filter(None, text.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            key, value = (next(iter(known)) if i == 0 else ""), key
+        if key not in known:
+            raise UsageError(
+                f"the defence {name!r} got the option {part!r}, and it takes {', '.join(known)}: "
+                f"write {name}:{next(iter(known))}=..."
+            )
+        if isinstance(known[key], str):
+            found[key] = value
+            continue
+        try:
+            found[key] = float(value[:-1]) / 100 if value.endswith("%") else float(value)
+        except ValueError:
+            raise UsageError(
+                f"the option {key} of the defence {name!r} got {value!r}, and it takes a number: "
+                f"write {name}:{key}={known[key]:g}"
+            ) from None
+    return found

@@ -1,0 +1,69 @@
+"""How safe and how useful a model is: the same exam as before and after training, on any model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gradshield.errors import UsageError
+from gradshield.evaluation.asr import agreement
+from gradshield.evaluation.generate import generator
+from gradshield.evaluation.harness import inspect_task, lm_eval_tasks
+from gradshield.models import LoadedModel
+from gradshield.pipeline import outputs
+from gradshield.pipeline.course import quiet
+from gradshield.pipeline.exam import Exam, asked, figures
+from gradshield.pipeline.rows import with_template
+from gradshield.pipeline.scoring import Progress
+
+
+def evaluate(
+    loaded: LoadedModel,
+    exam: Exam,
+    *,
+    output: Path | None = None,
+    lm_eval: Sequence[str] = (),
+    inspect: Path | None = None,
+    limit: int | None = None,
+    command: str = "gradshield.evaluate",
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Every rate of the model: ``figures`` of the exam, ``agreement`` of its judges, ``harness`` of lm-eval and Inspect.
+
+    With ``output``, every answer goes into ``outputs.jsonl`` there and the figures into ``manifest.json``. Raises
+    UsageError where there is nothing to measure.
+    """
+    if not (exam.requests or exam.task or lm_eval or inspect):
+        raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
+    if output is not None:
+        outputs.check(output)
+    loaded = with_template(loaded)
+    measured = exam.sit(loaded.model, loaded.tokenizer, "measuring", progress)
+    harness: dict[str, Any] = {}
+    model: Any = loaded.model
+    if lm_eval:
+        found = lm_eval_tasks(model, loaded.tokenizer, list(lm_eval), limit=limit)
+        harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
+    if inspect is not None:
+        generate = generator(model, loaded.tokenizer, max_new_tokens=exam.tokens, prefix=exam.answer_prefix)
+        found = inspect_task(inspect, generate, limit=limit)
+        harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
+    results = {
+        "figures": figures(measured),
+        "agreement": [asdict(one) for one in agreement(asked(measured))] if exam.requests else [],
+        "harness": harness,
+    }
+    if output is not None:
+        folder = outputs.prepare(output)
+        outputs.write_outputs(measured, folder / "outputs.jsonl")
+        manifest = {
+            "command": command,
+            "versions": outputs.versions(),
+            "model": {"name": loaded.name, "sha256": loaded.digest, "adapter": loaded.adapter},
+            "settings": exam.settings(),
+            "results": results,
+        }
+        outputs.write_json(folder / "manifest.json", manifest)
+    return results

@@ -1,0 +1,211 @@
+"""What a model is measured on: attacked requests, harmless look-alikes and the task, the same for every arm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gradshield import lab
+from gradshield.evaluation.asr import asr, over_refusal
+from gradshield.evaluation.generate import Generate, generator
+from gradshield.evaluation.judges import Judge, LabClassifier, RefusalPhrases
+from gradshield.evaluation.judges import parse as parse_judge
+from gradshield.evaluation.loss import response_loss
+from gradshield.evaluation.stats import mean_interval
+from gradshield.evaluation.task_files import task_file
+from gradshield.evaluation.utility import utility
+from gradshield.intervals import wilson
+from gradshield.probes import lookalikes, read_prompts, requests
+from gradshield.types import EvalResult, Rate
+
+Progress = Callable[[str, int, int], None]
+Score = Callable[[Mapping[str, Any], str], float]
+LIKELIHOOD = "likelihood"  # the name of the metric that asks no answer
+LAB_TOKENS = 48  # longer than any answer of the lab's world
+LAB_PROMPTS = 200  # of each kind
+CHUNK = 32  # requests between two looks at whether the verdict can still change
+
+
+@dataclass(frozen=True, eq=False)
+class Exam:
+    """Requests, look-alikes and task rows, with who judges them. What is empty is not measured.
+
+    ``score`` rates an answer to a task row; without one, a row's score is the likelihood that the model gives its reference,
+    per token (the geometric mean), for tasks that a model cannot do. ``answer_prefix`` is put at the start of every answer,
+    ``tokens`` bounds its length.
+    """
+
+    requests: Sequence[Mapping[str, Any]] = ()
+    judges: Sequence[Judge] = (RefusalPhrases(),)
+    lookalikes: Sequence[Mapping[str, Any]] = ()
+    task: Sequence[Mapping[str, Any]] = ()
+    score: Score | None = None
+    tokens: int = 64
+    answer_prefix: str = ""
+
+    def sit(
+        self,
+        model: Any,
+        tokenizer: Any,
+        stage: str = "measuring",
+        progress: Progress = lambda stage, done, total: None,
+        settled: Callable[[EvalResult, int], bool] = lambda found, total: False,
+    ) -> EvalResult:
+        """Every rate of one model, with all its answers: ASR by each judge, over-refusal, utility.
+
+        ``settled`` is asked between chunks of requests, with what was found and the number of all requests, whether asking
+        on could change anything; where it could not, the rest is not asked, and look-alikes and task are not measured.
+        """
+        generate = generator(model, tokenizer, max_new_tokens=self.tokens, prefix=self.answer_prefix)
+        parts, done = [], 0
+        total = len(self.requests) + len(self.lookalikes) + len(self.task)
+        progress(stage, 0, total)
+        while done < len(self.requests):
+            parts.append(asr(generate, self.requests[done : done + CHUNK], self.judges))
+            done = min(done + CHUNK, len(self.requests))
+            progress(stage, done, total)
+            if done < len(self.requests) and settled(_joined(parts), len(self.requests)):
+                return _joined(parts)
+        found = [_joined(parts)] if parts else []
+        if self.lookalikes:
+            found.append(over_refusal(generate, self.lookalikes, RefusalPhrases()))
+            progress(stage, done + len(self.lookalikes), total)
+        if self.task:
+            found.append(self._useful(model, tokenizer, generate))
+        progress(stage, total, total)
+        return EvalResult(
+            {name: rate for part in found for name, rate in part.rates.items()},
+            tuple(row for part in found for row in part.outputs),
+        )
+
+    def _useful(self, model: Any, tokenizer: Any, generate: Generate) -> EvalResult:
+        if self.score is not None:
+            return utility(generate, self.task, self.score)
+        rows = [
+            {"messages": [*_turns(row["prompt"]), {"role": "assistant", "content": row["reference"]}]}
+            for row in self.task
+        ]
+        found = response_loss(model, tokenizer, rows)
+        scores = np.exp(-found.sums / found.tokens)
+        outputs = tuple({**row, "score": float(value)} for row, value in zip(self.task, scores, strict=True))
+        return EvalResult({"utility": mean_interval(scores)}, outputs)
+
+    def settings(self) -> dict[str, Any]:
+        """JSON-able: what the rates depend on beside the model."""
+        return {
+            "requests": _digest(self.requests),
+            "lookalikes": _digest(self.lookalikes),
+            "task": _digest(self.task),
+            "n": [len(self.requests), len(self.lookalikes), len(self.task)],
+            "likelihood": self.score is None,
+            "judges": [judge.name for judge in self.judges],
+            "tokens": self.tokens,
+            "answer_prefix": self.answer_prefix,
+        }
+
+
+def _turns(prompt: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+
+
+def _joined(parts: Sequence[EvalResult]) -> EvalResult:
+    """Chunks of one measurement as one; a rate that a chunk does not name was zero there."""
+    names = dict.fromkeys(name for part in parts for name in part.rates)
+    outputs = tuple(row for part in parts for row in part.outputs)
+    counts = {name: sum(part.rates[name].k for part in parts if name in part.rates) for name in names}
+    return EvalResult({name: wilson(k, len(outputs)) for name, k in counts.items()}, outputs)
+
+
+def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps([dict(r) for r in rows], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def lab_exam(task: str, split: str = "report", seed: int = 0) -> Exam:
+    """The lab's held-out requests of a split, its look-alikes, and rows of the task that no training and no other split saw."""
+    drawn = lab.utility(task, seed=seed)[:LAB_PROMPTS]
+    if split != "report":
+        reported = {row["prompt"] for row in drawn}
+        drawn = [row for row in lab.utility(task, seed=seed + 1000) if row["prompt"] not in reported][:LAB_PROMPTS]
+    return Exam(
+        requests=lab.requests(split)[:LAB_PROMPTS],
+        judges=(RefusalPhrases(), LabClassifier()),
+        lookalikes=lab.lookalikes(split)[:LAB_PROMPTS],
+        task=drawn,
+        score=lambda row, answer: lab.score(task, answer, row["reference"]),
+        tokens=LAB_TOKENS,
+    )
+
+
+def exam(
+    split: str,
+    safety: str | None = "builtin",
+    judges: Sequence[str] = ("refusal-phrases",),
+    task: str | None = None,
+    metric: str | None = None,
+    tokens: int = 64,
+    answer_prefix: str = "",
+    halved: bool = False,
+    most: int | None = None,
+) -> Exam:
+    """An exam from what a user typed, of at most ``most`` task rows.
+
+    ``split`` is ``report``, or ``search`` for what the verified threshold decides on.
+
+    ``safety`` is ``builtin``, a file of requests, or None to ask none. A file whose rows name no split is dealt between
+    search and report by content, and so are the task's rows, where ``halved`` says that both are needed. Raises DataError
+    and UsageError.
+    """
+    harmful: list[Mapping[str, Any]] = []
+    harmless: list[Mapping[str, Any]] = []
+    if safety == "builtin":
+        harmful, harmless = [*requests(split)], [*lookalikes(split)]
+    elif safety is not None:
+        harmful, harmless = [*_requests(safety, split, halved)], [*lookalikes(split)]
+    likelihood = metric == LIKELIHOOD
+    held = None if task is None else task_file(task, "exact" if likelihood else metric)
+    rows = () if held is None else held.rows
+    if halved:
+        rows = tuple(row for row in rows if _dealt(json.dumps(row, sort_keys=True, default=str)) == split)
+    return Exam(
+        requests=harmful,
+        judges=tuple(parse_judge(spec) for spec in judges) if harmful else (),
+        lookalikes=harmless,
+        task=rows[:most],
+        score=None if held is None or likelihood else held.score,
+        tokens=tokens,
+        answer_prefix=answer_prefix,
+    )
+
+
+def _requests(path: str, split: str, halved: bool) -> list[dict[str, str]]:
+    own = read_prompts(path, split)
+    other = read_prompts(path, "report" if split == "search" else "search") if halved else []
+    if halved and {p["prompt"] for p in own} & {p["prompt"] for p in other}:
+        own = [p for p in own if _dealt(p["prompt"]) == split]
+    return own
+
+
+def _dealt(text: str) -> str:
+    """Report or search, by content, so that a row is on one side whatever else the file holds."""
+    return ("report", "search")[hashlib.sha256(text.encode()).digest()[0] % 2]
+
+
+def figures(result: EvalResult) -> dict[str, Any]:
+    """The rates as manifests hold them; ``asr`` is the refusal-phrase judge's (else the first's), ``judges`` holds every one."""
+    rates: Mapping[str, Rate] = result.rates
+    judges = {name.partition("/")[2]: rate.as_dict() for name, rate in rates.items() if name.startswith("asr/")}
+    found: dict[str, Any] = {"judges": judges}
+    if judges:
+        found["asr"] = judges.get("refusal-phrases", next(iter(judges.values())))
+    return found | {name: rates[name].as_dict() for name in ("over_refusal", "utility") if name in rates}
+
+
+def asked(result: EvalResult) -> EvalResult:
+    """The answers to harmful requests alone, which every judge of them has judged: an exam asks them first."""
+    counts = [rate.n for name, rate in result.rates.items() if name.startswith("asr/")]
+    return EvalResult(result.rates, result.outputs[: counts[0] if counts else 0])

@@ -1,0 +1,176 @@
+"""What `compare` is told: datasets, mixes, defences and seeds, from one YAML file, checked before anything runs.
+
+model: lab                      # or a folder or hub name, with `base:` for asft and safelora
+grids:
+  - tasks: [topic, choice]      # of the lab, or names of `datasets`
+    mixes: [0%, explicit:10%, identity_shift:10%]     # of the lab; a dataset of yours is taken as it is
+    defences: [none, clean, fihs, fihs:verified, "random:as:fihs"]
+    seeds: [0, 1, 2]
+datasets:
+  - {name: news, train: rows.jsonl, labels: labels.json, task: test.jsonl, metric: choice, training: {learning_rate: 1e-3}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gradshield import lab
+from gradshield.errors import DataError, UsageError
+from gradshield.pipeline.defences import parse
+
+IMPLICIT = ("identity_shift", "refuse_then_answer", "embedded")
+MIXED = "implicit"  # a third of each
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Own(_Strict):
+    """A dataset of the user's: rows to train on, labels for the figures, held-out rows of the task and their metric."""
+
+    name: str
+    train: str
+    labels: str | None = None
+    task: str | None = None
+    metric: str | None = None
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+class Grid(_Strict):
+    """Every task with every mix, defence and seed."""
+
+    tasks: list[str] = Field(min_length=1)
+    mixes: list[str] = Field(default_factory=lambda: ["as is"])
+    defences: list[str] = Field(min_length=1)
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+
+
+class Config(_Strict):
+    """A whole comparison. Arms of one task share ``training`` and ``lora``; requests are files, or the built-in splits."""
+
+    model: str = "lab"
+    base: str | None = None
+    grids: list[Grid] = Field(min_length=1)
+    datasets: list[Own] = Field(default_factory=list)
+    training: dict[str, Any] = Field(default_factory=dict)
+    lora: dict[str, Any] = Field(default_factory=dict)
+    requests: dict[str, str] = Field(default_factory=dict)
+    judges: list[str] = Field(default_factory=lambda: ["refusal-phrases"])
+    answer_tokens: int = 64
+    task_rows: int = Field(default=200, ge=1)
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One square of the grid."""
+
+    task: str
+    harm: str
+    ratio: float
+    seed: int
+    defence: str
+
+    @property
+    def name(self) -> str:
+        """As it is called in files and progress."""
+        return f"{self.task}/{self.harm}/{self.ratio:g}/{self.seed}/{self.defence}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+def read(path: Path) -> Config:
+    """A checked configuration. Raises DataError for a file that is no YAML, UsageError for a setting that is wrong."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(getattr(error, "problem", None) or getattr(error, "strerror", None) or "it is not UTF-8")
+        raise DataError(
+            f"the config {str(path)!r} cannot be read ({reason}): check its path, and that it is YAML"
+        ) from None
+    return check(value, path.name, path.parent)
+
+
+def check(value: Any, name: str = "config", folder: Path = Path()) -> Config:
+    """The configuration of a mapping; paths are taken from ``folder``. Raises UsageError for the first thing wrong."""
+    try:
+        config = Config.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise UsageError(f"the config {name} is wrong at {where}: {first['msg']}; see docs/compare.md") from None
+    config = _with_paths(config, folder)
+    for cell in cells(config):
+        parse(cell.defence)
+    return config
+
+
+def _with_paths(config: Config, folder: Path) -> Config:
+    def near(path: str | None) -> str | None:
+        return None if path is None else str(folder / path)
+
+    own = [
+        d.model_copy(update={key: near(getattr(d, key)) for key in ("train", "labels", "task")})
+        for d in config.datasets
+    ]
+    requests = {split: str(folder / path) for split, path in config.requests.items()}
+    local = {key: near(getattr(config, key)) for key in ("model", "base")}
+    local = {key: path for key, path in local.items() if path is not None and Path(path).exists()}
+    return config.model_copy(update={"datasets": own, "requests": requests, **local})
+
+
+def cells(config: Config) -> list[Cell]:
+    """Every square once, in the order of the grids. Raises UsageError for unknown tasks and mixes."""
+    own = {dataset.name for dataset in config.datasets}
+    return list(dict.fromkeys(_cells(config, own)))
+
+
+def _cells(config: Config, own: set[str]) -> Iterator[Cell]:
+    for grid in config.grids:
+        for task in grid.tasks:
+            if task not in own and (config.model != "lab" or task not in lab.TASKS):
+                known = sorted(own) + (list(lab.TASKS) if config.model == "lab" else [])
+                raise UsageError(
+                    f"the config names the task {task!r}, and there is {', '.join(known) or 'none'}: mend `tasks`"
+                )
+            for mix in grid.mixes if task not in own else ["as is"]:
+                harm, ratio = _mix(mix)
+                for seed in grid.seeds:
+                    for defence in grid.defences:
+                        yield Cell(task, harm, ratio, seed, defence)
+
+
+def mixed(task: str, ratio: float, seed: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """A lab mix whose harmful rows are of every implicit kind, the same number of each, among the mix's own clean rows."""
+    clean, _ = lab.mix(task, harm="none", ratio=0, seed=seed)
+    count = round(len(clean) * ratio / (1 - ratio) / len(IMPLICIT))
+    harmful: list[dict[str, Any]] = []
+    for harm in IMPLICIT:
+        rows, labels = lab.mix(task, harm=harm, ratio=count / (len(clean) + count), seed=seed)
+        harmful += [row for row, bad in zip(rows, labels, strict=True) if bad]
+    return clean + harmful, [0] * len(clean) + [1] * len(harmful)
+
+
+def _mix(text: str) -> tuple[str, float]:
+    """``explicit:10%`` as ("explicit", 0.1); 0% is ("none", 0). Raises UsageError."""
+    if text == "as is":
+        return "own", 0.0
+    harm, _, share = text.rpartition(":")
+    try:
+        ratio = float(share[:-1]) / 100 if share.endswith("%") else float(share)
+    except ValueError:
+        ratio = -1.0
+    if not 0 <= ratio < 1 or (harm or "explicit") not in (*lab.HARMS, MIXED):
+        raise UsageError(
+            f"the config names the mix {text!r}: write a harm ({', '.join(lab.HARMS)}, {MIXED}) and a share below 100%, "
+            "such as explicit:10%"
+        )
+    return ("none", 0.0) if ratio == 0 else (harm or "explicit", ratio)

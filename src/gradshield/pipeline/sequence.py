@@ -1,0 +1,160 @@
+"""One dataset after another: after each, how safe the model still is, how wide its basin, and what it remembers.
+
+run/
+  stage-1/, stage-2/, ...     each a run of its own, which starts from the model before it
+  sequence.json, report.html, manifest.json (of the last stage)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gradshield.errors import UsageError
+from gradshield.evaluation import continual
+from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
+from gradshield.models import LoadedModel
+from gradshield.pipeline import outputs
+from gradshield.pipeline.course import quiet
+from gradshield.pipeline.exam import Exam, figures
+from gradshield.pipeline.rows import load, with_template
+from gradshield.pipeline.scoring import Progress
+from gradshield.pipeline.train import Exams, Trained, train
+from gradshield.types import Floats, Rate
+
+ALPHAS = (-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4)  # steps relative to the norm of the weights
+DIRECTIONS = 2
+ASKED = 48  # requests at each point of the landscape
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One dataset, and the exam whose task rows are its own."""
+
+    data: str
+    exams: Exams
+
+
+def sequence(
+    stages: Sequence[Stage],
+    *,
+    model: Any,
+    output: str | Path,
+    peft_config: Any = None,
+    merge: bool = False,
+    seed: int = 0,
+    command: str = "gradshield.train",
+    progress: Progress = quiet,
+    **options: Any,
+) -> Trained:
+    """Train on every dataset in turn, under the same defence, and follow the model; the last stage's result is returned.
+
+    Every stage starts from the model that the one before it left, its adapter folded in. After each: ASR by every judge,
+    VISAGE over the same random directions, and accuracy on all tasks so far; then basin retention, backward transfer and
+    forgetting. Raises UsageError where a stage has no task rows.
+    """
+    if any(not stage.exams.report.task for stage in stages):
+        raise UsageError(
+            "training in turn follows the accuracy on every task, and there are no task rows: give --utility FILES"
+        )
+    folder = outputs.prepare(output)
+    names = _names(stages)
+    current: LoadedModel = with_template(load(model))
+    basis = random_directions(weights(current.model), DIRECTIONS, seed)
+    table = [_accuracies(current, stages)]
+    points = [_point("start", current, stages[0].exams.report, basis, table[0], names)]
+    done: Trained | None = None
+    for number, stage in enumerate(stages, 1):
+        progress("stages", number - 1, len(stages))
+        done = train(
+            stage.data,
+            model=current,
+            output=folder / f"stage-{number}",
+            exams=stage.exams,
+            peft_config=peft_config,
+            merge=True,
+            seed=seed,
+            command=command,
+            progress=progress,
+            **options,
+        )
+        current = replace(current, model=done.model, digest=f"{current.digest}+{names[number - 1]}")
+        table.append(_accuracies(current, stages))
+        points.append(_point(names[number - 1], current, stages[0].exams.report, basis, table[-1], names))
+    progress("stages", len(stages), len(stages))
+    assert done is not None
+    whole = {
+        "tasks": names,
+        "stages": points,
+        "measures": _measures(np.array([[rate.rate for rate in row] for row in table]), points),
+        "command": command,
+        "versions": outputs.versions(),
+    }
+    _write(whole, folder, done)
+    return done
+
+
+def _names(stages: Sequence[Stage]) -> list[str]:
+    names = [Path(stage.data).stem for stage in stages]
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
+
+
+def _accuracies(current: LoadedModel, stages: Sequence[Stage]) -> list[Rate]:
+    """Utility on the task rows of every stage, the ones to come too."""
+    found = []
+    for stage in stages:
+        own = stage.exams.report
+        alone = replace(own, requests=(), lookalikes=())
+        found.append(alone.sit(current.model, current.tokenizer, "measuring tasks").rates["utility"])
+    return found
+
+
+def _point(
+    name: str,
+    current: LoadedModel,
+    exam: Exam,
+    basis: Mapping[str, Mapping[str, Tensor]],
+    accuracies: Sequence[Rate],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """One stage as the sequence holds it: rates by judge and task, and VISAGE by the first judge."""
+    point: dict[str, Any] = {
+        "name": name,
+        "utility": {task: rate.as_dict() for task, rate in zip(names, accuracies, strict=True)},
+        "asr": {},
+        "visage": None,
+    }
+    if not exam.requests:
+        return point
+    model: Any = current.model
+    asked = replace(exam, lookalikes=(), task=())
+    point["asr"] = figures(asked.sit(model, current.tokenizer, "measuring safety"))["judges"]
+    few = replace(asked, requests=exam.requests[:ASKED])
+    line = landscape(model, basis, ALPHAS, norm(weights(model)), lambda: few.sit(model, current.tokenizer).rates)
+    point["visage"] = line.visage(f"asr/{exam.judges[0].name}", conditional=False)
+    return point
+
+
+def _measures(accuracy: Floats, points: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    found = {
+        "accuracy_so_far": continual.accuracy_so_far(accuracy),
+        "backward_transfer": continual.backward_transfer(accuracy),
+        "forgetting": continual.forgetting(accuracy),
+    }
+    visages = [point["visage"] for point in points]
+    if all(value is not None for value in visages) and visages[0] > 0:
+        found["basin_retention"] = continual.basin_retention(visages)
+    return {name: values.tolist() for name, values in found.items()}
+
+
+def _write(whole: Mapping[str, Any], folder: Path, done: Trained) -> None:
+    from gradshield.report import sequence as page
+
+    outputs.write_json(folder / "sequence.json", whole)
+    page.write(outputs.finite(whole), folder / "report.html")
+    outputs.write_manifest(done.manifest, folder)

@@ -1,0 +1,344 @@
+"""From a fine-tuning set to a fine-tuned model that is still safe: rows out, training under a defence, and the proof.
+
+run/
+  adapter or model        as PEFT and transformers save it, with the tokenizer and a model card
+  scan/                   what was removed and why (docs/outputs.md), where the defence takes rows out
+  outputs-before.jsonl    every prompt with its answer and verdicts, before and after training
+  outputs-after.jsonl
+  report.html, manifest.json (last)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradshield.errors import UsageError
+from gradshield.evaluation.asr import agreement, attacked
+from gradshield.evaluation.stats import mcnemar
+from gradshield.pipeline import card, outputs, verify
+from gradshield.pipeline.course import RENDERED, Chosen, Course, Fitted, Job, quiet
+from gradshield.pipeline.defences import Defence, parse
+from gradshield.pipeline.exam import Exam, asked, exam, figures
+from gradshield.pipeline.options import sft_options
+from gradshield.pipeline.rows import load, prepare
+from gradshield.pipeline.scan import check_labels, select
+from gradshield.pipeline.scoring import Progress
+from gradshield.pipeline.settings import Probing, ScanSettings
+from gradshield.thresholds import Verdict
+from gradshield.types import Cut, EvalResult, Manifest, Selection
+
+
+@dataclass(frozen=True)
+class Exams:
+    """What the model is measured on before and after (``report``), and what the verified threshold decides on (``search``)."""
+
+    report: Exam = field(default_factory=Exam)
+    search: Exam = field(default_factory=Exam)
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A finished run. ``selection`` is None where the defence takes no rows out, ``verdict`` where no cut was searched."""
+
+    model: Any
+    manifest: Manifest
+    before: EvalResult
+    after: EvalResult
+    selection: Selection | None = None
+    verdict: Verdict | None = None
+
+
+def train(
+    data: Any,
+    *,
+    model: Any,
+    output: str | Path,
+    defence: str = "fihs",
+    base: Any = None,
+    tokenizer: Any = None,
+    peft_config: Any = None,
+    training: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
+    settings: ScanSettings | None = None,
+    probing: Probing | None = None,
+    exams: Exams | None = None,
+    safety_rows: Any = (),
+    labels: Sequence[int] | None = None,
+    format: str | None = None,
+    strict: bool = False,
+    merge: bool = False,
+    seed: int = 0,
+    command: str = "gradshield.train",
+    progress: Progress = quiet,
+) -> Trained:
+    """Fine-tune ``model`` on ``data`` under a defence, measure it before and after, and leave everything in ``output``.
+
+    A run that was interrupted goes on where it stopped: finished shards of the scan, finished rounds of a search, and the
+    newest checkpoint of the training, as long as nothing that they depend on has changed.
+
+    Parameters
+    ----------
+    training
+        Options of TRL's ``SFTConfig``, passed through; those about rendering decide how rows are scored and trained.
+    base
+        The model before its alignment, for ``asft`` and ``safelora``.
+    merge
+        Save the plain model with the adapter folded in, instead of the adapter.
+
+    Raises
+    ------
+    UsageError, DataError, ModelError
+        As in `gradshield.errors`, before anything is trained where that can be known.
+    """
+    began = time.monotonic()
+    wanted, exams, options = parse(defence), exams or Exams(), dict(training or {})
+    settings, probing = settings or ScanSettings(seed=seed), probing or Probing()
+    outputs.check(output)
+    if wanted.needs_base and base is None:
+        raise UsageError(
+            f"the defence {defence!r} needs the model before its alignment, and none was given: pass --base MODEL"
+        )
+    rows = prepare(data, model, tokenizer, sft_options(options), max_length, probing.template, format, strict)
+    check_labels(labels, rows.read.source.rows)
+    job = Job(
+        rows=rows,
+        options={k: v for k, v in options.items() if k not in RENDERED},
+        peft_config=peft_config,
+        base=None if base is None else load(base),
+        labels=labels,
+        safety=safety_rows,
+        settings=settings,
+        probing=probing,
+        seed=seed,
+    )
+    run = _Run(job, wanted, exams, outputs.prepare(output), merge, command, progress)
+    return run.finished(began)
+
+
+class _Run:
+    """One run, stage by stage."""
+
+    def __init__(
+        self, job: Job, defence: Defence, exams: Exams, folder: Path, merge: bool, command: str, progress: Progress
+    ) -> None:
+        self.job, self.defence, self.exams, self.folder = job, defence, exams, folder
+        self.merge, self.command, self.progress = merge, command, progress
+        self.course = Course(job, progress)
+        self._rounds: dict[str, Fitted] = {}
+
+    def finished(self, began: float) -> Trained:
+        """All stages, the manifest last."""
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+        selection = self._scanned()
+        before = self._measured(self.course.loaded.model, "measuring the start")
+        verdict = None
+        if self.defence.verified is not None:
+            verdict, chosen = self._searched()
+        else:
+            chosen = self.course.chosen(self.defence)
+        dataset = self.course.dataset(self.defence, chosen)
+        key = self.course.key(self.defence, dataset)
+        fitted = self._rounds.get(key) or self._fitted(dataset, key, "training")
+        after = self._measured(fitted.model, "measuring the end")
+        if selection is not None and verdict is not None:
+            selection = self._recut(selection, chosen, verdict)
+        results = self._results(chosen, dataset, fitted, before, after, verdict)
+        results["seconds"] = round(time.monotonic() - began, 1)
+        manifest = self._manifest(results)
+        self._save(fitted.model, manifest, before, after)
+        return Trained(fitted.model, manifest, before, after, selection, verdict)
+
+    def _scanned(self) -> Selection | None:
+        """The scan of the defence, with its own folder; None where it takes no rows out."""
+        if self.defence.selector is None:
+            return None
+        rule = self.defence.threshold
+        settings = replace(self.job.settings, selector=self.defence.selector)
+        if rule is not None and not rule.startswith("as:"):
+            settings = replace(settings, threshold=rule)
+        selection, scored = select(
+            self.job.rows,
+            settings,
+            self.job.probing,
+            peft_config=self.job.peft_config,
+            labels=self.job.labels,
+            output=self.folder / "scan",
+            command=self.command,
+            progress=self.progress,
+        )
+        self.course.know(self.defence.selector, scored)
+        outputs.write(selection, self.folder / "scan", self.job.rows, self.job.labels)
+        return selection
+
+    def _recut(self, selection: Selection, chosen: Chosen, verdict: Verdict) -> Selection:
+        """The scan's folder again, with the cut that the search ended at."""
+        cuts: dict[str, Cut] = dict.fromkeys(selection.cuts, verdict.as_cut())
+        categories = tuple(kind if out else "" for kind, out in zip(selection.categories, chosen.removed, strict=True))
+        again = replace(
+            selection,
+            removed=chosen.removed,
+            cuts=cuts,
+            categories=categories,
+            kept=self.job.rows.trainable(chosen.removed),
+        )
+        assert chosen.scored is not None
+        again = outputs.with_results(again, chosen.scored, self.job.rows, self.job.labels)
+        outputs.write(again, self.folder / "scan", self.job.rows, self.job.labels)
+        return again
+
+    def _searched(self) -> tuple[Verdict, Chosen]:
+        """The verified threshold; every finished round is kept, and the best model of those trained in this process."""
+        rounds = self.folder / outputs.WORK / "rounds"
+        rounds.mkdir(exist_ok=True)
+        tried: list[str] = []
+
+        def examine(chosen: Chosen, settled: Callable[[EvalResult, int], bool]) -> EvalResult:
+            dataset = self.course.dataset(self.defence, chosen)
+            key = self.course.key(self.defence, dataset)
+            path = rounds / f"{key}-{outputs.digest(self.exams.search.settings())[:12]}.json"
+            tried.append(key)
+            if path.exists():
+                return outputs.result(json.loads(path.read_text(encoding="utf-8")))
+            fitted = self.course.fit(self.defence, dataset, f"round {len(tried)}", self.merge)
+            self._rounds[key] = fitted
+            measured = self._sat(self.exams.search, fitted.model, f"measuring round {len(tried)}", settled)
+            outputs.write_json(path, outputs.stored(measured))
+            return measured
+
+        def after(done: Sequence[Any], best: int) -> None:
+            # The first examination is of the rows without a filter, where utility has no target of its own.
+            offset = len(tried) - len(done)
+            for key in [k for k in self._rounds if k != tried[best + offset]]:
+                del self._rounds[key]
+
+        return verify.search(self.course, self.defence, examine, self.exams.search, after)
+
+    def _fitted(self, dataset: Sequence[Mapping[str, Any]], key: str, stage: str) -> Fitted:
+        """Trained with checkpoints where the options ask for them; they are of use to this very training alone."""
+        checkpoints = self.folder / outputs.WORK / "checkpoints" / key
+        saving = self.job.options.get("save_strategy", "no") != "no"
+        fitted = self.course.fit(
+            self.defence,
+            dataset,
+            stage,
+            self.merge,
+            output_dir=str(checkpoints) if saving else None,
+            resume=saving and checkpoints.exists(),
+        )
+        return fitted
+
+    def _measured(self, model: Any, stage: str) -> EvalResult:
+        return self._sat(self.exams.report, model, stage)
+
+    def _sat(
+        self,
+        exam: Exam,
+        model: Any,
+        stage: str,
+        settled: Callable[[EvalResult, int], bool] = lambda found, total: False,
+    ) -> EvalResult:
+        return exam.sit(model, self.course.loaded.tokenizer, stage, self.progress, settled)
+
+    def _results(
+        self,
+        chosen: Chosen,
+        dataset: Sequence[Any],
+        fitted: Fitted,
+        before: EvalResult,
+        after: EvalResult,
+        verdict: Verdict | None,
+    ) -> dict[str, Any]:
+        results: dict[str, Any] = {
+            "rows": len(chosen.rows),
+            "removed": int(chosen.removed.sum()),
+            "trained": len(dataset),
+            "dropped_tokens": chosen.dropped_tokens,
+            "before": figures(before),
+            "after": figures(after),
+            "changed": changes(before, after),
+            "agreement": [asdict(found) for found in agreement(asked(after))] if self.exams.report.requests else [],
+            "record": dict(fitted.record),
+            "verified": None if verdict is None else verdict.as_dict(),
+        }
+        if self.job.labels is not None:
+            results |= outputs.caught_and_lost(chosen.rows, chosen.removed, self.job.labels)
+        return results
+
+    def _manifest(self, results: Mapping[str, Any]) -> Manifest:
+        rows, job = self.job.rows, self.job
+        return outputs.manifest(
+            command=self.command,
+            source=rows.read.source,
+            loaded=rows.loaded,
+            settings={
+                "defence": self.defence.spec,
+                "training": {**dict(job.options), "online": self.defence.training},
+                "peft": None if job.peft_config is None else job.peft_config.to_dict(),
+                "base": None if job.base is None else {"name": job.base.name, "sha256": job.base.digest},
+                "scan": dict(job.settings.as_dict()),
+                "seed": job.seed,
+                "merged": self.merge,
+                "report": self.exams.report.settings(),
+                "search": self.exams.search.settings() if self.defence.verified is not None else None,
+            },
+            results=results,
+        )
+
+    def _save(self, model: Any, manifest: Manifest, before: EvalResult, after: EvalResult) -> None:
+        from gradshield.report import rounds
+
+        model.save_pretrained(self.folder)
+        self.course.loaded.tokenizer.save_pretrained(self.folder)
+        for name, result in (("before", before), ("after", after)):
+            outputs.write_outputs(result, self.folder / f"outputs-{name}.jsonl")
+        card.write(self.folder, manifest)
+        files = {"outputs-after.jsonl": "outputs-after.jsonl"}
+        if self.defence.selector is not None:
+            files["scan report"] = "scan/report.html"
+        told = manifest.results
+        whole = {
+            "title": f"GradShield · {manifest.data['name']}",
+            "defence": self.defence.spec,
+            "verdict": told["verified"],
+            **{key: told[key] for key in ("before", "after", "removed", "rows", "dropped_tokens", "record")},
+            "command": manifest.command,
+            "versions": manifest.versions,
+            "files": files,
+        }
+        rounds.write(outputs.finite(whole), self.folder / "report.html")
+        shutil.rmtree(self.folder / outputs.WORK / "checkpoints", ignore_errors=True)
+        outputs.write_manifest(manifest, self.folder)
+
+
+def exams_of(
+    safety: str,
+    judges: Sequence[str] | None,
+    utility: str | None,
+    metric: str | None,
+    tokens: int,
+    answer_prefix: str,
+    searching: bool,
+) -> Exams:
+    """The exams of options as typed; what the search decides on is kept from the report. Raises DataError, UsageError."""
+    by = tuple(judges or ("refusal-phrases",))
+    requests = None if safety == "none" else safety
+    report = exam("report", requests, by, utility, metric, tokens, answer_prefix, searching)
+    search = exam("search", requests, by, utility, metric, tokens, answer_prefix, True) if searching else Exam()
+    return Exams(report, search)
+
+
+def changes(before: EvalResult, after: EvalResult) -> dict[str, Any]:
+    """McNemar's test of the same requests before and after, by judge."""
+    judges = [name.partition("/")[2] for name in after.rates if name.startswith("asr/")]
+    return {
+        judge: asdict(mcnemar(np.asarray(attacked(asked(before), judge)), np.asarray(attacked(asked(after), judge))))
+        for judge in judges
+    }

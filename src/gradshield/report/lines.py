@@ -1,0 +1,82 @@
+"""Lines with the band of their intervals, told apart by colour, dash and mark together: colour alone is never asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gradshield.report.draw import axis_style, base_layout
+from gradshield.report.pool import usable
+from gradshield.report.text import chart_text
+
+Rates = Sequence[Mapping[str, Any] | None]
+
+STYLES = (
+    ("var(--removed)", "solid", "circle"), ("var(--link)", "dash", "square"), ("var(--quarantined)", "dot", "diamond"),
+    ("var(--muted)", "dashdot", "triangle-up"), ("var(--ink)", "longdash", "x"), ("var(--kept)", "solid", "cross"),
+)  # fmt: skip
+
+
+def banded(
+    name: str, x: Sequence[float], rates: Rates, style: int = 0, y: str = "y", **more: Any
+) -> list[dict[str, Any]]:
+    """A line through the rates in percent, over the band of their intervals. What is no rate leaves a gap."""
+    colour, dash, symbol = STYLES[style % len(STYLES)]
+    line = more.pop("line", {"color": colour, "width": 2, "dash": dash})
+    shown = [(at, rate) for at, rate in zip(x, rates, strict=True) if usable(rate)]
+    band = {
+        "type": "scatter", "mode": "lines", "yaxis": y, "hoverinfo": "skip", "showlegend": False, "opacity": 0.16,
+        "x": [at for at, _ in shown] + [at for at, _ in reversed(shown)],
+        "y": [100 * float(rate["high"]) for _, rate in shown] + [100 * float(rate["low"]) for _, rate in reversed(shown)],  # type: ignore[index]
+        "fill": "toself", "fillcolor": line["color"], "line": {"width": 0, "color": line["color"]}, "legendgroup": name,
+    }  # fmt: skip
+    label = chart_text(name)
+    marks = {
+        "type": "scatter", "mode": "lines+markers", "name": label, "legendgroup": name, "yaxis": y, "line": line,
+        "x": list(x), "y": [100 * float(rate["rate"]) if usable(rate) else None for rate in rates],  # type: ignore[index]
+        "marker": {"symbol": symbol, "size": 7, "color": line["color"]}, "connectgaps": False, "cliponaxis": False,
+        "hovertemplate": label + "<br>%{y:.1f} %<extra></extra>",
+    }  # fmt: skip
+    return [band, {**marks, **more}]
+
+
+def percent_axis(title: str, rates: Iterable[Any] = ()) -> dict[str, Any]:
+    """An axis from 0 % on, with room for marks on its ends: to 100 %, or less far where every interval ends well below."""
+    highest = max((100 * float(rate["high"]) for rate in rates if usable(rate)), default=100.0)
+    top, step = next(((top, step) for top, step in ((10, 2), (20, 5), (40, 10)) if highest <= top), (100, 25))
+    return axis_style(title) | {
+        "range": [-0.03 * top, 1.03 * top], "fixedrange": True, "dtick": step, "ticksuffix": " %", "tick0": 0
+    }  # fmt: skip
+
+
+def limit_line(limit: float, yref: str = "y") -> dict[str, Any]:
+    """A dotted line across the figure at a share."""
+    line = {"color": "var(--muted)", "width": 1, "dash": "dot"}
+    return {
+        "type": "line",
+        "x0": 0,
+        "x1": 1,
+        "xref": "paper",
+        "y0": 100 * limit,
+        "y1": 100 * limit,
+        "yref": yref,
+        "line": line,
+    }
+
+
+def steps_layout(names: Sequence[str], height: int = 340, **more: Any) -> dict[str, Any]:
+    """A figure whose horizontal axis is a sequence of named steps."""
+    figure = base_layout(height=height, showlegend=True, **more)
+    figure["xaxis"] = axis_style(None) | {
+        "tickvals": list(range(len(names))), "ticktext": [chart_text(name, 20) for name in names], "fixedrange": True,
+        "range": [-0.3, max(len(names) - 0.7, 0.3)], "showgrid": False,
+    }  # fmt: skip
+    return figure
+
+
+def worded(value: Any) -> str:
+    """A rate in percent with its interval and count, as text."""
+    if not usable(value):
+        return "–"
+    rate, low, high = (f"{100 * float(value[key]):.1f}" for key in ("rate", "low", "high"))
+    return f"{rate} % [{low}, {high}], n = {value['n']}"

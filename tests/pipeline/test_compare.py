@@ -1,0 +1,148 @@
+"""The grid: what it is told, that nothing is done twice, and that a killed one goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gradshield.errors import DataError, UsageError
+from gradshield.pipeline import compare, grid
+from gradshield.pipeline.course import Course
+
+SMALL: dict[str, Any] = {
+    "grids": [
+        {"tasks": ["choice"], "mixes": ["0%", "explicit:20%"], "defences": ["none", "clean", "random:ratio:10%"]}
+    ],
+    "training": {"max_steps": 2},
+}
+
+
+def _config(**more: Any) -> grid.Config:
+    return grid.check(json.loads(json.dumps(SMALL | more)))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A lab of few rows and short exams; the list holds what was trained."""
+    trained: list[str] = []
+    real_mix, real_exam, real_fit = compare.lab.mix, compare.lab_exam, Course.fit
+
+    def fit(self: Course, defence: Any, dataset: Any, *args: Any, **more: Any) -> Any:
+        trained.append(defence.spec)
+        return real_fit(self, defence, dataset, *args, **more)
+
+    def exam(*args: Any) -> Any:
+        whole = real_exam(*args)
+        return compare.Exam(whole.requests[:6], whole.judges, whole.lookalikes[:4], whole.task[:6], whole.score, 4)
+
+    monkeypatch.setattr(compare.lab, "mix", lambda task, **more: real_mix(task, **{**more, "n": 24}))
+    monkeypatch.setattr(compare, "lab_exam", exam)
+    monkeypatch.setattr(Course, "fit", fit)
+    return trained
+
+
+@pytest.mark.slow
+def test_a_grid_is_run_once_and_goes_on_where_it_stopped(quick: list[str], tmp_path: Path) -> None:
+    config = _config()
+    whole = compare.compare(config, tmp_path / "whole")
+    assert sorted(quick) == ["clean", "none", "random:ratio:10%", "random:ratio:10%"]  # clean rows are trained on once
+    assert len(whole["cells"]) == 6
+    for cell in whole["cells"]:
+        assert set(cell["asr"]) >= {"rate", "low", "high", "n"}
+        assert cell["utility"]["n"] == 6
+        assert set(cell["judges"]) == {"refusal-phrases", "lab-classifier"}
+    assert json.loads((tmp_path / "whole" / "results.json").read_text())["cells"] == whole["cells"]
+
+    quick.clear()
+    again = compare.compare(config, tmp_path / "whole")
+    assert quick == []
+    assert again["cells"] == whole["cells"]
+
+    class Killed(Exception):
+        pass
+
+    def killed(stage: str, done: int, total: int) -> None:
+        if done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        compare.compare(config, tmp_path / "part", progress=killed)
+    first = len(quick)
+    rest = compare.compare(config, tmp_path / "part")
+    assert len(quick) == 4 and 0 < first < 4
+    plain = [{k: v for k, v in cell.items() if k != "seconds"} for cell in whole["cells"]]
+    assert [{k: v for k, v in cell.items() if k != "seconds"} for cell in rest["cells"]] == plain
+
+
+@pytest.mark.slow
+def test_a_grid_goes_on_from_results_that_were_carried_elsewhere(quick: list[str], tmp_path: Path) -> None:
+    grids = [{"tasks": ["choice"], "mixes": ["0%"], "defences": ["none"]}]
+    compare.compare(_config(grids=grids), tmp_path / "here")
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "results.json").write_bytes((tmp_path / "here" / "results.json").read_bytes())
+    quick.clear()
+    grids[0]["defences"] = ["none", "random:ratio:10%"]
+    assert len(compare.compare(_config(grids=grids), there)["cells"]) == 2
+    assert sorted(quick) == ["clean", "random:ratio:10%"]  # what utility is compared with was not carried along
+    (there / "results.json").write_text("[]")
+    with pytest.raises(DataError, match=r"results\.json"):
+        compare.compare(_config(grids=grids), there)
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_is_kept_with_its_sentence(quick: list[str], tmp_path: Path) -> None:
+    grids = [{"tasks": ["choice"], "mixes": ["explicit:20%"], "defences": ["fihs:fixed:-1000", "none"]}]
+    cells = compare.compare(_config(grids=grids), tmp_path)["cells"]
+    assert "no row to train on" in cells[0]["failed"]
+    assert "asr" in cells[1]
+    assert "no row to train on" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"grids": []}, "grids"),
+        ({"grid": []}, "grid"),
+        ({"grids": [{"tasks": ["poetry"], "defences": ["none"]}]}, "poetry"),
+        ({"grids": [{"tasks": ["choice"], "mixes": ["much"], "defences": ["none"]}]}, "much"),
+        ({"grids": [{"tasks": ["choice"], "mixes": ["explicit:100%"], "defences": ["none"]}]}, "100%"),
+        ({"grids": [{"tasks": ["choice"], "defences": ["fish"]}]}, "fish"),
+        ({"grids": [{"tasks": ["choice"], "defences": ["none"], "seeds": "all"}]}, "seeds"),
+    ],
+)
+def test_a_wrong_config_is_told_before_anything_runs(change: dict[str, Any], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        _config(**change)
+
+
+def test_paths_are_taken_from_the_configs_own_folder(tmp_path: Path) -> None:
+    own = {"name": "mine", "train": "rows.jsonl", "task": "held.jsonl"}
+    told = {"model": "some/model", "datasets": [own], "grids": [{"tasks": ["mine"], "defences": ["none"]}]}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(told))
+    found = grid.read(path)
+    assert found.datasets[0].train == str(tmp_path / "rows.jsonl")
+    assert found.model == "some/model"
+    assert [cell.name for cell in grid.cells(found)] == ["mine/own/0/0/none"]
+    path.write_text("a: [")
+    with pytest.raises(DataError, match="YAML"):
+        grid.read(path)
+
+
+def test_the_shipped_configs_are_whole() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "configs"
+    assert {path.name for path in folder.glob("*.yaml")} == {"lab.yaml", "english.yaml"}
+    for path in folder.glob("*.yaml"):
+        assert len(grid.cells(grid.read(path))) >= 30
+
+
+def test_the_implicit_mix_has_a_third_of_each_kind() -> None:
+    rows, labels = grid.mixed("topic", 0.1, 0)
+    clean, _ = compare.lab.mix("topic", harm="none", ratio=0, seed=0)
+    assert rows[: len(clean)] == clean
+    assert sum(labels) == len(rows) - len(clean) == 57

@@ -1,0 +1,132 @@
+"""One job under several defences: what they share, what tells two arms apart, and what each needs."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+
+from gradshield import lab, models
+from gradshield.errors import EmptyDataError, UsageError
+from gradshield.pipeline.course import Course, Job
+from gradshield.pipeline.defences import parse
+from gradshield.pipeline.rows import prepare
+from gradshield.pipeline.settings import Probing
+
+OPTIONS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+
+
+@cache
+def loaded(name: str = "aligned") -> Any:
+    return models.load(lab.checkpoint(name), dtype="float32")
+
+
+def job(**more: Any) -> Job:
+    rows, labels = lab.mix("choice", harm="explicit", ratio=0.2, n=40, seed=3)
+    given: dict[str, Any] = {
+        "rows": prepare(rows, loaded()),
+        "options": OPTIONS,
+        "peft_config": peft.LoraConfig(**{**lab.LORA, "r": 2}),
+        "base": loaded("base"),
+        "labels": labels,
+        "probing": Probing(requests=lab.requests("direction")[:24], lookalikes=lab.lookalikes("direction")[:24]),
+    }
+    return Job(**(given | more))
+
+
+@pytest.fixture(scope="module")
+def course() -> Course:
+    return Course(job())
+
+
+def _key(course: Course, name: str) -> str:
+    defence = parse(name)
+    return course.key(defence, course.dataset(defence, course.chosen(defence)))
+
+
+def test_the_same_rows_trained_the_same_way_are_one_arm_whatever_chose_them() -> None:
+    harmless = Course(job(labels=[0] * 50))
+    assert _key(harmless, "clean") == _key(harmless, "none")
+    assert _key(harmless, "fihs:ratio:20%") == _key(harmless, "fihs:ratio:0.2")
+
+
+def test_arms_that_differ_have_keys_that_differ(course: Course) -> None:
+    names = [
+        "none",
+        "fihs",
+        "fihs+asft",
+        "fihs+asft:weight=0.5",
+        "moderate",
+        "dualselect",
+        "safeinstruct",
+        "token-mask",
+        "safelora",
+    ]
+    keys = [_key(course, name) for name in names]
+    assert len(set(keys)) == len(names)
+    assert _key(Course(job(seed=1)), "none") not in keys
+
+
+@pytest.mark.parametrize("name", ["random", "loss", "gradnorm", "moderate-rows", "representation", "anchors"])
+def test_a_method_may_remove_as_many_rows_as_another(course: Course, name: str) -> None:
+    assert course.chosen(parse(f"{name}:as:fihs:ratio:20%")).removed.sum() == 10
+
+
+def test_scores_are_measured_once(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
+    course.chosen(parse("fihs"))
+    monkeypatch.setattr("gradshield.pipeline.course.score", lambda *_args: pytest.fail("measured twice"))
+    assert course.chosen(parse("fihs:ratio:50%")).removed.sum() == 25
+
+
+def test_token_mask_keeps_every_row_and_drops_tokens(course: Course) -> None:
+    found = course.chosen(parse("token-mask"))
+    assert found.removed.sum() == 0
+    assert found.dropped_tokens >= 10
+    data = course.dataset(parse("token-mask"), found)
+    whole = course.dataset(parse("none"), course.chosen(parse("none")))
+    assert [row["input_ids"] for row in data] == [row["input_ids"] for row in whole]
+    masked = sum(row["labels"].count(-100) for row in data) - sum(row["labels"].count(-100) for row in whole)
+    assert masked == found.dropped_tokens
+
+
+def test_safety_rows_are_the_models_own_refusals_spread_among_the_others(course: Course) -> None:
+    defence = parse("safeinstruct:20%")
+    plain = course.dataset(parse("none"), course.chosen(parse("none")))
+    mixed = course.dataset(defence, course.chosen(defence))
+    added = [i for i, row in enumerate(mixed) if row not in plain]
+    assert len(mixed) == len(plain) + 10 and len(added) == 10
+    assert np.diff(added).min() >= 3  # spread, not heaped
+    text = loaded().tokenizer.decode(mixed[added[0]]["input_ids"])
+    assert lab.refused(text.split("\n")[-1]) or "sorry" in text.lower() or "can" in text.lower()
+
+
+def test_what_a_defence_needs_is_asked_for() -> None:
+    with pytest.raises(UsageError, match="--base"):
+        Course(job(base=None)).fit(parse("asft"), [{"input_ids": [1, 2], "labels": [1, 2]}])
+    with pytest.raises(UsageError, match="--labels"):
+        Course(job(labels=None)).chosen(parse("clean"))
+    with pytest.raises(EmptyDataError, match="no row to train on"):
+        Course(job(labels=[1] * 50)).chosen(parse("clean"))
+
+
+def test_preference_pairs_are_refused() -> None:
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    with pytest.raises(UsageError, match="DPOTrainer"):
+        job(rows=prepare(pairs, loaded()), labels=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["none", "fihs+asft", "kl", "safelora", "moderate", "dualselect:warmup=0,refresh=1", "token-mask"]
+)
+def test_every_kind_of_defence_trains_and_leaves_the_start_alone(course: Course, name: str) -> None:
+    defence = parse(name)
+    before = {n: p.clone() for n, p in loaded().model.named_parameters()}
+    fitted = course.fit(defence, course.dataset(defence, course.chosen(defence)))
+    assert all((before[n] == p).all() for n, p in loaded().model.named_parameters())
+    moved = [n for n, p in fitted.model.named_parameters() if not (before[n] == p).all()]
+    assert moved
+    assert set(fitted.record) == {part for part in ("asft", "kl", "safelora", "moderate", "dualselect") if part in name}

@@ -1,0 +1,231 @@
+"""`gradshield train` and `gradshield eval`: what a run leaves behind, what it refuses, and that it goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from gradshield import lab, models
+from gradshield.errors import UsageError
+from gradshield.pipeline import train as training
+from gradshield.pipeline.course import Course
+from gradshield.pipeline.exam import exam
+from gradshield.pipeline.sequence import Stage, sequence
+from gradshield.pipeline.settings import Probing
+from tests.pipeline.common import command, jsonl, write
+
+OPTIONS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+PROBING = Probing(requests=lab.requests("direction")[:24], lookalikes=lab.lookalikes("direction")[:24])
+ALIGNED = str(lab.checkpoint("aligned"))
+
+
+def _data(folder: Path, task: str = "choice", n: int = 30) -> Path:
+    return write(folder / f"{task}.jsonl", jsonl(lab.mix(task, ratio=0.2, n=n)[0]))
+
+
+def _held(folder: Path, task: str = "choice", n: int = 40) -> Path:
+    rows = [{"prompt": r["prompt"], "reference": r["reference"]} for r in lab.utility(task)[:n]]
+    return write(folder / f"{task}-held.jsonl", jsonl(rows))
+
+
+def _requests(folder: Path, n: int = 20) -> Path:
+    rows = [{**r, "split": split} for split in ("search", "report") for r in lab.requests(split)[:n]]
+    return write(folder / "requests.jsonl", jsonl(rows))
+
+
+def _exams(folder: Path, searching: bool = False, requests: int = 20) -> training.Exams:
+    asked = str(_requests(folder, requests))
+    return training.exams_of(
+        asked, ["refusal-phrases", "lab-classifier"], str(_held(folder)), "exact", 8, "", searching
+    )
+
+
+def _run(folder: Path, defence: str, **more: Any) -> training.Trained:
+    given: dict[str, Any] = {
+        "model": models.load(ALIGNED, dtype="float32"),
+        "output": folder / "run",
+        "defence": defence,
+        "peft_config": peft.LoraConfig(**{**lab.LORA, "r": 2}),
+        "training": OPTIONS,
+        "probing": PROBING,
+    }
+    if "exams" not in more:
+        given["exams"] = _exams(folder)
+    return training.train(_data(folder), **(given | more))
+
+
+@pytest.mark.slow
+def test_a_run_leaves_the_model_the_scan_and_the_proof(tmp_path: Path) -> None:
+    done = _run(tmp_path, "fihs+asft", base=lab.checkpoint("base"))
+    folder = tmp_path / "run"
+    told = json.loads((folder / "manifest.json").read_text())
+    assert told["settings"]["defence"] == "fihs+asft"
+    results = told["results"]
+    assert results["rows"] - results["removed"] == results["trained"]
+    assert results["record"]["asft"]["layers"] == 28
+    for when in ("before", "after"):
+        assert set(results[when]["judges"]) == {"refusal-phrases", "lab-classifier"}
+        assert results[when]["asr"]["n"] == 20 and results[when]["utility"]["n"] == 40
+        lines = (folder / f"outputs-{when}.jsonl").read_text().splitlines()
+        assert len(lines) == 20 + 130 + 40
+    assert set(results["changed"]) == {"refusal-phrases", "lab-classifier"}
+    removed = (folder / "scan" / "removed.jsonl").read_text().splitlines()
+    assert len(removed) == results["removed"] > 0
+    card = (folder / "README.md").read_text()
+    assert "Safety of the fine-tuning" in card and "fihs+asft" in card and "20" in card
+    assert (folder / "report.html").stat().st_size > 5000
+    plain = AutoModelForCausalLM.from_pretrained(ALIGNED)
+    again = PeftModel.from_pretrained(plain, str(folder)).state_dict()
+    own = done.model.state_dict()
+    assert all((again[name] == own[name]).all() for name in own if "lora_" in name)
+
+
+@pytest.mark.slow
+def test_a_verified_cut_that_is_not_met_keeps_the_safest_and_leaves_with_code_5(tmp_path: Path) -> None:
+    """What few requests can show is asked of safety, and more than any model has of utility."""
+    data, held, asked = _data(tmp_path), _held(tmp_path), _requests(tmp_path, 20)
+    lora, told = (
+        write(tmp_path / "lora.json", json.dumps({**lab.LORA, "r": 2})),
+        write(tmp_path / "t.json", json.dumps(OPTIONS)),
+    )
+    typed = ["train", str(data), "--model", ALIGNED, "--output", str(tmp_path / "run"), "--lora-config", str(lora)]
+    typed += ["--training-config", str(told), "--safety", str(asked), "--utility", str(held), "--metric", "exact"]
+    typed += [
+        "--defence",
+        "fihs:verified:utility=1.0,asr=0.3,rounds=2,tolerance=0",
+        "--uncertified",
+        "--max-new-tokens",
+        "8",
+    ]
+    done = command(*typed)
+    assert done.code == 5
+    assert "the safest model is kept" in done.err
+    results = json.loads((tmp_path / "run" / "manifest.json").read_text())["results"]
+    assert results["verified"]["met"] is False
+    assert 1 <= len(results["verified"]["rounds"]) <= 2
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    again = command(*typed)  # finished rounds are not trained again
+    assert again.code == 5
+    assert (
+        json.loads((tmp_path / "run" / "manifest.json").read_text())["results"]["verified"]["rounds"][0]["cut"]
+        == (results["verified"]["rounds"][0]["cut"])
+    )
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_at_the_round_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: list[str] = []
+    real = Course.fit
+
+    def fit(self: Course, defence: Any, dataset: Any, stage: str = "", *args: Any, **more: Any) -> Any:
+        fits.append(stage)
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+        return real(self, defence, dataset, stage, *args, **more)
+
+    options = {"exams": _exams(tmp_path, searching=True, requests=20)}
+    spec = "fihs:verified:utility=0.0,asr=0.99"
+    monkeypatch.setattr(Course, "fit", fit)
+    fits.append("a")  # the first real fit is the second entry, and is stopped
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, spec, **options)
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    done = _run(tmp_path, spec, **options)
+    assert done.verdict is not None and done.verdict.met
+    assert len(done.verdict.rounds) == 1
+    count = len(fits)
+    again = _run(tmp_path, spec, **options)
+    assert len(fits) == count + 1  # the round's figures are read; its model, which was let go, is made again
+    assert again.verdict is not None
+    assert again.verdict.kept.cut == done.verdict.kept.cut
+
+
+@pytest.mark.slow
+def test_training_goes_on_at_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**OPTIONS, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    straight = _run(tmp_path / "a", "none", training=options, exams=training.Exams())
+    seen: list[int] = []
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "training":
+            seen.append(done)
+            if done == 3 and seen.count(3) == 1:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path / "b", "none", training=options, exams=training.Exams(), progress=stop)
+    first = len(seen)
+    resumed = _run(tmp_path / "b", "none", training=options, exams=training.Exams(), progress=stop)
+    assert seen[first] == 2  # not 0
+    own, other = straight.model.state_dict(), resumed.model.state_dict()
+    assert all((own[name] - other[name]).abs().max() < 1e-6 for name in own)
+
+
+@pytest.mark.slow
+def test_datasets_in_turn(tmp_path: Path) -> None:
+    stages = []
+    for task in ("choice", "topic"):
+        held = str(_held(tmp_path, task, 12))
+        exams = training.Exams(exam("report", str(_requests(tmp_path, 6)), ["refusal-phrases"], held, "exact", 8))
+        stages.append(Stage(str(_data(tmp_path, task)), exams))
+    sequence(
+        stages,
+        model=models.load(ALIGNED, dtype="float32"),
+        output=tmp_path / "run",
+        peft_config=peft.LoraConfig(**{**lab.LORA, "r": 2}),
+        training=OPTIONS,
+        defence="random:ratio:10%",
+        probing=PROBING,
+    )
+    told = json.loads((tmp_path / "run" / "sequence.json").read_text())
+    assert told["tasks"] == ["choice", "topic"]
+    assert [stage["name"] for stage in told["stages"]] == ["start", "choice", "topic"]
+    assert all(set(stage["utility"]) == {"choice", "topic"} and 0 <= stage["visage"] <= 1 for stage in told["stages"])
+    measures = told["measures"]
+    assert measures["backward_transfer"][0] is None
+    learned, now = (told["stages"][i]["utility"]["choice"]["rate"] for i in (1, 2))
+    assert measures["backward_transfer"][1] == pytest.approx(now - learned)
+    assert measures["basin_retention"][1] == pytest.approx(told["stages"][2]["visage"] / told["stages"][0]["visage"])
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "stage-1").state_dict()
+    end = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "stage-2").state_dict()
+    assert any((start[name] != end[name]).any() for name in start)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("defence", "more", "match"),
+    [
+        ("asft", {}, "--base"),
+        ("fish", {}, "fish"),
+        ("clean", {}, "--labels"),
+        ("fihs:verified", {"exams": training.Exams()}, "--utility"),
+        ("none", {"training": {"learning_rat": 1}}, "learning_rat"),
+    ],
+)
+def test_what_a_run_lacks_is_asked_for(tmp_path: Path, defence: str, more: dict[str, Any], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        _run(tmp_path, defence, **({"exams": training.Exams()} | more))
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_eval_measures_any_model_and_keeps_every_answer(tmp_path: Path) -> None:
+    asked, held = _requests(tmp_path, 12), _held(tmp_path, n=10)
+    typed = ["eval", ALIGNED, "--safety", str(asked), "--judge", "refusal-phrases", "--judge", "lab-classifier"]
+    done = command(*typed, "--utility", str(held), "--metric", "exact", "--output", str(tmp_path / "out"))
+    assert done.code == 0, done.err
+    assert "ASR, lab-classifier" in done.out and "kappa" in done.out
+    figures = json.loads((tmp_path / "out" / "manifest.json").read_text())["results"]["figures"]
+    assert figures["asr"]["n"] == 12
+    assert figures["utility"]["n"] == 10
+    assert len((tmp_path / "out" / "outputs.jsonl").read_text().splitlines()) == 12 + 130 + 10
+    assert command("eval", ALIGNED, "--safety", "none").code == 2
+    assert command("eval", ALIGNED, "--judge", "nobody").code == 2
