@@ -134,8 +134,9 @@ class OnlineSelection(Protocol):
 class References:
     """Short rows of known kind on one model, as tokens: what methods that compare rows with examples are given.
 
-    ``harmful`` are the probe requests, each followed by a compliant opener and nothing else; ``refused`` are the same requests
-    with the model's own refusals; ``answered`` are harmless look-alikes with the model's own answers. The loss covers the answers.
+    ``harmful`` are the probe requests, each followed by a compliant opener and nothing else; ``refused`` are the same
+    requests with the model's own refusals; ``answered`` are harmless look-alikes with the model's own answers. The loss
+    covers the answers.
     """
 
     harmful: tuple[Rendered, ...]
