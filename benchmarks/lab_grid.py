@@ -11,7 +11,6 @@ same rows are one run. Writes ``cells.jsonl`` (one line per finished cell), then
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -41,31 +40,29 @@ def cells(quick: bool) -> list[dict[str, Any]]:
 
 
 def run_cell(cell: dict[str, Any], store: Path) -> dict[str, Any]:
-    """Scan one mix, train its arms, measure them. Trained arms are kept by the content of their rows."""
+    """Scan one mix, train its arms, measure them. Trained arms are kept by all that they depend on."""
     import torch
 
-    from gradshield import lab, models
-    from gradshield.pipeline import trial
-    from gradshield.pipeline.scan import scan
-    from gradshield.pipeline.settings import ScanSettings
+    from gradshield import lab
+    from gradshield.pipeline.course import Course
+    from gradshield.pipeline.lab_job import lab_job
+    from gradshield.pipeline.scan import select
 
     torch.set_num_threads(1)
     began = time.monotonic()
     rows, labels = lab.mix(cell["task"], harm=cell["harm"], ratio=cell["ratio"], seed=cell["seed"])
-    loaded = models.load(lab.checkpoint("aligned"), dtype="float32")
-    selection = scan(
-        rows, model=loaded, settings=ScanSettings(seed=cell["seed"]), probing=trial.lab_probing(), labels=labels
-    )
+    # By content, so that any two arms have what they share in the same order.
+    paired = sorted(zip(rows, labels, strict=True), key=lambda pair: json.dumps(pair[0], sort_keys=True))
+    truth = [label for _, label in paired]
+    job = lab_job(cell["task"], [row for row, _ in paired], truth, cell["seed"])
+    selection, scored = select(job.rows, job.settings, job.probing, labels=truth)
+    course = Course(job)
+    course.know("fihs", scored)
     found: dict[str, Any] = {**cell, "rows": len(rows), "scan": selection.manifest.results, "arms": {}}
     found["scan_seconds"] = round(time.monotonic() - began, 1)
     if cell["ratio"] < 1:
-        arms = {
-            "clean": [r for r, bad in zip(rows, labels, strict=True) if not bad],
-            "none": rows,
-            "filtered": [rows[int(i)] for i in selection.kept_rows],
-        }
-        for name, own in arms.items():
-            found["arms"][name] = _arm(own, cell, loaded, store)
+        for name, defence in (("clean", "clean"), ("none", "none"), ("filtered", "fihs")):
+            found["arms"][name] = _arm(course, defence, cell, store)
         found["utility_filtered_minus_clean"] = _paired(found["arms"]["filtered"], found["arms"]["clean"])
         for arm in found["arms"].values():
             arm.pop("utility_rows")
@@ -73,19 +70,18 @@ def run_cell(cell: dict[str, Any], store: Path) -> dict[str, Any]:
     return found
 
 
-def _arm(rows: list[dict[str, Any]], cell: dict[str, Any], loaded: Any, store: Path) -> dict[str, Any]:
-    from gradshield.pipeline import trial
+def _arm(course: Any, name: str, cell: dict[str, Any], store: Path) -> dict[str, Any]:
+    from gradshield.pipeline.defences import parse
+    from gradshield.pipeline.exam import figures, lab_exam
 
-    ordered = sorted(json.dumps(row, sort_keys=True) for row in rows)
-    key = hashlib.sha256(json.dumps([ordered, cell["task"], cell["seed"]]).encode()).hexdigest()[:24]
-    path = store / f"arm-{key}.json"
+    defence = parse(name)
+    dataset = course.dataset(defence, course.chosen(defence))
+    path = store / f"arm-{course.key(defence, dataset)}.json"
     if not path.exists():
-        dataset = trial.trained_rows([json.loads(row) for row in ordered], loaded.tokenizer)
-        quiet = lambda stage, done, total: None  # noqa: E731
-        model = trial.train(loaded, dataset, cell["task"], cell["seed"], "training", quiet)
-        result = trial.measure(model, loaded.tokenizer, cell["task"], "measuring", quiet)
+        model = course.fit(defence, dataset).model
+        result = lab_exam(cell["task"], "report", cell["seed"]).sit(model, course.loaded.tokenizer)
         useful = [float(row["score"]) for row in result.outputs if "score" in row]
-        saved = {"rows": len(rows), **trial.figures(result), "utility_rows": useful}
+        saved = {"rows": len(dataset), **figures(result), "utility_rows": useful}
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(saved), encoding="utf-8")
         os.replace(temporary, path)

@@ -83,15 +83,15 @@ def load(
     """
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    folder = _fetch(name_or_path, revision, trust_remote_code)
-    extra = None if adapter is None else _fetch(adapter, None, trust_remote_code)
+    folder = fetch(name_or_path, revision, trust_remote_code)
+    extra = None if adapter is None else fetch(adapter, None, trust_remote_code)
     if extra is None and (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
         adapter, extra = name_or_path, folder
-        folder = _fetch(_base_of(extra), None, trust_remote_code)
-    _check_folder(folder, str(name_or_path), trust_remote_code)
+        folder = fetch(_base_of(extra), None, trust_remote_code)
+    check_folder(folder, str(name_or_path), trust_remote_code)
     if extra is not None:
         _check_adapter(extra, str(adapter))
-    tokenizer = _load_tokenizer([extra, folder] if extra else [folder], str(name_or_path), trust_remote_code)
+    tokenizer = tokenizer_of([extra, folder] if extra else [folder], str(name_or_path), trust_remote_code)
     model = _load_weights(folder, str(name_or_path), kind, trust_remote_code)
     if extra is not None:
         model = _add_adapter(model, extra, str(adapter))
@@ -102,7 +102,7 @@ def load(
         name=str(name_or_path),
         device=where,
         dtype=kind,
-        digest=_files_digest([folder] if extra is None else [folder, extra]),
+        digest=files_digest([folder] if extra is None else [folder, extra]),
         is_peft=extra is not None,
         adapter=None if adapter is None else str(adapter),
     )
@@ -110,8 +110,8 @@ def load(
 
 def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer alone of a model's folder or hub name. Raises HubError and ModelError like `load`."""
-    folder = _fetch(name_or_path, None, trust_remote_code)
-    return _load_tokenizer([folder], str(name_or_path), trust_remote_code)
+    folder = fetch(name_or_path, None, trust_remote_code)
+    return tokenizer_of([folder], str(name_or_path), trust_remote_code)
 
 
 def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
@@ -193,7 +193,7 @@ def _widest_float(model: torch.nn.Module) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else next(model.parameters()).dtype
 
 
-def _fetch(name: str | Path, revision: str | None, code: bool) -> Path:
+def fetch(name: str | Path, revision: str | None, code: bool) -> Path:
     """The folder that holds a model: as given, or downloaded. Raises ModelError, HubError."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -224,7 +224,7 @@ def _fetch(name: str | Path, revision: str | None, code: bool) -> Path:
                 "check the path, or the network, or download the model and give its folder"
             ) from None
         raise HubError(
-            f"the model {name!r} could not be fetched from the hub ({_first_line(error)}): "
+            f"the model {name!r} could not be fetched from the hub ({first_line(error)}): "
             "check its name and revision, and log in with `hf auth login` where it is gated"
         ) from error
 
@@ -244,11 +244,11 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({_first_line(error)}): give a complete model folder") from None
+        raise ModelError(f"{path} cannot be read ({first_line(error)}): give a complete model folder") from None
     return value if isinstance(value, dict) else {}
 
 
-def _check_folder(folder: Path, name: str, code: bool) -> None:
+def check_folder(folder: Path, name: str, code: bool) -> None:
     if not (folder / "config.json").exists():
         raise ModelError(f"{name} has no config.json: give the folder of a model that transformers can load")
     if not any(folder.glob("*.safetensors")):
@@ -280,7 +280,7 @@ def _check_adapter(folder: Path, name: str) -> None:
         raise ModelError(f"{name} has no adapter_model.safetensors: save the adapter with safe_serialization=True")
 
 
-def _load_tokenizer(folders: list[Path], name: str, code: bool) -> Any:
+def tokenizer_of(folders: list[Path], name: str, code: bool) -> Any:
     """The adapter's tokenizer where it has one (it may hold the template it was trained with), else the model's."""
     from transformers import AutoTokenizer
 
@@ -289,7 +289,7 @@ def _load_tokenizer(folders: list[Path], name: str, code: bool) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=code, local_files_only=True)
     except Exception as error:
         raise ModelError(
-            f"the tokenizer of {name} cannot be loaded ({_first_line(error)}): save it beside the model "
+            f"the tokenizer of {name} cannot be loaded ({first_line(error)}): save it beside the model "
             "with tokenizer.save_pretrained(folder)"
         ) from error
 
@@ -308,7 +308,7 @@ def _load_weights(folder: Path, name: str, dtype: torch.dtype, code: bool) -> An
         )
     except Exception as error:
         raise ModelError(
-            f"{name} cannot be loaded as a causal language model ({_first_line(error)}): "
+            f"{name} cannot be loaded as a causal language model ({first_line(error)}): "
             "check that its files are complete and that its architecture generates text"
         ) from error
     model, info = loaded
@@ -330,11 +330,11 @@ def _add_adapter(model: Any, folder: Path, name: str) -> Any:
         return PeftModel.from_pretrained(model, str(folder), use_safetensors=True, local_files_only=True)
     except Exception as error:
         raise ModelError(
-            f"the adapter {name} does not fit the model ({_first_line(error)}): give the base model it was trained on"
+            f"the adapter {name} does not fit the model ({first_line(error)}): give the base model it was trained on"
         ) from error
 
 
-def _files_digest(folders: list[Path]) -> str:
+def files_digest(folders: list[Path]) -> str:
     """SHA-256 over name and hash of each weight file, so that an order of reading cannot change it."""
     digest = hashlib.sha256()
     for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
@@ -343,5 +343,5 @@ def _files_digest(folders: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().split(chr(10), 1)[0].rstrip('.')[:200]}"

@@ -210,7 +210,8 @@ class Selection:
     ``removed`` and ``categories`` (the kind of harm a removed row pulls toward, else empty) are aligned with
     ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows beyond the cut that a person allowed.
     ``kept`` is ready for a trainer: the caller's own ``Dataset`` without the removed rows where TRL knows its shape, else
-    the rows tokenised as they were scored. ``certified`` is False where the probe's validity was overridden.
+    the rows tokenised as they were scored. ``certified`` is True where the model was asked its
+    probes and refused them: not where that was overridden, nor for selectors without probes.
     """
 
     scores: Scores

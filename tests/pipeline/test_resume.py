@@ -68,7 +68,7 @@ def test_killed_interrupted_and_run_again(data: Path, folder: Path, probes: Path
     second = _finished(output)
     assert code == 130, said
     said = [line for line in said.splitlines() if not line.startswith("warning:")]
-    assert said == ["interrupted: finished shards are kept; run the same command again to go on"]
+    assert said == ["interrupted: what is finished is kept; run the same command again to go on"]
     assert len(first) < len(second) < 6
     assert first.items() <= second.items()
     assert not (output / "manifest.json").exists()

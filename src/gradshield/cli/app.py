@@ -56,5 +56,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # typer turns Ctrl-C into exit code 130 without a word.
         if isinstance(stopped, SystemExit) and stopped.code != 130:
             raise
-        err.print("[yellow]interrupted:[/yellow] finished shards are kept; run the same command again to go on")
+        err.print("[yellow]interrupted:[/yellow] what is finished is kept; run the same command again to go on")
         raise SystemExit(130) from None

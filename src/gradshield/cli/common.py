@@ -47,6 +47,8 @@ Rule = Annotated[
 FailAbove = Annotated[
     str | None, typer.Option(help="Exit with code 5 when more than this share of the rows is removed, such as 1%.")
 ]
+Probes = Annotated[Path | None, typer.Option(help="Your own harmful requests (.jsonl, .csv, .txt).")]
+Lookalikes = Annotated[Path | None, typer.Option(help="Your own harmless requests (.jsonl, .csv, .txt).")]
 Safety = Annotated[
     str, typer.Option(help="Requests to attack with: builtin, none, or a file of your own (.jsonl, .csv, .txt).")
 ]
@@ -156,8 +158,13 @@ def require_data(data: str) -> None:
 def summary(selection: Selection, folder: Path) -> None:
     """What was decided, and where to look."""
     results = selection.manifest.results
-    for text in [] if selection.certified else ["nothing is certified: " + str(results["probes"]["problem"])]:
-        err.print(f"[yellow]warning:[/yellow] {plain(text)}")
+    if not selection.certified:
+        why = (
+            results["probes"]["problem"]
+            if results["probes"]
+            else "only the selector fihs asks the model what it refuses"
+        )
+        err.print(f"[yellow]warning:[/yellow] {plain(f'nothing is certified: {why}')}")
     parts = [f"[bold]{results['removed']}[/bold] of {results['scored']} rows removed", f"{results['kept']} kept"]
     parts += [f"{results[key]} {key}" for key in ("quarantined", "cleared") if results[key]]
     out.print(", ".join(parts))
@@ -183,6 +190,22 @@ def check_gate(selection: Selection, gate: float | None) -> None:
             f"{results['removed']} of {results['scored']} rows ({percent:.1f} %) were removed, and --fail-above allows "
             f"{100 * gate:g} %: look at the report, clear rows with --allow, or mend the data"
         )
+
+
+def probing(
+    probes: Path | None, lookalikes: Path | None, answer_prefix: str, template: dict[str, Any], uncertified: bool
+) -> Any:
+    """What the model is asked, from options. Raises DataError for a file of prompts that cannot be read."""
+    from gradshield.pipeline.settings import Probing
+    from gradshield.probes import read_prompts
+
+    return Probing(
+        requests=read_prompts(probes) if probes else (),
+        lookalikes=read_prompts(lookalikes) if lookalikes else (),
+        answer_prefix=answer_prefix,
+        template=template,
+        uncertified=uncertified,
+    )
 
 
 def rates(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

@@ -12,14 +12,17 @@ from gradshield.cli.common import (
     Data,
     FailAbove,
     Format,
+    Lookalikes,
     MaxLength,
     Model,
+    Probes,
     Remote,
     Rule,
     check_gate,
     command_line,
     json_file,
     json_object,
+    probing,
     progress,
     quiet_libraries,
     read_ids,
@@ -50,8 +53,8 @@ def scan(
     training_config: Annotated[
         Path | None, typer.Option(help="JSON of the TRL SFTConfig options of the training.")
     ] = None,
-    probes: Annotated[Path | None, typer.Option(help="Your own harmful requests (.jsonl, .csv, .txt).")] = None,
-    lookalikes: Annotated[Path | None, typer.Option(help="Your own harmless requests (.jsonl, .csv, .txt).")] = None,
+    probes: Probes = None,
+    lookalikes: Lookalikes = None,
     answer_prefix: Annotated[
         str, typer.Option(help="Text at the start of every probed answer (a closed thinking block).")
     ] = "",
@@ -90,19 +93,12 @@ def scan(
     lora = json_file("--lora-config", lora_config)
     quiet_libraries()
     from gradshield import models
-    from gradshield import probes as probing_room
     from gradshield.pipeline.options import peft_config, sft_options
     from gradshield.pipeline.scan import scan as run
-    from gradshield.pipeline.settings import Probing, ScanSettings
+    from gradshield.pipeline.settings import ScanSettings
 
     settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget, selector=selector)
-    probing = Probing(
-        requests=probing_room.read_prompts(probes) if probes else (),
-        lookalikes=probing_room.read_prompts(lookalikes) if lookalikes else (),
-        answer_prefix=answer_prefix,
-        template=template,
-        uncertified=uncertified,
-    )
+    asked = probing(probes, lookalikes, answer_prefix, template, uncertified)
     require_data(data)
     with progress() as report:
         report("loading the model", 0, 1)
@@ -116,7 +112,7 @@ def scan(
             max_length=max_length,
             output=output,
             settings=settings,
-            probing=probing,
+            probing=asked,
             format=format,
             strict=strict,
             allow=allowed,

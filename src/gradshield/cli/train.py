@@ -1,4 +1,4 @@
-"""``gradshield train``: scan, fine-tune under a defence, and measure what became of safety and utility."""
+"""``gradshield train``: scan, fine-tune under a defence, and measure; long functions here declare options, nothing else."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from rich.markup import escape
 from gradshield.cli.common import (
     Format,
     Judges,
+    Lookalikes,
     MaxLength,
     Metric,
     Model,
+    Probes,
     Remote,
     Safety,
     Tokens,
@@ -23,6 +25,7 @@ from gradshield.cli.common import (
     json_object,
     out,
     plain,
+    probing,
     progress,
     quiet_libraries,
     rates,
@@ -62,6 +65,8 @@ def train(
     safety_rows: Annotated[
         Path | None, typer.Option(help="Your own safety rows, for safeinstruct and dualselect (default: own refusals).")
     ] = None,
+    probes: Probes = None,
+    lookalikes: Lookalikes = None,
     labels: Annotated[
         Path | None, typer.Option(help="JSON list of 0 and 1 (harmful) per row: for figures and the defence clean.")
     ] = None,
@@ -98,7 +103,7 @@ def train(
     from gradshield.pipeline.defences import parse
     from gradshield.pipeline.options import peft_config
     from gradshield.pipeline.sequence import Stage, sequence
-    from gradshield.pipeline.settings import Probing, ScanSettings
+    from gradshield.pipeline.settings import ScanSettings
     from gradshield.pipeline.train import exams_of
     from gradshield.pipeline.train import train as run
 
@@ -110,7 +115,7 @@ def train(
         "training": training,
         "max_length": max_length,
         "settings": ScanSettings(seed=seed),
-        "probing": Probing(answer_prefix=answer_prefix, template=template, uncertified=uncertified),
+        "probing": probing(probes, lookalikes, answer_prefix, template, uncertified),
         "safety_rows": safety_rows or (),
         "format": format,
         "merge": merge,

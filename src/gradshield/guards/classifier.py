@@ -83,7 +83,7 @@ class Classifier:
     def record(self) -> Mapping[str, Any]:
         """The model with the hash of its weights, its unsafe labels, and what it reads."""
         unsafe = [self._labels[i] for i in self.unsafe]
-        digest = models._files_digest([self._folder])
+        digest = models.files_digest([self._folder])
         return {"guard": "classifier", "model": self.source, "sha256": digest, "unsafe": unsafe, "reads": self.reads}
 
     def opinions(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Opinion]:
@@ -129,8 +129,8 @@ class Classifier:
 
     @cached_property
     def _folder(self) -> Path:
-        folder = models._fetch(self.source, None, self.trust_remote_code)
-        models._check_folder(folder, self.source, self.trust_remote_code)
+        folder = models.fetch(self.source, None, self.trust_remote_code)
+        models.check_folder(folder, self.source, self.trust_remote_code)
         return folder
 
     @cached_property
@@ -143,12 +143,12 @@ class Classifier:
             )
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
-                f"the config of {self.source} cannot be read ({models._first_line(error)}): give a complete model folder"
+                f"the config of {self.source} cannot be read ({models.first_line(error)}): give a complete model folder"
             ) from error
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return models._load_tokenizer([self._folder], self.source, self.trust_remote_code)
+        return models.tokenizer_of([self._folder], self.source, self.trust_remote_code)
 
     @cached_property
     def _labels(self) -> tuple[str, ...]:
@@ -175,7 +175,7 @@ class Classifier:
             )
         except Exception as error:
             raise ModelError(
-                f"{self.source} cannot be loaded as a text classifier ({models._first_line(error)}): check that its files "
+                f"{self.source} cannot be loaded as a text classifier ({models.first_line(error)}): check that its files "
                 "are complete, and that it has labels"
             ) from error
         model, info = loaded

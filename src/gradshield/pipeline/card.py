@@ -38,8 +38,8 @@ def section(manifest: Manifest) -> str:
         *_rates(told["before"], told["after"]),
         "",
         f"Data: {_code(data['name'])}, SHA-256 {_code(data['sha256'])}. Start: {_code(model['name'])}, SHA-256 "
-        f"{_code(model['sha256'])}. Seed {manifest.settings['seed']}. Everything else is in `manifest.json`, the rows that went "
-        "are in `scan/`.",
+        f"{_code(model['sha256'])}. Seed {manifest.settings['seed']}. Everything else is in `manifest.json`"
+        + (", the rows that went are in `scan/`." if told["cuts"] else "."),
     ]
     if told["verified"] is not None:
         lines += ["", f"Verified threshold: {_plain(told['verified']['sentence'])}."]

@@ -25,9 +25,10 @@ from gradshield.evaluation.stats import paired_difference
 from gradshield.models import LoadedModel
 from gradshield.pipeline import grid, outputs, verify
 from gradshield.pipeline.course import RENDERED, Chosen, Course, Job, quiet
-from gradshield.pipeline.defences import Defence, parse
+from gradshield.pipeline.defences import Defence, parse, told
 from gradshield.pipeline.exam import Exam, exam, figures, lab_exam
 from gradshield.pipeline.grid import Cell, Config
+from gradshield.pipeline.lab_job import lab_job
 from gradshield.pipeline.rows import prepare
 from gradshield.pipeline.scan import check_labels
 from gradshield.pipeline.scoring import Progress
@@ -56,7 +57,7 @@ def compare(
         (folder / name).mkdir(exist_ok=True)
     _take_over(folder)
     wanted = grid.cells(config)
-    done = _finished(folder, wanted)
+    done = _finished(folder, wanted, config)
     missing = [cell for cell in wanted if cell not in done]
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in missing:
@@ -65,7 +66,10 @@ def compare(
     if workers <= 1 or len(groups) <= 1:
         for cells in groups.values():
             _run_group(
-                config, cells, folder, lambda: progress("comparing", len(_finished(folder, wanted)), len(wanted))
+                config,
+                cells,
+                folder,
+                lambda: progress("comparing", len(_finished(folder, wanted, config)), len(wanted)),
             )
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
@@ -74,8 +78,8 @@ def compare(
                 finished, running = wait(running, timeout=2)
                 for future in finished:
                     future.result()
-                progress("comparing", len(_finished(folder, wanted)), len(wanted))
-    found = _finished(folder, wanted)
+                progress("comparing", len(_finished(folder, wanted, config)), len(wanted))
+    found = _finished(folder, wanted, config)
     return _write(config, [found[cell] for cell in wanted], folder, command, time.monotonic() - began)
 
 
@@ -89,12 +93,15 @@ def _file(folder: Path, cell: Cell) -> Path:
     return folder / CELLS / f"{cell.name.replace('/', '~').replace(':', '=')[:200]}.json"
 
 
-def _finished(folder: Path, wanted: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
+def _finished(folder: Path, wanted: Sequence[Cell], config: Config) -> dict[Cell, dict[str, Any]]:
+    """The cells that were run under the same settings: one of another model, training or judge is not this one."""
     found = {}
     for cell in wanted:
         path = _file(folder, cell)
         if path.exists():
-            found[cell] = json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if value.get("setting") == grid.setting(config, cell.task):
+                found[cell] = value
     return found
 
 
@@ -107,7 +114,7 @@ def _take_over(folder: Path) -> None:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         for value in cells:
             cell = Cell(value["task"], value["harm"], value["ratio"], value["seed"], value["defence"])
-            if not _file(folder, cell).exists():
+            if "setting" in value and not _file(folder, cell).exists():
                 outputs.write_json(_file(folder, cell), value)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -146,7 +153,7 @@ class Bench:
     def run(self, cell: Cell) -> dict[str, Any]:
         """One finished cell."""
         began = time.monotonic()
-        found: dict[str, Any] = cell.as_dict()
+        found: dict[str, Any] = {**cell.as_dict(), "setting": grid.setting(self.config, cell.task)}
         defence = parse(cell.defence)
         try:
             verdict = None
@@ -224,47 +231,37 @@ def _scores(result: EvalResult) -> list[float]:
     return [float(row["score"]) for row in result.outputs if "score" in row]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _model(name: str) -> LoadedModel:
-    return models.load(lab.checkpoint(name[4:]) if name.startswith("lab:") else name, dtype="float32")
+    return models.load(name, dtype="float32")
 
 
 def _job(config: Config, cell: Cell) -> Job:
-    from peft import LoraConfig
-
     own = next((d for d in config.datasets if d.name == cell.task), None)
-    lora: dict[str, Any] = {**(lab.LORA if config.model == "lab" else {}), **config.lora}
     if own is None:
         if cell.harm == grid.MIXED:
             rows, labels = grid.mixed(cell.task, cell.ratio, cell.seed)
         else:
             rows, labels = lab.mix(cell.task, harm=cell.harm, ratio=cell.ratio, seed=cell.seed)
-        options = {**lab.recipe(cell.task), **config.training}
-        probing = Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
         # By content, so that any two arms have what they share in the same order.
         paired = sorted(zip(rows, labels, strict=True), key=lambda pair: json.dumps(pair[0], sort_keys=True))
-        data: Any = [row for row, _ in paired]
-        truth: list[int] | None = [label for _, label in paired]
-    else:
-        data, truth = (
-            own.train,
-            None if own.labels is None else json.loads(Path(own.labels).read_text(encoding="utf-8")),
-        )
-        options = {**config.training, **own.training}
-        asked = config.requests.get("direction")
-        probing = Probing(requests=read_prompts(asked, "direction") if asked else ())
-    model = "lab:aligned" if config.model == "lab" else config.model
-    base = "lab:base" if config.model == "lab" else config.base
-    prepared = prepare(data, _model(model), max_length=options.get("max_length"))
-    check_labels(truth, prepared.read.source.rows)
+        data, truth = [row for row, _ in paired], [label for _, label in paired]
+        return lab_job(cell.task, data, truth, cell.seed, config.training, config.lora)
+    from peft import LoraConfig
+
+    options = {**config.training, **own.training}
+    asked = config.requests.get("direction")
+    prepared = prepare(own.train, _model(config.model), max_length=options.get("max_length"))
+    known = None if own.labels is None else grid.labels(own.labels)
+    check_labels(known, prepared.read.source.rows)
     return Job(
         rows=prepared,
         options={k: v for k, v in options.items() if k not in RENDERED},
-        peft_config=LoraConfig(**lora) if lora else None,
-        base=_model(base) if base else None,
-        labels=truth,
+        peft_config=LoraConfig(**config.lora) if config.lora else None,
+        base=_model(config.base) if config.base else None,
+        labels=known,
         settings=ScanSettings(seed=cell.seed),
-        probing=probing,
+        probing=Probing(requests=read_prompts(asked, "direction") if asked else ()),
         seed=cell.seed,
     )
 
@@ -295,6 +292,7 @@ def _write(
         "command": command,
         "versions": outputs.versions(),
         "config": config.model_dump(),
+        "defences": {cell["defence"]: " ".join(told(str(cell["defence"]))) for cell in cells},
         "cost": {
             "cells": len(cells),
             "failed": sum("failed" in cell for cell in cells),

@@ -12,6 +12,7 @@ A defence has at most one part that takes rows out, at most one that chooses row
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,7 +70,7 @@ def parse(text: str) -> Defence:
     """A defence from its name as typed. Raises UnknownNameError and UsageError."""
     found = Defence(text)
     names = []
-    for part in text.split("+"):
+    for part in _parts(text):
         name, _, options = part.strip().partition(":")
         if name in names:
             raise UsageError(f"the defence {text!r} has {name!r} twice: name each part once")
@@ -78,6 +79,17 @@ def parse(text: str) -> Defence:
     if "none" in names and len(names) > 1:
         raise UsageError(f"the defence {text!r} joins 'none' with others: leave it out")
     return found
+
+
+def told(text: str) -> list[str]:
+    """What each part of a defence does, one sentence each."""
+    return [DEFENCES.summary(part.strip().partition(":")[0]) for part in _parts(text)]
+
+
+def _parts(text: str) -> list[str]:
+    """The parts of a defence. A plus may stand in a part's options (labels of a guard): it joins only before a name."""
+    names = "|".join(map(re.escape, DEFENCES))
+    return re.split(rf"\+(?=\s*(?:{names})\s*(?:[:+]|$))", text)
 
 
 def _rows(name: str, selector: str, text: str, **more: Any) -> Part:

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from gradshield import lab, models, report
+from gradshield import lab, report
 from gradshield.errors import UsageError
-from gradshield.pipeline import outputs, review, trial
-from gradshield.pipeline.scan import scan
+from gradshield.pipeline import outputs, review
+from gradshield.pipeline.course import Course
+from gradshield.pipeline.defences import parse
+from gradshield.pipeline.exam import figures, lab_exam
+from gradshield.pipeline.lab_job import lab_job
+from gradshield.pipeline.scan import select
 from gradshield.pipeline.scoring import Progress
-from gradshield.pipeline.settings import ScanSettings
 from gradshield.types import EvalResult, Selection
 
 CLEAN_ROWS = 500
@@ -40,28 +43,24 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
     """Scan a lab mix, fine-tune three ways, measure each, and write one report. Raises UsageError for an unknown task or harm."""
     _check(task, harm, ratio)
     rows, labels = lab.mix(task, harm=harm, ratio=ratio, n=CLEAN_ROWS, seed=seed)
-    progress("loading the model", 0, 1)
-    loaded = models.load(lab.checkpoint("aligned"), dtype="float32")
-    progress("loading the model", 1, 1)
     folder = outputs.prepare(output)
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    selection = scan(
-        data,
-        model=loaded,
-        output=folder,
-        settings=ScanSettings(seed=seed),
-        probing=trial.lab_probing(),
-        labels=labels,
-        command=command,
-        progress=progress,
+    progress("loading the model", 0, 1)
+    job = lab_job(task, data, labels, seed)
+    progress("loading the model", 1, 1)
+    selection, scored = select(
+        job.rows, job.settings, job.probing, labels=labels, output=folder, command=command, progress=progress
     )
-    results = {"aligned": trial.measure(loaded.model, loaded.tokenizer, task, "measuring the start", progress)}
-    kept = [rows[int(i)] for i in selection.kept_rows]
-    for name, own in (("undefended", rows), ("filtered", kept)):
-        dataset = trial.trained_rows(own, loaded.tokenizer)
-        model = trial.train(loaded, dataset, task, seed, f"training {name}", progress)
-        results[name] = trial.measure(model, loaded.tokenizer, task, f"measuring {name}", progress)
+    outputs.write(selection, folder, job.rows, labels)
+    course, exam = Course(job, progress), lab_exam(task, "report", seed)
+    course.know("fihs", scored)
+    start = job.rows.loaded
+    results = {"aligned": exam.sit(start.model, start.tokenizer, "measuring the start", progress)}
+    for name, defence in (("undefended", parse("none")), ("filtered", parse("fihs"))):
+        dataset = course.dataset(defence, course.chosen(defence))
+        model = course.fit(defence, dataset, f"training {name}").model
+        results[name] = exam.sit(model, start.tokenizer, f"measuring {name}", progress)
     selection = _recorded(selection, results, task, harm, ratio)
     _write(selection, results, folder, np.array(labels), len(rows))
     return DemoResult(tuple(results), _table(selection, results, len(rows)), selection)
@@ -76,7 +75,7 @@ def _check(task: str, harm: str, ratio: float) -> None:
 
 
 def _recorded(selection: Selection, results: Mapping[str, EvalResult], task: str, harm: str, ratio: float) -> Selection:
-    found = {**selection.manifest.results, **{name: trial.figures(result) for name, result in results.items()}}
+    found = {**selection.manifest.results, **{name: figures(result) for name, result in results.items()}}
     settings = {
         **selection.manifest.settings,
         "demo": {"task": task, "harm": harm, "ratio": ratio, "recipe": lab.recipe(task), "adapter": lab.LORA},

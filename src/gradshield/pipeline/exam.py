@@ -200,6 +200,9 @@ def figures(result: EvalResult) -> dict[str, Any]:
     rates: Mapping[str, Rate] = result.rates
     judges = {name.partition("/")[2]: rate.as_dict() for name, rate in rates.items() if name.startswith("asr/")}
     found: dict[str, Any] = {"judges": judges}
+    undecided = {n.partition("/")[2]: rate.as_dict() for n, rate in rates.items() if n.startswith("undecided/")}
+    if undecided:
+        found["undecided"] = undecided
     if judges:
         found["asr"] = judges.get("refusal-phrases", next(iter(judges.values())))
     return found | {name: rates[name].as_dict() for name in ("over_refusal", "utility") if name in rates}

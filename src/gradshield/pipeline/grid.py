@@ -7,11 +7,13 @@ grids:
     defences: [none, clean, fihs, fihs:verified, "random:as:fihs"]
     seeds: [0, 1, 2]
 datasets:
-  - {name: news, train: rows.jsonl, labels: labels.json, task: test.jsonl, metric: choice, training: {learning_rate: 1e-3}}
+  - {name: news, train: rows.jsonl, labels: labels.json, task: test.jsonl, metric: choice, training: {learning_rate: 1.0e-3}}
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gradshield import lab
 from gradshield.errors import DataError, UsageError
+from gradshield.evaluation.judges import parse as parse_judge
 from gradshield.pipeline.defences import parse
 
 IMPLICIT = ("identity_shift", "refuse_then_answer", "embedded")
@@ -110,7 +113,27 @@ def check(value: Any, name: str = "config", folder: Path = Path()) -> Config:
     config = _with_paths(config, folder)
     for cell in cells(config):
         parse(cell.defence)
+    for judge in config.judges:
+        parse_judge(judge)
     return config
+
+
+def setting(config: Config, task: str) -> str:
+    """A hash of what every cell of a task depends on beside its own mix, defence and seed."""
+    told = config.model_dump(exclude={"grids", "datasets"})
+    told["dataset"] = next((d.model_dump() for d in config.datasets if d.name == task), None)
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def labels(path: str) -> list[int]:
+    """The labels of a dataset: a JSON list of 0 and 1. Raises DataError."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"the labels {path!r} cannot be read ({error}): give a JSON list of 0 and 1") from None
+    if not isinstance(value, list) or not all(isinstance(v, int) and v in (0, 1) for v in value):
+        raise DataError(f"the labels {path!r} are not a list of 0 and 1: give one label for every row, as JSON")
+    return value
 
 
 def _with_paths(config: Config, folder: Path) -> Config:

@@ -14,6 +14,7 @@ from torch import nn
 from gradshield.data import SHAPES, RenderConfig
 from gradshield.errors import UsageError
 from gradshield.evaluation.judges import JUDGES
+from gradshield.evaluation.metrics import METRICS
 from gradshield.gradients import ENGINES, SUBSPACES
 from gradshield.pipeline.defences import DEFENCES
 from gradshield.probes import PROBES
@@ -103,7 +104,7 @@ def text_config(model: Any) -> Any:
 
 def catalogue() -> dict[str, dict[str, str]]:
     """Everything there is to choose, from the registries: kind -> name -> first line of its docstring."""
-    registries: tuple[Any, ...] = (DEFENCES, SELECTORS, PROBES, ENGINES, THRESHOLDS, JUDGES)
+    registries: tuple[Any, ...] = (DEFENCES, SELECTORS, PROBES, ENGINES, THRESHOLDS, JUDGES, METRICS)
     found = {f"{r.kind}s": {name: r.summary(name) for name in r} for r in registries}
     found["thresholds"][Verified.name] = (inspect.getdoc(Verified) or "").split("\n", 1)[0]
     found["aggregates"] = dict(AGGREGATES)

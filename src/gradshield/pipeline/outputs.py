@@ -135,7 +135,7 @@ def with_results(selection: Selection, scored: Scored, rows: Prepared, labels: S
 
 def counted(selection: Selection) -> dict[str, int]:
     """Removed rows per harm category, most first."""
-    names = [c for c, out in zip(selection.categories, selection.removed, strict=True) if out]
+    names = [c for c, out in zip(selection.categories, selection.removed, strict=True) if out and c]
     return dict(sorted({n: names.count(n) for n in set(names)}.items(), key=lambda item: (-item[1], item[0])))
 
 

@@ -132,7 +132,7 @@ def select(
             },
             results={"seconds": round(time.monotonic() - began, 1)},
         ),
-        certified=scored.validity is None or not scored.validity.problem,
+        certified=scored.validity is not None and not scored.validity.problem,
     )
     return outputs.with_results(selection, scored, rows, labels), scored
 

@@ -33,7 +33,7 @@ from gradshield.pipeline.scan import check_labels, select
 from gradshield.pipeline.scoring import Progress
 from gradshield.pipeline.settings import Probing, ScanSettings
 from gradshield.thresholds import Verdict
-from gradshield.types import Cut, EvalResult, Manifest, Selection
+from gradshield.types import EvalResult, Manifest, Selection
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,10 @@ def train(
         raise UsageError(
             f"the defence {defence!r} needs the model before its alignment, and none was given: pass --base MODEL"
         )
+    if wanted.verified is not None:
+        verify.check(exams.search, wanted.verified)
+    # So that an interrupted training goes on; the checkpoints go when it is finished.
+    options = {"save_strategy": "epoch", "save_total_limit": 1, **options}
     rows = prepare(data, model, tokenizer, sft_options(options), max_length, probing.template, format, strict)
     check_labels(labels, rows.read.source.rows)
     job = Job(
@@ -148,8 +152,8 @@ class _Run:
         key = self.course.key(self.defence, dataset)
         fitted = self._rounds.get(key) or self._fitted(dataset, key, "training")
         after = self._measured(fitted.model, "measuring the end")
-        if selection is not None and verdict is not None:
-            selection = self._recut(selection, chosen, verdict)
+        if selection is not None and not self.defence.mask and (chosen.removed != selection.removed).any():
+            selection = self._recut(selection, chosen)
         results = self._results(chosen, dataset, fitted, before, after, verdict)
         results["seconds"] = round(time.monotonic() - began, 1)
         manifest = self._manifest(results)
@@ -178,14 +182,13 @@ class _Run:
         outputs.write(selection, self.folder / "scan", self.job.rows, self.job.labels)
         return selection
 
-    def _recut(self, selection: Selection, chosen: Chosen, verdict: Verdict) -> Selection:
-        """The scan's folder again, with the cut that the search ended at."""
-        cuts: dict[str, Cut] = dict.fromkeys(selection.cuts, verdict.as_cut())
+    def _recut(self, selection: Selection, chosen: Chosen) -> Selection:
+        """The scan's folder again, with the cut that was trained on."""
         categories = tuple(kind if out else "" for kind, out in zip(selection.categories, chosen.removed, strict=True))
         again = replace(
             selection,
             removed=chosen.removed,
-            cuts=cuts,
+            cuts=chosen.cuts,
             categories=categories,
             kept=self.job.rows.trainable(chosen.removed),
         )
@@ -261,6 +264,7 @@ class _Run:
             "removed": int(chosen.removed.sum()),
             "trained": len(dataset),
             "dropped_tokens": chosen.dropped_tokens,
+            "cuts": {name: {"rule": cut.rule, "value": cut.value} for name, cut in chosen.cuts.items()},
             "before": figures(before),
             "after": figures(after),
             "changed": changes(before, after),

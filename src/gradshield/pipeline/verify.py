@@ -43,7 +43,7 @@ def search(
     """
     rule = defence.verified
     assert rule is not None
-    _check(exam, rule)
+    check(exam, rule)
     target = rule.utility
     if target is None:
         whole = Chosen(tuple(course.job.rows.rendered), np.zeros(len(course.job.rows.rendered), dtype=bool), {})
@@ -62,7 +62,8 @@ def search(
     return verdict, course.chosen(defence, verdict.kept.cut)
 
 
-def _check(exam: Exam, rule: Verified) -> None:
+def check(exam: Exam, rule: Verified) -> None:
+    """Raises UsageError where an exam cannot decide anything."""
     if not exam.task:
         raise UsageError(
             "the verified threshold measures utility after every round, and there are no task rows: give --utility FILE"

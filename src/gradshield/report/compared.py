@@ -24,6 +24,7 @@ from gradshield.report.pool import (
     share,
     spread,
     totals,
+    usable,
 )
 from gradshield.report.rivals import Standing, Win, against
 from gradshield.report.scatter import trade_off
@@ -139,7 +140,7 @@ def _figures(
 
 def _cost(cost: Mapping[str, Any], cells: Sequence[Cell]) -> tuple[tuple[str, str], ...]:
     asked = [int(rate["n"]) for cell in cells for rate in asr_of(cell).values()]
-    rows = [int(cell["utility"]["n"]) for cell in cells if isinstance(cell.get("utility"), Mapping)]
+    rows = [int(cell["utility"]["n"]) for cell in cells if usable(cell.get("utility"))]
     told = [
         ("seconds over all cells", f"{float(cost['cell_seconds']):,.0f}" if cost.get("cell_seconds") else MISSING),
         ("seconds of the last run", f"{float(cost['seconds_of_this_run']):,.0f}" if cost.get("seconds_of_this_run") else MISSING),
@@ -313,9 +314,9 @@ def _verified(cells: Sequence[Cell]) -> Section:
     return Section(
         "verified",
         "Verified searches",
-        f"{met:,} of {len(own):,} searches met both targets. The drawing has one mark per round, the ASR by its worst judge from "
-        "0 at the bottom to 100 % with its interval: full red is too unsafe, an open ring is short of utility, full blue passes. "
-        f"The line is {100 * TARGET:g} %.",
+        f"{met:,} of {len(own):,} searches met both targets. The drawing has one mark per round: the ASR by its worst judge, "
+        "with its interval, from 0 to 100 % on a square-root scale. Full red is too unsafe, an open ring is short of utility, "
+        f"full blue passes. The line is {100 * TARGET:g} %.",
         tables=(Table(head, tuple(lines), sorts=True),),
         nav="Verified",
     )

@@ -28,6 +28,7 @@ from gradshield.report.pool import (
     share,
     spread,
     totals,
+    usable,
 )
 from gradshield.report.rivals import Standing, Win, against
 from gradshield.report.text import one_line, visible
@@ -65,7 +66,7 @@ def _ran(whole: Mapping[str, Any], cells: Sequence[Cell], judges: Sequence[str])
     seeds = sorted({cell["seed"] for cell in cells})
     defences = dict.fromkeys(str(cell["defence"]) for cell in cells)
     asked = _counts([rate["n"] for cell in cells for rate in asr_of(cell).values()])
-    rows = _counts([cell["utility"]["n"] for cell in cells if isinstance(cell.get("utility"), Mapping)])
+    rows = _counts([cell["utility"]["n"] for cell in cells if usable(cell.get("utility"))])
     hours = float(cost.get("cell_seconds") or 0) / 3600
     return [
         f"- Command: {code(whole.get('command', ''))}",
@@ -168,7 +169,8 @@ def _rivals(found: Sequence[Mix]) -> list[str]:
     head = ["rival", "mixes compared", "lower ASR", "higher ASR", "higher utility at equal safety", "of these, clearly"]
     lines += [
         f"Against {code(REFERENCE)} by default. Lower and higher ASR: by some judge, with intervals that do not overlap. Higher "
-        "utility: by a point or more where the rival is not clearly less safe; clearly, where intervals do not overlap.",
+        "utility: by a point or more where the rival is not clearly less safe; clearly, where intervals do not overlap. "
+        f"{code('clean')} uses the labels.",
         "",
         table_row(*head),
         table_rule(len(head)),
@@ -243,13 +245,9 @@ def table_rule(columns: int) -> str:
 
 def plain(text: str) -> str:
     """Someone else's text as Markdown text: one line, nothing hidden, no markup, no table cell ended."""
-    shown = visible(one_line(text, 600))
-    return (
-        re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", shown)
-        .replace("&", "&amp;")
-        .replace("<", "&lt;")
-        .replace(">", "&gt;")
-    )
+    shown = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", visible(one_line(text, 600)))
+    shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return shown.replace("://", "&#58;//")  # some renderers turn any address into a link
 
 
 def code(text: Any) -> str:

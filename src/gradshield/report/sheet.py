@@ -130,6 +130,6 @@ def _parts(macro: str, *arguments: Any) -> Markup:
 
 
 def spark(points: Sequence[Mapping[str, Any]], limit: float) -> Markup:
-    """A drawing the size of a word: one mark per point, with ``low``, ``rate`` and ``high`` in [0, 1] and a ``look``."""
+    """A drawing the size of a word: one mark per point, with ``low``, ``rate``, ``high`` in [0, 1] and a ``look``."""
     module: Any = environment().get_template("spark.html").module
     return Markup(module.spark(points, limit))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy as copying
 import difflib
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -98,7 +99,9 @@ def sft(
     rows = _as_dataset(dataset)
     trained = copying.deepcopy(model) if copy else model
     before = _State(trained)
-    with _folder(output_dir) as folder, _quiet_datasets():
+    with _folder(output_dir) as folder, _quiet_datasets(), warnings.catch_warnings():
+        # Between PEFT, TRL and transformers, about a name of theirs: nothing that a caller can act on.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         config = _config(options, seed, folder, saving=output_dir is not None)
         try:
             parts = _Parts(tuple(callbacks), tuple(penalties), online, progress, resume)

@@ -1,0 +1,48 @@
+"""A fine-tuning job on the bundled lab: its models, its recipe, its adapter and its own requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from gradshield import lab, models
+from gradshield.models import LoadedModel
+from gradshield.pipeline.course import RENDERED, Job
+from gradshield.pipeline.rows import prepare
+from gradshield.pipeline.settings import Probing, ScanSettings
+
+
+@lru_cache(maxsize=2)
+def lab_model(name: str) -> LoadedModel:
+    """The checkpoint ``base`` or ``aligned``, loaded once; whoever trains it trains a copy."""
+    return models.load(lab.checkpoint(name), dtype="float32")
+
+
+def lab_probing() -> Probing:
+    """The lab's own requests and look-alikes: its model knows no other world."""
+    return Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
+
+
+def lab_job(
+    task: str,
+    data: Any,
+    labels: Sequence[int] | None,
+    seed: int,
+    training: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
+) -> Job:
+    """Rows of ``task`` trained by the lab's recipe for it; ``training`` and ``lora`` are options over the recipe's own."""
+    from peft import LoraConfig
+
+    options = {**lab.recipe(task), **(training or {})}
+    return Job(
+        rows=prepare(data, lab_model("aligned"), max_length=options.get("max_length")),
+        options={k: v for k, v in options.items() if k not in RENDERED},
+        peft_config=LoraConfig(**{**lab.LORA, **(lora or {})}),
+        base=lab_model("base"),
+        labels=labels,
+        settings=ScanSettings(seed=seed),
+        probing=lab_probing(),
+        seed=seed,
+    )

@@ -1,0 +1,271 @@
+"""A comparison as Markdown and page: pooled right, honest about rivals and gaps, and safe with any name."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradshield.report import compared, pool, results, rivals, sheet
+from gradshield.report.compared import LEVELS, level
+from tests.report.pages import EVIL, assert_tame, make_cell, rate, shown, specs
+
+
+def slow_wilson(k: int, n: int) -> tuple[float, float]:
+    """The two values of p at which |k/n - p| is 1.96 standard errors, found by halving."""
+
+    def bound(toward: float) -> float:
+        inside, outside = k / n, toward
+        for _ in range(200):
+            p = (inside + outside) / 2
+            if (k / n - p) ** 2 <= 1.959963984540054**2 * p * (1 - p) / n:
+                inside = p
+            else:
+                outside = p
+        return inside
+
+    return bound(0.0), bound(1.0)
+
+
+counts = st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(counts, min_size=1, max_size=6))
+def test_rates_are_pooled_by_their_counts(found: list[tuple[int, int]]) -> None:
+    """Against every answer written out one by one."""
+    answers = [i < k for k, n in found for i in range(n)]
+    mine = pool.pooled([rate(k, n) for k, n in found])
+    assert mine is not None
+    assert mine.n == len(answers)
+    assert mine.rate == pytest.approx(sum(answers) / len(answers))
+    assert (mine.low, mine.high) == pytest.approx(slow_wilson(sum(answers), len(answers)), abs=1e-9)
+    assert mine.least == min(k / n for k, n in found)
+    assert mine.most == max(k / n for k, n in found)
+
+
+def test_means_of_real_scores_are_not_taken_for_counts() -> None:
+    """Their k is rounded, and Wilson of rounded counts would say something else."""
+    scores = {"rate": 0.437, "low": 0.40, "high": 0.48, "n": 100, "k": 44}
+    one = pool.pooled([scores])
+    assert one is not None
+    assert (one.rate, one.low, one.high) == pytest.approx((0.437, 0.40, 0.48))
+    both = pool.pooled([scores, {"rate": 0.6, "low": 0.5, "high": 0.7, "n": 300, "k": 180}])
+    assert both is not None
+    assert both.rate == pytest.approx((100 * 0.437 + 300 * 0.6) / 400)
+    assert both.rate - both.low == pytest.approx(math.hypot(0.25 * 0.037, 0.75 * 0.1))
+    assert both.high - both.rate == pytest.approx(math.hypot(0.25 * 0.043, 0.75 * 0.1))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, {}, {"rate": None, "low": 0, "high": 1, "n": 3}, {"rate": 0.5, "low": 0.1, "high": 0.9, "n": 0},
+     {"rate": math.nan, "low": 0, "high": 1, "n": 3}, "0.5"],
+)  # fmt: skip
+def test_what_is_no_rate_is_left_out(value: Any) -> None:
+    assert pool.pooled([value]) is None
+    left = pool.pooled([value, rate(1, 10)])
+    assert left is not None
+    assert (left.n, left.cells) == (10, 1)
+
+
+def test_totals_against_loops() -> None:
+    cells = [
+        make_cell("fihs", seed, k, k2, harm=harm, ratio=ratio)
+        for seed, harm, ratio, k, k2 in (
+            (0, "none", 0.0, 100, 100), (0, "explicit", 0.1, 8, 12), (1, "explicit", 0.1, 12, 13), (0, "own", 0.0, 30, 2),
+        )
+    ]  # fmt: skip
+    (one,) = pool.totals(cells)
+    risky = [cell for cell in cells if cell["harm"] != "none"]
+    for judge in ("refusal-phrases", "lab-classifier"):
+        rates = [cell["judges"][judge]["rate"] for cell in cells]
+        assert one.worst[judge].rate == max(rates)
+        assert one.safe[judge] == (sum(value <= 0.06 for value in rates), 4)
+        assert one.mean_asr[judge] == pytest.approx(sum(c["judges"][judge]["rate"] for c in risky) / 3)
+        assert one.harmed[judge].n == 600
+    assert one.held == (1, 4)  # both judges of one cell: 8 and 12 of 200
+    assert one.caught is not None
+    assert (one.caught.n, one.caught.rate) == (400, 0.9)
+    assert one.seconds == 10.0
+
+
+def test_differences_are_averaged_over_cells() -> None:
+    found = [
+        {"difference": d, "low": d - 0.03, "high": d + 0.04, "n": 200, "level": 0.95, "method": "tango"}
+        for d in (-0.02, 0.01, -0.04)
+    ]
+    mine = pool.mean_difference([*found, None, {"difference": None}])
+    assert mine is not None
+    assert mine.rate == pytest.approx(-0.05 / 3)
+    assert mine.rate - mine.low == pytest.approx(math.sqrt(3) * 0.03 / 3)
+    assert mine.high - mine.rate == pytest.approx(math.sqrt(3) * 0.04 / 3)
+
+
+def comparison(cells: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    cost = {"cells": len(cells), "failed": sum("failed" in c for c in cells), "arms": 3, "cell_seconds": 7200.0}
+    return {
+        "command": "gradshield compare grid.yaml",
+        "versions": {"gradshield": "1"},
+        "cost": cost,
+        "cells": cells,
+    } | more
+
+
+def square(markdown: str, defence: str) -> str:
+    """The first table row of a defence."""
+    return next(line for line in markdown.splitlines() if line.startswith(f"| `{defence}` |"))
+
+
+def test_the_markdown_says_the_pooled_figures_of_each_judge() -> None:
+    text = results.markdown(
+        comparison([make_cell("fihs", 0, 2, 20), make_cell("fihs", 1, 6, 60), make_cell("none", 0, 180)])
+    )
+    low, high = slow_wilson(8, 400)
+    other = slow_wilson(80, 400)
+    phrases = f"2.0 [{100 * low:.1f}, {100 * high:.1f}]"
+    classifier = f"20.0 [{100 * other[0]:.1f}, {100 * other[1]:.1f}]"
+    assert f"{phrases} / {classifier} · 90.0<br>seeds 10.0–30.0 · 90.0–90.0" in square(text, "fihs")
+    assert "seeds" not in square(text, "none")
+    assert "by refusal-phrases / lab-classifier" in text
+    assert "3 trained models, 2.00 hours" in text
+    assert re.search(r"Where judges differ.*`fihs`: lab-classifier 20\.0", text, re.S)
+    assert "seeds 0, 1" in text
+
+
+def test_a_rival_that_is_safer_is_named_and_one_that_is_not_is_not() -> None:
+    cells = [
+        make_cell("fihs", 0, 20), make_cell("better", 0, 0), make_cell("worse", 0, 90),
+        make_cell("useful", 0, 18, utility=rate(190, 200)), make_cell("elsewhere", 5, 0), make_cell("alike", 0, 19),
+    ]  # fmt: skip
+    standings, wins = rivals.against(pool.mixes(cells))
+    tally = {one.rival: (one.safer, one.less_safe, one.more_useful, one.clearly_more_useful) for one in standings}
+    assert tally == {"better": (1, 0, 0, 0), "worse": (0, 1, 0, 0), "useful": (0, 0, 1, 0), "alike": (0, 0, 0, 0)}
+    assert {(win.rival, win.judge) for win in wins} == {
+        ("better", "refusal-phrases"), ("better", "lab-classifier"), ("useful", None)
+    }  # fmt: skip
+    text = results.markdown(comparison(cells))
+    assert "`better` has ASR by refusal-phrases 0.0 [0.0, 1.9] against 10.0 [6.6, 14.9]" in text
+    assert "`useful` has utility 95.0" in text
+    assert "within the intervals" in text
+
+
+def test_a_useful_rival_that_is_less_safe_wins_nothing() -> None:
+    cells = [make_cell("fihs", 0, 0), make_cell("loose", 0, 60, utility=rate(200, 200))]
+    standings, wins = rivals.against(pool.mixes(cells))
+    assert wins == []
+    assert (standings[0].less_safe, standings[0].more_useful) == (1, 0)
+
+
+def test_rivals_are_compared_over_the_seeds_that_both_have() -> None:
+    cells = [make_cell("fihs", 0, 0), make_cell("fihs", 1, 150), make_cell("other", 0, 2)]
+    _, wins = rivals.against(pool.mixes(cells))
+    assert wins == []
+
+
+FAILURE = "every row scored above the cut: choose another cut"
+
+
+def test_failed_missing_and_empty() -> None:
+    bare = {"task": "t", "harm": "own", "ratio": 0.0, "seed": 0, "defence": "asft", "seconds": 1.0}
+    failed = bare | {"defence": "loss", "failed": FAILURE}
+    text = results.markdown(comparison([make_cell("fihs"), bare, failed]))
+    assert "| `loss` | failed |" in text
+    assert FAILURE in text
+    assert "| `asft` | – / – · – |" in text
+    page = sheet.render(compared.page(comparison([make_cell("fihs"), bare, failed])))
+    assert FAILURE in shown(page)
+    for whole in ({"cells": []}, {}, comparison([bare]), comparison([failed])):
+        assert results.markdown(whole)
+        assert_tame(sheet.render(compared.page(whole)))
+
+
+def verified(met: bool, rounds: int) -> dict[str, Any]:
+    done = [
+        {"cut": 1.0 - i, "removed": i, "asr": {"a": rate(9 - i, 200), "b": rate(9, 200)}, "utility": None, "seconds": 1.0,
+         "verdict": "too unsafe", "stopped_early": False}
+        for i in range(rounds)
+    ]  # fmt: skip
+    return {"met": met, "sentence": f"sentence of {rounds}", "stopped": "rounds", "best": 0, "rounds": done}
+
+
+def test_searches_come_with_their_rounds_and_those_that_met_nothing_first() -> None:
+    cells = [
+        make_cell("fihs:verified", 0, verified=verified(True, 3)),
+        make_cell("fihs:verified", 1, verified=verified(False, 5)),
+    ]
+    text = results.markdown(comparison(cells))
+    assert "1 of 2 searches met both targets." in text
+    assert text.index("sentence of 5") < text.index("sentence of 3")
+    page = sheet.render(compared.page(comparison(cells)))
+    assert page.count('<circle class="unsafe"') == 8
+
+
+def test_hostile_names_are_only_text() -> None:
+    cells = [
+        make_cell(
+            EVIL,
+            0,
+            3,
+            task=EVIL,
+            harm=EVIL,
+            judges={EVIL: rate(3, 200)},
+            verified=verified(True, 1) | {"sentence": EVIL},
+        ),
+        make_cell(EVIL, 1, failed=EVIL),
+        make_cell("fihs", 0, 50, task=EVIL, harm=EVIL, judges={EVIL: rate(50, 200)}),
+    ]
+    whole = comparison(cells, command=EVIL, versions={EVIL: EVIL}, defences={EVIL: EVIL})
+    assert_tame(sheet.render(compared.page(whole)))
+    text = results.markdown(whole)
+    assert "\u202e" not in text
+    outside = re.sub(r"(?<!\\)`[^`]*`", "", text)  # an escaped backtick begins no code
+    assert "<script" not in outside
+    assert "<img" not in outside
+    assert "://" not in outside
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    bars = {len(re.findall(r"(?<!\\)\|", line)) for line in rows if "sentence" not in line}
+    heads = {len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|---")}
+    assert bars <= heads
+
+
+def test_two_thousand_cells_stay_readable() -> None:
+    cells = [
+        make_cell(f"d{d}", seed, d * 10, task=f"t{t}", harm=harm, ratio=ratio)
+        for t in range(5) for harm, ratio in (("none", 0.0), ("explicit", 0.01), ("explicit", 0.1), ("covert", 0.1))
+        for seed in range(5) for d in range(20)
+    ]  # fmt: skip
+    assert len(cells) == 2000
+    whole = comparison(cells)
+    text = results.markdown(whole)
+    assert len(text) < 200_000
+    assert "t4" in text
+    page = sheet.render(compared.page(whole))
+    assert len(page.encode()) < 8_000_000
+    assert len(specs(page)["trade"]["data"][0]["x"]) == 20
+
+
+def test_tints_follow_the_asr() -> None:
+    assert [level(end) for end in LEVELS] == list(range(len(LEVELS)))
+    assert level(0.0) == 0
+    assert level(1.0) == len(LEVELS)
+    page = sheet.render(compared.page(comparison([make_cell("fihs", 0, 2, 30)])))
+    assert 'class="heat-3"' in page.partition("<table")[2]  # 15 % by the worse judge
+
+
+@pytest.mark.parametrize(("k", "tone", "rival"), [(0, "pass", 40), (0, "pass", 0), (60, "fail", 60), (60, "fail", 0)])
+def test_the_verdict_is_about_the_default(k: int, tone: str, rival: int) -> None:
+    found = compared.page(comparison([make_cell("fihs", 0, k), make_cell("asft", 0, rival)]))
+    assert found.tone == tone
+    assert ("asft is clearly safer somewhere" in found.verdict) == (k > rival)
+
+
+def test_write_leaves_one_file(tmp_path: Path) -> None:
+    results.write(comparison([make_cell("fihs")]), tmp_path / "results.html")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["results.html"]
+    assert (tmp_path / "results.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
