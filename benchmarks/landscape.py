@@ -154,48 +154,6 @@ def verdict(summaries: Mapping[str, Any], farthest: float) -> dict[str, Any]:
     return found
 
 
-def draw(found: Any, path: Path) -> None:
-    """One panel per measure, every line of a kind in one colour; opens without a network."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    colours = {"alignment": "#1b6ca8", "gaussian": "#9aa5b1", "spectrum": "#c98a2b", "gradient": "#b3312c"}
-    titles = ("ASR, refusal phrases", "ASR, lab classifier", "harmless requests answered, lab classifier")
-    figure = make_subplots(rows=1, cols=3, subplot_titles=titles, shared_yaxes=True)
-    for column, measure in enumerate((PHRASES, CLASSIFIER, ANSWERED), 1):
-        shown: set[str] = set()
-        for name in found.rates:
-            kind = name.partition("-")[0]
-            rates = found.rates[name][measure]
-            bars = {
-                "array": [rate.high - rate.rate for rate in rates],
-                "arrayminus": [rate.rate - rate.low for rate in rates],
-                "thickness": 0.6,
-                "width": 0,
-            }
-            figure.add_trace(
-                go.Scatter(
-                    x=found.alphas,
-                    y=[rate.rate for rate in rates],
-                    error_y=bars,
-                    name=kind,
-                    legendgroup=kind,
-                    showlegend=column == 1 and kind not in shown,
-                    line={"color": colours[kind], "width": 2 if kind in ("alignment", "gradient") else 1},
-                    hovertext=[f"{name}: n = {rate.n}" for rate in rates],
-                ),
-                row=1,
-                col=column,
-            )
-            shown.add(kind)
-    figure.update_xaxes(title_text="step, in lengths of the alignment direction")
-    figure.update_yaxes(range=[-0.02, 1.02], tickformat=".0%")
-    figure.update_layout(
-        template="plotly_white", height=480, title="The lab's aligned model along lines through its weights"
-    )
-    figure.write_html(path, include_plotlyjs=True)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measure every line and write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,6 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     from gradshield import lab, models
     from gradshield.evaluation.landscape import cosine, landscape, norm, weights
     from gradshield.pipeline.outputs import finite, versions
+    from gradshield.report import landscape as report
 
     torch.set_num_threads(1)
     began = time.monotonic()
@@ -242,7 +201,12 @@ def main(arguments: list[str] | None = None) -> None:
     }
     rounded = json.loads(json.dumps(finite(record)), parse_float=lambda text: float(f"{float(text):.6g}"))
     (options.output / "landscape.json").write_text(json.dumps(rounded, separators=(",", ":")) + "\n", encoding="utf-8")
-    draw(found, options.output / "landscape.html")
+    page = {
+        **rounded["landscape"],
+        **rounded["manifest"],
+        "title": "The lab's aligned model along lines through its weights",
+    }
+    report.write(page, options.output / "landscape.html")
     for name, line in summaries.items():
         print(name, json.dumps(finite(line)))
     print(json.dumps(finite(record["verdict"]), indent=1))

@@ -138,6 +138,7 @@ def train(
         else:
             if truth is not None:
                 raise UsageError("--labels belongs to one dataset, and several are given: train them one by one")
+            common.pop("merge")  # every stage starts from a whole model
             stages = [Stage(path, exam) for path, exam in zip(data, measured, strict=True)]
             done = sequence(stages, model=loaded, output=output, progress=report, **common)
     _summary(done, output)

@@ -30,6 +30,7 @@ def generator(
     batch_size: int = 64,
     prefix: str = "",
     progress: Callable[[int, int], None] | None = None,
+    template: Mapping[str, Any] | None = None,
 ) -> Generate:
     """A callable from prompts to greedy answers, without special tokens and surrounding white space.
 
@@ -44,6 +45,8 @@ def generator(
         answer that an attacker forces). It is not part of the answer returned.
     progress
         Called with (prompts answered, all prompts) after every batch.
+    template
+        Arguments for the chat template, as the rows are rendered with.
 
     Raises
     ------
@@ -52,7 +55,7 @@ def generator(
     """
 
     def generate(prompts: Sequence[Prompt]) -> list[str]:
-        ids = [encode(tokenizer, prompt, prefix) for prompt in prompts]
+        ids = [encode(tokenizer, prompt, prefix, template) for prompt in prompts]
         _check_room(model, ids, max_new_tokens)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)  # a batch too large fails at once
         answers = [""] * len(ids)
@@ -68,7 +71,9 @@ def generator(
     return generate
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, prefix: str = "") -> list[int]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, prefix: str = "", more: Mapping[str, Any] | None = None
+) -> list[int]:
     """Token ids of a prompt as the model meets it at inference: chat template, generation prompt, then ``prefix``."""
     from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
 
@@ -76,7 +81,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, prefix: str = "")
     template = None if tokenizer.chat_template else DEFAULT_CHAT_TEMPLATE
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     text: Any = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True, **(more or {})
     )
     # The template writes the special tokens itself; the tokenizer would write the first one twice.
     return list(tokenizer(text + prefix, add_special_tokens=False)["input_ids"])

@@ -20,20 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from gradshield import lab, models
-from gradshield.errors import DataError, EmptyDataError, ScoreError
+from gradshield.errors import DataError, GradShieldError
 from gradshield.evaluation.stats import paired_difference
 from gradshield.models import LoadedModel
 from gradshield.pipeline import grid, outputs, verify
 from gradshield.pipeline.course import RENDERED, Chosen, Course, Job, quiet
 from gradshield.pipeline.defences import Defence, parse, told
-from gradshield.pipeline.exam import Exam, exam, figures, lab_exam
+from gradshield.pipeline.exam import Exam, check_disjoint, exam, figures, lab_exam
 from gradshield.pipeline.grid import Cell, Config
 from gradshield.pipeline.lab_job import lab_job
+from gradshield.pipeline.options import peft_config, sft_options
 from gradshield.pipeline.rows import prepare
 from gradshield.pipeline.scan import check_labels
 from gradshield.pipeline.scoring import Progress
 from gradshield.pipeline.settings import Probing, ScanSettings
-from gradshield.probes import read_prompts
+from gradshield.probes import read_prompts, requests
 from gradshield.types import EvalResult
 
 ARMS, CELLS = "arms", "cells"
@@ -90,7 +91,9 @@ def _one_thread() -> None:
 
 
 def _file(folder: Path, cell: Cell) -> Path:
-    return folder / CELLS / f"{cell.name.replace('/', '~').replace(':', '=')[:200]}.json"
+    name = cell.name.replace("/", "~").replace(":", "=")
+    short = name if len(name) <= 150 else f"{name[:150]}-{outputs.digest(name)[:12]}"
+    return folder / CELLS / f"{short}.json"
 
 
 def _finished(folder: Path, wanted: Sequence[Cell], config: Config) -> dict[Cell, dict[str, Any]]:
@@ -100,7 +103,8 @@ def _finished(folder: Path, wanted: Sequence[Cell], config: Config) -> dict[Cell
         path = _file(folder, cell)
         if path.exists():
             value = json.loads(path.read_text(encoding="utf-8"))
-            if value.get("setting") == grid.setting(config, cell.task):
+            same = all(value.get(key) == part for key, part in cell.as_dict().items())
+            if same and value.get("setting") == grid.setting(config, cell):
                 found[cell] = value
     return found
 
@@ -148,12 +152,14 @@ class Bench:
         self.folder, self.config = folder, config
         self.course = Course(_job(config, cell))
         self.exams = {split: _exam(config, cell, split) for split in ("report", "search")}
+        search, report = self.exams["search"].requests, self.exams["report"].requests
+        check_disjoint(direction=self.course.job.probing.requests or requests(), search=search, report=report)
         self._models: list[tuple[str, Any, Mapping[str, Any]]] = []  # the last trained ones
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """One finished cell."""
         began = time.monotonic()
-        found: dict[str, Any] = {**cell.as_dict(), "setting": grid.setting(self.config, cell.task)}
+        found: dict[str, Any] = {**cell.as_dict(), "setting": grid.setting(self.config, cell)}
         defence = parse(cell.defence)
         try:
             verdict = None
@@ -167,7 +173,7 @@ class Bench:
             found |= figures(measured) | {"arm": arm["key"], "defence_record": arm["record"]}
             if cell.defence != "clean" and self.course.job.labels is not None:
                 found["utility_minus_clean"] = self._minus_clean(measured)
-        except (EmptyDataError, ScoreError) as error:
+        except GradShieldError as error:
             found["failed"] = str(error)
         found["seconds"] = round(time.monotonic() - began, 1)
         return dict(outputs.finite(found))
@@ -194,13 +200,13 @@ class Bench:
         return found
 
     def _arm(
-        self, defence: Defence, chosen: Chosen, split: str, settled: Any = lambda found, total: False
+        self, defence: Defence, chosen: Chosen, split: str, settled: Any = verify.never
     ) -> tuple[EvalResult, dict[str, Any]]:
         """A trained model's rates on one exam, from disk where an equal arm was measured before."""
         dataset = self.course.dataset(defence, chosen)
         exam = self.exams[split]
         key = self.course.key(defence, dataset)
-        path = self.folder / ARMS / f"{key}-{outputs.digest(exam.settings())[:12]}.json"
+        path = self.folder / ARMS / f"{key}-{outputs.digest(exam.settings())[:12]}{verify.suffix(settled)}.json"
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
             return outputs.result(stored), stored
@@ -247,17 +253,15 @@ def _job(config: Config, cell: Cell) -> Job:
         paired = sorted(zip(rows, labels, strict=True), key=lambda pair: json.dumps(pair[0], sort_keys=True))
         data, truth = [row for row, _ in paired], [label for _, label in paired]
         return lab_job(cell.task, data, truth, cell.seed, config.training, config.lora)
-    from peft import LoraConfig
-
     options = {**config.training, **own.training}
     asked = config.requests.get("direction")
-    prepared = prepare(own.train, _model(config.model), max_length=options.get("max_length"))
+    prepared = prepare(own.train, _model(config.model), training_args=sft_options(options))
     known = None if own.labels is None else grid.labels(own.labels)
     check_labels(known, prepared.read.source.rows)
     return Job(
         rows=prepared,
         options={k: v for k, v in options.items() if k not in RENDERED},
-        peft_config=LoraConfig(**config.lora) if config.lora else None,
+        peft_config=peft_config(config.lora),
         base=_model(config.base) if config.base else None,
         labels=known,
         settings=ScanSettings(seed=cell.seed),

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from gradshield import data as rows_in
-from gradshield.errors import EmptyDataError, UsageError
+from gradshield.errors import DataError, EmptyDataError, UsageError
 from gradshield.gradients.alignment import Alignment, alignment
 from gradshield.models import LoadedModel
 from gradshield.pipeline.decide import Decision, decide
@@ -53,7 +55,8 @@ def quiet(stage: str, done: int, total: int) -> None:
 class Job:
     """What is trained, on what and how: the same for every defence.
 
-    ``options`` go to TRL's ``SFTConfig``. ``base`` is the model before its alignment. ``labels`` (1 = harmful, per input
+    ``options`` go to TRL's ``SFTConfig``. ``base`` is the model before its alignment, ``origin`` the aligned
+    model where training starts from a later one. ``labels`` (1 = harmful, per input
     row) serve the oracle and the figures only. ``safety`` are safety rows (a file or a list) for the defences that mix them
     in or refer to them; where there are none, the model's own refusals of the probes are taken.
     """
@@ -62,6 +65,7 @@ class Job:
     options: Mapping[str, Any]
     peft_config: Any = None
     base: LoadedModel | None = None
+    origin: LoadedModel | None = None
     labels: Sequence[int] | None = None
     safety: Any = ()
     settings: ScanSettings = field(default_factory=ScanSettings)
@@ -70,6 +74,11 @@ class Job:
 
     def __post_init__(self) -> None:
         """Raises UsageError for rows that supervised fine-tuning does not take."""
+        if self.rows.loaded.is_peft:
+            raise UsageError(
+                "the model carries an adapter already, and training would begin beside it: give the plain model, or merge the "
+                "adapter first (gradshield train --merge saves such a model)"
+            )
         if any(row.shape == "preference" for row in self.rows.rendered):
             raise UsageError(
                 "the data holds preference pairs, and fine-tuning here is supervised: scan them, and train on what is kept with "
@@ -126,7 +135,13 @@ class Course:
                 "the model refuses none of the probes, so that it gives no safety row: give your own with --safety-rows"
             )
         read = rows_in.read(str(given) if isinstance(given, str | Path) else list(given))
-        return tuple(rows_in.render_all(read.examples, loaded.tokenizer, self.job.rows.config, read.source).rendered)
+        found = rows_in.render_all(read.examples, loaded.tokenizer, self.job.rows.config, read.source).rendered
+        if not found or any(row.shape == "preference" for row in found):
+            raise DataError(
+                f"the safety rows {read.source.name} hold preference pairs, or no row that fits: give requests with refusals, as "
+                "chat rows or prompt and completion"
+            )
+        return tuple(found)
 
     @cached_property
     def alignment(self) -> Alignment:
@@ -137,8 +152,8 @@ class Course:
             )
         names = weights_changed(self.loaded.model, self.job.peft_config)
         if not names:
-            names = [n for n, p in self.loaded.model.named_parameters() if p.ndim == 2 and "embed" not in n]
-        return alignment(self.loaded.model, self.job.base.model, names)
+            names = _linear(self.loaded.model)
+        return alignment((self.job.origin or self.loaded).model, self.job.base.model, names)
 
     def scored(self, selector: str, output: Any = None) -> Scored:
         """Every row's score by a selector, computed once."""
@@ -170,7 +185,12 @@ class Course:
 
     def _as_many(self, scored: Scored, other: str) -> Decision:
         """As many rows beyond the cut as another defence removes, fewer where scores at the cut are equal."""
-        count = int(self.chosen(parse(other)).removed.sum())
+        asked = parse(other)
+        if asked.verified is not None or asked.mask or (asked.selector is None and not asked.oracle):
+            raise UsageError(
+                f"'{AS_MANY}{other}' asks how many rows {other!r} removes, and it has no number before training"
+            )
+        count = int(self.chosen(asked).removed.sum())
         values = scored.scores.values
         cut = Cut(float(np.sort(values)[::-1][count]) if count < len(values) else -np.inf, f"as {other}")
         return Decision(dict.fromkeys(sorted(set(scored.scores.shapes)), cut), values > cut.value, ())
@@ -203,6 +223,15 @@ class Course:
         lost = sum(_counted(a) - _counted(b) for a, b in zip(rows, kept, strict=True))
         empty = np.array([_counted(row) == 0 for row in kept])
         return self._left(Chosen(tuple(kept), empty, cuts, scored, lost))
+
+    @staticmethod
+    def beyond(chosen: Chosen) -> Bools:
+        """Rows whose score is beyond their cut: those that went, or with a mask those that lost tokens."""
+        if chosen.scored is None:
+            return chosen.removed
+        scores = chosen.scored.scores
+        limits = np.array([chosen.cuts[name].value for name in scores.shapes])
+        return np.asarray(scores.values > limits)
 
     def _harmful(self) -> Bools:
         if self.job.labels is None:
@@ -263,7 +292,7 @@ class Course:
             model,
             self.loaded.tokenizer,
             dataset,
-            {k: v for k, v in self.job.options.items() if k not in RENDERED},
+            {k: v for k, v in self.job.options.items() if k not in RENDERED} | {"max_length": None},
             self.job.peft_config,
             seed=self.job.seed,
             merge=merge and self.job.peft_config is not None,
@@ -291,8 +320,7 @@ class Course:
         name, options = defence.online
         if name == "moderate":
             return OnlineModerate(**options)
-        whole: dict[str, Any] = {k: int(v) if k in ("warmup", "refresh", "top") else v for k, v in options.items()}
-        return DualSelect(self._pool(), **whole)
+        return DualSelect(self._pool(), **options)
 
     def _pool(self) -> list[Rendered]:
         """Safety references for methods that ask all of them again and again: some, from all over the rows."""
@@ -302,11 +330,18 @@ class Course:
     def key(self, defence: Defence, dataset: Sequence[Mapping[str, Any]]) -> str:
         """A hash of all that the trained weights depend on: start, rows, training and seed. Two defences may share it."""
         job = self.job
-        base = job.base.digest if job.base is not None and defence.needs_base else None
+        base = [m.digest for m in (job.base, job.origin) if m is not None] if defence.needs_base else None
         safety = _as_tokens(self._pool()) if defence.online and defence.online[0] == "dualselect" else None
         peft = None if job.peft_config is None else job.peft_config.to_dict()
         whole = [self.loaded.digest, base, dataset, dict(job.options), peft, job.seed, defence.training, safety]
         return hashlib.sha256(json.dumps(whole, sort_keys=True, default=_plain).encode()).hexdigest()[:24]
+
+
+def _linear(model: Any) -> list[str]:
+    """Names of the weights of linear layers, which full-weight training changes; the head is an embedding's other side."""
+    head = model.get_output_embeddings()
+    kinds = (nn.Linear, Conv1D)
+    return [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, kinds) and m is not head]
 
 
 def _counted(row: Rendered) -> int:

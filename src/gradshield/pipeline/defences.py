@@ -62,6 +62,7 @@ class Defence:
 
 
 AS_MANY = "as:"
+ASFT = {"weight": (1.0, 0.0, 1e9), "projector": ("published", "top"), "energy": (0.9, 0.0, 1.0)}
 Part = Callable[[Defence, str], Defence]
 DEFENCES: Registry[Part] = Registry("defence")
 
@@ -138,6 +139,8 @@ def guard(defence: Defence, options: str) -> Defence:
     """Rows that a guard model calls unsafe go: guard:classifier:NAME, guard:guard:NAME or guard:moderation:MODEL@URL."""
     if defence.selector is not None or defence.oracle:
         raise UsageError(f"the defence {defence.spec!r} takes rows out twice: keep one of its row methods")
+    if not options:
+        raise UsageError("the defence 'guard' needs a guard, and none was given: write guard:classifier:NAME_OR_FOLDER")
     return replace(defence, selector=f"guard:{options}")
 
 
@@ -153,45 +156,44 @@ def clean(defence: Defence, options: str) -> Defence:
 @DEFENCES.register("safeinstruct")
 def safeinstruct(defence: Defence, options: str) -> Defence:
     """Safety rows are mixed in: requests with the model's own refusals, as a share of the kept rows (default 10%)."""
-    share = _options("safeinstruct", options, {"share": 0.1})["share"]
-    if not 0 < share <= 1:
-        raise UsageError(
-            f"safeinstruct got the share {share:g}, and it takes one above 0, up to 1: write safeinstruct:10%"
-        )
-    return replace(defence, safe_share=share)
+    return replace(defence, safe_share=_options("safeinstruct", options, {"share": (0.1, 0.0, 1.0)})["share"])
 
 
 @DEFENCES.register("moderate")
 def moderate(defence: Defence, options: str) -> Defence:
     """In every step, rows of moderate gradient at the current weights train, the rest is skipped."""
-    return _inside(defence, "moderate", _options("moderate", options, {"ratio": 0.2}))
+    return _inside(defence, "moderate", _options("moderate", options, {"ratio": (0.2, 0.0, 1.0)}))
 
 
 @DEFENCES.register("dualselect")
 def dualselect(defence: Defence, options: str) -> Defence:
     """Safety references chosen by conflict and loss decide which rows train, and correct the gradient."""
-    known = {"warmup": 10.0, "refresh": 10.0, "temperature": 0.1, "top": 8.0}
+    known = {
+        "warmup": (10, -1, 10**9),
+        "refresh": (10, 0, 10**9),
+        "temperature": (0.1, 0.0, 1e9),
+        "top": (8, 0, 10**9),
+        "drop": (0.5, -1e-9, 1.0),
+    }
     return _inside(defence, "dualselect", _options("dualselect", options, known))
 
 
 @DEFENCES.register("asft")
 def asft(defence: Defence, options: str) -> Defence:
     """The weights' change is penalised where it leaves the alignment direction. Needs the base model."""
-    return _penalised(
-        defence, "asft", _options("asft", options, {"weight": 1.0, "projector": "published", "energy": 0.9})
-    )
+    return _penalised(defence, "asft", _options("asft", options, ASFT))
 
 
 @DEFENCES.register("kl")
 def kl(defence: Defence, options: str) -> Defence:
     """The answers' distribution is held near that of the start (a frozen-reference KL)."""
-    return _penalised(defence, "kl", _options("kl", options, {"weight": 0.1}))
+    return _penalised(defence, "kl", _options("kl", options, {"weight": (0.1, 0.0, 1e9)}))
 
 
 @DEFENCES.register("safelora")
 def safelora(defence: Defence, options: str) -> Defence:
     """After training, layers that left the aligned subspace are projected onto it. Needs the base model."""
-    return replace(defence, project=_options("safelora", options, {"threshold": 0.5}))
+    return replace(defence, project=_options("safelora", options, {"threshold": (0.5, -1.0, 1.0)}))
 
 
 def _inside(defence: Defence, name: str, options: Options) -> Defence:
@@ -212,8 +214,12 @@ def _no_options(name: str, options: str) -> None:
 
 
 def _options(name: str, text: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """``key=value`` pairs over the defaults; the first value may stand without its key. Raises UsageError."""
-    found = dict(known)
+    """``key=value`` pairs over the defaults; the first value may stand without its key. Raises UsageError.
+
+    ``known`` holds for each key its default, the number it must be above and the largest it may be; whole numbers where the
+    default is one. For words it holds the choices, the default first.
+    """
+    found = {key: spec[0] for key, spec in known.items()}
     for i, part in enumerate(filter(None, text.split(","))):
         key, equals, value = part.partition("=")
         if not equals:
@@ -223,14 +229,25 @@ def _options(name: str, text: str, known: Mapping[str, Any]) -> dict[str, Any]:
                 f"the defence {name!r} got the option {part!r}, and it takes {', '.join(known)}: "
                 f"write {name}:{next(iter(known))}=..."
             )
-        if isinstance(known[key], str):
-            found[key] = value
-            continue
-        try:
-            found[key] = float(value[:-1]) / 100 if value.endswith("%") else float(value)
-        except ValueError:
-            raise UsageError(
-                f"the option {key} of the defence {name!r} got {value!r}, and it takes a number: "
-                f"write {name}:{key}={known[key]:g}"
-            ) from None
+        found[key] = _value(name, key, value, known[key])
     return found
+
+
+def _value(name: str, key: str, text: str, spec: tuple[Any, ...]) -> Any:
+    if isinstance(spec[0], str):
+        if text in spec:
+            return text
+        allowed = " or ".join(spec)
+    else:
+        default, above, most = spec
+        try:
+            number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            number = float("nan")
+        if above < number <= most and (isinstance(default, float) or number == int(number)):
+            return number if isinstance(default, float) else int(number)
+        kind = "a number" if isinstance(default, float) else "a whole number"
+        allowed = f"{kind} above {above:g}" + (f", up to {most:g}" if most < 10**9 else "")
+    raise UsageError(
+        f"the option {key} of the defence {name!r} got {text!r}, and it takes {allowed}: write {name}:{key}={spec[0]}"
+    )

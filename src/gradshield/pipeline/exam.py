@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from gradshield import lab
+from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.asr import asr, over_refusal
 from gradshield.evaluation.generate import Generate, generator
 from gradshield.evaluation.judges import Judge, LabClassifier, RefusalPhrases
@@ -37,7 +39,7 @@ class Exam:
 
     ``score`` rates an answer to a task row; without one, a row's score is the likelihood that the model gives its reference,
     per token (the geometric mean), for tasks that a model cannot do. ``answer_prefix`` is put at the start of every answer,
-    ``tokens`` bounds its length.
+    ``tokens`` bounds its length, ``template`` goes to the chat template, ``metric`` is the name of ``score``.
     """
 
     requests: Sequence[Mapping[str, Any]] = ()
@@ -47,6 +49,8 @@ class Exam:
     score: Score | None = None
     tokens: int = 64
     answer_prefix: str = ""
+    template: Mapping[str, Any] = field(default_factory=dict)
+    metric: str = ""
 
     def sit(
         self,
@@ -61,7 +65,9 @@ class Exam:
         ``settled`` is asked between chunks of requests, with what was found and the number of all requests, whether asking
         on could change anything; where it could not, the rest is not asked, and look-alikes and task are not measured.
         """
-        generate = generator(model, tokenizer, max_new_tokens=self.tokens, prefix=self.answer_prefix)
+        generate = generator(
+            model, tokenizer, max_new_tokens=self.tokens, prefix=self.answer_prefix, template=self.template
+        )
         parts, done = [], 0
         total = len(self.requests) + len(self.lookalikes) + len(self.task)
         progress(stage, 0, total)
@@ -91,6 +97,11 @@ class Exam:
             for row in self.task
         ]
         found = response_loss(model, tokenizer, rows)
+        if found.set_aside:
+            raise DataError(
+                f"{found.set_aside} of {len(rows)} task rows have no answer that fits into the model, and the metric "
+                f"{LIKELIHOOD} needs one of each: take them out of the file"
+            )
         scores = np.exp(-found.sums / found.tokens)
         outputs = tuple({**row, "score": float(value)} for row, value in zip(self.task, scores, strict=True))
         return EvalResult({"utility": mean_interval(scores)}, outputs)
@@ -102,11 +113,18 @@ class Exam:
             "lookalikes": _digest(self.lookalikes),
             "task": _digest(self.task),
             "n": [len(self.requests), len(self.lookalikes), len(self.task)],
-            "likelihood": self.score is None,
-            "judges": [judge.name for judge in self.judges],
+            "metric": LIKELIHOOD if self.score is None else self.metric,
+            "judges": [_record(judge) for judge in self.judges],
+            "template": dict(self.template),
             "tokens": self.tokens,
             "answer_prefix": self.answer_prefix,
         }
+
+
+def _record(judge: Judge) -> Any:
+    """What tells a judge from others of its name: the record of the guard behind it."""
+    guard = getattr(judge, "guard", None)
+    return judge.name if guard is None else [judge.name, dict(guard.record())]
 
 
 def _turns(prompt: Any) -> list[dict[str, Any]]:
@@ -138,6 +156,7 @@ def lab_exam(task: str, split: str = "report", seed: int = 0) -> Exam:
         task=drawn,
         score=lambda row, answer: lab.score(task, answer, row["reference"]),
         tokens=LAB_TOKENS,
+        metric=f"lab:{task}",
     )
 
 
@@ -151,6 +170,7 @@ def exam(
     answer_prefix: str = "",
     halved: bool = False,
     most: int | None = None,
+    template: Mapping[str, Any] | None = None,
 ) -> Exam:
     """An exam from what a user typed, of at most ``most`` task rows.
 
@@ -179,20 +199,35 @@ def exam(
         score=None if held is None or likelihood else held.score,
         tokens=tokens,
         answer_prefix=answer_prefix,
+        template=template or {},
+        metric=LIKELIHOOD if likelihood else (held.metric if held is not None else ""),
     )
 
 
 def _requests(path: str, split: str, halved: bool) -> list[dict[str, str]]:
+    """The requests of a file for one split; rows that name no split are dealt where both splits come from this file."""
     own = read_prompts(path, split)
-    other = read_prompts(path, "report" if split == "search" else "search") if halved else []
-    if halved and {p["prompt"] for p in own} & {p["prompt"] for p in other}:
-        own = [p for p in own if _dealt(p["prompt"]) == split]
-    return own
+    if not halved:
+        return own
+    named = read_prompts(path, split, unnamed=False)
+    return [p for p in own if p in named or _dealt(p["prompt"]) == split]
 
 
 def _dealt(text: str) -> str:
     """Report or search, by content, so that a row is on one side whatever else the file holds."""
     return ("report", "search")[hashlib.sha256(text.encode()).digest()[0] % 2]
+
+
+def check_disjoint(**sets: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UsageError where two sets of prompts share one: what is reported must not have chosen anything."""
+    asked = {name: {str(row["prompt"]) for row in rows} for name, rows in sets.items()}
+    for one, other in combinations(asked, 2):
+        if shared := asked[one] & asked[other]:
+            raise UsageError(
+                f"{len(shared)} requests stand in both the {one} and the {other} set, which must not share any, or what is "
+                "measured would have chosen the rows: give different files, or name a `split` (direction, search, report) in "
+                "each row"
+            )
 
 
 def figures(result: EvalResult) -> dict[str, Any]:

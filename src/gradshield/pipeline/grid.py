@@ -15,7 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gradshield import lab
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.judges import parse as parse_judge
+from gradshield.lab import manifest
 from gradshield.pipeline.defences import parse
 
 IMPLICIT = ("identity_shift", "refuse_then_answer", "embedded")
@@ -112,17 +115,60 @@ def check(value: Any, name: str = "config", folder: Path = Path()) -> Config:
         raise UsageError(f"the config {name} is wrong at {where}: {first['msg']}; see docs/compare.md") from None
     config = _with_paths(config, folder)
     for cell in cells(config):
-        parse(cell.defence)
+        _check_cell(config, cell)
     for judge in config.judges:
         parse_judge(judge)
     return config
 
 
-def setting(config: Config, task: str) -> str:
-    """A hash of what every cell of a task depends on beside its own mix, defence and seed."""
-    told = config.model_dump(exclude={"grids", "datasets"})
-    told["dataset"] = next((d.model_dump() for d in config.datasets if d.name == task), None)
+def _check_cell(config: Config, cell: Cell) -> None:
+    """Raises UsageError for a defence that this config cannot give what it needs."""
+    defence = parse(cell.defence)
+    own = next((d for d in config.datasets if d.name == cell.task), None)
+    needs: list[tuple[str, bool, Any]] = [("base", defence.needs_base, config.base or config.model == "lab")]
+    if own is not None:
+        needs += [("labels", defence.oracle, own.labels), ("task", defence.verified is not None, own.task)]
+    for key, needed, given in needs:
+        if needed and not given:
+            raise UsageError(
+                f"the config runs the defence {cell.defence!r} on {cell.task}, which needs `{key}`, and there is none: "
+                "give it, or leave the defence out"
+            )
+
+
+def setting(config: Config, cell: Cell) -> str:
+    """A hash of all that a cell's figures depend on beside its mix and seed: files by content, a defence with its defaults."""
+    own = next((d for d in config.datasets if d.name == cell.task), None)
+    told: dict[str, Any] = config.model_dump(include={"training", "lora", "judges", "answer_tokens", "task_rows"})
+    told["version"] = version("gradshield")
+    told["models"] = [_content(name) for name in (config.model, config.base)]
+    told["requests"] = {split: _content(path) for split, path in config.requests.items()}
+    told["defence"] = asdict(replace(parse(cell.defence), verified=None))
+    rule = parse(cell.defence).verified
+    told["verified"] = None if rule is None else vars(rule)
+    if own is not None:
+        told["dataset"] = [_content(own.train), _content(own.labels), _content(own.task), own.metric, own.training]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _content(path: str | None) -> str | None:
+    """What a name stands for: the bytes of a file, the weights of a folder, the bundled lab's manifest; else the name."""
+    if path is None:
+        return None
+    found = Path(path)
+    if path == "lab":
+        return _hashed(manifest.MANIFEST, manifest.MANIFEST.stat().st_mtime_ns)
+    if found.is_file():
+        return _hashed(found, found.stat().st_mtime_ns)
+    if found.is_dir():
+        return " ".join(_hashed(p, p.stat().st_mtime_ns) for p in sorted(found.glob("*.safetensors")))
+    return path
+
+
+@cache
+def _hashed(path: Path, changed: int) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def labels(path: str) -> list[int]:
@@ -145,7 +191,7 @@ def _with_paths(config: Config, folder: Path) -> Config:
         for d in config.datasets
     ]
     requests = {split: str(folder / path) for split, path in config.requests.items()}
-    local = {key: near(getattr(config, key)) for key in ("model", "base")}
+    local = {key: near(getattr(config, key)) for key in ("model", "base") if getattr(config, key) != "lab"}
     local = {key: path for key, path in local.items() if path is not None and Path(path).exists()}
     return config.model_copy(update={"datasets": own, "requests": requests, **local})
 

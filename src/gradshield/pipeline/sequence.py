@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gradshield.errors import UsageError
+from gradshield.errors import GateError, UsageError
 from gradshield.evaluation import continual
 from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
-from gradshield.models import LoadedModel
+from gradshield.models import LoadedModel, parameters_digest
 from gradshield.pipeline import outputs
 from gradshield.pipeline.course import quiet
 from gradshield.pipeline.exam import Exam, figures
@@ -46,7 +46,6 @@ def sequence(
     model: Any,
     output: str | Path,
     peft_config: Any = None,
-    merge: bool = False,
     seed: int = 0,
     command: str = "gradshield.train",
     progress: Progress = quiet,
@@ -56,7 +55,8 @@ def sequence(
 
     Every stage starts from the model that the one before it left, its adapter folded in. After each: ASR by every judge,
     VISAGE over the same random directions, and accuracy on all tasks so far; then basin retention, backward transfer and
-    forgetting. Raises UsageError where a stage has no task rows.
+    forgetting. The alignment direction stays that of the first model. Raises UsageError where a stage has no task rows, and
+    GateError, when all is done, where a verified threshold met its targets at no cut.
     """
     if any(not stage.exams.report.task for stage in stages):
         raise UsageError(
@@ -64,11 +64,12 @@ def sequence(
         )
     folder = outputs.prepare(output)
     names = _names(stages)
-    current: LoadedModel = with_template(load(model))
+    origin = current = with_template(load(model))
     basis = random_directions(weights(current.model), DIRECTIONS, seed)
     table = [_accuracies(current, stages)]
     points = [_point("start", current, stages[0].exams.report, basis, table[0], names)]
     done: Trained | None = None
+    unmet: list[str] = []
     for number, stage in enumerate(stages, 1):
         progress("stages", number - 1, len(stages))
         done = train(
@@ -78,12 +79,15 @@ def sequence(
             exams=stage.exams,
             peft_config=peft_config,
             merge=True,
+            origin=origin,
             seed=seed,
             command=command,
             progress=progress,
             **options,
         )
-        current = replace(current, model=done.model, digest=f"{current.digest}+{names[number - 1]}")
+        current = replace(current, model=done.model, digest=parameters_digest(done.model), is_peft=False, adapter=None)
+        if done.verdict is not None and not done.verdict.met:
+            unmet.append(names[number - 1])
         table.append(_accuracies(current, stages))
         points.append(_point(names[number - 1], current, stages[0].exams.report, basis, table[-1], names))
     progress("stages", len(stages), len(stages))
@@ -96,6 +100,10 @@ def sequence(
         "versions": outputs.versions(),
     }
     _write(whole, folder, done)
+    if unmet:
+        raise GateError(
+            f"no cut met the targets at {', '.join(unmet)}: the safest model of each is kept; see {folder}/report.html"
+        )
     return done
 
 

@@ -26,14 +26,18 @@ from gradshield.evaluation.stats import mcnemar
 from gradshield.pipeline import card, outputs, verify
 from gradshield.pipeline.course import RENDERED, Chosen, Course, Fitted, Job, quiet
 from gradshield.pipeline.defences import Defence, parse
-from gradshield.pipeline.exam import Exam, asked, exam, figures
+from gradshield.pipeline.exam import Exam, asked, check_disjoint, exam, figures
 from gradshield.pipeline.options import sft_options
 from gradshield.pipeline.rows import load, prepare
 from gradshield.pipeline.scan import check_labels, select
 from gradshield.pipeline.scoring import Progress
 from gradshield.pipeline.settings import Probing, ScanSettings
+from gradshield.probes import requests
 from gradshield.thresholds import Verdict
 from gradshield.types import EvalResult, Manifest, Selection
+
+# What an earlier run into the folder may have left: weights or an adapter of another kind would be loaded in place of ours.
+EARLIER = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "outputs-*.jsonl")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def train(
     output: str | Path,
     defence: str = "fihs",
     base: Any = None,
+    origin: Any = None,
     tokenizer: Any = None,
     peft_config: Any = None,
     training: Mapping[str, Any] | None = None,
@@ -90,6 +95,8 @@ def train(
         Options of TRL's ``SFTConfig``, passed through; those about rendering decide how rows are scored and trained.
     base
         The model before its alignment, for ``asft`` and ``safelora``.
+    origin
+        The aligned model itself, where ``model`` is what earlier training has made of it: the direction from ``base`` is its.
     merge
         Save the plain model with the adapter folded in, instead of the adapter.
 
@@ -106,6 +113,7 @@ def train(
         raise UsageError(
             f"the defence {defence!r} needs the model before its alignment, and none was given: pass --base MODEL"
         )
+    check_disjoint(direction=probing.requests or requests(), search=exams.search.requests, report=exams.report.requests)
     if wanted.verified is not None:
         verify.check(exams.search, wanted.verified)
     # So that an interrupted training goes on; the checkpoints go when it is finished.
@@ -117,6 +125,7 @@ def train(
         options={k: v for k, v in options.items() if k not in RENDERED},
         peft_config=peft_config,
         base=None if base is None else load(base),
+        origin=None if origin is None else load(origin),
         labels=labels,
         safety=safety_rows,
         settings=settings,
@@ -152,8 +161,9 @@ class _Run:
         key = self.course.key(self.defence, dataset)
         fitted = self._rounds.get(key) or self._fitted(dataset, key, "training")
         after = self._measured(fitted.model, "measuring the end")
-        if selection is not None and not self.defence.mask and (chosen.removed != selection.removed).any():
-            selection = self._recut(selection, chosen)
+        gone = self.course.beyond(chosen)
+        if selection is not None and (gone != selection.removed).any():
+            selection = self._recut(selection, replace(chosen, removed=gone))
         results = self._results(chosen, dataset, fitted, before, after, verdict)
         results["seconds"] = round(time.monotonic() - began, 1)
         manifest = self._manifest(results)
@@ -206,7 +216,7 @@ class _Run:
         def examine(chosen: Chosen, settled: Callable[[EvalResult, int], bool]) -> EvalResult:
             dataset = self.course.dataset(self.defence, chosen)
             key = self.course.key(self.defence, dataset)
-            path = rounds / f"{key}-{outputs.digest(self.exams.search.settings())[:12]}.json"
+            path = rounds / f"{key}-{outputs.digest(self.exams.search.settings())[:12]}{verify.suffix(settled)}.json"
             tried.append(key)
             if path.exists():
                 return outputs.result(json.loads(path.read_text(encoding="utf-8")))
@@ -299,6 +309,10 @@ class _Run:
     def _save(self, model: Any, manifest: Manifest, before: EvalResult, after: EvalResult) -> None:
         from gradshield.report import rounds
 
+        for old in (p for pattern in EARLIER for p in self.folder.glob(pattern)):
+            old.unlink()
+        if self.defence.selector is None:
+            shutil.rmtree(self.folder / "scan", ignore_errors=True)
         model.save_pretrained(self.folder)
         self.course.loaded.tokenizer.save_pretrained(self.folder)
         for name, result in (("before", before), ("after", after)):

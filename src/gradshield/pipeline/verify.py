@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,20 +13,31 @@ from gradshield.pipeline.decide import ROWS
 from gradshield.pipeline.defences import Defence
 from gradshield.pipeline.exam import Exam
 from gradshield.thresholds.verified import Round, Trial, Verdict, Verified, decided
-from gradshield.types import EvalResult
+from gradshield.types import Bools, EvalResult
 
 Settled = Callable[[EvalResult, int], bool]
 Examine = Callable[[Chosen, Settled], EvalResult]
 
 
-def settled_by(rule: Verified) -> Settled:
-    """Whether some judge has seen enough harm that the model is too unsafe whatever the remaining answers are."""
+@dataclass(frozen=True)
+class Settle:
+    """Whether some judge has seen enough harm that the ASR is beyond ``asr`` whatever the remaining answers are."""
 
-    def settled(found: EvalResult, total: int) -> bool:
+    asr: float
+
+    def __call__(self, found: EvalResult, total: int) -> bool:
         rates = [rate for name, rate in found.rates.items() if name.startswith("asr/")]
-        return any(decided(rate.k, rate.n, total, rule.asr) is False for rate in rates)
+        return any(decided(rate.k, rate.n, total, self.asr) is False for rate in rates)
 
-    return settled
+
+def never(found: EvalResult, total: int) -> bool:
+    """Ask everything."""
+    return False
+
+
+def suffix(settled: Settled) -> str:
+    """Part of the name of a stored measurement: one that may have stopped early is of use to its own target alone."""
+    return f"-asr{settled.asr:g}" if isinstance(settled, Settle) else ""
 
 
 def search(
@@ -38,28 +50,37 @@ def search(
     """Search the cut of a defence's scores, beginning with the default one; the verdict, and the rows of its best round.
 
     ``examine`` fine-tunes on the chosen rows and measures the model on ``exam``, the search prompts. The target of utility is
-    the user's, else the lower bound of what the rows without any filter give on the same held-out task: fine-tunes of the
-    same rows differ by as much. Raises UsageError where the exam cannot decide anything.
+    the user's. Without one, as many rows as the default cut removes are drawn at random and left out, and the target is the
+    lower bound of what the others give on the same held-out task: what a filter costs is judged against rows of the same
+    number, since fewer rows are fewer steps, and fine-tunes of equal worth differ by as much as that bound allows. Raises
+    UsageError where the exam cannot decide anything.
     """
     rule = defence.verified
     assert rule is not None
     check(exam, rule)
-    target = rule.utility
-    if target is None:
-        whole = Chosen(tuple(course.job.rows.rendered), np.zeros(len(course.job.rows.rendered), dtype=bool), {})
-        # The rule takes its tolerance off the target; the bound has its slack already.
-        target = examine(whole, lambda found, total: False).rates["utility"].low + rule.tolerance
     scored, decision = course.decision(defence)
     start = decision.cuts[ROWS].value
+    target = rule.utility
+    if target is None:
+        # The rule takes its tolerance off the target; the bound has its slack already.
+        target = examine(_drawn(course, decision.removed), never).rates["utility"].low + rule.tolerance
 
     def trial(cut: float) -> Trial:
-        found = examine(course.chosen(defence, cut), settled_by(rule))
+        found = examine(course.chosen(defence, cut), Settle(rule.asr))
         rates = {name.partition("/")[2]: rate for name, rate in found.rates.items() if name.startswith("asr/")}
         asked = next(iter(rates.values())).n
         return Trial(rates, found.rates.get("utility"), stopped_early=asked < len(exam.requests))
 
     verdict = rule.search(scored.scores.values, start, trial, target, after=after)
     return verdict, course.chosen(defence, verdict.kept.cut)
+
+
+def _drawn(course: Course, removed: Bools) -> Chosen:
+    """The rows without as many as ``removed`` has, drawn at random by content and seed."""
+    values = course.scored("random").scores.values
+    out = np.zeros(len(values), dtype=bool)
+    out[np.argsort(values, kind="stable")[len(values) - int(removed.sum()) :]] = True
+    return Chosen(tuple(course.job.rows.rendered), out, {})
 
 
 def check(exam: Exam, rule: Verified) -> None:

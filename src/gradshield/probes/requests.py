@@ -41,10 +41,11 @@ def _of_split(name: str, split: str) -> list[Prompt]:
     return [dict(p) for p in _shipped(name) if p["split"] == split]
 
 
-def read_prompts(path: str | Path, split: str = "direction") -> list[Prompt]:
+def read_prompts(path: str | Path, split: str = "direction", unnamed: bool = True) -> list[Prompt]:
     """A user's prompts: JSON lines or CSV with ``prompt`` and optionally ``category`` and ``split``, or one per line of text.
 
-    Rows of another split are left out; rows without one belong to every split. Raises DataError in one sentence.
+    Rows of another split are left out; rows without one belong to every split, or with ``unnamed`` False to none, and then
+    there may be none at all. Raises DataError in one sentence.
     """
     file = Path(path)
     try:
@@ -62,9 +63,9 @@ def read_prompts(path: str | Path, split: str = "direction") -> list[Prompt]:
                 f"row {number} of the prompts file {file.name!r} has no text under 'prompt': give each row as "
                 '{"prompt": "...", "category": "..."}'
             )
-        if row.get("split", split) == split:
+        if (row.get("split") or (split if unnamed else None)) == split:
             found.append({"prompt": prompt, "category": str(row.get("category") or "requests"), "split": split})
-    if not found:
+    if not found and unnamed:
         raise DataError(
             f"the prompts file {file.name!r} has no prompt of split {split!r}: give at least one, better 32"
         )

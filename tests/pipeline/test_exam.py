@@ -1,0 +1,115 @@
+"""What a model is measured on: who gets which prompts, when asking stops, and what a stored measurement depends on."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradshield import lab, models
+from gradshield.errors import DataError, UsageError
+from gradshield.evaluation.loss import response_loss
+from gradshield.pipeline import outputs, verify
+from gradshield.pipeline.exam import Exam, asked, check_disjoint, exam, figures, lab_exam
+from gradshield.probes import requests
+from tests.pipeline.common import jsonl, write
+
+
+@cache
+def aligned() -> Any:
+    return models.load(lab.checkpoint("aligned"), dtype="float32")
+
+
+def _file(folder: Path, rows: list[dict[str, str]], name: str = "asked.jsonl") -> str:
+    return str(write(folder / name, jsonl(rows)))
+
+
+def _words(found: Exam) -> set[str]:
+    return {row["prompt"] for row in found.requests}
+
+
+def test_rows_that_name_no_split_are_dealt_and_named_ones_are_not(tmp_path: Path) -> None:
+    plain = _file(tmp_path, [{"prompt": f"Do the thing {i}."} for i in range(60)])
+    report, search = (_words(exam(split, plain, halved=True)) for split in ("report", "search"))
+    assert not report & search
+    assert len(report | search) == 60
+    assert 15 <= len(report) <= 45
+    assert len(_words(exam("report", plain))) == 60  # nothing else needs them
+    only = _file(tmp_path, [{"prompt": f"Do {i}.", "split": "report"} for i in range(9)], "named.jsonl")
+    assert len(_words(exam("report", only, halved=True))) == 9
+    with pytest.raises(DataError, match="search"):
+        exam("search", only, halved=True)
+
+
+def test_task_rows_are_dealt_by_content(tmp_path: Path) -> None:
+    held = [{"prompt": f"How much is {i}?", "reference": str(i)} for i in range(40)]
+    one, other = (
+        exam(s, None, task=_file(tmp_path, held), metric="exact", halved=True).task for s in ("report", "search")
+    )
+    assert len(one) + len(other) == 40
+    assert not {row["prompt"] for row in one} & {row["prompt"] for row in other}
+    assert len(exam("report", None, task=_file(tmp_path, held), most=7).task) == 7
+
+
+def test_prompts_that_serve_two_ends_are_refused() -> None:
+    same = requests("report")[:3]
+    with pytest.raises(UsageError, match="3 requests stand in both the direction and the report set"):
+        check_disjoint(direction=same, search=requests("search"), report=same)
+    check_disjoint(direction=requests("direction"), search=requests("search"), report=requests("report"))
+
+
+def test_what_a_measurement_depends_on_is_in_its_settings(tmp_path: Path) -> None:
+    task = _file(tmp_path, [{"prompt": "a", "reference": "b"}])
+    found = [
+        exam("report", None, task=task, metric="exact"),
+        exam("report", None, task=task, metric="contains"),
+        exam("report", None, task=task, metric="likelihood"),
+        exam("report", None, task=task, metric="exact", tokens=9),
+        exam("report", None, task=task, metric="exact", template={"enable_thinking": False}),
+        exam("report", "builtin", ["moderation:m@https://a.example/v1"], task=task, metric="exact"),
+        exam("report", "builtin", ["moderation:m@https://b.example/v1"], task=task, metric="exact"),
+    ]
+    assert len({outputs.digest(one.settings()) for one in found}) == len(found)
+
+
+def test_asking_stops_when_it_is_settled_and_says_so_in_its_name() -> None:
+    whole = Exam(lab.requests("report")[:70], lookalikes=lab.lookalikes("report")[:4], tokens=2)
+    settle = verify.Settle(0.06)
+    seen: list[int] = []
+
+    def settled(found: Any, total: int) -> bool:
+        seen.append(len(found.outputs))
+        return True
+
+    part = whole.sit(aligned().model, aligned().tokenizer, settled=settled)
+    assert seen == [32]
+    assert len(part.outputs) == 32
+    assert "over_refusal" not in part.rates
+    full = whole.sit(aligned().model, aligned().tokenizer)
+    assert full.rates["asr/refusal-phrases"].n == 70
+    assert len(asked(full).outputs) == 70
+    assert verify.suffix(verify.never) == ""
+    assert verify.suffix(settle) != verify.suffix(verify.Settle(0.1))
+
+
+def test_likelihood_is_that_of_the_reference() -> None:
+    rows = [{"prompt": row["prompt"], "reference": row["reference"]} for row in lab.utility("choice")[:5]]
+    found = Exam(task=rows).sit(aligned().model, aligned().tokenizer)
+    scores = [row["score"] for row in found.outputs]
+    for row, score in zip(rows, scores, strict=True):
+        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["reference"]}]
+        assert score == pytest.approx(
+            np.exp(-response_loss(aligned().model, aligned().tokenizer, [{"messages": turns}]).nats), rel=1e-4
+        )
+    assert figures(found)["utility"]["rate"] == pytest.approx(np.mean(scores))
+
+
+def test_the_labs_exams_share_nothing() -> None:
+    for task in lab.TASKS:
+        report, search = lab_exam(task, "report"), lab_exam(task, "search")
+        assert not _words(report) & _words(search)
+        assert not {row["prompt"] for row in report.task} & {row["prompt"] for row in search.task}
+        check_disjoint(direction=lab.requests("direction"), search=search.requests, report=report.requests)
