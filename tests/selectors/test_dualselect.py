@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -122,7 +124,8 @@ def test_direction_and_compatibilities_are_those_of_dense_gradients(
     arch: str, entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gradshield.selectors.dualselect._ENTRIES", entries)
-    method = DualSelect(references(), warmup=0, top=3, temperature=0.3, engine=ENGINES["perturbation"]())
+    engine = ENGINES["perturbation"]()
+    method = DualSelect(references(), warmup=0, top=3, temperature=0.3, drop=1.0, engine=engine)
     model = student(arch)
     method.begin(model)
     start = student(arch).eval()
@@ -324,6 +327,40 @@ def test_kept_never_drops_all_nor_a_compatible_row_nor_too_many(values: np.ndarr
         assert values[~keep].max() <= values[keep].min()
     if drop == 1 and (values >= 0).any():
         assert keep.tolist() == (values >= 0).tolist()
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.25, 0.5, 1.0])
+def test_at_most_its_share_of_a_batch_goes_the_worst_first(drop: float) -> None:
+    model = student()
+    method = DualSelect(references(), warmup=0, top=3, temperature=0.3, drop=drop, engine=ENGINES["loop"]())
+    method.begin(model)
+    trained(model)
+    batch = task()
+    batch = replace(batch, coefficients=-batch.coefficients)  # of these rows more pull against the references
+    keep = method.choose(model, batch)
+    values = method.compatibility(model, batch)
+    against = np.flatnonzero(values < 0)
+    assert len(against) > 4  # more than half of the eight: the bound acts below 1
+    gone = sorted(against, key=lambda i: values[i])[: int(drop * 8)]
+    assert set(np.flatnonzero(~keep)) == set(gone) and method.record()["dropped"] == len(gone)
+
+
+def test_by_default_half_of_a_batch_stays() -> None:
+    assert DualSelect(references()).drop == DualSelect(references()).record()["drop"] == 0.5
+
+
+@pytest.mark.parametrize("position", [1, 3, 5])
+def test_where_training_goes_on_the_schedule_does_too(position: int) -> None:
+    """The warm-up is over or shorter, and a direction is there as soon as one is due, between two refreshes too."""
+    model = student()
+    method = DualSelect(references(), warmup=3, refresh=4)
+    method.begin(model)
+    trained(model)
+    method.position = position
+    seen = [method.choose(model, task(i)) is not None and method.record()["refreshes"] for i in range(8)]
+    assert seen == {1: [0, 0, 1, 1, 1, 1, 2, 2], 3: [1, 1, 1, 1, 2, 2, 2, 2], 5: [1, 1, 2, 2, 2, 2, 3, 3]}[position]
+    method.begin(model)
+    assert method.position == 0
 
 
 @pytest.mark.parametrize(

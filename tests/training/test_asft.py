@@ -40,12 +40,16 @@ def adapted(arch: str = "llama", config: Any = LORA, away: bool = True) -> tuple
     direction = alignment(aligned, base, target_names(base, config))
     model = peft.get_peft_model(aligned, copy.deepcopy(config))
     if away:
-        generator = torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "lora_B" in name:
-                    p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+        moved(model)
     return model, direction
+
+
+def moved(model: nn.Module, parts: tuple[str, ...] = ("lora_B",), seed: int = 2) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if any(part in name for part in parts):
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
 
 
 def dense_operator(v: Tensor, projector: str, energy: float) -> Tensor:
@@ -164,9 +168,10 @@ def test_where_alignment_did_nothing_the_whole_change_is_off_its_direction() -> 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_on_a_model_it_is_the_formula_on_what_would_be_merged(arch: str, projector: str, rslora: bool) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM", use_rslora=rslora)
-    model, direction = adapted(arch, config)
+    model, direction = adapted(arch, config, away=False)
     held = AsFT(direction, weight=0.5, projector=projector, energy=0.7)
     held.prepare(model)
+    moved(model)
     changes = deltas(model)
     assert changes.keys() == direction.tensors.keys()
     slow = torch.zeros((), dtype=torch.float64)
@@ -199,15 +204,12 @@ def test_at_the_start_it_is_zero_and_so_is_its_pull() -> None:
 
 
 def test_two_adapters_at_once_are_one_change() -> None:
-    model, direction = adapted()
+    model, direction = adapted(away=False)
     model.add_adapter("second", peft.LoraConfig(r=3, lora_alpha=9, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B.second" in name:
-                p.normal_(std=0.1)
     model.base_model.set_adapter(["default", "second"])
     held = AsFT(direction)
     held.prepare(model)
+    moved(model)
     slow = 0.0
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
@@ -217,11 +219,55 @@ def test_two_adapters_at_once_are_one_change() -> None:
     assert float(held(model, {}).detach()) == pytest.approx(slow, rel=1e-5)
 
 
-def test_autocast_does_not_round_it() -> None:
-    model, direction = adapted()
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_of_an_adapter_that_was_trained_before_only_the_change_since_then_is_held(arch: str, second: bool) -> None:
+    model, direction = adapted(arch)
+    if second:
+        more = peft.LoraConfig(r=3, lora_alpha=9, target_modules="all-linear", task_type="CAUSAL_LM")
+        model.add_adapter("second", more)
+        model.base_model.set_adapter(["default", "second"])
+        moved(model, ("lora_B.second",), seed=3)
+    names = ["default", "second"] if second else ["default"]
+
+    def change() -> dict[str, Tensor]:
+        found = {}
+        for name, module in model.named_modules():
+            if hasattr(module, "get_delta_weight"):
+                delta = sum(module.get_delta_weight(a) for a in names).double()
+                plain = name.removeprefix("base_model.model.") + ".weight"
+                found[plain] = delta.T if arch == "gpt2" else delta
+        return found
+
     held = AsFT(direction)
     held.prepare(model)
+    before = {name: delta.detach() for name, delta in change().items()}
+    at_start = held(model, {})
+    at_start.backward()
+    assert float(at_start.detach()) == 0
+    assert not any(p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
+    model.zero_grad()
+    moved(model, ("lora_A", "lora_B"), seed=4)
+    slow = torch.zeros((), dtype=torch.float64)
+    for name, delta in change().items():
+        since = delta - before[name]
+        slow = slow + (since - dense_operator(direction.tensors[name], "published", 1) @ since).square().sum()
+    slow.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    value = held(model, {})
+    value.backward()
+    assert relative(value.detach(), slow.detach()) < 1e-5
+    assert expected and all(relative(p.grad, expected[n]) < 1e-4 for n, p in model.named_parameters() if n in expected)
+
+
+def test_autocast_does_not_round_it() -> None:
+    model, direction = adapted(away=False)
+    held = AsFT(direction)
+    held.prepare(model)
+    moved(model)
     plain = float(held(model, {}).detach())
+    assert plain > 0
     with torch.autocast("cpu", torch.bfloat16):
         assert float(held(model, {}).detach()) == plain
 

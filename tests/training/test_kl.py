@@ -99,7 +99,6 @@ def test_with_an_adapter_the_reference_is_the_model_without_it(arch: str) -> Non
 
 def test_a_part_of_the_adapter_that_was_frozen_stays_so_and_modes_come_back() -> None:
     model = peft.get_peft_model(tiny_model("llama"), copy.deepcopy(LORA))
-    moved(model, "lora_B")
     for name, p in model.named_parameters():
         if "lora_A" in name:
             p.requires_grad_(False)
@@ -109,6 +108,8 @@ def test_a_part_of_the_adapter_that_was_frozen_stays_so_and_modes_come_back() ->
     modes = {n: m.training for n, m in model.named_modules()}
     leash = FrozenReferenceKL()
     leash.prepare(model)
+    assert leash.record()["reference"] == "adapter switched off"
+    moved(model, "lora_B")
     leash(model, inputs()).backward()
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     assert {n: m.training for n, m in model.named_modules()} == modes
@@ -118,9 +119,9 @@ def test_a_part_of_the_adapter_that_was_frozen_stays_so_and_modes_come_back() ->
 def test_the_task_loss_keeps_its_gradient_when_the_penalty_comes_after_it() -> None:
     """The reference switches flags while the graph of the loss is waiting for its backward pass."""
     model = peft.get_peft_model(tiny_model("llama"), copy.deepcopy(LORA)).eval()
-    moved(model, "lora_B")
     batch, leash = inputs(), FrozenReferenceKL(weight=2.0)
     leash.prepare(model)
+    moved(model, "lora_B")
     model(**batch).loss.backward()
     task = gradients(model)
     model.zero_grad()
@@ -174,6 +175,62 @@ def test_the_reference_is_the_start_however_the_adapter_begins(options: dict[str
     assert float(leash(model, batch).detach()) == pytest.approx(float(slow.detach()), rel=1e-3)
     copied = leash.record()["reference"] == "frozen copy"
     assert copied == bool(options.keys() & {"init_lora_weights", "bias"})
+
+
+SMALL: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.mark.parametrize(
+    ("config", "part", "copied"),
+    [
+        (LORA, "", False),
+        (LORA, "lora_A", False),  # nothing changes while B is zero
+        (LORA, "lora_B", True),
+        (peft.LoraConfig(**SMALL, init_lora_weights=False), "", True),
+        (peft.LoraConfig(**SMALL, lora_bias=True), "", False),
+        (peft.LoraConfig(**SMALL, lora_bias=True), "lora_B.default.bias", True),
+        (peft.LoraConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM"), "", False),
+        (peft.LoraConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM"), "lora_embedding_A", True),
+        (peft.LoraConfig(**SMALL, modules_to_save=["lm_head"]), "", False),
+        (peft.LoraConfig(**SMALL, modules_to_save=["lm_head"]), "modules_to_save", True),
+        (peft.LoraConfig(**SMALL, trainable_token_indices=[8, 9]), "", False),
+        (peft.LoraConfig(**SMALL, trainable_token_indices=[8, 9]), "trainable_tokens_delta", True),
+        (peft.IA3Config(task_type="CAUSAL_LM"), "", True),
+    ],
+    ids=[
+        *("new", "A moved", "B moved", "random B", "bias", "bias moved", "embedding", "embedding moved"),
+        *("module", "module moved", "tokens", "tokens moved", "not LoRA"),
+    ],
+)
+def test_an_adapter_that_was_trained_before_is_a_part_of_the_start(config: Any, part: str, copied: bool) -> None:
+    model: Any = peft.get_peft_model(tiny_model("llama"), copy.deepcopy(config)).eval()
+    if part:
+        assert any(part in name for name, _ in model.named_parameters())
+        moved(model, part)
+    start, leash, batch = copy.deepcopy(model), FrozenReferenceKL(weight=1.0), inputs()
+    batch["input_ids"][:, 1] = 8
+    leash.prepare(model)
+    assert float(leash(model, batch).detach()) == pytest.approx(0, abs=1e-6)
+    assert leash.record()["reference"] == ("frozen copy" if copied else "adapter switched off")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
+    slow = float(dense(start, model, batch).detach())
+    assert slow > 1e-5 and float(leash(model, batch).detach()) == pytest.approx(slow, rel=1e-3)
+
+
+def test_only_the_adapters_in_use_count() -> None:
+    model = peft.get_peft_model(tiny_model("llama"), copy.deepcopy(LORA)).eval()
+    model.add_adapter("other", copy.deepcopy(LORA))
+    moved(model, "lora_B.other")
+    leash = FrozenReferenceKL()
+    leash.prepare(model)
+    assert leash.record()["reference"] == "adapter switched off"
+    model.set_adapter("other")
+    leash.prepare(model)
+    assert leash.record()["reference"] == "frozen copy"
+    assert float(leash(model, inputs()).detach()) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_reference_has_no_dropout() -> None:

@@ -259,13 +259,12 @@ def test_both_defences_in_training(base: type, tmp_path: Path) -> None:
         model = peft.get_peft_model(copy.deepcopy(start), copy.deepcopy(LORA))
         held = AsFT(direction_for(start), weight=weight, projector="top", energy=0.3)
         leash = FrozenReferenceKL(weight)
+        probe, kl = AsFT(direction_for(start), projector="top", energy=0.3), FrozenReferenceKL(1.0)
+        probe.prepare(model)  # both count from here
+        kl.prepare(model)
         kind = penalised(base, [held, leash])
         trainer_of(base, kind, model, tmp_path, 2, max_steps=6, learning_rate=2e-2).train()
         model.eval()
-        probe = AsFT(direction_for(start), projector="top", energy=0.3)
-        probe.prepare(model)
-        kl = FrozenReferenceKL(1.0)
-        kl.prepare(model)
         return float(probe(model, {})), float(kl(model, default_data_collator(list(rows())))), leash.record()
 
     (loose, far, _), (near, close, record) = run(0.0), run(3.0)
@@ -291,6 +290,37 @@ def test_the_copy_of_a_full_training_answers_as_the_start(base: type, tmp_path: 
     assert float(leash(model, batch)) == pytest.approx(float(slow), rel=1e-4)
     assert leash.record()["reference"] == "frozen copy"
     assert held.record()["changed"] == "weights" and float(held(model, batch)) > 0
+
+
+class Values(FrozenReferenceKL):
+    """Notes the penalty of every batch, and whether its gradient reaches every weight that trains."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__(weight)
+        self.values: list[float] = []
+        self.reached: list[bool] = []
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        value = super().__call__(model, inputs)
+        own = [p for p in model.parameters() if p.requires_grad]
+        found = torch.autograd.grad(value, own, retain_graph=True, allow_unused=True)
+        self.values.append(float(value.detach()))
+        self.reached.append(all(g is not None and bool(g.isfinite().all()) for g in found))
+        return value
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("base", [Trainer, SFTTrainer])
+def test_under_mixed_precision_the_reference_answers_in_it_too(base: type, adapter: Any, tmp_path: Path) -> None:
+    """A float32 reference beside a model in bfloat16 would be away from it before the first step."""
+    model = tiny_model("llama")
+    if adapter is not None:
+        model = peft.get_peft_model(model, copy.deepcopy(adapter))
+    leash = Values(1.0)
+    trainer_of(base, penalised(base, [leash]), model, tmp_path, max_steps=3, bf16=True, learning_rate=1e-2).train()
+    assert leash.values[0] == pytest.approx(0, abs=1e-7)
+    assert all(value > 1e-4 for value in leash.values[1:]) and all(leash.reached)
+    assert leash.record()["reference"] == ("frozen copy" if adapter is None else "adapter switched off")
 
 
 def test_going_on_from_a_checkpoint_the_reference_is_still_the_start(tmp_path: Path) -> None:

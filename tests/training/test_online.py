@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from torch import nn
 
 from gradshield.errors import UsageError
+from gradshield.selectors import DualSelect
+from gradshield.selectors.moderate import OnlineModerate
 from gradshield.training import sft
 from gradshield.training.online import as_batch
-from gradshield.types import Batch, Bools
+from gradshield.types import Batch, Bools, Rendered, Tokens
 from tests.tiny import tiny_model, tiny_tokenizer
 
+LORA = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+KINDS = pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 OPTIONS: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
 
 
@@ -54,8 +61,10 @@ def _rows(n: int = 12, first: int = 10) -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "labels": [-100] * 2 + row[2:]} for row in rows]
 
 
-def _trained(rows: list[dict[str, list[int]]], online: Any = None, **options: Any) -> dict[str, torch.Tensor]:
-    model = sft(tiny_model("llama"), tiny_tokenizer(), rows, OPTIONS | options, seed=1, online=online)
+def _trained(
+    rows: list[dict[str, list[int]]], online: Any = None, adapter: Any = None, **options: Any
+) -> dict[str, torch.Tensor]:
+    model = sft(tiny_model("llama"), tiny_tokenizer(), rows, OPTIONS | options, adapter, seed=1, online=online)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -66,6 +75,99 @@ def test_choosing_every_row_is_plain_training(accumulation: int) -> None:
     chosen = _trained(_rows(), picks, gradient_accumulation_steps=accumulation)
     assert all(torch.equal(plain[name], chosen[name]) for name in plain)
     assert (picks.begun, picks.corrected, len(picks.batches)) == (1, 3, 3 * accumulation)
+
+
+MIXED: dict[str, Any] = {"bf16": True, "use_cpu": True}
+
+
+@KINDS
+def test_under_mixed_precision_choosing_every_row_is_plain_training(adapter: Any) -> None:
+    plain = _trained(_rows(), adapter=adapter, **MIXED)
+    chosen = _trained(_rows(), Picks(set(range(10, 22))), adapter, **MIXED)
+    assert all(torch.equal(plain[name], chosen[name]) for name in plain)
+    single = _trained(_rows(), adapter=adapter)
+    assert not all(torch.equal(plain[name], single[name]) for name in plain)  # else nothing was mixed
+
+
+class Looks(Picks):
+    """Compares what the model says to it with a model of the same weights that no trainer has touched."""
+
+    def __init__(self, adapter: Any, broken: bool = False) -> None:
+        super().__init__(set(range(10, 22)))
+        self.adapter, self.broken, self.same = adapter, broken, []
+
+    def begin(self, model: nn.Module) -> None:
+        super().begin(model)
+        self._look(model, torch.arange(10, 20)[None])
+
+    def choose(self, model: nn.Module, batch: Batch) -> Bools:
+        self._look(model, torch.as_tensor(batch.ids))
+        if self.broken:
+            raise RuntimeError("no choice")
+        return super().choose(model, batch)
+
+    def _look(self, model: nn.Module, ids: torch.Tensor) -> None:
+        twin: Any = tiny_model("llama")
+        if self.adapter is not None:
+            twin = peft.get_peft_model(twin, copy.deepcopy(self.adapter))
+        twin.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            self.same.append(torch.equal(model(input_ids=ids).logits, twin(input_ids=ids).logits))
+
+
+@KINDS
+def test_under_mixed_precision_a_method_measures_in_the_precision_of_the_weights(adapter: Any) -> None:
+    looks = Looks(adapter)
+    _trained(_rows(), looks, adapter, **MIXED)
+    assert looks.same == [True] * 4
+
+
+@KINDS
+def test_a_method_that_fails_leaves_a_model_that_trains_as_before(adapter: Any) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(RuntimeError, match="no choice"):
+        sft(model, tiny_tokenizer(), _rows(), OPTIONS | MIXED, online=Looks(None, broken=True), copy=False, seed=1)
+    assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & vars(model).keys()
+    after = sft(model, tiny_tokenizer(), _rows(), OPTIONS | MIXED, adapter, seed=1).state_dict()
+    plain = _trained(_rows(), adapter=adapter, **MIXED)
+    assert all(torch.equal(plain[name], after[name]) for name in plain)
+
+
+@KINDS
+@pytest.mark.parametrize("method", ["moderate", "dualselect"])
+def test_the_methods_train_under_mixed_precision(method: str, adapter: Any) -> None:
+    ids = np.arange(20, 30)
+    pool = [Rendered(-1, "", "probe", (Tokens(ids, np.arange(10) >= 4),))]
+    online: Any = OnlineModerate(0.5) if method == "moderate" else DualSelect(pool, warmup=1, refresh=1)
+    chosen = _trained(_rows(), online, adapter, **MIXED)
+    plain = _trained(_rows(), adapter=adapter, **MIXED)
+    assert not all(torch.equal(plain[name], chosen[name]) for name in plain)
+    record = online.record()
+    assert record["batches"] == 3 and all(bool(tensor.isfinite().all()) for tensor in chosen.values())
+
+
+class Placed(Picks):
+    position = -1
+
+    def choose(self, model: nn.Module, batch: Batch) -> Bools:
+        self.seen = [*getattr(self, "seen", []), self.position]
+        self.position += 1
+        return super().choose(model, batch)
+
+
+def test_a_method_is_told_where_training_goes_on(tmp_path: Path) -> None:
+    options = OPTIONS | {"gradient_accumulation_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2}
+
+    def train(steps: int, resume: bool) -> list[int]:
+        placed, out = Placed(set(range(10, 22))), str(tmp_path / "out")
+        more = {"max_steps": steps, "lr_scheduler_type": "constant"}
+        sft(
+            tiny_model("llama"), tiny_tokenizer(), _rows(), options | more, output_dir=out, online=placed, resume=resume
+        )
+        return placed.seen
+
+    assert train(2, False) == [0, 1, 2, 3]
+    assert train(4, True) == [4, 5, 6, 7]
 
 
 def test_what_is_not_chosen_leaves_no_trace() -> None:

@@ -1,7 +1,11 @@
 """The TRL wrapper: same seed, same weights; and what it leaves on the model, the tokenizer and the disk."""
 
 import copy
+import json
 import random
+import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +13,11 @@ import datasets
 import peft
 import pytest
 import torch
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from gradshield.errors import EmptyDataError, UsageError
 from gradshield.training import sft
+from gradshield.training.sft import _config
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LORA = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -98,6 +103,43 @@ def test_a_trained_model_can_be_copied_and_trained_again() -> None:
     assert second.config.use_cache == fresh.config.use_cache
 
 
+@pytest.mark.parametrize("same_object", [False, True])
+def test_a_trained_model_is_trained_again_in_the_precision_asked_for(same_object: bool) -> None:
+    """Accelerate marks what it prepared, and leaves mixed precision off what is marked."""
+    mixed = {**OPTIONS, "bf16": True}
+    first = sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), mixed)
+    fresh = tiny_model("llama")
+    fresh.load_state_dict(first.state_dict())
+    expected = _weights(sft(fresh, tiny_tokenizer(), _tokenised(), mixed))
+    single = _weights(sft(fresh, tiny_tokenizer(), _tokenised(), OPTIONS))
+    again = _weights(sft(first, tiny_tokenizer(), _tokenised(), mixed, copy=not same_object))
+    assert _same(again, expected) and not _same(again, single)
+
+
+def test_what_another_trainer_or_the_caller_left_on_a_model() -> None:
+    """A mark of accelerate's does not turn mixed precision off, and a forward of the caller's stays where it was."""
+    mixed = {**OPTIONS, "bf16": True}
+    expected = _weights(sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), mixed))
+    marked: Any = tiny_model("llama")
+    marked._is_accelerate_prepared = True
+    original = marked.model.norm.forward
+    own = marked.model.norm.forward = lambda *args, **more: original(*args, **more)
+    assert _same(expected, _weights(sft(marked, tiny_tokenizer(), _tokenised(), mixed, copy=False)))
+    assert vars(marked.model.norm)["forward"] is own
+
+
+def test_an_adapter_that_is_kept_can_be_copied_and_trained_again() -> None:
+    first = sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), {**OPTIONS, "bf16": True}, LORA)
+    second = sft(first, tiny_tokenizer(), _tokenised(), {**OPTIONS, "bf16": True})
+    fresh = peft.get_peft_model(tiny_model("llama"), copy.deepcopy(LORA))
+    fresh.load_state_dict(second.state_dict())
+    ids = torch.arange(10, 30).reshape(2, 10)
+    with torch.no_grad():
+        assert torch.equal(second(ids).logits, fresh.eval()(ids).logits)
+        assert not torch.equal(second(ids).logits, first(ids).logits)
+    assert not any("forward" in vars(module) for model in (first, second) for module in model.modules())
+
+
 def test_merging_changes_no_answer() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     kept, merged = (sft(model, tokenizer, _tokenised(), OPTIONS, LORA, merge=merge) for merge in (False, True))
@@ -164,6 +206,143 @@ def test_nothing_is_written_unless_a_folder_is_given(tmp_path: Path, monkeypatch
     sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), OPTIONS, LORA, output_dir=str(tmp_path / "out"))
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter_model.safetensors", "tokenizer.json", "checkpoint-3"} <= written
+
+
+class Saves(TrainerCallback):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.args: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
+        self.args = args
+
+    def on_save(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
+        self.steps.append(state.global_step)
+
+
+def test_without_a_folder_nothing_is_saved_whatever_the_options_say(tmp_path: Path) -> None:
+    for folder, steps in ((None, []), (str(tmp_path), [1, 2, 3])):
+        saves, options = Saves(), {**OPTIONS, "save_strategy": "steps", "save_steps": 1}
+        sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), options, output_dir=folder, callbacks=[saves])
+        assert saves.steps == steps
+
+
+# ---- going on from a checkpoint ------------------------------------------------------------------------------------
+
+
+def _cut(name: str) -> Callable[[Path], None]:
+    def cut(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+
+    return cut
+
+
+def _without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+BROKEN = {
+    "no state": _without("trainer_state.json"),
+    "no optimiser": _without("optimizer.pt"),
+    "no schedule": _without("scheduler.pt"),
+    "no weights": lambda folder: [path.unlink() for path in folder.glob("*.safetensors")],
+    "state cut": _cut("trainer_state.json"),
+    "state empty": lambda folder: (folder / "trainer_state.json").write_text("[]"),
+    "optimiser cut": _cut("optimizer.pt"),
+    "random state cut": _cut("rng_state.pth"),
+    "weights cut": lambda folder: _cut(next(folder.glob("*.safetensors")).name)(folder),
+    "shard missing": lambda folder: (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+    ),
+    "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training of four steps with a checkpoint after each."""
+    out = tmp_path_factory.mktemp("stopped")
+    options = {**OPTIONS, "max_steps": 4, "save_steps": 1, "save_total_limit": None}
+    sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), options, LORA, output_dir=str(out))
+    return out
+
+
+def _resumed(out: Path, **options: Any) -> tuple[int, dict[str, torch.Tensor]]:
+    seen: list[int] = []
+    result = sft(
+        tiny_model("llama"),
+        tiny_tokenizer(),
+        _tokenised(),
+        {**OPTIONS, "max_steps": 4, "save_strategy": "no", **options},
+        LORA,
+        output_dir=str(out),
+        resume=True,
+        progress=lambda step, _total: seen.append(step),
+    )
+    return seen[0], _weights(result)
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_checkpoint_is_passed_over(how: str, stopped: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(stopped, out)
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "checkpoint-notes").mkdir()
+    BROKEN[how](out / "checkpoint-3")
+    start, weights = _resumed(out)
+    assert start == 2
+    left = {path.name for path in out.iterdir() if path.is_dir()}
+    assert left == {"checkpoint-1", "checkpoint-2", "checkpoint-notes"}
+    shutil.rmtree(out)
+    shutil.copytree(stopped, out)
+    whole, expected = _resumed(out)
+    assert whole == 4 and _same(weights, expected)
+
+
+def test_where_no_checkpoint_is_whole_training_starts_anew(stopped: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(stopped, out)
+    for path in out.glob("checkpoint-*"):
+        (path / "trainer_state.json").unlink()
+    start, weights = _resumed(out)
+    assert start == 0 and not list(out.glob("checkpoint-*"))
+    assert _same(weights, _resumed(stopped)[1])
+
+
+def test_checkpoints_that_were_to_hold_weights_alone_are_taken_as_they_are(tmp_path: Path) -> None:
+    options = {**OPTIONS, "max_steps": 2, "save_steps": 1, "save_only_model": True}
+    sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), options, LORA, output_dir=str(tmp_path))
+    assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
+    assert _resumed(tmp_path, save_only_model=True)[0] == 2
+
+
+# ---- where and in what precision ------------------------------------------------------------------------------------
+
+
+def test_training_is_where_the_model_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    saves = Saves()
+    sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), {**OPTIONS, "max_steps": 1}, callbacks=[saves])
+    assert saves.args.use_cpu and not saves.args.bf16 and saves.args.device.type == "cpu"
+    single = {"bf16": False}
+    assert not _config(single, 0, str(tmp_path), True, on_cpu=False).use_cpu
+    assert not _config({**single, "use_cpu": False}, 0, str(tmp_path), True, on_cpu=True).use_cpu
+    assert _config({**single, "use_cpu": True}, 0, str(tmp_path), True, on_cpu=False).use_cpu
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert _config(single, 0, str(tmp_path), True, on_cpu=False).use_cpu
+
+
+def test_weights_that_train_in_half_precision_are_warned_of_once() -> None:
+    rows, tokenizer = _tokenised(), tiny_tokenizer()
+    with pytest.warns(UserWarning, match="stored in bfloat16, where steps of small learning rates round") as caught:
+        sft(tiny_model("llama").to(torch.bfloat16), tokenizer, rows, OPTIONS)
+    assert sum("round to nothing" in str(one.message) for one in caught) == 1
+    assert next(one.filename for one in caught if "round to nothing" in str(one.message)) == __file__
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*round to nothing.*")
+        sft(tiny_model("llama").to(torch.bfloat16), tokenizer, rows, OPTIONS, LORA)
+        sft(tiny_model("llama"), tokenizer, rows, {**OPTIONS, "bf16": True})
 
 
 @pytest.mark.parametrize(

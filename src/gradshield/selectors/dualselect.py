@@ -36,8 +36,10 @@ class DualSelect:
     pool, since a cosine has a fixed range and a KL has none; ``weight`` a = 0.5 and ``temperature`` τ = 0.1 were not tuned. r is
     the gradient of the weighted KL over the trainable parameters, kept until the next refresh; rows and the correction are
     judged against it at the current weights. The task gradient of a refresh is that of the candidate batch's mean token loss.
-    Steps are counted in batches. All is measured in evaluation mode. A batch without a compatible row keeps its best one.
-    Where every incompatible row goes, what is left agrees with r, and there is little to correct.
+    Steps are counted in batches. All is measured in evaluation mode. At most a share ``drop`` of a batch goes, by default half,
+    the least compatible first: where every incompatible row goes (1.0), a task whose harmless rows too pull against the
+    references is hardly learned, and what is left agrees with r, so that there is little to correct. A batch without a
+    compatible row keeps its best one. After a resume the warm-up is not repeated, and r is taken anew at the first batch.
     """
 
     name = "dualselect"
@@ -50,13 +52,14 @@ class DualSelect:
         temperature: float = 0.1,
         top: int = 8,
         weight: float = 0.5,
-        drop: float = 1.0,
+        drop: float = 0.5,
         correction: bool = True,
         engine: Engine | None = None,
     ) -> None:
         """``references`` are harmful requests with the model's own refusals. No row is dropped in the first ``warmup`` batches;
         from then on the direction is taken anew every ``refresh`` batches from the ``top`` references of largest weight.
-        ``drop`` is the largest share of a batch that may go, the least compatible first. ``engine`` computes the
+        ``drop`` is the largest share of a batch that may go, the least compatible first: without such a bound, tasks whose
+        harmless rows too pull against the references are hardly learned at all. ``engine`` computes the
         compatibilities; None lets `gradients.pick` choose.
 
         Raises UsageError for a value out of range, or references without a token in the loss.
@@ -81,6 +84,7 @@ class DualSelect:
         self.references = list(references)
         self.warmup, self.refresh, self.temperature, self.top = warmup, refresh, temperature, top
         self.weight, self.drop, self.correction, self.engine = weight, drop, correction, engine
+        self.position = 0  # the batch of the training that comes next; a trainer that resumes sets it
         self._start: list[_Start] = []
         self._direction: Direction | None = None
         self._counts = dict.fromkeys(("batches", "rows", "dropped", "refreshes", "steps", "corrections"), 0)
@@ -88,7 +92,7 @@ class DualSelect:
 
     def begin(self, model: nn.Module) -> None:
         """Keep θ0's log-probabilities on the references, and forget everything of an earlier run."""
-        self._direction, self._refreshed = None, []
+        self.position, self._direction, self._refreshed = 0, None, []
         self._counts = dict.fromkeys(self._counts, 0)
         with scoring(model), torch.no_grad():
             self._start = [_Start.of(model, collate([row])) for row in self.references]
@@ -100,13 +104,14 @@ class DualSelect:
         """
         if not self._start:
             raise UsageError("dualselect was asked to choose before it began: call begin(model) before the first step")
-        since = self._counts["batches"] - self.warmup
+        since = self.position - self.warmup
         rows = np.unique(batch.rows)
+        self.position += 1
         self._counts["batches"] += 1
         self._counts["rows"] += len(rows)
         if since < 0:
             return np.ones(len(rows), dtype=np.bool_)
-        if since % self.refresh == 0:
+        if since % self.refresh == 0 or not self._refreshed:
             self._direction = self._induced(model, batch)
         if self._direction is None or self.drop == 0:
             return np.ones(len(rows), dtype=np.bool_)
@@ -146,7 +151,8 @@ class DualSelect:
 
     def record(self) -> Mapping[str, Any]:
         """The settings and what was done. ``conflict`` is the mean over refreshes of the pool's mean negative cosine with the
-        task gradient, ``preservation`` that of its mean KL in nats; None before the first refresh."""
+        task gradient, ``preservation`` that of its mean KL in nats; None before the first refresh. Counts and means are of
+        this process: not what a stopped training did before it was resumed."""
         means = {
             name: float(np.mean([entry[name] for entry in self._refreshed])) if self._refreshed else None
             for name in ("conflict", "preservation")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,18 +19,34 @@ UNMOVED = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """One adapted weight: ``name`` in the plain model, PEFT's layer around it, and the adapters in use there."""
+    """One adapted weight: ``name`` in the plain model, PEFT's layer around it, and the adapters in use there.
+
+    ``start`` holds the factors that the change is counted from, None where it is counted from the plain weight.
+    """
 
     name: str
     layer: Any
     adapters: tuple[str, ...]
+    start: tuple[Tensor, Tensor] | None = None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (d, R), with the scaling in it, and A (R, k), in float32 and with their graph: ΔW = B A over all adapters "
-        "in use."""
+        "in use.
+
+        Counted from B₀ A₀, B A - B₀ A₀ = [B - B₀, B₀] [A; A - A₀] of twice the rank: exactly zero at the start.
+        """
         bs = [self.layer.lora_B[a].weight.float() * self.layer.scaling[a] for a in self.adapters]
         rows = [self.layer.lora_A[a].weight.float() for a in self.adapters]
-        return (bs[0], rows[0]) if len(bs) == 1 else (torch.cat(bs, 1), torch.cat(rows))
+        b, a = (bs[0], rows[0]) if len(bs) == 1 else (torch.cat(bs, 1), torch.cat(rows))
+        if self.start is None:
+            return b, a
+        b0, a0 = (x.to(b.device) for x in self.start)
+        return torch.cat([b - b0, b0], 1), torch.cat([a, a - a0])
+
+    def from_now(self) -> Adapted:
+        """The same weight, its change counted from what the adapters are now."""
+        b, a = (x.detach().clone() for x in replace(self, start=None).factors())
+        return replace(self, start=(b, a)) if bool(b.any()) else replace(self, start=None)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -70,9 +70,10 @@ class AsFT:
     Paper: arXiv 2506.08473. Equation: L + λ Σ ‖(I - C)ΔW‖²_F, ΔW = (α/r) B A, C = V Vᵀ/‖V‖_F, V = W_aligned - W_base.
     Departures: computed from the thin factors, which changes no value. C as published is no projector, and stretches where
     an eigenvalue exceeds 2 (``record`` counts the layers); ``projector="top"`` takes the projector onto V's first left singular
-    directions instead, as many as hold ``energy`` of ‖V‖²_F. A weight that alignment left alone has C = 0. Without an adapter ΔW
-    is the change since the start, which the paper does not treat. Weights trained beside the adapter (``modules_to_save``,
-    biases) are not held.
+    directions instead, as many as hold ``energy`` of ‖V‖²_F. A weight that alignment left alone has C = 0. ΔW is the change since
+    the start of this training: without an adapter, and of an adapter that was trained before, whose first factors are then taken
+    off (at twice the rank); the paper treats neither. Weights trained beside the adapter (``modules_to_save``, biases) are not
+    held.
     """
 
     name = "asft"
@@ -100,7 +101,7 @@ class AsFT:
         float64 a layer. Raises UsageError where the model has neither an adapter nor a trainable weight with a direction, where a
         layer has no direction, and for adapters other than plain LoRA.
         """
-        parts: list[Adapted | Moved] = [*adapted_layers(model)]
+        parts: list[Adapted | Moved] = [part.from_now() for part in adapted_layers(model)]
         if not parts and not hasattr(model, "peft_config"):
             parts = [*moved_weights(model, self.alignment)]
         if not parts:

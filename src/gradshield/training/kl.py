@@ -14,7 +14,6 @@ from torch.nn import functional
 from gradshield.errors import UsageError
 from gradshield.gradients.base import scoring
 from gradshield.logits import logits_at
-from gradshield.training.adapters import UNMOVED
 from gradshield.training.base import PENALTIES
 
 
@@ -30,9 +29,9 @@ class FrozenReferenceKL:
 
     Paper: none; the usual leash of fine-tuning with a reference, as a baseline. Equation: L + λ mean_t KL(p_θ0(· | x_<t) ||
     p_θ(· | x_<t)), the mean over the response tokens of the batch.
-    Departures: θ0 is the model with its adapter switched off where that is where training started from, else a frozen copy, which
-    takes a model's memory again. It answers without dropout; p_θ is taken as in training. Costs one more pass with gradient and
-    one without, since a trainer does not hand its logits on.
+    Departures: θ0 is the model with its adapter switched off where that is where training started from (a LoRA adapter whose
+    change is still zero), else a frozen copy, which takes a model's memory again. It answers without dropout; p_θ is taken as
+    in training. Costs one more pass with gradient and one without, since a trainer does not hand its logits on.
     """
 
     name = "kl"
@@ -104,17 +103,48 @@ class FrozenReferenceKL:
 
 
 def _starts_without(model: nn.Module) -> bool:
-    """Whether the model without its adapter is θ0 and stays so: nothing else trains, and the weights under it were "
-    "not moved."""
-    configs = list(getattr(model, "peft_config", {}).values())
-    moved = any(getattr(config, "init_lora_weights", True) not in UNMOVED for config in configs)
-    own = tuple(
-        f".{p}"
-        for p in (getattr(getattr(model, "base_model", None), "prefix", None), "modules_to_save", "token_adapter")
-        if p
-    )
-    elsewhere = [n for n, p in model.named_parameters() if p.requires_grad and not any(part in n for part in own)]
-    return bool(configs) and not moved and not elsewhere
+    """Whether the model without its adapter is θ0 and stays so: it is LoRA that changes nothing yet, and nothing else trains.
+
+    An adapter that was trained before is a part of θ0, and so are a module and tokens trained beside it.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    own = (".lora_", ".modules_to_save", ".token_adapter")
+    if any(p.requires_grad and not any(part in name for part in own) for name, p in model.named_parameters()):
+        return False
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
+    for layer in layers:
+        if isinstance(layer, LoraLayer):
+            same = not layer.merged and not any(_changes(layer, a) for a in layer.active_adapters)
+        elif isinstance(layer, ModulesToSaveWrapper):
+            now = [layer.modules_to_save[a] for a in layer.active_adapters if a in layer.modules_to_save]
+            first = list(layer.original_module.parameters())
+            same = all(_equal(p, q) for module in now for p, q in zip(module.parameters(), first, strict=True))
+        elif isinstance(layer, TrainableTokensLayer):
+            delta, original = layer.trainable_tokens_delta, layer.trainable_tokens_original
+            same = not layer.merged and all(_equal(delta[a], original[a]) for a in layer.active_adapters if a in delta)
+        else:
+            same = False
+        if not same:
+            return False
+    return bool(layers)
+
+
+def _changes(layer: Any, adapter: str) -> bool:
+    """Whether a LoRA adapter may change its weight now; it does not where one of its factors is zero."""
+    if adapter in layer.lora_A:
+        return any(bool(p.any()) for p in layer.lora_B[adapter].parameters())
+    if adapter in layer.lora_embedding_A:
+        return bool(layer.lora_embedding_A[adapter].any()) and bool(layer.lora_embedding_B[adapter].any())
+    return False
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """By value: PEFT may keep its copy in a wider type."""
+    return one.shape == other.shape and bool((one == other).all())
 
 
 def _frozen(model: nn.Module) -> nn.Module:

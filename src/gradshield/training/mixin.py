@@ -36,8 +36,18 @@ class Penalised:
         if not model.training or not self.penalties:
             return found
         plain = self._prepare(model)
-        added = sum(penalty(plain, given) for penalty in self.penalties) / _undivided(self, num_items_in_batch)
+        added = _sum(self, plain, given) / _undivided(self, num_items_in_batch)
         return (found[0] + added, *found[1:]) if return_outputs else found + added
+
+
+def _sum(trainer: Any, model: Any, inputs: Any) -> Any:
+    """All penalties at the current weights, inside the trainer's autocast; one that must not be rounded turns it off.
+
+    Accelerate puts its autocast around the model's own forward alone: a frozen reference beside the model would answer in
+    another precision, and its distance from the model would be rounding.
+    """
+    with trainer.accelerator.autocast():
+        return sum(penalty(model, inputs) for penalty in trainer.penalties)
 
 
 def _undivided(trainer: Any, num_items_in_batch: Any) -> int:

@@ -8,6 +8,8 @@ Candidates are the batches that the trainer's own collator made; what is not cho
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -44,6 +46,13 @@ class Selecting:
 
     The loss is the mean over the tokens of the chosen rows. With gradient accumulation each micro-batch chooses by
     itself and keeps the weight that its tokens had among all. Raises UsageError for packed sequences.
+
+    Under mixed precision the method measures in the precision that the weights are stored in, without autocast, as a scan
+    does: an engine that takes differences of nearby weights would read bf16's rounding. The step itself is the trainer's.
+
+    A method with an attribute ``position`` is told the batch that training goes on with: 0 at its start, later after a
+    resume, where each step counts as all its micro-batches. What else it knows, such as the counts of ``record``, is of
+    this process alone.
     """
 
     online: OnlineSelection | None = None
@@ -54,7 +63,8 @@ class Selecting:
         if self.online is not None and not self._begun:
             self._begun = True
             own = cast(Any, self)
-            self.online.begin(own.accelerator.unwrap_model(own.model, keep_fp32_wrapper=False))
+            with self._bare(own.model) as plain:
+                self.online.begin(plain)
             own.add_callback(_correction(self.online))
         return super().train(*args, **more)  # type: ignore[misc]
 
@@ -64,11 +74,26 @@ class Selecting:
         if self.online is not None:
             inputs = own._prepare_inputs(inputs)
             batch = as_batch(inputs)
-            chosen = self.online.choose(own.accelerator.unwrap_model(model, keep_fp32_wrapper=False), batch)
+            with self._bare(model) as plain:
+                chosen = self.online.choose(plain, batch)
             if num_items_in_batch is not None:
                 num_items_in_batch = num_items_in_batch * (_tokens(batch, chosen) / max(_tokens(batch), 1))
             inputs = _taken(inputs, chosen)
         return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+
+    @contextmanager
+    def _bare(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The plain model without autocast around its forward, which is put back: what is trained keeps its own."""
+        plain: Any = cast(Any, self).accelerator.unwrap_model(model, keep_torch_compile=False)
+        wrapped, bare = vars(plain).get("forward"), vars(plain).get("_original_forward")
+        if bare is None:
+            yield plain
+            return
+        plain.forward = bare
+        try:
+            yield plain
+        finally:
+            plain.forward = wrapped
 
 
 def _tokens(batch: Batch, chosen: Bools | slice = slice(None)) -> int:
@@ -97,6 +122,10 @@ def _correction(online: OnlineSelection) -> Any:
     from transformers import TrainerCallback
 
     class Correction(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if hasattr(online, "position"):
+                online.position = state.global_step * args.gradient_accumulation_steps
+
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             online.correct(more["model"])
 

@@ -64,8 +64,9 @@ def project(
     """Project the change of the layers that left the alignment direction back onto it, in place: ΔW becomes C ΔW.
 
     Paper: arXiv 2405.16833. Equation: ΔW ← C ΔW where cos(C ΔW, ΔW) < τ, C = V Vᵀ/‖V‖_F, V = W_aligned - W_base.
-    Departures: the cosine comes from the thin factors of a LoRA adapter and B alone is replaced, which keeps the rank. A layer
-    whose change or direction is zero has no cosine and is left alone.
+    Departures: the cosine comes from the thin factors of a LoRA adapter and B alone is replaced, which keeps the rank. ΔW is all
+    that the adapter adds, what it held before this training too. A layer whose change or direction is zero has no cosine and is
+    left alone.
 
     Parameters
     ----------

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import copy as copying
 import difflib
+import json
+import shutil
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
@@ -22,6 +26,7 @@ from gradshield.errors import EmptyDataError, UsageError
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig, PeftModel
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from trl.trainer.sft_config import SFTConfig
 
@@ -54,6 +59,10 @@ def sft(
     The seed is set before the adapter is created: the same arguments give the same weights, bit for bit on one CPU
     with one number of threads. As TRL does, training sets the global random state of Python, NumPy and torch.
 
+    Training runs where the model is: on the CPU for a model there, also beside an accelerator (``use_cpu`` in ``options``
+    says otherwise, and False takes the model to the first one). A model on an accelerator must be on the first that is
+    visible, and the only one: elsewhere make one visible, such as with CUDA_VISIBLE_DEVICES.
+
     Parameters
     ----------
     dataset
@@ -61,8 +70,8 @@ def sft(
         Both are cut at ``max_length``, and rows left without a label are dropped.
     options
         Options of ``trl.SFTConfig``, passed through. What is not named is TRL's default, except that nothing is
-        printed or sent anywhere, nothing is saved unless ``output_dir`` is given, and without an accelerator training
-        runs on the CPU in the model's own precision and keeps its activations. For the seed and the folder use the
+        printed or sent anywhere, nothing is saved unless ``output_dir`` is given, whatever is named, and training on
+        the CPU is in the model's own precision and keeps its activations. For the seed and the folder use the
         arguments of this function.
     peft_config
         The adapter to train. It is copied, since TRL and PEFT write on it.
@@ -82,7 +91,8 @@ def sft(
     finish
         Called with the trained model before its adapter is merged (SafeLoRA's projection).
     resume
-        Go on from the newest checkpoint in ``output_dir``, where there is one.
+        Go on from the newest whole checkpoint in ``output_dir``, where there is one; newer ones, whose saving was cut
+        off, are removed.
     progress
         Called with (steps done, all steps), first with 0.
 
@@ -92,6 +102,11 @@ def sft(
         An option that SFTConfig does not have, or a setting that it or SFTTrainer refuses.
     EmptyDataError
         No row, or no row with a label left after truncation.
+
+    Warns
+    -----
+    UserWarning
+        Weights that train are stored in half precision.
     """
     if merge and peft_config is None:
         raise UsageError("merge folds an adapter into the model, and there is none: pass peft_config or merge=False")
@@ -102,10 +117,13 @@ def sft(
     with _folder(output_dir) as folder, _quiet_datasets(), warnings.catch_warnings():
         # Between PEFT, TRL and transformers, about a name of theirs: nothing that a caller can act on.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-        config = _config(options, seed, folder, saving=output_dir is not None)
+        on_cpu = next(trained.parameters()).device.type == "cpu"
+        config = _config(options, seed, folder, saving=output_dir is not None, on_cpu=on_cpu)
         try:
             parts = _Parts(tuple(callbacks), tuple(penalties), online, progress, resume)
             result = _train(trained, tokenizer, rows, config, copying.deepcopy(peft_config), parts)
+            if result is not trained:
+                _unbind(result, {})
         finally:
             before.restore()
     if finish is not None:
@@ -140,7 +158,6 @@ def _train(
     parts: _Parts,
 ) -> Any:
     from transformers import PrinterCallback
-    from transformers.trainer_utils import get_last_checkpoint
     from trl.trainer.sft_trainer import SFTTrainer
 
     from gradshield.training.mixin import Penalised
@@ -168,22 +185,22 @@ def _train(
         raise EmptyDataError(f"no row has a token to train on within max_length={config.max_length}: raise max_length")
     trainer.remove_callback(PrinterCallback)  # what transformers puts in the place of its progress bar: prints
     trainer.penalties, trainer.online = parts.penalties, parts.online
+    _warn_of_rounding(trainer.model)
     folder = config.output_dir
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if parts.resume and folder else None)
+    trainer.train(resume_from_checkpoint=_newest(Path(folder), config) if parts.resume and folder else None)
     result = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
     return result
 
 
-def _config(options: Mapping[str, Any], seed: int, folder: str, saving: bool) -> SFTConfig:
-    """SFTConfig with quiet defaults under the caller's options."""
+def _config(options: Mapping[str, Any], seed: int, folder: str, saving: bool, on_cpu: bool) -> SFTConfig:
+    """SFTConfig with quiet defaults under the caller's options; ``on_cpu`` where the model is there."""
     import torch
     from trl.trainer.sft_config import SFTConfig
 
-    on_cpu = not torch.accelerator.is_available() or bool(options.get("use_cpu"))
+    on_cpu = not torch.accelerator.is_available() or bool(options.get("use_cpu", on_cpu))
     quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
-    if not saving:
-        quiet["save_strategy"] = "no"
+    forced = {} if saving else {"save_strategy": "no"}
     if on_cpu:
         quiet |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
     if "gradient_checkpointing" not in options:
@@ -191,9 +208,77 @@ def _config(options: Mapping[str, Any], seed: int, folder: str, saving: bool) ->
         # old name, which TRL's own default has, every training would begin with a warning.
         quiet["activation_checkpointing"] = not on_cpu
     try:
-        return SFTConfig(output_dir=folder, seed=seed, **(quiet | dict(options)))
+        return SFTConfig(output_dir=folder, seed=seed, **(quiet | dict(options) | forced))
     except (ValueError, TypeError) as error:
         raise UsageError(f"TRL refuses these training settings: {error}") from error
+
+
+def _newest(folder: Path, config: SFTConfig) -> str | None:
+    """The newest whole checkpoint in the folder; those after it are removed, so that none is taken for a later step."""
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
+    for path in sorted(found, key=_step, reverse=True):
+        if _is_whole(path, config):
+            return str(path)
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    return None
+
+
+def _step(path: Path) -> int:
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isascii() and number.isdigit() else -1
+
+
+def _is_whole(path: Path, config: SFTConfig) -> bool:
+    """Whether all that training goes on from is in the checkpoint, and no file of it was cut off.
+
+    The state comes last, but a machine that lost its power may have kept it without what came before. Neither kind of file is
+    loaded for this: both hold at their end, or know from their beginning, where they end.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    states = [] if config.save_only_model else [path / "optimizer.pt", path / "scheduler.pt"]
+    weights = [*path.glob("*.safetensors"), *path.glob("*/*.safetensors")]  # a second adapter has a folder of its own
+    try:
+        json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"]
+        for index in path.glob("*.safetensors.index.json"):
+            weights += [path / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()]
+        for file in weights:
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return False
+    return bool(weights) and all(
+        zipfile.is_zipfile(file) for file in [*states, *path.glob("*.pt"), *path.glob("*.pth")]
+    )
+
+
+def _warn_of_rounding(model: Any) -> None:
+    """Say where the steps may be lost; quantised models, whose adapters TRL keeps in half precision, are left out."""
+    import torch
+
+    quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if half and not quantised:
+        kinds = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in half))
+        warnings.warn(
+            f"weights that train are stored in {kinds}, where steps of small learning rates round to nothing: load the model "
+            "in float32 (bf16=True still computes in bfloat16), or train a LoRA adapter, whose factors are float32",
+            stacklevel=4,
+        )
+
+
+def _unbind(module: nn.Module, held: Mapping[nn.Module, Any]) -> None:
+    """Put back the forward of one module, and take off accelerate's marks.
+
+    A marked model, or a copy of it, would be trained again without the mixed precision that was asked for.
+    """
+    own = vars(module)
+    for name in ("forward", "_is_accelerate_prepared", "_original_forward"):
+        own.pop(name, None)
+    if module in held:
+        own["forward"] = held[module]
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
@@ -233,7 +318,8 @@ class _State:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.forward = model.__dict__.get("forward")
+        self.forwards = {m: vars(m)["forward"] for m in model.modules() if "forward" in vars(m)}
+        vars(model).pop("_is_accelerate_prepared", None)
         self.use_cache = getattr(model.config, "use_cache", None)
         self.checkpointing = model.is_activation_checkpointing
         self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -244,10 +330,8 @@ class _State:
         The bound ``forward`` is more than a leftover: its closure points at this very model, so that a later deep copy
         would answer with the weights of this one.
         """
-        if self.forward is None:
-            self.model.__dict__.pop("forward", None)
-        else:
-            self.model.__dict__["forward"] = self.forward
+        for module in self.model.modules():
+            _unbind(module, self.forwards)
         if self.model.is_activation_checkpointing and not self.checkpointing:
             cast(Any, self.model).activation_checkpointing_disable()
         if self.use_cache is not None:
