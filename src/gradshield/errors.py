@@ -17,6 +17,8 @@ A message is one sentence in four parts: what was wrong, what was got, what is a
 ``str(error)`` is the whole message; nothing else is printed to a user.
 """
 
+import difflib
+
 
 class GradShieldError(Exception):
     """Base of the tree. ``exit_code`` is what the command line exits with."""
@@ -35,7 +37,9 @@ class UnknownNameError(UsageError):
 
     def __init__(self, kind: str, name: str, allowed: list[str]) -> None:
         self.kind, self.name, self.allowed = kind, name, allowed
-        super().__init__(f"unknown {kind} {name!r}: choose one of {', '.join(allowed)}")
+        close = difflib.get_close_matches(name, allowed, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        super().__init__(f"unknown {kind} {name!r}: {hint}choose one of {', '.join(allowed)}")
 
 
 class DataError(GradShieldError):

@@ -12,6 +12,7 @@ import yaml
 from gradshield.errors import DataError, UsageError
 from gradshield.pipeline import compare, grid
 from gradshield.pipeline.course import Course
+from gradshield.pipeline.options import peft_config
 
 SMALL: dict[str, Any] = {
     "grids": [
@@ -19,6 +20,9 @@ SMALL: dict[str, Any] = {
     ],
     "training": {"max_steps": 2},
 }
+
+
+OWN = {"name": "a", "train": "b.jsonl"}
 
 
 def _config(**more: Any) -> grid.Config:
@@ -107,7 +111,13 @@ def test_a_cell_that_fails_is_kept_with_its_sentence(quick: list[str], tmp_path:
     ("change", "match"),
     [
         ({"grids": []}, "grids"),
-        ({"grid": []}, "grid"),
+        ({"grid": []}, "did you mean 'grids'"),
+        ({"grids": [{"tasks": ["choice"], "defences": ["none"], "mix": ["0%"]}]}, "did you mean 'mixes'"),
+        ({"lora": {"rank": 3}, "datasets": [{"name": "a", "train": "b"}]}, "bundled lab"),
+        ({"judges": ["nobody"]}, "nobody"),
+        ({"model": "m", "datasets": [OWN], "grids": [{"tasks": ["a"], "defences": ["clean"]}]}, "`labels`"),
+        ({"model": "m", "datasets": [OWN], "grids": [{"tasks": ["a"], "defences": ["asft"]}]}, "`base`"),
+        ({"model": "m", "datasets": [OWN], "grids": [{"tasks": ["a"], "defences": ["fihs:verified"]}]}, "`task`"),
         ({"grids": [{"tasks": ["poetry"], "defences": ["none"]}]}, "poetry"),
         ({"grids": [{"tasks": ["choice"], "mixes": ["much"], "defences": ["none"]}]}, "much"),
         ({"grids": [{"tasks": ["choice"], "mixes": ["explicit:100%"], "defences": ["none"]}]}, "100%"),
@@ -118,6 +128,39 @@ def test_a_cell_that_fails_is_kept_with_its_sentence(quick: list[str], tmp_path:
 def test_a_wrong_config_is_told_before_anything_runs(change: dict[str, Any], match: str) -> None:
     with pytest.raises(UsageError, match=match):
         _config(**change)
+
+
+def test_a_cell_is_of_its_settings_and_of_what_its_files_hold(tmp_path: Path) -> None:
+    def setting(**more: Any) -> str:
+        told = {
+            "model": "m",
+            "datasets": [{**OWN, "train": str(path)}],
+            "grids": [{"tasks": ["a"], "defences": [spec]}],
+        }
+        config = grid.check(told | more)
+        return grid.setting(config, grid.cells(config)[0])
+
+    path, spec = tmp_path / "rows.jsonl", "fihs"
+    path.write_text("one")
+    first = setting()
+    assert setting() == first
+    assert setting(training={"learning_rate": 1.0}) != first
+    path.write_text("other")
+    second = setting()
+    assert second != first
+    spec = "fihs:verified:asr=0.05"
+    assert len({first, second, setting(datasets=[{**OWN, "train": str(path), "task": str(path)}])}) == 3
+
+
+def test_the_lab_has_mixes_of_its_own_where_none_are_named() -> None:
+    found = grid.cells(grid.check({"grids": [{"tasks": ["choice"], "defences": ["none"]}]}))
+    assert [(cell.harm, cell.ratio) for cell in found] == [("none", 0.0), ("explicit", 0.1)]
+
+
+def test_an_unknown_option_of_the_adapter_is_told() -> None:
+    with pytest.raises(UsageError, match="did you mean 'rank_pattern'|did you mean 'r'|see the fields"):
+        peft_config({"rank": 3})
+    assert peft_config({"r": 3}).r == 3
 
 
 def test_paths_are_taken_from_the_configs_own_folder(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from gradshield.report.text import visible
 if TYPE_CHECKING:
     from gradshield.types import Selection
 
+QUIET = 60  # seconds between two lines of progress where there is no terminal
 out = Console(soft_wrap=True, highlight=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
@@ -208,13 +210,19 @@ def probing(
     )
 
 
-def rates(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+def noted(metric: Mapping[str, Any]) -> str:
+    """How utility was scored, for its line; ``metric`` has ``metric`` and ``guessed``."""
+    name = str(metric.get("metric") or "")
+    return f"utility ({name}{', guessed' if metric.get('guessed') else ''})" if name else "utility"
+
+
+def rates(before: Mapping[str, Any], after: Mapping[str, Any], utility: str = "utility") -> None:
     """A table of rates with their intervals, before (where measured) and after."""
     names: list[tuple[str, tuple[str, ...]]] = [
         (f"ASR, {judge}", ("judges", judge)) for judge in after.get("judges", {})
     ]
     names += [
-        (label, (key,)) for label, key in (("over-refusal", "over_refusal"), ("utility", "utility")) if key in after
+        (label, (key,)) for label, key in (("over-refusal", "over_refusal"), (utility, "utility")) if key in after
     ]
     for label, keys in names:
         texts = []
@@ -240,8 +248,13 @@ def progress() -> Iterator[Any]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err, disable=not err.is_terminal) as drawn:
+        said = time.monotonic()
 
         def report(stage: str, done: int, total: int) -> None:
+            nonlocal said
+            if not err.is_terminal and time.monotonic() - said > QUIET:  # a log shows that it goes on
+                said = time.monotonic()
+                err.print(f"{plain(stage)} {done}/{total}")
             if stage not in bars:
                 bars[stage] = drawn.add_task(stage, total=total)
             drawn.update(bars[stage], completed=done, total=total)

@@ -27,8 +27,10 @@ def compare(
     with progress() as report:
         whole = run(told, output, workers, command_line(), report)
     cost = whole["cost"]
+    took = cost["cell_seconds"]
+    shown = f"{took / 3600:.1f} hours" if took >= 3600 else f"{took / 60:.1f} minutes"
     out.print(
-        f"{cost['cells']} cells, {cost['arms']} trained models, {cost['cell_seconds'] / 3600:.2f} hours of work"
+        f"{cost['cells']} cells from {cost['arms']} trained models (equal ones are shared), {shown} of work"
         + (f", [bold]{cost['failed']} failed[/bold]" if cost["failed"] else "")
     )
     out.print(f"table   [bold]{escape(str(output / 'results.md'))}[/bold]")

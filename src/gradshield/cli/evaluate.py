@@ -15,12 +15,14 @@ from gradshield.cli.common import (
     Safety,
     Tokens,
     command_line,
+    noted,
     out,
     plain,
     progress,
     quiet_libraries,
     rates,
 )
+from gradshield.errors import UsageError
 
 
 def evaluate(
@@ -50,6 +52,8 @@ def evaluate(
     trust_remote_code: Remote = False,
 ) -> None:
     """Measure attack success, over-refusal and utility of a model, by one or more judges apart."""
+    if safety == "none" and not (utility or lm_eval or inspect):
+        raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
     quiet_libraries()
     from gradshield import models
     from gradshield.pipeline.evaluate import evaluate as run
@@ -72,13 +76,13 @@ def evaluate(
             command=command_line(),
             progress=report,
         )
-    rates({}, found["figures"])
+    rates({}, found["figures"], noted(exams.report.settings()))
     for name, rate in found["harness"].items():
         out.print(
             f"{plain(name)}  {100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] n={rate['n']}"
         )
     for one in found["agreement"]:
-        kappa = "–" if one["kappa"] is None else f"{one['kappa']:.2f}"
+        kappa = "– (one verdict for all)" if one["kappa"] is None else f"{one['kappa']:.2f}"
         out.print(
             f"[dim]{plain(' / '.join(one['judges']))}: Cohen's kappa {kappa}, {len(one['differ'])} answers differ[/dim]"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +25,7 @@ from gradshield.cli.common import (
     err,
     json_file,
     json_object,
+    noted,
     out,
     plain,
     probing,
@@ -35,6 +38,7 @@ from gradshield.cli.common import (
 from gradshield.errors import GateError, UsageError
 
 if TYPE_CHECKING:
+    from gradshield.pipeline.defences import Defence
     from gradshield.pipeline.train import Trained
 
 
@@ -46,7 +50,12 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model, the scan and the report.")],
     defence: Annotated[
         str,
-        typer.Option("--defence", "-d", help="One of `gradshield methods`, or several joined by +, such as fihs+asft."),
+        typer.Option(
+            "--defence",
+            "--defense",
+            "-d",
+            help="One of `gradshield methods`, or several joined by +, such as fihs+asft.",
+        ),
     ] = "fihs",
     base: Annotated[
         str | None, typer.Option(help="The model before its alignment, for asft and safelora: folder or hub name.")
@@ -91,23 +100,15 @@ def train(
     lora = json_file("--lora-config", lora_config)
     template = json_object("--template-kwargs", template_kwargs)
     truth = read_labels(labels)
-    tasks = utility or []
-    if tasks and len(tasks) != len(data):
-        raise UsageError(
-            f"there are {len(tasks)} --utility files for {len(data)} datasets: give one for each, in their order"
-        )
-    for path in data:
-        require_data(path)
+    tasks, needs = utility or [], _needs(data, utility or [], defence, base, truth)
     quiet_libraries()
     from gradshield import models
-    from gradshield.pipeline.defences import parse
     from gradshield.pipeline.options import peft_config
     from gradshield.pipeline.sequence import Stage, sequence
     from gradshield.pipeline.settings import ScanSettings
     from gradshield.pipeline.train import exams_of
     from gradshield.pipeline.train import train as run
 
-    needs = parse(defence)
     common: dict[str, Any] = {
         "base": None,
         "defence": defence,
@@ -136,22 +137,63 @@ def train(
         if len(data) == 1:
             done = run(data[0], model=loaded, output=output, exams=measured[0], labels=truth, progress=report, **common)
         else:
-            if truth is not None:
-                raise UsageError("--labels belongs to one dataset, and several are given: train them one by one")
             common.pop("merge")  # every stage starts from a whole model
             stages = [Stage(path, exam) for path, exam in zip(data, measured, strict=True)]
-            done = sequence(stages, model=loaded, output=output, progress=report, **common)
+            followed = sequence(stages, model=loaded, output=output, progress=report, **common)
+    if len(data) > 1:
+        _stages(followed, output)
+        return
     _summary(done, output)
     if done.verdict is not None and not done.verdict.met:
         raise GateError(done.verdict.sentence + "; the safest model is kept")
 
 
+def _needs(data: list[str], tasks: list[str], defence: str, base: str | None, labels: list[int] | None) -> Defence:
+    """The defence; all that can be known to be missing is told before anything is loaded. Raises UsageError, DataError."""
+    from gradshield.pipeline.defences import parse
+
+    if tasks and len(tasks) != len(data):
+        raise UsageError(
+            f"there are {len(tasks)} --utility files for {len(data)} datasets: give one for each, in their order"
+        )
+    for path in data:
+        require_data(path)
+    needs = parse(defence)
+    if needs.needs_base and base is None:
+        raise UsageError(f"the defence {defence!r} needs the model before its alignment: give it with --base MODEL")
+    if needs.oracle and labels is None:
+        raise UsageError(f"the defence {defence!r} drops the rows labelled harmful: give the labels with --labels FILE")
+    if len(data) > 1 and labels is not None:
+        raise UsageError("--labels belongs to one dataset, and several are given: train them one by one")
+    return needs
+
+
+def _stages(whole: Mapping[str, Any], folder: Path) -> None:
+    """One line a stage: safety by every judge, the basin, and every task; then what was lost."""
+    for stage in whole["stages"]:
+        parts = [f"ASR {100 * rate['rate']:.1f} % ({plain(judge)})" for judge, rate in stage["asr"].items()]
+        parts += [] if stage["visage"] is None else [f"VISAGE {stage['visage']:.2f}"]
+        parts += [f"{plain(task)} {100 * rate['rate']:.1f} %" for task, rate in stage["utility"].items()]
+        out.print(f"{plain(stage['name']):16} {', '.join(parts)}")
+    for name, values in whole["measures"].items():
+        if values and math.isfinite(values[-1]):
+            out.print(f"{name.replace('_', ' '):20} {values[-1]:+.3f} [dim]at the end[/dim]")
+    out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
+    if whole["unmet"]:
+        raise GateError(
+            f"no cut met the targets at {', '.join(whole['unmet'])}: the safest model of each stage is kept; see the report"
+        )
+
+
 def _summary(done: Trained, folder: Path) -> None:
     results = done.manifest.results
     out.print(f"[bold]{results['removed']}[/bold] of {results['rows']} rows removed, {results['trained']} trained on")
-    rates(results["before"], results["after"])
+    for key in ("caught", "lost"):
+        if rate := results.get(key):
+            out.print(f"{'harmful caught' if key == 'caught' else 'harmless lost':24} {rate['k']} of {rate['n']}")
+    rates(results["before"], results["after"], noted(done.manifest.settings["report"]))
     if done.verdict is not None and done.verdict.met:
         out.print(f"verified  {plain(done.verdict.sentence)}")
     if not results["after"].get("judges"):
-        err.print("[yellow]warning:[/yellow] safety was not measured: nothing is shown of this model")
+        err.print("[yellow]warning:[/yellow] safety was not measured: nothing is known of this model's")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")

@@ -19,7 +19,11 @@ def write(folder: Path, manifest: Manifest) -> None:
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     old = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", "", old, flags=re.DOTALL).rstrip()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text((old + "\n\n" if old else "") + section(manifest) + "\n", encoding="utf-8")
+    # Behind the front matter, which must stand first, and before what PEFT fills in.
+    front = re.match(r"---\n.*?\n---\n", old, flags=re.DOTALL)
+    head, rest = (old[: front.end()], old[front.end() :]) if front else ("", old)
+    parts = [head.strip(), section(manifest), rest.strip()]
+    temporary.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -33,9 +37,7 @@ def section(manifest: Manifest) -> str:
         f"Fine-tuned with GradShield {manifest.versions.get('gradshield', '')}, defence {_code(manifest.settings['defence'])}: "
         f"{told['removed']} of {told['rows']} rows removed, {told['trained']} trained on.",
         "",
-        "| measured on held-out prompts | before | after |",
-        "|---|---|---|",
-        *_rates(told["before"], told["after"]),
+        *_measured(told["before"], told["after"]),
         "",
         f"Data: {_code(data['name'])}, SHA-256 {_code(data['sha256'])}. Start: {_code(model['name'])}, SHA-256 "
         f"{_code(model['sha256'])}. Seed {manifest.settings['seed']}. Everything else is in `manifest.json`"
@@ -44,6 +46,13 @@ def section(manifest: Manifest) -> str:
     if told["verified"] is not None:
         lines += ["", f"Verified threshold: {_plain(told['verified']['sentence'])}."]
     return "\n".join([*lines, END])
+
+
+def _measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    rows = _rates(before, after)
+    if not rows:
+        return ["Nothing was measured: nothing is known of this model's safety."]
+    return ["| measured on held-out prompts | before | after |", "|---|---|---|", *rows]
 
 
 def _rates(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

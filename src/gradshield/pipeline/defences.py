@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gradshield.errors import UsageError
+from gradshield.errors import UnknownNameError, UsageError
 from gradshield.registry import Registry
-from gradshield.thresholds import Verified, typed
+from gradshield.thresholds import THRESHOLDS, Verified, typed
 from gradshield.thresholds import parse as parse_threshold
 
 Options = Mapping[str, Any]
@@ -105,6 +105,8 @@ def _rows(name: str, selector: str, text: str, **more: Any) -> Part:
         if rule == Verified.name:
             return replace(defence, selector=selector, verified=typed(Verified, rule, told), **more)
         if options and not options.startswith(AS_MANY):
+            if rule not in THRESHOLDS:
+                raise UnknownNameError("threshold", rule, [*THRESHOLDS, Verified.name, f"{AS_MANY}DEFENCE"])
             parse_threshold(options)
         return replace(defence, selector=selector, threshold=options or None, **more)
 

@@ -39,7 +39,8 @@ class Exam:
 
     ``score`` rates an answer to a task row; without one, a row's score is the likelihood that the model gives its reference,
     per token (the geometric mean), for tasks that a model cannot do. ``answer_prefix`` is put at the start of every answer,
-    ``tokens`` bounds its length, ``template`` goes to the chat template, ``metric`` is the name of ``score``.
+    ``tokens`` bounds its length, ``template`` goes to the chat template, ``metric`` is the name of ``score``,
+    ``guessed`` where nobody named it.
     """
 
     requests: Sequence[Mapping[str, Any]] = ()
@@ -51,6 +52,7 @@ class Exam:
     answer_prefix: str = ""
     template: Mapping[str, Any] = field(default_factory=dict)
     metric: str = ""
+    guessed: bool = False
 
     def sit(
         self,
@@ -115,6 +117,7 @@ class Exam:
             "n": [len(self.requests), len(self.lookalikes), len(self.task)],
             "metric": LIKELIHOOD if self.score is None else self.metric,
             "judges": [_record(judge) for judge in self.judges],
+            "guessed": self.guessed,
             "template": dict(self.template),
             "tokens": self.tokens,
             "answer_prefix": self.answer_prefix,
@@ -200,6 +203,7 @@ def exam(
         tokens=tokens,
         answer_prefix=answer_prefix,
         template=template or {},
+        guessed=held is not None and not likelihood and held.guessed,
         metric=LIKELIHOOD if likelihood else (held.metric if held is not None else ""),
     )
 

@@ -12,9 +12,10 @@ datasets:
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -53,7 +54,7 @@ class Grid(_Strict):
     """Every task with every mix, defence and seed."""
 
     tasks: list[str] = Field(min_length=1)
-    mixes: list[str] = Field(default_factory=lambda: ["as is"])
+    mixes: list[str] = Field(default_factory=lambda: ["0%", "explicit:10%"], min_length=1)
     defences: list[str] = Field(min_length=1)
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
 
@@ -110,15 +111,32 @@ def check(value: Any, name: str = "config", folder: Path = Path()) -> Config:
     try:
         config = Config.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise UsageError(f"the config {name} is wrong at {where}: {first['msg']}; see docs/compare.md") from None
+        raise UsageError(_complaint(name, error.errors(include_url=False, include_input=False))) from None
     config = _with_paths(config, folder)
+    if config.model == "lab" and config.datasets:
+        raise UsageError(
+            f"the config {name} gives `datasets` to the bundled lab, whose model knows its own tasks only: name a `model`, "
+            "or leave the datasets out"
+        )
     for cell in cells(config):
         _check_cell(config, cell)
     for judge in config.judges:
         parse_judge(judge)
     return config
+
+
+def _complaint(name: str, errors: Sequence[Mapping[str, Any]]) -> str:
+    """The first thing wrong with a config; an unknown key before a missing one, since it may be the same, misspelt."""
+    first = min(errors, key=lambda one: one["type"] != "extra_forbidden")
+    where = ".".join(map(str, first["loc"])) or "the whole"
+    if first["type"] != "extra_forbidden":
+        return f"the config {name} is wrong at {where}: {first['msg']}; docs/compare.md has every key"
+    kind: type[BaseModel] = Config
+    if len(first["loc"]) > 1:
+        kind = Grid if first["loc"][0] == "grids" else Own
+    close = difflib.get_close_matches(str(first["loc"][-1]), list(kind.model_fields), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"the config {name} has the unknown key {where!r}: {hint}allowed are {', '.join(kind.model_fields)}"
 
 
 def _check_cell(config: Config, cell: Cell) -> None:

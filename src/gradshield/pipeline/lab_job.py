@@ -9,6 +9,7 @@ from typing import Any
 from gradshield import lab, models
 from gradshield.models import LoadedModel
 from gradshield.pipeline.course import RENDERED, Job
+from gradshield.pipeline.options import peft_config
 from gradshield.pipeline.rows import prepare
 from gradshield.pipeline.settings import Probing, ScanSettings
 
@@ -33,13 +34,11 @@ def lab_job(
     lora: Mapping[str, Any] | None = None,
 ) -> Job:
     """Rows of ``task`` trained by the lab's recipe for it; ``training`` and ``lora`` are options over the recipe's own."""
-    from peft import LoraConfig
-
     options = {**lab.recipe(task), **(training or {})}
     return Job(
         rows=prepare(data, lab_model("aligned"), max_length=options.get("max_length")),
         options={k: v for k, v in options.items() if k not in RENDERED},
-        peft_config=LoraConfig(**{**lab.LORA, **(lora or {})}),
+        peft_config=peft_config({**lab.LORA, **(lora or {})}),
         base=lab_model("base"),
         labels=labels,
         settings=ScanSettings(seed=seed),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,8 +39,17 @@ def peft_config(options: Mapping[str, Any]) -> Any:
     """The PEFT config of the adapter that training will add; None for no options. Raises UsageError for a bad one."""
     if not options:
         return None
-    from peft import PeftConfig
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
+    kinds: dict[str, Any] = {str(getattr(k, "value", k)): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = kinds.get(str(options.get("peft_type", "LORA")).upper())
+    if kind is not None and "peft_version" not in options:  # a file that PEFT wrote may be of another version
+        known = [f.name for f in fields(kind)]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"see the fields of peft.{kind.__name__}"
+                raise UsageError(f"the config of the adapter has the unknown option {name!r}: {hint}")
     try:
         return PeftConfig.from_peft_type(  # type: ignore[no-untyped-call]
             **{"peft_type": "LORA", "task_type": "CAUSAL_LM", **options}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gradshield.errors import GateError, UsageError
+from gradshield.errors import UsageError
 from gradshield.evaluation import continual
 from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
 from gradshield.models import LoadedModel, parameters_digest
@@ -50,13 +50,13 @@ def sequence(
     command: str = "gradshield.train",
     progress: Progress = quiet,
     **options: Any,
-) -> Trained:
-    """Train on every dataset in turn, under the same defence, and follow the model; the last stage's result is returned.
+) -> dict[str, Any]:
+    """Train on every dataset in turn, under the same defence, and follow the model; returns what ``sequence.json`` holds.
 
     Every stage starts from the model that the one before it left, its adapter folded in. After each: ASR by every judge,
     VISAGE over the same random directions, and accuracy on all tasks so far; then basin retention, backward transfer and
-    forgetting. The alignment direction stays that of the first model. Raises UsageError where a stage has no task rows, and
-    GateError, when all is done, where a verified threshold met its targets at no cut.
+    forgetting. The alignment direction stays that of the first model. ``unmet`` names the stages whose verified
+    threshold met its targets at no cut. Raises UsageError where a stage has no task rows.
     """
     if any(not stage.exams.report.task for stage in stages):
         raise UsageError(
@@ -95,16 +95,13 @@ def sequence(
     whole = {
         "tasks": names,
         "stages": points,
+        "unmet": unmet,
         "measures": _measures(np.array([[rate.rate for rate in row] for row in table]), points),
         "command": command,
         "versions": outputs.versions(),
     }
     _write(whole, folder, done)
-    if unmet:
-        raise GateError(
-            f"no cut met the targets at {', '.join(unmet)}: the safest model of each is kept; see {folder}/report.html"
-        )
-    return done
+    return whole
 
 
 def _names(stages: Sequence[Stage]) -> list[str]:

@@ -318,7 +318,7 @@ class _Run:
         for name, result in (("before", before), ("after", after)):
             outputs.write_outputs(result, self.folder / f"outputs-{name}.jsonl")
         card.write(self.folder, manifest)
-        files = {"outputs-after.jsonl": "outputs-after.jsonl"}
+        files = {name: name for name in ("outputs-before.jsonl", "outputs-after.jsonl")}
         if self.defence.selector is not None:
             files["scan report"] = "scan/report.html"
         told = manifest.results
@@ -327,6 +327,9 @@ class _Run:
             "defence": self.defence.spec,
             "verdict": told["verified"],
             **{key: told[key] for key in ("before", "after", "removed", "rows", "dropped_tokens", "record")},
+            **{key: told[key] for key in ("caught", "lost") if key in told},
+            "settings": manifest.settings,
+            "model": manifest.model,
             "command": manifest.command,
             "versions": manifest.versions,
             "files": files,
