@@ -158,7 +158,7 @@ def test_the_lab_has_mixes_of_its_own_where_none_are_named() -> None:
 
 
 def test_an_unknown_option_of_the_adapter_is_told() -> None:
-    with pytest.raises(UsageError, match="did you mean 'rank_pattern'|did you mean 'r'|see the fields"):
+    with pytest.raises(UsageError, match="unknown option 'rank'"):
         peft_config({"rank": 3})
     assert peft_config({"r": 3}).r == 3
 

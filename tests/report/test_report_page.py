@@ -176,3 +176,26 @@ def test_misaligned_or_infinite_input_is_refused(make: Make) -> None:
         make([1.0, 2.0], removed=np.array([True]))
     with pytest.raises(ValueError, match="not finite"):
         make([1.0, np.nan], removed=np.array([True, False]))
+
+
+def test_kinds_are_told_as_a_guess_and_the_manifest_is_folded(example: ReportData) -> None:
+    page = render(example)
+    assert "Removed rows by nearest kind (a guess)" in page
+    assert "nearest kind (a guess): violence" in page
+    folded = page.partition('<section id="manifest">')[2].partition("</section>")[0]
+    assert folded.index("<details") < folded.index("<table")
+    assert "<details open" not in folded
+    assert "token_set" in folded
+
+
+@pytest.mark.parametrize(
+    ("score", "cut", "said"),
+    [(5.3, 5.3 - 1.776e-15, "0 over the cut"), (5.3, 5.2, "0.1 over the cut"), (1e-12, 5e-13, "5e−13 over the cut"),
+     (2.0, -np.inf, "∞ over the cut")],
+)  # fmt: skip
+def test_a_row_at_the_cut_is_no_rounding_error_beyond_it(make: Make, score: float, cut: float, said: str) -> None:
+    row = RowView(0, "id", score, score - cut, pieces=(("a", "response", 220.0),))
+    page = render(make([score, 0.0], 0.5, removed=np.array([True, False]), removed_rows=(row,)))
+    assert said in page
+    assert "+180</span>" in page
+    assert "e+02" not in page.partition('class="ramp"')[2].partition("</p>")[0]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from gradshield.report.text import chart_text, number, percent, plain_json, script_json, visible
+from gradshield.report.text import breakable, chart_text, duration, number, percent, plain_json, script_json, visible
 
 HIDDEN = [*"\u202e\u2066\u200b\u00ad\ufeff\u2028\x1b\x00\x85\ud800\U000e0041\u061c"]
 
@@ -57,3 +57,16 @@ def test_numbers_and_percentages() -> None:
         ">99.9 %",
         "4.1 %",
     ]
+
+
+def test_numbers_of_everyday_size_have_no_power_of_ten() -> None:
+    assert [number(x, 2) for x in (220.0, -140.0, 12345.6, 0.031)] == ["220", "−140", "12,000", "0.031"]
+    assert number(1.5e12) == "1.5e+12"
+    assert [duration(x) for x in (45, 720, 7200)] == ["45 seconds", "12 minutes", "2.00 hours"]
+
+
+def test_long_words_break_between_their_parts_only() -> None:
+    assert breakable("model.layers.0.q_proj & more") == "model.<wbr>layers.<wbr>0.<wbr>q_<wbr>proj &amp; more"
+    assert breakable("short.word <b>") == "short.word &lt;b&gt;"
+    hostile = breakable("<script>alert(1)</script>.\u202ex" * 2)
+    assert not set("<>\u202e") & set(hostile.replace("<wbr>", ""))

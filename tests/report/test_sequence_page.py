@@ -35,7 +35,27 @@ def run(last: int = 4, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("last", "tone"), [(4, "pass"), (12, "pass"), (13, "fail"), (90, "fail")])
 def test_the_end_decides(last: int, tone: str) -> None:
-    assert sequence.page(run(last)).tone == tone
+    whole = run(last)
+    whole["stages"][-1]["utility"]["news"] = rate(88, 100)
+    whole["measures"]["forgetting"] = [None, 0.02]
+    assert sequence.page(whole).tone == tone
+
+
+def test_what_was_forgotten_is_no_pass_and_is_named() -> None:
+    found = sequence.page(run())
+    assert found.tone == "warn"
+    assert "usefulness does not last" in found.standing
+    assert found.facts[0].startswith("Forgetting is 0.200")
+    assert found.facts[1].replace("\u00a0", " ") == "Utility on news fell from 90.0 % to 70.0 %."
+    assert sequence.page(run(measures={})).tone == "warn"  # the stages say it too
+
+
+def test_a_sequence_that_learned_nothing_is_no_pass() -> None:
+    whole = run(measures={})
+    whole["stages"] = [stage(name, 0, 1, 2, None) for name in ("start", "news", "sums")]
+    found = sequence.page(whole)
+    assert found.tone == "warn"
+    assert "No task is known at the end" in found.facts[0]
 
 
 def test_no_worse_than_a_bad_start_is_a_warning() -> None:
@@ -96,3 +116,11 @@ def test_hostile_names_are_only_text() -> None:
 def test_missing_figures_are_no_error(whole: dict[str, Any], tmp_path: Path) -> None:
     assert_tame(sequence.write(whole, tmp_path / "report.html").read_text(encoding="utf-8"))
     assert sequence.markdown(whole)
+
+
+def test_settings_and_model_are_told_where_they_are_given() -> None:
+    text = shown(
+        sheet.render(sequence.page(run(settings={"training": {"max_steps": 3}}, model={"name": "some/model"})))
+    )
+    assert "Model some/model" in text
+    assert "Training max steps 3" in text

@@ -103,3 +103,128 @@ def test_hostile_text_is_only_text() -> None:
 def test_missing_figures_are_no_error(whole: dict[str, Any], tmp_path: Path) -> None:
     path = rounds.write(whole, tmp_path / "report.html")
     assert_tame(path.read_text(encoding="utf-8"))
+
+
+def test_utility_that_fell_or_never_rose_and_new_refusals_are_no_pass() -> None:
+    fell = rounds.page(run(before=figures(1, 0, 150), after=figures(4, 3, 20)))
+    assert (fell.tone, fell.standing.partition("but ")[2]) == ("warn", "utility fell")
+    nothing = rounds.page(run(before=figures(1, 0, 0), after=figures(4, 3, 0)))
+    assert (nothing.tone, nothing.standing.partition("but ")[2]) == ("warn", "the model has not learned the task")
+    shy = rounds.page(run(after=figures(4, 3) | {"over_refusal": rate(90, 200)}))
+    assert (shy.tone, shy.standing.partition("but ")[2]) == ("warn", "the model refuses more that is harmless")
+
+
+def test_one_round_has_no_chart_and_several_have_bars_for_their_intervals() -> None:
+    alone = verdict()
+    alone["rounds"], alone["best"] = alone["rounds"][1:], 0
+    page = sheet.render(rounds.page(run(verdict=alone)))
+    assert specs(page) == {}
+    assert "ended with its first round" in shown(page)
+    page = sheet.render(rounds.page(run(verdict=verdict())))
+    traces = {trace["name"]: trace for trace in specs(page)["rounds"]["data"]}
+    bars = traces["ASR, b"]["error_y"]
+    assert bars["array"] == pytest.approx([100 * (rate(k, n)["high"] - k / n) for k, n in ((30, 96), (4, 200))])
+    assert bars["arrayminus"] == pytest.approx([100 * (k / n - rate(k, n)["low"]) for k, n in ((30, 96), (4, 200))])
+    assert traces["utility"]["error_y"]["array"][0] == 0
+    assert traces["ASR, a"]["x"] != traces["ASR, b"]["x"]
+    assert "other requests and other rows of the task" in shown(page)
+
+
+def test_the_targets_are_drawn_where_they_are_told() -> None:
+    def lines(found: dict[str, Any]) -> list[float]:
+        page = sheet.render(rounds.page(run(verdict=found)))
+        return [line["y0"] for line in specs(page)["rounds"]["layout"]["shapes"]]
+
+    assert lines(verdict()) == pytest.approx([6.0])
+    targets = {"asr": 0.03, "utility": 0.87, "tolerance": 0.02}
+    assert lines(verdict() | {"targets": targets}) == pytest.approx([3.0, 85.0])
+    text = shown(sheet.render(rounds.page(run(verdict=verdict() | {"targets": targets}))))
+    assert "an ASR whose interval ends below 3.0 % by every judge, and a utility of at least 85.0 %" in text
+    assert lines(verdict() | {"targets": {"utility": None, "asr": "x"}}) == pytest.approx([6.0])
+
+
+OUTPUTS = {"before": "outputs-before.jsonl", "after": "outputs-after.jsonl"}
+
+
+def test_nothing_is_said_of_rows_where_no_row_method_ran() -> None:
+    found = rounds.page(run(removed=0, files=OUTPUTS, defence="asft"))
+    assert [name for name, _, _ in found.figures][:2] == ["rows", "ASR after, refusal-phrases"]
+    page = sheet.render(found)
+    assert "What was taken out" not in page
+    assert 'href="outputs-before.jsonl"' in page.partition('id="made"')[2]
+    assert 'href="outputs-after.jsonl"' in page.partition('id="made"')[2]
+    nothing_went = sheet.render(rounds.page(run(removed=0)))
+    assert "None of 1,000 rows was taken out" in nothing_went
+    assert 'href="scan/report.html"' in nothing_went.partition('id="taken"')[2].partition("</section>")[0]
+    masked = shown(sheet.render(rounds.page(run(removed=0, dropped_tokens=7, files=OUTPUTS))))
+    assert "tokens not learned 7" in masked
+
+
+def test_labels_tell_what_was_caught_and_lost() -> None:
+    page = rounds.page(run(caught=rate(90, 96), lost=rate(6, 904)))
+    assert ("harmful rows caught", "93.8\u00a0%", "of 96") in page.figures
+    assert "harmless rows lost" in shown(sheet.render(page)).partition("What was taken out")[2]
+
+
+RECORD = {
+    "asft": {"layers": 28, "largest_eigenvalue": {"max": 0.67727, "median": 0.36}, "value": 0.5, "new_key": 1},
+    "safelora": {"cosines": {f"model.layers.{i}.self_attn.q_proj.weight": i / 10 for i in range(10)}},
+}
+
+
+def test_a_record_is_told_in_words() -> None:
+    page = sheet.render(rounds.page(run(record=RECORD)))
+    text = shown(page).partition("What the method did in training")[2].partition("How it was made")[0]
+    assert "largest eigenvalue, highest of any layer 0.6773" in text
+    assert "layers held 28" in text
+    assert "penalty when last computed 0.5" in text
+    assert "new_key 1" in text
+    assert "cosines of the layers 10 values from 0 to 0.9, the middle one 0.45" in text
+    assert "self_attn" not in text
+    assert "model.<wbr>layers.<wbr>0.<wbr>self_<wbr>attn.<wbr>q_<wbr>proj.<wbr>weight" in page  # among the settings
+
+
+SETTINGS = {
+    "training": {"max_steps": 3, "learning_rate": 0.001, "online": {"penalties": []}},
+    "peft": {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "megatron_core": "megatron.core", "use_dora": False},
+    "base": {"name": "some/base"},
+    "report": {"n": [100, 130, 33], "judges": ["refusal-phrases", ["guard", {"model": "x"}]], "tokens": 12, "metric": "exact",
+               "guessed": True, "answer_prefix": "Sure"},
+    "search": None,
+    "seed": 4,
+}  # fmt: skip
+
+
+def test_how_it_was_made_is_told_in_words_and_every_setting_stands_folded() -> None:
+    page = rounds.page(run(settings=SETTINGS, model={"name": "some/model", "parameters": 1234, "sha256": "ab" * 32}))
+    told = dict(page.made)
+    assert told["Training"] == "max steps 3, learning rate 0.001"
+    assert told["Adapter"] == "LoRA: rank 8, lora alpha 16"
+    assert told["Model"] == "some/model, 1,234 parameters, SHA-256 abababababab…"
+    assert told["Measured"] == (
+        "100 requests by refusal-phrases, guard; 130 harmless look-alikes; 33 rows of the task by exact (guessed from the rows); "
+        "answers of at most 12 tokens; every answer begun with “Sure”"
+    )
+    assert told["Seed"] == "4"
+    assert "The search measured" not in told
+    assert ("settings.peft.megatron_core", "megatron.core") in page.folded
+    assert "<details" in sheet.render(page).partition('id="made"')[2]
+    bare = dict(rounds.page(run()).made)
+    assert set(bare) == {"Defence"}
+    full = dict(rounds.page(run(settings={"peft": None, "training": {}})).made)
+    assert (full["Adapter"], full["Training"]) == ("none: every weight is trained", "defaults of TRL's SFTConfig")
+
+
+def test_hostile_settings_are_only_text() -> None:
+    bad = {EVIL: {EVIL: EVIL}}
+    settings = {
+        "training": bad,
+        "peft": bad,
+        "base": {"name": EVIL},
+        "report": {"n": [1, EVIL], "judges": [EVIL, [EVIL]]},
+    }
+    whole = run(
+        settings=settings | bad, model={"name": EVIL, "class": EVIL} | bad, record={"asft": bad}, caught=EVIL, lost=None
+    )
+    whole["verdict"] = verdict() | {"targets": EVIL}
+    assert_tame(sheet.render(rounds.page(whole)))
