@@ -61,7 +61,7 @@ def test_killed_interrupted_and_run_again(data: Path, folder: Path, probes: Path
     code, said = _stopped(arguments, output, 0, signal.SIGKILL)
     first = _finished(output)
     assert code == -signal.SIGKILL, said
-    assert 0 < len(first)
+    assert len(first) > 0
     assert not (output / "manifest.json").exists()
 
     code, said = _stopped(arguments, output, len(first), signal.SIGINT)

@@ -32,9 +32,7 @@ def keys(contents: Sequence[int]) -> list[bytes]:
 
 
 contents = st.integers(0, 10**6).flatmap(
-    lambda seed: st.integers(1, 1000).map(
-        lambda count: np.random.default_rng(seed).permutation(10**5)[:count].tolist()
-    )
+    lambda seed: st.integers(1, 1000).map(lambda count: np.random.default_rng(seed).permutation(10**5)[:count].tolist())
 )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gradshield.files import replacing
 from gradshield.types import Manifest
 
 BEGIN, END = "<!-- gradshield:begin -->", "<!-- gradshield:end -->"
@@ -18,9 +18,8 @@ def write(folder: Path, manifest: Manifest) -> None:
     path = folder / "README.md"
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     old = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", "", old, flags=re.DOTALL).rstrip()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text((old + "\n\n" if old else "") + section(manifest) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        part.write_text((old + "\n\n" if old else "") + section(manifest) + "\n", encoding="utf-8")
 
 
 def section(manifest: Manifest) -> str:

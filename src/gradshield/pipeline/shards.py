@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import nn
 
 from gradshield.data import batches
 from gradshield.errors import DataError, ModelError
+from gradshield.files import replacing
 from gradshield.pipeline.options import text_config
 from gradshield.selectors import Measured, Selector
 from gradshield.types import Batch, Direction, Rendered
@@ -143,12 +143,10 @@ def _key(selector: Selector, direction: Direction, content: bytes, token_budget:
 def _write(path: Path, part: Measured) -> None:
     flat = np.concatenate(part.tokens) if part.tokens is not None else np.zeros(0)
     arrays = {"sums": part.sums, "nll": part.nll, "lengths": part.lengths, "tokens": flat}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(arrays, temporary, {"sha256": _digest(arrays)})
-        os.replace(temporary, path)
+        with replacing(path) as part_of_it:
+            save_file(arrays, part_of_it, {"sha256": _digest(arrays)})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(
             f"{path.parent} cannot be written ({error}): free some space, or give another --output"
         ) from None
