@@ -18,7 +18,7 @@ from gradshield.pipeline import shards
 from gradshield.selectors import Fihs
 from tests.pipeline.common import chats, command, files, jsonl, scan, scan_arguments, table, write
 
-ROWS = 5 * shards.SHARD_ROWS + 7
+ROWS = 640
 RULE = ("-t", "ratio:5%")
 
 
@@ -61,7 +61,7 @@ def test_killed_interrupted_and_run_again(data: Path, folder: Path, probes: Path
     code, said = _stopped(arguments, output, 0, signal.SIGKILL)
     first = _finished(output)
     assert code == -signal.SIGKILL, said
-    assert 0 < len(first) < 6
+    assert len(first) > 0
     assert not (output / "manifest.json").exists()
 
     code, said = _stopped(arguments, output, len(first), signal.SIGINT)
@@ -69,15 +69,16 @@ def test_killed_interrupted_and_run_again(data: Path, folder: Path, probes: Path
     assert code == 130, said
     said = [line for line in said.splitlines() if not line.startswith("warning:")]
     assert said == ["interrupted: what is finished is kept; run the same command again to go on"]
-    assert len(first) < len(second) < 6
+    assert len(first) < len(second)
     assert first.items() <= second.items()
     assert not (output / "manifest.json").exists()
 
     assert command(*arguments).code == 0
     assert second.items() <= _finished(output).items()
-    assert len(_finished(output)) == 6
     whole = tmp_path / "undisturbed"
     assert command(*scan_arguments(data, folder, whole, probes, *RULE)).code == 0
+    assert _finished(output).keys() == _finished(whole).keys()
+    assert len(second) < len(_finished(whole))
     ours, theirs = table(output), table(whole)
     assert ours["id"].to_pylist() == theirs["id"].to_pylist()
     assert ours["removed"].to_pylist() == theirs["removed"].to_pylist()

@@ -214,7 +214,7 @@ def test_the_manifest_is_complete(tmp_path: Path) -> None:
         "engine_step",
     }
     wanted |= {"render", "probe_found", "probe_sha256", "direction_sha256", "answer_prefix", "format"}
-    wanted |= {"peft", "adapted_weights"}
+    wanted |= {"peft", "adapted_weights", "selector", "selector_found"}
     assert set(manifest["settings"]) == wanted
     results = manifest["results"]
     counts = {key: results[key] for key in ("read", "scored", "kept", "removed", "quarantined", "cleared")}

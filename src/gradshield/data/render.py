@@ -17,6 +17,7 @@ import numpy as np
 from gradshield.data import templates
 from gradshield.data.canonical import json_line
 from gradshield.data.formats import Source
+from gradshield.data.spool import Spool
 from gradshield.data.turns import turn_span
 from gradshield.errors import DataError, UsageError
 from gradshield.types import Conversation, Example, Quarantined, Rendered, Tokens
@@ -83,9 +84,9 @@ class RenderConfig:
 
 @dataclass(frozen=True, eq=False)
 class RenderResult:
-    """Rows rendered, and rows that leave nothing to score."""
+    """Rows rendered, which are kept on disk, and rows that leave nothing to score."""
 
-    rendered: tuple[Rendered, ...]
+    rendered: Sequence[Rendered]
     quarantined: tuple[Quarantined, ...]
 
 
@@ -107,19 +108,19 @@ def render_all(
     ModelError where the chat template cannot do what the configuration asks.
     """
     renderer = Renderer(tokenizer, config)
-    rendered: list[Rendered] = []
+    rendered = Spool()
     quarantined: list[Quarantined] = []
     for example in examples:
         result = renderer.render(example)
         if isinstance(result, Rendered):
-            rendered.append(result)
+            rendered.add(result)
             continue
         line = source.line(example.row) if source is not None else example.row + 1
         if strict:
             raise DataError(f"line {line} cannot be scored, {result}: mend it, or leave out strict (--strict)")
         raw = example.source if isinstance(example.source, bytes) else json_line(example.source).rstrip(b"\n")
         quarantined.append(Quarantined(example.row, line, result, raw))
-    return RenderResult(tuple(rendered), tuple(quarantined))
+    return RenderResult(rendered, tuple(quarantined))
 
 
 class Renderer:

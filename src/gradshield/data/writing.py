@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from gradshield.data.canonical import json_line
 from gradshield.data.formats import Source
 from gradshield.data.records import HEAD_BYTES, Oversized
 from gradshield.errors import DataError
+from gradshield.files import replacing
 from gradshield.types import Example, Quarantined
 
 
@@ -79,11 +79,8 @@ def _write_chunks(part: Path, chunks: Iterable[bytes]) -> None:
 
 def _replace(path: Path, fill: Callable[[Path], None]) -> None:
     """Fill a file beside ``path``, then put it in its place in one step."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        fill(part)
-        os.replace(part, path)
+        with replacing(path) as part:
+            fill(part)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror or error}): give a folder that can") from None
-    finally:
-        part.unlink(missing_ok=True)

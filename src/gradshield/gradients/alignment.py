@@ -8,7 +8,6 @@ C = V Vᵀ/‖V‖_F stretches them.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradshield.errors import DataError, ModelError, UsageError
+from gradshield.files import replacing
 from gradshield.gradients.direction import digest
 
 
@@ -171,9 +171,8 @@ def _squares(gram: Tensor) -> Tensor:
 def save(direction: Alignment, path: Path) -> None:
     """Write the alignment direction as safetensors, atomically, with its digest in the header."""
     header = {"kind": "alignment", "digest": direction.digest, "meta": json.dumps(dict(direction.meta))}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: v.detach().cpu().contiguous() for name, v in direction.tensors.items()}, temporary, header)
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        save_file({name: v.detach().cpu().contiguous() for name, v in direction.tensors.items()}, part, header)
 
 
 def load(path: Path) -> Alignment:

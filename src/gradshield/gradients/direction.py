@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gradshield.errors import DataError, ScoreError
+from gradshield.files import replacing
 from gradshield.gradients.base import scoring
 from gradshield.types import Direction
 
@@ -78,9 +78,8 @@ def save(direction: Direction, path: Path) -> None:
         "digest": direction.digest,
         "meta": json.dumps(dict(direction.meta)),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: t.detach().cpu().contiguous() for name, t in direction.tensors.items()}, temporary, header)
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        save_file({name: t.detach().cpu().contiguous() for name, t in direction.tensors.items()}, part, header)
 
 
 def load(path: Path) -> Direction:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gradshield.files import replacing
 from gradshield.types import Manifest
 
 BEGIN, END = "<!-- gradshield:begin -->", "<!-- gradshield:end -->"
@@ -18,13 +18,12 @@ def write(folder: Path, manifest: Manifest) -> None:
     path = folder / "README.md"
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     old = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", "", old, flags=re.DOTALL).rstrip()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # Behind the front matter, which must stand first, and before what PEFT fills in.
     front = re.match(r"---\n.*?\n---\n", old, flags=re.DOTALL)
     head, rest = (old[: front.end()], old[front.end() :]) if front else ("", old)
     parts = [head.strip(), section(manifest), rest.strip()]
-    temporary.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        part.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
 
 
 def section(manifest: Manifest) -> str:

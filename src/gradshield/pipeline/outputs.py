@@ -29,6 +29,7 @@ import numpy as np
 
 from gradshield import data as rows_in
 from gradshield.errors import DataError
+from gradshield.files import replacing
 from gradshield.intervals import wilson
 from gradshield.models import LoadedModel
 from gradshield.types import Bools, EvalResult, Example, Manifest, Rate, Rendered, Selection
@@ -218,9 +219,8 @@ def write_scores(selection: Selection, path: Path) -> None:
         columns["tokens"] = pa.array(scores.lengths, pa.int64())
     if scores.nll is not None:
         columns["loss"] = pa.array(scores.nll, pa.float64())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.table(columns), temporary)
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        pq.write_table(pa.table(columns), part)
 
 
 def write_manifest(value: Manifest, folder: Path) -> None:
@@ -230,9 +230,8 @@ def write_manifest(value: Manifest, folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON with plain numbers only: what is not finite becomes null."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(finite(value), indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(finite(value), indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
 def finite(value: Any) -> Any:
@@ -273,9 +272,8 @@ def result(value: Mapping[str, Any]) -> EvalResult:
 def write_outputs(found: EvalResult, path: Path) -> None:
     """Every prompt with its answer, verdicts or score, one JSON line each."""
     lines = (json.dumps(finite(row), ensure_ascii=False) + "\n" for row in stored(found)["outputs"])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        part.write_text("".join(lines), encoding="utf-8")
 
 
 def digest(value: Any) -> str:

@@ -17,6 +17,7 @@ from gradshield.errors import DataError
 from gradshield.intervals import wilson
 from gradshield.pipeline import outputs, review
 from gradshield.pipeline.decide import decide
+from gradshield.pipeline.lock import alone
 from gradshield.selectors import SELECTORS
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
@@ -38,6 +39,12 @@ def recut(
     Raises DataError when the folder is not a finished scan or its files do not belong together.
     """
     path = Path(folder)
+    read_manifest(path)
+    with alone(path):
+        return _recut(path, threshold, allow, command)
+
+
+def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], command: str) -> Selection:
     old = read_manifest(path)
     scores, removed_before, categories_before = read_scores(path)
     anchors = old.results.get("anchors")

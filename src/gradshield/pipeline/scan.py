@@ -12,6 +12,7 @@ from gradshield import data as rows_in
 from gradshield.errors import UsageError
 from gradshield.pipeline import outputs
 from gradshield.pipeline.decide import decide
+from gradshield.pipeline.lock import alone
 from gradshield.pipeline.ranking import score
 from gradshield.pipeline.rows import Prepared, prepare
 from gradshield.pipeline.scoring import Progress, Scored, carrying, categories, weights_changed
@@ -58,6 +59,7 @@ def scan(
         tokens only, and rows are cut at ``max_length`` tokens (1,024, or the model's own limit if that is less).
     output
         A folder for the rows, the scores, the report and the manifest; an interrupted scan into it goes on where it stopped.
+        One process at a time has it.
     allow
         Ids of rows that a person has cleared: they stay, whatever they score.
     labels
@@ -71,22 +73,23 @@ def scan(
     settings, probing = settings or ScanSettings(), probing or Probing()
     if output is not None:
         outputs.check(output)
-    rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, strict)
-    check_labels(labels, rows.read.source.rows)
-    selection, _ = select(
-        rows,
-        settings,
-        probing,
-        peft_config=peft_config,
-        allow=allow,
-        labels=labels,
-        output=output,
-        command=command,
-        format=format,
-        progress=progress,
-    )
-    if output is not None:
-        outputs.write(selection, Path(output), rows, labels)
+    with alone(output):
+        rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, strict)
+        check_labels(labels, rows.read.source.rows)
+        selection, _ = select(
+            rows,
+            settings,
+            probing,
+            peft_config=peft_config,
+            allow=allow,
+            labels=labels,
+            output=output,
+            command=command,
+            format=format,
+            progress=progress,
+        )
+        if output is not None:
+            outputs.write(selection, Path(output), rows, labels)
     return selection
 
 

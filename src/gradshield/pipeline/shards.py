@@ -1,15 +1,16 @@
 """Measure rows in shards that are written as they finish, so that an interrupted scan goes on where it stopped.
 
 A shard's key is a hash of everything its numbers depend on (the tokens of its rows, the direction, the engine, the
-budget) and of nothing else: not of positions, names or times. A finished shard is never measured again.
+budget) and of nothing else: not of positions, names or times. Where a shard ends is told by the rows themselves, so that a
+row that is edited, put in or taken out changes its own shard and at most one beside it. A finished shard is never measured
+again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,13 @@ from torch import nn
 
 from gradshield.data import batches
 from gradshield.errors import DataError, ModelError
+from gradshield.files import replacing
 from gradshield.pipeline.options import text_config
 from gradshield.selectors import Measured, Selector
 from gradshield.types import Batch, Direction, Rendered
 
-SHARD_ROWS = 128
+MEAN_ROWS = 128  # one row in so many ends its shard
+MOST_ROWS = 1024  # so many end it in any case: rows that are all alike have no end of their own
 LOGITS_BUDGET = 2**27  # entries of the logits of one batch: 512 MiB in float32
 
 Progress = Callable[[int, int], None]
@@ -41,9 +44,8 @@ def measure(
 ) -> Measured:
     """Measure all rows, in the order of the input; shards found in ``store`` are read instead."""
     parts, done = [], 0
-    for start in range(0, len(rendered), SHARD_ROWS):
-        rows = rendered[start : start + SHARD_ROWS]
-        path = store / f"{_key(selector, direction, rows, token_budget)}.safetensors" if store else None
+    for rows, content in cut(rendered):
+        path = store / f"{_key(selector, direction, content, token_budget)}.safetensors" if store else None
         part = _read(path, rows) if path else None
         if part is None:
             part = _measure_shard(selector, model, direction, rows, token_budget)
@@ -53,6 +55,34 @@ def measure(
         done += len(rows)
         progress(done, len(rendered))
     return Measured.joined(parts)
+
+
+def cut(rendered: Iterable[Rendered]) -> Iterator[tuple[list[Rendered], bytes]]:
+    """Rows in shards, in their order, each shard with its rows' hashes one after the other.
+
+    A shard ends after a row whose hash is a multiple of MEAN_ROWS, and after MOST_ROWS in any case. So one edit makes at
+    most two new shards; only where more than MOST_ROWS rows stand together without an end of their own (a stretch in 3,000
+    is that long) may it make more, up to the next such end.
+    """
+    rows: list[Rendered] = []
+    hashes: list[bytes] = []
+    for row in rendered:
+        rows.append(row)
+        hashes.append(_content(row))
+        if int.from_bytes(hashes[-1][:8]) % MEAN_ROWS == 0 or len(rows) == MOST_ROWS:
+            yield rows, b"".join(hashes)
+            rows, hashes = [], []
+    if rows:
+        yield rows, b"".join(hashes)
+
+
+def _content(row: Rendered) -> bytes:
+    """SHA-256 of what a row's numbers depend on."""
+    sha = hashlib.sha256()
+    for tokens in row.sequences:
+        sha.update(np.int64(len(tokens.ids)).tobytes() + tokens.ids.tobytes() + tokens.loss.tobytes())
+        sha.update(np.float64(tokens.coefficient).tobytes())
+    return sha.digest()
 
 
 def _measure_shard(
@@ -105,26 +135,18 @@ def _part(batch: Batch, keep: np.ndarray) -> Batch:
     )
 
 
-def _key(selector: Selector, direction: Direction, rows: Sequence[Rendered], token_budget: int) -> str:
+def _key(selector: Selector, direction: Direction, content: bytes, token_budget: int) -> str:
     settings = [selector.name, dict(selector.settings()), direction.digest, token_budget]
-    sha = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for row in rows:
-        for tokens in row.sequences:
-            sha.update(np.int64(len(tokens.ids)).tobytes() + tokens.ids.tobytes() + tokens.loss.tobytes())
-            sha.update(np.float64(tokens.coefficient).tobytes())
-        sha.update(b"|")
-    return sha.hexdigest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + b"\n" + content).hexdigest()
 
 
 def _write(path: Path, part: Measured) -> None:
     flat = np.concatenate(part.tokens) if part.tokens is not None else np.zeros(0)
     arrays = {"sums": part.sums, "nll": part.nll, "lengths": part.lengths, "tokens": flat}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(arrays, temporary, {"sha256": _digest(arrays)})
-        os.replace(temporary, path)
+        with replacing(path) as part_of_it:
+            save_file(arrays, part_of_it, {"sha256": _digest(arrays)})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise DataError(
             f"{path.parent} cannot be written ({error}): free some space, or give another --output"
         ) from None

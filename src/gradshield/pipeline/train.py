@@ -27,6 +27,7 @@ from gradshield.pipeline import card, outputs, verify
 from gradshield.pipeline.course import RENDERED, Chosen, Course, Fitted, Job, quiet
 from gradshield.pipeline.defences import Defence, parse
 from gradshield.pipeline.exam import Exam, asked, check_disjoint, exam, figures
+from gradshield.pipeline.lock import alone
 from gradshield.pipeline.options import sft_options
 from gradshield.pipeline.rows import load, prepare
 from gradshield.pipeline.scan import check_labels, select
@@ -132,8 +133,8 @@ def train(
         probing=probing,
         seed=seed,
     )
-    run = _Run(job, wanted, exams, outputs.prepare(output), merge, command, progress)
-    return run.finished(began)
+    with alone(output):
+        return _Run(job, wanted, exams, outputs.prepare(output), merge, command, progress).finished(began)
 
 
 class _Run:

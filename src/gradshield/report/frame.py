@@ -10,7 +10,6 @@ import base64
 import hashlib
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from gradshield.files import replacing
 from gradshield.report import text
 from gradshield.report.data import as_rate
 from gradshield.report.draw import Chart
@@ -49,15 +49,8 @@ def save(page: str, path: str | os.PathLike[str]) -> Path:
     """Write a page to ``path``. The file appears whole or not at all; an older one stays until then."""
     target = Path(path)
     body = page.encode("utf-8", "replace")
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(part, "xb") as file:
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(target) as part:
+        part.write_bytes(body)
     return target
 
 

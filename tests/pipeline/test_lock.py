@@ -1,0 +1,100 @@
+"""One process at a time has an output folder, and a dead one has none."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradshield import recut
+from gradshield.errors import DataError, GradShieldError
+from gradshield.pipeline import lock
+from tests.pipeline import killing
+from tests.pipeline.common import chats, files, scan
+
+
+@pytest.mark.slow
+def test_a_second_process_is_told_and_a_dead_one_lets_go(tmp_path: Path) -> None:
+    scan(chats(6), output=tmp_path)
+    before = files(tmp_path)
+    context = killing.context()
+    ready = context.Event()
+    holder = context.Process(target=killing.held, args=(tmp_path, ready))
+    holder.start()
+    try:
+        assert ready.wait(120)
+        for what in (lambda: scan(chats(6), output=tmp_path), lambda: recut(tmp_path, "ratio:20%")):
+            with pytest.raises(DataError, match=rf"in use by another run.*process {holder.pid} on ") as raised:
+                what()
+            assert "wait until it has ended, or give another --output" in str(raised.value)
+        assert files(tmp_path) == before
+    finally:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.join(60)
+    assert scan(chats(6), output=tmp_path).manifest.results["scored"] == 6
+
+
+def test_one_run_after_another_in_one_process(tmp_path: Path) -> None:
+    for _ in range(2):
+        with lock.alone(tmp_path / "out"):
+            (tmp_path / "out" / "file").write_text("")
+            with pytest.raises(DataError, match="in use"), lock.alone(tmp_path / "out"):
+                pytest.fail("had twice")
+
+
+@pytest.mark.parametrize("there", [(), ("a",), ("a", "a/b"), ("a", "a/b", "a/b/.gradshield")])
+def test_a_folder_in_which_nothing_was_written_is_as_before(tmp_path: Path, there: tuple[str, ...]) -> None:
+    for name in there:
+        (tmp_path / name).mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ZeroDivisionError), lock.alone(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b").is_dir()
+        raise ZeroDivisionError
+    after = [path for path in sorted(tmp_path.rglob("*")) if path.name != lock.LOCK]
+    assert after == before
+
+
+def test_what_was_half_written_is_taken_away(tmp_path: Path) -> None:
+    (tmp_path / ".gradshield" / "shards").mkdir(parents=True)
+    own = [tmp_path / ".kept.jsonl.0a.part", tmp_path / ".gradshield" / "shards" / ".x.safetensors.0b.part"]
+    others = [tmp_path / "mine.part", tmp_path / ".hidden"]
+    for path in (*own, *others):
+        path.write_text("x")
+    with lock.alone(tmp_path):
+        assert not any(path.exists() for path in own)
+    assert all(path.exists() for path in others)
+
+
+def test_where_there_are_no_locks_all_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with lock.alone(tmp_path), lock.alone(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("target", ["write_scores", "write_json"])
+def test_a_full_disk_is_a_sentence_and_a_rerun_goes_on(
+    target: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradshield.pipeline import outputs
+
+    def full(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(outputs, target, full)
+        with pytest.raises(GradShieldError, match=r"cannot be written to .*free some space") as raised:
+            scan(chats(12), output=tmp_path)
+    assert raised.value.exit_code == 3
+    assert not (tmp_path / "manifest.json").exists()
+    again, fresh = scan(chats(12), output=tmp_path), scan(chats(12))
+    assert again.scores.values.tolist() == fresh.scores.values.tolist()
