@@ -286,6 +286,17 @@ def _exam(config: Config, cell: Cell, split: str) -> Exam:
     )
 
 
+def _recipes(config: Config, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How each task of the lab was trained, which the config says only where it differs from the lab's own way."""
+    if config.model != "lab":
+        return {}
+    tasks = sorted({str(cell["task"]) for cell in cells})
+    return {
+        "recipes": {task: {**lab.recipe(task), **config.training} for task in tasks},
+        "adapter": {**lab.LORA, **config.lora},
+    }
+
+
 def _write(
     config: Config, cells: Sequence[Mapping[str, Any]], folder: Path, command: str, seconds: float
 ) -> dict[str, Any]:
@@ -296,6 +307,7 @@ def _write(
         "command": command,
         "versions": outputs.versions(),
         "config": config.model_dump(),
+        **_recipes(config, cells),
         "defences": {cell["defence"]: " ".join(told(str(cell["defence"]))) for cell in cells},
         "cost": {
             "cells": len(cells),

@@ -97,6 +97,8 @@ def sequence(
         "stages": points,
         "unmet": unmet,
         "measures": _measures(np.array([[rate.rate for rate in row] for row in table]), points),
+        "settings": done.manifest.settings,
+        "model": done.manifest.model,
         "command": command,
         "versions": outputs.versions(),
     }

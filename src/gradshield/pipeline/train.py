@@ -307,6 +307,14 @@ class _Run:
             results=results,
         )
 
+    def _judged(self, verdict: Any) -> Any:
+        """The search with its targets, as far as they were typed."""
+        rule = self.defence.verified
+        if verdict is None or rule is None:
+            return None
+        targets = {"asr": rule.asr, "tolerance": rule.tolerance, "utility": rule.utility}
+        return {**verdict, "targets": {name: value for name, value in targets.items() if value is not None}}
+
     def _save(self, model: Any, manifest: Manifest, before: EvalResult, after: EvalResult) -> None:
         from gradshield.report import rounds
 
@@ -326,7 +334,7 @@ class _Run:
         whole = {
             "title": f"GradShield · {manifest.data['name']}",
             "defence": self.defence.spec,
-            "verdict": told["verified"],
+            "verdict": self._judged(told["verified"]),
             **{key: told[key] for key in ("before", "after", "removed", "rows", "dropped_tokens", "record")},
             **{key: told[key] for key in ("caught", "lost") if key in told},
             "settings": manifest.settings,

@@ -38,13 +38,13 @@ def class_charts(data: ReportData) -> list[Chart]:
 
 
 def category_chart(totals: Mapping[str, int]) -> Chart | None:
-    """Removed rows by harm category, the largest on top."""
+    """Removed rows by the kind of harm they are nearest to, the largest on top."""
     if not totals:
         return None
     ordered = sorted(totals.items(), key=lambda entry: -entry[1])
     bars = ordered[:CATEGORIES]
     if len(ordered) > CATEGORIES:
-        bars = [*bars, (f"{len(ordered) - CATEGORIES} other categories", sum(n for _, n in ordered[CATEGORIES:]))]
+        bars = [*bars, (f"{len(ordered) - CATEGORIES} other kinds", sum(n for _, n in ordered[CATEGORIES:]))]
     positions = list(range(len(bars)))
     trace = {
         "type": "bar", "orientation": "h", "x": [n for _, n in bars], "y": positions,
@@ -54,7 +54,7 @@ def category_chart(totals: Mapping[str, int]) -> Chart | None:
     layout = base_layout(height=48 + 30 * len(bars), showlegend=False)
     layout["margin"] = {"l": 12, "r": 46, "t": 8, "b": 30}
     layout["yaxis"] = {
-        "tickvals": positions, "ticktext": [chart_text(name or "no category", 30) + "  " for name, _ in bars],
+        "tickvals": positions, "ticktext": [chart_text(name or "no kind", 30) + "  " for name, _ in bars],
         "range": [len(bars) - 0.4, -0.6], "automargin": True, "fixedrange": True, "showgrid": False, "zeroline": False,
         "ticks": "",
     }  # fmt: skip
@@ -62,8 +62,12 @@ def category_chart(totals: Mapping[str, int]) -> Chart | None:
     layout["xaxis"] = (
         axis_style(None) | few | {"rangemode": "tozero", "fixedrange": True, "nticks": 6, "tickformat": ",d"}
     )
-    table = (("Category", "Rows removed"), *((name or "no category", f"{n:,}") for name, n in bars))
-    return Chart("categories", "Removed rows by harm category", "", {"data": [trace], "layout": layout}, table, False)
+    table = (("Nearest kind", "Rows removed"), *((name or "no kind", f"{n:,}") for name, n in bars))
+    caption = (
+        "Each removed row stands under the kind of harm whose direction it follows furthest. None was removed for it."
+    )
+    title = "Removed rows by nearest kind (a guess)"
+    return Chart("categories", title, caption, {"data": [trace], "layout": layout}, table, False)
 
 
 def _shapes(data: ReportData) -> list[tuple[str, int]]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradshield.report import sheet
-from gradshield.report.data import Status
+from gradshield.report import made, sheet
+from gradshield.report.outcome import outcome
 from gradshield.report.pool import (
     MISSING,
     REFERENCE,
@@ -29,6 +29,7 @@ from gradshield.report.pool import (
 from gradshield.report.rivals import Standing, Win, against
 from gradshield.report.scatter import trade_off
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry, spark
+from gradshield.report.text import duration, flatten
 
 LEVELS = (0.01, TARGET, 0.12, 0.25, 0.5, 0.75)  # ASR up to which each of the map's tints reaches; the last has no end
 LOOKS = {"too unsafe": "unsafe", "utility short": "short", "passes": "passes"}
@@ -46,7 +47,7 @@ def page(whole: Mapping[str, Any]) -> Sheet:
     found, sums, judges = mixes(cells), totals(cells), judges_of(cells)
     standings, wins = against(found)
     about = {str(name): str(text) for name, text in (whole.get("defences") or {}).items()}
-    tone, standing, verdict = _verdict(sums, standings)
+    result = outcome(cells, found, sums, standings)
     chart = trade_off(sums)
     sections = (
         _map(found, judges, about),
@@ -68,14 +69,16 @@ def page(whole: Mapping[str, Any]) -> Sheet:
     return Sheet(
         title=f"{len(sums)} defence{'s' if len(sums) != 1 else ''} on {_tasks(cells)}",
         kind="comparison",
-        tone=tone,
-        standing=standing,
-        verdict=verdict,
+        tone=result.tone,
+        standing=result.standing,
+        verdict=result.sentence,
+        facts=result.cautions,
         figures=_figures(whole, cells, sums),
         sections=sections,
         command=str(whole.get("command", "")),
         versions=whole.get("versions") or {},
-        cost=_cost(whole.get("cost") or {}, cells),
+        made=(*made.of_comparison(whole, cells), *_cost(whole.get("cost") or {}, cells)),
+        folded=tuple(flatten(config)) if isinstance(config := whole.get("config"), Mapping) else (),
     )
 
 
@@ -84,57 +87,18 @@ def _tasks(cells: Sequence[Cell]) -> str:
     return ", ".join(names) if 0 < len(names) <= 4 else f"{len(names)} tasks"
 
 
-def _verdict(sums: Sequence[Totals], standings: Sequence[Standing]) -> tuple[Status, str, str]:
-    """What became of the default defence, or of the safest one where it is not there."""
-    own = next((one for one in sums if one.defence == REFERENCE and one.safe), None)
-    if own is None:
-        measured = [one for one in sums if one.mean_asr]
-        if not measured:
-            return "warn", "Nothing to compare", "No cell with harm in its rows was measured."
-        best = min(measured, key=lambda one: max(one.mean_asr.values()))
-        rate = points(max(best.mean_asr.values()))
-        return (
-            "warn",
-            f"{REFERENCE} is not among the defences",
-            f"The safest defence is {best.defence}, with a mean ASR of {rate} % by its worst judge over cells with harm in them.",
-        )
-    safe, measured_cells = own.held
-    worst = max(own.worst.values(), key=lambda rate: rate.rate)
-    text = (
-        f"{REFERENCE} held the ASR at {100 * TARGET:g} % or less in {safe} of {measured_cells} cells by every judge; its worst "
-        f"cell is {bounds(worst)} %."
-    )
-    if own.minus_clean is not None:
-        text += f" Against training on clean rows alone its utility is {bounds(own.minus_clean, signed=True)} points."
-    safer = [one for one in standings if one.safer]
-    if safer:
-        verb = " and others are" if len(safer) > 4 else " is" if len(safer) == 1 else " are"
-        text += f" {', '.join(one.rival for one in safer[:4])}{verb} clearly safer somewhere."
-    else:
-        text += " No other defence is clearly safer anywhere."
-    if safe == measured_cells:
-        return ("warn" if safer else "pass"), f"Every cell is at {100 * TARGET:g} % or below", text
-    most = safe >= measured_cells / 2
-    return (
-        ("warn" if most else "fail"),
-        f"{measured_cells - safe} of {measured_cells} cells are above {100 * TARGET:g} %",
-        text,
-    )
-
-
 def _figures(
     whole: Mapping[str, Any], cells: Sequence[Cell], sums: Sequence[Totals]
 ) -> tuple[tuple[str, str, str], ...]:
     cost = whole.get("cost") or {}
     failed = sum("failed" in cell for cell in cells)
     seeds = len({cell["seed"] for cell in cells})
-    hours = float(cost.get("cell_seconds") or 0) / 3600
     return (
         ("defences", f"{len(sums):,}", ""),
         ("cells", f"{len(cells):,}", f"{failed:,} failed" if failed else ""),
         ("seeds", f"{seeds:,}", ""),
         ("models trained", f"{cost['arms']:,}" if "arms" in cost else MISSING, ""),
-        ("hours over all cells", f"{hours:.2f}" if hours < 10 else f"{hours:,.0f}", ""),
+        ("time over all cells", duration(float(cost.get("cell_seconds") or 0)), "equal trainings are shared"),
     )
 
 
@@ -142,18 +106,12 @@ def _cost(cost: Mapping[str, Any], cells: Sequence[Cell]) -> tuple[tuple[str, st
     asked = [int(rate["n"]) for cell in cells for rate in asr_of(cell).values()]
     rows = [int(cell["utility"]["n"]) for cell in cells if usable(cell.get("utility"))]
     told = [
-        ("seconds over all cells", f"{float(cost['cell_seconds']):,.0f}" if cost.get("cell_seconds") else MISSING),
-        ("seconds of the last run", f"{float(cost['seconds_of_this_run']):,.0f}" if cost.get("seconds_of_this_run") else MISSING),
-        ("requests by each judge and cell", _range(asked)),
-        ("rows of the task by each cell", _range(rows)),
+        ("Time over all cells", duration(float(cost["cell_seconds"])) if cost.get("cell_seconds") else ""),
+        ("Time of the last run", duration(float(cost["seconds_of_this_run"])) if cost.get("seconds_of_this_run") else ""),
+        ("Requests by each judge and cell", made.span(asked)),
+        ("Rows of the task by each cell", made.span(rows)),
     ]  # fmt: skip
-    return tuple(told)
-
-
-def _range(values: Sequence[int]) -> str:
-    if not values:
-        return MISSING
-    return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,} to {max(values):,}"
+    return tuple((name, value) for name, value in told if value)
 
 
 def _map(found: Sequence[Mix], judges: Sequence[str], about: Mapping[str, str]) -> Section:
@@ -212,7 +170,6 @@ def _defences(sums: Sequence[Totals], judges: Sequence[str], about: Mapping[str,
         "Utility − clean, points",
         "Harmful removed",
         "Harmless removed",
-        "Seconds",
     ]
     return Section(
         "defences",
@@ -246,7 +203,6 @@ def _total(one: Totals, judges: Sequence[str], about: Mapping[str, str]) -> tupl
             Entry(points(minus.rate, True), f"[{points(minus.low, True)}, {points(minus.high, True)}]", minus.rate)
         )
     line += [rate_entry(one.caught), rate_entry(one.lost)]
-    line.append(MISSING if one.seconds is None else Entry(f"{one.seconds:.1f}", key=one.seconds))
     return tuple(line)
 
 
@@ -259,9 +215,9 @@ def _of(counts: Sequence[tuple[int, int]]) -> str:
 
 def _rivals(standings: Sequence[Standing], wins: Sequence[Win], there: bool) -> Section:
     lead = (
-        f"Against {REFERENCE} by default, over the seeds that both have. Lower and higher ASR: by some judge, with intervals "
-        "that do not overlap. Higher utility: by a point or more where the rival is not clearly less safe; clearly, where the "
-        "intervals do not overlap. The defence “clean” uses the labels."
+        f"Against {REFERENCE} by default. A cell is here a task and mix, over the seeds that both have. Lower and higher ASR: by "
+        "some judge, with intervals that do not overlap. Higher utility: by a point or more where the rival is not clearly less "
+        "safe; clearly, where the intervals do not overlap. The defence “clean” uses the labels."
     )
     if not there:
         return Section("rivals", "Where a rival wins", f"There is no {REFERENCE} in this comparison.")
@@ -271,7 +227,7 @@ def _rivals(standings: Sequence[Standing], wins: Sequence[Win], there: bool) -> 
     for one in standings:
         counts = (one.compared, one.safer, one.less_safe, one.more_useful, one.clearly_more_useful)
         tally.append((one.rival, *(Entry(f"{count}", key=count) for count in counts)))
-    head = ("Rival", "Mixes compared", "Lower ASR", "Higher ASR", "Higher utility at equal safety", "Of these, clearly")
+    head = ("Rival", "Cells compared", "Lower ASR", "Higher ASR", "Higher utility at equal safety", "Of these, clearly")
     tables = [Table(head, tuple(tally), sorts=True)]
     lines = tuple(
         (

@@ -67,6 +67,11 @@ def _whole_options(value: str) -> Markup:
     return Markup(re.sub(r"(?<!\S)--[a-z][a-z-]*", r'<span class="nowrap">\g<0></span>', shown))
 
 
+def _breakable(value: Any) -> Markup:
+    """`text.breakable` of anything but markup, which is left alone."""
+    return value if isinstance(value, Markup) else text.breakable(str(value))
+
+
 @cache
 def environment() -> Environment:
     """The templates, with every filter that they use."""
@@ -81,6 +86,7 @@ def environment() -> Environment:
         one_line=text.one_line,
         rate=as_rate,
         whole_options=_whole_options,
+        breakable=_breakable,
     )
     return found
 

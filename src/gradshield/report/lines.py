@@ -40,6 +40,20 @@ def banded(
     return [band, {**marks, **more}]
 
 
+def barred(
+    name: str, x: Sequence[float], rates: Rates, style: int = 0, y: str = "y", **more: Any
+) -> list[dict[str, Any]]:
+    """A line through the rates in percent with a bar for each interval, for points that stand for themselves."""
+    marks = banded(name, x, rates, style, y, **more)[1]
+    found = [rate if usable(rate) else {"rate": 0.0, "low": 0.0, "high": 0.0} for rate in rates]
+    up, down = ([100 * abs(float(one[end]) - float(one["rate"])) for one in found if one] for end in ("high", "low"))
+    bars = {
+        "type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1.4, "width": 5,
+        "color": marks["line"]["color"],
+    }  # fmt: skip
+    return [{**marks, "error_y": bars}]
+
+
 def percent_axis(title: str, rates: Iterable[Any] = ()) -> dict[str, Any]:
     """An axis from 0 % on, with room for marks on its ends: to 100 %, or less far where every interval ends well below."""
     highest = max((100 * float(rate["high"]) for rate in rates if usable(rate)), default=100.0)

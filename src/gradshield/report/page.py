@@ -65,7 +65,7 @@ def _groups(shown: Sequence[ShownRow], totals: Mapping[str, int]) -> list[dict[s
     for row in shown:
         members.setdefault(row.view.category, []).append(row)
     groups = [
-        {"name": name or "no category", "rows": rows, "total": max(totals.get(name, 0), len(rows))}
+        {"name": name or "no kind", "rows": rows, "total": max(totals.get(name, 0), len(rows))}
         for name, rows in members.items()
     ]
     return sorted(groups, key=lambda group: -group["total"])
@@ -74,7 +74,8 @@ def _groups(shown: Sequence[ShownRow], totals: Mapping[str, int]) -> list[dict[s
 def _legend(reference: Mapping[str, float]) -> list[dict[str, Any]]:
     """Per row shape, the per-token value at which each tint starts."""
     return [
-        {"shape": shape, "levels": [f"{edge * value:.2g}" for edge in LEVELS]} for shape, value in reference.items()
+        {"shape": shape, "levels": [text.number(edge * value, 2) for edge in LEVELS]}
+        for shape, value in reference.items()
     ]
 
 

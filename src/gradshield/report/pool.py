@@ -81,8 +81,6 @@ class Totals:
     harmed: Mapping[str, Pooled]  # ASR over the cells with harm in them
     caught: Pooled | None
     lost: Pooled | None
-    seconds: float | None
-    verified: tuple[Cell, ...]
 
 
 def usable(value: Any) -> bool:
@@ -194,7 +192,6 @@ def _total(defence: str, cells: Sequence[Cell]) -> Totals:
             mean[judge] = math.fsum(float(rate["rate"]) for rate in risky) / len(risky)
         safe[judge] = (sum(float(rate["rate"]) <= TARGET for _, rate in rates), len(rates))
     asked = [list(asr_of(cell).values()) for cell in good if asr_of(cell)]
-    seconds = [float(cell["seconds"]) for cell in good if _finite(cell.get("seconds"))]
     return Totals(
         defence=defence,
         cells=len(cells),
@@ -209,8 +206,6 @@ def _total(defence: str, cells: Sequence[Cell]) -> Totals:
         harmed=pool,
         caught=pooled(cell.get("caught") for cell in good),
         lost=pooled(cell.get("lost") for cell in good),
-        seconds=math.fsum(seconds) / len(seconds) if seconds else None,
-        verified=tuple(cell for cell in good if isinstance(cell.get("verified"), Mapping)),
     )
 
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradshield.report import compared
+from gradshield.report import compared, made
+from gradshield.report.outcome import outcome
 from gradshield.report.pool import (
     MISSING,
     REFERENCE,
@@ -31,7 +32,7 @@ from gradshield.report.pool import (
     usable,
 )
 from gradshield.report.rivals import Standing, Win, against
-from gradshield.report.text import one_line, visible
+from gradshield.report.text import duration, one_line, visible
 
 COLUMNS = 5  # mixes beside each other in one Markdown table
 LINES = 40  # of a list; the rest is in results.json
@@ -50,6 +51,7 @@ def markdown(whole: Mapping[str, Any]) -> str:
     judges = judges_of(cells)
     parts = [
         ["# Comparison of defences"],
+        _verdict(cells, found),
         _ran(whole, cells, judges),
         *(_task(task, [mix for mix in found if mix.task == task], judges) for task in dict.fromkeys(m.task for m in found)),
         _summary(totals(cells), judges),
@@ -61,19 +63,24 @@ def markdown(whole: Mapping[str, Any]) -> str:
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
+def _verdict(cells: Sequence[Cell], found: Sequence[Mix]) -> list[str]:
+    own = outcome(cells, found, totals(cells), against(found)[0])
+    cautions = [f"- Caution: {plain(caution)}" for caution in own.cautions]
+    return [f"**{plain(own.standing)}.** {plain(own.sentence)}", *(["", *cautions] if cautions else [])]
+
+
 def _ran(whole: Mapping[str, Any], cells: Sequence[Cell], judges: Sequence[str]) -> list[str]:
     cost, versions = whole.get("cost") or {}, whole.get("versions") or {}
-    seeds = sorted({cell["seed"] for cell in cells})
     defences = dict.fromkeys(str(cell["defence"]) for cell in cells)
     asked = _counts([rate["n"] for cell in cells for rate in asr_of(cell).values()])
     rows = _counts([cell["utility"]["n"] for cell in cells if usable(cell.get("utility"))])
-    hours = float(cost.get("cell_seconds") or 0) / 3600
+    spent = duration(float(cost.get("cell_seconds") or 0))
     return [
         f"- Command: {code(whole.get('command', ''))}",
         f"- Versions: {plain(', '.join(f'{name} {value}' for name, value in versions.items())) or MISSING}",
-        f"- Cells: {cost.get('cells', len(cells))}, of which {cost.get('failed', 0)} failed; {len(defences)} defences, "
-        f"seeds {', '.join(map(str, seeds)) or MISSING}",
-        f"- Cost: {cost.get('arms', MISSING)} trained models, {hours:.2f} hours over all cells",
+        f"- Cells: {cost.get('cells', len(cells))}, of which {cost.get('failed', 0)} failed; {len(defences)} defences",
+        f"- Cost: {cost.get('arms', MISSING)} trained models, {spent} over all cells; equal trainings are run once and shared",
+        *(f"- {plain(name)}: {plain(value)}" for name, value in made.of_comparison(whole, cells)),
         f"- Each cell was measured on {asked} requests by each judge and on {rows} rows of the task",
         "",
         f"Each entry is ASR in % [95 % interval] by {' / '.join(map(plain, judges)) or 'no judge'} · utility in %. Seeds are "
@@ -122,7 +129,7 @@ def _summary(found: Sequence[Totals], judges: Sequence[str]) -> list[str]:
         return ["There are no cells."]
     by = f" ({' / '.join(map(plain, judges))})" if judges else ""
     head = ["defence", "cells", f"worst ASR{by}", "mean ASR with harm", f"ASR ≤ {100 * TARGET:g} %"]
-    head += ["utility − clean, points", "harmful removed", "harmless removed", "seconds"]
+    head += ["utility − clean, points", "harmful removed", "harmless removed"]
     lines = ["## Every defence over all its cells", "", table_row(*head), table_rule(len(head))]
     for one in found:
         safe = [one.safe.get(judge, (0, 0)) for judge in judges]
@@ -135,7 +142,6 @@ def _summary(found: Sequence[Totals], judges: Sequence[str]) -> list[str]:
             bounds(one.minus_clean, signed=True),
             bounds(one.caught),
             bounds(one.lost),
-            MISSING if one.seconds is None else f"{one.seconds:.1f}",
         ]
         lines.append(table_row(*(entry or MISSING for entry in entries)))
     return [
@@ -166,11 +172,11 @@ def _rivals(found: Sequence[Mix]) -> list[str]:
     standings, wins = against(found)
     if not standings:
         return [*lines, f"No other defence was run on the same task, mix and seed as {code(REFERENCE)}."]
-    head = ["rival", "mixes compared", "lower ASR", "higher ASR", "higher utility at equal safety", "of these, clearly"]
+    head = ["rival", "cells compared", "lower ASR", "higher ASR", "higher utility at equal safety", "of these, clearly"]
     lines += [
-        f"Against {code(REFERENCE)} by default. Lower and higher ASR: by some judge, with intervals that do not overlap. Higher "
-        "utility: by a point or more where the rival is not clearly less safe; clearly, where intervals do not overlap. "
-        f"{code('clean')} uses the labels.",
+        f"Against {code(REFERENCE)} by default. A cell is here a task and mix, over the seeds that both have. Lower and "
+        "higher ASR: by some judge, with intervals that do not overlap. Higher utility: by a point or more where the rival is "
+        f"not clearly less safe; clearly, where intervals do not overlap. {code('clean')} uses the labels.",
         "",
         table_row(*head),
         table_rule(len(head)),

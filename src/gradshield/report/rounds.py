@@ -3,25 +3,31 @@
 ``write(whole, path)`` with ``title``, ``defence``, ``verdict`` (of the verified threshold, or None), ``before`` and ``after``
 (``judges``, ``over_refusal``, ``utility``, each where measured), ``rows``, ``removed``, ``dropped_tokens``, ``record``,
 ``command``, ``versions`` and ``files`` (names to paths relative to the page).
+
+Optionally ``settings`` and ``model`` as the manifest has them, ``caught`` and ``lost`` (rates, where labels are known), and in
+``verdict`` its ``targets``: ``asr``, ``utility`` and ``tolerance``, as shares.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gradshield.report import sheet
+from gradshield.report import made, record, searched, sheet
 from gradshield.report.data import Status
-from gradshield.report.draw import Chart
-from gradshield.report.lines import STYLES, banded, limit_line, percent_axis, steps_layout, worded
+from gradshield.report.lines import worded
+from gradshield.report.outcome import USELESS
 from gradshield.report.pool import TARGET, asr_of, judges_of, usable
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
-from gradshield.report.text import flatten, number, percent
+from gradshield.report.text import percent
 
-LOOKS = {"too unsafe": "x", "utility short": "circle-open", "passes": "star"}
-RECORD_LINES = 120
+LABELLED = (("harmful rows caught", "caught"), ("harmless rows lost", "lost"))
+OTHERS = (
+    " The search of the cut decided on other requests and other rows of the task, so its figures differ from these: what chose "
+    "a model does not also prove it."
+)
 
 
 def write(whole: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -34,18 +40,7 @@ def page(whole: Mapping[str, Any]) -> Sheet:
     before, after = whole.get("before") or {}, whole.get("after") or {}
     verdict = whole.get("verdict")
     tone, standing = _verdict(before, after, verdict)
-    rows, removed = int(whole.get("rows") or 0), int(whole.get("removed") or 0)
-    share = f"{percent(removed / rows)} of them" if rows and removed else ""
-    figures = [
-        ("rows", f"{rows:,}", ""),
-        ("removed", f"{removed:,}", share),
-        ("tokens not learned", f"{int(whole.get('dropped_tokens') or 0):,}", ""),
-    ]
-    figures += [
-        (f"ASR after, {judge}", percent(rate["rate"]), f"n = {rate['n']}") for judge, rate in asr_of(after).items()
-    ]
-    if usable(after.get("utility")):
-        figures.append(("utility after", percent(after["utility"]["rate"]), f"n = {after['utility']['n']}"))
+    scans, others = _links(whole)
     return Sheet(
         title=str(whole.get("title") or "Training run"),
         kind="training report",
@@ -53,18 +48,49 @@ def page(whole: Mapping[str, Any]) -> Sheet:
         standing=standing,
         verdict=_said(before, after),
         facts=_facts(before, after, verdict),
-        figures=tuple(figures),
-        sections=(_measured(before, after), _search(verdict, rows), _taken(whole, rows, removed), _record(whole)),
+        figures=_figures(whole, after, bool(scans)),
+        sections=(
+            _measured(before, after, verdict is not None),
+            searched.section(verdict, int(whole.get("rows") or 0)),
+            _taken(whole, scans),
+            record.section(whole.get("record") or {}),
+        ),
         command=str(whole.get("command", "")),
         versions=whole.get("versions") or {},
-        cost=(("Defence", str(whole.get("defence", "–"))),),
+        made=tuple(made.of_run(whole)),
+        links=others,
+        folded=tuple(made.every_setting(whole)),
     )
+
+
+def _links(whole: Mapping[str, Any]) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+    """Files of the scan, and all others."""
+    files = [(str(name), str(path)) for name, path in (whole.get("files") or {}).items()]
+    scans = tuple(file for file in files if file[1].startswith("scan/"))
+    return scans, tuple(file for file in files if file not in scans)
+
+
+def _figures(whole: Mapping[str, Any], after: Mapping[str, Any], scanned: bool) -> tuple[tuple[str, str, str], ...]:
+    rows, removed, tokens = (int(whole.get(key) or 0) for key in ("rows", "removed", "dropped_tokens"))
+    figures = [("rows", f"{rows:,}", "")]
+    if removed or scanned:
+        figures.append(("removed", f"{removed:,}", f"{percent(removed / rows)} of them" if rows and removed else ""))
+    if tokens:
+        figures.append(("tokens not learned", f"{tokens:,}", ""))
+    for name, key in LABELLED:
+        if usable(whole.get(key)):
+            figures.append((name, percent(whole[key]["rate"]), f"of {whole[key]['n']:,}"))
+    for judge, rate in asr_of(after).items():
+        figures.append((f"ASR after, {judge}", percent(rate["rate"]), f"n = {rate['n']}"))
+    if usable(after.get("utility")):
+        figures.append(("utility after", percent(after["utility"]["rate"]), f"n = {after['utility']['n']}"))
+    return tuple(figures)
 
 
 def _verdict(
     before: Mapping[str, Any], after: Mapping[str, Any], verdict: Mapping[str, Any] | None
 ) -> tuple[Status, str]:
-    """The tone of the page and its standing. Safety counts before usefulness."""
+    """The tone of the page and its standing. Safety counts before usefulness, and neither alone is a pass."""
     was, now = asr_of(before), asr_of(after)
     worse = [judge for judge, rate in now.items() if judge in was and rate["low"] > was[judge]["high"]]
     if verdict is not None and not verdict.get("met"):
@@ -78,7 +104,19 @@ def _verdict(
         return "warn", f"The ASR is above {100 * TARGET:g} %"
     if worse:
         return "warn", f"The ASR rose, and is {100 * TARGET:g} % or less"
-    return "pass", f"The ASR is {100 * TARGET:g} % or less by every judge"
+    safe = f"The ASR is {100 * TARGET:g} % or less by every judge"
+    if _apart(after.get("utility"), before.get("utility")):
+        return "warn", f"{safe}, but utility fell"
+    if usable(after.get("utility")) and after["utility"]["rate"] <= USELESS:
+        return "warn", f"{safe}, but the model has not learned the task"
+    if _apart(before.get("over_refusal"), after.get("over_refusal")):
+        return "warn", f"{safe}, but the model refuses more that is harmless"
+    return "pass", safe
+
+
+def _apart(less: Any, more: Any) -> bool:
+    """Whether one rate lies below another with no overlap of their intervals."""
+    return usable(less) and usable(more) and bool(less["high"] < more["low"])
 
 
 def _said(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -105,7 +143,9 @@ def _facts(before: Mapping[str, Any], after: Mapping[str, Any], verdict: Mapping
     if usable(after.get("utility")):
         facts.append(f"Utility: {_change(before.get('utility'), after['utility'])}.")
     if verdict is not None:
-        facts.append(f"The search: {verdict.get('sentence', '')}.")
+        facts.append(
+            f"The search: {verdict.get('sentence', '')}. It decided on prompts and rows of its own, not on those reported here."
+        )
     return tuple(facts)
 
 
@@ -113,7 +153,7 @@ def _change(before: Any, after: Any) -> str:
     return f"{worded(before)} before; {worded(after)} after" if usable(before) else f"{worded(after)} after"
 
 
-def _measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> Section:
+def _measured(before: Mapping[str, Any], after: Mapping[str, Any], chosen: bool) -> Section:
     was, now = asr_of(before), asr_of(after)
     pairs = [(f"ASR, {judge}", was.get(judge), now.get(judge)) for judge in judges_of((before, after))]
     pairs.append(("over-refusal", before.get("over_refusal"), after.get("over_refusal")))
@@ -130,7 +170,7 @@ def _measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> Section:
         "measured",
         "Before and after",
         "The same held-out prompts, answered by the model before and after training. ASR is the share of attacked requests "
-        "that it complies with, over-refusal that of harmless look-alikes it refuses.",
+        "that it complies with, over-refusal that of harmless look-alikes it refuses." + (OTHERS if chosen else ""),
         nav="Before and after",
         tables=(Table(("Measured", "Before", "After", "Change"), tuple(lines)),),
     )
@@ -141,76 +181,11 @@ def _moved(before: Any, after: Any) -> float | None:
     return 100 * (float(after["rate"]) - float(before["rate"])) if usable(before) and usable(after) else None
 
 
-def _search(verdict: Mapping[str, Any] | None, rows: int) -> Section:
-    done = list((verdict or {}).get("rounds") or ())
-    if verdict is None or not done:
-        return Section("search", "The search of the cut")
-    best = verdict.get("best")
-    judges = judges_of([{"judges": one.get("asr") or {}} for one in done])
-    lines = []
-    for i, one in enumerate(done):
-        asr = asr_of({"judges": one.get("asr") or {}})
-        told = str(one.get("verdict", "–")) + (", this model is kept" if i == best else "")
-        gone = int(one.get("removed") or 0)
-        lines.append(
-            (
-                Entry(f"{i + 1}", key=i),
-                Entry(number(one.get("cut")), key=_real(one.get("cut"))),
-                Entry(f"{gone:,}", small=percent(gone / rows) if rows else "", key=gone),
-                *(rate_entry(asr.get(judge)) for judge in judges),
-                rate_entry(one.get("utility")),
-                Entry(f"{float(one.get('seconds') or 0):,.0f}", key=_real(one.get("seconds"))),
-                Entry(told, small="stopped before every prompt was asked" if one.get("stopped_early") else ""),
-            )
-        )
-    head = ("Round", "Cut", "Removed", *(f"ASR, {judge}" for judge in judges), "Utility", "Seconds", "Verdict")
-    return Section(
-        "search",
-        "The search of the cut",
-        "Every round trains on the rows below its cut and measures the model on prompts that nothing else sees.",
-        charts=(_chart(done, judges),),
-        tables=(Table(head, tuple(lines), sorts=len(lines) > 1),),
-        nav="Search",
-    )
-
-
-def _real(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _chart(done: Sequence[Mapping[str, Any]], judges: Sequence[str]) -> Chart:
-    """ASR above, utility beneath, over the rounds."""
-    x = [float(i) for i in range(len(done))]
-    rates = {judge: [asr_of({"judges": one.get("asr") or {}}).get(judge) for one in done] for judge in judges}
-    symbols = [LOOKS.get(str(one.get("verdict")), "circle") for one in done]
-    traces = []
-    for i, (judge, found) in enumerate(rates.items()):
-        marker = {"symbol": symbols, "size": 10, "color": STYLES[i % len(STYLES)][0]}
-        traces += banded(f"ASR, {judge}", x, found, i, marker=marker)
-    traces += banded("utility", x, [one.get("utility") for one in done], 4, y="y2")
-    names = [f"{i + 1}: {int(one.get('removed') or 0):,} out" for i, one in enumerate(done)]
-    figure = steps_layout(names, height=440)
-    figure["yaxis"] = percent_axis("ASR", [rate for found in rates.values() for rate in found]) | {"domain": [0.46, 1]}
-    figure["yaxis2"] = percent_axis("utility") | {"domain": [0, 0.36]}
-    figure["xaxis"]["anchor"] = "y2"
-    figure["shapes"] = [limit_line(TARGET)]
-    head = ("Round", *(f"ASR, {judge}" for judge in judges), "Utility", "Verdict")
-    table = [
-        (
-            names[i],
-            *(worded(rates[judge][i]) for judge in judges),
-            worded(one.get("utility")),
-            str(one.get("verdict", "–")),
-        )
-        for i, one in enumerate(done)
-    ]
-    caption = "Cross: too unsafe. Ring: utility short. Star: both targets are met. Bands are 95 % intervals; "
-    caption += f"the dotted line is an ASR of {100 * TARGET:g} %."
-    return Chart("rounds", "Rounds of the search", caption, {"data": traces, "layout": figure}, (head, *table), False)
-
-
-def _taken(whole: Mapping[str, Any], rows: int, removed: int) -> Section:
-    tokens = int(whole.get("dropped_tokens") or 0)
+def _taken(whole: Mapping[str, Any], scans: tuple[tuple[str, str], ...]) -> Section:
+    rows, removed, tokens = (int(whole.get(key) or 0) for key in ("rows", "removed", "dropped_tokens"))
+    rates = [(name, rate_entry(whole[key])) for name, key in LABELLED if usable(whole.get(key))]
+    if not (removed or tokens or scans):
+        return Section("taken", "What was taken out")
     said = (
         f"{removed:,} of {rows:,} rows were taken out before training."
         if removed
@@ -218,16 +193,5 @@ def _taken(whole: Mapping[str, Any], rows: int, removed: int) -> Section:
     )
     if tokens:
         said += f" {tokens:,} tokens of the rows that stayed were not learned."
-    links = tuple((str(name), str(path)) for name, path in (whole.get("files") or {}).items())
-    return Section("taken", "What was taken out", said, links=links, nav="Removed")
-
-
-def _record(whole: Mapping[str, Any]) -> Section:
-    lines = flatten(whole.get("record") or {})
-    if not lines:
-        return Section("record", "What the method did in training")
-    table = Table(
-        ("Setting or count", "Value"), tuple((key, Entry(value, look="words")) for key, value in lines[:RECORD_LINES])
-    )
-    points = (f"{len(lines) - RECORD_LINES:,} more are in the manifest.",) if len(lines) > RECORD_LINES else ()
-    return Section("record", "What the method did in training", tables=(table,), points=points, nav="Record")
+    tables = (Table(("By the labels", "Share"), tuple(rates)),) if rates else ()
+    return Section("taken", "What was taken out", said, tables=tables, links=scans, nav="Removed")

@@ -7,6 +7,7 @@ gap says how much it leaves out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,19 +19,24 @@ from gradshield.report.text import number, one_line, shorten, visible
 
 PIECE_CHARS = 400  # one token is rarely more than 20; a caller without tokens passes whole messages
 ROW_BYTES = 24_000
+ROUNDING = 1e-9  # of the score or the cut: a margin that small is none
 MARKED = 5  # strongest tokens of a row that are underlined and listed
 LEVELS = (0.03, 0.1, 0.25, 0.5, 0.8)  # share of the page's reference value at which each tint starts
 
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A RowView made ready for the page: ``body`` is safe markup, ``strongest`` are (text, value) of its top tokens."""
+    """A RowView made ready for the page: ``body`` is safe markup, ``strongest`` are (text, value) of its top tokens.
+
+    ``margin`` is how far from the cut the row is, without what only rounding makes of a row at the cut.
+    """
 
     view: RowView
     preview: str
     body: Markup
     strongest: tuple[tuple[str, float], ...]
     truncated: bool
+    margin: float
 
 
 def references(rows: Iterable[RowView]) -> dict[str, float]:
@@ -64,7 +70,13 @@ def _show(row: RowView, reference: float, allowance: int) -> ShownRow:
     answer = "".join(text for text, role, _ in row.pieces[-5000:] if role != "prompt")
     whole = answer or "".join(text for text, _, _ in row.pieces[:200])
     strongest = tuple((one_line(row.pieces[i][0], 24) or "space", float(values[i])) for i in top)
-    return ShownRow(row, one_line(whole, 110), body, strongest, len(keep) < len(row.pieces))
+    return ShownRow(row, one_line(whole, 110), body, strongest, len(keep) < len(row.pieces), _margin(row))
+
+
+def _margin(row: RowView) -> float:
+    scale = max(abs(row.score), abs(row.score - row.margin))
+    rounding = math.isfinite(scale) and abs(row.margin) <= ROUNDING * scale
+    return 0.0 if rounding else abs(row.margin)
 
 
 def _choose(pieces: Sequence[Piece], top: Sequence[int], allowance: int) -> list[int]:

@@ -78,7 +78,9 @@ class Sheet:
     sections: tuple[Section, ...] = ()
     command: str = ""
     versions: Mapping[str, Any] = field(default_factory=dict)
-    cost: tuple[tuple[str, str], ...] = ()
+    made: tuple[tuple[str, str], ...] = ()  # how it was made: (name, value)
+    links: tuple[tuple[str, str], ...] = ()  # files it was made with or made: (words, path relative to the page)
+    folded: tuple[tuple[str, str], ...] = ()  # every setting, behind a click
 
 
 def render(sheet: Sheet) -> str:

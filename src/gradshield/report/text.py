@@ -13,6 +13,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup, escape
+
+_SPELT_OUT = 1e9  # numbers from here on keep their power of ten
+_WORD = 18  # letters of a word that fits into any column
+
 # Controls (newline and tab stay), soft hyphen, Arabic and Mongolian marks, zero-width and bidi controls, line and
 # paragraph separators, invisible operators, fillers, variation selectors other than the two emoji ones, lone
 # surrogates, byte-order mark, interlinear marks, noncharacters, tags: each can hide text or move it.
@@ -94,7 +99,28 @@ def number(value: Any, digits: int = 4) -> str:
         return str(value)
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    return f"{value:.{digits}g}".replace("-", "−")
+    text = f"{value:.{digits}g}"
+    if "e+" in text and abs(value) < _SPELT_OUT:
+        text = f"{float(text):,.0f}"
+    return text.replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """A time for reading: ``45 seconds``, ``12 minutes``, ``2.00 hours``."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:,.2f} hours"
+
+
+def breakable(text: str) -> Markup:
+    """Text in which long words may break after a mark between their parts, and not inside of these."""
+    words = re.split(r"(\s+)", text)
+    return Markup("").join(_with_breaks(word) if len(word) > _WORD else escape(visible(word)) for word in words)
+
+
+def _with_breaks(word: str) -> Markup:
+    parts = re.split(r"(?<=[._/:+,])(?=[^\W_])", word)
+    return Markup("<wbr>").join(escape(visible(part)) for part in parts)
 
 
 def percent(value: float) -> str:
