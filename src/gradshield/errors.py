@@ -18,6 +18,13 @@ A message is one sentence in four parts: what was wrong, what was got, what is a
 """
 
 import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``did you mean 'x'?`` with the nearest of the known names; empty where none is near."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 class GradShieldError(Exception):
@@ -37,9 +44,8 @@ class UnknownNameError(UsageError):
 
     def __init__(self, kind: str, name: str, allowed: list[str]) -> None:
         self.kind, self.name, self.allowed = kind, name, allowed
-        close = difflib.get_close_matches(name, allowed, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        super().__init__(f"unknown {kind} {name!r}: {hint}choose one of {', '.join(allowed)}")
+        hint = did_you_mean(name, allowed)
+        super().__init__(f"unknown {kind} {name!r}: {hint + ' ' if hint else ''}choose one of {', '.join(allowed)}")
 
 
 class DataError(GradShieldError):

@@ -24,16 +24,15 @@ from gradshield.errors import DataError, GradShieldError
 from gradshield.evaluation.stats import paired_difference
 from gradshield.models import LoadedModel
 from gradshield.pipeline import grid, outputs, verify
-from gradshield.pipeline.course import RENDERED, Chosen, Course, Job, quiet
+from gradshield.pipeline.course import Chosen, Course, Job
 from gradshield.pipeline.defences import Defence, parse, told
-from gradshield.pipeline.exam import Exam, check_disjoint, exam, figures, lab_exam
+from gradshield.pipeline.exam import Exam, Settled, check_disjoint, exam, figures, lab_exam, never
 from gradshield.pipeline.grid import Cell, Config
 from gradshield.pipeline.lab_job import lab_job
 from gradshield.pipeline.options import peft_config, sft_options
 from gradshield.pipeline.rows import prepare
 from gradshield.pipeline.scan import check_labels
-from gradshield.pipeline.scoring import Progress
-from gradshield.pipeline.settings import Probing, ScanSettings
+from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
 from gradshield.probes import read_prompts, requests
 from gradshield.types import EvalResult
 
@@ -200,7 +199,7 @@ class Bench:
         return found
 
     def _arm(
-        self, defence: Defence, chosen: Chosen, split: str, settled: Any = verify.never
+        self, defence: Defence, chosen: Chosen, split: str, settled: Settled = never
     ) -> tuple[EvalResult, dict[str, Any]]:
         """A trained model's rates on one exam, from disk where an equal arm was measured before."""
         dataset = self.course.dataset(defence, chosen)
@@ -243,7 +242,7 @@ def _model(name: str) -> LoadedModel:
 
 
 def _job(config: Config, cell: Cell) -> Job:
-    own = next((d for d in config.datasets if d.name == cell.task), None)
+    own = config.dataset(cell.task)
     if own is None:
         if cell.harm == grid.MIXED:
             rows, labels = grid.mixed(cell.task, cell.ratio, cell.seed)
@@ -260,7 +259,7 @@ def _job(config: Config, cell: Cell) -> Job:
     check_labels(known, prepared.read.source.rows)
     return Job(
         rows=prepared,
-        options={k: v for k, v in options.items() if k not in RENDERED},
+        options=options,
         peft_config=peft_config(config.lora),
         base=_model(config.base) if config.base else None,
         labels=known,
@@ -271,7 +270,7 @@ def _job(config: Config, cell: Cell) -> Job:
 
 
 def _exam(config: Config, cell: Cell, split: str) -> Exam:
-    own = next((d for d in config.datasets if d.name == cell.task), None)
+    own = config.dataset(cell.task)
     if own is None:
         return lab_exam(cell.task, split, cell.seed)
     return exam(

@@ -27,12 +27,12 @@ from gradshield.pipeline.decide import Decision, decide
 from gradshield.pipeline.defences import AS_MANY, Defence, parse
 from gradshield.pipeline.masking import masked
 from gradshield.pipeline.ranking import score
-from gradshield.pipeline.references import references, refusals
+from gradshield.pipeline.references import refusals
 from gradshield.pipeline.rows import Prepared
-from gradshield.pipeline.scoring import Progress, Scored, asked_of, carrying, weights_changed
-from gradshield.pipeline.settings import Probing, ScanSettings
+from gradshield.pipeline.scoring import Scored, asked_of, carrying, weights_changed
+from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
 from gradshield.selectors import DualSelect, Fihs, OnlineModerate
-from gradshield.types import Bools, Cut, OnlineSelection, References, Rendered
+from gradshield.types import Bools, Cut, OnlineSelection, Rendered
 
 # The rows carry their own mask and are cut already, so that TRL must do neither.
 RENDERED = (
@@ -45,10 +45,6 @@ RENDERED = (
 )
 
 POOL = 32
-
-
-def quiet(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +67,11 @@ class Job:
     settings: ScanSettings = field(default_factory=ScanSettings)
     probing: Probing = field(default_factory=Probing)
     seed: int = 0
+
+    @property
+    def sft_options(self) -> dict[str, Any]:
+        """The options without those that have made the rows what they are."""
+        return {k: v for k, v in self.options.items() if k not in RENDERED}
 
     def __post_init__(self) -> None:
         """Raises UsageError for rows that supervised fine-tuning does not take."""
@@ -116,13 +117,6 @@ class Course:
     def loaded(self) -> LoadedModel:
         """The model before training."""
         return self.job.rows.loaded
-
-    @cached_property
-    def references(self) -> References:
-        """Rows of known kind on this model."""
-        asked, harmless = asked_of(self.loaded.tokenizer, self.job.probing)
-        model: Any = self.loaded.model
-        return references(model, self.loaded.tokenizer, asked, harmless, self.loaded.pad_token_id)
 
     @cached_property
     def safety(self) -> tuple[Rendered, ...]:
@@ -292,7 +286,7 @@ class Course:
             model,
             self.loaded.tokenizer,
             dataset,
-            {k: v for k, v in self.job.options.items() if k not in RENDERED} | {"max_length": None},
+            self.job.sft_options | {"max_length": None},
             self.job.peft_config,
             seed=self.job.seed,
             merge=merge and self.job.peft_config is not None,
@@ -333,7 +327,7 @@ class Course:
         base = [m.digest for m in (job.base, job.origin) if m is not None] if defence.needs_base else None
         safety = _as_tokens(self._pool()) if defence.online and defence.online[0] == "dualselect" else None
         peft = None if job.peft_config is None else job.peft_config.to_dict()
-        whole = [self.loaded.digest, base, dataset, dict(job.options), peft, job.seed, defence.training, safety]
+        whole = [self.loaded.digest, base, dataset, job.sft_options, peft, job.seed, defence.training, safety]
         return hashlib.sha256(json.dumps(whole, sort_keys=True, default=_plain).encode()).hexdigest()[:24]
 
 

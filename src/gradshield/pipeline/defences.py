@@ -97,8 +97,7 @@ def _rows(name: str, selector: str, text: str, **more: Any) -> Part:
     """A part that scores rows with ``selector``; what follows its name is the threshold."""
 
     def part(defence: Defence, options: str) -> Defence:
-        if defence.selector is not None or defence.oracle:
-            raise UsageError(f"the defence {defence.spec!r} takes rows out twice: keep one of its row methods")
+        _first_row_method(defence)
         if options.startswith(AS_MANY):
             parse(options.removeprefix(AS_MANY))
         rule, _, told = options.partition(":")
@@ -139,8 +138,7 @@ _rows("random", "random", "Rows drawn at random go.")
 @DEFENCES.register("guard")
 def guard(defence: Defence, options: str) -> Defence:
     """Rows that a guard model calls unsafe go: guard:classifier:NAME, guard:guard:NAME or guard:moderation:MODEL@URL."""
-    if defence.selector is not None or defence.oracle:
-        raise UsageError(f"the defence {defence.spec!r} takes rows out twice: keep one of its row methods")
+    _first_row_method(defence)
     if not options:
         raise UsageError("the defence 'guard' needs a guard, and none was given: write guard:classifier:NAME_OR_FOLDER")
     return replace(defence, selector=f"guard:{options}")
@@ -150,8 +148,7 @@ def guard(defence: Defence, options: str) -> Defence:
 def clean(defence: Defence, options: str) -> Defence:
     """Rows labelled harmful go: what a perfect filter would do. Needs labels."""
     _no_options("clean", options)
-    if defence.selector is not None:
-        raise UsageError(f"the defence {defence.spec!r} takes rows out twice: keep one of its row methods")
+    _first_row_method(defence)
     return replace(defence, oracle=True)
 
 
@@ -196,6 +193,11 @@ def kl(defence: Defence, options: str) -> Defence:
 def safelora(defence: Defence, options: str) -> Defence:
     """After training, layers that left the aligned subspace are projected onto it. Needs the base model."""
     return replace(defence, project=_options("safelora", options, {"threshold": (0.5, -1.0, 1.0)}))
+
+
+def _first_row_method(defence: Defence) -> None:
+    if defence.selector is not None or defence.oracle:
+        raise UsageError(f"the defence {defence.spec!r} takes rows out twice: keep one of its row methods")
 
 
 def _inside(defence: Defence, name: str, options: Options) -> Defence:

@@ -18,7 +18,7 @@ from gradshield.pipeline.defences import parse
 from gradshield.pipeline.exam import figures, lab_exam
 from gradshield.pipeline.lab_job import lab_job
 from gradshield.pipeline.scan import select
-from gradshield.pipeline.scoring import Progress
+from gradshield.pipeline.settings import Progress
 from gradshield.types import EvalResult, Selection
 
 CLEAN_ROWS = 500

@@ -9,14 +9,12 @@ from typing import Any
 
 from gradshield.errors import UsageError
 from gradshield.evaluation.asr import agreement
-from gradshield.evaluation.generate import generator
 from gradshield.evaluation.harness import inspect_task, lm_eval_tasks
 from gradshield.models import LoadedModel
 from gradshield.pipeline import outputs
-from gradshield.pipeline.course import quiet
 from gradshield.pipeline.exam import Exam, asked, figures
 from gradshield.pipeline.rows import with_template
-from gradshield.pipeline.scoring import Progress
+from gradshield.pipeline.settings import Progress, quiet
 
 
 def evaluate(
@@ -47,8 +45,7 @@ def evaluate(
         found = lm_eval_tasks(model, loaded.tokenizer, list(lm_eval), limit=limit)
         harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
     if inspect is not None:
-        generate = generator(model, loaded.tokenizer, max_new_tokens=exam.tokens, prefix=exam.answer_prefix)
-        found = inspect_task(inspect, generate, limit=limit)
+        found = inspect_task(inspect, exam.generator(model, loaded.tokenizer), limit=limit)
         harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
     results = {
         "figures": figures(measured),

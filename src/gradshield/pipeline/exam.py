@@ -22,15 +22,22 @@ from gradshield.evaluation.stats import mean_interval
 from gradshield.evaluation.task_files import task_file
 from gradshield.evaluation.utility import utility
 from gradshield.intervals import wilson
+from gradshield.pipeline import outputs
+from gradshield.pipeline.settings import Progress, quiet
 from gradshield.probes import lookalikes, read_prompts, requests
 from gradshield.types import EvalResult, Rate
 
-Progress = Callable[[str, int, int], None]
 Score = Callable[[Mapping[str, Any], str], float]
+Settled = Callable[[EvalResult, int], bool]
 LIKELIHOOD = "likelihood"  # the name of the metric that asks no answer
 LAB_TOKENS = 48  # longer than any answer of the lab's world
 LAB_PROMPTS = 200  # of each kind
 CHUNK = 32  # requests between two looks at whether the verdict can still change
+
+
+def never(found: EvalResult, total: int) -> bool:
+    """Ask everything."""
+    return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,17 +66,15 @@ class Exam:
         model: Any,
         tokenizer: Any,
         stage: str = "measuring",
-        progress: Progress = lambda stage, done, total: None,
-        settled: Callable[[EvalResult, int], bool] = lambda found, total: False,
+        progress: Progress = quiet,
+        settled: Settled = never,
     ) -> EvalResult:
         """Every rate of one model, with all its answers: ASR by each judge, over-refusal, utility.
 
         ``settled`` is asked between chunks of requests, with what was found and the number of all requests, whether asking
         on could change anything; where it could not, the rest is not asked, and look-alikes and task are not measured.
         """
-        generate = generator(
-            model, tokenizer, max_new_tokens=self.tokens, prefix=self.answer_prefix, template=self.template
-        )
+        generate = self.generator(model, tokenizer)
         parts, done = [], 0
         total = len(self.requests) + len(self.lookalikes) + len(self.task)
         progress(stage, 0, total)
@@ -91,6 +96,12 @@ class Exam:
             tuple(row for part in found for row in part.outputs),
         )
 
+    def generator(self, model: Any, tokenizer: Any) -> Generate:
+        """Answers as this exam asks for them."""
+        return generator(
+            model, tokenizer, max_new_tokens=self.tokens, prefix=self.answer_prefix, template=self.template
+        )
+
     def _useful(self, model: Any, tokenizer: Any, generate: Generate) -> EvalResult:
         if self.score is not None:
             return utility(generate, self.task, self.score)
@@ -105,15 +116,15 @@ class Exam:
                 f"{LIKELIHOOD} needs one of each: take them out of the file"
             )
         scores = np.exp(-found.sums / found.tokens)
-        outputs = tuple({**row, "score": float(value)} for row, value in zip(self.task, scores, strict=True))
-        return EvalResult({"utility": mean_interval(scores)}, outputs)
+        scored = tuple({**row, "score": float(value)} for row, value in zip(self.task, scores, strict=True))
+        return EvalResult({"utility": mean_interval(scores)}, scored)
 
     def settings(self) -> dict[str, Any]:
         """JSON-able: what the rates depend on beside the model."""
         return {
-            "requests": _digest(self.requests),
-            "lookalikes": _digest(self.lookalikes),
-            "task": _digest(self.task),
+            "requests": outputs.digest([dict(row) for row in self.requests]),
+            "lookalikes": outputs.digest([dict(row) for row in self.lookalikes]),
+            "task": outputs.digest([dict(row) for row in self.task]),
             "n": [len(self.requests), len(self.lookalikes), len(self.task)],
             "metric": LIKELIHOOD if self.score is None else self.metric,
             "judges": [_record(judge) for judge in self.judges],
@@ -137,13 +148,9 @@ def _turns(prompt: Any) -> list[dict[str, Any]]:
 def _joined(parts: Sequence[EvalResult]) -> EvalResult:
     """Chunks of one measurement as one; a rate that a chunk does not name was zero there."""
     names = dict.fromkeys(name for part in parts for name in part.rates)
-    outputs = tuple(row for part in parts for row in part.outputs)
+    answers = tuple(row for part in parts for row in part.outputs)
     counts = {name: sum(part.rates[name].k for part in parts if name in part.rates) for name in names}
-    return EvalResult({name: wilson(k, len(outputs)) for name, k in counts.items()}, outputs)
-
-
-def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps([dict(r) for r in rows], sort_keys=True, default=str).encode()).hexdigest()
+    return EvalResult({name: wilson(k, len(answers)) for name, k in counts.items()}, answers)
 
 
 def lab_exam(task: str, split: str = "report", seed: int = 0) -> Exam:

@@ -12,7 +12,6 @@ datasets:
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +25,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gradshield import lab
-from gradshield.errors import DataError, UsageError
+from gradshield.errors import DataError, UsageError, did_you_mean
 from gradshield.evaluation.judges import parse as parse_judge
 from gradshield.lab import manifest
+from gradshield.pipeline import outputs
 from gradshield.pipeline.defences import parse
 
 IMPLICIT = ("identity_shift", "refuse_then_answer", "embedded")
@@ -72,6 +72,10 @@ class Config(_Strict):
     judges: list[str] = Field(default_factory=lambda: ["refusal-phrases"])
     answer_tokens: int = 64
     task_rows: int = Field(default=200, ge=1)
+
+    def dataset(self, task: str) -> Own | None:
+        """The user's dataset of that name; None for a task of the lab."""
+        return next((d for d in self.datasets if d.name == task), None)
 
 
 @dataclass(frozen=True, order=True)
@@ -134,15 +138,15 @@ def _complaint(name: str, errors: Sequence[Mapping[str, Any]]) -> str:
     kind: type[BaseModel] = Config
     if len(first["loc"]) > 1:
         kind = Grid if first["loc"][0] == "grids" else Own
-    close = difflib.get_close_matches(str(first["loc"][-1]), list(kind.model_fields), n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"the config {name} has the unknown key {where!r}: {hint}allowed are {', '.join(kind.model_fields)}"
+    hint = did_you_mean(str(first["loc"][-1]), kind.model_fields)
+    allowed = f"allowed are {', '.join(kind.model_fields)}"
+    return f"the config {name} has the unknown key {where!r}: {hint + ' ' if hint else ''}{allowed}"
 
 
 def _check_cell(config: Config, cell: Cell) -> None:
     """Raises UsageError for a defence that this config cannot give what it needs."""
     defence = parse(cell.defence)
-    own = next((d for d in config.datasets if d.name == cell.task), None)
+    own = config.dataset(cell.task)
     needs: list[tuple[str, bool, Any]] = [("base", defence.needs_base, config.base or config.model == "lab")]
     if own is not None:
         needs += [("labels", defence.oracle, own.labels), ("task", defence.verified is not None, own.task)]
@@ -156,7 +160,7 @@ def _check_cell(config: Config, cell: Cell) -> None:
 
 def setting(config: Config, cell: Cell) -> str:
     """A hash of all that a cell's figures depend on beside its mix and seed: files by content, a defence with its defaults."""
-    own = next((d for d in config.datasets if d.name == cell.task), None)
+    own = config.dataset(cell.task)
     told: dict[str, Any] = config.model_dump(include={"training", "lora", "judges", "answer_tokens", "task_rows"})
     told["version"] = version("gradshield")
     told["models"] = [_content(name) for name in (config.model, config.base)]
@@ -166,7 +170,7 @@ def setting(config: Config, cell: Cell) -> str:
     told["verified"] = None if rule is None else vars(rule)
     if own is not None:
         told["dataset"] = [_content(own.train), _content(own.labels), _content(own.task), own.metric, own.training]
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return outputs.digest(told)[:16]
 
 
 def _content(path: str | None) -> str | None:

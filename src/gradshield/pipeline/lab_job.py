@@ -8,7 +8,7 @@ from typing import Any
 
 from gradshield import lab, models
 from gradshield.models import LoadedModel
-from gradshield.pipeline.course import RENDERED, Job
+from gradshield.pipeline.course import Job
 from gradshield.pipeline.options import peft_config
 from gradshield.pipeline.rows import prepare
 from gradshield.pipeline.settings import Probing, ScanSettings
@@ -37,7 +37,7 @@ def lab_job(
     options = {**lab.recipe(task), **(training or {})}
     return Job(
         rows=prepare(data, lab_model("aligned"), max_length=options.get("max_length")),
-        options={k: v for k, v in options.items() if k not in RENDERED},
+        options=options,
         peft_config=peft_config({**lab.LORA, **(lora or {})}),
         base=lab_model("base"),
         labels=labels,

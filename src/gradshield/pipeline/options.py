@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from gradshield.data import SHAPES, RenderConfig
-from gradshield.errors import UsageError
+from gradshield.errors import UsageError, did_you_mean
 from gradshield.evaluation.judges import JUDGES
 from gradshield.evaluation.metrics import METRICS
 from gradshield.gradients import ENGINES, SUBSPACES
@@ -47,8 +46,7 @@ def peft_config(options: Mapping[str, Any]) -> Any:
         known = [f.name for f in fields(kind)]
         for name in options:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"see the fields of peft.{kind.__name__}"
+                hint = did_you_mean(name, known) or f"see the fields of peft.{kind.__name__}"
                 raise UsageError(f"the config of the adapter has the unknown option {name!r}: {hint}")
     try:
         return PeftConfig.from_peft_type(  # type: ignore[no-untyped-call]

@@ -12,8 +12,8 @@ from gradshield.errors import UsageError
 from gradshield.models import LoadedModel
 from gradshield.pipeline import outputs, shards
 from gradshield.pipeline.references import references
-from gradshield.pipeline.scoring import Progress, Scored, asked_of, group, score_fihs
-from gradshield.pipeline.settings import Probing, ScanSettings
+from gradshield.pipeline.scoring import Scored, asked_of, group, score_fihs
+from gradshield.pipeline.settings import Probing, Progress, ScanSettings
 from gradshield.selectors import SELECTORS, GradNorm, Guard, Loss, Moderate, Random, Representation, Selector
 from gradshield.types import References, Rendered
 

@@ -15,8 +15,8 @@ from gradshield.pipeline.decide import decide
 from gradshield.pipeline.lock import alone
 from gradshield.pipeline.ranking import score
 from gradshield.pipeline.rows import Prepared, prepare
-from gradshield.pipeline.scoring import Progress, Scored, carrying, categories, weights_changed
-from gradshield.pipeline.settings import Probing, ScanSettings
+from gradshield.pipeline.scoring import Scored, carrying, categories, weights_changed
+from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
 from gradshield.probes import digest, requests
 from gradshield.selectors import Fihs
 from gradshield.types import Selection
@@ -41,7 +41,7 @@ def scan(
     allow: Iterable[str] = (),
     labels: Sequence[int] | None = None,
     command: str = "gradshield.scan",
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = quiet,
 ) -> Selection:
     """Score every row (by FIHS, if not told otherwise), find the cut, and part the rows that stay from those that go.
 
@@ -104,7 +104,7 @@ def select(
     output: str | Path | None = None,
     command: str = "",
     format: str | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = quiet,
 ) -> tuple[Selection, Scored]:
     """A scan of rows that are ready: the selection, and the scores with what they rest on. Only shards are written."""
     began = time.monotonic()

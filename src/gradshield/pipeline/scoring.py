@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -20,12 +20,11 @@ from gradshield.gradients import direction as directions
 from gradshield.pipeline import outputs, shards
 from gradshield.pipeline.decide import PREFERENCE, ROWS
 from gradshield.pipeline.references import answered, opened
-from gradshield.pipeline.settings import Probing, ScanSettings
+from gradshield.pipeline.settings import Probing, Progress, ScanSettings
 from gradshield.probes import Prompts, Validity, greedy, lookalikes, open_turns, refuses, requests, validity
 from gradshield.selectors import Fihs, Measured, Selector, parse_aggregate
 from gradshield.types import Anchors, Batch, Bools, Direction, Floats, Rendered, Scores
 
-Progress = Callable[[str, int, int], None]
 LEAST_SPEARMAN = 0.99  # below it an engine's ranking is not the oracle's
 
 

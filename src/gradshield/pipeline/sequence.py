@@ -20,10 +20,9 @@ from gradshield.evaluation import continual
 from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
 from gradshield.models import LoadedModel, parameters_digest
 from gradshield.pipeline import outputs
-from gradshield.pipeline.course import quiet
 from gradshield.pipeline.exam import Exam, figures
 from gradshield.pipeline.rows import load, with_template
-from gradshield.pipeline.scoring import Progress
+from gradshield.pipeline.settings import Progress, quiet
 from gradshield.pipeline.train import Exams, Trained, train
 from gradshield.types import Floats, Rate
 

@@ -13,6 +13,13 @@ from gradshield.selectors import SELECTORS, parse_aggregate
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
 
+Progress = Callable[[str, int, int], None]
+"""Told (stage, done, total) as work goes on."""
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
 
 @dataclass(frozen=True)
 class ScanSettings:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,14 @@ from gradshield.errors import UsageError
 from gradshield.evaluation.asr import agreement, attacked
 from gradshield.evaluation.stats import mcnemar
 from gradshield.pipeline import card, outputs, verify
-from gradshield.pipeline.course import RENDERED, Chosen, Course, Fitted, Job, quiet
+from gradshield.pipeline.course import Chosen, Course, Fitted, Job
 from gradshield.pipeline.defences import Defence, parse
-from gradshield.pipeline.exam import Exam, asked, check_disjoint, exam, figures
+from gradshield.pipeline.exam import Exam, Settled, asked, check_disjoint, exam, figures, never
 from gradshield.pipeline.lock import alone
 from gradshield.pipeline.options import sft_options
 from gradshield.pipeline.rows import load, prepare
 from gradshield.pipeline.scan import check_labels, select
-from gradshield.pipeline.scoring import Progress
-from gradshield.pipeline.settings import Probing, ScanSettings
+from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
 from gradshield.probes import requests
 from gradshield.thresholds import Verdict
 from gradshield.types import EvalResult, Manifest, Selection
@@ -123,7 +122,7 @@ def train(
     check_labels(labels, rows.read.source.rows)
     job = Job(
         rows=rows,
-        options={k: v for k, v in options.items() if k not in RENDERED},
+        options=options,
         peft_config=peft_config,
         base=None if base is None else load(base),
         origin=None if origin is None else load(origin),
@@ -214,7 +213,7 @@ class _Run:
         rounds.mkdir(exist_ok=True)
         tried: list[str] = []
 
-        def examine(chosen: Chosen, settled: Callable[[EvalResult, int], bool]) -> EvalResult:
+        def examine(chosen: Chosen, settled: Settled) -> EvalResult:
             dataset = self.course.dataset(self.defence, chosen)
             key = self.course.key(self.defence, dataset)
             path = rounds / f"{key}-{outputs.digest(self.exams.search.settings())[:12]}{verify.suffix(settled)}.json"
@@ -257,7 +256,7 @@ class _Run:
         exam: Exam,
         model: Any,
         stage: str,
-        settled: Callable[[EvalResult, int], bool] = lambda found, total: False,
+        settled: Settled = never,
     ) -> EvalResult:
         return exam.sit(model, self.course.loaded.tokenizer, stage, self.progress, settled)
 
@@ -295,7 +294,7 @@ class _Run:
             loaded=rows.loaded,
             settings={
                 "defence": self.defence.spec,
-                "training": {**dict(job.options), "online": self.defence.training},
+                "training": {**job.sft_options, "online": self.defence.training},
                 "peft": None if job.peft_config is None else job.peft_config.to_dict(),
                 "base": None if job.base is None else {"name": job.base.name, "sha256": job.base.digest},
                 "scan": dict(job.settings.as_dict()),

@@ -11,11 +11,10 @@ from gradshield.errors import UsageError
 from gradshield.pipeline.course import Chosen, Course
 from gradshield.pipeline.decide import ROWS
 from gradshield.pipeline.defences import Defence
-from gradshield.pipeline.exam import Exam
+from gradshield.pipeline.exam import Exam, Settled, never
 from gradshield.thresholds.verified import Round, Trial, Verdict, Verified, decided
 from gradshield.types import Bools, EvalResult
 
-Settled = Callable[[EvalResult, int], bool]
 Examine = Callable[[Chosen, Settled], EvalResult]
 
 
@@ -28,11 +27,6 @@ class Settle:
     def __call__(self, found: EvalResult, total: int) -> bool:
         rates = [rate for name, rate in found.rates.items() if name.startswith("asr/")]
         return any(decided(rate.k, rate.n, total, self.asr) is False for rate in rates)
-
-
-def never(found: EvalResult, total: int) -> bool:
-    """Ask everything."""
-    return False
 
 
 def suffix(settled: Settled) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradshield.data.trl import IGNORED
 from gradshield.errors import UsageError
 from gradshield.gradients.base import scoring
 from gradshield.logits import logits_at
@@ -75,7 +76,7 @@ class FrozenReferenceKL:
             )
         ids, attention, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
         where = torch.zeros_like(labels, dtype=torch.bool)
-        where[:, :-1] = labels[:, 1:] != -100  # position t predicts token t + 1
+        where[:, :-1] = labels[:, 1:] != IGNORED  # position t predicts token t + 1
         with torch.no_grad(), self._reference(model) as start:
             reference = logits_at(start, ids, attention, where)
         value = self.weight * divergence(reference, logits_at(model, ids, attention, where))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from gradshield.data.trl import IGNORED
 from gradshield.errors import UsageError
 from gradshield.types import Batch, Bools
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradshield.types import OnlineSelection
-
-IGNORED = -100
 
 
 def as_batch(inputs: dict[str, Any]) -> Batch:

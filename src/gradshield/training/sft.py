@@ -8,7 +8,6 @@ tokenizer, flags for frozen parameters, and a folder for output that nobody aske
 from __future__ import annotations
 
 import copy as copying
-import difflib
 import json
 import shutil
 import tempfile
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
-from gradshield.errors import EmptyDataError, UsageError
+from gradshield.data.trl import IGNORED
+from gradshield.errors import EmptyDataError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -289,8 +289,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
         if name in ("seed", "output_dir"):
             raise UsageError(f"{name!r} is not a training option here: pass it as the argument {name}= of its own")
         if name not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "see the fields of trl.SFTConfig"
+            hint = did_you_mean(name, known) or "see the fields of trl.SFTConfig"
             raise UsageError(f"unknown training option {name!r}: SFTConfig of TRL has no such field, {hint}")
 
 
@@ -310,7 +309,7 @@ def _is_ready(rows: Dataset, config: SFTConfig) -> bool:
     if not {"input_ids", "labels"} <= set(rows.column_names) or config.packing or config.shuffle_dataset:
         return False
     room = config.max_length if config.max_length is not None else float("inf")
-    return all(len(labels) <= room and any(label != -100 for label in labels) for labels in rows["labels"])
+    return all(len(labels) <= room and any(label != IGNORED for label in labels) for labels in rows["labels"])
 
 
 class _State:
