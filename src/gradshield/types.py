@@ -10,7 +10,7 @@ Letters for shapes, used in every room:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -176,18 +176,19 @@ class Scores:
     """One score per row; higher = drop first. Arrays are aligned with ``rows``.
 
     ``decoys`` holds the score of each row's own decoy (None where the selector has none): what the row would score
-    if its tokens pushed as much toward safety as they push toward harm. ``tokens[i]`` holds the row's per-token
-    values where they were measured. ``shapes`` groups rows on one scale: ``preference`` pairs apart from ``rows``.
+    if its tokens pushed as much toward safety as they push toward harm. ``tokens[i]`` is the row's per-token
+    values where they were measured, read from disk when asked for. ``shapes`` groups rows on one scale: ``preference``
+    pairs apart from ``rows``. ``ids`` and ``shapes`` of a scan are columns of a few bytes a row (`columns`).
     """
 
     rows: Ints  # (N,)
-    ids: tuple[str, ...]
+    ids: Sequence[str]  # (N,)
     values: Floats  # (N,)
-    shapes: tuple[str, ...]
+    shapes: Sequence[str]  # (N,)
     decoys: Floats | None = None
     lengths: Ints | None = None  # (N,) response tokens
     nll: Floats | None = None  # (N,) mean loss of the row's response tokens, in nats
-    tokens: tuple[Floats, ...] | None = None
+    tokens: Sequence[Floats] | None = None
     anchors: Anchors | None = None
 
 
@@ -216,7 +217,7 @@ class Selection:
 
     scores: Scores
     removed: Bools
-    categories: tuple[str, ...]
+    categories: Sequence[str]
     cuts: Mapping[str, Cut]
     quarantined: tuple[Quarantined, ...]
     cleared: tuple[int, ...]

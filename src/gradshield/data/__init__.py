@@ -11,7 +11,7 @@ canonical.py  what a row's id is the hash of
 writing.py    rows as they came, whole or not at all
 render.py     Example -> ids and loss mask, as TRL trains
 templates.py  which chat template, and the default one
-spool.py      rendered rows kept on disk
+spool.py      rendered rows, and values of rows, kept on disk
 turns.py      where an assistant turn lies, when no marker says
 pieces.py     the text of each token, for colouring
 batches.py    padded batches within a budget

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradshield import data as rows_in
+from gradshield.columns import Coded
 from gradshield.errors import DataError
 from gradshield.files import replacing
 from gradshield.intervals import wilson
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from gradshield.pipeline.scoring import Scored
 
 WORK = ".gradshield"
+WRITTEN = 1 << 16  # lines of the scores that are made and written at once
 PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "numpy", "scipy", "scikit-learn")
 
 
@@ -136,8 +138,8 @@ def with_results(selection: Selection, scored: Scored, rows: Prepared, labels: S
 
 def counted(selection: Selection) -> dict[str, int]:
     """Removed rows per harm category, most first."""
-    names = [c for c, out in zip(selection.categories, selection.removed, strict=True) if out and c]
-    return dict(sorted({n: names.count(n) for n in set(names)}.items(), key=lambda item: (-item[1], item[0])))
+    counts = Coded.of(selection.categories).take(selection.removed).counts()
+    return dict(sorted(((n, k) for n, k in counts.items() if n), key=lambda item: (-item[1], item[0])))
 
 
 def labelled(
@@ -205,22 +207,27 @@ def write_scores(selection: Selection, path: Path) -> None:
     import pyarrow.parquet as pq
 
     scores = selection.scores
-    columns: dict[str, Any] = {
-        "row": pa.array(scores.rows, pa.int64()),
-        "id": pa.array(scores.ids, pa.string()),
-        "score": pa.array(scores.values, pa.float64()),
-        "removed": pa.array(selection.removed, pa.bool_()),
-        "category": pa.array(selection.categories, pa.string()),
-        "group": pa.array(scores.shapes, pa.string()),
-    }
-    if scores.decoys is not None:
-        columns["decoy"] = pa.array(scores.decoys, pa.float64())
-    if scores.lengths is not None:
-        columns["tokens"] = pa.array(scores.lengths, pa.int64())
-    if scores.nll is not None:
-        columns["loss"] = pa.array(scores.nll, pa.float64())
-    with replacing(path) as part:
-        pq.write_table(pa.table(columns), part)
+
+    def lines(own: slice) -> Any:
+        columns: dict[str, Any] = {
+            "row": pa.array(scores.rows[own], pa.int64()),
+            "id": pa.array(scores.ids[own], pa.string()),
+            "score": pa.array(scores.values[own], pa.float64()),
+            "removed": pa.array(selection.removed[own], pa.bool_()),
+            "category": pa.array(selection.categories[own], pa.string()),
+            "group": pa.array(scores.shapes[own], pa.string()),
+        }
+        if scores.decoys is not None:
+            columns["decoy"] = pa.array(scores.decoys[own], pa.float64())
+        if scores.lengths is not None:
+            columns["tokens"] = pa.array(scores.lengths[own], pa.int64())
+        if scores.nll is not None:
+            columns["loss"] = pa.array(scores.nll[own], pa.float64())
+        return pa.table(columns)
+
+    with replacing(path) as part, pq.ParquetWriter(part, lines(slice(0)).schema) as writer:
+        for start in range(0, len(scores.rows), WRITTEN):
+            writer.write_table(lines(slice(start, start + WRITTEN)))
 
 
 def write_manifest(value: Manifest, folder: Path) -> None:
