@@ -76,6 +76,11 @@ class Coded(_Column):
         fresh = tuple(dict.fromkeys(names))
         return Coded(np.array([fresh.index(name) for name in names], dtype=np.int64)[self.codes], fresh)
 
+    def only(self, where: Bools) -> Coded:
+        """The same where the mask is set, and the empty string elsewhere."""
+        names = ("", *self.names)
+        return Coded(np.where(where, self.codes.astype(np.int64) + 1, 0), names).renamed(names)
+
     def take(self, where: Any) -> Coded:
         return Coded(self.codes[where], self.names)
 
@@ -83,7 +88,7 @@ class Coded(_Column):
         return len(self.codes)
 
     def _at(self, index: int) -> str:
-        return self.names[self.codes[index]]
+        return self.names[int(self.codes[index])]
 
     def __iter__(self) -> Iterator[str]:
         return (self.names[code] for code in self.codes)

@@ -10,8 +10,9 @@ Letters for shapes, used in every room:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -210,9 +211,9 @@ class Selection:
 
     ``removed`` and ``categories`` (the kind of harm a removed row pulls toward, else empty) are aligned with
     ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows beyond the cut that a person allowed.
-    ``kept`` is ready for a trainer: the caller's own ``Dataset`` without the removed rows where TRL knows its shape, else
-    the rows tokenised as they were scored. ``certified`` is True where the model was asked its
-    probes and refused them: not where that was overridden, nor for selectors without probes.
+    ``kept``, which is made when it is first asked for, is ready for a trainer: the caller's own ``Dataset`` without the
+    removed rows where TRL knows its shape, else the rows tokenised as they were scored. ``certified`` is True where the model
+    was asked its probes and refused them: not where that was overridden, nor for selectors without probes.
     """
 
     scores: Scores
@@ -221,9 +222,14 @@ class Selection:
     cuts: Mapping[str, Cut]
     quarantined: tuple[Quarantined, ...]
     cleared: tuple[int, ...]
-    kept: Any
+    keep: Callable[[], Any] = field(repr=False)
     manifest: Manifest
     certified: bool = True
+
+    @cached_property
+    def kept(self) -> Any:
+        """The rows that stay, for a trainer."""
+        return self.keep()
 
     @property
     def kept_rows(self) -> Ints:

@@ -36,5 +36,5 @@ def decide(scores: Scores, rule: Threshold, allow: Iterable[str] = ()) -> Decisi
         beyond |= own & (scores.values > cuts[name].value)
     allowed, cleared = set(allow), np.zeros_like(beyond)
     if allowed:
-        cleared[[i for i in np.flatnonzero(beyond) if scores.ids[i] in allowed]] = True
+        cleared[[i for i in np.flatnonzero(beyond).tolist() if scores.ids[i] in allowed]] = True
     return Decision(cuts, beyond & ~cleared, tuple(int(row) for row in scores.rows[cleared]))

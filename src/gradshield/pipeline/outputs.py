@@ -33,13 +33,15 @@ from gradshield.errors import DataError
 from gradshield.files import replacing
 from gradshield.intervals import wilson
 from gradshield.models import LoadedModel
-from gradshield.types import Bools, EvalResult, Example, Manifest, Rate, Rendered, Selection
+from gradshield.types import Bools, EvalResult, Example, Ints, Manifest, Rate, Rendered, Selection
 
 if TYPE_CHECKING:
     from gradshield.pipeline.rows import Prepared
     from gradshield.pipeline.scoring import Scored
 
 WORK = ".gradshield"
+RANKED = 20_000  # labelled rows, the most that AUROCs are taken on
+LEAST_RANKED = 1_000  # of either class, where there are so many
 WRITTEN = 1 << 16  # lines of the scores that are made and written at once
 PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "numpy", "scipy", "scikit-learn")
 
@@ -132,7 +134,7 @@ def with_results(selection: Selection, scored: Scored, rows: Prepared, labels: S
         },
     }
     if labels is not None:
-        results["labels"] = labelled(selection, labels, rows.by_row, scored.selector.name)
+        results["labels"] = labelled(selection, labels, rows.read.examples, scored.selector.name)
     return replace(selection, manifest=replace(selection.manifest, results=results))
 
 
@@ -143,9 +145,12 @@ def counted(selection: Selection) -> dict[str, int]:
 
 
 def labelled(
-    selection: Selection, labels: Sequence[int], by_row: Mapping[int, Example], name: str = "fihs"
+    selection: Selection, labels: Sequence[int], examples: rows_in.Examples, name: str = "fihs"
 ) -> dict[str, Any]:
-    """Caught, lost and the AUROC of the score beside the trivial baselines, all on the same rows."""
+    """Caught and lost, and the AUROC of the score beside the trivial baselines on the same rows.
+
+    The AUROCs of more than RANKED rows are those of so many drawn at random: the baselines read the rows' words.
+    """
     from gradshield.evaluation.baselines import auroc, trivial_baselines
 
     truth = np.asarray(labels)[selection.scores.rows].astype(np.int64)
@@ -156,11 +161,22 @@ def labelled(
     if not truth.all():
         found["lost"] = wilson(int((removed & (truth == 0)).sum()), int((truth == 0).sum())).as_dict()
     if truth.any() and not truth.all():
-        texts = [words(by_row[int(row)]) for row in selection.scores.rows]
-        own = {"name": "FIHS" if name == "fihs" else name, **auroc(truth, selection.scores.values).as_dict()}
-        others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth, nll=selection.scores.nll)
+        drawn, scores = _drawn(truth), selection.scores
+        own = {"name": "FIHS" if name == "fihs" else name, **auroc(truth[drawn], scores.values[drawn]).as_dict()}
+        texts = [words(example) for example in examples.at(scores.rows[drawn])]
+        nll = None if scores.nll is None else scores.nll[drawn]
+        others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth[drawn], nll=nll)
         found["aurocs"] = [own, *others]
     return found
+
+
+def _drawn(truth: Ints) -> Ints:
+    """Places of the rows that AUROCs are taken on: all of them, or RANKED drawn at random, with some of each class."""
+    if len(truth) <= RANKED:
+        return np.arange(len(truth))
+    order = np.random.default_rng(0).permutation(len(truth))
+    least = [order[truth[order] == label][:LEAST_RANKED] for label in (0, 1)]
+    return np.unique(np.concatenate([*least, order[:RANKED]]))
 
 
 def words(example: Example) -> tuple[str, str]:
@@ -179,9 +195,9 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
     """Write everything; the manifest of an earlier run goes first and the new one comes last."""
     from gradshield.pipeline import review
 
-    views, by_row = review.views(selection, rows.rendered, rows.loaded.tokenizer), rows.by_row
+    views = review.views(selection, rows.rendered, rows.loaded.tokenizer)
     write_json(folder / WORK / "views.json", review.as_json(views))
-    write_selection(selection, folder, [by_row[row.row] for row in rows.rendered], rows.read.source)
+    write_selection(selection, folder, rows.read.source, rows.read.source.suffix)
     rows_in.write_quarantine(selection.quarantined, folder / "quarantine.jsonl")
     truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
     if truth is not None:
@@ -192,12 +208,11 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
     write_manifest(selection.manifest, folder)
 
 
-def write_selection(selection: Selection, folder: Path, examples: Sequence[Example], source: rows_in.Source) -> None:
-    """Write kept, removed and the scores; ``examples`` are aligned with the scores."""
+def write_selection(selection: Selection, folder: Path, source: rows_in.Rows, suffix: str) -> None:
+    """Write kept, removed and the scores, the rows as they stand in ``source``."""
     (folder / "manifest.json").unlink(missing_ok=True)
-    pairs = list(zip(examples, selection.removed, strict=True))
-    rows_in.write([e for e, out in pairs if not out], source, folder / f"kept{source.suffix}")
-    rows_in.write([e for e, out in pairs if out], source, folder / f"removed{source.suffix}")
+    parts = {"kept": selection.kept_rows, "removed": selection.removed_rows}
+    rows_in.write_parts({folder / f"{name}{suffix}": rows for name, rows in parts.items()}, source)
     write_scores(selection, folder / "scores.parquet")
 
 

@@ -255,5 +255,5 @@ def categories(
         strongest = np.maximum(pull, strongest)
         progress("naming the harm", k + 1, len(names))
     codes = np.zeros(len(removed), dtype=np.int64)
-    codes[removed] = best + 1
-    return Coded(codes, ("", *every.names))
+    codes[removed] = best
+    return Coded(codes, every.names).only(removed)

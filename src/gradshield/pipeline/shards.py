@@ -69,10 +69,10 @@ class _Gathered:
 
     def add(self, part: Measured) -> None:
         """Take over a shard's numbers; its arrays can go."""
-        for column, values in ((self._rows, part.rows), (self._lengths, part.lengths)):
-            column.frombytes(values.astype(np.int64).tobytes())
-        for column, values in ((self._sums, part.sums), (self._nll, part.nll)):
-            column.frombytes(values.astype(np.float64).tobytes())
+        self._rows.frombytes(part.rows.astype(np.int64).tobytes())
+        self._lengths.frombytes(part.lengths.astype(np.int64).tobytes())
+        self._sums.frombytes(part.sums.astype(np.float64).tobytes())
+        self._nll.frombytes(part.nll.astype(np.float64).tobytes())
         if part.tokens is None:
             self._tokens = None
         elif self._tokens is not None:
@@ -80,8 +80,8 @@ class _Gathered:
 
     def measured(self) -> Measured:
         """All of it, in the order of the input's rows."""
-        rows, lengths = (np.frombuffer(column, np.int64) for column in (self._rows, self._lengths))
-        sums, nll = (np.frombuffer(column, np.float64) for column in (self._sums, self._nll))
+        rows, lengths = np.frombuffer(self._rows, np.int64), np.frombuffer(self._lengths, np.int64)
+        sums, nll = np.frombuffer(self._sums, np.float64), np.frombuffer(self._nll, np.float64)
         if (rows[1:] >= rows[:-1]).all():
             return Measured(rows, sums, nll, lengths, self._tokens)
         order = np.argsort(rows, kind="stable")
