@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from gradshield.types import Conversation, Example, Quarantined, Rendered, Token
 
 logger = logging.getLogger(__name__)
 TRUNCATION_MODES = ("keep_start", "keep_end")
+TOGETHER = 256  # rows that are tokenised at once
 Mask = list[bool]
 
 
@@ -101,25 +103,30 @@ def render_all(
     config: RenderConfig | None = None,
     source: Source | None = None,
     strict: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> RenderResult:
     """Render rows; those with nothing to score are set aside with a reason.
 
-    ``source`` gives the line numbers of the rows. Raises DataError on the first bad row with ``strict``, and
+    ``source`` gives the line numbers of the rows, ``progress`` is told now and then how many are done. Raises DataError on the first bad row with ``strict``, and
     ModelError where the chat template cannot do what the configuration asks.
     """
     renderer = Renderer(tokenizer, config)
     rendered = Spool()
     quarantined: list[Quarantined] = []
-    for example in examples:
-        result = renderer.render(example)
-        if isinstance(result, Rendered):
-            rendered.add(result)
-            continue
-        line = source.line(example.row) if source is not None else example.row + 1
-        if strict:
-            raise DataError(f"line {line} cannot be scored, {result}: mend it, or leave out strict (--strict)")
-        raw = example.source if isinstance(example.source, bytes) else json_line(example.source).rstrip(b"\n")
-        quarantined.append(Quarantined(example.row, line, result, raw))
+    rest = iter(examples)
+    while some := list(islice(rest, TOGETHER)):
+        renderer.tokenise(some)
+        for example in some:
+            result = renderer.render(example)
+            if isinstance(result, Rendered):
+                rendered.add(result)
+                continue
+            line = source.line(example.row) if source is not None else example.row + 1
+            if strict:
+                raise DataError(f"line {line} cannot be scored, {result}: mend it, or leave out strict (--strict)")
+            raw = example.source if isinstance(example.source, bytes) else json_line(example.source).rstrip(b"\n")
+            quarantined.append(Quarantined(example.row, line, result, raw))
+        progress(len(rendered) + len(quarantined))
     return RenderResult(rendered, tuple(quarantined))
 
 
@@ -131,6 +138,7 @@ class Renderer:
         self.config = config or RenderConfig()
         self._template: str | None = None
         self._template_known = False  # looked for when the first conversation comes: plain text needs none
+        self._ready: dict[int, tuple[list[int], list[int]]] = {}  # by conversation: its ids, its mask where it is marked
         self._ends = "|".join(re.escape(token) for token in _special_tokens(tokenizer))
 
     def render(self, example: Example) -> Rendered | str:
@@ -155,6 +163,28 @@ class Renderer:
                 return tokens
             sequences.append(tokens)
         return Rendered(example.row, example.id, example.shape, tuple(sequences))
+
+    def tokenise(self, examples: Sequence[Example]) -> None:
+        """Tokenise the conversations of some rows in one call: `render` of these very rows then finds them done.
+
+        Optional, and of no consequence but for speed: what cannot be done together is left to `render`.
+        """
+        self._ready = {}
+        groups: dict[bool, list[Conversation]] = {}
+        for example in examples:
+            self._choose_template(example)
+            for conversation in example.conversations:
+                if conversation.messages is not None and conversation.tools is None and not conversation.template_kwargs:
+                    groups.setdefault(self._marked(conversation, example.shape), []).append(conversation)
+        for marked, own in groups.items():
+            messages, kwargs = [c.messages or () for c in own], self._template_kwargs(own[0])
+            try:
+                output = self._apply(messages, kwargs, return_assistant_tokens_mask=marked)
+            except Exception:  # a template may fail on one row: which, and why, is seen when each is rendered by itself
+                continue
+            masks = output["assistant_masks"] if marked else [[]] * len(own)
+            for conversation, ids, mask in zip(own, output["input_ids"], masks, strict=True):
+                self._ready[id(conversation)] = ids, mask
 
     def _choose_template(self, example: Example) -> None:
         if not self._template_known and any(c.messages is not None for c in example.conversations):
@@ -201,11 +231,12 @@ class Renderer:
         self, conversation: Conversation, messages: Sequence[Mapping[str, Any]], shape: str
     ) -> tuple[list[int], Mask]:
         kwargs = self._template_kwargs(conversation)
-        wanted = False if shape == "preference" else self.config.assistant_only_loss
-        marked = wanted or (wanted is None and self._has_markers(conversation))
-        output = self._apply(messages, kwargs, return_assistant_tokens_mask=bool(marked))
-        ids = list(output["input_ids"])
-        mask = [bool(bit) for bit in output["assistant_masks"]] if marked else [True] * len(ids)
+        wanted, marked = self._wanted(shape), self._marked(conversation, shape)
+        if (ready := self._ready.get(id(conversation))) is None:
+            output = self._apply(messages, kwargs, return_assistant_tokens_mask=marked)
+            ready = output["input_ids"], output["assistant_masks"] if marked else []
+        ids = list(ready[0])
+        mask = [bool(bit) for bit in ready[1]] if marked else [True] * len(ids)
         completion = None
         if conversation.prompt_turns is not None and (
             self.config.completion_only_loss is not False or shape == "preference"
@@ -224,6 +255,14 @@ class Renderer:
             mask = [counts and answer for counts, answer in zip(mask, completion, strict=True)]
         return ids, mask
 
+    def _wanted(self, shape: str) -> bool | None:
+        return False if shape == "preference" else self.config.assistant_only_loss
+
+    def _marked(self, conversation: Conversation, shape: str) -> bool:
+        """Whether the mask comes from the template's markers."""
+        wanted = self._wanted(shape)
+        return bool(wanted or (wanted is None and self._has_markers(conversation)))
+
     def _template_kwargs(self, conversation: Conversation) -> dict[str, Any]:
         eos = {"eos_token": self.config.eos_token} if self.config.eos_token else {}
         return {
@@ -241,7 +280,7 @@ class Renderer:
         kwargs = self._template_kwargs(conversation)
         return templates.has_markers(self.tokenizer.get_chat_template(kwargs["chat_template"], kwargs["tools"]))
 
-    def _apply(self, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any], **more: Any) -> Any:
+    def _apply(self, messages: Sequence[Any], kwargs: Mapping[str, Any], **more: Any) -> Any:
         # Not verbose: that a row is longer than the model can take is no news here, it is cut at max_length.
         return self.tokenizer.apply_chat_template(
             list(messages), tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False}, **kwargs, **more

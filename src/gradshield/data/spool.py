@@ -18,7 +18,7 @@ from gradshield.types import Floats, Ints, Rendered, Tokens
 T = TypeVar("T")
 IDS = np.dtype(np.int32)  # no vocabulary is larger
 STRIDE = 256  # of so many sizes the place of the first is known
-BLOCK = 1 << 20  # bytes that are read at once where all is read in order
+BLOCK = 1 << 16  # bytes that are read at once where all is read in order
 
 
 class Scratch:

@@ -16,6 +16,7 @@ from gradshield.data import templates
 from gradshield.errors import EmptyDataError, FormatError
 from gradshield.models import LoadedModel
 from gradshield.pipeline.options import check_positions, render_config, text_config
+from gradshield.pipeline.settings import Progress, quiet
 from gradshield.types import Bools, Ints, Quarantined, Rendered
 
 TRL_SHAPES = {"messages", "prompt-completion", "text", "preference"}
@@ -64,6 +65,7 @@ def prepare(
     template: Mapping[str, Any] | None = None,
     format: str | None = None,
     strict: bool = False,
+    progress: Progress = quiet,
 ) -> Prepared:
     """Read the rows, load or wrap the model, and render every row as the training will.
 
@@ -75,7 +77,12 @@ def prepare(
     loaded = with_template(load(model, tokenizer))
     limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
     config = render_config(training_args, max_length, limit, template or {})
-    result = rows_in.render_all(read.examples, loaded.tokenizer, config, read.source, strict)
+    count = len(read.examples)
+    progress("rendering rows", 0, count)
+    result = rows_in.render_all(
+        read.examples, loaded.tokenizer, config, read.source, strict, lambda done: progress("rendering rows", done, count)
+    )
+    progress("rendering rows", count, count)
     if not result.rendered:
         first = result.quarantined[0]
         raise EmptyDataError(

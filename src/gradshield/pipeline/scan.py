@@ -75,7 +75,7 @@ def scan(
     if output is not None:
         outputs.check(output)
     with alone(output):
-        rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, strict)
+        rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, strict, progress)
         check_labels(labels, rows.read.source.rows)
         selection, _ = select(
             rows,

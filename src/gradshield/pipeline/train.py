@@ -120,7 +120,8 @@ def train(
         verify.check(exams.search, wanted.verified)
     # So that an interrupted training goes on; the checkpoints go when it is finished.
     options = {"save_strategy": "epoch", "save_total_limit": 1, **options}
-    rows = prepare(data, model, tokenizer, sft_options(options), max_length, probing.template, format, strict)
+    arguments = sft_options(options)
+    rows = prepare(data, model, tokenizer, arguments, max_length, probing.template, format, strict, progress)
     check_labels(labels, rows.read.source.rows)
     job = Job(
         rows=rows,
