@@ -60,7 +60,7 @@ def compare(
     done = _finished(folder, wanted, config)
     missing = [cell for cell in wanted if cell not in done]
     groups: dict[tuple[str, int], list[Cell]] = {}
-    for cell in missing:
+    for cell in sorted(missing, key=lambda cell: cell.seed):  # whoever stops a grid has whole seeds, not parts of each
         groups.setdefault((cell.task, cell.seed), []).append(cell)
     progress("comparing", len(done), len(wanted))
     if workers <= 1 or len(groups) <= 1:
