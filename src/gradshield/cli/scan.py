@@ -28,6 +28,7 @@ from gradshield.cli.common import (
     read_ids,
     read_labels,
     require_data,
+    require_model,
     share,
     summary,
 )
@@ -91,6 +92,8 @@ def scan(
     template = json_object("--template-kwargs", template_kwargs)
     training = json_file("--training-config", training_config)
     lora = json_file("--lora-config", lora_config)
+    require_data(data)
+    require_model(model)
     quiet_libraries()
     from gradshield import models
     from gradshield.pipeline.options import peft_config, sft_options
@@ -99,7 +102,6 @@ def scan(
 
     settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget, selector=selector)
     asked = probing(probes, lookalikes, answer_prefix, template, uncertified)
-    require_data(data)
     with progress() as report:
         report("loading the model", 0, 1)
         loaded = models.load(model, adapter, device, dtype, trust_remote_code)
