@@ -165,7 +165,7 @@ class Bench:
         """One finished cell."""
         began = time.monotonic()
         found: dict[str, Any] = {**cell.as_dict(), "setting": grid.setting(self.config, cell)}
-        defence = parse(cell.defence)
+        defence = parse(cell.told)
         try:
             verdict = None
             if defence.verified is not None:
