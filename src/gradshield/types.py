@@ -10,8 +10,9 @@ Letters for shapes, used in every room:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -176,18 +177,19 @@ class Scores:
     """One score per row; higher = drop first. Arrays are aligned with ``rows``.
 
     ``decoys`` holds the score of each row's own decoy (None where the selector has none): what the row would score
-    if its tokens pushed as much toward safety as they push toward harm. ``tokens[i]`` holds the row's per-token
-    values where they were measured. ``shapes`` groups rows on one scale: ``preference`` pairs apart from ``rows``.
+    if its tokens pushed as much toward safety as they push toward harm. ``tokens[i]`` is the row's per-token
+    values where they were measured, read from disk when asked for. ``shapes`` groups rows on one scale: ``preference``
+    pairs apart from ``rows``. ``ids`` and ``shapes`` of a scan are columns of a few bytes a row (`columns`).
     """
 
     rows: Ints  # (N,)
-    ids: tuple[str, ...]
+    ids: Sequence[str]  # (N,)
     values: Floats  # (N,)
-    shapes: tuple[str, ...]
+    shapes: Sequence[str]  # (N,)
     decoys: Floats | None = None
     lengths: Ints | None = None  # (N,) response tokens
     nll: Floats | None = None  # (N,) mean loss of the row's response tokens, in nats
-    tokens: tuple[Floats, ...] | None = None
+    tokens: Sequence[Floats] | None = None
     anchors: Anchors | None = None
 
 
@@ -209,20 +211,25 @@ class Selection:
 
     ``removed`` and ``categories`` (the kind of harm a removed row pulls toward, else empty) are aligned with
     ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows beyond the cut that a person allowed.
-    ``kept`` is ready for a trainer: the caller's own ``Dataset`` without the removed rows where TRL knows its shape, else
-    the rows tokenised as they were scored. ``certified`` is True where the model was asked its
-    probes and refused them: not where that was overridden, nor for selectors without probes.
+    ``kept``, which is made when it is first asked for, is ready for a trainer: the caller's own ``Dataset`` without the
+    removed rows where TRL knows its shape, else the rows tokenised as they were scored. ``certified`` is True where the model
+    was asked its probes and refused them: not where that was overridden, nor for selectors without probes.
     """
 
     scores: Scores
     removed: Bools
-    categories: tuple[str, ...]
+    categories: Sequence[str]
     cuts: Mapping[str, Cut]
     quarantined: tuple[Quarantined, ...]
     cleared: tuple[int, ...]
-    kept: Any
+    keep: Callable[[], Any] = field(repr=False)
     manifest: Manifest
     certified: bool = True
+
+    @cached_property
+    def kept(self) -> Any:
+        """The rows that stay, for a trainer."""
+        return self.keep()
 
     @property
     def kept_rows(self) -> Ints:

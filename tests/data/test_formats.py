@@ -159,7 +159,7 @@ def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
     result = read(_file(tmp_path, content))
     assert [e.conversations[0].completion for e in result.examples] == ["a", "b"]
     assert result.source.header == b"\xef\xbb\xbf"
-    write(result.examples, result.source, tmp_path / "out.jsonl")
+    write(result.examples.rows, result.source, tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == content.replace(b"\r\n\r\n", b"\r\n")
 
 
@@ -213,7 +213,7 @@ def test_json_arrays_keep_each_elements_text(tmp_path: Path) -> None:
         result = read(_file(tmp_path, content, "data.json"))
         assert [e.source for e in result.examples] == [first, second]
         assert result.source.kind == "json"
-    write(result.examples, result.source, tmp_path / "out.json")
+    write(result.examples.rows, result.source, tmp_path / "out.json")
     assert (tmp_path / "out.json").read_bytes() == b"[\n" + first + b",\n" + second + b"\n]\n"
     write([], result.source, tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text()) == []
@@ -242,7 +242,7 @@ def test_csv_keeps_each_records_bytes(tmp_path: Path) -> None:
     assert result.examples[0].conversations[0].completion == 'one\r\ntwo, "three"'
     assert [q.source for q in result.quarantined] == bad
     assert [q.line for q in result.quarantined] == [4, 7, 8, 9]
-    write(result.examples[1:], result.source, tmp_path / "out.csv")
+    write([e.row for e in result.examples[1:]], result.source, tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_bytes() == header + records[1] + records[2]
     rows = list(csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8-sig")))
     assert rows[0] == {"prompt": "b", "completion": "5"}
@@ -283,7 +283,7 @@ def test_parquet_rows_are_taken_from_the_table(tmp_path: Path) -> None:
     result = read(tmp_path / "d.parquet")
     assert [e.row for e in result.examples] == [0, 2]
     assert result.quarantined[0].line == 2
-    write(result.examples, result.source, tmp_path / "out.parquet")
+    write(result.examples.rows, result.source, tmp_path / "out.parquet")
     assert pq.read_table(tmp_path / "out.parquet").equals(table.take([0, 2]))
     with pytest.raises(FormatError, match="not a Parquet file"):
         read(_file(tmp_path, b"PAR1 junk", "bad.parquet"))
@@ -294,8 +294,8 @@ def test_datasets_and_lists(tmp_path: Path) -> None:
     for data in (rows, datasets.Dataset.from_list(rows)):
         result = read(data)
         assert [e.source for e in result.examples] == [rows[0], rows[2]]
-        assert list(take(result.examples, result.source)) == [rows[0], rows[2]]
-        write(result.examples, result.source, tmp_path / f"out{result.source.suffix}")
+        assert list(take(result.examples.rows, result.source)) == [rows[0], rows[2]]
+        write(result.examples.rows, result.source, tmp_path / f"out{result.source.suffix}")
         assert [json.loads(line) for line in (tmp_path / "out.jsonl").open()] == [rows[0], rows[2]]
     assert read(rows).source.sha256 == read(datasets.Dataset.from_list(rows)).source.sha256
     assert read([{"text": "a"}, 5]).quarantined[0].source == b"5"
@@ -338,6 +338,6 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(DataError, match="No space left"):
-        write(result.examples, result.source, target)
+        write(result.examples.rows, result.source, target)
     assert [p.name for p in tmp_path.iterdir()] == ["kept.jsonl"]
     assert target.read_bytes() == b"before"

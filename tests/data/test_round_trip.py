@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -25,17 +27,18 @@ LINES = st.lists(st.tuples(st.one_of(JSON_LINE, JUNK), st.sampled_from([b"\n", b
 GOOD = b'{"text": "one good row, so that there is something to read"}'
 
 
-def _read(content: bytes) -> ReadResult:
+@contextmanager
+def _read(content: bytes) -> Iterator[ReadResult]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data.jsonl"
         path.write_bytes(content)
-        return read(path)
+        yield read(path)
 
 
 def _written(result: ReadResult, rows: set[int]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "out.jsonl"
-        write([e for e in result.examples if e.row in rows], result.source, path)
+        write(sorted(rows), result.source, path)
         return path.read_bytes()
 
 
@@ -44,23 +47,22 @@ def _written(result: ReadResult, rows: set[int]) -> bytes:
 def test_kept_removed_and_quarantined_are_the_file(lines, mark, ended, random) -> None:  # type: ignore[no-untyped-def]
     body = GOOD + b"\n" + b"".join(line + end for line, end in lines)
     body += GOOD + (b"\n" if ended else b"")
-    result = _read((b"\xef\xbb\xbf" if mark else b"") + body)
+    with _read((b"\xef\xbb\xbf" if mark else b"") + body) as result:
+        parts = {e.row: e.source for e in result.examples} | {q.row: q.source for q in result.quarantined}
+        assert sorted(parts) == list(range(result.source.rows))
+        expected = body.split(b"\n")
+        expected = [line + b"\n" for line in expected[:-1]] + ([expected[-1]] if expected[-1] else [])
+        assert [parts[row] for row in sorted(parts)] == [line for line in expected if line.strip()]
 
-    parts = {e.row: e.source for e in result.examples} | {q.row: q.source for q in result.quarantined}
-    assert sorted(parts) == list(range(result.source.rows))
-    expected = body.split(b"\n")
-    expected = [line + b"\n" for line in expected[:-1]] + ([expected[-1]] if expected[-1] else [])
-    assert [parts[row] for row in sorted(parts)] == [line for line in expected if line.strip()]
-
-    removed = {e.row for e in result.examples if random.random() < 0.5}
-    kept = {e.row for e in result.examples} - removed
-    header = result.source.header
-    for rows in (kept, removed):
-        sources = [parts[row] for row in sorted(rows)]
-        whole = header + b"".join(
-            s if s.endswith(b"\n") or n == len(sources) else s + b"\n" for n, s in enumerate(sources, 1)
-        )
-        assert _written(result, rows) == whole
+        removed = {e.row for e in result.examples if random.random() < 0.5}
+        kept = {e.row for e in result.examples} - removed
+        header = result.source.header
+        for rows in (kept, removed):
+            sources = [parts[row] for row in sorted(rows)]
+            whole = header + b"".join(
+                s if s.endswith(b"\n") or n == len(sources) else s + b"\n" for n, s in enumerate(sources, 1)
+            )
+            assert _written(result, rows) == whole
 
 
 @settings(max_examples=50, deadline=None)
@@ -72,7 +74,8 @@ def test_ids_are_stable_under_order_spacing_and_other_rows(texts, random) -> Non
     order = list(range(len(rows)))
     random.shuffle(order)
     content = b"".join(json.dumps({"n": 1, "text": rows[n]["text"]}, indent=None).encode() + b"\n" for n in order)
-    again = [e.id for e in _read(content).examples]
+    with _read(content) as result:
+        again = [e.id for e in result.examples]
     assert sorted(again) == sorted(ids)
     assert {i.split("-")[0]: t["text"] for i, t in zip(ids, rows, strict=True)} == {
         i.split("-")[0]: rows[n]["text"] for i, n in zip(again, order, strict=True)

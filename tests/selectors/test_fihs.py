@@ -137,7 +137,7 @@ def test_finish_aggregates_and_turns_signs_for_decoys() -> None:
     scores = selector(aggregate="top:1").finish(raw, ["x", "y"], ["rows", "preference"])
     assert scores.values.tolist() == [3.0, 4.0]
     assert scores.decoys is not None and scores.decoys.tolist() == [2.0, 0.0]
-    assert scores.rows.tolist() == [5, 6] and scores.ids == ("x", "y") and scores.shapes == ("rows", "preference")
+    assert scores.rows.tolist() == [5, 6] and scores.ids == ["x", "y"] and scores.shapes == ["rows", "preference"]
     without = selector("loop").finish(measured([1.0, 4.0]), ["x", "y"], ["rows", "rows"])
     assert without.values.tolist() == [1.0, 4.0] and without.decoys is None and without.tokens is None
 

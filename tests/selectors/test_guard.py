@@ -85,7 +85,7 @@ def test_a_row_scores_what_the_guard_says_and_one_half_is_the_cut() -> None:
     rows = [simple(i, f"ask {i}", f"{word} thing {i}") for i, word in enumerate(("good", "bad", "fair", "good"))]
     scores = scored(guard, rows)
     assert scores.values.tolist() == [0.1, 0.9, 0.5, 0.1]
-    assert scores.rows.tolist() == [0, 1, 2, 3] and scores.ids == ("0", "1", "2", "3")
+    assert scores.rows.tolist() == [0, 1, 2, 3] and list(scores.ids) == ["0", "1", "2", "3"]
     assert scores.nll is None and scores.decoys is None and scores.tokens is None
     assert scores.lengths.tolist() == [int(r.sequences[0].loss.sum()) for r in rows]
     cut = parse_threshold(SELECTORS["guard"].rule).cut(scores.values, None)

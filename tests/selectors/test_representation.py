@@ -226,7 +226,7 @@ def test_finish_gives_scores_and_names_what_is_not_finite() -> None:
     raw = Measured(np.array([3, 8]), np.array([0.5, -0.2]), np.ones(2), np.array([4, 6]))
     scores = selector.finish(raw, ["a", "b"], ["rows", "rows"])
     assert scores.values.tolist() == [0.5, -0.2] and scores.decoys is None and scores.tokens is None
-    assert scores.lengths.tolist() == [4, 6] and scores.ids == ("a", "b")
+    assert scores.lengths.tolist() == [4, 6] and scores.ids == ["a", "b"]
     bad = Measured(np.array([3, 8]), np.array([0.5, np.nan]), np.ones(2), np.array([4, 6]))
     with pytest.raises(ScoreError, match=r"1 of 2 rows .* \(rows 8\).*float32"):
         selector.finish(bad, ["a", "b"], ["rows", "rows"])

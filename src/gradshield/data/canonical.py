@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -27,13 +26,6 @@ def canonical(row: Any) -> bytes:
     if "\\u0000" in text and _holds_nul(row):
         raise RowError("it has NUL characters")
     return content
-
-
-def row_id(content: bytes, seen: dict[str, int]) -> str:
-    """16 hex digits of the content's SHA-256, with ``-2``, ``-3``… for content seen before; ``seen`` keeps count."""
-    digest = hashlib.sha256(content).hexdigest()[:ID_LENGTH]
-    seen[digest] = count = seen.get(digest, 0) + 1
-    return digest if count == 1 else f"{digest}-{count}"
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,8 @@ def open_csv(path: Path) -> Opened:
     if len(set(header)) < len(header):
         raise FormatError(f"{path} names a column twice in its header ({', '.join(header)}): rename one of them")
     raw = b"".join(line.data for line in taken)
-    return Opened("csv", str(path), _csv_records(records, header), lines.hexdigest, lines.bom + raw)
+    parse = partial(_record_value, header)
+    return Opened("csv", str(path), _csv_records(records, header), lines.hexdigest, lines.bom + raw, parse=parse)
 
 
 def _csv_records(records: _CSVRecords, header: list[str]) -> Iterator[Record | Quarantined]:
@@ -77,23 +80,36 @@ def _csv_records(records: _CSVRecords, header: list[str]) -> Iterator[Record | Q
         data = b"".join(line.data for line in taken)
         if not cells and not reason and not data.strip():
             continue
-        number, size = taken[0].number, sum(line.size for line in taken)
+        size = sum(line.size for line in taken)
         if size > MAX_ROW_BYTES:
-            yield oversized(row, number, data, size, records.digest())
+            yield oversized(row, taken[0].number, data, size, records.digest())
         else:
-            yield _csv_record(row, number, cells, data, reason, header)
+            yield _csv_record(row, taken[0], cells, data, reason, header)
         row += 1
 
 
 def _csv_record(
-    row: int, number: int, cells: list[str], data: bytes, reason: str | None, header: list[str]
+    row: int, first: Line, cells: list[str], data: bytes, reason: str | None, header: list[str]
 ) -> Record | Quarantined:
     reason = not_text(data) or reason
     if reason is None and len(cells) != len(header):
         reason = f"it has {len(cells)} cells where the header names {len(header)} columns"
     if reason is not None:
-        return Quarantined(row, number, reason, data)
-    return Record(row, number, data, {name: _cell(name, text) for name, text in zip(header, cells, strict=True)})
+        return Quarantined(row, first.number, reason, data)
+    return Record(row, first.number, data, _named(header, cells), first.start)
+
+
+def _named(header: list[str], cells: list[str]) -> dict[str, Any]:
+    return {name: _cell(name, text) for name, text in zip(header, cells, strict=True)}
+
+
+def _record_value(header: list[str], data: bytes) -> dict[str, Any]:
+    """The value of a record by itself. Raises ValueError where it is none of as many cells as the header names."""
+    try:
+        (cells,) = csv.reader(io.StringIO(data.decode()), strict=True)
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
+    return _named(header, cells)
 
 
 def _cell(column: str, text: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +68,35 @@ def _kind(path: Path, start: bytes) -> str:
 
 
 def _open_parquet(path: Path) -> Opened:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        table = pq.ParquetFile(path).read()
-    except (pa.ArrowException, ValueError) as error:
-        raise FormatError(f"{path} is not a Parquet file that can be read ({_line(error)}): write it again") from None
+    with _readable(path):
+        file = pq.ParquetFile(path)
     with path.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return Opened("parquet", str(path), _table_records(table), lambda: digest, table=table)
+    return Opened("parquet", str(path), _table_records(path, file.iter_batches(1024)), lambda: digest)
 
 
-def _table_records(table: Any) -> Iterator[Record]:
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raises FormatError for what Arrow cannot read."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, ValueError) as error:
+        raise FormatError(f"{path} is not a Parquet file that can be read ({_line(error)}): write it again") from None
+
+
+def _table_records(path: Path, batches: Iterator[Any]) -> Iterator[Record]:
     row = 0
-    for batch in table.to_batches(max_chunksize=1024):
-        for value in batch.to_pylist():
+    while True:
+        with _readable(path):
+            batch = next(batches, None)
+            values = [] if batch is None else batch.to_pylist()
+        if batch is None:
+            return
+        for value in values:
             yield Record(row, row + 1, value, value)
             row += 1
 

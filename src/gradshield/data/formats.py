@@ -9,53 +9,30 @@ The shape of each row is told by its keys (``shapes``); ``format`` overrides.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradshield.data.canonical import canonical, json_line, row_id
+import numpy as np
+
+from gradshield.columns import Coded, Ids
+from gradshield.data.canonical import canonical, json_line
 from gradshield.data.files import SUFFIXES, open_file
 from gradshield.data.hub import load_dataset
 from gradshield.data.records import Opened, Record
 from gradshield.data.shapes import SHAPES, RowError, detect, shape_keys
+from gradshield.data.source import Examples, Source, content_hash, with_text
 from gradshield.errors import DataError, EmptyDataError, FormatError
-from gradshield.types import Example, Quarantined
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """Where the rows came from, and what is needed to write some of them as they came.
-
-    ``kind`` is ``jsonl``, ``json``, ``csv``, ``parquet``, ``dataset`` or ``list``. ``rows`` counts good and bad rows.
-    ``sha256`` is of the file's bytes, or of the rows' canonical JSON where there was no file. ``header`` is a byte
-    order mark and a CSV's first line. ``table`` is the Arrow table, the ``Dataset`` or the list; ``lines`` has each
-    row's line.
-    """
-
-    kind: str
-    name: str
-    sha256: str
-    rows: int
-    header: bytes = b""
-    table: Any = field(default=None, repr=False)
-    lines: tuple[int, ...] = field(default=(), repr=False)
-
-    def line(self, row: int) -> int:
-        """1-based line of the file, or row of the table, on which a row begins."""
-        return self.lines[row]
-
-    @property
-    def suffix(self) -> str:
-        """Suffix of a file that ``write`` writes from here: rows of a ``Dataset`` or a list become JSON lines."""
-        return f".{self.kind}" if f".{self.kind}" in SUFFIXES else ".jsonl"
+from gradshield.types import Quarantined
 
 
 @dataclass(frozen=True, eq=False)
 class ReadResult:
-    """Good rows and bad rows, each in the order of the input."""
+    """Good rows, which are read again when they are asked for, and bad rows, each in the order of the input."""
 
-    examples: tuple[Example, ...]
+    examples: Examples
     quarantined: tuple[Quarantined, ...]
     source: Source
 
@@ -93,17 +70,15 @@ def read(
     if format is not None:
         SHAPES[format]  # an unknown name is told before the file is read
     opened = _open(data)
-    examples: list[Example] = []
+    good = _Good(opened.parse is not None)
     quarantined: list[Quarantined] = []
-    seen: dict[str, int] = {}
-    lines: list[int] = []
     strangers = 0
     for record in opened.records:
-        lines.append(record.line)
+        good.stands(record)
         bad = record if isinstance(record, Quarantined) else None
         if isinstance(record, Record):
             try:
-                examples.append(_example(record, format, seen, opened.name, text_field))
+                good.add(record.row, *_understood(record, format, opened.name, text_field))
             except _UnknownShape as error:
                 strangers += 1
                 bad = _set_aside(record, str(error))
@@ -113,37 +88,71 @@ def read(
             if strict:
                 raise DataError(_strict_message(opened.name, bad))
             quarantined.append(bad)
-    if not examples:
+    if not good.rows:
         raise _nothing_usable(opened.name, quarantined, strangers)
-    source = Source(
-        kind=opened.kind,
-        name=opened.name,
-        sha256=opened.sha256(),
-        rows=len(examples) + len(quarantined),
-        header=opened.header,
-        table=opened.table,
-        lines=tuple(lines),
-    )
-    return ReadResult(tuple(examples), tuple(quarantined), source)
+    return good.read(opened, quarantined, text_field)
+
+
+class _Good:
+    """What is kept of good rows as they go by: a number or two in every column."""
+
+    def __init__(self, placed: bool) -> None:
+        self.rows, self._digests, self._shapes = array("I"), array("Q"), array("B")
+        self._weighted, self._lines = array("B"), array("I")
+        self._starts, self._sizes = array("Q"), array("I")
+        self._placed = placed
+        self._names = SHAPES.names()
+
+    def stands(self, record: Record | Quarantined) -> None:
+        """Where a row stands, be it good or bad."""
+        self._lines.append(record.line)
+        if self._placed:
+            self._starts.append(record.start if isinstance(record, Record) else 0)
+            self._sizes.append(len(record.source) if isinstance(record, Record) else 0)
+
+    def add(self, row: int, digest: int, shape: str, weighted: bool) -> None:
+        """A row that can be used."""
+        self.rows.append(row)
+        self._digests.append(digest)
+        self._shapes.append(self._names.index(shape))
+        self._weighted.append(weighted)
+
+    def read(self, opened: Opened, quarantined: Sequence[Quarantined], text_field: str) -> ReadResult:
+        """All of it, once the input has been read to its end."""
+        source = Source(
+            kind=opened.kind,
+            name=opened.name,
+            sha256=opened.sha256(),
+            rows=len(self._lines),
+            header=opened.header,
+            table=opened.table,
+            lines=self._lines,
+            starts=self._starts,
+            sizes=self._sizes,
+            parse=opened.parse,
+        )
+        examples = Examples(
+            source,
+            np.frombuffer(self.rows, np.uint32),
+            Ids.counted(np.frombuffer(self._digests, np.uint64)),
+            Coded(np.frombuffer(self._shapes, np.uint8), self._names),
+            np.frombuffer(self._weighted, np.bool_),
+            text_field,
+        )
+        return ReadResult(examples, tuple(quarantined), source)
 
 
 class _UnknownShape(RowError):
     """The keys of the row fit no shape, or not the one asked for."""
 
 
-def _example(
-    record: Record,
-    format: str | None,
-    seen: dict[str, int],
-    name: str,
-    text_field: str,
-) -> Example:
+def _understood(record: Record, format: str | None, name: str, text_field: str) -> tuple[int, str, bool]:
+    """The hash of a row's content, its shape, and whether some answer in it does not count. Raises RowError."""
     value = record.value
     if not isinstance(value, Mapping):
         raise RowError(f"it is not an object with keys but {_article(value)}")
     content = canonical(value)
-    if text_field != "text" and text_field in value:
-        value = {**value, "text": value[text_field]}
+    value = with_text(value, text_field)
     shape = format or _detected(record, value, name)
     if not SHAPES[shape].fits(value):
         raise _UnknownShape(f"it lacks {' or '.join(SHAPES[shape].keys)}, the keys of the format {shape}")
@@ -151,7 +160,12 @@ def _example(
         conversations = SHAPES[shape].convert(value)
     except RecursionError:
         raise RowError("it is nested too deeply") from None
-    return Example(record.row, row_id(content, seen), shape, record.source, conversations)
+    weighted = any(
+        message["role"] == "assistant" and not trained
+        for conversation in conversations
+        for message, trained in zip(conversation.messages or (), conversation.trained, strict=False)
+    )
+    return content_hash(content), shape, weighted
 
 
 def _detected(record: Record, row: Mapping[str, Any], name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gradshield.types import Quarantined
 def open_jsonl(path: Path) -> Opened:
     lines = Lines(path.open("rb"))
     first = lines.next()  # so that a byte order mark is known before the rows are
-    return Opened("jsonl", str(path), _jsonl_records(first, lines), lines.hexdigest, lines.bom)
+    return Opened("jsonl", str(path), _jsonl_records(first, lines), lines.hexdigest, lines.bom, parse=_line_value)
 
 
 def _jsonl_records(first: Line | None, lines: Lines) -> Iterator[Record | Quarantined]:
@@ -40,7 +41,7 @@ def _jsonl_record(row: int, line: Line) -> Record | Quarantined:
     if reason := not_text(line.data):
         return Quarantined(row, line.number, reason, line.data)
     try:
-        return Record(row, line.number, line.data, json.loads(line.data.decode()))
+        return Record(row, line.number, line.data, _line_value(line.data), line.start)
     except RecursionError:
         reason = "it is nested too deeply"
     except json.JSONDecodeError as error:
@@ -50,16 +51,27 @@ def _jsonl_record(row: int, line: Line) -> Record | Quarantined:
     return Quarantined(row, line.number, reason, line.data)
 
 
+def _line_value(data: bytes) -> Any:
+    return json.loads(data.decode())
+
+
 def open_json(path: Path) -> Opened:
     raw = path.read_bytes()
+    digest, mark = hashlib.sha256(raw).hexdigest(), BOM if raw.startswith(BOM) else b""
     # Bytes that are not UTF-8 spoil their own row, not the file: they pass as surrogates and are found again below.
     text = raw.removeprefix(BOM).decode(errors="surrogateescape")
-    decoder = json.JSONDecoder(strict=False)
+    with _broken(path):
+        start = _array_start(text, json.JSONDecoder(strict=False))
+    if start is None:
+        return open_jsonl(path)
+    return Opened("json", str(path), _json_records(path, text, start, len(mark)), lambda: digest, parse=_element_value)
+
+
+@contextmanager
+def _broken(path: Path) -> Iterator[None]:
+    """Raises FormatError for what is wrong with a JSON file as a whole."""
     try:
-        start = _array_start(text, decoder)
-        if start is None:
-            return open_jsonl(path)
-        spans = list(_elements(text, start, decoder))
+        yield
     except RecursionError:
         raise FormatError(f"{path} is JSON nested too deeply to read: give an array of plain objects") from None
     except json.JSONDecodeError as error:
@@ -69,8 +81,10 @@ def open_json(path: Path) -> Opened:
         ) from None
     except ValueError as error:
         raise FormatError(f"{path} is not valid JSON ({str(error).split(';')[0]}): mend it") from None
-    digest = hashlib.sha256(raw).hexdigest()
-    return Opened("json", str(path), _json_records(text, spans), lambda: digest)
+
+
+def _element_value(data: bytes) -> Any:
+    return json.JSONDecoder(strict=False).decode(data.decode())
 
 
 def _skip(text: str, at: int) -> int:
@@ -120,14 +134,23 @@ def _elements(text: str, at: int, decoder: json.JSONDecoder) -> Iterator[tuple[i
         at = _skip(text, at + 1)
 
 
-def _json_records(text: str, spans: list[tuple[int, int, Any]]) -> Iterator[Record | Quarantined]:
-    line, counted = 1, 0
-    for row, (start, end, value) in enumerate(spans):
+def _json_records(path: Path, text: str, inside: int, at: int) -> Iterator[Record | Quarantined]:
+    """Elements of the array whose inside begins at the character ``inside``; ``at`` is the byte at which ``text`` begins."""
+    line, counted, passed, row = 1, 0, 0, 0
+    elements = _elements(text, inside, json.JSONDecoder(strict=False))
+    while True:
+        with _broken(path):
+            found = next(elements, None)
+        if found is None:
+            return
+        start, end, value = found
         line, counted = line + text.count("\n", counted, start), start
+        at += len(text[passed:start].encode(errors="surrogateescape"))
         data = text[start:end].encode(errors="surrogateescape")
         if len(data) > MAX_ROW_BYTES:
             yield oversized(row, line, data, len(data), hashlib.sha256(data).hexdigest())
         elif reason := not_text(data):
             yield Quarantined(row, line, reason, data)
         else:
-            yield Record(row, line, data, value)
+            yield Record(row, line, data, value, at)
+        at, passed, row = at + len(data), end, row + 1

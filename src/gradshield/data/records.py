@@ -19,12 +19,16 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Record:
-    """One row as it stands in the input, parsed but not yet understood. ``line`` is 1-based."""
+    """One row as it stands in the input, parsed but not yet understood.
+
+    ``line`` is 1-based; ``start`` is where the row begins in a file of text, in bytes.
+    """
 
     row: int
     line: int
     source: bytes | Mapping[str, Any]
     value: Any
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,10 @@ class Oversized(Quarantined):
 
 @dataclass(frozen=True)
 class Opened:
-    """An input being read. ``sha256()`` is known only once ``records`` has run to its end."""
+    """An input being read. ``sha256()`` is known only once ``records`` has run to its end.
+
+    ``parse`` gives the value of a row's bytes, as ``records`` do; a table has no bytes.
+    """
 
     kind: str
     name: str
@@ -45,15 +52,18 @@ class Opened:
     sha256: Callable[[], str]
     header: bytes = b""
     table: Any = None
+    parse: Callable[[bytes], Any] | None = None
 
 
 class Line(NamedTuple):
     """A line with its newline. Of a line that is too long: its head, and the SHA-256 of the whole.
 
-    ``odd_quotes`` says whether such a line has an odd number of ``"``, so opens or closes a quoted cell of a CSV.
+    ``start`` is where it begins in the file. ``odd_quotes`` says whether a line that is too long has an odd number of ``"``,
+    so opens or closes a quoted cell of a CSV.
     """
 
     number: int
+    start: int
     data: bytes
     size: int
     sha256: str = ""
@@ -69,6 +79,7 @@ class Lines:
         self._mark = hashlib.sha256()
         self.bom = b""
         self._number = 0
+        self._at = 0
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
@@ -92,17 +103,19 @@ class Lines:
             return None
         self._hash(data)
         self._number += 1
+        start, self._at = self._at, self._at + len(data)
         if self._number == 1 and data.startswith(BOM):
-            self.bom, data = BOM, data[len(BOM) :]
+            self.bom, data, start = BOM, data[len(BOM) :], len(BOM)
         if len(data) <= MAX_ROW_BYTES or data.endswith(b"\n"):
-            return Line(self._number, data, len(data))
+            return Line(self._number, start, data, len(data))
         whole, size, head, quotes = hashlib.sha256(data), len(data), data[:HEAD_BYTES], data.count(b'"')
         while not data.endswith(b"\n") and (data := self._handle.readline(HEAD_BYTES)):
             self._hash(data)
+            self._at += len(data)
             whole.update(data)
             size += len(data)
             quotes += data.count(b'"')
-        return Line(self._number, head, size, whole.hexdigest(), quotes % 2 == 1)
+        return Line(self._number, start, head, size, whole.hexdigest(), quotes % 2 == 1)
 
     def _hash(self, data: bytes) -> None:
         self._digest.update(data)

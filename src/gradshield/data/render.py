@@ -16,7 +16,7 @@ import numpy as np
 
 from gradshield.data import templates
 from gradshield.data.canonical import json_line
-from gradshield.data.formats import Source
+from gradshield.data.source import Source
 from gradshield.data.spool import Spool
 from gradshield.data.turns import turn_span
 from gradshield.errors import DataError, UsageError
@@ -86,7 +86,7 @@ class RenderConfig:
 class RenderResult:
     """Rows rendered, which are kept on disk, and rows that leave nothing to score."""
 
-    rendered: Sequence[Rendered]
+    rendered: Spool
     quarantined: tuple[Quarantined, ...]
 
 

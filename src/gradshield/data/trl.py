@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gradshield.errors import DataError, EmptyDataError
+from gradshield.errors import EmptyDataError, FormatError
 from gradshield.types import Conversation, Example, Rendered
 
+WRITTEN = 1000  # rows that are made and written at once
 IGNORED = -100  # the label that PyTorch's cross entropy skips
 
 
-def to_trl(examples: Sequence[Example], rendered: Sequence[Rendered]) -> Any:
-    """A ``datasets.Dataset`` of the rendered rows, in their order.
+def to_trl(examples: Iterable[Example], rendered: Sequence[Rendered]) -> Any:
+    """A ``datasets.Dataset`` of the rendered rows, in their order; ``examples`` has these rows, and may have others.
+
+    Tokens lie in a temporary Arrow file, which goes with the dataset.
 
     Preference pairs become ``prompt``, ``chosen``, ``rejected`` for ``DPOTrainer``. All other rows become ``input_ids``
     and ``labels``, which ``SFTTrainer`` takes as they are; since they carry their mask, leave ``assistant_only_loss``
@@ -22,7 +30,7 @@ def to_trl(examples: Sequence[Example], rendered: Sequence[Rendered]) -> Any:
 
     Raises
     ------
-    DataError
+    FormatError
         Preference pairs among other rows, or pairs of strings among pairs of messages: no trainer takes both.
     EmptyDataError
         There is no row.
@@ -31,20 +39,39 @@ def to_trl(examples: Sequence[Example], rendered: Sequence[Rendered]) -> Any:
 
     if not rendered:
         raise EmptyDataError("no row is left to train on: loosen the threshold, or give more data")
-    if not any(row.shape == "preference" for row in rendered):
-        return datasets.Dataset.from_list([_tokens(row) for row in rendered])
-    if not all(row.shape == "preference" for row in rendered):
-        raise DataError(
+    shapes = {row.shape for row in rendered}
+    if "preference" not in shapes:
+        return _on_disk(rendered)
+    if len(shapes) > 1:
+        raise FormatError(
             "the data mixes preference pairs with other rows, which no single trainer takes: put them in separate files"
         )
-    by_row = {example.row: example for example in examples}
-    pairs = [_pair(by_row[row.row]) for row in rendered]
+    rest = iter(examples)
+    pairs = [_pair(next(example for example in rest if example.row == row.row)) for row in rendered]
     if len({type(pair["chosen"]) for pair in pairs}) > 1:
-        raise DataError("the data mixes pairs of strings with pairs of messages: put them in separate files")
+        raise FormatError("the data mixes pairs of strings with pairs of messages: put them in separate files")
     return datasets.Dataset.from_list(pairs)
 
 
-def _tokens(row: Rendered) -> dict[str, list[int]]:
+def _on_disk(rendered: Iterable[Rendered]) -> Any:
+    import datasets
+    import pyarrow as pa
+
+    folder = tempfile.mkdtemp(prefix="gradshield-kept-")
+    path = Path(folder) / "kept.arrow"
+    numbers = pa.list_(pa.int64())
+    schema = pa.schema({"input_ids": numbers, "labels": numbers})
+    rows = iter(rendered)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        while some := [labelled(row) for row in islice(rows, WRITTEN)]:
+            writer.write_table(pa.Table.from_pylist(some, schema))
+    dataset = datasets.Dataset.from_file(str(path))
+    weakref.finalize(dataset, shutil.rmtree, folder, ignore_errors=True)
+    return dataset
+
+
+def labelled(row: Rendered) -> dict[str, list[int]]:
+    """The tokens of a row that is no pair, with their labels: `IGNORED` for those that do not count in the loss."""
     (tokens,) = row.sequences
     return {"input_ids": tokens.ids.tolist(), "labels": np.where(tokens.loss, tokens.ids, IGNORED).tolist()}
 

@@ -4,39 +4,63 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from gradshield.data.canonical import json_line
-from gradshield.data.formats import Source
 from gradshield.data.records import HEAD_BYTES, Oversized
+from gradshield.data.source import Raw, Source
 from gradshield.errors import DataError
 from gradshield.files import replacing
-from gradshield.types import Example, Quarantined
+from gradshield.types import Ints, Quarantined
+
+GROUP = 1 << 16  # rows of a row group of a Parquet file
 
 
-def write(examples: Sequence[Example], source: Source, path: str | Path) -> None:
-    """Write some rows of ``source``, in the order given, in the kind of file they came in (see ``Source.suffix``).
+class Rows(Protocol):
+    """What rows can be written from: a `Source`, or several put together again."""
 
-    A newline is added only after a row that ended the input without one and is not the last here. Raises DataError
-    where the file cannot be written; what stood at ``path`` is then still there.
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def header(self) -> bytes: ...
+
+    def raw(self, rows: Iterable[int], whole: bool = False) -> Iterator[Raw]: ...
+
+    def tables(self, rows: Ints, whole: bool = False) -> Iterator[Any]: ...
+
+    def schema(self) -> Any: ...
+
+
+def write(rows: Sequence[int] | Ints, source: Rows, path: str | Path) -> None:
+    """Write some rows of ``source`` by their positions, which increase, in the kind of file they came in (``Source.suffix``)."""
+    write_parts({Path(path): rows}, source)
+
+
+def write_parts(parts: Mapping[Path, Sequence[int] | Ints], source: Rows) -> None:
+    """Several files at once, none of which is put in its place before all are whole.
+
+    The rows are read again from where they came. A newline is added only after a row that ended the input without one and
+    is not the last here. Raises DataError where a file cannot be written, and where the input has changed; what stood at the
+    paths is then still there.
     """
-    if source.kind == "parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        rows = pa.array([example.row for example in examples], pa.int64())  # typed, so that none is a selection too
-        _replace(Path(path), lambda part: pq.write_table(source.table.take(rows), part))
-    else:
-        _replace(Path(path), lambda part: _write_chunks(part, _chunks(examples, source)))
+    fill = _fill_table if source.kind == "parquet" else _fill_text
+    with ExitStack() as stack:
+        for path, rows in parts.items():
+            part = stack.enter_context(_replacing(path))
+            fill(part, np.asarray(rows, dtype=np.int64), source)
 
 
-def take(examples: Sequence[Example], source: Source) -> Any:
+def take(rows: Sequence[int] | Ints, source: Source) -> Any:
     """Some rows in the form they were given in Python: ``Dataset.select`` of a ``Dataset``, else a list of the rows."""
     if source.kind == "dataset":
-        return source.table.select([example.row for example in examples])
-    return [source.table[example.row] if source.kind == "list" else example.source for example in examples]
+        return source.table.select(rows)
+    return list(source.raw(int(row) for row in rows))
 
 
 def write_quarantine(quarantined: Iterable[Quarantined], path: str | Path) -> None:
@@ -45,7 +69,8 @@ def write_quarantine(quarantined: Iterable[Quarantined], path: str | Path) -> No
     ``raw`` is the row as text, bytes that are not UTF-8 escaped with a backslash, at most 1 MiB of it; ``bytes`` and
     ``sha256`` are of the whole row. Raises DataError where the file cannot be written.
     """
-    _replace(Path(path), lambda part: _write_chunks(part, map(_quarantine_line, quarantined)))
+    with _replacing(Path(path)) as part:
+        _write_chunks(part, map(_quarantine_line, quarantined))
 
 
 def _quarantine_line(bad: Quarantined) -> bytes:
@@ -60,15 +85,37 @@ def _quarantine_line(bad: Quarantined) -> bytes:
     return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
 
 
-def _chunks(examples: Sequence[Example], source: Source) -> Iterable[bytes]:
-    rows = [e.source if isinstance(e.source, bytes) else json_line(e.source) for e in examples]
+def _fill_table(part: Path, rows: Ints, source: Rows) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(part, source.schema()) as writer:
+        waiting: list[Any] = []
+        for table in source.tables(rows, whole=True):
+            waiting.append(table)
+            if sum(map(len, waiting)) >= GROUP:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+
+
+def _fill_text(part: Path, rows: Ints, source: Rows) -> None:
+    raws = source.raw(rows.tolist(), whole=True)
+    _write_chunks(part, _chunks((r if isinstance(r, bytes) else json_line(r) for r in raws), source, len(rows)))
+
+
+def _chunks(rows: Iterable[bytes], source: Rows, count: int) -> Iterator[bytes]:
     if source.kind == "json":
-        yield b"[\n" + b",\n".join(rows) + b"\n]\n" if rows else b"[]\n"
+        yield b"[\n" if count else b"[]\n"
+        for number, row in enumerate(rows, 1):
+            yield row
+            yield b",\n" if number < count else b"\n]\n"
         return
     yield source.header
     for number, row in enumerate(rows, 1):
         yield row
-        if not row.endswith(b"\n") and number < len(rows):
+        if not row.endswith(b"\n") and number < count:
             yield b"\n"
 
 
@@ -77,10 +124,11 @@ def _write_chunks(part: Path, chunks: Iterable[bytes]) -> None:
         handle.writelines(chunks)
 
 
-def _replace(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a file beside ``path``, then put it in its place in one step."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path``, to be put in its place in one step."""
     try:
         with replacing(path) as part:
-            fill(part)
+            yield part
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror or error}): give a folder that can") from None

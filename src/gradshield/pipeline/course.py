@@ -80,7 +80,7 @@ class Job:
                 "the model carries an adapter already, and training would begin beside it: give the plain model, or merge the "
                 "adapter first (gradshield train --merge saves such a model)"
             )
-        if any(row.shape == "preference" for row in self.rows.rendered):
+        if self.rows.read.examples.shapes.counts().get("preference"):
             raise UsageError(
                 "the data holds preference pairs, and fine-tuning here is supervised: scan them, and train on what is kept with "
                 "TRL's DPOTrainer"
@@ -343,7 +343,7 @@ def _counted(row: Rendered) -> int:
 
 
 def _as_tokens(rows: Sequence[Rendered]) -> list[dict[str, list[int]]]:
-    return [dict(row) for row in rows_in.to_trl([], rows)] if rows else []
+    return [rows_in.labelled(row) for row in rows]
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gradshield.columns import Coded
 from gradshield.thresholds import Threshold
 from gradshield.types import Bools, Cut, Scores
 
@@ -24,13 +25,16 @@ class Decision:
 
 def decide(scores: Scores, rule: Threshold, allow: Iterable[str] = ()) -> Decision:
     """Cut every group of rows on one scale by itself; rows whose id is in ``allow`` stay whatever they score."""
-    shapes = np.array(scores.shapes)
-    cuts = {}
-    for name in sorted(set(scores.shapes)):
-        own = shapes == name
+    groups = Coded.of(scores.shapes)
+    cuts: dict[str, Cut] = {}
+    beyond = np.zeros(len(scores.values), dtype=np.bool_)
+    for name in sorted(groups.counts()):
+        own = groups.where(name)
         decoys = None if scores.decoys is None else scores.decoys[own]
         # Anchors are plain answers: they are on the scale of plain rows, not of preference pairs.
         cuts[name] = rule.cut(scores.values[own], decoys, scores.anchors if name == ROWS else None)
-    beyond = np.array([value > cuts[name].value for value, name in zip(scores.values, scores.shapes, strict=True)])
-    cleared = np.isin(np.array(scores.ids), list(allow)) & beyond
+        beyond |= own & (scores.values > cuts[name].value)
+    allowed, cleared = set(allow), np.zeros_like(beyond)
+    if allowed:
+        cleared[[i for i in np.flatnonzero(beyond).tolist() if scores.ids[i] in allowed]] = True
     return Decision(cuts, beyond & ~cleared, tuple(int(row) for row in scores.rows[cleared]))

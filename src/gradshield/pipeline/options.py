@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,6 @@ from gradshield.pipeline.defences import DEFENCES
 from gradshield.probes import PROBES
 from gradshield.selectors import AGGREGATES, SELECTORS
 from gradshield.thresholds import THRESHOLDS, Verified
-from gradshield.types import Rendered
 
 DEFAULT_MAX_LENGTH = 1024  # TRL's own default
 _SFT_TYPES: dict[str, tuple[type, ...]] = {
@@ -92,9 +91,11 @@ def render_config(
     return RenderConfig(max_length=longest, chat_template_kwargs=dict(template))
 
 
-def check_positions(model: Any, rendered: Sequence[Rendered], limit: int | None) -> None:
-    """Raises UsageError for rows longer than the learned positions of the model (GPT-2, OPT); rotary ones have no end."""
-    longest = max(len(tokens.ids) for row in rendered for tokens in row.sequences)
+def check_positions(model: Any, longest: int, limit: int | None) -> None:
+    """Raises UsageError where the longest row has more tokens than the model has learned positions (GPT-2, OPT).
+
+    Rotary ones have no end.
+    """
     if limit is None or longest <= limit:
         return
     if any(isinstance(m, nn.Embedding) and re.search("wpe|position", name) for name, m in model.named_modules()):

@@ -28,17 +28,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradshield import data as rows_in
+from gradshield.columns import Coded
 from gradshield.errors import DataError
 from gradshield.files import replacing
 from gradshield.intervals import wilson
 from gradshield.models import LoadedModel
-from gradshield.types import Bools, EvalResult, Example, Manifest, Rate, Rendered, Selection
+from gradshield.types import Bools, EvalResult, Example, Ints, Manifest, Rate, Rendered, Selection
 
 if TYPE_CHECKING:
     from gradshield.pipeline.rows import Prepared
     from gradshield.pipeline.scoring import Scored
 
 WORK = ".gradshield"
+RANKED = 20_000  # labelled rows, the most that AUROCs are taken on
+LEAST_RANKED = 1_000  # of either class, where there are so many
+WRITTEN = 1 << 16  # lines of the scores that are made and written at once
 PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "numpy", "scipy", "scikit-learn")
 
 
@@ -130,20 +134,23 @@ def with_results(selection: Selection, scored: Scored, rows: Prepared, labels: S
         },
     }
     if labels is not None:
-        results["labels"] = labelled(selection, labels, rows.by_row, scored.selector.name)
+        results["labels"] = labelled(selection, labels, rows.read.examples, scored.selector.name)
     return replace(selection, manifest=replace(selection.manifest, results=results))
 
 
 def counted(selection: Selection) -> dict[str, int]:
     """Removed rows per harm category, most first."""
-    names = [c for c, out in zip(selection.categories, selection.removed, strict=True) if out and c]
-    return dict(sorted({n: names.count(n) for n in set(names)}.items(), key=lambda item: (-item[1], item[0])))
+    counts = Coded.of(selection.categories).take(selection.removed).counts()
+    return dict(sorted(((n, k) for n, k in counts.items() if n), key=lambda item: (-item[1], item[0])))
 
 
 def labelled(
-    selection: Selection, labels: Sequence[int], by_row: Mapping[int, Example], name: str = "fihs"
+    selection: Selection, labels: Sequence[int], examples: rows_in.Examples, name: str = "fihs"
 ) -> dict[str, Any]:
-    """Caught, lost and the AUROC of the score beside the trivial baselines, all on the same rows."""
+    """Caught and lost, and the AUROC of the score beside the trivial baselines on the same rows.
+
+    The AUROCs of more than RANKED rows are those of so many drawn at random: the baselines read the rows' words.
+    """
     from gradshield.evaluation.baselines import auroc, trivial_baselines
 
     truth = np.asarray(labels)[selection.scores.rows].astype(np.int64)
@@ -154,11 +161,22 @@ def labelled(
     if not truth.all():
         found["lost"] = wilson(int((removed & (truth == 0)).sum()), int((truth == 0).sum())).as_dict()
     if truth.any() and not truth.all():
-        texts = [words(by_row[int(row)]) for row in selection.scores.rows]
-        own = {"name": "FIHS" if name == "fihs" else name, **auroc(truth, selection.scores.values).as_dict()}
-        others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth, nll=selection.scores.nll)
+        drawn, scores = _drawn(truth), selection.scores
+        own = {"name": "FIHS" if name == "fihs" else name, **auroc(truth[drawn], scores.values[drawn]).as_dict()}
+        texts = [words(example) for example in examples.at(scores.rows[drawn])]
+        nll = None if scores.nll is None else scores.nll[drawn]
+        others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth[drawn], nll=nll)
         found["aurocs"] = [own, *others]
     return found
+
+
+def _drawn(truth: Ints) -> Ints:
+    """Places of the rows that AUROCs are taken on: all of them, or RANKED drawn at random, with some of each class."""
+    if len(truth) <= RANKED:
+        return np.arange(len(truth))
+    order = np.random.default_rng(0).permutation(len(truth))
+    least = [order[truth[order] == label][:LEAST_RANKED] for label in (0, 1)]
+    return np.unique(np.concatenate([*least, order[:RANKED]]))
 
 
 def words(example: Example) -> tuple[str, str]:
@@ -177,9 +195,9 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
     """Write everything; the manifest of an earlier run goes first and the new one comes last."""
     from gradshield.pipeline import review
 
-    views, by_row = review.views(selection, rows.rendered, rows.loaded.tokenizer), rows.by_row
+    views = review.views(selection, rows.rendered, rows.loaded.tokenizer)
     write_json(folder / WORK / "views.json", review.as_json(views))
-    write_selection(selection, folder, [by_row[row.row] for row in rows.rendered], rows.read.source)
+    write_selection(selection, folder, rows.read.source, rows.read.source.suffix)
     rows_in.write_quarantine(selection.quarantined, folder / "quarantine.jsonl")
     truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
     if truth is not None:
@@ -190,12 +208,11 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
     write_manifest(selection.manifest, folder)
 
 
-def write_selection(selection: Selection, folder: Path, examples: Sequence[Example], source: rows_in.Source) -> None:
-    """Write kept, removed and the scores; ``examples`` are aligned with the scores."""
+def write_selection(selection: Selection, folder: Path, source: rows_in.Rows, suffix: str) -> None:
+    """Write kept, removed and the scores, the rows as they stand in ``source``."""
     (folder / "manifest.json").unlink(missing_ok=True)
-    pairs = list(zip(examples, selection.removed, strict=True))
-    rows_in.write([e for e, out in pairs if not out], source, folder / f"kept{source.suffix}")
-    rows_in.write([e for e, out in pairs if out], source, folder / f"removed{source.suffix}")
+    parts = {"kept": selection.kept_rows, "removed": selection.removed_rows}
+    rows_in.write_parts({folder / f"{name}{suffix}": rows for name, rows in parts.items()}, source)
     write_scores(selection, folder / "scores.parquet")
 
 
@@ -205,22 +222,27 @@ def write_scores(selection: Selection, path: Path) -> None:
     import pyarrow.parquet as pq
 
     scores = selection.scores
-    columns: dict[str, Any] = {
-        "row": pa.array(scores.rows, pa.int64()),
-        "id": pa.array(scores.ids, pa.string()),
-        "score": pa.array(scores.values, pa.float64()),
-        "removed": pa.array(selection.removed, pa.bool_()),
-        "category": pa.array(selection.categories, pa.string()),
-        "group": pa.array(scores.shapes, pa.string()),
-    }
-    if scores.decoys is not None:
-        columns["decoy"] = pa.array(scores.decoys, pa.float64())
-    if scores.lengths is not None:
-        columns["tokens"] = pa.array(scores.lengths, pa.int64())
-    if scores.nll is not None:
-        columns["loss"] = pa.array(scores.nll, pa.float64())
-    with replacing(path) as part:
-        pq.write_table(pa.table(columns), part)
+
+    def lines(own: slice) -> Any:
+        columns: dict[str, Any] = {
+            "row": pa.array(scores.rows[own], pa.int64()),
+            "id": pa.array(scores.ids[own], pa.string()),
+            "score": pa.array(scores.values[own], pa.float64()),
+            "removed": pa.array(selection.removed[own], pa.bool_()),
+            "category": pa.array(selection.categories[own], pa.string()),
+            "group": pa.array(scores.shapes[own], pa.string()),
+        }
+        if scores.decoys is not None:
+            columns["decoy"] = pa.array(scores.decoys[own], pa.float64())
+        if scores.lengths is not None:
+            columns["tokens"] = pa.array(scores.lengths[own], pa.int64())
+        if scores.nll is not None:
+            columns["loss"] = pa.array(scores.nll[own], pa.float64())
+        return pa.table(columns)
+
+    with replacing(path) as part, pq.ParquetWriter(part, lines(slice(0)).schema) as writer:
+        for start in range(0, len(scores.rows), WRITTEN):
+            writer.write_table(lines(slice(start, start + WRITTEN)))
 
 
 def write_manifest(value: Manifest, folder: Path) -> None:

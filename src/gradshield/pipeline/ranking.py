@@ -12,7 +12,7 @@ from gradshield.errors import UsageError
 from gradshield.models import LoadedModel
 from gradshield.pipeline import outputs, shards
 from gradshield.pipeline.references import references
-from gradshield.pipeline.scoring import Scored, asked_of, group, score_fihs
+from gradshield.pipeline.scoring import Scored, asked_of, named, score_fihs
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings
 from gradshield.selectors import SELECTORS, GradNorm, Guard, Loss, Moderate, Random, Representation, Selector
 from gradshield.types import References, Rendered
@@ -51,7 +51,7 @@ def score(
         folder,
         lambda done, total: progress("scoring rows", done, total),
     )
-    scores = selector.finish(raw, [row.id for row in rendered], [group(row.shape) for row in rendered])
+    scores = selector.finish(raw, *named(rendered))
     return Scored(selector, direction, scores)
 
 

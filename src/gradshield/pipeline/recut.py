@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradshield import data as rows_in
+from gradshield.columns import Coded, Ids
 from gradshield.errors import DataError
 from gradshield.intervals import wilson
 from gradshield.pipeline import outputs, review
@@ -21,7 +22,7 @@ from gradshield.pipeline.lock import alone
 from gradshield.selectors import SELECTORS
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
-from gradshield.types import Anchors, Example, Manifest, Scores, Selection
+from gradshield.types import Anchors, Bools, Ints, Manifest, Scores, Selection
 
 NO_CATEGORY = "not measured"
 
@@ -50,13 +51,13 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
     anchors = old.results.get("anchors")
     if anchors:
         scores = replace(scores, anchors=Anchors(**{k: np.array(v, dtype=np.float64) for k, v in anchors.items()}))
-    examples, source = _rows(path, old, scores, removed_before)
+    rows = _together(path, old, scores, removed_before)
     if threshold is None:
         threshold = SELECTORS[str(old.settings["selector"]).partition(":")[0]].rule
     rule = parse_threshold(threshold, int(old.settings["seed"])) if isinstance(threshold, str) else threshold
     decision = decide(scores, rule, allow)
     removed = decision.removed
-    names = tuple((c or NO_CATEGORY) if out else "" for c, out in zip(categories_before, removed, strict=True))
+    names = categories_before.renamed([name or NO_CATEGORY for name in categories_before.names]).only(removed)
     selection = Selection(
         scores=scores,
         removed=removed,
@@ -64,7 +65,7 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
         cuts=decision.cuts,
         quarantined=_quarantined(path),
         cleared=decision.cleared,
-        kept=[example.source for example, out in zip(examples, removed, strict=True) if not out],
+        keep=lambda: list(rows.raw(scores.rows[~removed].tolist())),
         manifest=old,
         certified=bool(old.results["certified"]),
     )
@@ -81,7 +82,7 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
         results["labels"] = {**old.results.get("labels", {}), **_caught_and_lost(removed, truth)}
     settings = {**old.settings, "threshold": threshold if isinstance(threshold, str) else rule.name}
     selection = replace(selection, manifest=replace(old, command=command, settings=settings, results=results))
-    outputs.write_selection(selection, path, examples, source)
+    outputs.write_selection(selection, path, rows, rows.suffix)
     review.write(selection, _views(path), path, truth)
     outputs.write_manifest(selection.manifest, path)
     return selection
@@ -110,64 +111,92 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
 
 
-def read_scores(folder: Path) -> tuple[Scores, Any, tuple[str, ...]]:
+def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
     """Scores, the removed flags and the categories of ``scores.parquet``. Raises DataError when it cannot be read."""
     try:
         table = pq.read_table(folder / "scores.parquet")
         columns = {name: table[name] for name in ("row", "id", "score", "removed", "category", "group")}
-    except (OSError, pa.ArrowException, KeyError):
+        ids = Ids.of(_texts(columns["id"]))
+    except (OSError, ValueError, pa.ArrowException, KeyError):
         raise DataError(
             f"the scores of {str(folder)!r} cannot be read (scores.parquet): run `gradshield scan` into it again"
         ) from None
     optional = {n: table[n].to_numpy() if n in table.column_names else None for n in ("decoy", "tokens", "loss")}
     scores = Scores(
         rows=columns["row"].to_numpy(),
-        ids=tuple(columns["id"].to_pylist()),
+        ids=ids,
         values=columns["score"].to_numpy(),
-        shapes=tuple(columns["group"].to_pylist()),
+        shapes=Coded.of(_texts(columns["group"])),
         decoys=optional["decoy"],
         lengths=optional["tokens"],
         nll=optional["loss"],
     )
-    return scores, columns["removed"].to_numpy(zero_copy_only=False), tuple(columns["category"].to_pylist())
+    return scores, columns["removed"].to_numpy(zero_copy_only=False), Coded.of(_texts(columns["category"]))
 
 
-def _rows(folder: Path, old: Manifest, scores: Scores, removed: Any) -> tuple[list[Example], rows_in.Source]:
+def _texts(column: Any) -> Iterator[str]:
+    """The strings of an Arrow column, of which few are there at once."""
+    for chunk in column.chunks:
+        for start in range(0, len(chunk), 1024):
+            yield from chunk.slice(start, 1024).to_pylist()
+
+
+def _together(folder: Path, old: Manifest, scores: Scores, removed: Bools) -> Together:
     """The scored rows in the order of the input, put together again from the kept and the removed file."""
     suffix = f".{old.data['kind']}" if old.data["kind"] in ("json", "csv", "parquet") else ".jsonl"
-    found: dict[int, Example] = {}
-    source: rows_in.Source | None = None
-    tables: list[pa.Table] = []
+    parts: dict[bool, rows_in.Examples] = {}
     for name, flag in (("kept", False), ("removed", True)):
-        rows = scores.rows[removed == flag]
-        if len(rows) == 0:
+        own = removed == flag
+        if not own.any():
             continue
         path = folder / f"{name}{suffix}"
         text_field = old.settings.get("render", {}).get("text_field", "text")
-        result = rows_in.read(path, format=old.settings.get("format"), text_field=text_field)
-        if len(result.examples) != len(rows):
+        found = rows_in.read(path, format=old.settings.get("format"), text_field=text_field).examples
+        if len(found) != own.sum():
             raise DataError(
-                f"{path.name} holds {len(result.examples)} rows, and the scores know of {len(rows)}: it was changed after the "
+                f"{path.name} holds {len(found)} rows, and the scores know of {own.sum()}: it was changed after the "
                 "scan; run `gradshield scan` again"
             )
-        ids = [i for i, out in zip(scores.ids, removed, strict=True) if out == flag]
-        for number, (example, known) in enumerate(zip(result.examples, ids, strict=True)):
-            if example.id.partition("-")[0] != known.partition("-")[0]:  # -2, -3 count repeats, of each file anew
-                raise DataError(
-                    f"line {result.source.line(number)} of {path.name} is not the row that was scored: it was changed after "
-                    "the scan; run `gradshield scan` again"
-                )
-        source = source or result.source
-        offset = sum(t.num_rows for t in tables)
-        if result.source.kind == "parquet":
-            tables.append(result.source.table)
-        for row, example in zip(rows, result.examples, strict=True):
-            found[int(row)] = replace(example, row=offset + example.row if tables else int(row))
-    if source is None:
+        # Hashes alone: -2, -3 count repeats, of each file anew.
+        strangers = np.flatnonzero(found.ids.digests != Ids.of(scores.ids).digests[own])
+        if len(strangers):
+            raise DataError(
+                f"line {found.source.line(int(strangers[0]))} of {path.name} is not the row that was scored: it was changed "
+                "after the scan; run `gradshield scan` again"
+            )
+        parts[flag] = found
+    if not parts:
         raise DataError(f"{str(folder)!r} holds no scored row: run `gradshield scan` again")
-    if tables:
-        source = replace(source, table=pa.concat_tables(tables))
-    return [found[int(row)] for row in scores.rows], source
+    return Together(parts, scores.rows, removed, suffix)
+
+
+class Together:
+    """The rows of a kept and a removed file in the order of the input they came from; to be written from (`data.Rows`)."""
+
+    def __init__(self, parts: Mapping[bool, rows_in.Examples], rows: Ints, removed: Bools, suffix: str) -> None:
+        self._parts, self._rows, self._removed, self.suffix = parts, rows, removed, suffix
+        first = next(iter(parts.values())).source
+        self.kind, self.header, self.schema = first.kind, first.header, first.schema
+
+    def raw(self, rows: Iterable[int], whole: bool = False) -> Iterator[Any]:
+        """As `Source.raw`; both files are read side by side."""
+        files = {flag: part.source.raw(part.rows.tolist(), whole) for flag, part in self._parts.items()}
+        wanted = np.isin(self._rows, np.fromiter(rows, np.int64))
+        for flag, want in zip(self._removed, wanted, strict=True):
+            row = next(files[bool(flag)])
+            if want:
+                yield row
+        for file in files.values():
+            next(file, None)  # to its end, where its hash is compared
+
+    def tables(self, rows: Ints, whole: bool = False) -> Iterator[Any]:
+        """As `Source.tables`, in one table."""
+        tables = [
+            t for _, part in sorted(self._parts.items()) for t in part.source.tables(part.rows.astype(np.int64), whole)
+        ]
+        place = np.empty(len(self._rows), dtype=np.int64)
+        place[np.argsort(self._removed, kind="stable")] = np.arange(len(place))
+        yield pa.concat_tables(tables).take(place[np.isin(self._rows, rows)])
 
 
 def _quarantined(folder: Path) -> tuple[Any, ...]:

@@ -25,12 +25,12 @@ Views = dict[int, list[tuple[str, str, float | None]]]
 def views(selection: Selection, rendered: Sequence[Rendered], tokenizer: Any) -> Views:
     """Coloured pieces of the rows a report may show, by position in the input: the highest scores and what is near the cut."""
     order = np.argsort(-selection.scores.values, kind="stable")
-    kept = [i for i in order if not selection.removed[i]]
-    wanted = set(order[: SHOWN + NEAR].tolist()) | {int(i) for i in kept[:NEAR]}
+    near = order[~selection.removed[order]][:NEAR]
+    wanted = np.union1d(order[: SHOWN + NEAR], near).tolist()
     tokens = selection.scores.tokens
     return {
         int(selection.scores.rows[i]): _pieces(rendered[i], tokens[i] if tokens is not None else None, tokenizer)
-        for i in sorted(wanted)
+        for i in wanted
     }
 
 
@@ -73,8 +73,8 @@ def page(
     kind = selection.manifest.data["kind"]
     suffix = f".{kind}" if kind in ("json", "csv", "parquet") else ".jsonl"
     order = np.argsort(-selection.scores.values, kind="stable")
-    gone = [int(i) for i in order if selection.removed[i]]
-    near = [int(i) for i in order if not selection.removed[i]][:NEAR]
+    out = selection.removed[order]
+    gone, near = order[out][:SHOWN].tolist(), order[~out][:NEAR].tolist()
     return report.ReportData(
         title=f"GradShield · {selection.manifest.data['name']}",
         counts=report.Counts(
@@ -94,7 +94,7 @@ def page(
         caught=measured.get("caught"),
         lost=measured.get("lost"),
         aurocs=tuple(a for a in measured.get("aurocs", ()) if a.get("auroc") is not None),
-        removed_rows=tuple(_view(selection, i, found) for i in gone[:SHOWN]),
+        removed_rows=tuple(_view(selection, i, found) for i in gone),
         categories=results["categories"],
         kept_rows=tuple(_view(selection, i, found) for i in near),
         quarantined=tuple(

@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gradshield import data as rows_in
 from gradshield import models
 from gradshield.data import templates
-from gradshield.errors import DataError, EmptyDataError
+from gradshield.errors import EmptyDataError, FormatError
 from gradshield.models import LoadedModel
 from gradshield.pipeline.options import check_positions, render_config, text_config
-from gradshield.types import Bools, Example, Quarantined, Rendered
+from gradshield.types import Bools, Ints, Quarantined, Rendered
 
-TRL_SHAPES = ("messages", "prompt-completion", "text", "preference")
+TRL_SHAPES = {"messages", "prompt-completion", "text", "preference"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,34 +28,31 @@ class Prepared:
     loaded: LoadedModel
     read: rows_in.ReadResult
     config: rows_in.RenderConfig
-    rendered: Sequence[Rendered]
+    rendered: rows_in.Spool
     quarantined: tuple[Quarantined, ...]
 
-    @property
-    def by_row(self) -> Mapping[int, Example]:
-        """Each row that could be read, by its position in the input."""
-        return {example.row: example for example in self.read.examples}
+    def kept(self, removed: Bools) -> Sequence[Rendered]:
+        """The rows that stay, read when they are asked for; ``removed`` is aligned with ``rendered``."""
+        return rows_in.Picked(self.rendered, np.flatnonzero(~removed))
 
-    def kept(self, removed: Bools) -> list[Rendered]:
-        """The rows that stay; ``removed`` is aligned with ``rendered``."""
-        return [row for row, out in zip(self.rendered, removed, strict=True) if not out]
-
-    def trainable(self, removed: Bools) -> Any:
+    def trainable(self, rows: Ints, removed: Bools) -> Any:
         """The kept rows for a trainer: the caller's own Dataset where TRL knows its shape, else tokens and labels.
 
-        Rows that no single trainer takes, such as preference pairs among other rows, are given as they came.
+        ``rows`` are the positions in the input of the rendered rows, and ``removed`` is aligned with them. Rows that no
+        single trainer takes, such as preference pairs among other rows, are given as they came.
         """
         import datasets
 
-        by_row, rows, source = self.by_row, self.kept(removed), self.read.source
-        own = [by_row[row.row] for row in rows]
-        known = all(e.shape in TRL_SHAPES and not _weighted(e) for e in own)
+        examples, source, stay = self.read.examples, self.read.source, rows[~removed]
+        places = np.searchsorted(examples.rows, stay)
+        known = set(examples.shapes.take(places).counts()) <= TRL_SHAPES and not examples.weighted[places].any()
         if source.kind == "dataset" and known:
-            return rows_in.take(own, source)
+            return rows_in.take(stay, source)
         try:
-            return rows_in.to_trl(own, rows) if rows else datasets.Dataset.from_list([])
-        except DataError:
-            return rows_in.take(own, source)
+            kept = self.kept(removed)
+            return rows_in.to_trl(examples.at(stay), kept) if len(stay) else datasets.Dataset.from_list([])
+        except FormatError:
+            return rows_in.take(stay, source)
 
 
 def prepare(
@@ -83,7 +82,7 @@ def prepare(
             f"no row of {read.source.name} can be scored within {config.max_length} tokens, line {first.line}: "
             f"{first.reason}; raise --max-length, or check the rows with `gradshield show`"
         )
-    check_positions(loaded.model, result.rendered, limit)
+    check_positions(loaded.model, result.rendered.longest, limit)
     quarantined = tuple(sorted((*read.quarantined, *result.quarantined), key=lambda q: q.row))
     return Prepared(loaded, read, config, result.rendered, quarantined)
 
@@ -106,12 +105,3 @@ def with_template(loaded: LoadedModel) -> LoadedModel:
     tokenizer = deepcopy(loaded.tokenizer)
     tokenizer.chat_template = default
     return replace(loaded, tokenizer=tokenizer)
-
-
-def _weighted(example: Example) -> bool:
-    """Whether some assistant turn has weight 0, which TRL does not know."""
-    return any(
-        message["role"] == "assistant" and not trained
-        for conversation in example.conversations
-        for message, trained in zip(conversation.messages or (), conversation.trained, strict=False)
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,7 @@ def select(
         cuts=decision.cuts,
         quarantined=rows.quarantined,
         cleared=decision.cleared,
-        kept=rows.trainable(decision.removed),
+        keep=partial(rows.trainable, scored.scores.rows, decision.removed),
         manifest=outputs.manifest(
             command=command,
             source=rows.read.source,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from gradshield import data as rows_in
+from gradshield.columns import Coded, Ids
 from gradshield.errors import ProbeError, ScoreError, UsageError
 from gradshield.gradients import ENGINES, Agreement, Engine, Loop, adapted, agreement, calibrated, pick, target_names
 from gradshield.gradients import direction as directions
@@ -84,7 +86,7 @@ def score_fihs(
         folder,
         lambda done, total: progress("scoring rows", done, total),
     )
-    scores = selector.finish(raw, [row.id for row in rendered], [group(row.shape) for row in rendered])
+    scores = selector.finish(raw, *named(rendered))
     scores = replace(scores, anchors=_anchors(selector, model, direction, asked, harmless, tokenizer, pad))
     return Scored(selector, direction, scores, agreed, valid)
 
@@ -146,6 +148,19 @@ def _anchors(
 def group(shape: str) -> str:
     """Rows of one group share a scale, and are cut together: preference pairs apart from everything else."""
     return PREFERENCE if shape == "preference" else ROWS
+
+
+def named(rendered: Iterable[Rendered]) -> tuple[Ids, Coded]:
+    """The ids of the rows, and the group of each."""
+    groups = array("B")
+    names = (ROWS, PREFERENCE)
+
+    def ids() -> Iterator[str]:
+        for row in rendered:
+            groups.append(names.index(group(row.shape)))
+            yield row.id
+
+    return Ids.of(ids()), Coded(np.array(groups), names)
 
 
 def _sample(rendered: Sequence[Rendered], settings: ScanSettings) -> list[Rendered]:
@@ -217,24 +232,28 @@ def categories(
     removed: Bools,
     settings: ScanSettings,
     progress: Progress,
-) -> tuple[str, ...]:
+) -> Coded:
     """The harm each removed row pulls toward: the category whose own direction, at unit length, it follows furthest."""
     selector = scored.selector
     if not isinstance(selector, Fihs):
-        return ("",) * len(removed)
+        return Coded(np.zeros(len(removed), dtype=np.uint8), ("",))
     names = sorted(set(selector.requests.categories))
     if not gone or len(names) < 2:
         only = names[0] if len(names) == 1 else ""
-        return tuple(only if out else "" for out in removed)
+        return Coded(removed.astype(np.uint8), ("", only))
     every = selector.by_category(model)
-    pulls = []
+    best, strongest = np.zeros(len(gone), dtype=np.int64), np.full(len(gone), -np.inf)
     for k, name in enumerate(every.names):
         one = Direction(
             {n: v[k : k + 1] for n, v in every.tensors.items()}, (name,), every.subspace, (every.scales[k],), ""
         )
         raw: Measured = shards.measure(selector, model, one, gone, settings.token_budget)
-        tokens = raw.tokens or tuple(np.array([s]) for s in raw.sums)
-        pulls.append([selector.aggregate(t) * every.scales[k] for t in tokens])
+        tokens = raw.tokens if raw.tokens is not None else raw.sums[:, None]
+        pull = np.fromiter((selector.aggregate(t) * every.scales[k] for t in tokens), np.float64, len(gone))
+        # The first of equal pulls, as argmax would have it.
+        best = np.where(pull > strongest, k, best)
+        strongest = np.maximum(pull, strongest)
         progress("naming the harm", k + 1, len(names))
-    best = iter(np.argmax(np.array(pulls), axis=0).tolist())
-    return tuple(every.names[next(best)] if out else "" for out in removed)
+    codes = np.zeros(len(removed), dtype=np.int64)
+    codes[removed] = best
+    return Coded(codes, every.names).only(removed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from gradshield.data import batches
+from gradshield.data.spool import Picked, Values
 from gradshield.errors import DataError, ModelError
 from gradshield.files import replacing
 from gradshield.pipeline.options import text_config
@@ -43,7 +45,7 @@ def measure(
     progress: Progress = lambda done, total: None,
 ) -> Measured:
     """Measure all rows, in the order of the input; shards found in ``store`` are read instead."""
-    parts, done = [], 0
+    gathered, done = _Gathered(), 0
     for rows, content in cut(rendered):
         path = store / f"{_key(selector, direction, content, token_budget)}.safetensors" if store else None
         part = _read(path, rows) if path else None
@@ -51,10 +53,40 @@ def measure(
             part = _measure_shard(selector, model, direction, rows, token_budget)
             if path:
                 _write(path, part)
-        parts.append(part)
+        gathered.add(part)
         done += len(rows)
         progress(done, len(rendered))
-    return Measured.joined(parts)
+    return gathered.measured()
+
+
+class _Gathered:
+    """Shards put together as they come: four numbers a row in memory, per-token values on disk."""
+
+    def __init__(self) -> None:
+        self._rows, self._lengths = array("q"), array("q")
+        self._sums, self._nll = array("d"), array("d")
+        self._tokens: Values | None = Values()
+
+    def add(self, part: Measured) -> None:
+        """Take over a shard's numbers; its arrays can go."""
+        self._rows.frombytes(part.rows.astype(np.int64).tobytes())
+        self._lengths.frombytes(part.lengths.astype(np.int64).tobytes())
+        self._sums.frombytes(part.sums.astype(np.float64).tobytes())
+        self._nll.frombytes(part.nll.astype(np.float64).tobytes())
+        if part.tokens is None:
+            self._tokens = None
+        elif self._tokens is not None:
+            self._tokens.add(part.tokens)
+
+    def measured(self) -> Measured:
+        """All of it, in the order of the input's rows."""
+        rows, lengths = np.frombuffer(self._rows, np.int64), np.frombuffer(self._lengths, np.int64)
+        sums, nll = np.frombuffer(self._sums, np.float64), np.frombuffer(self._nll, np.float64)
+        if (rows[1:] >= rows[:-1]).all():
+            return Measured(rows, sums, nll, lengths, self._tokens)
+        order = np.argsort(rows, kind="stable")
+        tokens = None if self._tokens is None else Picked(self._tokens, order)
+        return Measured(rows[order], sums[order], nll[order], lengths[order], tokens)
 
 
 def cut(rendered: Iterable[Rendered]) -> Iterator[tuple[list[Rendered], bytes]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from gradshield import data as rows_in
 from gradshield import lab, models
 from gradshield.errors import DataError, UsageError
@@ -36,11 +38,11 @@ def seen(
     for bad in read.quarantined:
         if bad.row == row:
             raise DataError(f"row {row} (line {bad.line}) of {read.source.name} cannot be used, {bad.reason}: mend it")
-    example = next((e for e in read.examples if e.row == row), None)
-    if example is None:
+    if not 0 <= row < read.source.rows:
         raise UsageError(
             f"there is no row {row} in {read.source.name}: give a position from 0 to {read.source.rows - 1}"
         )
+    (example,) = read.examples.at(np.array([row]))
     rendered = rows_in.render(example, tokenizer, render_config(training_args, max_length, None, {}))
     if isinstance(rendered, str):
         raise DataError(f"row {row} (line {read.source.line(row)}) of {read.source.name} cannot be scored, {rendered}")

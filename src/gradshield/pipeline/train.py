@@ -15,11 +15,13 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gradshield.columns import Coded
 from gradshield.errors import UsageError
 from gradshield.evaluation.asr import agreement, attacked
 from gradshield.evaluation.stats import mcnemar
@@ -194,13 +196,12 @@ class _Run:
 
     def _recut(self, selection: Selection, chosen: Chosen) -> Selection:
         """The scan's folder again, with the cut that was trained on."""
-        categories = tuple(kind if out else "" for kind, out in zip(selection.categories, chosen.removed, strict=True))
         again = replace(
             selection,
             removed=chosen.removed,
             cuts=chosen.cuts,
-            categories=categories,
-            kept=self.job.rows.trainable(chosen.removed),
+            categories=Coded.of(selection.categories).only(chosen.removed),
+            keep=partial(self.job.rows.trainable, selection.scores.rows, chosen.removed),
         )
         assert chosen.scored is not None
         again = outputs.with_results(again, chosen.scored, self.job.rows, self.job.labels)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gradshield.columns import Coded
 from gradshield.report.axis import Axis, make_axis
 from gradshield.report.data import ReportData
 from gradshield.report.draw import Chart, axis_style, axis_title, base_layout
@@ -71,13 +72,12 @@ def category_chart(totals: Mapping[str, int]) -> Chart | None:
 
 
 def _shapes(data: ReportData) -> list[tuple[str, int]]:
-    names, counts = np.unique(np.array(data.scores.shapes, dtype=object), return_counts=True)
-    return sorted(zip(names.tolist(), counts.tolist(), strict=True), key=lambda entry: -entry[1])
+    return sorted(sorted(Coded.of(data.scores.shapes).counts().items()), key=lambda entry: -entry[1])
 
 
 def _of_shape(data: ReportData, shape: str) -> tuple[Bools, Floats, Bools, Floats | None]:
     """Mask of the shape's rows, and their scores, removed flags and decoys."""
-    mask = np.array([name == shape for name in data.scores.shapes])
+    mask = Coded.of(data.scores.shapes).where(shape)
     decoys = data.scores.decoys
     if decoys is not None:
         decoys = decoys[mask]
@@ -108,7 +108,7 @@ def _distribution(data: ReportData, shape: str, index: int) -> Chart:
     columns = {"kept": kept_bins, "removed": removed_bins}
     table = _table(axis, columns if decoy_bins is None else columns | {"decoys": decoy_bins})
     name = shape or "rows"
-    title = "Scores" if len(set(data.scores.shapes)) == 1 else f"Scores of {name} rows"
+    title = "Scores" if len(_shapes(data)) == 1 else f"Scores of {name} rows"
     return Chart(f"scores-{index}", title, _caption(axis, len(values), int(removed.sum()), cut), spec, table)
 
 
@@ -144,7 +144,7 @@ def _by_class(data: ReportData, shape: str, index: int) -> Chart:
         f"{int(harmful.sum()):,} rows labelled harmful, {missed:,} of them kept; "
         f"{int((~harmful).sum()):,} labelled harmless, {lost:,} of them removed."
     )
-    title = "Scores by label" if len(set(data.scores.shapes)) == 1 else f"Scores of {shape} rows by label"
+    title = "Scores by label" if len(_shapes(data)) == 1 else f"Scores of {shape} rows by label"
     return Chart(f"classes-{index}", title, caption, spec, _table(axis, columns))
 
 

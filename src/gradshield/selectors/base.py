@@ -21,15 +21,15 @@ class Measured:
     """What one batch gave, by row; no state across rows, so that any distributed map can make it.
 
     ``sums[i]`` is the row's own value; ``tokens[i]`` its per-token values in order (chosen before rejected, each times
-    its sequence's coefficient), None from an engine without them. ``nll`` is the mean loss in nats, ``lengths`` the number
-    of loss tokens.
+    its sequence's coefficient), None from an engine without them; of a whole dataset they lie on disk and are read when
+    asked for. ``nll`` is the mean loss in nats, ``lengths`` the number of loss tokens.
     """
 
     rows: Ints
     sums: Floats
     nll: Floats
     lengths: Ints
-    tokens: tuple[Floats, ...] | None = None
+    tokens: Sequence[Floats] | None = None
 
     @staticmethod
     def joined(parts: Sequence[Measured]) -> Measured:
@@ -52,6 +52,7 @@ class Selector(Protocol):
 
     ``rule`` is the threshold that cuts its scores where none is named. ``settings`` is JSON-able: everything but rows, model and
     direction that a measured number depends on. ``prepare`` of a method that has no direction gives one without tensors.
+    ``finish`` hands on ``ids`` and ``shapes`` as it got them: of many rows they are columns that hold no string (`columns`).
     """
 
     name: str

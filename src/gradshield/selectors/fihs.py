@@ -94,7 +94,7 @@ class Fihs:
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
         """One score a row, and its decoy's. Raises ScoreError that names the rows whose value is not finite."""
-        bad = [int(r) for r, s in zip(raw.rows, raw.sums, strict=True) if not np.isfinite(s)]
+        bad = raw.rows[~np.isfinite(raw.sums)].tolist()
         if bad:
             shown = ", ".join(map(str, bad[:10])) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
             raise ScoreError(
@@ -103,9 +103,10 @@ class Fihs:
             )
         values, decoys = raw.sums, None
         if raw.tokens is not None:
-            values = np.array([self.aggregate(t) for t in raw.tokens])
-            decoys = np.array([self.aggregate(-t) for t in raw.tokens])
-        return Scores(raw.rows, tuple(ids), values, tuple(shapes), decoys, raw.lengths, raw.nll, raw.tokens)
+            values, decoys = np.empty(len(raw.rows)), np.empty(len(raw.rows))
+            for i, tokens in enumerate(raw.tokens):
+                values[i], decoys[i] = self.aggregate(tokens), self.aggregate(-tokens)
+        return Scores(raw.rows, ids, values, shapes, decoys, raw.lengths, raw.nll, raw.tokens)
 
     def settings(self) -> dict[str, Any]:
         """The engine and its step; what else matters is in the direction."""

@@ -41,7 +41,7 @@ class GradNorm:
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
         """One score a row. Raises ScoreError that names the rows whose norm is not finite."""
         require_finite(raw)
-        return Scores(raw.rows, tuple(ids), raw.sums, tuple(shapes), lengths=raw.lengths, nll=raw.nll)
+        return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
 
     def settings(self) -> Mapping[str, Any]:
         """Which parameters count."""

@@ -97,7 +97,7 @@ class Guard:
                 stacklevel=2,
             )
         values = np.where(unknown, 1.0, raw.sums)
-        return Scores(raw.rows, tuple(ids), values, tuple(shapes), lengths=raw.lengths)
+        return Scores(raw.rows, ids, values, shapes, lengths=raw.lengths)
 
     def settings(self) -> Mapping[str, Any]:
         """What the guard is; no key."""

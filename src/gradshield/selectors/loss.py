@@ -40,7 +40,7 @@ class Loss:
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
         """One score a row. Raises ScoreError that names the rows whose loss is not finite."""
         require_finite(raw)
-        return Scores(raw.rows, tuple(ids), raw.sums, tuple(shapes), lengths=raw.lengths, nll=raw.nll)
+        return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
 
     def settings(self) -> Mapping[str, Any]:
         """Nothing: the loss depends on the model and the row alone."""

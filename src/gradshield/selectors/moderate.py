@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from gradshield.columns import Coded
 from gradshield.errors import ScoreError, UsageError
 from gradshield.gradients import check_norms, check_subspace, parameter_names
 from gradshield.selectors.base import SELECTORS, Measured, no_direction, require_finite
@@ -103,10 +104,11 @@ class Moderate:
         """
         require_finite(raw)
         values = np.zeros(len(raw.rows))
-        for shape in set(shapes):
-            own = np.array([s == shape for s in shapes])
+        groups = Coded.of(shapes)
+        for shape in groups.counts():
+            own = groups.where(shape)
             values[own] = self._scores(raw.nll[own], raw.sums[own])
-        return Scores(raw.rows, tuple(ids), values, tuple(shapes), lengths=raw.lengths, nll=raw.nll)
+        return Scores(raw.rows, ids, values, shapes, lengths=raw.lengths, nll=raw.nll)
 
     def _scores(self, losses: Floats, norms: Floats) -> Floats:
         band = in_band(losses)

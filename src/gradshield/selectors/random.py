@@ -39,8 +39,8 @@ class Random:
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
         """One score a row, in [0, 1)."""
-        values = np.array([_drawn(self.seed, name) for name in ids])
-        return Scores(raw.rows, tuple(ids), values, tuple(shapes), lengths=raw.lengths, nll=raw.nll)
+        values = np.fromiter((_drawn(self.seed, name) for name in ids), np.float64, len(ids))
+        return Scores(raw.rows, ids, values, shapes, lengths=raw.lengths, nll=raw.nll)
 
     def settings(self) -> Mapping[str, Any]:
         """The seed."""

@@ -154,7 +154,7 @@ class Representation:
                 f"{len(bad)} of {len(raw.rows)} rows got a score that is not finite (rows {shown}): check the model's weights "
                 "for overflow, or load it in float32 (--dtype float32)"
             )
-        return Scores(raw.rows, tuple(ids), raw.sums, tuple(shapes), lengths=raw.lengths, nll=raw.nll)
+        return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
 
     def settings(self) -> Mapping[str, Any]:
         """The form and the feature; the blocks and the references are in the direction."""
