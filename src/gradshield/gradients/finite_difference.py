@@ -20,7 +20,7 @@ from gradshield.gradients.base import (
     owners,
     scoring,
 )
-from gradshield.logits import token_nll
+from gradshield.gradients.sparing import Prefix, answer_nll
 from gradshield.types import Batch, Direction
 
 
@@ -71,10 +71,14 @@ class _Routing(TorchFunctionMode):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.chosen: list[Tensor] = []
+        self.below = 0  # how many of them were made in the layers that later passes skip
         self.turn: int | None = None  # None while recording
 
-    def replay(self) -> _Routing:
-        self.turn = 0
+    def mark(self) -> None:
+        self.below = len(self.chosen)
+
+    def replay(self, skipping: bool) -> _Routing:
+        self.turn = self.below if skipping else 0
         return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,13 +121,15 @@ class FiniteDifference:
         self._check_precision(model, direction)
         data = DeviceBatch.of(batch, model)
 
+        prefix = Prefix(model, direction)
+
         def losses() -> Tensor:
-            return token_nll(model, data.ids, data.attention, data.loss).double().cpu()
+            return answer_nll(model, data).double().cpu()
 
         with scoring(model), torch.no_grad():
             routing = _Routing() if _routes(model) else None
             if routing is not None:
-                with routing:
+                with routing, prefix.passing(routing.mark):
                     losses()
             values = []
             for k in range(len(direction.names)):
@@ -131,7 +137,11 @@ class FiniteDifference:
                 step = self.relative_step * direction.scales[k]
                 sides = []
                 for sign in (1.0, -1.0):
-                    with shifted(model, tensors, sign * step), routing.replay() if routing else nullcontext():
+                    with (
+                        shifted(model, tensors, sign * step),
+                        prefix.passing() as skipping,
+                        routing.replay(skipping) if routing else nullcontext(),
+                    ):
                         sides.append(losses())
                 plus, minus = sides
                 values.append((minus - plus) / (2.0 * step))
