@@ -21,6 +21,7 @@ from gradshield.pipeline import outputs, shards
 from gradshield.pipeline.decide import PREFERENCE, ROWS
 from gradshield.pipeline.references import answered, opened
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings
+from gradshield.pipeline.shards import Hands, here
 from gradshield.probes import Prompts, Validity, greedy, lookalikes, open_turns, refuses, requests, validity
 from gradshield.selectors import Fihs, Measured, Selector, parse_aggregate
 from gradshield.types import Anchors, Batch, Bools, Direction, Floats, Rendered, Scores
@@ -49,6 +50,7 @@ def score_fihs(
     targets: Sequence[str],
     output: str | Path | None,
     progress: Progress,
+    hands: Hands = here,
 ) -> Scored:
     """Ask the probes, take the direction, choose an engine that agrees with the oracle, and measure every row.
 
@@ -73,7 +75,7 @@ def score_fihs(
     folder = None
     if output is not None:  # nothing was written so far: a scan that cannot begin leaves no folder behind
         work = outputs.prepare(output) / outputs.WORK
-        directions.save(direction, work / "direction.safetensors")
+        directions.save(direction, work / shards.DIRECTION)
         folder = work / "shards"
     raw = shards.measure(
         selector,
@@ -83,6 +85,7 @@ def score_fihs(
         settings.token_budget,
         folder,
         lambda done, total: progress("scoring rows", done, total),
+        hands,
     )
     scores = selector.finish(raw, [row.id for row in rendered], [group(row.shape) for row in rendered])
     scores = replace(scores, anchors=_anchors(selector, model, direction, asked, harmless, tokenizer, pad))
@@ -217,6 +220,7 @@ def categories(
     removed: Bools,
     settings: ScanSettings,
     progress: Progress,
+    hands: Hands = here,
 ) -> tuple[str, ...]:
     """The harm each removed row pulls toward: the category whose own direction, at unit length, it follows furthest."""
     selector = scored.selector
@@ -232,7 +236,7 @@ def categories(
         one = Direction(
             {n: v[k : k + 1] for n, v in every.tensors.items()}, (name,), every.subspace, (every.scales[k],), ""
         )
-        raw: Measured = shards.measure(selector, model, one, gone, settings.token_budget)
+        raw: Measured = shards.measure(selector, model, one, gone, settings.token_budget, hands=hands)
         tokens = raw.tokens or tuple(np.array([s]) for s in raw.sums)
         pulls.append([selector.aggregate(t) * every.scales[k] for t in tokens])
         progress("naming the harm", k + 1, len(names))
