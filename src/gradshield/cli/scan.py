@@ -77,6 +77,9 @@ def scan(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     adapter: Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter on the model.")] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that share the rows, each with the model in memory.", min=1)
+    ] = 1,
     seed: Annotated[
         int, typer.Option(help="Of the adapter's initialisation, the oracle's sample and the mixture's start.")
     ] = 0,
@@ -119,6 +122,7 @@ def scan(
             strict=strict,
             allow=allowed,
             labels=truth,
+            workers=workers,
             command=command_line(),
             progress=report,
         )
