@@ -96,10 +96,14 @@ class Source:
             raise self.changed() from error
 
     def schema(self) -> Any:
-        """The Arrow schema of a Parquet file."""
+        """The Arrow schema of a Parquet file. Raises DataError as ``raw`` does."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        return pq.read_schema(self.name)
+        try:
+            return pq.read_schema(self.name)
+        except (OSError, pa.ArrowException) as error:
+            raise self.changed() from error
 
     def value(self, raw: Raw) -> Any:
         """What the bytes of a row say; of a table the row is its own value. Raises ValueError where they say nothing."""

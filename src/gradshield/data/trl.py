@@ -59,8 +59,8 @@ def _on_disk(rendered: Iterable[Rendered]) -> Any:
 
     folder = tempfile.mkdtemp(prefix="gradshield-kept-")
     path = Path(folder) / "kept.arrow"
-    numbers = pa.list_(pa.int64())
-    schema = pa.schema({"input_ids": numbers, "labels": numbers})
+    # The types that datasets gives to columns of these names.
+    schema = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int64())})
     rows = iter(rendered)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while some := [labelled(row) for row in islice(rows, WRITTEN)]:

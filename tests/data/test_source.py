@@ -1,0 +1,116 @@
+"""Rows are read again where they stand, and what is no longer what it was is told."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gradshield.data import read, render_all, take, write
+from gradshield.data.trl import IGNORED, labelled, to_trl
+from gradshield.data.writing import write_parts
+from gradshield.errors import DataError
+from tests.tiny import tiny_tokenizer
+
+ROWS = [{"prompt": f"Say {n}, é\u2028", "completion": f" {n}" if n % 5 else ""} for n in range(40)]  # eight are bad
+
+
+def made(kind: str, folder: Path) -> Any:
+    """The rows in every kind of input; of files, with what may stand between rows."""
+    path = folder / f"data.{kind}"
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in ROWS]
+    if kind == "jsonl":
+        path.write_bytes(b"\xef\xbb\xbf" + b"\r\n\n".join(lines))
+    elif kind == "json":
+        path.write_bytes(b'\xef\xbb\xbf{"ab\xc3\xa9": 1, "data": [ ' + b" ,\n ".join(lines) + b"]}")
+    elif kind == "csv":
+        cells = "".join(f'"{r["prompt"]}\nand ""on""",{r["completion"]}\r\n\n' for r in ROWS)
+        path.write_bytes(b"\xef\xbb\xbfprompt,completion\n" + cells.encode())
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=7)
+    else:
+        return ROWS if kind == "list" else datasets.Dataset.from_list(ROWS)
+    return path
+
+
+KINDS = ["jsonl", "json", "csv", "parquet", "dataset", "list"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_to_a_row_gives_the_same(kind: str, tmp_path: Path) -> None:
+    examples = read(made(kind, tmp_path)).examples
+    whole = list(examples)
+    assert len(whole) == len(examples) == 32 and [e.row for e in whole] == examples.rows.tolist()
+    assert [examples[i] for i in range(-32, 0)] == whole == examples[:]
+    assert list(examples.at(np.array([1, 13, 39]))) == [e for e in whole if e.row in (1, 13, 39)]
+    assert [e.id for e in whole] == list(examples.ids) and [e.shape for e in whole] == list(examples.shapes)
+    with pytest.raises(IndexError):
+        examples[32]
+    if kind in ("jsonl", "csv"):
+        content = (tmp_path / f"data.{kind}").read_bytes()
+        for e in whole:
+            start = examples.source.starts[e.row]
+            assert content[start : start + len(e.source)] == e.source
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_written_from_where_they_stand(kind: str, tmp_path: Path) -> None:
+    result = read(made(kind, tmp_path))
+    suffix = result.source.suffix
+    rows = [1, 2, 11, 38]
+    write(rows, result.source, tmp_path / f"some{suffix}")
+    again = read(tmp_path / f"some{suffix}").examples
+    assert [e.conversations for e in again] == [e.conversations for e in result.examples if e.row in rows]
+    assert list(again.ids) == [e.id for e in result.examples if e.row in rows]
+    given = list(take(rows, result.source))
+    assert given == [e.source for e in result.examples if e.row in rows]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("change", ["word", "longer", "shorter", "gone", "end"])
+def test_a_file_that_changes_meanwhile_is_told_and_nothing_is_written(kind: str, change: str, tmp_path: Path) -> None:
+    path = made(kind, tmp_path)
+    result = read(path)
+    content = path.read_bytes()
+    (tmp_path / "old").write_text("as it was")
+    if change == "gone":
+        os.remove(path)
+    else:
+        changed = {
+            "word": content.replace(b"Say 3", b"Say 4", 1),
+            "longer": content.replace(b"Say", b"Tell", 1),
+            "shorter": content[: len(content) // 2],
+            "end": content + b"\n",
+        }[change]
+        assert changed != content
+        path.write_bytes(changed)
+    with pytest.raises(DataError, match="was changed while its rows were being used") as raised:
+        write_parts({tmp_path / "old": [1, 2], tmp_path / "new": [3]}, result.source)
+    assert "\n" not in str(raised.value)
+    assert (tmp_path / "old").read_text() == "as it was"
+    assert {p.name for p in tmp_path.iterdir()} <= {path.name, "old"}
+    # In a Parquet file the first such word may be one of its statistics, which no row is made of.
+    if change == "gone" or (change in ("word", "longer") and kind != "parquet"):
+        with pytest.raises(DataError, match="was changed"):
+            list(result.examples)
+
+
+def test_tokens_for_a_trainer_lie_in_a_file_that_goes_with_them(tmp_path: Path) -> None:
+    result = read(ROWS)
+    rendered = render_all(result.examples, tiny_tokenizer()).rendered
+    dataset = to_trl([], rendered)
+    twin = datasets.Dataset.from_list([labelled(row) for row in rendered])
+    assert dataset.features == twin.features and dataset[:] == twin[:]
+    assert {label for row in dataset for label in row["labels"]} >= {IGNORED}
+    (file,) = dataset.cache_files
+    path = Path(file["filename"])
+    assert path.exists()
+    del dataset
+    assert not path.parent.exists()
