@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,48 +16,11 @@ from gradshield.gradients.base import (
     DeviceBatch,
     check_direction,
     check_layers,
-    owners,
     scoring,
 )
+from gradshield.gradients.shifted import shifted
 from gradshield.gradients.sparing import Prefix, answer_nll
 from gradshield.types import Batch, Direction
-
-
-@contextmanager
-def shifted(model: nn.Module, tensors: Mapping[str, Tensor], step: float) -> Iterator[None]:
-    """The model at θ + step·v, one layer at a time: W + step·V exists only while its own layer runs.
-
-    The caller's Parameter objects are never written to. Each module's slot holds a shifted stand-in during the
-    module's forward and the original object again after it; the exit puts every original back whatever happened.
-    """
-    places = owners(model, tensors)
-    originals = [(module, {name: module._parameters[name] for name in own}) for module, own in places]
-    handles = []
-
-    def enter(own: Mapping[str, Tensor], mine: Mapping[str, Any]) -> Any:
-        def hook(module: nn.Module, _args: Any) -> None:
-            for name, v in own.items():
-                moved = torch.add(mine[name].detach(), v.to(mine[name]), alpha=step)
-                module._parameters[name] = nn.Parameter(moved, requires_grad=False)
-
-        return hook
-
-    def leave(mine: Mapping[str, Any]) -> Any:
-        def hook(module: nn.Module, _args: Any, _output: Any) -> None:
-            module._parameters.update(mine)
-
-        return hook
-
-    try:
-        for (module, own), (_, mine) in zip(places, originals, strict=True):
-            handles.append(module.register_forward_pre_hook(enter(own, mine)))
-            handles.append(module.register_forward_hook(leave(mine)))
-        yield
-    finally:
-        for module, mine in originals:
-            module._parameters.update(mine)
-        for handle in handles:
-            handle.remove()
 
 
 class _Routing(TorchFunctionMode):  # type: ignore[misc]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gradshield.errors import ModelError
 from gradshield.gradients.base import DeviceBatch, owners
 from gradshield.gradients.subspace import decoder_layers
-from gradshield.logits import predicting, token_nll
+from gradshield.logits import output_head, predicting, token_nll
 from gradshield.types import Direction
 
 
@@ -117,15 +117,26 @@ def answer_nll(model: nn.Module, data: DeviceBatch) -> Tensor:
 
     A model that runs that MLP more than once in a pass needs all of its positions, and gets them in a second pass.
     """
-    layers = _layers(model)
-    mlp = getattr(layers[-1], "mlp", None) if layers else None
+    last = _last_mlp(model)
     where = predicting(data.loss)
     entries = where.flatten().nonzero().squeeze(1)  # (M,)
-    if not isinstance(mlp, nn.Module) or len(entries) in (0, where.numel()):
+    if last is None or len(entries) in (0, where.numel()):
         return token_nll(model, data.ids, data.attention, data.loss)
-    with _gathered(mlp, tuple(where.shape), entries) as calls:
+    with _gathered(last, tuple(where.shape), entries) as calls:
         found = token_nll(model, data.ids, data.attention, data.loss)
     return found if len(calls) == 1 else token_nll(model, data.ids, data.attention, data.loss)
+
+
+def gathering(model: nn.Module) -> list[nn.Module]:
+    """The modules that `answer_nll` gives nothing but the M positions: the head, and the last layer's MLP if it has one."""
+    last = _last_mlp(model)
+    return [output_head(model)] if last is None else [output_head(model), last]
+
+
+def _last_mlp(model: nn.Module) -> nn.Module | None:
+    layers = _layers(model)
+    found = getattr(layers[-1], "mlp", None) if layers else None
+    return found if isinstance(found, nn.Module) else None
 
 
 @contextmanager
