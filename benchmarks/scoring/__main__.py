@@ -30,9 +30,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-ROUNDS = 5
-ROWS = {"lab": (160, None), "10m": (40, 12), "125m": (16, 5), "0.5b": (256, 16), "1.5b": (128, 8)}  # all, and the few
-QUICK = (40, None)
+ROUNDS, QUICK_ROUNDS = 5, 2
+# Rows of a model, and the few that the oracle and the peers are timed on: the whole in a quarter of an hour on two cores.
+ROWS = {"lab": (100, None), "10m": (24, 8), "125m": (6, 3), "0.5b": (256, 16), "1.5b": (128, 8)}
+QUICK = (24, None)
 SPOKEN = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"  # peft's use of transformers
 OWN_ROWS = (200, None)  # of a model given as a folder
 
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--models", nargs="+", default=["lab", "10m", "125m"], help=f"{', '.join(ROWS)}, or a folder")
     found.add_argument("--quick", action="store_true", help="the lab's model on few rows")
-    found.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds (%(default)s)")
+    found.add_argument("--rounds", type=int, help=f"timed rounds ({ROUNDS}; {QUICK_ROUNDS} with --quick)")
     found.add_argument("--rows", type=int, help="rows of every model (default: by model)")
     found.add_argument("--few", type=int, help="rows of the oracle and the peers (default: by model)")
     found.add_argument("--data", help="JSON lines for a model of your own")
@@ -55,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     found.add_argument("--plot", type=Path, metavar="FILE", help="write the picture there, as SVG")
-    found.add_argument("--docs", type=Path, metavar="FILE", help="put the figures into a document, the picture beside it")
+    found.add_argument(
+        "--docs", type=Path, metavar="FILE", help="put the figures into a document, the picture beside it"
+    )
     return found
 
 
@@ -63,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write. 130 after Ctrl-C: what was finished before it has been written."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(given)
+    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     # Read by the libraries when they are imported: theirs are not the bars to watch.
     os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ["PYTHONWARNINGS"] = SPOKEN  # of the processes that measure memory
@@ -110,7 +114,9 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         write(options, report)
     host = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     packages = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    out.print(f"{command}\n{host}\n{packages}\nseed {options.seed}, {report['seconds']} s", markup=False, highlight=False)
+    out.print(
+        f"{command}\n{host}\n{packages}\nseed {options.seed}, {report['seconds']} s", markup=False, highlight=False
+    )
     return report
 
 

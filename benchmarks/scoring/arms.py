@@ -48,7 +48,7 @@ Ready = Callable[[Case, Sequence[Rendered]], AbstractContextManager[Run]]
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """``truth`` names the arm that its values are compared with; ``slow`` ones score the case's few rows."""
+    """``truth`` names the arm that its values are compared with; ``slow`` ones are timed on the case's few rows."""
 
     name: str
     group: str
@@ -82,7 +82,8 @@ def ours(case: Case) -> list[Arm]:
         arms.append(Arm(f"perturbation/lora/K={count}", "directions", several, f"{ORACLE}/lora/K={count}"))
     if case.source is not None:
         arms.append(Arm("scan", "scan", whole_scan))
-        arms.append(Arm("scan/prelude", "scan", partial(whole_scan, most=PRELUDE)))
+        if len(case.rendered) > 2 * PRELUDE:
+            arms.append(Arm("scan/prelude", "scan", partial(whole_scan, most=PRELUDE)))
     return arms
 
 

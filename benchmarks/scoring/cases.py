@@ -48,7 +48,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """How to make a case again, in another process too. ``few`` rows are what the slow arms score, None for all of them."""
+    """How to make a case again, in another process too. ``few`` rows are what the slow arms are timed on; None is all."""
 
     model: str
     rows: int
@@ -83,7 +83,7 @@ class Case:
 
     @property
     def few(self) -> Sequence[Rendered]:
-        """The rows of the slow arms: the first ones."""
+        """The rows that slow arms are timed on: the first ones."""
         return self.rendered[: self.spec.few]
 
     def batches(self, rows: Sequence[Rendered]) -> list[Batch]:

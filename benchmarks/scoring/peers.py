@@ -2,7 +2,7 @@
 
     bergson          scores the rows against one query gradient q = -v, kept in memory, over the linear layers of the decoder
                      (what it tracks): backward passes with hooks, Σ <∇L, q>
-    bergson-output   the same scores by its forward mode (``token_influence="output"``, Grosse et al.'s), attention in its math form
+    bergson-output   the same scores by its forward mode (``token_influence="output"``), attention in its math form
     kronfluence      pairwise scores with the strategy identity, over the same layers; it takes the query's gradient itself, from
                      S, outside the clock; its scores are <∇S, ∇L>, so the sign is turned
     vmap             ``torch.func``: vmap of grad gives one gradient a row, multiplied with q
@@ -22,7 +22,6 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from importlib.util import find_spec
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ from gradshield.types import Direction, Rendered
 IGNORED = -100
 GRADIENTS = 2**30  # bytes of gradients that are kept per row, at once
 LAYERS = "targets"  # the subspace that the attribution libraries cover: the decoder's linear layers
-INSTALL = "pip install -r benchmarks/peers.txt"
+INSTALL = "pip install -c constraints.txt -e '.[bench]' (docs/performance.md)"
 
 
 def peers() -> list[Arm]:
@@ -139,9 +138,7 @@ def bergson(influence: str, case: Case, rows: Sequence[Rendered]) -> Iterator[Ru
                 scorer=made,
             )
             chunks = allocate_batches(data["length"][:], config.token_batch_size)
-            CollectorComputer(
-                model, data, collector=collector, batches=chunks, cfg=config
-            ).run_with_collector_hooks()
+            CollectorComputer(model, data, collector=collector, batches=chunks, cfg=config).run_with_collector_hooks()
             return Scored(made.writer.scores.T.double().numpy())
 
         def by_output() -> Scored:

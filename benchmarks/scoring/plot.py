@@ -67,7 +67,9 @@ def _panel(model: str, own: Sequence[Line], names: Sequence[str], left: int, lim
             line = f'x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP - 6}" y2="{bottom}"'
             parts.append(f'<line {line} stroke="{colour}" stroke-width="{thick}"/>')
             if x(tick) - last > 22:
-                parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#55555c">{tick}</text>')
+                parts.append(
+                    f'<text x="{x(tick):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#55555c">{tick}</text>'
+                )
                 last = x(tick)
     words = "forward passes (1 is the floor)"
     parts.append(f'<text x="{left + PANEL / 2}" y="{bottom + 34}" text-anchor="middle" fill="#55555c">{words}</text>')

@@ -46,12 +46,12 @@ def every(case: Case) -> list[Arm]:
 
 
 def rows_of(arm: Arm, case: Case) -> Sequence[Any]:
-    """The rows that an arm scores."""
+    """The rows that an arm is timed on."""
     return case.few if arm.slow else case.rendered
 
 
 def try_out(case: Case, told: Told) -> Measured:
-    """Run every arm once, untimed: it warms up, its values are kept, and what cannot run here is left out with its reason."""
+    """Run every arm once on all rows, untimed, and keep its values; what cannot run here is left out with its reason."""
     found = Measured([], {}, {})
     timed = {arm.name for arm in every(case)}
     for arm in [*truths(), *every(case)]:
@@ -59,7 +59,7 @@ def try_out(case: Case, told: Told) -> Measured:
         reason = missing(arm) if arm.group == "peer" else None
         if reason is None:
             try:
-                with arm.ready(case, rows_of(arm, case)) as run:
+                with arm.ready(case, case.rendered) as run:
                     found.scored[arm.name] = run()
             except UsageError as error:  # an engine that says it cannot, such as finite differences in half precision
                 reason = str(error)
@@ -118,16 +118,15 @@ def measure_peaks(case: Case, found: Measured, told: Told) -> None:
 
 
 def peak(spec: Spec, name: str) -> float | None:
-    """The peak of one arm, in this process."""
+    """The peak of one arm on all rows, in this process."""
     case = open_case(spec)
     arm = next(a for a in every(case) if a.name == name)
-    rows = rows_of(arm, case)
-    with floor(case, rows[:1]) as warm:
+    with floor(case, case.rendered[:1]) as warm:
         warm()
     before = _begin(case.device)
     if before is None:
         return None
-    with arm.ready(case, rows) as run:
+    with arm.ready(case, case.rendered) as run:
         run()
         _finish(case.device)
     after = torch.cuda.max_memory_allocated(case.device) if case.device.type == "cuda" else _resident("VmHWM")
@@ -181,19 +180,18 @@ def _line(case: Case, found: Measured, arm: Arm) -> dict[str, Any]:
         "processor_seconds": float(np.median(found.processor[arm.name])),
         "processor_ratio": None if scored.outside else float(np.median(processor)),
         "peak_mb": found.peaks.get(arm.name),
-        **_agreement(found, arm, len(rows)),
+        **_agreement(found, arm),
         **_aurocs(case, arm, scored),
     }
 
 
-def _agreement(found: Measured, arm: Arm, count: int) -> Mapping[str, float | None]:
-    """Spearman's rank correlation with the oracle, and ‖f − o‖/‖o‖, over the rows that both scored."""
-    if arm.truth is None or arm.truth not in found.scored:
+def _agreement(found: Measured, arm: Arm) -> Mapping[str, float | None]:
+    """Spearman's rank correlation with the oracle over all rows, and ‖f − o‖/‖o‖."""
+    if arm.truth is None:
         return {"agreement": None, "relative_error": None}
     oracle, values = found.scored[arm.truth].values, found.scored[arm.name].values
     assert oracle is not None and values is not None
-    shared = min(oracle.shape[1], count)
-    one = agreement(arm.name, values[:, :shared].ravel(), oracle[:, :shared].ravel())
+    one = agreement(arm.name, values.ravel(), oracle.ravel())
     return {"agreement": one.spearman, "relative_error": one.relative_error}
 
 

@@ -120,8 +120,8 @@ def about(case: Mapping[str, Any]) -> str:
     )
     if case["few"] < case["rows"]:
         text += (
-            f" The oracle and the peers score the first {case['few']} rows ({case['few_tokens']:,} tokens), over the floor of "
-            "those rows."
+            f" The oracle and the peers are timed on the first {case['few']} rows ({case['few_tokens']:,} tokens), over the "
+            "floor of those rows; memory, rank and error are of all rows."
         )
     return text
 
