@@ -95,7 +95,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "seed": options.seed,
         "rounds": options.rounds,
         "versions": table.versions(),
-        "machine": table.machine(options.threads, options.device),
+        "machine": table.machine(options.threads),
         "cases": [],
         "rows": [],
     }
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         case, lines = measure(model, options, watch)
         report["cases"].append(case)
         report["rows"] += lines
-        report["machine"]["device"] = case["device"]
+        report["machine"] |= table.accelerator(case["device"])
         report["seconds"] = round(time.monotonic() - began, 1)
         out.print(table.terminal(model, lines), soft_wrap=True)
         out.print(table.about(case), highlight=False)

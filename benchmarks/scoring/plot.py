@@ -34,6 +34,8 @@ def svg(lines: Sequence[Line]) -> str:
     ]
     for n, name in enumerate(names):
         y = TOP + ROW * (n + 0.5)
+        if n % 2 == 0:
+            parts.append(f'<rect x="0" y="{y - ROW / 2}" width="{width}" height="{ROW}" fill="#f5f5f7"/>')
         parts.append(f'<text x="{LABELS - 10}" y="{y + 4}" text-anchor="end" fill="#1c1b1f">{escape(name)}</text>')
     for m, model in enumerate(models):
         left = LABELS + m * (PANEL + GAP)
@@ -43,7 +45,7 @@ def svg(lines: Sequence[Line]) -> str:
 
 
 def _legend() -> list[str]:
-    parts, x = [], LABELS
+    parts, x = [], 12
     for group, words in WORDS.items():
         parts.append(f'<circle cx="{x + 5}" cy="18" r="4.5" fill="{COLOURS[group]}"/>')
         parts.append(f'<text x="{x + 15}" y="22" fill="#1c1b1f">{words}</text>')

@@ -112,9 +112,13 @@ def measure_peaks(case: Case, found: Measured, told: Told) -> None:
     workers = 1 if case.device.type == "cuda" else max(1, min(2, case.spec.threads))
     with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
         waiting = [(arm.name, pool.submit(peak, spec, arm.name)) for arm in found.arms]
-        for name, future in waiting:
-            told(f"memory of {name}", 1)
-            found.peaks[name] = future.result()
+        try:
+            for name, future in waiting:
+                told(f"memory of {name}", 1)
+                found.peaks[name] = future.result()
+        except BaseException:  # Ctrl-C above all: what waits its turn is not to be run first
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def peak(spec: Spec, name: str) -> float | None:

@@ -22,15 +22,23 @@ BEGIN, END = "<!-- made by benchmarks.scoring, from here -->", "<!-- made by ben
 HEAD = ("arm", "rows", "× floor", "range", "memory, MB", "rank", "error", "AUROC sum", "AUROC push")
 
 
-def machine(threads: int, device: str) -> dict[str, Any]:
-    """What the figures depend on beside the code."""
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures depend on beside the code; ``load_before`` is how many processes were at work as the run began."""
+    loads = os.getloadavg() if hasattr(os, "getloadavg") else None
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "system": platform.platform(),
+        "load_before": None if loads is None else round(loads[0], 2),
+    }
+
+
+def accelerator(device: str) -> dict[str, Any]:
+    """The device that a model was on, and its name where it is a GPU."""
     import torch
 
-    found: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count(), "threads": threads, "device": device}
-    if device.startswith("cuda"):
-        found["gpu"] = torch.cuda.get_device_name(device)
-    loads = os.getloadavg() if hasattr(os, "getloadavg") else None
-    return {**found, "system": platform.platform(), "load_before": None if loads is None else round(loads[0], 2)}
+    return {"device": device} | ({"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {})
 
 
 def _processor() -> str:
