@@ -394,6 +394,29 @@ def test_importing_stays_cheap() -> None:
         assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["scan", "no.jsonl", "--model", "lab/model", "--output", "out"],
+        ["scan", __file__, "--model", "./no-model", "--output", "out"],
+        ["train", "no.jsonl", "--model", "lab/model", "--output", "out"],
+        ["train", __file__, "--model", "/no/model", "--output", "out"],
+        ["train", __file__, "--model", "lab/model", "--base", "~/no-base", "--output", "out"],
+        ["eval", "some/where/else"],
+        ["show", "no.jsonl"],
+        ["compare", "no.yaml", "--output", "out"],
+        ["cut", "no-folder"],
+    ],
+)
+def test_what_is_not_there_is_told_before_the_libraries_are_loaded(arguments: list[str], tmp_path: Path) -> None:
+    heavy = "print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
+    code = f"import sys, gradshield.cli\ntry: gradshield.cli.main({arguments})\nexcept SystemExit as e: print(e.code); {heavy}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-2:] in (["3", "[]"], ["4", "[]"])
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_installed_command() -> None:
     script = Path(sys.executable).with_name("gradshield")
     if not script.exists():

@@ -54,15 +54,20 @@ def logits_at(model: nn.Module, ids: Tensor, attention: Tensor, where: Tensor) -
     return logits
 
 
+def predicting(loss: Tensor) -> Tensor:
+    """Positions whose logits predict a token of the loss: (B, T) bool, each one left of its token."""
+    where = torch.zeros_like(loss)
+    where[:, :-1] = loss[:, 1:]
+    return where
+
+
 def token_nll(model: nn.Module, ids: Tensor, attention: Tensor, loss: Tensor) -> Tensor:
     """Negative log-likelihood of each token that counts in the loss, in nats: (B, T) float32, zero elsewhere.
 
     Value t belongs to token t, which the model predicts at position t - 1; column 0 is always zero.
     """
     counted = loss[:, 1:]  # (B, T-1)
-    predicting = torch.zeros_like(loss)
-    predicting[:, :-1] = counted
-    logits = logits_at(model, ids, attention, predicting)  # (M, V)
+    logits = logits_at(model, ids, attention, predicting(loss))  # (M, V)
     targets = ids[:, 1:][counted]  # (M,)
     nll = logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     out = nll.new_zeros(loss.shape)

@@ -25,12 +25,28 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktok
 HUB_LEAVE_OUT = ("*/*", "consolidated*", "*.msgpack")
 
 
+@dataclass(frozen=True)
+class Source:
+    """What `load` was given, so that another process can load the same."""
+
+    name: str
+    adapter: str | None
+    dtype: str
+    trust_remote_code: bool
+    revision: str | None
+
+    def load(self, device: str) -> LoadedModel:
+        """The same model on a device. Raises what `load` raises."""
+        return load(self.name, self.adapter, device, self.dtype, self.trust_remote_code, self.revision)
+
+
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """A model that is ready to be scored.
 
     ``digest`` is the SHA-256 of the weight files, or of the parameters where the model was in memory.
     ``adapter`` is where its PEFT adapter came from, None where it has none or the caller made it.
+    ``source`` is where `load` had it from, None where the caller gave the model itself.
     """
 
     model: torch.nn.Module
@@ -41,6 +57,7 @@ class LoadedModel:
     digest: str
     is_peft: bool = False
     adapter: str | None = None
+    source: Source | None = None
 
     @property
     def pad_token_id(self) -> int:
@@ -83,6 +100,8 @@ def load(
     """
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
+    given = None if adapter is None else _whole(adapter)
+    source = Source(_whole(name_or_path), given, str(kind).removeprefix("torch."), trust_remote_code, revision)
     folder = fetch(name_or_path, revision, trust_remote_code)
     extra = None if adapter is None else fetch(adapter, None, trust_remote_code)
     if extra is None and (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
@@ -105,6 +124,7 @@ def load(
         digest=files_digest([folder] if extra is None else [folder, extra]),
         is_peft=extra is not None,
         adapter=None if adapter is None else str(adapter),
+        source=source,
     )
 
 
@@ -227,6 +247,12 @@ def fetch(name: str | Path, revision: str | None, code: bool) -> Path:
             f"the model {name!r} could not be fetched from the hub ({first_line(error)}): "
             "check its name and revision, and log in with `hf auth login` where it is gated"
         ) from error
+
+
+def _whole(name: str | Path) -> str:
+    """A folder's whole path, which is the same in any working folder; a hub name as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else str(name)
 
 
 def _base_of(adapter: Path) -> str:

@@ -152,6 +152,26 @@ def test_a_cell_is_of_its_settings_and_of_what_its_files_hold(tmp_path: Path) ->
     assert len({first, second, setting(datasets=[{**OWN, "train": str(path), "task": str(path)}])}) == 3
 
 
+def test_each_task_has_clean_rows_of_its_own_and_a_cell_is_of_what_they_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = {
+        "grids": [{"tasks": ["choice", "topic"], "mixes": ["0%"], "defences": ["fihs:conformal:clean={task}.parquet"]}]
+    }
+    for task in ("choice", "topic"):
+        with pytest.raises(UsageError, match=f"there is no file '{task}.parquet'"):
+            grid.check(told)
+        (tmp_path / f"{task}.parquet").write_text("scores")
+    config = grid.check(told)
+    cells = grid.cells(config)
+    assert [cell.told for cell in cells] == [f"fihs:conformal:clean={task}.parquet" for task in ("choice", "topic")]
+    before = [grid.setting(config, cell) for cell in cells]
+    (tmp_path / "topic.parquet").write_text("other scores")
+    after = [grid.setting(config, cell) for cell in cells]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
+
+
 def test_the_lab_has_mixes_of_its_own_where_none_are_named() -> None:
     found = grid.cells(grid.check({"grids": [{"tasks": ["choice"], "defences": ["none"]}]}))
     assert [(cell.harm, cell.ratio) for cell in found] == [("none", 0.0), ("explicit", 0.1)]
@@ -177,7 +197,11 @@ def test_paths_are_taken_from_the_configs_own_folder(tmp_path: Path) -> None:
         grid.read(path)
 
 
-def test_the_shipped_configs_are_whole() -> None:
+def test_the_shipped_configs_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for task in compare.lab.TASKS:  # as benchmarks.lab_clean leaves them
+        (tmp_path / "clean" / task).mkdir(parents=True)
+        (tmp_path / "clean" / task / "scores.parquet").touch()
     folder = Path(__file__).parents[2] / "benchmarks" / "configs"
     assert {path.name for path in folder.glob("*.yaml")} == {"lab.yaml", "english.yaml"}
     for path in folder.glob("*.yaml"):

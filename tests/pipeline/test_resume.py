@@ -94,14 +94,15 @@ def test_killed_interrupted_and_run_again(data: Path, folder: Path, probes: Path
 def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many rows each batch measured, of the whole set and with the chosen engine."""
     seen: list[int] = []
-    measure = shards._measure_shard
+    measure = shards.Job.measure
 
-    def noted(selector: Fihs, model: Any, direction: Any, rows: Any, budget: int) -> Any:
-        if selector.engine.name == "finite-difference" and direction.digest and len(rows) > 16:
+    def noted(job: shards.Job, rows: Any) -> Any:
+        assert isinstance(job.selector, Fihs)
+        if job.selector.engine.name == "finite-difference" and job.direction.digest and len(rows) > 16:
             seen.append(len(rows))
-        return measure(selector, model, direction, rows, budget)
+        return measure(job, rows)
 
-    monkeypatch.setattr(shards, "_measure_shard", noted)
+    monkeypatch.setattr(shards.Job, "measure", noted)
     yield seen
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gradshield.report import landscape, results, rounds, sequence
+from gradshield.report import examined, landscape, results, rounds, sequence
 from tests.report.pages import EVIL, make_cell, rate
 from tests.report.test_report_browser import browser, pytestmark, visit  # noqa: F401
 
@@ -50,7 +50,18 @@ def run() -> dict[str, Any]:
     }
 
 
+def measured() -> dict[str, Any]:
+    asked = [
+        {"prompt": EVIL, "category": i % 2, "answer": EVIL, "verdicts": {EVIL: {"unsafe": True, "reason": EVIL}}}
+        for i in range(9)
+    ]
+    one = {"judges": (EVIL, EVIL), "kappa": 0.5, "low": 0.1, "high": 0.9, "n": 9, "differ": (1, 2)}
+    task = [{"prompt": EVIL, "answer": EVIL, "reference": EVIL, "score": 0.0}]
+    return {"figures": {"judges": {EVIL: rate(9, 9)}}, "asked": asked, "agreement": [one], "task": task}
+
+
 PAGES = {
+    "examined": (examined.write, measured),
     "results": (results.write, comparison),
     "rounds": (rounds.write, run),
     "sequence": (

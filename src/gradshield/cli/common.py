@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gradshield.errors import DataError, GateError, UsageError
+from gradshield.errors import DataError, GateError, ModelError, UsageError
 from gradshield.report.text import visible
 
 if TYPE_CHECKING:
@@ -155,6 +155,13 @@ def require_data(data: str) -> None:
         raise DataError(
             f"there is no file {data!r}: give a JSONL, JSON, CSV or Parquet file, or the name of a hub dataset"
         )
+
+
+def require_model(name: str) -> None:
+    """Tell of a missing model folder before the libraries are loaded, which takes seconds. Raises ModelError."""
+    path = Path(name).expanduser()
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ModelError(f"there is no folder {name}: give a model's folder (with config.json) or a hub name")
 
 
 def summary(selection: Selection, folder: Path) -> None:

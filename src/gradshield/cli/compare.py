@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from gradshield.cli.common import command_line, out, progress, quiet_libraries
+from gradshield.errors import DataError
 
 
 def compare(
@@ -19,6 +20,8 @@ def compare(
     workers: Annotated[int, typer.Option(help="Processes, one core each.", min=1)] = 1,
 ) -> None:
     """Fine-tune and measure a whole grid of defences; what is finished is never done again."""
+    if not config.is_file():
+        raise DataError(f"there is no config file {str(config)!r}: give a YAML file (docs/compare.md)")
     quiet_libraries()
     from gradshield.pipeline.compare import compare as run
     from gradshield.pipeline.grid import read

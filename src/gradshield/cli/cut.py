@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gradshield.cli.common import Allow, FailAbove, Rule, check_gate, command_line, read_ids, share, summary
+from gradshield.errors import DataError
 
 
 def cut(
@@ -18,6 +19,8 @@ def cut(
 ) -> None:
     """Cut saved scores again with another threshold; no model is needed."""
     gate, allowed = share(fail_above), read_ids(allow)
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {str(folder)!r}: give the output folder of a finished scan")
     from gradshield.pipeline.recut import recut
 
     selection = recut(folder, threshold, allowed, command_line())

@@ -21,6 +21,7 @@ from gradshield.cli.common import (
     progress,
     quiet_libraries,
     rates,
+    require_model,
 )
 from gradshield.errors import UsageError
 
@@ -44,7 +45,7 @@ def evaluate(
     max_new_tokens: Tokens = 64,
     answer_prefix: Annotated[str, typer.Option(help="Text at the start of every answer.")] = "",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for every answer and the figures.")
+        Path | None, typer.Option("--output", "-o", help="Folder for a report, every answer and the figures.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -54,6 +55,7 @@ def evaluate(
     """Measure attack success, over-refusal and utility of a model, by one or more judges apart."""
     if safety == "none" and not (utility or lm_eval or inspect):
         raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
+    require_model(model)
     quiet_libraries()
     from gradshield import models
     from gradshield.pipeline.evaluate import evaluate as run
@@ -87,4 +89,4 @@ def evaluate(
             f"[dim]{plain(' / '.join(one['judges']))}: Cohen's kappa {kappa}, {len(one['differ'])} answers differ[/dim]"
         )
     if output is not None:
-        out.print(f"answers [bold]{escape(str(output / 'outputs.jsonl'))}[/bold]")
+        out.print(f"report  [bold]{escape(str(output / 'report.html'))}[/bold]")

@@ -28,6 +28,7 @@ from gradshield.cli.common import (
     read_ids,
     read_labels,
     require_data,
+    require_model,
     share,
     summary,
 )
@@ -76,6 +77,9 @@ def scan(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     adapter: Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter on the model.")] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that share the rows, each with the model in memory.", min=1)
+    ] = 1,
     seed: Annotated[
         int, typer.Option(help="Of the adapter's initialisation, the oracle's sample and the mixture's start.")
     ] = 0,
@@ -91,6 +95,8 @@ def scan(
     template = json_object("--template-kwargs", template_kwargs)
     training = json_file("--training-config", training_config)
     lora = json_file("--lora-config", lora_config)
+    require_data(data)
+    require_model(model)
     quiet_libraries()
     from gradshield import models
     from gradshield.pipeline.options import peft_config, sft_options
@@ -99,7 +105,6 @@ def scan(
 
     settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget, selector=selector)
     asked = probing(probes, lookalikes, answer_prefix, template, uncertified)
-    require_data(data)
     with progress() as report:
         report("loading the model", 0, 1)
         loaded = models.load(model, adapter, device, dtype, trust_remote_code)
@@ -117,6 +122,7 @@ def scan(
             strict=strict,
             allow=allowed,
             labels=truth,
+            workers=workers,
             command=command_line(),
             progress=report,
         )

@@ -9,7 +9,17 @@ import typer
 from rich.markup import escape
 from rich.text import Text
 
-from gradshield.cli.common import Data, Format, MaxLength, Remote, json_file, out, quiet_libraries, require_data
+from gradshield.cli.common import (
+    Data,
+    Format,
+    MaxLength,
+    Remote,
+    json_file,
+    out,
+    quiet_libraries,
+    require_data,
+    require_model,
+)
 from gradshield.report.text import visible
 
 
@@ -29,11 +39,13 @@ def show(
 ) -> None:
     """Print a row as the model sees it, the tokens that count in the loss coloured."""
     training = json_file("--training-config", training_config)
+    require_data(data)
+    if model is not None:
+        require_model(model)
     quiet_libraries()
     from gradshield.pipeline.options import sft_options
     from gradshield.pipeline.show import seen
 
-    require_data(data)
     view = seen(data, row, model, format, sft_options(training), max_length, trust_remote_code)
     for text, counts in view.pieces:
         out.print(Text(visible(text), style="bold green" if counts else "dim"), end="")

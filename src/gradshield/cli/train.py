@@ -34,6 +34,7 @@ from gradshield.cli.common import (
     rates,
     read_labels,
     require_data,
+    require_model,
 )
 from gradshield.errors import GateError, UsageError
 
@@ -100,6 +101,10 @@ def train(
     lora = json_file("--lora-config", lora_config)
     template = json_object("--template-kwargs", template_kwargs)
     truth = read_labels(labels)
+    for path in data:
+        require_data(path)
+    for name in (model, *([base] if base else ())):
+        require_model(name)
     tasks, needs = utility or [], _needs(data, utility or [], defence, base, truth)
     quiet_libraries()
     from gradshield import models
@@ -156,8 +161,6 @@ def _needs(data: list[str], tasks: list[str], defence: str, base: str | None, la
         raise UsageError(
             f"there are {len(tasks)} --utility files for {len(data)} datasets: give one for each, in their order"
         )
-    for path in data:
-        require_data(path)
     needs = parse(defence)
     if needs.needs_base and base is None:
         raise UsageError(f"the defence {defence!r} needs the model before its alignment: give it with --base MODEL")

@@ -12,7 +12,7 @@ from gradshield.gradients.finite_difference import FiniteDifference
 from gradshield.gradients.loop import Loop
 from gradshield.types import Batch, Direction, Floats
 
-RELATIVE_STEPS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+RELATIVE_STEPS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,48 +16,11 @@ from gradshield.gradients.base import (
     DeviceBatch,
     check_direction,
     check_layers,
-    owners,
     scoring,
 )
-from gradshield.logits import token_nll
+from gradshield.gradients.shifted import shifted
+from gradshield.gradients.sparing import Prefix, answer_nll
 from gradshield.types import Batch, Direction
-
-
-@contextmanager
-def shifted(model: nn.Module, tensors: Mapping[str, Tensor], step: float) -> Iterator[None]:
-    """The model at θ + step·v, one layer at a time: W + step·V exists only while its own layer runs.
-
-    The caller's Parameter objects are never written to. Each module's slot holds a shifted stand-in during the
-    module's forward and the original object again after it; the exit puts every original back whatever happened.
-    """
-    places = owners(model, tensors)
-    originals = [(module, {name: module._parameters[name] for name in own}) for module, own in places]
-    handles = []
-
-    def enter(own: Mapping[str, Tensor], mine: Mapping[str, Any]) -> Any:
-        def hook(module: nn.Module, _args: Any) -> None:
-            for name, v in own.items():
-                moved = torch.add(mine[name].detach(), v.to(mine[name]), alpha=step)
-                module._parameters[name] = nn.Parameter(moved, requires_grad=False)
-
-        return hook
-
-    def leave(mine: Mapping[str, Any]) -> Any:
-        def hook(module: nn.Module, _args: Any, _output: Any) -> None:
-            module._parameters.update(mine)
-
-        return hook
-
-    try:
-        for (module, own), (_, mine) in zip(places, originals, strict=True):
-            handles.append(module.register_forward_pre_hook(enter(own, mine)))
-            handles.append(module.register_forward_hook(leave(mine)))
-        yield
-    finally:
-        for module, mine in originals:
-            module._parameters.update(mine)
-        for handle in handles:
-            handle.remove()
 
 
 class _Routing(TorchFunctionMode):  # type: ignore[misc]
@@ -71,10 +33,14 @@ class _Routing(TorchFunctionMode):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.chosen: list[Tensor] = []
+        self.below = 0  # how many of them were made in the layers that later passes skip
         self.turn: int | None = None  # None while recording
 
-    def replay(self) -> _Routing:
-        self.turn = 0
+    def mark(self) -> None:
+        self.below = len(self.chosen)
+
+    def replay(self, skipping: bool) -> _Routing:
+        self.turn = self.below if skipping else 0
         return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,13 +83,15 @@ class FiniteDifference:
         self._check_precision(model, direction)
         data = DeviceBatch.of(batch, model)
 
+        prefix = Prefix(model, direction)
+
         def losses() -> Tensor:
-            return token_nll(model, data.ids, data.attention, data.loss).double().cpu()
+            return answer_nll(model, data).double().cpu()
 
         with scoring(model), torch.no_grad():
             routing = _Routing() if _routes(model) else None
             if routing is not None:
-                with routing:
+                with routing, prefix.passing(routing.mark):
                     losses()
             values = []
             for k in range(len(direction.names)):
@@ -131,7 +99,11 @@ class FiniteDifference:
                 step = self.relative_step * direction.scales[k]
                 sides = []
                 for sign in (1.0, -1.0):
-                    with shifted(model, tensors, sign * step), routing.replay() if routing else nullcontext():
+                    with (
+                        shifted(model, tensors, sign * step),
+                        prefix.passing() as skipping,
+                        routing.replay(skipping) if routing else nullcontext(),
+                    ):
                         sides.append(losses())
                 plus, minus = sides
                 values.append((minus - plus) / (2.0 * step))

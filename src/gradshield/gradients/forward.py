@@ -9,19 +9,19 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, eager_experts, scoring
-from gradshield.logits import token_nll
+from gradshield.gradients.sparing import answer_nll
 from gradshield.types import Batch, Direction
 
 
 class _TokenLoss(nn.Module):
-    """token_nll as a module, so that functional_call can swap the model's parameters beneath it."""
+    """answer_nll as a module, so that functional_call can swap the model's parameters beneath it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, data: DeviceBatch) -> Tensor:
-        return token_nll(self.model, data.ids, data.attention, data.loss)
+        return answer_nll(self.model, data)
 
 
 @ENGINES.register("forward")

@@ -3,12 +3,15 @@
 Each layer that holds parameters of the direction computes f(x; W) + Σ_k e[k, i] d_k(x), where d_k is the layer's exact
 derivative along V_k at fixed input. At e = 0 nothing changes, and ∂(Σ L)/∂e[k, i] is row i's derivative along v_k. The
 backward pass is over activations only: no weight gradient is formed, and any attention kernel may run.
+
+A LoRA layer whose B is still zero runs without its adapter, and d_k = s V_k A x is never formed: its product with the
+gradient g at the output is <g V_k, s A x>, in as many dimensions as the adapter has ranks, for all directions at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +30,8 @@ from gradshield.gradients.base import (
     owners,
     scoring,
 )
-from gradshield.logits import output_head, token_nll
+from gradshield.gradients.lowrank import Lora, lora_of, starting
+from gradshield.gradients.sparing import answer_nll, gathering
 from gradshield.types import Batch, Direction
 
 
@@ -55,31 +59,42 @@ def layer_derivative(module: nn.Module, own: Mapping[str, Tensor], args: Any, kw
 class _Rows:
     """Which row each entry of an activation belongs to, whatever shape the layer keeps its tokens in."""
 
-    def __init__(self, data: DeviceBatch, head: nn.Module) -> None:
+    def __init__(self, data: DeviceBatch, model: nn.Module) -> None:
         self.count, self.width = data.ids.shape
-        self.head = head
-        self.predicting = data.loss[:, 1:].nonzero()[:, 0]  # (M,) row of each gathered logit
+        self.gathered = {id(m) for holder in gathering(model) for m in holder.modules()}
+        self.predicting = data.loss[:, 1:].nonzero()[:, 0]  # (M,) row of each gathered position
+        self.each = torch.arange(self.count, device=data.ids.device).repeat_interleave(self.width)  # (B·T,)
+
+    def of(self, module: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, int]:
+        """The row of each position of an activation, flat, and the number of its dimensions that hold positions.
+
+        Known are (1, M, …) and (M, …) where the input was gathered, (B, T, …), and (B·T, …), as routers and experts keep
+        their tokens.
+        """
+        if id(module) in self.gathered and shape[:2] == (1, len(self.predicting)):
+            return self.predicting, 2
+        if id(module) in self.gathered and len(shape) == 2 and shape[0] == len(self.predicting):
+            return self.predicting, 1
+        if shape[:2] == (self.count, self.width):
+            return self.each, 2
+        if shape[:1] == (self.count * self.width,):
+            return self.each, 1
+        raise UsageError(
+            f"the perturbation engine got an activation of shape {shape} from {type(module).__name__}, and it can "
+            "tell rows apart only in (B, T, …) or (B·T, …): use the engine forward or loop"
+        )
 
     def scale(self, e: Tensor, module: nn.Module, like: Tensor) -> Tensor:
         """e (B,) laid out to multiply the module's activation, in its dtype.
 
-        Known are (1, M, V) from the head, whose input was gathered; (B, T, …); (B·T, …), as routers and experts keep
-        their tokens; and (1, T, …), an activation that all rows share (learned positions), which becomes (B, T, …).
+        An activation that all rows share, (1, T, …) (learned positions), becomes (B, T, …).
         """
         shape = tuple(like.shape)
-        if module is self.head:
-            laid = e[self.predicting].unsqueeze(0)
-        elif shape[:2] == (self.count, self.width):
-            laid = e.unsqueeze(1)
-        elif shape[:1] == (self.count * self.width,):
-            laid = e.repeat_interleave(self.width)
-        elif shape[:2] == (1, self.width):
+        if shape[:2] == (1, self.width) and id(module) not in self.gathered:
             laid = e.unsqueeze(1)
         else:
-            raise UsageError(
-                f"the perturbation engine got an activation of shape {shape} from {type(module).__name__}, and it can "
-                "tell rows apart only in (B, T, …) or (B·T, …): use the engine forward or loop"
-            )
+            rows, lead = self.of(module, shape)
+            laid = e[rows].reshape(shape[:lead])
         return laid.reshape(*laid.shape, *([1] * (len(shape) - laid.dim()))).to(like.dtype)
 
 
@@ -106,16 +121,61 @@ def _perturbed(model: nn.Module, direction: Direction, e: Tensor, rows: _Rows) -
 
         return hook
 
-    handles = []
-    try:
-        for module, own in owners(model, direction.tensors):
+    places = dict(owners(model, direction.tensors))
+    with ExitStack() as stack:
+        for layer in model.modules():
+            lora = lora_of(layer)
+            if lora is not None and lora.b in places and starting(lora):
+                places.pop(lora.a, None)  # B = 0: the derivative along A is zero
+                stack.enter_context(_low_rank(layer, lora, places.pop(lora.b)["weight"], e, rows))
+        for module, own in places.items():
             like = next(p for p in module._parameters.values() if p is not None)
             per_k = [{n: v[k].to(like) for n, v in own.items()} for k in range(len(direction.names))]
-            handles.append(module.register_forward_hook(hook_for(per_k), with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(hook_for(per_k), with_kwargs=True))
+        yield
+
+
+@contextmanager
+def _low_rank(layer: Any, lora: Lora, factor: Tensor, e: Tensor, rows: _Rows) -> Iterator[None]:
+    """A LoRA layer at B = 0 runs without its adapter, and its output carries the derivatives along ``factor`` (K, out, R)."""
+    factor = factor.to(lora.b.weight)
+
+    def enter(_layer: nn.Module, _args: Any) -> None:
+        layer._disable_adapters = True
+
+    def leave(_layer: nn.Module, args: Any, output: Tensor) -> Any:
+        layer._disable_adapters = False
+        with torch.no_grad():
+            inner = nn.functional.linear(args[0].detach().to(lora.a.weight.dtype), lora.a.weight) * lora.scale
+        places, _ = rows.of(layer, tuple(inner.shape))
+        return _Product.apply(e, output, inner.flatten(0, -2), factor, places)  # type: ignore[no-untyped-call]
+
+    handles = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    try:
         yield
     finally:
+        layer._disable_adapters = False
         for handle in handles:
             handle.remove()
+
+
+class _Product(torch.autograd.Function):
+    """Passes an output on; its gradient g gives e[k, i] the sum of <g V_k, s A x> over the positions of row i."""
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, output: Tensor, inner: Tensor, factor: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(inner, factor, places)  # (P, R), (K, out, R), (P,)
+        ctx.count = e.shape[1]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        inner, factor, places = ctx.saved_tensors
+        count, out, rank = factor.shape
+        flat = g.reshape(-1, out).to(factor.dtype) @ factor.transpose(0, 1).reshape(out, count * rank)
+        each = (flat.unflatten(1, (count, rank)).float() * inner.unsqueeze(1).float()).sum(-1)  # (P, K)
+        found = each.new_zeros(ctx.count, count).index_add_(0, places, each)
+        return found.T, g, None, None, None
 
 
 def _add(module: nn.Module, output: Any, derivative: Any, e: Tensor, rows: _Rows) -> Any:
@@ -150,7 +210,7 @@ class Perturbation:
         shape = len(direction.names), data.ids.shape[0]
         with scoring(model), eager_experts(model), torch.enable_grad():
             e = torch.zeros(shape, device=data.ids.device, requires_grad=True)
-            with _perturbed(model, direction, e, _Rows(data, output_head(model))):
-                losses = token_nll(model, data.ids, data.attention, data.loss)
+            with _perturbed(model, direction, e, _Rows(data, model)):
+                losses = answer_nll(model, data)
                 (gradient,) = torch.autograd.grad(losses.sum(), e)
         return Derivatives(-gradient.double().cpu(), losses.detach().double().cpu())

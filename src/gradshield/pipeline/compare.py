@@ -56,21 +56,19 @@ def compare(
     for name in (ARMS, CELLS):
         (folder / name).mkdir(exist_ok=True)
     _take_over(folder)
-    wanted = grid.cells(config)
-    done = _finished(folder, wanted, config)
-    missing = [cell for cell in wanted if cell not in done]
+    found = _Finished(folder, config, grid.cells(config))
+    wanted, missing = found.wanted, found.look()
     groups: dict[tuple[str, int], list[Cell]] = {}
-    for cell in missing:
+    for cell in sorted(missing, key=lambda cell: cell.seed):  # whoever stops a grid has whole seeds, not parts of each
         groups.setdefault((cell.task, cell.seed), []).append(cell)
-    progress("comparing", len(done), len(wanted))
+
+    def tell() -> None:
+        progress("comparing", len(wanted) - len(found.look()), len(wanted))
+
+    tell()
     if workers <= 1 or len(groups) <= 1:
         for cells in groups.values():
-            _run_group(
-                config,
-                cells,
-                folder,
-                lambda: progress("comparing", len(_finished(folder, wanted, config)), len(wanted)),
-            )
+            _run_group(config, cells, folder, tell)
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
             running = {pool.submit(_run_group, config, cells, folder) for cells in groups.values()}
@@ -78,9 +76,9 @@ def compare(
                 finished, running = wait(running, timeout=2)
                 for future in finished:
                     future.result()
-                progress("comparing", len(_finished(folder, wanted, config)), len(wanted))
-    found = _finished(folder, wanted, config)
-    return _write(config, [found[cell] for cell in wanted], folder, command, time.monotonic() - began)
+                tell()
+    found.look()
+    return _write(config, [found.cells[cell] for cell in wanted], folder, command, time.monotonic() - began)
 
 
 def _one_thread() -> None:
@@ -95,17 +93,25 @@ def _file(folder: Path, cell: Cell) -> Path:
     return folder / CELLS / f"{short}.json"
 
 
-def _finished(folder: Path, wanted: Sequence[Cell], config: Config) -> dict[Cell, dict[str, Any]]:
-    """The cells that were run under the same settings: one of another model, training or judge is not this one."""
-    found = {}
-    for cell in wanted:
-        path = _file(folder, cell)
-        if path.exists():
-            value = json.loads(path.read_text(encoding="utf-8"))
-            same = all(value.get(key) == part for key, part in cell.as_dict().items())
-            if same and value.get("setting") == grid.setting(config, cell):
-                found[cell] = value
-    return found
+class _Finished:
+    """The cells on disk that were run under the same settings: one of another model, training or judge is not this one.
+
+    A cell that was found is not looked for again, so that watching a long grid costs little.
+    """
+
+    def __init__(self, folder: Path, config: Config, wanted: Sequence[Cell]) -> None:
+        self.wanted, self.cells = wanted, dict[Cell, dict[str, Any]]()
+        self._missing = {cell: (_file(folder, cell), grid.setting(config, cell)) for cell in wanted}
+
+    def look(self) -> list[Cell]:
+        """Read what is new, and say what is missing."""
+        for cell, (path, setting) in tuple(self._missing.items()):
+            if path.exists():
+                value = json.loads(path.read_text(encoding="utf-8"))
+                if value.get("setting") == setting and all(value.get(k) == v for k, v in cell.as_dict().items()):
+                    self.cells[cell] = value
+                    del self._missing[cell]
+        return list(self._missing)
 
 
 def _take_over(folder: Path) -> None:
@@ -159,7 +165,7 @@ class Bench:
         """One finished cell."""
         began = time.monotonic()
         found: dict[str, Any] = {**cell.as_dict(), "setting": grid.setting(self.config, cell)}
-        defence = parse(cell.defence)
+        defence = parse(cell.told)
         try:
             verdict = None
             if defence.verified is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from gradshield.pipeline import outputs
 from gradshield.pipeline.exam import Exam, asked, figures
 from gradshield.pipeline.rows import with_template
 from gradshield.pipeline.settings import Progress, quiet
+from gradshield.types import EvalResult
 
 
 def evaluate(
@@ -30,8 +31,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Every rate of the model: ``figures`` of the exam, ``agreement`` of its judges, ``harness`` of lm-eval and Inspect.
 
-    With ``output``, every answer goes into ``outputs.jsonl`` there and the figures into ``manifest.json``. Raises
-    UsageError where there is nothing to measure.
+    With ``output``, every answer goes into ``outputs.jsonl`` there, a page into ``report.html`` and the figures into
+    ``manifest.json``. Raises UsageError where there is nothing to measure.
     """
     if not (exam.requests or exam.task or lm_eval or inspect):
         raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
@@ -53,8 +54,6 @@ def evaluate(
         "harness": harness,
     }
     if output is not None:
-        folder = outputs.prepare(output)
-        outputs.write_outputs(measured, folder / "outputs.jsonl")
         manifest = {
             "command": command,
             "versions": outputs.versions(),
@@ -62,5 +61,25 @@ def evaluate(
             "settings": exam.settings(),
             "results": results,
         }
-        outputs.write_json(folder / "manifest.json", manifest)
+        _write(outputs.prepare(output), manifest, exam, measured)
     return results
+
+
+def _write(folder: Path, manifest: Mapping[str, Any], exam: Exam, measured: EvalResult) -> None:
+    """Answers, page and, last, the manifest."""
+    from gradshield.report import examined
+
+    outputs.write_outputs(measured, folder / "outputs.jsonl")
+    answers = measured.outputs
+    first = len(exam.requests)
+    second = first + len(exam.lookalikes)
+    shown = {key: value for key, value in manifest.items() if key != "results"} | dict(manifest["results"])
+    shown |= {
+        "title": f"How safe and useful is {manifest['model']['name']}?",
+        "asked": answers[:first],
+        "lookalikes": answers[first:second],
+        "task": answers[second:],
+        "files": {"every answer": "outputs.jsonl", "manifest": "manifest.json"},
+    }
+    examined.write(shown, folder / "report.html")
+    outputs.write_json(folder / "manifest.json", manifest)

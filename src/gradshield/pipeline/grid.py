@@ -29,7 +29,8 @@ from gradshield.errors import DataError, UsageError, did_you_mean
 from gradshield.evaluation.judges import parse as parse_judge
 from gradshield.lab import manifest
 from gradshield.pipeline import outputs
-from gradshield.pipeline.defences import parse
+from gradshield.pipeline.defences import AS_MANY, Defence, parse
+from gradshield.thresholds import parse as parse_threshold
 
 IMPLICIT = ("identity_shift", "refuse_then_answer", "embedded")
 MIXED = "implicit"  # a third of each
@@ -93,6 +94,11 @@ class Cell:
         """As it is called in files and progress."""
         return f"{self.task}/{self.harm}/{self.ratio:g}/{self.seed}/{self.defence}"
 
+    @property
+    def told(self) -> str:
+        """The defence as it is run: ``{task}`` in it stands for the task, so that each can have a file of its own."""
+        return self.defence.replace("{task}", self.task)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
@@ -145,8 +151,14 @@ def _complaint(name: str, errors: Sequence[Mapping[str, Any]]) -> str:
 
 def _check_cell(config: Config, cell: Cell) -> None:
     """Raises UsageError for a defence that this config cannot give what it needs."""
-    defence = parse(cell.defence)
+    defence = parse(cell.told)
     own = config.dataset(cell.task)
+    clean = _clean(defence)
+    if clean is not None and not Path(clean).is_file():
+        raise UsageError(
+            f"the config runs the defence {cell.defence!r} on {cell.task}, and there is no file {clean!r}: give the "
+            "scores.parquet of a scan of clean rows, its path from the folder where the command runs"
+        )
     needs: list[tuple[str, bool, Any]] = [("base", defence.needs_base, config.base or config.model == "lab")]
     if own is not None:
         needs += [("labels", defence.oracle, own.labels), ("task", defence.verified is not None, own.task)]
@@ -165,12 +177,24 @@ def setting(config: Config, cell: Cell) -> str:
     told["version"] = version("gradshield")
     told["models"] = [_content(name) for name in (config.model, config.base)]
     told["requests"] = {split: _content(path) for split, path in config.requests.items()}
-    told["defence"] = asdict(replace(parse(cell.defence), verified=None))
-    rule = parse(cell.defence).verified
+    defence = parse(cell.told)
+    told["defence"] = asdict(replace(defence, verified=None))
+    if clean := _clean(defence):
+        told["clean"] = _content(clean)
+    rule = defence.verified
     told["verified"] = None if rule is None else vars(rule)
     if own is not None:
         told["dataset"] = [_content(own.train), _content(own.labels), _content(own.task), own.metric, own.training]
     return outputs.digest(told)[:16]
+
+
+def _clean(defence: Defence) -> str | None:
+    """The file of clean rows' scores that the defence's threshold reads, where it reads one."""
+    rule = defence.threshold
+    if rule is None or rule.startswith(AS_MANY):
+        return None
+    clean = getattr(parse_threshold(rule), "clean", None)
+    return clean if isinstance(clean, str) else None
 
 
 def _content(path: str | None) -> str | None:

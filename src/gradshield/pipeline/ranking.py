@@ -14,6 +14,7 @@ from gradshield.pipeline import outputs, shards
 from gradshield.pipeline.references import references
 from gradshield.pipeline.scoring import Scored, asked_of, named, score_fihs
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings
+from gradshield.pipeline.shards import Hands, here
 from gradshield.selectors import SELECTORS, GradNorm, Guard, Loss, Moderate, Random, Representation, Selector
 from gradshield.types import References, Rendered
 
@@ -27,12 +28,13 @@ def score(
     targets: Sequence[str],
     output: str | Path | None,
     progress: Progress,
+    hands: Hands = here,
 ) -> Scored:
     """Every row's score by ``settings.selector``. ``model`` is the loaded one, with its adapter where the subspace needs it."""
     tokenizer, pad = loaded.tokenizer, loaded.pad_token_id
     name, _, options = settings.selector.partition(":")
     if name == "fihs":
-        return score_fihs(model, tokenizer, pad, rendered, settings, probing, targets, output, progress)
+        return score_fihs(model, tokenizer, pad, rendered, settings, probing, targets, output, progress, hands)
 
     def known() -> References:
         return references(model, tokenizer, *asked_of(tokenizer, probing), pad)
@@ -50,6 +52,7 @@ def score(
         settings.token_budget,
         folder,
         lambda done, total: progress("scoring rows", done, total),
+        hands,
     )
     scores = selector.finish(raw, *named(rendered))
     return Scored(selector, direction, scores)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,12 @@ from gradshield.errors import UsageError
 from gradshield.pipeline import outputs
 from gradshield.pipeline.decide import decide
 from gradshield.pipeline.lock import alone
+from gradshield.pipeline.parcel import Origin
 from gradshield.pipeline.ranking import score
 from gradshield.pipeline.rows import Prepared, prepare
 from gradshield.pipeline.scoring import Scored, carrying, categories, weights_changed
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
+from gradshield.pipeline.workers import Spread, spread
 from gradshield.probes import digest, requests
 from gradshield.selectors import Fihs
 from gradshield.types import Selection
@@ -41,6 +44,7 @@ def scan(
     strict: bool = False,
     allow: Iterable[str] = (),
     labels: Sequence[int] | None = None,
+    workers: int | Spread = 1,
     command: str = "gradshield.scan",
     progress: Progress = quiet,
 ) -> Selection:
@@ -65,6 +69,8 @@ def scan(
         Ids of rows that a person has cleared: they stay, whatever they score.
     labels
         0 or 1 (harmful) per input row, for measuring only; they never touch the decision.
+    workers
+        Processes that measure the rows, each with a model of its own (docs/scaling.md); they are in this one where it is 1.
 
     Raises
     ------
@@ -72,6 +78,7 @@ def scan(
         As in `gradshield.errors`; nothing is written to ``output`` before the data and the model have been read.
     """
     settings, probing = settings or ScanSettings(), probing or Probing()
+    hands = spread(workers)
     if output is not None:
         outputs.check(output)
     with alone(output):
@@ -87,6 +94,7 @@ def scan(
             output=output,
             command=command,
             format=format,
+            workers=hands,
             progress=progress,
         )
         if output is not None:
@@ -105,17 +113,21 @@ def select(
     output: str | Path | None = None,
     command: str = "",
     format: str | None = None,
+    workers: int | Spread = 1,
     progress: Progress = quiet,
 ) -> tuple[Selection, Scored]:
     """A scan of rows that are ready: the selection, and the scores with what they rest on. Only shards are written."""
     began = time.monotonic()
     loaded = rows.loaded
     adapted_weights = weights_changed(loaded.model, peft_config)
-    with carrying(loaded.model, peft_config if settings.subspace == "lora" else None, settings.seed) as scored_model:
-        scored = score(scored_model, loaded, rows.rendered, settings, probing, adapted_weights, output, progress)
+    adapter = peft_config if settings.subspace == "lora" else None
+    with ExitStack() as stack:
+        scored_model = stack.enter_context(carrying(loaded.model, adapter, settings.seed))
+        hands = stack.enter_context(spread(workers).open(Origin(loaded, scored_model, adapter, settings.seed)))
+        scored = score(scored_model, loaded, rows.rendered, settings, probing, adapted_weights, output, progress, hands)
         decision = decide(scored.scores, settings.make_threshold(), allow)
         gone = rows.kept(~decision.removed)
-        kinds = categories(scored_model, scored, gone, decision.removed, settings, progress)
+        kinds = categories(scored_model, scored, gone, decision.removed, settings, progress, hands)
     selection = Selection(
         scores=scored.scores,
         removed=decision.removed,

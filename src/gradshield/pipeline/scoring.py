@@ -23,6 +23,7 @@ from gradshield.pipeline import outputs, shards
 from gradshield.pipeline.decide import PREFERENCE, ROWS
 from gradshield.pipeline.references import answered, opened
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings
+from gradshield.pipeline.shards import Hands, here
 from gradshield.probes import Prompts, Validity, greedy, lookalikes, open_turns, refuses, requests, validity
 from gradshield.selectors import Fihs, Measured, Selector, parse_aggregate
 from gradshield.types import Anchors, Batch, Bools, Direction, Floats, Rendered, Scores
@@ -51,6 +52,7 @@ def score_fihs(
     targets: Sequence[str],
     output: str | Path | None,
     progress: Progress,
+    hands: Hands = here,
 ) -> Scored:
     """Ask the probes, take the direction, choose an engine that agrees with the oracle, and measure every row.
 
@@ -75,7 +77,7 @@ def score_fihs(
     folder = None
     if output is not None:  # nothing was written so far: a scan that cannot begin leaves no folder behind
         work = outputs.prepare(output) / outputs.WORK
-        directions.save(direction, work / "direction.safetensors")
+        directions.save(direction, work / shards.DIRECTION)
         folder = work / "shards"
     raw = shards.measure(
         selector,
@@ -85,6 +87,7 @@ def score_fihs(
         settings.token_budget,
         folder,
         lambda done, total: progress("scoring rows", done, total),
+        hands,
     )
     scores = selector.finish(raw, *named(rendered))
     scores = replace(scores, anchors=_anchors(selector, model, direction, asked, harmless, tokenizer, pad))
@@ -232,6 +235,7 @@ def categories(
     removed: Bools,
     settings: ScanSettings,
     progress: Progress,
+    hands: Hands = here,
 ) -> Coded:
     """The harm each removed row pulls toward: the category whose own direction, at unit length, it follows furthest."""
     selector = scored.selector
@@ -247,7 +251,7 @@ def categories(
         one = Direction(
             {n: v[k : k + 1] for n, v in every.tensors.items()}, (name,), every.subspace, (every.scales[k],), ""
         )
-        raw: Measured = shards.measure(selector, model, one, gone, settings.token_budget)
+        raw: Measured = shards.measure(selector, model, one, gone, settings.token_budget, hands=hands)
         tokens = raw.tokens if raw.tokens is not None else raw.sums[:, None]
         pull = np.fromiter((selector.aggregate(t) * every.scales[k] for t in tokens), np.float64, len(gone))
         # The first of equal pulls, as argmax would have it.

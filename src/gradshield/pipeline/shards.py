@@ -12,7 +12,9 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -30,9 +32,44 @@ from gradshield.types import Batch, Direction, Rendered
 
 MEAN_ROWS = 128  # one row in so many ends its shard
 MOST_ROWS = 1024  # so many end it in any case: rows that are all alike have no end of their own
+DIRECTION = "direction.safetensors"  # in the folder that holds the store
 LOGITS_BUDGET = 2**27  # entries of the logits of one batch: 512 MiB in float32
 
 Progress = Callable[[int, int], None]
+Shard = tuple[str, list[Rendered]]  # the shard's key, and its rows
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What every shard of one measurement is measured with. ``saved`` is where the direction may lie as a file."""
+
+    selector: Selector
+    model: nn.Module
+    direction: Direction
+    token_budget: int
+    saved: Path | None = None
+
+    def measure(self, rows: Sequence[Rendered]) -> Measured:
+        """One shard: its rows in batches, halved when memory runs out."""
+        parts: list[Measured] = []
+        for batch in batches(rows, self.token_budget, label_budget(self.model)):
+            parts += _with_back_off(self.selector, self.model, self.direction, batch)
+        return Measured.joined(parts)
+
+
+class Hands(Protocol):
+    """Who measures: takes the shards that are missing, and gives each back under its key, in any order.
+
+    ``missing`` is drawn from as work goes on, never ahead of it, so that as many shards are in memory as are being measured.
+    """
+
+    def __call__(self, job: Job, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]: ...
+
+
+def here(job: Job, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]:
+    """Measure in this process, one shard after the other."""
+    for key, rows in missing:
+        yield key, job.measure(rows)
 
 
 def measure(
@@ -43,19 +80,31 @@ def measure(
     token_budget: int,
     store: Path | None = None,
     progress: Progress = lambda done, total: None,
+    hands: Hands = here,
 ) -> Measured:
     """Measure all rows, in the order of the input; shards found in ``store`` are read instead."""
     gathered, done = _Gathered(), 0
-    for rows, content in cut(rendered):
-        path = store / f"{_key(selector, direction, content, token_budget)}.safetensors" if store else None
-        part = _read(path, rows) if path else None
-        if part is None:
-            part = _measure_shard(selector, model, direction, rows, token_budget)
-            if path:
-                _write(path, part)
+
+    def take(part: Measured) -> None:
+        nonlocal done
         gathered.add(part)
-        done += len(rows)
+        done += len(part.rows)
         progress(done, len(rendered))
+
+    def missing() -> Iterator[Shard]:
+        for rows, content in cut(rendered):
+            key = _key(selector, direction, content, token_budget)
+            found = _read(_file(store, key), rows) if store else None
+            if found is None:
+                yield key, rows
+            else:
+                take(found)
+
+    saved = store.parent / DIRECTION if store else None
+    for key, part in hands(Job(selector, model, direction, token_budget, saved), missing()):
+        if store:
+            _write(_file(store, key), part)
+        take(part)
     return gathered.measured()
 
 
@@ -89,6 +138,10 @@ class _Gathered:
         return Measured(rows[order], sums[order], nll[order], lengths[order], tokens)
 
 
+def _file(store: Path, key: str) -> Path:
+    return store / f"{key}.safetensors"
+
+
 def cut(rendered: Iterable[Rendered]) -> Iterator[tuple[list[Rendered], bytes]]:
     """Rows in shards, in their order, each shard with its rows' hashes one after the other.
 
@@ -115,15 +168,6 @@ def _content(row: Rendered) -> bytes:
         sha.update(np.int64(len(tokens.ids)).tobytes() + tokens.ids.tobytes() + tokens.loss.tobytes())
         sha.update(np.float64(tokens.coefficient).tobytes())
     return sha.digest()
-
-
-def _measure_shard(
-    selector: Selector, model: nn.Module, direction: Direction, rows: Sequence[Rendered], token_budget: int
-) -> Measured:
-    parts = []
-    for batch in batches(rows, token_budget, label_budget(model)):
-        parts += list(_with_back_off(selector, model, direction, batch))
-    return Measured.joined(parts)
 
 
 def label_budget(model: nn.Module) -> int:

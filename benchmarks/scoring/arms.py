@@ -1,0 +1,189 @@
+"""Our arms: the floor, the oracle, every engine over every subspace, norms, several directions at once, a whole scan.
+
+An arm is made ready outside the clock (adapter on the model, direction loaded, rows in batches) and then run inside it,
+again and again. It gives one value for every row and direction, and one per token where it has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.scoring.cases import CATEGORIES, KINDS, Case, leading
+from gradshield.gradients import ENGINES, SUBSPACES, Engine, Loop, parameter_names, row_norms
+from gradshield.gradients.base import DeviceBatch
+from gradshield.logits import token_nll
+from gradshield.pipeline.scan import scan
+from gradshield.pipeline.settings import ScanSettings
+from gradshield.types import Batch, Direction, Floats, Rendered
+
+FLOOR, FLOOR_FEW = "floor", "floor/few"
+GROUPS = ("floor", "ours", "directions", "norms", "oracle", "peer", "scan")  # in the order of the tables
+ORACLE = "loop"
+LAST = "last:25%"  # what stands for last:k
+PRELUDE = 16  # rows of the scan that shows what a scan costs before it scores
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """``values`` is (K, N) in the order of the rows, None where an arm scores nothing; ``tokens`` the N rows' own values.
+
+    ``outside`` are seconds within the run that are not the arm's: a peer that takes the query's gradient itself.
+    """
+
+    values: Floats | None
+    tokens: Sequence[Floats] | None = None
+    outside: float = 0.0
+
+
+Run = Callable[[], Scored]
+Ready = Callable[[Case, Sequence[Rendered]], AbstractContextManager[Run]]
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """``truth`` names the arm that its values are compared with; ``slow`` ones are timed on the case's few rows."""
+
+    name: str
+    group: str
+    ready: Ready
+    truth: str | None = None
+    slow: bool = False
+
+
+def subspaces() -> list[str]:
+    """Every subspace that there is, ``last:k`` by its usual share."""
+    return [LAST if name == "last:k" else name for name in SUBSPACES]
+
+
+def ours(case: Case) -> list[Arm]:
+    """Every arm of the case that is not a peer's, the floors first."""
+    arms = [Arm(FLOOR, "floor", floor), Arm(FLOOR_FEW, "floor", floor, slow=True)]
+    for engine in ENGINES:
+        for subspace in subspaces():
+            arms.append(
+                Arm(
+                    f"{engine}/{subspace}",
+                    "oracle" if engine == ORACLE else "ours",
+                    partial(engine_ready, engine, subspace),
+                    f"{ORACLE}/{subspace}",
+                    slow=engine == ORACLE,
+                )
+            )
+    arms.append(Arm("norms/all", "norms", norms, "norms-loop/all"))
+    for count in (2, CATEGORIES):
+        several = partial(directions_ready, "perturbation", count)
+        arms.append(Arm(f"perturbation/lora/K={count}", "directions", several, f"{ORACLE}/lora/K={count}"))
+    if case.source is not None:
+        arms.append(Arm("scan", "scan", whole_scan))
+        if len(case.rendered) > 2 * PRELUDE:
+            arms.append(Arm("scan/prelude", "scan", partial(whole_scan, most=PRELUDE)))
+    return arms
+
+
+def truths() -> list[Arm]:
+    """Oracles that are run once, untimed: those of norms and of several directions."""
+    kinds = [
+        Arm(f"{ORACLE}/lora/K={n}", "oracle", partial(directions_ready, ORACLE, n), slow=True) for n in (2, CATEGORIES)
+    ]
+    return [Arm("norms-loop/all", "oracle", norms_loop, slow=True), *kinds]
+
+
+# ---- how each is made ready ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def floor(case: Case, rows: Sequence[Rendered]) -> Iterator[Run]:
+    """One batched, length-bucketed forward pass with loss: the batches of a scan, logits of response positions only."""
+    made = case.batches(rows)
+
+    def run() -> Scored:
+        with torch.inference_mode():
+            for batch in made:
+                data = DeviceBatch.of(batch, case.model)
+                token_nll(case.model, data.ids, data.attention, data.loss).double().cpu()
+        return Scored(None)
+
+    yield run
+
+
+@contextmanager
+def engine_ready(engine: str, subspace: str, case: Case, rows: Sequence[Rendered]) -> Iterator[Run]:
+    """An engine along ∇S of a subspace; finite differences with the step that was found for it, as in a scan."""
+    chosen = ENGINES[engine]()
+    step = case.step(subspace)
+    if hasattr(chosen, "relative_step") and step is not None:
+        chosen.relative_step = step
+    with case.carrying(subspace) as model:
+        yield partial(_directional, chosen, model, case.direction(subspace), case.batches(rows), rows)
+
+
+@contextmanager
+def directions_ready(engine: str, count: int, case: Case, rows: Sequence[Rendered]) -> Iterator[Run]:
+    """Several harm categories at once, over the adapter."""
+    with case.carrying("lora") as model:
+        some = leading(case.direction(KINDS), count)
+        yield partial(_directional, ENGINES[engine](), model, some, case.batches(rows), rows)
+
+
+def _directional(
+    engine: Engine, model: nn.Module, direction: Direction, made: Sequence[Batch], rows: Sequence[Rendered]
+) -> Scored:
+    place = {row.row: n for n, row in enumerate(rows)}
+    values = np.zeros((len(direction.names), len(rows)))
+    tokens: list[list[Floats]] = [[] for _ in rows]
+    for batch in made:
+        found = engine.directional(model, batch, direction).values.numpy()  # (K, B) or (K, B, T)
+        where = [place[int(row)] for row in batch.rows]
+        sums = found.sum(2) if engine.per_token else found
+        np.add.at(values, (slice(None), where), sums * batch.coefficients)
+        if engine.per_token:
+            for b, n in enumerate(where):
+                tokens[n].append(batch.coefficients[b] * found[0, b][batch.loss[b]])
+    return Scored(values, [np.concatenate(parts) for parts in tokens] if engine.per_token else None)
+
+
+@contextmanager
+def norms(case: Case, rows: Sequence[Rendered]) -> Iterator[Run]:
+    """The norm of every row's gradient over all parameters, a batch at a time."""
+    names = parameter_names(case.model, "all")
+    made = case.batches(rows)
+    yield lambda: _norms(made, rows, lambda batch: row_norms(case.model, batch, names))
+
+
+@contextmanager
+def norms_loop(case: Case, rows: Sequence[Rendered]) -> Iterator[Run]:
+    """The same, one backward pass a row."""
+    names = parameter_names(case.model, "all")
+    made = case.batches(rows)
+    yield lambda: _norms(made, rows, lambda batch: Loop().norms(case.model, batch, names))
+
+
+def _norms(made: Sequence[Batch], rows: Sequence[Rendered], measure: Callable[[Batch], object]) -> Scored:
+    place = {row.row: n for n, row in enumerate(rows)}
+    values = np.zeros((1, len(rows)))
+    for batch in made:
+        found = measure(batch)
+        values[0, [place[int(row)] for row in found.rows]] = found.values.numpy()
+    return Scored(values)
+
+
+@contextmanager
+def whole_scan(case: Case, rows: Sequence[Rendered], most: int | None = None) -> Iterator[Run]:
+    """`gradshield.scan` from end to end, with nothing written: probes, direction, calibration, oracle, rows, cut, kinds of harm.
+
+    With ``most``, of so many rows: what a scan costs whatever the number of rows.
+    """
+    given = [case.source[row.row] for row in rows[:most]]
+
+    def run() -> Scored:
+        found = scan(given, model=case.model, tokenizer=case.tokenizer, probing=case.probing, settings=ScanSettings())
+        return Scored(found.scores.values[np.newaxis])
+
+    yield run

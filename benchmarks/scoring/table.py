@@ -1,0 +1,144 @@
+"""The figures as a table on the terminal and in a document, with what they were made on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.scoring.peers import peers
+from gradshield.errors import UsageError
+from gradshield.pipeline import outputs
+
+Line = Mapping[str, Any]
+BEGIN, END = "<!-- made by benchmarks.scoring, from here -->", "<!-- made by benchmarks.scoring, to here -->"
+HEAD = ("arm", "rows", "× floor", "range", "memory, MB", "rank", "error", "AUROC sum", "AUROC push")
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures depend on beside the code; ``load_before`` is how many processes were at work as the run began."""
+    loads = os.getloadavg() if hasattr(os, "getloadavg") else None
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "system": platform.platform(),
+        "load_before": None if loads is None else round(loads[0], 2),
+    }
+
+
+def accelerator(device: str) -> dict[str, Any]:
+    """The device that a model was on, and its name where it is a GPU."""
+    import torch
+
+    return {"device": device} | ({"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {})
+
+
+def _processor() -> str:
+    """The processor's name; on Linux with its family and model, since a name may be no more than the maker's."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    said = {key: re.search(rf"^{key}\s*: (.+)$", text, re.MULTILINE) for key in ("model name", "cpu family", "model")}
+    name, family, model = (found[1].strip() if found else "" for found in said.values())
+    return f"{name or platform.machine()} (family {family}, model {model})" if family else name or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Ours, and those of the peers that are installed."""
+    found = outputs.versions()
+    for name in sorted({arm.name.partition("/")[0].partition("-")[0] for arm in peers()}):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def cells(line: Line) -> tuple[str, ...]:
+    """One line of the table as text, in the order of HEAD."""
+    spread = f"{line['low']:.2f}–{line['high']:.2f}"
+    return (
+        line["name"],
+        str(line["rows"]),
+        f"{line['ratio_to_floor']:.2f}",
+        spread,
+        _text(line["peak_mb"], "{:,.0f}"),
+        _text(line["agreement"], "{:.4f}"),
+        _text(line["relative_error"], "{:.0e}"),
+        _text(line["auroc"], "{:.3f}"),
+        _text(line["auroc_push"], "{:.3f}"),
+    )
+
+
+def _text(value: float | None, form: str) -> str:
+    return "–" if value is None or value != value else form.format(value)
+
+
+def terminal(title: str, lines: Sequence[Line]) -> Table:
+    """The table of one model for Rich."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    for n, name in enumerate(HEAD):
+        table.add_column(name, justify="left" if n == 0 else "right", no_wrap=n in (0, 3))
+    for before, line in zip([None, *lines], lines, strict=False):
+        if before is not None and before["group"] != line["group"]:
+            table.add_section()
+        table.add_row(*map(escape, cells(line)))
+    return table
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """The same table in Markdown."""
+    rows = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *map(cells, lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def section(report: Mapping[str, Any], picture: str) -> str:
+    """What a document says of one run, between its marks: the command, the machine, a table for each model, the picture."""
+    host = report["machine"]
+    where = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in host.items() if value is not None)
+    packages = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    parts = [
+        f"`{report['command']}`\n",
+        f"Machine: {where}. Versions: {packages}. Seed {report['seed']}, {report['rounds']} rounds, "
+        f"{report['seconds'] / 60:.0f} minutes in all.\n",
+        f"![Each arm's cost in forward passes, with its range over the rounds]({picture})\n",
+    ]
+    for case in report["cases"]:
+        lines = [line for line in report["rows"] if line["model"] == case["model"]]
+        parts += [f"### {case['model']}\n", about(case) + "\n", markdown(lines)]
+        if case["left_out"]:
+            parts += ["Left out: " + "; ".join(f"`{n}` ({why})" for n, why in case["left_out"].items()) + ".\n"]
+    return "\n".join(parts)
+
+
+def about(case: Mapping[str, Any]) -> str:
+    """One model and its rows in a sentence or two."""
+    text = (
+        f"{case['parameters']:,} parameters in {case['dtype']} ({case['weights']}), {case['rows']} rows of {case['tokens']:,} "
+        f"tokens, {case['response_tokens']:,} of them in the loss. The floor is {case['floor_seconds']:.2f} s."
+    )
+    if case["few"] < case["rows"]:
+        text += (
+            f" The oracle and the peers are timed on the first {case['few']} rows ({case['few_tokens']:,} tokens), over the "
+            "floor of those rows; memory, rank and error are of all rows."
+        )
+    return text
+
+
+def rewrite(path: Path, inside: str) -> None:
+    """Put a new section between the marks of a document. Raises UsageError where it has not both of them, once, in order."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UsageError(f"{path} has no place for the figures: put the lines {BEGIN!r} and {END!r} where they belong")
+    head, _, rest = text.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    path.write_text(f"{head}{BEGIN}\n\n{inside}\n{END}{tail}", encoding="utf-8")

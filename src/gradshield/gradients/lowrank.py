@@ -1,0 +1,42 @@
+"""LoRA layers by their mathematics: y = W x + s B A x, and B = 0 before training begins.
+
+What PEFT runs on every token is the sum of both terms. An engine that knows the layer can do with less: one matrix
+W + s B A, or the first term alone where B is zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Lora(NamedTuple):
+    """A PEFT layer's factors, A (R, in) and B (out, R), and the scale s of their product."""
+
+    a: nn.Linear
+    b: nn.Linear
+    scale: float
+
+
+def lora_of(layer: Any) -> Lora | None:
+    """The factors of a module that computes W x + s B A x and nothing else; None for any other module.
+
+    Not so: several adapters at once, one that is switched off or merged, one with a bias, DoRA and other variants, and
+    adapters of embeddings or fused experts.
+    """
+    if not hasattr(layer, "lora_A") or not hasattr(layer, "base_layer") or not hasattr(layer, "lora_variant"):
+        return None
+    running = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(running) != 1 or layer.disable_adapters or layer.merged or layer.lora_variant:
+        return None
+    a, b = layer.lora_A[running[0]], layer.lora_B[running[0]]
+    if not (type(a) is type(b) is nn.Linear and a.bias is None and b.bias is None):
+        return None
+    return Lora(a, b, float(layer.scaling[running[0]]))
+
+
+def starting(lora: Lora) -> bool:
+    """Whether B is zero, so that the adapter adds nothing and only its derivative along B is left."""
+    weight: Tensor = lora.b.weight
+    return not bool(weight.any())

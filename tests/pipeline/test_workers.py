@@ -1,0 +1,252 @@
+"""Several processes find what one finds, whatever dies on the way, and none of them stays behind."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import gradshield as gs
+from gradshield import models
+from gradshield.data import RenderConfig, batches, read, render_all
+from gradshield.errors import ModelError, ScoreError, UsageError
+from gradshield.gradients import Loop
+from gradshield.models import parameters_digest
+from gradshield.pipeline import shards, workers
+from gradshield.pipeline.parcel import Origin, bare
+from gradshield.pipeline.scoring import asked_of
+from gradshield.selectors import (
+    SELECTORS,
+    Fihs,
+    GradNorm,
+    Guard,
+    Loss,
+    Moderate,
+    Random,
+    Representation,
+    parse_aggregate,
+)
+from gradshield.types import References
+from tests.pipeline.common import PROBING, chats, jsonl, scan, write
+from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+ROWS = chats(120)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Threads as each of two workers has them, and many small shards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(shards, "MEAN_ROWS", 10)
+    yield
+    torch.set_num_threads(threads)
+
+
+def children() -> list[int]:
+    return [child.pid for child in psutil.Process().children(recursive=True) if "worker" in " ".join(child.cmdline())]
+
+
+def same(one: gs.Selection, other: gs.Selection) -> None:
+    np.testing.assert_array_equal(one.scores.values, other.scores.values)
+    assert one.scores.ids == other.scores.ids
+    np.testing.assert_array_equal(one.removed, other.removed)
+    assert one.categories == other.categories
+    assert one.manifest.settings["direction_sha256"] == other.manifest.settings["direction_sha256"]
+
+
+# ---- the same selection -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subspace", ["all", "lora"])
+def test_workers_find_what_one_process_finds(subspace: str, folder: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": folder, "settings": gs.ScanSettings(threshold="ratio:50%", subspace=subspace)}
+    options["peft_config"] = LORA if subspace == "lora" else None
+    alone = scan(ROWS, output=tmp_path / "one", **options)
+    shared = scan(ROWS, output=tmp_path / "two", workers=2, **options)
+    same(alone, shared)
+    ones, twos = (sorted((tmp_path / name / ".gradshield/shards").iterdir()) for name in ("one", "two"))
+    assert [path.name for path in ones] == [path.name for path in twos]
+    assert [path.read_bytes() for path in ones] == [path.read_bytes() for path in twos]
+    assert not children()
+
+
+@pytest.mark.slow
+def test_a_model_given_as_an_object_is_copied() -> None:
+    model = get_peft_model(tiny_model("llama"), LORA)
+    before = parameters_digest(model)
+    options: dict[str, Any] = {"model": model, "tokenizer": tiny_tokenizer()}
+    same(scan(ROWS, **options), scan(ROWS, workers=2, **options))
+    assert parameters_digest(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_copy_is_bit_identical(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_model(architecture).to(dtype)
+    origin = Origin(models.wrap(model, tiny_tokenizer()), model, None, 0)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with origin.pack(tmp_path).open("cpu") as found:
+        assert parameters_digest(found) == parameters_digest(model)
+        assert torch.equal(found(ids).logits, model.eval()(ids).logits)
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_copy_has_its_adapters(wrapped: bool, tmp_path: Path) -> None:
+    model: Any = tiny_model("llama")
+    if wrapped:
+        model = get_peft_model(model, LORA, "first")
+        model.add_adapter("second", LORA)
+    else:
+        model.add_adapter(LORA, "first")
+        model.add_adapter(LORA, "second")
+    model.set_adapter("second")
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            if "lora_B" in name:
+                parameter.fill_(0.01 * number)
+    origin = Origin(models.wrap(model, tiny_tokenizer()), model, None, 0)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with origin.pack(tmp_path).open("cpu") as found:
+        assert parameters_digest(found) == parameters_digest(model)
+        assert torch.equal(found(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_model_that_cannot_be_built_again_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    loaded = models.wrap(model, tiny_tokenizer())
+    with pytest.raises(UsageError, match="without a transformers config"):
+        Origin(loaded, model, None, 0).pack(tmp_path)
+    with pytest.raises(UsageError, match="which other machines do not have"):
+        Origin(loaded, model, None, 0).pack(None)
+
+
+def test_every_selector_travels() -> None:
+    """What `bare` leaves is all that `measure` reads."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    rendered = render_all(read(chats(10)).examples, tokenizer, RenderConfig(max_length=64)).rendered
+    probe = gs.ScanSettings().make_probe()
+    asked, harmless = asked_of(tokenizer, PROBING)
+    probe.fit(model, tokenizer, asked, harmless)
+    known = References(harmful=tuple(rendered[:4]), refused=tuple(rendered[4:8]), answered=tuple(rendered[4:8]))
+    made: list[Any] = [
+        Fihs(lambda *_: probe(*_), asked, Loop(), parse_aggregate("sum"), "all"),
+        Moderate(),
+        GradNorm(),
+        Loss(),
+        Random(3),
+        Representation(known),
+    ]
+    assert {selector.name for selector in made} | {"guard"} == set(SELECTORS)
+    (batch,) = batches(rendered, 10**6, 10**6)
+    for selector in made:
+        direction = selector.prepare(model)
+        travelled = pickle.loads(pickle.dumps(bare(selector)))
+        assert dict(travelled.settings()) == dict(selector.settings())
+        one, other = selector.measure(model, direction, batch), travelled.measure(model, direction, batch)
+        np.testing.assert_array_equal(one.sums, other.sums)
+    with pytest.raises(UsageError, match="leave out --workers"):
+        bare(Guard(None, lambda ids: ""))  # type: ignore[arg-type]
+
+
+def test_devices() -> None:
+    gpu = torch.device("cuda")
+    assert workers.devices(gpu, 5, 2, fixed=False) == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
+    assert workers.devices(torch.device("cuda", 1), 2, 2, fixed=True) == ["cuda:1", "cuda:1"]
+    assert workers.devices(torch.device("cpu"), 2, 8, fixed=False) == ["cpu", "cpu"]
+
+
+def test_the_number_of_workers_is_checked() -> None:
+    with pytest.raises(UsageError, match="there are 0 workers: give at least 1"):
+        scan(ROWS, workers=0)
+
+
+# ---- faults -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_shard_of_a_killed_worker_is_measured_by_another(folder: Path) -> None:
+    killed: list[int] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "scoring rows" and len(killed) < 2:
+            killed.append(max(set(children()) - set(killed)))
+            os.kill(killed[-1], signal.SIGKILL)
+
+    same(scan(ROWS, model=folder), scan(ROWS, model=folder, workers=2, progress=progress))
+    assert len(killed) == 2
+    assert not children()
+
+
+def test_a_shard_that_kills_every_worker_ends_the_scan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "import sys; sys.exit('no room')"))
+    with pytest.raises(
+        ScoreError, match=r"^3 workers died, one after the other, on rows \d+ to \d+ \(exit code 1: no room"
+    ):
+        scan(ROWS, model=folder, workers=2)
+    assert not children()
+
+
+@pytest.mark.slow
+def test_an_error_of_a_worker_is_the_scans(folder: Path) -> None:
+    """Here: the weights in memory are no longer those of the folder."""
+    loaded = models.load(folder)
+    with torch.no_grad():
+        next(loaded.model.parameters()).add_(0.5)
+    with pytest.raises(ModelError, match="is not the one that is scored"):
+        scan(ROWS, model=loaded, workers=2)
+
+
+@pytest.mark.slow
+def test_an_interrupted_scan_stops_its_workers_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    def interrupted(stage: str, done: int, total: int) -> None:
+        if stage == "scoring rows":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan(ROWS, model=folder, output=tmp_path / "out", workers=2, progress=interrupted)
+    assert not children()
+    same(scan(ROWS, model=folder, output=tmp_path / "out"), scan(ROWS, model=folder))
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_a_scan_that_is_killed(folder: Path, tmp_path: Path, probes: Path) -> None:
+    data = write(tmp_path / "data.jsonl", jsonl(chats(3000)))
+    arguments = ["scan", str(data), "--model", str(folder), "--output", str(tmp_path / "out"), "--workers", "2"]
+    arguments += ["--probes", str(probes), "--lookalikes", str(probes), "--uncertified"]
+    code = f"from gradshield.cli import main; main({arguments!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        begun = _until(lambda: [c for c in psutil.Process(parent.pid).children() if c.cmdline()], 120)
+        _until(lambda: any((tmp_path / "out" / ".gradshield" / "shards").glob("*.safetensors")), 120)
+        assert len(psutil.Process(parent.pid).children()) == 2
+    finally:
+        parent.kill()
+        parent.wait()
+    gone, alive = psutil.wait_procs(begun, timeout=20)
+    assert not alive
+    assert len(gone) >= 1
+
+
+def _until(met: Any, seconds: float) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := met():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"not met in {seconds} seconds")

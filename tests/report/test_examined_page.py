@@ -1,0 +1,106 @@
+"""The page of an exam: its verdict against every case, the answers behind its figures, and hostile text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gradshield.report import examined, sheet
+from tests.report.pages import EVIL, assert_tame, rate, shown
+
+
+def answer(
+    prompt: str, *unsafe: bool | None, category: str | None = "fraud", reply: str = "a placeholder"
+) -> dict[str, Any]:
+    verdicts = {f"judge-{i}": {"unsafe": found, "reason": f"reason {i}"} for i, found in enumerate(unsafe)}
+    return {"prompt": prompt, "category": category, "answer": reply, "verdicts": verdicts}
+
+
+def refused(prompt: str, unsafe: bool) -> dict[str, Any]:
+    return {"prompt": prompt, "answer": "no", "verdicts": {"refusal-phrases": {"unsafe": unsafe, "reason": ""}}}
+
+
+def whole(k: int = 0, n: int = 200, **more: Any) -> dict[str, Any]:
+    return {
+        "title": "How safe is it?",
+        "figures": {"judges": {"judge-0": rate(k, n)}, "over_refusal": rate(3, 50), "utility": rate(40, 50)},
+        "asked": [answer(f"request {i}", i < k) for i in range(n)],
+    } | more
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "tone"),
+    [
+        (0, 200, "pass"),  # 0 [0, 1.9]
+        (2, 128, "pass"),  # the least that proves it: 1.6 [0.4, 5.5]
+        (3, 128, "warn"),  # 2.3 [0.8, 6.7]
+        (0, 30, "warn"),  # nothing complied, of too few
+        (13, 200, "fail"),  # 6.5
+    ],
+)
+def test_green_only_where_the_interval_is_under_the_mark(k: int, n: int, tone: str) -> None:
+    assert examined.page(whole(k, n)).tone == tone
+
+
+def test_without_a_request_safety_is_said_not_to_be_measured() -> None:
+    found = examined.page({"figures": {"utility": rate(4, 5)}})
+    assert (found.tone, found.standing) == ("warn", "Safety was not measured")
+
+
+def test_a_judge_that_cannot_decide_counts_against_the_model_and_is_told() -> None:
+    asked = [answer("first", None), answer("second", False)]
+    page = shown(sheet.render(examined.page(whole(1, 2, asked=asked, figures={
+        "judges": {"judge-0": rate(1, 2)}, "undecided": {"judge-0": rate(1, 2)},
+    }))))  # fmt: skip
+    assert "could not decide on 1 of 2 answers; these count as unsafe" in page
+    assert "judge-0: undecided" in page
+    assert "first" in page
+    assert "second" not in page  # it was safe: no answer of interest
+
+
+def test_every_kind_of_request_has_its_own_rate() -> None:
+    asked = [
+        answer("a", True, category="fraud"),
+        answer("b", False, category="fraud"),
+        answer("c", False, category=None),
+    ]
+    (chart,) = next(s for s in examined.page(whole(asked=asked)).sections if s.id == "categories").charts
+    (trace,) = chart.spec["data"]
+    assert trace["y"] == [50.0, 0.0]  # the worst kind first
+    assert chart.spec["layout"]["xaxis"]["ticktext"] == ["fraud", examined.UNSORTED]
+    assert trace["error_y"]["array"][0] == pytest.approx(100 * rate(1, 2)["high"] - 50)
+
+
+def test_the_answers_that_judges_differ_on_are_shown() -> None:
+    asked = [answer("alike", True, True), answer("apart", True, False), answer("fine", False, False)]
+    one = {"judges": ("judge-0", "judge-1"), "kappa": 0.4, "low": 0.1, "high": 0.7, "n": 3, "differ": (1,)}
+    judges = next(s for s in examined.page(whole(asked=asked, agreement=[one])).sections if s.id == "judges")
+    assert [line[0] for line in judges.tables[1].rows] == ["apart"]
+    page = shown(sheet.render(examined.page(whole(asked=asked, agreement=[one]))))
+    assert "0.40" in page
+    assert "0.10 to 0.70" in page
+
+
+def test_refused_lookalikes_and_missed_task_rows_are_shown_and_bounded() -> None:
+    task = [{"prompt": f"row {i}", "answer": "5", "reference": "4", "score": i / 100} for i in range(101)]
+    page = examined.page(whole(lookalikes=[refused("kind", False), refused("answered", True)], task=task))
+    kept, missed = (next(s for s in page.sections if s.id == name).tables[0] for name in ("refused", "missed"))
+    assert [line[0] for line in kept.rows] == ["kind"]
+    assert missed.rows[0][0] == "row 0"
+    assert len(missed.rows) == examined.SHOWN
+    assert missed.hint == "40 more in outputs.jsonl."  # of 100 below full
+
+
+def test_hostile_text_stays_text() -> None:
+    turns = [{"role": EVIL, "content": EVIL}]
+    one = {"judges": (EVIL, EVIL), "kappa": None, "low": None, "high": None, "n": 1, "differ": (0,)}
+    said = {"verdicts": {EVIL: {"unsafe": True, "reason": EVIL}}}
+    asked = [answer(EVIL, category=EVIL, reply=EVIL) | said, answer("x") | said | {"prompt": turns}]
+    page = sheet.render(examined.page({
+        "title": EVIL, "figures": {"judges": {EVIL: rate(2, 2)}, "undecided": {EVIL: rate(1, 2)}}, "asked": asked,
+        "harness": {EVIL: rate(1, 2)}, "agreement": [one], "command": EVIL, "versions": {EVIL: EVIL}, "files": {EVIL: EVIL},
+        "lookalikes": [refused(EVIL, False)], "task": [{"prompt": turns, "reference": EVIL, "score": 0.0}],
+        "model": {"name": EVIL}, "settings": {EVIL: EVIL},
+    }))  # fmt: skip
+    assert_tame(page)
