@@ -174,7 +174,9 @@ def table(found: Mapping[str, Any]) -> str:
     lines += [f"{'µs a token, ' + name:28} {value:,}" for name, value in found["microseconds_a_token"].items()]
     lines.append(f"{'last tenth to first':28} {found['last_to_first']}")
     for name, rate in found["labels"].items():
-        lines.append(f"{name:28} {100 * rate['rate']:.2f} % [{100 * rate['low']:.2f}, {100 * rate['high']:.2f}] n={rate['n']}")
+        lines.append(
+            f"{name:28} {100 * rate['rate']:.2f} % [{100 * rate['low']:.2f}, {100 * rate['high']:.2f}] n={rate['n']}"
+        )
     return "\n".join(lines)
 
 

@@ -107,8 +107,8 @@ def render_all(
 ) -> RenderResult:
     """Render rows; those with nothing to score are set aside with a reason.
 
-    ``source`` gives the line numbers of the rows, ``progress`` is told now and then how many are done. Raises DataError on the first bad row with ``strict``, and
-    ModelError where the chat template cannot do what the configuration asks.
+    ``source`` gives the line numbers of the rows, ``progress`` is told now and then how many are done. Raises DataError on the
+    first bad row with ``strict``, and ModelError where the chat template cannot do what the configuration asks.
     """
     renderer = Renderer(tokenizer, config)
     rendered = Spool()
@@ -138,7 +138,9 @@ class Renderer:
         self.config = config or RenderConfig()
         self._template: str | None = None
         self._template_known = False  # looked for when the first conversation comes: plain text needs none
-        self._ready: dict[int, tuple[list[int], list[int]]] = {}  # by conversation: its ids, its mask where it is marked
+        self._ready: dict[
+            int, tuple[list[int], list[int]]
+        ] = {}  # by conversation: its ids, its mask where it is marked
         self._ends = "|".join(re.escape(token) for token in _special_tokens(tokenizer))
 
     def render(self, example: Example) -> Rendered | str:
@@ -174,7 +176,11 @@ class Renderer:
         for example in examples:
             self._choose_template(example)
             for conversation in example.conversations:
-                if conversation.messages is not None and conversation.tools is None and not conversation.template_kwargs:
+                if (
+                    conversation.messages is not None
+                    and conversation.tools is None
+                    and not conversation.template_kwargs
+                ):
                     groups.setdefault(self._marked(conversation, example.shape), []).append(conversation)
         for marked, own in groups.items():
             messages, kwargs = [c.messages or () for c in own], self._template_kwargs(own[0])

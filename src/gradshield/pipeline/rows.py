@@ -80,7 +80,12 @@ def prepare(
     count = len(read.examples)
     progress("rendering rows", 0, count)
     result = rows_in.render_all(
-        read.examples, loaded.tokenizer, config, read.source, strict, lambda done: progress("rendering rows", done, count)
+        read.examples,
+        loaded.tokenizer,
+        config,
+        read.source,
+        strict,
+        lambda done: progress("rendering rows", done, count),
     )
     progress("rendering rows", count, count)
     if not result.rendered:
