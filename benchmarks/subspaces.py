@@ -2,9 +2,10 @@
 
     python -m benchmarks.subspaces --shared DIR --json subspaces.json
 
-``DIR`` holds ``data/NAME.jsonl`` with ``NAME.labels.json`` and ``models/english-lab/aligned``; without it the lab's mixes
-alone are measured (10 % of each kind of harm in each task, 300 harmless rows, seed 0). Probe and aggregate are the
-defaults, the engine is `finite-difference` at its default step. One direction a model and subspace serves all of its mixes.
+``DIR`` holds ``data/NAME.jsonl`` with ``NAME.labels.json`` and ``models/english-lab/aligned``: measured are all harmful rows
+of each mix and the first ``--rows`` harmless ones. Without it the lab's mixes are (10 % of each kind of harm in each task,
+seed 0). Probe and aggregate are the defaults, the engine is `finite-difference` at its default step. One direction a model and
+subspace serves all of its mixes.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ ROWS = 300
 CHECKED = 16  # rows that are scored by the oracle as well
 
 
-def english(shared: Path) -> Iterator[tuple[str, Any, list[int]]]:
-    """Every mix of the folder that has both labels."""
+def english(shared: Path, rows: int) -> Iterator[tuple[str, Any, list[int]]]:
+    """Every mix of the folder that has both labels: all of its harmful rows, and the first ``rows`` harmless ones."""
     for path in sorted((shared / "data").glob("*.labels.json")):
-        labels = json.loads(path.read_text())
-        if len(set(labels)) == 2:
-            name = path.name.removesuffix(".labels.json")
-            yield name, path.with_name(f"{name}.jsonl"), labels
+        name = path.name.removesuffix(".labels.json")
+        lines = path.with_name(f"{name}.jsonl").read_text().splitlines()
+        labels = np.array(json.loads(path.read_text()))
+        kept = np.flatnonzero((labels == 1) | (np.cumsum(labels == 0) <= rows))
+        if labels.any():
+            yield name, [json.loads(lines[i]) for i in kept], labels[kept].tolist()
 
 
 def bundled(rows: int) -> Iterator[tuple[str, Any, list[int]]]:
@@ -96,25 +99,24 @@ def main(arguments: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, help="a folder of labelled mixes and the model that they are for")
-    parser.add_argument("--rows", type=int, default=ROWS, help="harmless rows of each of the lab's mixes")
+    parser.add_argument("--rows", type=int, default=ROWS, help="harmless rows of each mix")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    sources = [(lab.checkpoint("aligned"), bundled(options.rows))]
+    checkpoint, mixes = lab.checkpoint("aligned"), bundled(options.rows)
     if options.shared:
-        sources.append((options.shared / "models" / "english-lab" / "aligned", english(options.shared)))
+        checkpoint, mixes = options.shared / "models" / "english-lab" / "aligned", english(options.shared, options.rows)
+    loaded = models.load(checkpoint, dtype="float32")
+    ready = selectors(loaded, list(SUBSPACES))
     table: list[dict[str, Any]] = []
     print("| mix | " + " | ".join(SUBSPACES) + " |\n|---|" + "---|" * len(SUBSPACES))
-    for checkpoint, mixes in sources:
-        loaded = models.load(checkpoint, dtype="float32")
-        ready = selectors(loaded, list(SUBSPACES))
-        for name, data, labels in mixes:
-            found = measured(loaded, ready, data, labels)
-            cells = [f"{f['auroc']:.3f} ({f['low']:.3f} to {f['high']:.3f})" for f in found]
-            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-            table.append({"mix": name, "subspaces": found})
-            if options.json:
-                options.json.write_text(json.dumps(table, indent=1) + "\n")
+    for name, data, labels in mixes:
+        found = measured(loaded, ready, data, labels)
+        cells = [f"{f['auroc']:.3f} ({f['low']:.3f} to {f['high']:.3f})" for f in found]
+        print(f"| {name}, {found[0]['n_pos']} of {len(labels)} | " + " | ".join(cells) + " |", flush=True)
+        table.append({"mix": name, "subspaces": found})
+        if options.json:
+            options.json.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -45,13 +46,30 @@ def routed(arch: str) -> int:
 def test_layers_below_run_once_and_change_nothing(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(arch)
     direction = two_directions(model, "last:1")
-    below, above = (Seen(layer.mlp) for layer in decoder_layers(model)[1])
+    layers = decoder_layers(model)[1]
+    layers[0].register_forward_hook(lambda _m, _args, output: output * 1.1)  # a caller's hook acts once in every pass
+    below, above = (Seen(layer.mlp) for layer in layers)
     found = FiniteDifference().directional(model, BATCH, direction)
     assert (len(below.shapes), len(above.shapes)) == (1, 4 + routed(arch))
     monkeypatch.setattr(Prefix, "passing", whole_pass)
     whole = FiniteDifference().directional(model, BATCH, direction)
     assert len(below.shapes) == 1 + 4 + routed(arch)
     assert torch.equal(found.values, whole.values) and torch.equal(found.nll, whole.nll)
+
+
+def test_several_layers_below_run_once() -> None:
+    model = tiny_model("llama")
+    first, last = model.model.layers
+    model.model.layers = nn.ModuleList([first, deepcopy(first), last])
+    model.config.num_hidden_layers = 3
+    seen = [Seen(layer.mlp) for layer in model.model.layers]
+    direction = two_directions(model, "last:1")
+    for one in seen:
+        one.shapes.clear()
+    found = FiniteDifference().directional(model, BATCH, direction).values.sum(-1).numpy().ravel()
+    assert [len(one.shapes) for one in seen] == [1, 1, 4]
+    oracle = Loop().directional(model, BATCH, direction).values.numpy().ravel()
+    assert agreement("", found, oracle).relative_error <= 1e-2
 
 
 def _passes_below(model: nn.Module, direction: Direction) -> int:

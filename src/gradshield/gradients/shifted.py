@@ -30,8 +30,8 @@ def shifted(model: nn.Module, tensors: Mapping[str, Tensor], step: float) -> Ite
             if lora is None or (lora.a not in places and lora.b not in places) or layer.base_layer in places:
                 continue
             if _fits_one(layer, lora):
-                own = [places.pop(factor, {}) for factor in (lora.a, lora.b)]
-                stack.enter_context(_during(layer, *_as_one(layer, lora, own, step)))
+                factors = [places.pop(factor, {}) for factor in (lora.a, lora.b)]
+                stack.enter_context(_during(layer, *_as_one(layer, lora, factors, step)))
         for module, own in places.items():
             stack.enter_context(_during(module, *_as_it_is(module, own, step)))
         yield

@@ -73,7 +73,7 @@ class Prefix:
 
         with ExitStack() as hooks:
             for layer in self._below:
-                hooks.enter_context(layer.register_forward_hook(below))
+                hooks.enter_context(layer.register_forward_hook(below, prepend=True))  # a caller's hooks run again
             hooks.enter_context(order[-1].register_forward_pre_hook(first, with_kwargs=True))
             for module in self._moved:
                 hooks.enter_context(module.register_forward_pre_hook(moving))
