@@ -82,7 +82,7 @@ def ours(case: Case) -> list[Arm]:
         arms.append(Arm(f"perturbation/lora/K={count}", "directions", several, f"{ORACLE}/lora/K={count}"))
     if case.source is not None:
         arms.append(Arm("scan", "scan", whole_scan))
-        if len(case.rendered) > 2 * PRELUDE:
+        if len(case.rendered) > 4 * PRELUDE:
             arms.append(Arm("scan/prelude", "scan", partial(whole_scan, most=PRELUDE)))
     return arms
 

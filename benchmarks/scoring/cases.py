@@ -31,6 +31,7 @@ from gradshield.selectors import Fihs, parse_aggregate
 from gradshield.types import Batch, Direction, Rendered, Tokens
 
 CATEGORIES = 4  # harm categories that become directions of their own
+CALIBRATION = 256  # tokens on which the step of finite differences is found
 KINDS = "categories"  # the key of those directions, over the adapter
 
 # Llama-like shapes; the weights are random. 10m and 125m are for a CPU, the others for a GPU.
@@ -125,7 +126,8 @@ def open_case(spec: Spec) -> Case:
 def prepare_directions(case: Case, subspaces: Sequence[str]) -> None:
     """Take ∇S over each subspace, and the step of finite differences, once; both are outside every timing."""
     folder, steps = Path(case.spec.folder), {}
-    sample = collate([*case.rendered[:2]])
+    lengths = np.cumsum([len(tokens.ids) for row in case.rendered for tokens in row.sequences])
+    sample = collate(case.rendered[: 1 + int((lengths < CALIBRATION).sum())])
     for subspace in subspaces:
         with case.carrying(subspace) as model:
             selector = Fihs(

@@ -115,6 +115,8 @@ def section(report: Mapping[str, Any], picture: str) -> str:
     for case in report["cases"]:
         lines = [line for line in report["rows"] if line["model"] == case["model"]]
         parts += [f"### {case['model']}\n", about(case) + "\n", markdown(lines)]
+        if compared := beside(lines):
+            parts.append(f"Beside our cheapest engine over the same parameters: {compared}.\n")
         if case["left_out"]:
             parts += ["Left out: " + "; ".join(f"`{n}` ({why})" for n, why in case["left_out"].items()) + ".\n"]
     return "\n".join(parts)
@@ -132,6 +134,23 @@ def about(case: Mapping[str, Any]) -> str:
             "floor of those rows; memory, rank and error are of all rows."
         )
     return text
+
+
+def beside(lines: Sequence[Line]) -> str:
+    """Time and memory of each peer as multiples of the cheapest engine of ours over the same subspace; below 1 the peer wins."""
+    found = []
+    for peer in (line for line in lines if line["group"] == "peer"):
+        same = [
+            x for x in lines if x["group"] == "ours" and x["name"].partition("/")[2] == peer["name"].partition("/")[2]
+        ]
+        if not same:
+            continue
+        best = min(same, key=lambda line: line["ratio_to_floor"])
+        text = f"`{peer['name']}` takes {peer['ratio_to_floor'] / best['ratio_to_floor']:.1f} times the time"
+        if peer["peak_mb"] and best["peak_mb"]:
+            text += f" and {peer['peak_mb'] / best['peak_mb']:.1f} times the memory"
+        found.append(f"{text} of `{best['name']}`")
+    return "; ".join(found)
 
 
 def rewrite(path: Path, inside: str) -> None:

@@ -144,6 +144,18 @@ def test_a_document_gets_its_section_anew(tmp_path: Path) -> None:
         table.rewrite(page, "new")
 
 
+def test_a_peer_that_wins_is_seen_to() -> None:
+    ours = {"group": "ours", "name": "a/all", "ratio_to_floor": 2.0, "peak_mb": 10.0}
+    peer = {"group": "peer", "name": "b/all", "ratio_to_floor": 1.0, "peak_mb": None}
+    other = {"group": "peer", "name": "c/all", "ratio_to_floor": 6.0, "peak_mb": 20.0}
+    dear = {**ours, "name": "d/all", "ratio_to_floor": 9.0}
+    elsewhere = {**ours, "name": "e/lora", "ratio_to_floor": 0.1}
+    assert table.beside([ours, dear, elsewhere, peer, other]) == (
+        "`b/all` takes 0.5 times the time of `a/all`; `c/all` takes 3.0 times the time and 2.0 times the memory of `a/all`"
+    )
+    assert table.beside([ours]) == ""
+
+
 def test_the_picture_is_an_image_of_every_arm() -> None:
     line = {"model": "a<b", "group": "ours", "name": "x&y/all", "ratio_to_floor": 2.0, "low": 1.9, "high": 2.2}
     text = plot.svg([line, {**line, "name": "z", "group": "peer"}, {**line, "name": "floor", "group": "floor"}])
