@@ -78,8 +78,19 @@ def scan(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     adapter: Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter on the model.")] = None,
     workers: Annotated[
-        int, typer.Option(help="Processes that share the rows, each with the model in memory.", min=1)
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Processes that share the rows, each with the model in memory (default: 1; with --ray, what there is).",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure on the Ray cluster at this address: auto for the one this machine is part of, or local."
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="Of the adapter's initialisation, the oracle's sample and the mixture's start.")
     ] = 0,
@@ -99,6 +110,7 @@ def scan(
     require_model(model)
     quiet_libraries()
     from gradshield import models
+    from gradshield.distributed import Ray
     from gradshield.pipeline.options import peft_config, sft_options
     from gradshield.pipeline.scan import scan as run
     from gradshield.pipeline.settings import ScanSettings
@@ -122,7 +134,7 @@ def scan(
             strict=strict,
             allow=allowed,
             labels=truth,
-            workers=workers,
+            workers=(workers or 1) if ray is None else Ray(ray, workers),
             command=command_line(),
             progress=report,
         )

@@ -97,12 +97,13 @@ def main() -> None:
             replies.flush()
     except Exception as error:  # told to the one who can tell the user, and who ends this process
         traceback.print_exc()
-        pickle.dump(_said(error), replies)
+        pickle.dump(said(error), replies)
         replies.flush()
         Event().wait()
 
 
-def _said(error: Exception) -> Failed:
+def said(error: Exception) -> Failed:
+    """An error as it goes to the process that was started."""
     if isinstance(error, GradShieldError):
         return Failed(type(error).__name__, str(error))
     return Failed("", f"{type(error).__name__}: {error}")

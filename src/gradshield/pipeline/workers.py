@@ -154,7 +154,7 @@ class Team:
                 if self.processes.get(process.place) is not process:
                     continue  # of one that was stopped
                 if isinstance(answer, Failed):
-                    raise _raised(answer)
+                    raise raised(answer)
                 hand, process.hand = process.hand, None
                 if answer is None:
                     del self.processes[process.place]
@@ -239,7 +239,7 @@ def _hear(process: _Process, put: Callable[[tuple[_Process, Measured | Failed | 
         put((process, None))
 
 
-def _raised(failed: Failed) -> GradShieldError:
+def raised(failed: Failed) -> GradShieldError:
     """A worker's error as this process would have raised it."""
     kind = getattr(errors, failed.kind, None)
     if kind is errors.UnknownNameError:
