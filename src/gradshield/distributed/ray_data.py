@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -54,14 +54,14 @@ class Ray:
         with ExitStack() as stack:
             if not ray.is_initialized():
                 _reach(self.address)
-                own = {"include_dashboard": False} if self.address == "local" else {}
+                own: dict[str, Any] = {"include_dashboard": False} if self.address == "local" else {}
                 try:
                     ray.init(address=self.address, log_to_driver=False, **own)
                 except (ConnectionError, RuntimeError, ValueError) as error:
                     raise UsageError(_NO_CLUSTER.format(self.address, first_line(error))) from None
                 stack.callback(ray.shutdown)
             gpu = origin.loaded.device.type == "cuda"
-            count = self.actors or int(ray.cluster_resources().get("GPU" if gpu else "CPU", 0))
+            count = self.actors or int(cast(Any, ray).cluster_resources().get("GPU" if gpu else "CPU", 0))
             if count < 1:
                 raise UsageError(
                     f"the Ray cluster at {self.address!r} has no {'GPU' if gpu else 'CPU'} to spare: give another, or the number "
