@@ -4,8 +4,8 @@
 
 ``DIR`` holds ``data/NAME.jsonl`` with ``NAME.labels.json`` and ``models/english-lab/aligned``: measured are all harmful rows
 of each mix and the first ``--rows`` harmless ones. Without it the lab's mixes are (10 % of each kind of harm in each task,
-seed 0). Probe and aggregate are the defaults, the engine is `finite-difference` at its default step. One direction a model and
-subspace serves all of its mixes.
+seed 0, the lab's own requests). Probe and aggregate are the defaults, the engine is `finite-difference` at its default
+step. One direction a model and subspace serves all of its mixes.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def bundled(rows: int) -> Iterator[tuple[str, Any, list[int]]]:
             yield f"lab {task} {harm}", *lab.mix(task, harm=harm, ratio=0.1, n=rows)
 
 
-def selectors(loaded: Any, subspaces: list[str]) -> dict[str, tuple[Any, Any]]:
+def selectors(loaded: Any, probing: Any, subspaces: list[str]) -> dict[str, tuple[Any, Any]]:
     """Of each subspace, FIHS with the default probe and aggregate, and its direction."""
     from gradshield.gradients import FiniteDifference
     from gradshield.pipeline.scoring import asked_of
-    from gradshield.pipeline.settings import Probing, ScanSettings
+    from gradshield.pipeline.settings import ScanSettings
     from gradshield.selectors import Fihs, parse_aggregate
 
-    asked, harmless = asked_of(loaded.tokenizer, Probing())
+    asked, harmless = asked_of(loaded.tokenizer, probing)
     settings = ScanSettings()
     probe = settings.make_probe()
     probe.fit(loaded.model, loaded.tokenizer, asked, harmless)
@@ -96,6 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from gradshield import lab, models
+    from gradshield.pipeline.lab_job import lab_probing
+    from gradshield.pipeline.settings import Probing
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, help="a folder of labelled mixes and the model that they are for")
@@ -103,11 +105,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    checkpoint, mixes = lab.checkpoint("aligned"), bundled(options.rows)
+    checkpoint, mixes, probing = lab.checkpoint("aligned"), bundled(options.rows), lab_probing()
     if options.shared:
         checkpoint, mixes = options.shared / "models" / "english-lab" / "aligned", english(options.shared, options.rows)
+        probing = Probing()
     loaded = models.load(checkpoint, dtype="float32")
-    ready = selectors(loaded, list(SUBSPACES))
+    ready = selectors(loaded, probing, list(SUBSPACES))
     table: list[dict[str, Any]] = []
     print("| mix | " + " | ".join(SUBSPACES) + " |\n|---|" + "---|" * len(SUBSPACES))
     for name, data, labels in mixes:
