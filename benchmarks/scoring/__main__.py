@@ -117,9 +117,8 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         write(options, report)
     host = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     packages = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    out.print(
-        f"{command}\n{host}\n{packages}\nseed {options.seed}, {report['seconds']} s", markup=False, highlight=False
-    )
+    said = f"{command}\n{host}\n{packages}\nseed {options.seed}, {report['seconds']} s"
+    out.print(said, markup=False, highlight=False, soft_wrap=True)  # a command is copied: no line break of ours in it
     return report
 
 

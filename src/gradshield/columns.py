@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
@@ -18,12 +19,12 @@ _ID = re.compile(r"[0-9a-f]{16}(?:-([2-9]|[1-9][0-9]+))?")
 class _Column(Sequence[str]):
     """Strings that are made when they are asked for. Equal to any sequence of the same strings."""
 
-    def _at(self, index: int) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _at(self, index: int) -> str: ...
 
+    @abstractmethod
     def take(self, where: Any) -> Any:
         """The strings at these places, or where a mask is set, as a column of the same kind."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, index: int) -> str: ...

@@ -20,7 +20,7 @@ def cut(
     """Cut saved scores again with another threshold; no model is needed."""
     gate, allowed = share(fail_above), read_ids(allow)
     if not folder.is_dir():
-        raise DataError(f"there is no folder {str(folder)!r}: give the output folder of a finished scan")
+        raise DataError(f"there is no folder {str(folder)!r}: run `gradshield scan` into it first")
     from gradshield.pipeline.recut import recut
 
     selection = recut(folder, threshold, allowed, command_line())
