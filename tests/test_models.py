@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gradshield import models
 from gradshield.errors import HubError, ModelError, UsageError
 from gradshield.models import load, parameters_digest, wrap
+from gradshield.placement import check_placed, choose_dtype
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 
@@ -71,7 +73,7 @@ def test_every_architecture_comes_back_as_it_was_saved(arch: str, tmp_path: Path
 def test_dtype_and_device_are_chosen_once(folder: Path) -> None:
     loaded = load(str(folder), device="cpu", dtype="bfloat16")
     assert {p.dtype for p in loaded.model.parameters()} == {loaded.dtype} == {torch.bfloat16}
-    assert models.choose_dtype(torch.float16, torch.device("cpu")) == torch.float16
+    assert choose_dtype(torch.float16, torch.device("cpu")) == torch.float16
     with pytest.raises(UsageError, match="auto, float32, bfloat16, float16"):
         load(folder, dtype="int3")
     with pytest.raises(UsageError, match="choose one of auto, cpu"):
@@ -207,3 +209,41 @@ def test_what_cannot_be_wrapped() -> None:
         wrap(tiny_model("gpt2"), None)
     with pytest.raises(ModelError, match="no weights in memory"):
         wrap(tiny_model("gpt2").to("meta"), tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [("quantize", "2bit", "4bit, 8bit"), ("device_map", "everywhere", "auto, balanced")],
+    ids=["quantize", "device_map"],
+)
+def test_unknown_placements_list_what_there_is(option: str, value: str, allowed: str) -> None:
+    with pytest.raises(UsageError, match=allowed):
+        load("any/model", **{option: value})
+
+
+def test_a_device_and_a_map_of_devices_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match="leave out one"):
+        load("any/model", device="cpu", device_map="auto")
+
+
+def test_a_map_of_devices_on_one_device_is_the_model(folder: Path) -> None:
+    spread, whole = load(folder, device_map="auto"), load(folder)
+    assert parameters_digest(spread.model) == parameters_digest(whole.model)
+    assert spread.device == whole.device
+    assert spread.source is not None
+    with pytest.raises(UsageError, match="--device-map auto"):
+        spread.source.load("cpu")
+
+
+@pytest.mark.parametrize("left", ["cpu", "disk"])
+def test_layers_left_off_the_devices_are_refused(left: str) -> None:
+    with pytest.raises(UsageError, match=f"left on the {left}"):
+        check_placed(SimpleNamespace(hf_device_map={"model": 0, "lm_head": left}), "auto")
+    check_placed(SimpleNamespace(hf_device_map={"model": 0, "lm_head": 1}), "auto")
+    check_placed(SimpleNamespace(hf_device_map={"": "cpu"}), "auto")
+
+
+def test_quantisation_without_its_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=re.escape("gradshield[quantized]")):
+        load("any/model", quantize="4bit")

@@ -29,6 +29,7 @@ PUBLIC = {
     "Selection",
     "__version__",
     "compare",
+    "estimate",
     "evaluate",
     "recut",
     "scan",

@@ -9,8 +9,9 @@
 In one process and in turn, on the same model, rows, device and precision: the floor (one batched, length-bucketed forward pass
 with loss under inference_mode, our batches, logits of response positions only), the oracle, every engine over every subspace,
 gradient norms, several directions at once, a whole scan, and the peers (bergson, kronfluence, torch.func, opacus) as their users
-run them. The order turns from round to round; an arm's ratio is taken to the floor of the same round. Values are compared with
-the oracle's. Peak memory is taken apart, each arm in a process of its own. A peer that is not installed is left out by name.
+run them. The order turns from round to round; an arm's ratio is taken to the floor that ran just before it, on the same rows.
+Values are compared with the oracle's. Peak memory is taken apart, each arm in a process of its own. A peer that is not installed
+is left out by name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import contextlib
 import os
 import shlex
+import statistics
 import sys
 import tempfile
 import time
@@ -171,7 +173,7 @@ def measure(model: str, options: argparse.Namespace, watch: Console) -> tuple[di
         "few": len(case.few),
         "few_tokens": sum(len(t.ids) for row in case.few for t in row.sequences),
         "harmful": None if case.truth is None else sum(case.truth),
-        "floor_seconds": sorted(found.seconds[FLOOR])[len(found.seconds[FLOOR]) // 2],
+        "floor_seconds": statistics.median(time.clock for time in found.times[FLOOR]),
         "left_out": found.left_out,
     }
     return about, rounds.figures(case, found)

@@ -23,7 +23,7 @@ from gradshield.pipeline.scan import scan
 from gradshield.pipeline.settings import ScanSettings
 from gradshield.types import Batch, Direction, Floats, Rendered
 
-FLOOR, FLOOR_FEW = "floor", "floor/few"
+FLOOR = "floor"
 GROUPS = ("floor", "ours", "directions", "norms", "oracle", "peer", "scan")  # in the order of the tables
 ORACLE = "loop"
 LAST = "last:25%"  # what stands for last:k
@@ -63,8 +63,8 @@ def subspaces() -> list[str]:
 
 
 def ours(case: Case) -> list[Arm]:
-    """Every arm of the case that is not a peer's, the floors first."""
-    arms = [Arm(FLOOR, "floor", floor), Arm(FLOOR_FEW, "floor", floor, slow=True)]
+    """Every arm of the case that is not a peer's, the floor first."""
+    arms = [Arm(FLOOR, "floor", floor)]
     for engine in ENGINES:
         for subspace in subspaces():
             arms.append(

@@ -26,6 +26,7 @@ from gradshield.pipeline.rows import prepare
 from gradshield.pipeline.scoring import asked_of
 from gradshield.pipeline.settings import Probing, ScanSettings
 from gradshield.pipeline.shards import label_budget
+from gradshield.placement import choose_device, choose_dtype
 from gradshield.probes import FunctionProbe, Probe, PromptBatch, Prompts, first_logits
 from gradshield.selectors import Fihs, parse_aggregate
 from gradshield.types import Batch, Direction, Rendered, Tokens
@@ -118,8 +119,8 @@ class Case:
 def open_case(spec: Spec) -> Case:
     """The model, and the rows that it is measured on."""
     torch.set_num_threads(spec.threads)
-    device = models.choose_device(spec.device)
-    dtype = models.choose_dtype(spec.dtype, device)
+    device = choose_device(spec.device)
+    dtype = choose_dtype(spec.dtype, device)
     return _random_weights(spec, device, dtype) if spec.model in SHAPES else _real(spec, dtype)
 
 

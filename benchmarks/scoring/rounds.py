@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from benchmarks.scoring.arms import FLOOR, FLOOR_FEW, GROUPS, Arm, Scored, floor, ours, truths
+from benchmarks.scoring.arms import FLOOR, GROUPS, Arm, Scored, floor, ours, truths
 from benchmarks.scoring.cases import Case, Spec, open_case
 from benchmarks.scoring.peers import missing, peers
 from gradshield.errors import UsageError
@@ -28,15 +28,22 @@ Told = Callable[[str, int], None]
 """Told what is at work, and how many steps of work are done with it."""
 
 
+class Time(NamedTuple):
+    """Seconds of one run by the clock, and of the processor, which sums over threads."""
+
+    clock: float
+    processor: float
+
+
 @dataclass(eq=False)
 class Measured:
-    """What one case gave. ``seconds[arm]`` and ``processor[arm]`` are lists over the rounds; the latter sums over threads."""
+    """What one case gave: for each arm a list over the rounds, of its own time and of the floor's just before it."""
 
     arms: list[Arm]
     scored: dict[str, Scored]
     left_out: dict[str, str]
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    processor: dict[str, list[float]] = field(default_factory=dict)
+    times: dict[str, list[Time]] = field(default_factory=dict)
+    floors: dict[str, list[Time]] = field(default_factory=dict)
     peaks: dict[str, float | None] = field(default_factory=dict)
 
 
@@ -75,20 +82,29 @@ def try_out(case: Case, told: Told) -> Measured:
 
 
 def time_rounds(case: Case, found: Measured, rounds: int, told: Told) -> None:
-    """Every arm once a round. The order is turned by a third of its length each round, so that none is always first."""
+    """Every arm once a round, each just after the floor of its own rows, so that both meet the same machine.
+
+    The order is turned by a third of its length each round, so that none is always first.
+    """
+    base = next(arm for arm in found.arms if arm.name == FLOOR)
     for turn in range(rounds):
         start = turn * max(1, len(found.arms) // 3) % len(found.arms)
         for arm in [*found.arms[start:], *found.arms[:start]]:
             told(arm.name, 1)
-            with arm.ready(case, rows_of(arm, case)) as run:
-                gc.collect()
-                _finish(case.device)
-                used, began = time.process_time(), time.perf_counter()
-                scored = run()
-                _finish(case.device)
-                seconds = time.perf_counter() - began - scored.outside
-                found.processor.setdefault(arm.name, []).append(time.process_time() - used)
-            found.seconds.setdefault(arm.name, []).append(seconds)
+            rows = rows_of(arm, case)
+            found.floors.setdefault(arm.name, []).append(_timed(base, case, rows))
+            found.times.setdefault(arm.name, []).append(_timed(arm, case, rows))
+
+
+def _timed(arm: Arm, case: Case, rows: Sequence[Any]) -> Time:
+    """One run, what makes it ready not counted."""
+    with arm.ready(case, rows) as run:
+        gc.collect()
+        _finish(case.device)
+        used, began = time.process_time(), time.perf_counter()
+        scored = run()
+        _finish(case.device)
+        return Time(time.perf_counter() - began - scored.outside, time.process_time() - used)
 
 
 def _finish(device: torch.device) -> None:
@@ -161,15 +177,14 @@ def _resident(kind: str) -> int | None:
 
 
 def figures(case: Case, found: Measured) -> list[dict[str, Any]]:
-    """One line an arm, the floor first: the median of its ratios to the floor of the same round and rows, and their range."""
-    lines = [_line(case, found, arm) for arm in found.arms if arm.name != FLOOR_FEW]
+    """One line an arm, the floor first: the median of its ratios to the floor just before it, and their range."""
+    lines = [_line(case, found, arm) for arm in found.arms]
     return sorted(lines, key=lambda line: GROUPS.index(line["group"]))
 
 
 def _line(case: Case, found: Measured, arm: Arm) -> dict[str, Any]:
-    base = FLOOR_FEW if arm.slow else FLOOR
-    ratios = np.array(found.seconds[arm.name]) / np.array(found.seconds[base])
-    processor = np.array(found.processor[arm.name]) / np.array(found.processor[base])
+    own, base = np.array(found.times[arm.name]), np.array(found.floors[arm.name])  # (rounds, 2) each
+    ratios, processor = (own / base).T
     rows, scored = rows_of(arm, case), found.scored[arm.name]
     return {
         "model": case.spec.model,
@@ -177,11 +192,11 @@ def _line(case: Case, found: Measured, arm: Arm) -> dict[str, Any]:
         "group": arm.group,
         "rows": len(rows),
         "tokens": sum(len(t.ids) for row in rows for t in row.sequences),
-        "seconds": float(np.median(found.seconds[arm.name])),
+        "seconds": float(np.median(own[:, 0])),
         "ratio_to_floor": float(np.median(ratios)),
         "low": float(ratios.min()),
         "high": float(ratios.max()),
-        "processor_seconds": float(np.median(found.processor[arm.name])),
+        "processor_seconds": float(np.median(own[:, 1])),
         "processor_ratio": None if scored.outside else float(np.median(processor)),
         "peak_mb": found.peaks.get(arm.name),
         **_agreement(found, arm),

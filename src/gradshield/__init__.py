@@ -18,6 +18,7 @@ from gradshield.types import Selection
 
 if TYPE_CHECKING:
     from gradshield.pipeline.compare import compare
+    from gradshield.pipeline.estimate import estimate
     from gradshield.pipeline.evaluate import evaluate
     from gradshield.pipeline.recut import recut
     from gradshield.pipeline.scan import scan
@@ -32,6 +33,7 @@ __all__ = [
     "Selection",
     "__version__",
     "compare",
+    "estimate",
     "evaluate",
     "recut",
     "scan",
@@ -44,6 +46,7 @@ _HOMES = {
     "ScanSettings": "gradshield.pipeline.settings",
     "recut": "gradshield.pipeline.recut",
     "train": "gradshield.pipeline.train",
+    "estimate": "gradshield.pipeline.estimate",
     "evaluate": "gradshield.pipeline.evaluate",
     "compare": "gradshield.pipeline.compare",
 }

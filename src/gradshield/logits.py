@@ -33,7 +33,7 @@ def output_head(model: nn.Module) -> nn.Module:
 def _gather_before(head: nn.Module, where: Tensor) -> Iterator[None]:
     def gather(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]  # (B, T, D)
-        return (hidden[where].unsqueeze(0), *args[1:])  # (1, M, D)
+        return (hidden[where.to(hidden.device)].unsqueeze(0), *args[1:])  # (1, M, D)
 
     handle = head.register_forward_pre_hook(gather, prepend=True)
     try:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from gradshield import hub
 from gradshield.errors import HubError, ModelError, UsageError
+from gradshield.placement import check_placed, choose_device, choose_dtype, placing
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "bfloat16", "float16")
 ADAPTER_CONFIG = "adapter_config.json"
 # What a causal LM needs from its repository: top level only, no pickles, no second copy in another framework's format.
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -34,10 +34,17 @@ class Source:
     dtype: str
     trust_remote_code: bool
     revision: str | None
+    quantize: str | None = None
+    device_map: str | None = None
 
     def load(self, device: str) -> LoadedModel:
-        """The same model on a device. Raises what `load` raises."""
-        return load(self.name, self.adapter, device, self.dtype, self.trust_remote_code, self.revision)
+        """The same model on a device. Raises what `load` raises, and UsageError for a model that has all of them."""
+        if self.device_map is not None:
+            raise UsageError(
+                f"the model is spread over the devices of this machine (--device-map {self.device_map}), and other processes "
+                "would need devices of their own: leave out --workers and --ray, or --device-map"
+            )
+        return load(self.name, self.adapter, device, self.dtype, self.trust_remote_code, self.revision, self.quantize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +80,8 @@ def load(
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    quantize: str | None = None,
+    device_map: str | None = None,
 ) -> LoadedModel:
     """Load a causal LM from a folder or the hub, in eval mode.
 
@@ -88,11 +97,17 @@ def load(
         ``auto`` is bfloat16 on a CUDA device that supports it, else float32.
     revision
         Branch, tag or commit of a hub model.
+    quantize
+        ``4bit`` (NF4) or ``8bit``: the linear layers' weights as bitsandbytes stores them, computed with in ``dtype``. They have
+        no gradient, so that only the subspace ``lora`` is left to score in.
+    device_map
+        ``auto``, ``balanced``, ``balanced_low_0`` or ``sequential``: layers on several GPUs, as accelerate divides them.
+        ``device`` stays ``auto``.
 
     Raises
     ------
     UsageError
-        A device or dtype that does not exist here.
+        A device or dtype that does not exist here; a model that does not fit on the devices of ``device_map``.
     HubError
         The hub cannot be reached, or has no such model.
     ModelError
@@ -100,8 +115,17 @@ def load(
     """
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
+    placed = placing(where, kind, device, quantize, device_map)
     given = None if adapter is None else _whole(adapter)
-    source = Source(_whole(name_or_path), given, str(kind).removeprefix("torch."), trust_remote_code, revision)
+    source = Source(
+        _whole(name_or_path),
+        given,
+        str(kind).removeprefix("torch."),
+        trust_remote_code,
+        revision,
+        quantize,
+        device_map,
+    )
     folder = fetch(name_or_path, revision, trust_remote_code)
     extra = None if adapter is None else fetch(adapter, None, trust_remote_code)
     if extra is None and (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
@@ -111,15 +135,18 @@ def load(
     if extra is not None:
         _check_adapter(extra, str(adapter))
     tokenizer = tokenizer_of([extra, folder] if extra else [folder], str(name_or_path), trust_remote_code)
-    model = _load_weights(folder, str(name_or_path), kind, trust_remote_code)
+    model = _load_weights(folder, str(name_or_path), kind, trust_remote_code, placed)
     if extra is not None:
         model = _add_adapter(model, extra, str(adapter))
-    model.to(where).eval()
+    if not placed:
+        model.to(where)
+    check_placed(model, device_map)
+    model.eval()
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         name=str(name_or_path),
-        device=where,
+        device=next(model.parameters()).device if device_map else where,
         dtype=kind,
         digest=files_digest([folder] if extra is None else [folder, extra]),
         is_peft=extra is not None,
@@ -163,33 +190,6 @@ def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
         digest=parameters_digest(model),
         is_peft=hasattr(model, "peft_config"),
     )
-
-
-def choose_device(device: str = "auto") -> torch.device:
-    """The device for ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:N``. Raises UsageError for one that is not here."""
-    import torch
-
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if device == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    here = ["auto", "cpu", *(["mps"] if mps else [])]
-    here += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if cuda else []
-    if device not in here:
-        raise UsageError(f"the device {device!r} is not available here: choose one of {', '.join(here)}")
-    return torch.device(device)
-
-
-def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype for ``auto`` or a name of ``DTYPES``. Raises UsageError for any other."""
-    import torch
-
-    if dtype == "auto":
-        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if bfloat16 else torch.float32
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise UsageError(f"the dtype {name!r} is not known: choose one of auto, {', '.join(DTYPES)}")
-    return getattr(torch, name)  # type: ignore[no-any-return]
 
 
 def parameters_digest(model: torch.nn.Module) -> str:
@@ -320,7 +320,7 @@ def tokenizer_of(folders: list[Path], name: str, code: bool) -> Any:
         ) from error
 
 
-def _load_weights(folder: Path, name: str, dtype: torch.dtype, code: bool) -> Any:
+def _load_weights(folder: Path, name: str, dtype: torch.dtype, code: bool, placed: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -331,6 +331,7 @@ def _load_weights(folder: Path, name: str, dtype: torch.dtype, code: bool) -> An
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **placed,
         )
     except Exception as error:
         raise ModelError(

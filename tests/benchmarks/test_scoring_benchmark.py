@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.scoring import peers, plot, rounds, table
-from benchmarks.scoring.arms import FLOOR, FLOOR_FEW, Arm, Scored, floor, subspaces
+from benchmarks.scoring.arms import FLOOR, Arm, Scored, floor, subspaces
 from benchmarks.scoring.cases import Spec, open_case, prepare_directions
 from gradshield.errors import UsageError
 from gradshield.gradients import ENGINES, SUBSPACES
@@ -117,21 +117,38 @@ def test_a_peer_of_plain_torch_gives_the_oracle_s_values(spec: Spec) -> None:
     assert np.allclose(found["vmap/all"], found["loop/all"], rtol=1e-4, atol=1e-4)
 
 
-def test_ratios_are_taken_within_a_round(spec: Spec) -> None:
-    """A slow round slows its floor too; slow arms are held against the floor of their own rows."""
+def test_ratios_are_taken_to_the_floor_just_before(spec: Spec) -> None:
+    """A slow moment slows the floor too; processor time has a ratio of its own."""
     case = open_case(replace(spec, few=2))
     slow, fast = Arm("slow", "peer", floor, slow=True), Arm("fast", "ours", floor)
+    names = (FLOOR, "slow", "fast")
+
+    def times(*clock: float) -> list[rounds.Time]:
+        return [rounds.Time(seconds, 2 * seconds**2) for seconds in clock]
+
     found = rounds.Measured(
         [Arm(FLOOR, "floor", floor), slow, fast],
-        {name: Scored(None) for name in (FLOOR, "slow", "fast")},
+        {name: Scored(None) for name in names},
         {},
-        {FLOOR: [1.0, 3.0, 1.0], FLOOR_FEW: [0.5, 1.5, 0.5], "slow": [2.0, 6.0, 3.0], "fast": [2.0, 6.0, 3.0]},
+        {FLOOR: times(1, 3, 1), "slow": times(2, 6, 3), "fast": times(2, 6, 3)},
+        {FLOOR: times(1, 3, 1), "slow": times(0.5, 1.5, 0.5), "fast": times(1, 3, 1)},
     )
-    found.processor = found.seconds
     lines = {line["name"]: line for line in rounds.figures(case, found)}
     assert (lines["slow"]["ratio_to_floor"], lines["slow"]["low"], lines["slow"]["high"]) == (4.0, 4.0, 6.0)
     assert (lines["fast"]["ratio_to_floor"], lines["fast"]["low"], lines["fast"]["high"]) == (2.0, 2.0, 3.0)
+    assert (lines["fast"]["processor_ratio"], lines[FLOOR]["processor_ratio"]) == (4.0, 1.0)
     assert (lines["slow"]["rows"], lines["fast"]["rows"]) == (2, len(case.rendered))
+
+
+def test_each_arm_is_timed_beside_the_floor_of_its_own_rows(spec: Spec) -> None:
+    case, told = open_case(replace(spec, few=2)), []
+    arms = [Arm(FLOOR, "floor", floor), Arm("slow", "peer", floor, slow=True)]
+    found = rounds.Measured(arms, {}, {})
+    rounds.time_rounds(case, found, 3, lambda name, _: told.append(name))
+    assert told == [FLOOR, "slow", "slow", FLOOR, FLOOR, "slow"]
+    for name in (FLOOR, "slow"):
+        assert [len(kept[name]) for kept in (found.times, found.floors)] == [3, 3]
+        assert all(time.clock > 0 for time in found.times[name] + found.floors[name])
 
 
 def test_a_document_gets_its_section_anew(tmp_path: Path) -> None:

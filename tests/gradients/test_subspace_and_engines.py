@@ -1,5 +1,7 @@
 """Which parameters a subspace holds, which engine is picked, and what engines refuse."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -141,9 +143,30 @@ def test_an_experts_choice_is_held_fixed_under_a_large_step(monkeypatch: pytest.
     oracle = Loop().directional(model, batch, direction).values.numpy().ravel()
     found = FiniteDifference(1e-2).directional(model, batch, direction).values.sum(-1).numpy().ravel()
     held = agreement("", found, oracle).relative_error
-    monkeypatch.setattr("gradshield.gradients.finite_difference._routes", lambda model: False)
+    monkeypatch.setattr("gradshield.gradients.finite_difference.experts", lambda config: 0)
     found = FiniteDifference(1e-2).directional(model, batch, direction).values.sum(-1).numpy().ravel()
     assert held < agreement("", found, oracle).relative_error / 2
+
+
+class _Backward(torch.autograd.Function):
+    """The identity, with a derivative in reverse mode alone, as fused kernels have it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        return g
+
+
+def test_a_kernel_without_a_forward_mode_is_told() -> None:
+    model = tiny_model("llama")
+    direction, batch = two_directions(model, "all"), batch_of(rows())
+    model.model.norm.register_forward_hook(lambda module, args, output: _Backward.apply(output))
+    with pytest.raises(UsageError, match="no forward-mode derivative"):
+        ENGINES["forward"]().directional(model, batch, direction)
+    Loop().directional(model, batch, direction)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,12 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def children() -> list[int]:
-    return [child.pid for child in psutil.Process().children(recursive=True) if "worker" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # one that has just been killed
+            if "worker" in " ".join(child.cmdline()):
+                found.append(child.pid)
+    return found
 
 
 def same(one: gs.Selection, other: gs.Selection) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from gradshield import launcher
 from gradshield.cli.common import err, plain
 from gradshield.cli.compare import compare
 from gradshield.cli.cut import cut
@@ -17,7 +18,7 @@ from gradshield.cli.methods import methods
 from gradshield.cli.scan import scan
 from gradshield.cli.show import show
 from gradshield.cli.train import train
-from gradshield.errors import GradShieldError
+from gradshield.errors import GradShieldError, UsageError
 
 COMMANDS: tuple[Callable[..., Any], ...] = (
     scan,
@@ -40,6 +41,21 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def launched(context: typer.Context) -> None:
+    """Under a launcher, every process comes by here. Raises UsageError for a command that is one process's work."""
+    if launcher.processes() == 1 or context.invoked_subcommand == "scan":
+        return
+    if launcher.first():
+        raise UsageError(
+            f"`gradshield {context.invoked_subcommand}` runs in one process, and a launcher started "
+            f"{launcher.processes()}: start it without the launcher, or train in a script of your own (docs/scaling.md)"
+        )
+    raise SystemExit(UsageError.exit_code)
+
+
 for command in COMMANDS:
     app.command({"evaluate": "eval"}.get(command.__name__))(command)
 

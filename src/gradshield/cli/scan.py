@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradshield import launcher
 from gradshield.cli.common import (
     Allow,
     Data,
@@ -32,14 +33,28 @@ from gradshield.cli.common import (
     share,
     summary,
 )
+from gradshield.cli.estimate import told
+from gradshield.errors import UsageError
+
+if TYPE_CHECKING:
+    from gradshield.pipeline.workers import Spread
 
 
 def scan(
     data: Data,
     model: Model,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the rows, the scores, the report and the manifest.")
-    ],
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the rows, the scores, the report and the manifest (required without --dry-run).",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the rows are and what the scan would take; write nothing.")
+    ] = False,
     selector: Annotated[str, typer.Option(help="What scores the rows (see `gradshield methods`).")] = "fihs",
     threshold: Rule = None,
     probe: Annotated[str, typer.Option(help="Unsafety score (see `gradshield methods`).")] = "token_gap",
@@ -76,6 +91,14 @@ def scan(
     token_budget: Annotated[int, typer.Option(help="Positions of one batch, padding included.")] = 4096,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Load the model in 4bit or 8bit (gradshield[quantized]); for the subspace lora only."),
+    ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="Spread the model over this machine's GPUs: auto, balanced, balanced_low_0 or sequential."),
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter on the model.")] = None,
     workers: Annotated[
         int | None,
@@ -101,6 +124,14 @@ def scan(
     Writes kept, removed, quarantine.jsonl, scores.parquet, report.html and manifest.json. An interrupted scan goes on
     where it stopped.
     """
+    if not launcher.first():
+        _serve()
+        return
+    _check_options(output, dry_run, workers, ray)
+    if device_map is not None and selector != "fihs":
+        raise UsageError(
+            f"the selector {selector!r} wants the model on one device, and --device-map spreads it: leave that out, or take fihs"
+        )
     gate = share(fail_above)
     allowed, truth = read_ids(allow), read_labels(labels)
     template = json_object("--template-kwargs", template_kwargs)
@@ -110,7 +141,6 @@ def scan(
     require_model(model)
     quiet_libraries()
     from gradshield import models
-    from gradshield.distributed import Ray
     from gradshield.pipeline.options import peft_config, sft_options
     from gradshield.pipeline.scan import scan as run
     from gradshield.pipeline.settings import ScanSettings
@@ -119,24 +149,70 @@ def scan(
     asked = probing(probes, lookalikes, answer_prefix, template, uncertified)
     with progress() as report:
         report("loading the model", 0, 1)
-        loaded = models.load(model, adapter, device, dtype, trust_remote_code)
+        loaded = models.load(model, adapter, device, dtype, trust_remote_code, quantize=quantize, device_map=device_map)
         report("loading the model", 1, 1)
-        selection = run(
-            data,
-            model=loaded,
-            peft_config=peft_config(lora),
-            training_args=sft_options(training),
-            max_length=max_length,
-            output=output,
-            settings=settings,
-            probing=asked,
-            format=format,
-            strict=strict,
-            allow=allowed,
-            labels=truth,
-            workers=(workers or 1) if ray is None else Ray(ray, workers),
-            command=command_line(),
-            progress=report,
-        )
+        common: dict[str, Any] = {
+            "model": loaded,
+            "peft_config": peft_config(lora),
+            "training_args": sft_options(training),
+            "max_length": max_length,
+            "settings": settings,
+            "probing": asked,
+            "format": format,
+            "strict": strict,
+            "progress": report,
+        }
+        if output is None:
+            from gradshield.pipeline.estimate import estimate
+
+            found = estimate(data, **common)
+        else:
+            selection = run(
+                data,
+                **common,
+                output=output,
+                allow=allowed,
+                labels=truth,
+                workers=_spread(workers, ray),
+                command=command_line(),
+            )
+    if output is None:
+        told(found)
+        return
     summary(selection, output)
     check_gate(selection, gate)
+
+
+def _check_options(output: Path | None, dry_run: bool, workers: int | None, ray: str | None) -> None:
+    """Raises UsageError for options that exclude each other."""
+    shared = workers is not None or ray is not None
+    if dry_run and (shared or output is not None or launcher.processes() > 1):
+        raise UsageError(
+            "--dry-run times this one process and writes nothing: leave out --output, --workers and --ray, and the launcher"
+        )
+    if output is None and not dry_run:
+        raise UsageError(
+            "a scan needs a folder to write to: give it with --output FOLDER, or look first with --dry-run"
+        )
+    if shared and launcher.processes() > 1:
+        raise UsageError(
+            f"--workers and --ray share the rows out, and a launcher has started {launcher.processes()} processes that do: "
+            "leave out one of the two"
+        )
+
+
+def _spread(workers: int | None, ray: str | None) -> int | Spread:
+    """Who measures, as the options say, or the launcher that started this process."""
+    from gradshield.distributed import Launched, Ray
+
+    if launcher.processes() > 1:
+        return Launched()
+    return (workers or 1) if ray is None else Ray(ray, workers)
+
+
+def _serve() -> None:
+    """Measure for the first process, without a word: what goes wrong is said there."""
+    quiet_libraries()
+    from gradshield.distributed import serve
+
+    serve()

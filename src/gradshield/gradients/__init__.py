@@ -44,9 +44,18 @@ def pick(name: str, model: nn.Module, per_token: bool) -> Engine:
     """The engine to use. ``auto`` decides by precision, device and whether per-token values are needed.
 
     float32 or float64: finite difference (cheapest, per token). Half precision: forward mode where per-token values are
-    needed, else perturbation. Raises UsageError when a named engine cannot give per-token values that are needed.
+    needed, else perturbation. 8 bits: perturbation. Raises UsageError when a named engine cannot give per-token values that
+    are needed, and for an engine that cannot follow 8 bits.
     """
+    rounding = any(p.dtype == torch.int8 for p in model.parameters())
+    if rounding and (per_token or name in ("forward", "finite-difference")):
+        raise UsageError(
+            "a layer in 8 bits rounds what goes into it, and of the engines perturbation and loop alone can follow that, "
+            "which give row sums only: load the model in 4 bits (--quantize 4bit), or take --aggregate sum and --engine auto"
+        )
     if name == "auto":
+        if rounding:
+            return Perturbation()
         if beyond_layers(model):
             return Forward()
         if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()):

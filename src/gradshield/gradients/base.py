@@ -103,6 +103,12 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
             config._experts_implementation = implementation
 
 
+def experts(config: Any) -> int:
+    """How many experts a layer has, as the model's config tells; 0 for a model without."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), 0)
+
+
 def check_direction(model: nn.Module, direction: Direction) -> None:
     """Raises UsageError when the direction does not fit the model's parameters."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

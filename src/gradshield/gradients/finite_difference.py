@@ -16,6 +16,7 @@ from gradshield.gradients.base import (
     DeviceBatch,
     check_direction,
     check_layers,
+    experts,
     scoring,
 )
 from gradshield.gradients.shifted import shifted
@@ -56,11 +57,6 @@ class _Routing(TorchFunctionMode):  # type: ignore[misc]
         return type(result)((scores.gather(-1, indices), indices))
 
 
-def _routes(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-
-
 @ENGINES.register("finite-difference")
 class FiniteDifference:
     """[L(θ-εv) - L(θ+εv)] / 2ε: two batched forward passes, per-token values, any kernel; float32 or float64 only.
@@ -89,7 +85,7 @@ class FiniteDifference:
             return answer_nll(model, data).double().cpu()
 
         with scoring(model), torch.no_grad():
-            routing = _Routing() if _routes(model) else None
+            routing = _Routing() if experts(getattr(model, "config", None)) else None
             if routing is not None:
                 with routing, prefix.passing(routing.mark):
                     losses()

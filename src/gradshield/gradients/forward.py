@@ -8,8 +8,10 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradshield.errors import UsageError
 from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, eager_experts, scoring
 from gradshield.gradients.sparing import answer_nll
+from gradshield.models import first_line
 from gradshield.types import Batch, Direction
 
 
@@ -49,10 +51,22 @@ class Forward:
                         f"model.{name}": forward_ad.make_dual(parameters[name].detach(), v[k].to(parameters[name]))
                         for name, v in direction.tensors.items()
                     }
-                    losses = functional_call(wrapped, duals, (data,))
+                    losses = _dual(wrapped, duals, data)
                     primal, tangent = forward_ad.unpack_dual(losses)
                     if tangent is None:  # the direction does not reach the loss
                         tangent = torch.zeros_like(primal)
                     values.append(-tangent.double().cpu())
                     nll = primal.double().cpu()
         return Derivatives(torch.stack(values), nll)
+
+
+def _dual(wrapped: _TokenLoss, duals: dict[str, Tensor], data: DeviceBatch) -> Tensor:
+    """The loss with its tangent. Raises UsageError for a kernel that has no forward mode (4 bits on CUDA, among others)."""
+    try:
+        found: Tensor = functional_call(wrapped, duals, (data,))
+    except NotImplementedError as error:
+        raise UsageError(
+            f"the engine forward got a layer that has no forward-mode derivative ({first_line(error)}): load the model in "
+            "float32 for finite-difference (--dtype float32), or take --aggregate sum with --engine perturbation"
+        ) from error
+    return found

@@ -85,7 +85,7 @@ class _Rows:
         )
 
     def scale(self, e: Tensor, module: nn.Module, like: Tensor) -> Tensor:
-        """e (B,) laid out to multiply the module's activation, in its dtype.
+        """e (B,) laid out to multiply the module's activation, in its dtype and on its device.
 
         An activation that all rows share, (1, T, …) (learned positions), becomes (B, T, …).
         """
@@ -95,7 +95,7 @@ class _Rows:
         else:
             rows, lead = self.of(module, shape)
             laid = e[rows].reshape(shape[:lead])
-        return laid.reshape(*laid.shape, *([1] * (len(shape) - laid.dim()))).to(like.dtype)
+        return laid.reshape(*laid.shape, *([1] * (len(shape) - laid.dim()))).to(like)
 
 
 @contextmanager
@@ -148,6 +148,7 @@ def _low_rank(layer: Any, lora: Lora, factor: Tensor, e: Tensor, rows: _Rows) ->
         with torch.no_grad():
             inner = nn.functional.linear(args[0].detach().to(lora.a.weight.dtype), lora.a.weight) * lora.scale
         places, _ = rows.of(layer, tuple(inner.shape))
+        places = places.to(inner.device)
         return _Product.apply(e, output, inner.flatten(0, -2), factor, places)  # type: ignore[no-untyped-call]
 
     handles = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
@@ -165,7 +166,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, e: Tensor, output: Tensor, inner: Tensor, factor: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(inner, factor, places)  # (P, R), (K, out, R), (P,)
-        ctx.count = e.shape[1]
+        ctx.count, ctx.device = e.shape[1], e.device
         return output.view_as(output)
 
     @staticmethod
@@ -175,7 +176,7 @@ class _Product(torch.autograd.Function):
         flat = g.reshape(-1, out).to(factor.dtype) @ factor.transpose(0, 1).reshape(out, count * rank)
         each = (flat.unflatten(1, (count, rank)).float() * inner.unsqueeze(1).float()).sum(-1)  # (P, K)
         found = each.new_zeros(ctx.count, count).index_add_(0, places, each)
-        return found.T, g, None, None, None
+        return found.T.to(ctx.device), g, None, None, None
 
 
 def _add(module: nn.Module, output: Any, derivative: Any, e: Tensor, rows: _Rows) -> Any:

@@ -148,7 +148,7 @@ def _gathered(module: nn.Module, shape: tuple[int, ...], entries: Tensor) -> Ite
         calls.append(bool(args) and isinstance(args[0], Tensor) and tuple(args[0].shape[:2]) == shape)
         if not calls[-1]:
             return None
-        return (args[0].flatten(0, 1).index_select(0, entries).unsqueeze(0), *args[1:])
+        return (args[0].flatten(0, 1).index_select(0, entries.to(args[0].device)).unsqueeze(0), *args[1:])
 
     def scatter(_module: nn.Module, _args: Any, output: Any) -> Any:
         return _spread(output, shape, entries) if calls[-1] else None
@@ -167,4 +167,4 @@ def _spread(output: Any, shape: tuple[int, ...], entries: Tensor) -> Any:
     if not isinstance(output, Tensor) or output.shape[:2] != (1, len(entries)):
         return output
     out = output.new_zeros(shape[0] * shape[1], *output.shape[2:])
-    return out.index_copy(0, entries, output[0]).unflatten(0, shape)
+    return out.index_copy(0, entries.to(out.device), output[0]).unflatten(0, shape)

@@ -61,10 +61,21 @@ def parameter_names(model: nn.Module, subspace: str, targets: Sequence[str] = ()
 
     ``targets`` are the names that `target_names` found, for the subspace of that name.
 
-    Raises UsageError for an unknown subspace and ModelError when the model has no such parameters.
+    Raises UsageError for an unknown subspace, and for one with weights that have no gradient (4 or 8 bits); ModelError when
+    the model has no such parameters.
     """
     check_subspace(subspace)
-    names = [name for name, p in model.named_parameters() if p.is_floating_point()]
+    found = dict(model.named_parameters())
+    names = _named(model, list(found), subspace, targets)
+    if whole := [name for name in names if not found[name].is_floating_point()]:
+        raise UsageError(
+            f"the subspace {subspace} holds {len(whole)} weights in {found[whole[0]].dtype} ({whole[0]}, …), which have no "
+            "gradient: score the adapter that will be trained on them (--subspace lora --lora-config FILE)"
+        )
+    return names
+
+
+def _named(model: nn.Module, names: list[str], subspace: str, targets: Sequence[str]) -> list[str]:
     if subspace == "all":
         return names
     if subspace == "targets":

@@ -13,6 +13,7 @@ from typing import Any
 from gradshield import models
 from gradshield.errors import ModelError, UsageError
 from gradshield.guards.base import GUARDS, Opinion, checked_reads, short_name
+from gradshield.placement import choose_device, choose_dtype
 
 BATCH = 32
 LONGEST = 2048  # tokens of one window, however many the model would read
@@ -163,11 +164,11 @@ class Classifier:
     def _model(self) -> Any:
         from transformers import AutoModelForSequenceClassification
 
-        device = models.choose_device(self.device)
+        device = choose_device(self.device)
         try:
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
                 self._folder,
-                dtype=models.choose_dtype(self.dtype, device),
+                dtype=choose_dtype(self.dtype, device),
                 trust_remote_code=self.trust_remote_code,
                 use_safetensors=True,
                 local_files_only=True,

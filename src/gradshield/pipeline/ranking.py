@@ -3,20 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from gradshield.errors import UsageError
+from gradshield.gradients import direction as directions
 from gradshield.models import LoadedModel
 from gradshield.pipeline import outputs, shards
 from gradshield.pipeline.references import references
-from gradshield.pipeline.scoring import Scored, asked_of, named, score_fihs
+from gradshield.pipeline.scoring import Ready, Scored, anchors, asked_of, named, ready_fihs
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings
 from gradshield.pipeline.shards import Hands, here
-from gradshield.selectors import SELECTORS, GradNorm, Guard, Loss, Moderate, Random, Representation, Selector
+from gradshield.selectors import SELECTORS, Fihs, GradNorm, Guard, Loss, Moderate, Random, Representation, Selector
 from gradshield.types import References, Rendered
+
+
+def ready(
+    model: nn.Module,
+    loaded: LoadedModel,
+    rendered: Sequence[Rendered],
+    settings: ScanSettings,
+    probing: Probing,
+    targets: Sequence[str],
+    progress: Progress,
+) -> Ready:
+    """``settings.selector`` prepared on the model: all that comes before the first row is measured.
+
+    ``model`` is the loaded one, with its adapter where the subspace needs it.
+    """
+    tokenizer, pad = loaded.tokenizer, loaded.pad_token_id
+    name, _, options = settings.selector.partition(":")
+    if name == "fihs":
+        progress("probing the model", 0, 1)
+        found = ready_fihs(model, tokenizer, pad, rendered, settings, probing, targets)
+        progress("probing the model", 1, 1)
+        return found
+
+    def known() -> References:
+        return references(model, tokenizer, *asked_of(tokenizer, probing), pad)
+
+    progress("preparing the method", 0, 1)
+    selector = _made(name, options, settings, tokenizer, targets, known)
+    direction = selector.prepare(model)
+    progress("preparing the method", 1, 1)
+    return Ready(selector, direction)
 
 
 def score(
@@ -30,20 +63,15 @@ def score(
     progress: Progress,
     hands: Hands = here,
 ) -> Scored:
-    """Every row's score by ``settings.selector``. ``model`` is the loaded one, with its adapter where the subspace needs it."""
-    tokenizer, pad = loaded.tokenizer, loaded.pad_token_id
-    name, _, options = settings.selector.partition(":")
-    if name == "fihs":
-        return score_fihs(model, tokenizer, pad, rendered, settings, probing, targets, output, progress, hands)
-
-    def known() -> References:
-        return references(model, tokenizer, *asked_of(tokenizer, probing), pad)
-
-    progress("preparing the method", 0, 1)
-    selector = _made(name, options, settings, tokenizer, targets, known)
-    direction = selector.prepare(model)
-    progress("preparing the method", 1, 1)
-    folder = None if output is None else outputs.prepare(output) / outputs.WORK / "shards"
+    """Every row's score by ``settings.selector``; finished shards are kept in ``output``."""
+    found = ready(model, loaded, rendered, settings, probing, targets, progress)
+    selector, direction = found.selector, found.direction
+    folder = None
+    if output is not None:  # nothing was written so far: a scan that cannot begin leaves no folder behind
+        work = outputs.prepare(output) / outputs.WORK
+        if direction.tensors:
+            directions.save(direction, work / shards.DIRECTION)
+        folder = work / "shards"
     raw = shards.measure(
         selector,
         model,
@@ -55,7 +83,10 @@ def score(
         hands,
     )
     scores = selector.finish(raw, *named(rendered))
-    return Scored(selector, direction, scores)
+    if isinstance(selector, Fihs):
+        known = anchors(selector, model, direction, loaded.tokenizer, loaded.pad_token_id, probing)
+        scores = replace(scores, anchors=known)
+    return Scored(**vars(found), scores=scores)
 
 
 def _made(

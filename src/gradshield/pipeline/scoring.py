@@ -7,8 +7,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from gradshield import data as rows_in
 from gradshield.columns import Coded, Ids
 from gradshield.errors import ProbeError, ScoreError, UsageError
 from gradshield.gradients import ENGINES, Agreement, Engine, Loop, adapted, agreement, calibrated, pick, target_names
-from gradshield.gradients import direction as directions
-from gradshield.pipeline import outputs, shards
+from gradshield.pipeline import shards
 from gradshield.pipeline.decide import PREFERENCE, ROWS
 from gradshield.pipeline.references import answered, opened
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings
@@ -32,17 +30,23 @@ LEAST_SPEARMAN = 0.99  # below it an engine's ranking is not the oracle's
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
-    """Scores, and what they rest on. Only FIHS has an engine to compare with its oracle, and probes that must be valid."""
+class Ready:
+    """A selector that can measure rows. Only FIHS has an engine to compare with its oracle, and probes that must be valid."""
 
     selector: Selector
     direction: Direction
-    scores: Scores
     agreement: Agreement | None = None
     validity: Validity | None = None
 
 
-def score_fihs(
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scored(Ready):
+    """Scores, and what they rest on."""
+
+    scores: Scores
+
+
+def ready_fihs(
     model: nn.Module,
     tokenizer: Any,
     pad: int,
@@ -50,16 +54,12 @@ def score_fihs(
     settings: ScanSettings,
     probing: Probing,
     targets: Sequence[str],
-    output: str | Path | None,
-    progress: Progress,
-    hands: Hands = here,
-) -> Scored:
-    """Ask the probes, take the direction, choose an engine that agrees with the oracle, and measure every row.
+) -> Ready:
+    """Ask the probes, take the direction, and choose an engine that agrees with the oracle.
 
     Raises ProbeError for a model whose probes mean nothing, and ScoreError where no engine can be trusted.
     """
     asked, harmless = asked_of(tokenizer, probing)
-    progress("probing the model", 0, 1)
     valid = validity(model, tokenizer, asked)
     if valid.problem and not probing.uncertified:
         raise ProbeError(valid.problem + "; or pass --uncertified to score it all the same, with nothing certified")
@@ -68,30 +68,12 @@ def score_fihs(
     aggregate = parse_aggregate(settings.aggregate)
     selector = Fihs(probe, asked, Loop(), aggregate, settings.subspace, targets)
     direction = selector.prepare(model)
-    progress("probing the model", 1, 1)
     chosen = pick(settings.engine, model, aggregate.per_token)
     if not hasattr(settings.threshold, "cut"):  # a rule that cannot cut is told now, not after the rows are measured
         settings.make_threshold().cut(np.zeros(1), np.zeros(1) if chosen.per_token else None)
     sample = _sample(rendered, settings)
     selector.engine, agreed = _trusted(chosen, selector, model, direction, sample, asked, harmless, pad)
-    folder = None
-    if output is not None:  # nothing was written so far: a scan that cannot begin leaves no folder behind
-        work = outputs.prepare(output) / outputs.WORK
-        directions.save(direction, work / shards.DIRECTION)
-        folder = work / "shards"
-    raw = shards.measure(
-        selector,
-        model,
-        direction,
-        rendered,
-        settings.token_budget,
-        folder,
-        lambda done, total: progress("scoring rows", done, total),
-        hands,
-    )
-    scores = selector.finish(raw, *named(rendered))
-    scores = replace(scores, anchors=_anchors(selector, model, direction, asked, harmless, tokenizer, pad))
-    return Scored(selector, direction, scores, agreed, valid)
+    return Ready(selector, direction, agreed, valid)
 
 
 def weights_changed(model: nn.Module, peft_config: Any) -> list[str]:
@@ -131,10 +113,11 @@ def asked_of(tokenizer: Any, probing: Probing) -> tuple[Prompts, Prompts]:
     )
 
 
-def _anchors(
-    selector: Fihs, model: nn.Module, direction: Direction, asked: Prompts, harmless: Prompts, tokenizer: Any, pad: int
+def anchors(
+    selector: Fihs, model: nn.Module, direction: Direction, tokenizer: Any, pad: int, probing: Probing
 ) -> Anchors:
     """Rows of known kind: compliant openers after the probes, and after the look-alikes that the model itself answers."""
+    asked, harmless = asked_of(tokenizer, probing)
     said = greedy(model, harmless, 12, pad)
     known = harmless.take([i for i, ids in enumerate(said) if not refuses(tokenizer.decode(ids))])
 

@@ -1,0 +1,54 @@
+"""What ``gradshield scan --dry-run`` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gradshield.cli.common import out, plain
+
+if TYPE_CHECKING:
+    from gradshield.pipeline.estimate import Estimate
+
+REASONS = 5  # that are told one by one
+KEPT = 2e14  # operations a second: a fifth of what an H100 is sold for in bf16
+
+
+def told(found: Estimate) -> None:
+    """Print an estimate."""
+    out.print(f"rows       [bold]{found.scored:,}[/bold] of {found.rows:,} can be scored")
+    for reason, line, count in found.unusable[:REASONS]:
+        out.print(f"           {count:,} cannot: {plain(reason)} [dim](first: line {line})[/dim]")
+    if others := sum(count for _, _, count in found.unusable[REASONS:]):
+        out.print(f"           {others:,} cannot, for other reasons")
+    share = 100 * found.loss_tokens / found.tokens
+    out.print(f"tokens     {found.tokens:,}, {share:.0f} % of them in the loss; the longest row has {found.longest:,}")
+    if found.engine:
+        out.print(f"engine     {plain(found.engine)}")
+    whole, low, high = found.seconds.value, found.seconds.low, found.seconds.high
+    spread = f" [dim]({duration(low)} to {duration(high)})[/dim]" if high > low else ""
+    out.print(f"time       [bold]{duration(whole)}[/bold]{spread} to measure, {duration(found.before)} before it")
+    out.print(
+        f"           [dim]timed on {found.sampled_rows:,} rows, {found.sampled} of {found.shards} shards; "
+        f"{found.scored / whole:,.0f} rows a second[/dim]"
+    )
+    if found.kinds > 1:
+        more = duration(whole * found.kinds / 100)
+        out.print(
+            f"           each 1 % of the rows that is removed adds {more}: {found.kinds} kinds of harm to tell apart"
+        )
+    if found.memory:
+        out.print(f"memory     {found.memory / 2**30:.1f} GiB at most")
+    if found.engine and found.engine != "loop":
+        out.print(
+            f"elsewhere  {found.operations:.1e} operations a forward pass, and it takes two: "
+            f"{found.hours(KEPT):.2g} hours of a GPU that keeps {KEPT / 1e12:.0f} TFLOP/s"
+        )
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``12 s``, ``3 min``, ``5.1 h``."""
+    if seconds == float("inf"):
+        return "longer"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

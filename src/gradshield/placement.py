@@ -1,0 +1,84 @@
+"""Where a model's weights go, and in what precision: one device or several, whole or in 4 or 8 bits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gradshield.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZED = ("4bit", "8bit")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """The device for ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:N``. Raises UsageError for one that is not here."""
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    here = ["auto", "cpu", *(["mps"] if mps else [])]
+    here += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if cuda else []
+    if device not in here:
+        raise UsageError(f"the device {device!r} is not available here: choose one of {', '.join(here)}")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype for ``auto`` or a name of ``DTYPES``. Raises UsageError for any other."""
+    import torch
+
+    if dtype == "auto":
+        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bfloat16 else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"the dtype {name!r} is not known: choose one of auto, {', '.join(DTYPES)}")
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def placing(
+    where: torch.device, dtype: torch.dtype, device: str, quantize: str | None, device_map: str | None
+) -> dict[str, Any]:
+    """What transformers is told of quantisation and devices; nothing for a whole model on one. Raises UsageError."""
+    for option, value, known in (("quantize", quantize, QUANTIZED), ("device-map", device_map, DEVICE_MAPS)):
+        if value is not None and value not in known:
+            raise UsageError(f"--{option} is {value!r}: choose one of {', '.join(known)}")
+    if device_map is not None and device != "auto":
+        raise UsageError(
+            f"--device {device} is one device, and --device-map spreads over several: leave out one of them"
+        )
+    found: dict[str, Any] = {}
+    if device_map is not None or quantize is not None:
+        found["device_map"] = device_map or {"": where}
+    if quantize is not None:
+        found["quantization_config"] = _quantization(quantize, dtype)
+    return found
+
+
+def check_placed(model: Any, device_map: str | None) -> None:
+    """Raises UsageError where accelerate left weights on the CPU or the disk, to be fetched one layer at a time."""
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    left = places & {"disk", *(["cpu"] if len(places) > 1 else [])}
+    if device_map is not None and left:
+        raise UsageError(
+            f"the model does not fit on the devices of --device-map {device_map} (some layers are left on the "
+            f"{' and the '.join(sorted(left))}), and a layer that is fetched for each batch has no weights to move: use more or "
+            "larger devices, --dtype bfloat16, or --quantize"
+        )
+
+
+def _quantization(quantize: str, dtype: torch.dtype) -> Any:
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError("--quantize needs bitsandbytes, which is not installed: install gradshield[quantized]")
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
