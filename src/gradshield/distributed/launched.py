@@ -30,8 +30,6 @@ from gradshield.pipeline.workers import raised
 from gradshield.selectors import Measured
 
 WAIT = timedelta(days=7)  # the others wait while the first reads its rows; one that dies is noticed at once
-WAIT = timedelta(days=7)  # the others wait while the first reads its rows; one that dies is noticed at once
-MARKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")  # what a launcher sets
 ROUND = "round"  # the message before shards are dealt
 
 
@@ -110,14 +108,14 @@ class _Dealer:
 
     def _order(self, job: Job) -> None:
         """What the others need before the first shard of a job."""
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
         if self.parcel is None:
-            one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
             self.parcel = self.origin.pack(self.folder if one_machine else None)
             threads = torch.get_num_threads()
             _tell(Setup(self.parcel, self.origin.loaded.device.type, threads), self.group)
         found = job.direction
         direction: Any = replace(found, tensors={name: v.cpu() for name, v in found.tensors.items()})
-        if found.tensors and job.saved is not None and directions.holds(job.saved, found.digest):
+        if one_machine and found.tensors and job.saved is not None and directions.holds(job.saved, found.digest):
             direction = job.saved.absolute()
         _tell(Order(bare(job.selector), direction, job.token_budget), self.group)
 
@@ -126,6 +124,8 @@ class _Dealer:
         own = _deal(rows + [None] * (processes() - len(rows)), self.group)
         try:
             mine: Measured | Failed = job.measure(own)
+        except Exception as error:
+            mine = said(error)
         except BaseException:
             distributed.gather_object(None, [None] * processes(), 0, self.group)  # nobody is left waiting
             raise
