@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import gradshield as gs
+from gradshield.cli.estimate import duration
 from gradshield.errors import UsageError
 from gradshield.pipeline import shards
 from gradshield.pipeline.estimate import Estimate
@@ -82,3 +83,18 @@ def test_a_scan_without_a_folder_is_told_so(tmp_path: Path) -> None:
     done = command("scan", str(write(tmp_path / "data.jsonl", jsonl(chats(3)))), "--model", "any/model")
     assert done.code == UsageError.exit_code
     assert "--output" in done.sentence
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (1e-4, "less than 0.1 s"),
+        (0.44, "0.4 s"),
+        (12.4, "12 s"),
+        (600, "10 min"),
+        (18_360, "5.1 h"),
+        (float("inf"), "longer"),
+    ],
+)
+def test_durations_are_told_in_the_unit_that_fits(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -40,8 +40,8 @@ def told(found: Estimate) -> None:
         out.print(f"memory     {found.memory / 2**30:.1f} GiB at most")
     if found.engine and found.engine != "loop":
         out.print(
-            f"elsewhere  {found.operations:.1e} operations a forward pass, and it takes two: "
-            f"{found.hours(KEPT):.2g} hours of a GPU that keeps {KEPT / 1e12:.0f} TFLOP/s"
+            f"elsewhere  {found.operations:.1e} operations a pass over all rows, and it takes two: "
+            f"{duration(3600 * found.hours(KEPT))} on a GPU that keeps {KEPT / 1e12:.0f} TFLOP/s"
         )
 
 
@@ -49,6 +49,8 @@ def duration(seconds: float) -> str:
     """``0.4 s``, ``12 s``, ``3 min``, ``5.1 h``."""
     if seconds == float("inf"):
         return "longer"
+    if seconds < 0.1:
+        return "less than 0.1 s"
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
