@@ -426,3 +426,17 @@ def test_the_installed_command() -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: 'some' is not a share of the rows")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [(["--selector", "gradnorm"], "gradnorm"), (["--workers", "2"], "--workers"), (["--ray", "local"], "--ray")],
+    ids=["selector", "workers", "ray"],
+)
+def test_a_map_of_devices_is_for_fihs_in_one_process(more: list[str], named: str, tmp_path: Path) -> None:
+    arguments = scan_arguments(
+        "d.jsonl", tmp_path / "m", tmp_path / "out", tmp_path / "p", "--device-map", "auto", *more
+    )
+    done = command(*arguments)
+    assert done.code == 2
+    assert named in done.sentence

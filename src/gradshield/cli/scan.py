@@ -128,10 +128,7 @@ def scan(
         _serve()
         return
     _check_options(output, dry_run, workers, ray)
-    if device_map is not None and selector != "fihs":
-        raise UsageError(
-            f"the selector {selector!r} wants the model on one device, and --device-map spreads it: leave that out, or take fihs"
-        )
+    _check_map(device_map, selector, alone=workers in (None, 1) and ray is None and launcher.processes() == 1)
     gate = share(fail_above)
     allowed, truth = read_ids(allow), read_labels(labels)
     template = json_object("--template-kwargs", template_kwargs)
@@ -198,6 +195,21 @@ def _check_options(output: Path | None, dry_run: bool, workers: int | None, ray:
         raise UsageError(
             f"--workers and --ray share the rows out, and a launcher has started {launcher.processes()} processes that do: "
             "leave out one of the two"
+        )
+
+
+def _check_map(device_map: str | None, selector: str, alone: bool) -> None:
+    """Raises UsageError for what a model spread over several devices cannot be scored with."""
+    if device_map is None:
+        return
+    if selector != "fihs":
+        raise UsageError(
+            f"the selector {selector!r} wants the model on one device, and --device-map spreads it: leave that out, or take fihs"
+        )
+    if not alone:
+        raise UsageError(
+            "--device-map gives one model all devices of this machine, and --workers, --ray and launchers want devices of their "
+            "own for each process: leave out one of the two"
         )
 
 
