@@ -28,6 +28,7 @@ from gradshield.pipeline.shards import Hands, Job, Shard, here
 from gradshield.pipeline.worker import Bench, Failed, Order, Setup, said
 from gradshield.pipeline.workers import raised
 from gradshield.selectors import Measured
+from gradshield.types import Direction
 
 WAIT = timedelta(days=7)  # the others wait while the first reads its rows; one that dies is noticed at once
 ROUND = "round"  # the message before shards are dealt
@@ -114,9 +115,11 @@ class _Dealer:
             threads = torch.get_num_threads()
             _tell(Setup(self.parcel, self.origin.loaded.device.type, threads), self.group)
         found = job.direction
-        direction: Any = replace(found, tensors={name: v.cpu() for name, v in found.tensors.items()})
+        direction: Direction | Path
         if one_machine and found.tensors and job.saved is not None and directions.holds(job.saved, found.digest):
             direction = job.saved.absolute()
+        else:
+            direction = replace(found, tensors={name: v.cpu() for name, v in found.tensors.items()})
         _tell(Order(bare(job.selector), direction, job.token_budget), self.group)
 
     def _round(self, job: Job, rows: list[Any]) -> list[Measured | Failed]:

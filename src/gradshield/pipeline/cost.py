@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from gradshield.gradients.base import experts
+from gradshield.logits import output_head
 from gradshield.pipeline.options import text_config
 from gradshield.types import Floats
 
@@ -33,8 +34,7 @@ class Shape:
     def of(cls, model: nn.Module) -> Shape:
         """Embeddings are looked up, not multiplied; of a mixture's experts those count that a token goes through."""
         config: Any = text_config(model)
-        found: Any = model
-        head = found.get_output_embeddings().weight
+        head: Any = output_head(model).weight
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         active = _active(config)
         body = 0.0

@@ -16,7 +16,7 @@ import torch
 from gradshield.pipeline import shards
 from gradshield.pipeline.cost import Shape, Spread, hours, ratio_estimate
 from gradshield.pipeline.ranking import ready
-from gradshield.pipeline.rows import Prepared, prepare
+from gradshield.pipeline.rows import prepare
 from gradshield.pipeline.scoring import Ready, carrying, weights_changed
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
 from gradshield.selectors import Fihs
@@ -118,7 +118,7 @@ def estimate(
             np.array(list(seconds.values())), parts.work[chosen], float(parts.work.sum()), len(parts.work)
         ),
         memory=memory,
-        kinds=_kinds(found, rows),
+        kinds=_kinds(found),
     )
 
 
@@ -183,7 +183,7 @@ def _engine(found: Ready) -> str:
     return found.selector.engine.name if isinstance(found.selector, Fihs) else ""
 
 
-def _kinds(found: Ready, rows: Prepared) -> int:
+def _kinds(found: Ready) -> int:
     return len(set(found.selector.requests.categories)) if isinstance(found.selector, Fihs) else 0
 
 

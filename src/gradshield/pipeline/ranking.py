@@ -83,8 +83,8 @@ def score(
         hands,
     )
     scores = selector.finish(raw, *named(rendered))
-    if isinstance(selector, Fihs):
-        known = anchors(selector, model, direction, loaded.tokenizer, loaded.pad_token_id, probing)
+    if isinstance(selector, Fihs) and found.harmless is not None:
+        known = anchors(selector, model, direction, found.harmless, loaded.tokenizer, loaded.pad_token_id)
         scores = replace(scores, anchors=known)
     return Scored(**vars(found), scores=scores)
 

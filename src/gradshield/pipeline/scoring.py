@@ -37,6 +37,7 @@ class Ready:
     direction: Direction
     agreement: Agreement | None = None
     validity: Validity | None = None
+    harmless: Prompts | None = None  # the look-alikes of FIHS's requests, as opened turns
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -73,7 +74,7 @@ def ready_fihs(
         settings.make_threshold().cut(np.zeros(1), np.zeros(1) if chosen.per_token else None)
     sample = _sample(rendered, settings)
     selector.engine, agreed = _trusted(chosen, selector, model, direction, sample, asked, harmless, pad)
-    return Ready(selector, direction, agreed, valid)
+    return Ready(selector, direction, agreed, valid, harmless)
 
 
 def weights_changed(model: nn.Module, peft_config: Any) -> list[str]:
@@ -114,10 +115,9 @@ def asked_of(tokenizer: Any, probing: Probing) -> tuple[Prompts, Prompts]:
 
 
 def anchors(
-    selector: Fihs, model: nn.Module, direction: Direction, tokenizer: Any, pad: int, probing: Probing
+    selector: Fihs, model: nn.Module, direction: Direction, harmless: Prompts, tokenizer: Any, pad: int
 ) -> Anchors:
     """Rows of known kind: compliant openers after the probes, and after the look-alikes that the model itself answers."""
-    asked, harmless = asked_of(tokenizer, probing)
     said = greedy(model, harmless, 12, pad)
     known = harmless.take([i for i, ids in enumerate(said) if not refuses(tokenizer.decode(ids))])
 
@@ -128,7 +128,7 @@ def anchors(
         raw = shards.measure(selector, model, direction, rows, 4096)
         return selector.finish(raw, [""] * len(rows), [ROWS] * len(rows)).values
 
-    return Anchors(scored(asked), scored(known))
+    return Anchors(scored(selector.requests), scored(known))
 
 
 def group(shape: str) -> str:
