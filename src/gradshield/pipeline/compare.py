@@ -9,6 +9,7 @@ results/
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,7 @@ def compare(
         for cells in groups.values():
             _run_group(config, cells, folder, tell)
     else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_ready) as pool:
             running = {pool.submit(_run_group, config, cells, folder) for cells in groups.values()}
             while running:
                 finished, running = wait(running, timeout=2)
@@ -81,10 +82,15 @@ def compare(
     return _write(config, [found.cells[cell] for cell in wanted], folder, command, time.monotonic() - began)
 
 
-def _one_thread() -> None:
+def _ready() -> None:
+    """A worker's start: one thread, and nothing of the libraries in the rubbish collection that TRL asks for at every training."""
     import torch
+    import trl.trainer.sft_trainer  # noqa: F401
+
+    import gradshield.training.sft  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()
 
 
 def _file(folder: Path, cell: Cell) -> Path:
