@@ -40,7 +40,7 @@ class Shape:
         body = 0.0
         for name, parameter in model.named_parameters():
             if id(parameter) not in tables and parameter is not head:
-                body += parameter.numel() * (active if ".experts." in name else 1.0)
+                body += _entries(parameter) * (active if ".experts." in name else 1.0)
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(round(body), head.numel(), config.num_hidden_layers, width * config.num_attention_heads)
 
@@ -76,6 +76,12 @@ def ratio_estimate(seconds: Floats, work: Floats, whole: float, count: int) -> S
 def hours(operations: float, kept: float, passes: float = PASSES) -> float:
     """Hours of one device that keeps ``kept`` operations a second, for passes of so many operations each."""
     return passes * operations / kept / 3600
+
+
+def _entries(parameter: nn.Parameter) -> int:
+    """Of the weight that was packed, where a base is in 4 bits: two of its entries lie in a byte."""
+    state: Any = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(state.shape.numel())
 
 
 def _active(config: Any) -> float:
