@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +101,63 @@ def test_a_grid_goes_on_from_results_that_were_carried_elsewhere(quick: list[str
 
 
 @pytest.mark.slow
-def test_a_cell_that_fails_is_kept_with_its_sentence(quick: list[str], tmp_path: Path) -> None:
+def test_a_cell_that_fails_is_kept_with_its_sentence_and_tried_again(
+    quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grids = [{"tasks": ["choice"], "mixes": ["explicit:20%"], "defences": ["fihs:fixed:-1000", "none"]}]
     cells = compare.compare(_config(grids=grids), tmp_path)["cells"]
     assert "no row to train on" in cells[0]["failed"]
     assert "asr" in cells[1]
     assert "no row to train on" in (tmp_path / "results.md").read_text()
+
+    run: list[str] = []
+    real = compare.Bench.run
+    monkeypatch.setattr(compare.Bench, "run", lambda self, cell: run.append(cell.defence) or real(self, cell))
+    assert compare.compare(_config(grids=grids), tmp_path)["cells"][1] == cells[1]
+    assert run == ["fihs:fixed:-1000"]
+
+
+def _begin(name: str, folder: Path) -> None:
+    """A group of cells: one that fails when the other has begun, one that would take long."""
+    if name == "long":
+        (folder / "begun").touch()
+        time.sleep(600)
+    while not (folder / "begun").exists():
+        time.sleep(0.01)
+    if name == "fails":
+        raise DataError("no such rows")
+    (folder / "late").touch()
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["error", "ctrl-c"])
+def test_an_error_or_ctrl_c_ends_all_workers(tmp_path: Path, stopped: bool) -> None:
+    names = ["long", "long" if stopped else "fails", "other", "other"]
+
+    def tell() -> None:
+        if stopped and (tmp_path / "begun").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt if stopped else DataError):
+        compare._share_out(2, _begin, [(name, tmp_path) for name in names], tell)
+    assert active_children() == []
+    assert not (tmp_path / "late").exists()
+
+
+@pytest.mark.parametrize("key", ["train", "labels", "task", "report"])
+def test_a_file_that_is_not_there_is_told_before_anything_runs(tmp_path: Path, key: str) -> None:
+    files = {name: tmp_path / name for name in ("train", "labels", "task", "report")}
+    for name, path in files.items():
+        if name != key:
+            path.touch()
+    told = {
+        "model": "m",
+        "datasets": [{"name": "a", **{name: str(files[name]) for name in ("train", "labels", "task")}}],
+        "requests": {"report": str(files["report"])},
+        "grids": [{"tasks": ["a"], "defences": ["none"]}],
+    }
+    with pytest.raises(DataError, match=f"{key}.*no such file"):
+        compare.compare(grid.check(told), tmp_path / "results")
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(
@@ -123,6 +176,8 @@ def test_a_cell_that_fails_is_kept_with_its_sentence(quick: list[str], tmp_path:
         ({"grids": [{"tasks": ["choice"], "mixes": ["explicit:100%"], "defences": ["none"]}]}, "100%"),
         ({"grids": [{"tasks": ["choice"], "defences": ["fish"]}]}, "fish"),
         ({"grids": [{"tasks": ["choice"], "defences": ["none"], "seeds": "all"}]}, "seeds"),
+        ({"grids": [{"tasks": ["choice"], "defences": ["none"], "seeds": [-1]}]}, "seeds"),
+        ({"requests": {"reprot": "mine.txt"}}, "'direction', 'search' or 'report'"),
     ],
 )
 def test_a_wrong_config_is_told_before_anything_runs(change: dict[str, Any], match: str) -> None:

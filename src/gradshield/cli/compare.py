@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from gradshield.cli.common import command_line, out, progress, quiet_libraries
-from gradshield.errors import DataError
+from gradshield.errors import DataError, GradShieldError
 
 
 def compare(
@@ -19,7 +19,10 @@ def compare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for cells, arms, the table and the page.")],
     workers: Annotated[int, typer.Option(help="Processes, one core each.", min=1)] = 1,
 ) -> None:
-    """Fine-tune and measure a whole grid of defences; what is finished is never done again."""
+    """Fine-tune and measure a whole grid of defences; what is finished is never done again.
+
+    Exit code 1 where a cell failed: the table has its sentence, and the same command runs it again.
+    """
     if not config.is_file():
         raise DataError(f"there is no config file {str(config)!r}: give a YAML file (docs/compare.md)")
     quiet_libraries()
@@ -38,3 +41,9 @@ def compare(
     )
     out.print(f"table   [bold]{escape(str(output / 'results.md'))}[/bold]")
     out.print(f"page    [bold]{escape(str(output / 'results.html'))}[/bold]")
+    if cost["failed"]:
+        first = next(cell["failed"] for cell in whole["cells"] if "failed" in cell)
+        raise GradShieldError(
+            f"{cost['failed']} of {cost['cells']} cells failed, the first because {first}; all are in the table, and the same "
+            "command runs them again"
+        )

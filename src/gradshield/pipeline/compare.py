@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import lru_cache
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gradshield import lab, models
-from gradshield.errors import DataError, GradShieldError
+from gradshield.errors import DataError, EndpointError, GradShieldError, HubError
+from gradshield.evaluation.judges import ReadyJudge
 from gradshield.evaluation.stats import paired_difference
 from gradshield.models import LoadedModel
 from gradshield.pipeline import grid, outputs, verify
@@ -50,9 +52,11 @@ def compare(
     """Run what is missing of the grid, then write everything. Returns what ``results.json`` holds.
 
     Cells of one task and seed run in one process, since they share models; a cell that fails in a documented way is kept with
-    its sentence in place of figures.
+    its sentence in place of figures, and is run again by the next call. Raises DataError for a file of the config that is not
+    there, and EndpointError or HubError where another machine does not answer, which is no finding about a defence.
     """
     began = time.monotonic()
+    grid.check_files(config)
     folder = outputs.prepare(output)
     for name in (ARMS, CELLS):
         (folder / name).mkdir(exist_ok=True)
@@ -71,19 +75,38 @@ def compare(
         for cells in groups.values():
             _run_group(config, cells, folder, tell)
     else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_ready) as pool:
-            running = {pool.submit(_run_group, config, cells, folder) for cells in groups.values()}
-            while running:
-                finished, running = wait(running, timeout=2)
-                for future in finished:
-                    future.result()
-                tell()
+        _share_out(workers, _run_group, [(config, cells, folder) for cells in groups.values()], tell)
     found.look()
     return _write(config, [found.cells[cell] for cell in wanted], folder, command, time.monotonic() - began)
 
 
+def _share_out(
+    workers: int, run: Callable[..., None], groups: Sequence[tuple[Any, ...]], tell: Callable[[], None]
+) -> None:
+    """``run`` for all groups, so many at a time. The first error, and Ctrl-C, end all of it at once."""
+    others = set(active_children())
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_ready)
+    try:
+        running = {pool.submit(run, *group) for group in groups}
+        while running:
+            finished, running = wait(running, timeout=2)
+            for future in finished:
+                future.result()
+            tell()
+    except BaseException:
+        for process in set(active_children()) - others:  # what they had finished is on disk
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _ready() -> None:
-    """A worker's start: one thread, and nothing of the libraries in the rubbish collection that TRL asks for at every training."""
+    """A worker's start: one thread, and nothing of the libraries in the rubbish collection that TRL asks for at every training.
+
+    Ctrl-C is for the process that started it, which ends them all.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
     import trl.trainer.sft_trainer  # noqa: F401
 
@@ -102,12 +125,18 @@ def _file(folder: Path, cell: Cell) -> Path:
 class _Finished:
     """The cells on disk that were run under the same settings: one of another model, training or judge is not this one.
 
-    A cell that was found is not looked for again, so that watching a long grid costs little.
+    What failed in an earlier run is not finished: its cause may be mended. A cell that was found is not looked for again, so
+    that watching a long grid costs little.
     """
 
     def __init__(self, folder: Path, config: Config, wanted: Sequence[Cell]) -> None:
         self.wanted, self.cells = wanted, dict[Cell, dict[str, Any]]()
         self._missing = {cell: (_file(folder, cell), grid.setting(config, cell)) for cell in wanted}
+        self.look()
+        for cell in [cell for cell, value in self.cells.items() if "failed" in value]:
+            path = _file(folder, cell)
+            path.unlink()
+            self._missing[cell] = (path, self.cells.pop(cell)["setting"])
 
     def look(self) -> list[Cell]:
         """Read what is new, and say what is missing."""
@@ -137,7 +166,9 @@ def _take_over(folder: Path) -> None:
         ) from None
 
 
-def _run_group(config: Config, cells: Sequence[Cell], folder: Path, tick: Any = lambda: None) -> None:
+def _run_group(
+    config: Config, cells: Sequence[Cell], folder: Path, tick: Callable[[], None] = lambda: None
+) -> None:
     """All missing cells of one task and seed, mix by mix."""
     mixes = dict.fromkeys((cell.harm, cell.ratio) for cell in cells)
     for harm, ratio in mixes:
@@ -162,9 +193,12 @@ class Bench:
     def __init__(self, config: Config, cell: Cell, folder: Path) -> None:
         self.folder, self.config = folder, config
         self.course = Course(_job(config, cell))
-        self.exams = {split: _exam(config, cell, split) for split in ("report", "search")}
+        self.exams = {"report": _exam(config, cell, "report"), "search": _exam(config, cell, "search")}
         search, report = self.exams["search"].requests, self.exams["report"].requests
         check_disjoint(direction=self.course.job.probing.requests or requests(), search=search, report=report)
+        for judge in self.exams["report"].judges:
+            if isinstance(judge, ReadyJudge):  # what cannot judge is told before anything is trained for it
+                judge.ready()
         self._models: list[tuple[str, Any, Mapping[str, Any]]] = []  # the last trained ones
 
     def run(self, cell: Cell) -> dict[str, Any]:
@@ -184,6 +218,8 @@ class Bench:
             found |= figures(measured) | {"arm": arm["key"], "defence_record": arm["record"]}
             if cell.defence != "clean" and self.course.job.labels is not None:
                 found["utility_minus_clean"] = self._minus_clean(measured)
+        except (EndpointError, HubError):
+            raise
         except GradShieldError as error:
             found["failed"] = str(error)
         found["seconds"] = round(time.monotonic() - began, 1)
@@ -281,7 +317,7 @@ def _job(config: Config, cell: Cell) -> Job:
     )
 
 
-def _exam(config: Config, cell: Cell, split: str) -> Exam:
+def _exam(config: Config, cell: Cell, split: Literal["report", "search"]) -> Exam:
     own = config.dataset(cell.task)
     if own is None:
         return lab_exam(cell.task, split, cell.seed)

@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from gradshield import lab
 from gradshield.errors import DataError, UsageError, did_you_mean
@@ -57,7 +57,7 @@ class Grid(_Strict):
     tasks: list[str] = Field(min_length=1)
     mixes: list[str] = Field(default_factory=lambda: ["0%", "explicit:10%"], min_length=1)
     defences: list[str] = Field(min_length=1)
-    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    seeds: list[NonNegativeInt] = Field(default_factory=lambda: [0], min_length=1)
 
 
 class Config(_Strict):
@@ -69,7 +69,7 @@ class Config(_Strict):
     datasets: list[Own] = Field(default_factory=list)
     training: dict[str, Any] = Field(default_factory=dict)
     lora: dict[str, Any] = Field(default_factory=dict)
-    requests: dict[str, str] = Field(default_factory=dict)
+    requests: dict[Literal["direction", "search", "report"], str] = Field(default_factory=dict)
     judges: list[str] = Field(default_factory=lambda: ["refusal-phrases"])
     answer_tokens: int = 64
     task_rows: int = Field(default=200, ge=1)
@@ -133,6 +133,18 @@ def check(value: Any, name: str = "config", folder: Path = Path()) -> Config:
     for judge in config.judges:
         parse_judge(judge)
     return config
+
+
+def check_files(config: Config) -> None:
+    """Raises DataError for a file that the config names and that is not there, before anything runs."""
+    named = [(f"requests.{split}", path) for split, path in config.requests.items()]
+    used = {cell.task for cell in cells(config)}
+    for own in config.datasets:
+        if own.name in used:
+            named += [(f"{key} of the dataset {own.name!r}", getattr(own, key)) for key in ("train", "labels", "task")]
+    for key, path in named:
+        if path is not None and not Path(path).is_file():
+            raise DataError(f"the config names {path!r} as {key}, and there is no such file: paths are taken from its folder")
 
 
 def _complaint(name: str, errors: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,6 @@
 """Judges of answers, by name. Two of different kinds belong to every attack success rate."""
 
-from gradshield.evaluation.judges.base import JUDGES, Judge, Verdict, verdicts
+from gradshield.evaluation.judges.base import JUDGES, Judge, ReadyJudge, Verdict, verdicts
 from gradshield.evaluation.judges.classifier import ClassifierJudge
 from gradshield.evaluation.judges.function import FunctionJudge
 from gradshield.evaluation.judges.guard import GuardModelJudge
@@ -21,6 +21,7 @@ __all__ = [
     "LabClassifier",
     "LlmJudge",
     "ModerationJudge",
+    "ReadyJudge",
     "RefusalPhrases",
     "Verdict",
     "parse",
