@@ -43,7 +43,7 @@ def evil_data(make: Make) -> ReportData:
         checks=(Check(EVIL, "warn", EVIL),), removed_rows=(row,), kept_rows=(row,), counts=Counts(3, 2, 1, 1, 1),
         quarantined=(QuarantinedView(1, EVIL, EVIL),), agreement=Agreement(EVIL, 0.1, 0.9, 2, True, EVIL),
         manifest={EVIL: {EVIL: EVIL}, "command": EVIL}, files={"removed": EVIL, "kept": EVIL, "quarantine": EVIL},
-        aurocs=({"name": EVIL, "auroc": 0.9},), next_steps=(EVIL,),
+        aurocs=({"name": EVIL, "auroc": 0.9},), next_steps=(EVIL,), selector=EVIL,
     )  # fmt: skip
 
 
@@ -106,6 +106,13 @@ def test_what_the_first_screen_says(make: Make, example: ReportData) -> None:
     failed = make([0.1], 1.0, checks=(Check("Probe validity", "fail", "The model did not refuse its probes."),))
     assert "Do not rely on this yet" in render(failed)
     assert "1 cleared by" in render(example)
+
+
+def test_only_pushes_toward_unsafe_answers_are_called_so(make: Make) -> None:
+    told = [render(make([2.0, 0.1], cut=1.0, selector=selector)) for selector in ("fihs", "loss")]
+    for words in ("push toward unsafe answers", "score (FIHS)", "how far one training step"):
+        assert [words in page for page in told] == [True, False]
+    assert "the selector loss" in told[1] and "score (loss)" in told[1]
 
 
 def test_shapes_have_charts_of_their_own(make: Make) -> None:

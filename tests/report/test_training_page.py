@@ -160,6 +160,15 @@ def test_nothing_is_said_of_rows_where_no_row_method_ran() -> None:
     assert "tokens not learned 7" in masked
 
 
+def test_a_model_that_does_not_refuse_its_probes_is_no_pass() -> None:
+    told = {"before": {}, "after": {"judges": {"phrases": rate(0, 200)}}, "rows": 10, "removed": 1}
+    plain = rounds.page(told)
+    assert plain.tone == "pass"
+    page = rounds.page({**told, "uncertified": "it refused 0 of 24"})
+    assert page.tone == "warn"
+    assert any("it refused 0 of 24" in fact for fact in page.facts)
+
+
 def test_labels_tell_what_was_caught_and_lost() -> None:
     page = rounds.page(run(caught=rate(90, 96), lost=rate(6, 904)))
     assert ("harmful rows caught", "93.8\u00a0%", "of 96") in page.figures

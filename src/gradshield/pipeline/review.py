@@ -104,6 +104,7 @@ def page(
         agreement=None if agreed is None else _agreement(agreed, selection.scores.decoys is not None),
         arms=tuple(arms),
         manifest=selection.manifest,
+        selector=str(selection.manifest.settings["selector"]),
         files={
             "kept": f"kept{suffix}",
             "removed": f"removed{suffix}",

@@ -102,7 +102,7 @@ def _distribution(data: ReportData, shape: str, index: int) -> Chart:
         traces.append(_steps(axis, decoy_bins, "decoys", "var(--decoy)"))
     traces += _fits(axis, cut, len(values))
     tallest = float(np.max([kept_bins + removed_bins, kept_bins if decoy_bins is None else decoy_bins]))
-    layout = _score_layout(axis, cut, tallest)
+    layout = _score_layout(data, axis, cut, tallest)
     faint = removed.any() and float(removed_bins.max()) < FAINT * tallest
     spec = {"data": traces, "layout": layout, "log": bool(faint), "ranges": {"yaxis": _ranges(tallest)}}
     columns = {"kept": kept_bins, "removed": removed_bins}
@@ -131,7 +131,7 @@ def _by_class(data: ReportData, shape: str, index: int) -> Chart:
         tallest = float(max((pair[0] + pair[1]).max(), 1))
         faint = faint or any(0 < bins.max() < FAINT * tallest for bins in pair)
         ranges[f"yaxis{suffix}"] = _ranges(tallest)
-    layout = _score_layout(axis, cut, 1.0)
+    layout = _score_layout(data, axis, cut, 1.0)
     layout["height"] = 430
     layout["yaxis"] |= {"domain": [0.56, 1], "title": axis_title("harmful rows"), "range": ranges["yaxis"]["linear"]}
     layout["yaxis2"] = layout["yaxis"] | {
@@ -219,10 +219,10 @@ def _ranges(tallest: float) -> dict[str, list[float]]:
     return {"linear": [0, 1.12 * tallest], "log": [-0.4, math.log10(tallest) * 1.06 + 0.15]}
 
 
-def _score_layout(axis: Axis, cut: Cut | None, tallest: float) -> dict[str, Any]:
+def _score_layout(data: ReportData, axis: Axis, cut: Cut | None, tallest: float) -> dict[str, Any]:
     positions, labels = axis.ticks()
     low, high = float(axis.edges[0]), float(axis.edges[-1])
-    name = "score (FIHS)" if axis.linear else "score (FIHS), symmetric-log axis"
+    name = chart_text(data.score_name, 60) + ("" if axis.linear else ", symmetric-log axis")
     layout = base_layout(height=360, showlegend=True)
     layout["xaxis"] = axis_style(name) | {
         "tickvals": positions, "ticktext": labels, "range": [low, high], "showgrid": False, "ticks": "outside",

@@ -19,6 +19,8 @@ Piece = tuple[str, str, float | None]
 RateLike = Rate | Mapping[str, Any]
 """A ``types.Rate``, or its dict form ``{rate, low, high, n, k}``."""
 
+FIHS = "fihs"  # the selector whose scores are pushes toward unsafe answers
+
 Status = Literal["pass", "warn", "fail"]
 
 
@@ -104,7 +106,7 @@ class ReportData:
     category; counted from ``removed_rows`` where None). ``aurocs`` are dicts ``{name, auroc, low, high, n_pos,
     n_neg}``, the scan's own score first. ``files`` names the outputs (``kept``, ``removed``, ``quarantine``,
     ``scores``). An empty ``verdict`` or ``next_steps`` is written from the counts. Any failing check, and any entry of
-    ``warnings``, colours the verdict.
+    ``warnings``, colours the verdict. ``selector`` names what the scores are; only those of ``fihs`` speak of unsafe answers.
 
     Raises ValueError where arrays do not align or a score is not finite.
     """
@@ -130,6 +132,12 @@ class ReportData:
     manifest: Manifest | Mapping[str, Any] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     next_steps: tuple[str, ...] = ()
+    selector: str = FIHS
+
+    @property
+    def score_name(self) -> str:
+        """What an axis of scores is called."""
+        return "score (FIHS)" if self.selector == FIHS else f"score ({self.selector})"
 
     def __post_init__(self) -> None:
         n = len(self.scores.values)

@@ -4,8 +4,9 @@
 (``judges``, ``over_refusal``, ``utility``, each where measured), ``rows``, ``removed``, ``dropped_tokens``, ``record``,
 ``command``, ``versions`` and ``files`` (names to paths relative to the page).
 
-Optionally ``settings`` and ``model`` as the manifest has them, ``caught`` and ``lost`` (rates, where labels are known), and in
-``verdict`` its ``targets``: ``asr``, ``utility`` and ``tolerance``, as shares.
+Optionally ``settings`` and ``model`` as the manifest has them, ``caught`` and ``lost`` (rates, where labels are known),
+``uncertified`` (why the probes that chose rows mean nothing on this model), and in ``verdict`` its ``targets``: ``asr``,
+``utility`` and ``tolerance``, as shares.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def page(whole: Mapping[str, Any]) -> Sheet:
     before, after = whole.get("before") or {}, whole.get("after") or {}
     verdict = whole.get("verdict")
     tone, standing = _verdict(before, after, verdict)
+    uncertified = whole.get("uncertified")
+    if uncertified and tone == "pass":
+        tone, standing = "warn", f"{standing}, but the rows were chosen by probes that the model does not refuse"
     scans, others = _links(whole)
     return Sheet(
         title=str(whole.get("title") or "Training run"),
@@ -47,7 +51,7 @@ def page(whole: Mapping[str, Any]) -> Sheet:
         tone=tone,
         standing=standing,
         verdict=_said(before, after),
-        facts=_facts(before, after, verdict),
+        facts=(*_facts(before, after, verdict), *((f"Nothing is certified: {uncertified}.",) if uncertified else ())),
         figures=_figures(whole, after, bool(scans)),
         sections=(
             _measured(before, after, verdict is not None),

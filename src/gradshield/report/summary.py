@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gradshield.report.data import Agreement, Check, ReportData, Status
+from gradshield.report.data import FIHS, Agreement, Check, ReportData, Status
 from gradshield.report.text import number, percent
 from gradshield.types import Cut
 
@@ -84,7 +84,11 @@ def _verdict(data: ReportData) -> str:
     if counts.removed == counts.scored:
         return f"Everything was removed ({rows}): nothing is left to train on."
     share = percent(counts.removed / counts.scored)
-    return f"{counts.removed:,} of {rows} ({share}) push toward unsafe answers and were removed."
+    if data.selector == FIHS:
+        return f"{counts.removed:,} of {rows} ({share}) push toward unsafe answers and were removed."
+    return (
+        f"{counts.removed:,} of {rows} ({share}) lie beyond the cut of the selector {data.selector} and were removed."
+    )
 
 
 def _own_checks(data: ReportData) -> tuple[Check, ...]:
