@@ -87,6 +87,11 @@ def test_categories_are_kept_and_new_rows_have_none(tmp_path: Path) -> None:
     for was, now, out in zip(before, cut.categories, cut.removed, strict=True):
         assert now == ((was or "not measured") if out else "")
     assert "not measured" in cut.manifest.results["categories"]
+    gs.recut(tmp_path, "fixed:1e9")  # nothing is removed, and what the scan named is not forgotten
+    again = gs.recut(tmp_path, "ratio:50%")
+    assert list(again.categories) == list(cut.categories)
+    fresh = scan(ROWS, output=tmp_path, settings=_settings("ratio:50%"))
+    assert list(gs.recut(tmp_path, "ratio:50%").categories) == list(fresh.categories)
 
 
 def test_an_allow_list_keeps_rows(tmp_path: Path) -> None:
@@ -221,10 +226,10 @@ def test_only_what_the_report_needs_may_be_missing(finished: Path, tmp_path: Pat
         if path.is_file():
             write(tmp_path / path.name, path.read_bytes())
     assert command("cut", tmp_path, "-t", "ratio:20%").code == 0
-    (tmp_path / ".gradshield").mkdir()
     for junk in ("{broken", "[]", '{"0": 3}'):
         write(tmp_path / ".gradshield" / "views.json", junk)
         write(tmp_path / ".gradshield" / "labels.json", junk)
+        write(tmp_path / ".gradshield" / "kinds.json", junk)
         assert command("cut", tmp_path, "-t", "ratio:20%").code == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -347,3 +348,12 @@ def test_a_tokenizer_without_template_gets_the_default_and_stays_as_it_was(text_
     assert len([w for w in caught if "no chat template" in str(w.message)]) == 1
     assert tokenizer.chat_template is None
     assert len(selection.removed) == 4
+
+
+def test_a_file_whose_name_is_not_utf8_is_scanned_to_its_end(tmp_path: Path) -> None:
+    data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))
+    data.write_bytes(jsonl(chats(6)))
+    scan(data, output=tmp_path / "out", command=f"gradshield scan {data.name}")
+    told = _json(tmp_path / "out" / "manifest.json")
+    assert told["data"]["name"] == str(data)
+    assert told["command"].endswith(data.name)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from gradshield.pipeline.scoring import Scored
 
 WORK = ".gradshield"
+KINDS = "kinds.json"  # in it: the kinds of harm that a scan named, for the cuts after it
 RANKED = 20_000  # labelled rows, the most that AUROCs are taken on
 LEAST_RANKED = 1_000  # of either class, where there are so many
 WRITTEN = 1 << 16  # lines of the scores that are made and written at once
@@ -204,6 +205,7 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
         write_json(folder / WORK / "labels.json", truth.tolist())
     else:  # of an earlier scan into this folder
         (folder / WORK / "labels.json").unlink(missing_ok=True)
+    (folder / WORK / KINDS).unlink(missing_ok=True)
     review.write(selection, views, folder, truth)
     write_manifest(selection.manifest, folder)
 
@@ -251,9 +253,11 @@ def write_manifest(value: Manifest, folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON with plain numbers only: what is not finite becomes null."""
+    """JSON with plain numbers only: what is not finite becomes null. Halves of characters, as in the name of a file that is
+    not UTF-8, are written as JSON's own escapes."""
     with replacing(path) as part:
-        part.write_text(json.dumps(finite(value), indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        text = json.dumps(finite(value), indent=1, ensure_ascii=False, default=str)
+        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def finite(value: Any) -> Any:
@@ -295,7 +299,7 @@ def write_outputs(found: EvalResult, path: Path) -> None:
     """Every prompt with its answer, verdicts or score, one JSON line each."""
     lines = (json.dumps(finite(row), ensure_ascii=False) + "\n" for row in stored(found)["outputs"])
     with replacing(path) as part:
-        part.write_text("".join(lines), encoding="utf-8")
+        part.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def digest(value: Any) -> str:

@@ -35,8 +35,8 @@ def recut(
 ) -> Selection:
     """Apply another threshold to the scores of a finished scan, and rewrite its rows, scores, report and manifest.
 
-    Without a threshold, the one that belongs to the scan's selector. Rows that were kept before have no harm category,
-    since that needs the model: they get ``"not measured"``.
+    Without a threshold, the one that belongs to the scan's selector. Rows that the scan kept have no harm category, since
+    that needs the model: they get ``"not measured"``.
     Raises DataError when the folder is not a finished scan or its files do not belong together.
     """
     path = Path(folder)
@@ -57,7 +57,10 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
     rule = parse_threshold(threshold, int(old.settings["seed"])) if isinstance(threshold, str) else threshold
     decision = decide(scores, rule, allow)
     removed = decision.removed
-    names = categories_before.renamed([name or NO_CATEGORY for name in categories_before.names]).only(removed)
+    kinds = _kinds(path, scores.rows[removed_before], categories_before, removed_before)
+    names = Coded.of(
+        kinds.get(row, NO_CATEGORY) if gone else "" for row, gone in zip(scores.rows.tolist(), removed, strict=True)
+    )
     selection = Selection(
         scores=scores,
         removed=removed,
@@ -78,6 +81,7 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
         "cuts": {name: {"rule": c.rule, "value": c.value, **c.detail} for name, c in decision.cuts.items()},
         "categories": outputs.counted(selection),
     }
+    results.pop("filtered", None)  # of a model that was trained on other rows
     if truth is not None:
         results["labels"] = {**old.results.get("labels", {}), **_caught_and_lost(removed, truth)}
     settings = {**old.settings, "threshold": threshold if isinstance(threshold, str) else rule.name}
@@ -86,6 +90,18 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
     review.write(selection, _views(path), path, truth)
     outputs.write_manifest(selection.manifest, path)
     return selection
+
+
+def _kinds(folder: Path, rows: Ints, names: Coded, removed: Bools) -> dict[int, str]:
+    """The kind of harm of every row that the scan removed, which the first cut keeps for those after it."""
+    path = folder / outputs.WORK / outputs.KINDS
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {int(row): str(name) for row, name in stored.items()}
+    except (OSError, ValueError, AttributeError):  # not there before the first cut
+        found = {r: name for r, name in zip(rows.tolist(), names.take(removed), strict=True) if name != NO_CATEGORY}
+        outputs.write_json(path, found)
+        return found
 
 
 def _caught_and_lost(removed: Any, truth: Any) -> dict[str, Any]:
