@@ -7,6 +7,8 @@ run/
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +17,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gradshield.errors import UsageError
+from gradshield import models
+from gradshield.errors import ModelError, UsageError
 from gradshield.evaluation import continual
 from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
 from gradshield.models import LoadedModel, parameters_digest
 from gradshield.pipeline import outputs
 from gradshield.pipeline.exam import Exam, figures
+from gradshield.pipeline.lock import alone
 from gradshield.pipeline.rows import load, with_template
 from gradshield.pipeline.settings import Progress, quiet
-from gradshield.pipeline.train import Exams, Trained, train
-from gradshield.types import Floats, Rate
+from gradshield.pipeline.train import Exams, train
+from gradshield.types import Floats, Manifest, Rate
 
+STAGE = "stage.json"  # in a stage's working folder, as long as the sequence is not finished
 ALPHAS = (-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4)  # steps relative to the norm of the weights
 DIRECTIONS = 2
 ASKED = 48  # requests at each point of the landscape
@@ -54,55 +59,137 @@ def sequence(
 
     Every stage starts from the model that the one before it left, its adapter folded in. After each: ASR by every judge,
     VISAGE over the same random directions, and accuracy on all tasks so far; then basin retention, backward transfer and
-    forgetting. The alignment direction stays that of the first model. ``unmet`` names the stages whose verified
+    forgetting. The alignment direction stays that of the first model. An interrupted sequence goes on after the last stage that
+    was finished, where nothing that it depends on has changed. ``unmet`` names the stages whose verified
     threshold met its targets at no cut. Raises UsageError where a stage has no task rows.
     """
     if any(not stage.exams.report.task for stage in stages):
         raise UsageError(
             "training in turn follows the accuracy on every task, and there are no task rows: give --utility FILES"
         )
-    folder = outputs.prepare(output)
+    outputs.check(output)
+    with alone(output):
+        return _followed(stages, outputs.prepare(output), model, peft_config, seed, command, progress, options)
+
+
+def _followed(
+    stages: Sequence[Stage],
+    folder: Path,
+    model: Any,
+    peft_config: Any,
+    seed: int,
+    command: str,
+    progress: Progress,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The stages one by one; what an earlier run left of the whole goes first."""
+    (folder / "manifest.json").unlink(missing_ok=True)
     names = _names(stages)
     origin = current = with_template(load(model))
     basis = random_directions(weights(current.model), DIRECTIONS, seed)
     table = [_accuracies(current, stages)]
     points = [_point("start", current, stages[0].exams.report, basis, table[0], names)]
-    done: Trained | None = None
     unmet: list[str] = []
     for number, stage in enumerate(stages, 1):
         progress("stages", number - 1, len(stages))
-        done = train(
-            stage.data,
-            model=current,
-            output=folder / f"stage-{number}",
-            exams=stage.exams,
-            peft_config=peft_config,
-            merge=True,
-            origin=origin,
-            seed=seed,
-            command=command,
-            progress=progress,
-            **options,
-        )
-        current = replace(current, model=done.model, digest=parameters_digest(done.model), is_peft=False, adapter=None)
-        if done.verdict is not None and not done.verdict.met:
+        own = folder / f"stage-{number}"
+        key = _key(stage, current, origin, peft_config, seed, options)
+        found = _finished(own, key, current, bool(origin.source and origin.source.trust_remote_code))
+        if found is None:
+            done = train(
+                stage.data,
+                model=current,
+                output=own,
+                exams=stage.exams,
+                peft_config=peft_config,
+                merge=True,
+                origin=origin,
+                seed=seed,
+                command=command,
+                progress=progress,
+                **options,
+            )
+            trained = replace(
+                current,
+                model=done.model,
+                digest=parameters_digest(done.model),
+                is_peft=False,
+                adapter=None,
+                source=None,
+            )
+            outputs.write_json(own / outputs.WORK / STAGE, {"key": key, "model": trained.digest})
+            found = trained, done.manifest
+        current, manifest = found
+        if (verdict := manifest.results["verified"]) is not None and not verdict["met"]:
             unmet.append(names[number - 1])
         table.append(_accuracies(current, stages))
         points.append(_point(names[number - 1], current, stages[0].exams.report, basis, table[-1], names))
     progress("stages", len(stages), len(stages))
-    assert done is not None
     whole = {
         "tasks": names,
         "stages": points,
         "unmet": unmet,
         "measures": _measures(np.array([[rate.rate for rate in row] for row in table]), points),
-        "settings": done.manifest.settings,
-        "model": done.manifest.model,
+        "settings": manifest.settings,
+        "model": manifest.model,
         "command": command,
         "versions": outputs.versions(),
     }
-    _write(whole, folder, done)
+    _write(whole, folder, manifest)
+    for number in range(1, len(stages) + 1):  # a sequence that is finished is done anew
+        (folder / f"stage-{number}" / outputs.WORK / STAGE).unlink(missing_ok=True)
     return whole
+
+
+def _key(
+    stage: Stage, current: LoadedModel, origin: LoadedModel, peft_config: Any, seed: int, options: Mapping[str, Any]
+) -> str:
+    """A hash of all that a stage's model depends on, files by their content."""
+    rest = {name: value for name, value in options.items() if name not in ("base", "safety_rows")}
+    safety = options.get("safety_rows")
+    told = [
+        outputs.versions(),
+        [_content(stage.data), _content(safety) if isinstance(safety, str | Path) else repr(safety)],
+        [model and model.digest for model in (current, origin, options.get("base"))],
+        [stage.exams.report.settings(), stage.exams.search.settings()],
+        None if peft_config is None else repr(sorted(peft_config.to_dict().items(), key=str)),
+        seed,
+        repr(sorted(rest.items())),
+    ]
+    return outputs.digest(told)
+
+
+def _content(name: str | Path) -> str:
+    """The bytes of a file, or the name of a dataset of the hub."""
+    path = Path(name)
+    if not path.is_file():
+        return str(name)
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _finished(
+    folder: Path, key: str, before: LoadedModel, trust_remote_code: bool
+) -> tuple[LoadedModel, Manifest] | None:
+    """The model and manifest that an interrupted sequence left of a stage; None where it was not finished, or was another."""
+    try:
+        told = json.loads((folder / outputs.WORK / STAGE).read_text(encoding="utf-8"))
+        if told["key"] != key:
+            return None
+        manifest = Manifest(**json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+        model = models.load(folder, None, str(before.device), before.dtype, trust_remote_code).model
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        ModelError,
+    ):  # whatever was lost of it, the stage can be made again
+        return None
+    digest = parameters_digest(model)
+    if digest != told["model"]:
+        return None
+    return replace(before, model=model, digest=digest, is_peft=False, adapter=None, source=None), manifest
 
 
 def _names(stages: Sequence[Stage]) -> list[str]:
@@ -158,9 +245,9 @@ def _measures(accuracy: Floats, points: Sequence[Mapping[str, Any]]) -> dict[str
     return {name: values.tolist() for name, values in found.items()}
 
 
-def _write(whole: Mapping[str, Any], folder: Path, done: Trained) -> None:
+def _write(whole: Mapping[str, Any], folder: Path, manifest: Manifest) -> None:
     from gradshield.report import sequence as page
 
     outputs.write_json(folder / "sequence.json", whole)
     page.write(outputs.finite(whole), folder / "report.html")
-    outputs.write_manifest(done.manifest, folder)
+    outputs.write_manifest(manifest, folder)
