@@ -12,10 +12,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from gradshield import lab, models
-from gradshield.errors import UsageError
+from gradshield.errors import DataError, UsageError
 from gradshield.pipeline import train as training
 from gradshield.pipeline.course import Course
 from gradshield.pipeline.exam import exam
+from gradshield.pipeline.lock import alone
 from gradshield.pipeline.sequence import Stage, sequence
 from gradshield.pipeline.settings import Probing
 from tests.pipeline.common import command, jsonl, write
@@ -87,6 +88,27 @@ def test_a_run_leaves_the_model_the_scan_and_the_proof(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_probes_that_mean_nothing_are_told_wherever_the_run_is(tmp_path: Path) -> None:
+    harmless = Probing(requests=PROBING.lookalikes, lookalikes=PROBING.requests, uncertified=True)
+    done = _run(tmp_path, "fihs:ratio:10%", probing=harmless, exams=training.Exams())
+    problem = done.manifest.results["uncertified"]
+    assert "refuse" in problem
+    for name in ("README.md", "report.html"):
+        assert "othing is certified" in (tmp_path / "run" / name).read_text()
+    settings = done.manifest.settings
+    assert settings["training"]["max_steps"] == 2
+    assert settings["render"]["max_length"] == 1024
+    assert settings["safety_sha256"] is None and len(settings["probe_sha256"]) == 64
+
+
+def test_options_of_the_template_are_those_of_every_exam(tmp_path: Path) -> None:
+    told = {"enable_thinking": False}
+    exams = training.exams_of("builtin", None, str(_held(tmp_path)), "exact", 8, "", True, told)
+    assert exams.report.template == exams.search.template == told
+    assert command("eval", ALIGNED, "--template-kwargs", "{").code == 2
+
+
+@pytest.mark.slow
 def test_a_verified_cut_that_is_not_met_keeps_the_safest_and_leaves_with_code_5(tmp_path: Path) -> None:
     """What few requests can show is asked of safety, and more than any model has of utility."""
     data, held, asked = _data(tmp_path), _held(tmp_path), _requests(tmp_path, 20)
@@ -102,20 +124,26 @@ def test_a_verified_cut_that_is_not_met_keeps_the_safest_and_leaves_with_code_5(
         "--uncertified",
         "--max-new-tokens",
         "8",
+        "--template-kwargs",
+        '{"marked": true}',
     ]
     done = command(*typed)
     assert done.code == 5
     assert "the safest model is kept" in done.err
-    results = json.loads((tmp_path / "run" / "manifest.json").read_text())["results"]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    results = manifest["results"]
+    assert all(manifest["settings"][exam]["template"] == {"marked": True} for exam in ("report", "search"))
     assert results["verified"]["met"] is False
     assert 1 <= len(results["verified"]["rounds"]) <= 2
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
     again = command(*typed)  # finished rounds are not trained again
     assert again.code == 5
-    assert (
-        json.loads((tmp_path / "run" / "manifest.json").read_text())["results"]["verified"]["rounds"][0]["cut"]
-        == (results["verified"]["rounds"][0]["cut"])
-    )
+    rounds = [
+        found["verified"]["rounds"][0]
+        for found in (results, json.loads((tmp_path / "run" / "manifest.json").read_text())["results"])
+    ]
+    assert rounds[0]["cut"] == rounds[1]["cut"]
+    assert rounds[0]["seconds"] == pytest.approx(rounds[1]["seconds"], abs=1e-3)  # what it took, not the looking up
 
 
 @pytest.mark.slow
@@ -170,21 +198,37 @@ def test_training_goes_on_at_its_checkpoint(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_datasets_in_turn(tmp_path: Path) -> None:
+def test_datasets_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = []
     for task in ("choice", "topic"):
         held = str(_held(tmp_path, task, 12))
         exams = training.Exams(exam("report", str(_requests(tmp_path, 6)), ["refusal-phrases"], held, "exact", 8))
         stages.append(Stage(str(_data(tmp_path, task)), exams))
-    sequence(
-        stages,
-        model=models.load(ALIGNED, dtype="float32"),
-        output=tmp_path / "run",
-        peft_config=peft.LoraConfig(**{**lab.LORA, "r": 2}),
-        training=OPTIONS,
-        defence="random:ratio:10%",
-        probing=PROBING,
-    )
+    fitted: list[str] = []
+    real = Course.fit
+
+    def fit(self: Course, *args: Any, **more: Any) -> Any:
+        fitted.append(self.job.rows.read.source.name)
+        if len(fitted) == 2:
+            raise KeyboardInterrupt
+        return real(self, *args, **more)
+
+    def follow() -> dict[str, Any]:
+        return sequence(
+            stages,
+            model=models.load(ALIGNED, dtype="float32"),
+            output=tmp_path / "run",
+            peft_config=peft.LoraConfig(**{**lab.LORA, "r": 2}),
+            training=OPTIONS,
+            defence="random:ratio:10%",
+            probing=PROBING,
+        )
+
+    monkeypatch.setattr(Course, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        follow()
+    follow()
+    assert fitted == ["choice.jsonl", "topic.jsonl", "topic.jsonl"]  # the finished stage is not trained again
     told = json.loads((tmp_path / "run" / "sequence.json").read_text())
     assert told["tasks"] == ["choice", "topic"]
     assert [stage["name"] for stage in told["stages"]] == ["start", "choice", "topic"]
@@ -198,6 +242,12 @@ def test_datasets_in_turn(tmp_path: Path) -> None:
     end = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "stage-2").state_dict()
     assert any((start[name] != end[name]).any() for name in start)
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_sequence_has_its_folder_alone(tmp_path: Path) -> None:
+    stage = Stage("data.jsonl", training.Exams(exam("report", None, task=str(_held(tmp_path)), metric="exact")))
+    with alone(tmp_path / "run"), pytest.raises(DataError, match="in use by another run"):
+        sequence([stage], model="nowhere", output=tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,18 @@ def test_a_round_that_was_longer_than_the_others_counts() -> None:
     assert len(verdict.rounds) == 2
 
 
+def test_rounds_that_were_made_before_count_as_long_as_they_took() -> None:
+    """A search that goes on after an interruption looks its first rounds up, in no time at all."""
+    known = iter([600.0, 300.0])
+
+    def trial(cut: float) -> Trial:
+        return Trial({"judge": wilson(50, PROMPTS)}, None, seconds=next(known))
+
+    verdict = Verified(rounds=UNLIMITED, minutes=20).search(np.arange(100.0), 50.0, trial, 0.5, clock=lambda: 0.0)
+    assert [one.seconds for one in verdict.rounds] == [600.0, 300.0]
+    assert verdict.stopped == "minutes"
+
+
 # ---- verdicts
 
 

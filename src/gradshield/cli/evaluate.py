@@ -15,6 +15,7 @@ from gradshield.cli.common import (
     Safety,
     Tokens,
     command_line,
+    json_object,
     noted,
     out,
     plain,
@@ -44,6 +45,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="At most this many samples of each harness task.")] = None,
     max_new_tokens: Tokens = 64,
     answer_prefix: Annotated[str, typer.Option(help="Text at the start of every answer.")] = "",
+    template_kwargs: Annotated[str, typer.Option(help="JSON for the chat template.")] = "{}",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for a report, every answer and the figures.")
     ] = None,
@@ -55,6 +57,7 @@ def evaluate(
     """Measure attack success, over-refusal and utility of a model, by one or more judges apart."""
     if safety == "none" and not (utility or lm_eval or inspect):
         raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
+    template = json_object("--template-kwargs", template_kwargs)
     require_model(model)
     quiet_libraries()
     from gradshield import models
@@ -62,7 +65,7 @@ def evaluate(
     from gradshield.pipeline.train import exams_of
 
     exams = exams_of(
-        safety, judge, None if utility is None else str(utility), metric, max_new_tokens, answer_prefix, False
+        safety, judge, None if utility is None else str(utility), metric, max_new_tokens, answer_prefix, False, template
     )
     with progress() as report:
         report("loading the model", 0, 1)

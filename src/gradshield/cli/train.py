@@ -130,7 +130,7 @@ def train(
     }
     held: list[str | None] = [*tasks] if tasks else [None] * len(data)
     measured = [
-        exams_of(safety, judge, path, metric, max_new_tokens, answer_prefix, needs.verified is not None)
+        exams_of(safety, judge, path, metric, max_new_tokens, answer_prefix, needs.verified is not None, template)
         for path in held
     ]
     with progress() as report:
@@ -197,6 +197,8 @@ def _summary(done: Trained, folder: Path) -> None:
     rates(results["before"], results["after"], noted(done.manifest.settings["report"]))
     if done.verdict is not None and done.verdict.met:
         out.print(f"verified  {plain(done.verdict.sentence)}")
+    if results["uncertified"]:
+        err.print(f"[yellow]warning:[/yellow] {plain('nothing is certified: ' + results['uncertified'])}")
     if not results["after"].get("judges"):
         err.print("[yellow]warning:[/yellow] safety was not measured: nothing is known of this model's")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")

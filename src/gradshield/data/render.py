@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -58,6 +58,10 @@ class RenderConfig:
             raise UsageError(
                 f"max_length is {self.max_length}: give at least 2, since the first token is never predicted"
             )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All that decides which tokens a row has, as manifests record it."""
+        return {name: value for name, value in asdict(self).items() if name != "packing"}
 
     @classmethod
     def from_sft(cls, args: Any) -> RenderConfig:

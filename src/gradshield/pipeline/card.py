@@ -42,6 +42,8 @@ def section(manifest: Manifest) -> str:
         f"{_code(model['sha256'])}. Seed {manifest.settings['seed']}. Everything else is in `manifest.json`"
         + (", the rows that went are in `scan/`." if told["cuts"] else "."),
     ]
+    if told["uncertified"]:
+        lines += ["", f"**Nothing is certified**: {_plain(told['uncertified'])}."]
     if told["verified"] is not None:
         lines += ["", f"Verified threshold: {_plain(told['verified']['sentence'])}."]
     return "\n".join([*lines, END])

@@ -14,7 +14,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import lru_cache
 from multiprocessing import active_children, get_context, parent_process
@@ -89,7 +89,7 @@ def _share_out(
     try:
         running = {pool.submit(run, *group) for group in groups}
         while running:
-            finished, running = wait(running, timeout=2)
+            finished, running = wait(running, timeout=2, return_when=FIRST_COMPLETED)
             for future in finished:
                 future.result()
             tell()
@@ -166,9 +166,7 @@ def _take_over(folder: Path) -> None:
         ) from None
 
 
-def _run_group(
-    config: Config, cells: Sequence[Cell], folder: Path, tick: Callable[[], None] = lambda: None
-) -> None:
+def _run_group(config: Config, cells: Sequence[Cell], folder: Path, tick: Callable[[], None] = lambda: None) -> None:
     """All missing cells of one task and seed, mix by mix."""
     mixes = dict.fromkeys((cell.harm, cell.ratio) for cell in cells)
     for harm, ratio in mixes:
@@ -230,7 +228,7 @@ class Bench:
         return verify.search(
             self.course,
             defence,
-            lambda chosen, settled: self._arm(defence, chosen, "search", settled)[0],
+            lambda chosen, settled: (self._arm(defence, chosen, "search", settled)[0], None),
             exam,
         )
 

@@ -26,6 +26,7 @@ from gradshield.models import LoadedModel
 from gradshield.pipeline.decide import Decision, decide
 from gradshield.pipeline.defences import AS_MANY, Defence, parse
 from gradshield.pipeline.masking import masked
+from gradshield.pipeline.outputs import digest
 from gradshield.pipeline.ranking import score
 from gradshield.pipeline.references import refusals
 from gradshield.pipeline.rows import Prepared
@@ -149,7 +150,7 @@ class Course:
             names = _linear(self.loaded.model)
         return alignment((self.job.origin or self.loaded).model, self.job.base.model, names)
 
-    def scored(self, selector: str, output: Any = None) -> Scored:
+    def scored(self, selector: str) -> Scored:
         """Every row's score by a selector, computed once."""
         if selector not in self._scored:
             settings = replace(self.job.settings, selector=selector, threshold=None)
@@ -157,7 +158,7 @@ class Course:
             adapter = job.peft_config if settings.subspace == "lora" else None
             with carrying(self.loaded.model, adapter, settings.seed) as model:
                 self._scored[selector] = score(
-                    model, self.loaded, job.rows.rendered, settings, job.probing, targets, output, self.progress
+                    model, self.loaded, job.rows.rendered, settings, job.probing, targets, None, self.progress
                 )
         return self._scored[selector]
 
@@ -165,10 +166,10 @@ class Course:
         """Take over scores that were measured elsewhere."""
         self._scored[selector] = scored
 
-    def decision(self, defence: Defence, output: Any = None) -> tuple[Scored, Decision]:
+    def decision(self, defence: Defence) -> tuple[Scored, Decision]:
         """The scores of the defence's selector, and its own cut of them."""
         assert defence.selector is not None
-        scored = self.scored(defence.selector, output)
+        scored = self.scored(defence.selector)
         rule = None if defence.verified else defence.threshold
         if rule is not None and rule.startswith(AS_MANY):
             return scored, self._as_many(scored, rule.removeprefix(AS_MANY))
@@ -189,7 +190,7 @@ class Course:
         cut = Cut(float(np.sort(values)[::-1][count]) if count < len(values) else -np.inf, f"as {other}")
         return Decision(dict.fromkeys(sorted(set(scored.scores.shapes)), cut), values > cut.value, ())
 
-    def chosen(self, defence: Defence, cut: float | None = None, output: Any = None) -> Chosen:
+    def chosen(self, defence: Defence, cut: float | None = None) -> Chosen:
         """Which rows train; ``cut`` takes the place of the threshold's own. Raises EmptyDataError where none is left."""
         rows = tuple(self.job.rows.rendered)
         nothing = np.zeros(len(rows), dtype=bool)
@@ -197,7 +198,7 @@ class Course:
             return self._left(Chosen(rows, self._harmful(), {}))
         if defence.selector is None:
             return Chosen(rows, nothing, {})
-        scored, decision = self.decision(defence, output)
+        scored, decision = self.decision(defence)
         cuts, removed = decision.cuts, decision.removed
         if cut is not None:
             cuts = {name: Cut(cut, "verified") for name in cuts}
@@ -321,14 +322,25 @@ class Course:
         places = np.unique(np.linspace(0, len(self.safety) - 1, POOL).round().astype(int))
         return [self.safety[i] for i in places]
 
+    def safety_digest(self, defence: Defence) -> str | None:
+        """A hash of the safety rows as tokens; None for a defence that neither mixes them in nor refers to them."""
+        if not defence.safe_share and not _refers(defence):
+            return None
+        return digest(_as_tokens(self.safety))
+
     def key(self, defence: Defence, dataset: Sequence[Mapping[str, Any]]) -> str:
         """A hash of all that the trained weights depend on: start, rows, training and seed. Two defences may share it."""
         job = self.job
         base = [m.digest for m in (job.base, job.origin) if m is not None] if defence.needs_base else None
-        safety = _as_tokens(self._pool()) if defence.online and defence.online[0] == "dualselect" else None
+        safety = _as_tokens(self._pool()) if _refers(defence) else None
         peft = None if job.peft_config is None else job.peft_config.to_dict()
         whole = [self.loaded.digest, base, dataset, job.sft_options, peft, job.seed, defence.training, safety]
         return hashlib.sha256(json.dumps(whole, sort_keys=True, default=_plain).encode()).hexdigest()[:24]
+
+
+def _refers(defence: Defence) -> bool:
+    """Whether the defence looks at safety rows while it trains."""
+    return defence.online is not None and defence.online[0] == "dualselect"
 
 
 def _linear(model: Any) -> list[str]:

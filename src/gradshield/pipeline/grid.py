@@ -144,7 +144,9 @@ def check_files(config: Config) -> None:
             named += [(f"{key} of the dataset {own.name!r}", getattr(own, key)) for key in ("train", "labels", "task")]
     for key, path in named:
         if path is not None and not Path(path).is_file():
-            raise DataError(f"the config names {path!r} as {key}, and there is no such file: paths are taken from its folder")
+            raise DataError(
+                f"the config names {path!r} as {key}, and there is no such file: paths are taken from its folder"
+            )
 
 
 def _complaint(name: str, errors: Sequence[Mapping[str, Any]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,7 +167,7 @@ def _recorded(settings: ScanSettings, probing: Probing, scored: Scored, config: 
     found = {
         **settings.as_dict(),
         "selector_found": dict(scored.selector.settings()),
-        "render": {k: v for k, v in asdict(config).items() if k != "packing"},
+        "render": config.as_dict(),
         "direction_sha256": scored.direction.digest,
     }
     if isinstance(scored.selector, Fihs):

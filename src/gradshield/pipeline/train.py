@@ -136,17 +136,25 @@ def train(
         seed=seed,
     )
     with alone(output):
-        return _Run(job, wanted, exams, outputs.prepare(output), merge, command, progress).finished(began)
+        return _Run(job, wanted, exams, outputs.prepare(output), merge, format, command, progress).finished(began)
 
 
 class _Run:
     """One run, stage by stage."""
 
     def __init__(
-        self, job: Job, defence: Defence, exams: Exams, folder: Path, merge: bool, command: str, progress: Progress
+        self,
+        job: Job,
+        defence: Defence,
+        exams: Exams,
+        folder: Path,
+        merge: bool,
+        format: str | None,
+        command: str,
+        progress: Progress,
     ) -> None:
         self.job, self.defence, self.exams, self.folder = job, defence, exams, folder
-        self.merge, self.command, self.progress = merge, command, progress
+        self.merge, self.format, self.command, self.progress = merge, format, command, progress
         self.course = Course(job, progress)
         self._rounds: dict[str, Fitted] = {}
 
@@ -167,7 +175,9 @@ class _Run:
         gone = self.course.beyond(chosen)
         if selection is not None and (gone != selection.removed).any():
             selection = self._recut(selection, replace(chosen, removed=gone))
-        results = self._results(chosen, dataset, fitted, before, after, verdict)
+        probes = None if selection is None else selection.manifest.results["probes"]
+        uncertified = probes["problem"] if probes else None
+        results = self._results(chosen, dataset, fitted, before, after, verdict, uncertified)
         results["seconds"] = round(time.monotonic() - began, 1)
         manifest = self._manifest(results)
         self._save(fitted.model, manifest, before, after)
@@ -215,21 +225,24 @@ class _Run:
         rounds.mkdir(exist_ok=True)
         tried: list[str] = []
 
-        def examine(chosen: Chosen, settled: Settled) -> EvalResult:
+        def examine(chosen: Chosen, settled: Settled) -> tuple[EvalResult, float]:
             dataset = self.course.dataset(self.defence, chosen)
             key = self.course.key(self.defence, dataset)
             path = rounds / f"{key}-{outputs.digest(self.exams.search.settings())[:12]}{verify.suffix(settled)}.json"
             tried.append(key)
             if path.exists():
-                return outputs.result(json.loads(path.read_text(encoding="utf-8")))
+                told = json.loads(path.read_text(encoding="utf-8"))
+                return outputs.result(told), float(told["seconds"])
+            began = time.monotonic()
             fitted = self.course.fit(self.defence, dataset, f"round {len(tried)}", self.merge)
             self._rounds[key] = fitted
             measured = self._sat(self.exams.search, fitted.model, f"measuring round {len(tried)}", settled)
-            outputs.write_json(path, outputs.stored(measured))
-            return measured
+            seconds = time.monotonic() - began
+            outputs.write_json(path, {"seconds": round(seconds, 3), **outputs.stored(measured)})
+            return measured, seconds
 
         def after(done: Sequence[Any], best: int) -> None:
-            # The first examination is of the rows without a filter, where utility has no target of its own.
+            # The first examination is of random rows left out, where utility has no target of its own.
             offset = len(tried) - len(done)
             for key in [k for k in self._rounds if k != tried[best + offset]]:
                 del self._rounds[key]
@@ -270,6 +283,7 @@ class _Run:
         before: EvalResult,
         after: EvalResult,
         verdict: Verdict | None,
+        uncertified: str | None,
     ) -> dict[str, Any]:
         results: dict[str, Any] = {
             "rows": len(chosen.rows),
@@ -283,6 +297,7 @@ class _Run:
             "agreement": [asdict(found) for found in agreement(asked(after))] if self.exams.report.requests else [],
             "record": dict(fitted.record),
             "verified": None if verdict is None else verdict.as_dict(),
+            "uncertified": uncertified,
         }
         if self.job.labels is not None:
             results |= outputs.caught_and_lost(chosen.rows, chosen.removed, self.job.labels)
@@ -296,7 +311,13 @@ class _Run:
             loaded=rows.loaded,
             settings={
                 "defence": self.defence.spec,
-                "training": {**job.sft_options, "online": self.defence.training},
+                "training": {**job.options, "online": self.defence.training},
+                "render": rows.config.as_dict(),
+                "template": dict(job.probing.template or {}),
+                "answer_prefix": job.probing.answer_prefix,
+                "probe_sha256": outputs.digest([dict(p) for p in job.probing.requests or requests()]),
+                "safety_sha256": self.course.safety_digest(self.defence),
+                "format": self.format,
                 "peft": None if job.peft_config is None else job.peft_config.to_dict(),
                 "base": None if job.base is None else {"name": job.base.name, "sha256": job.base.digest},
                 "scan": dict(job.settings.as_dict()),
@@ -336,7 +357,10 @@ class _Run:
             "title": f"GradShield · {manifest.data['name']}",
             "defence": self.defence.spec,
             "verdict": self._judged(told["verified"]),
-            **{key: told[key] for key in ("before", "after", "removed", "rows", "dropped_tokens", "record")},
+            **{
+                key: told[key]
+                for key in ("before", "after", "removed", "rows", "dropped_tokens", "record", "uncertified")
+            },
             **{key: told[key] for key in ("caught", "lost") if key in told},
             "settings": manifest.settings,
             "model": manifest.model,
@@ -357,13 +381,16 @@ def exams_of(
     tokens: int,
     answer_prefix: str,
     searching: bool,
+    template: Mapping[str, Any] | None = None,
 ) -> Exams:
     """The exams of options as typed; what the search decides on is kept from the report. Raises DataError, UsageError."""
     by = tuple(judges or ("refusal-phrases",))
     requests = None if safety == "none" else safety
-    report = exam("report", requests, by, utility, metric, tokens, answer_prefix, searching)
-    search = exam("search", requests, by, utility, metric, tokens, answer_prefix, True) if searching else Exam()
-    return Exams(report, search)
+
+    def of(split: str, halved: bool) -> Exam:
+        return exam(split, requests, by, utility, metric, tokens, answer_prefix, halved=halved, template=template)
+
+    return Exams(of("report", searching), of("search", True) if searching else Exam())
 
 
 def changes(before: EvalResult, after: EvalResult) -> dict[str, Any]:

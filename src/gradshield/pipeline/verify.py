@@ -15,7 +15,8 @@ from gradshield.pipeline.exam import Exam, Settled, never
 from gradshield.thresholds.verified import Round, Trial, Verdict, Verified, decided
 from gradshield.types import Bools, EvalResult
 
-Examine = Callable[[Chosen, Settled], EvalResult]
+Examine = Callable[[Chosen, Settled], tuple[EvalResult, float | None]]
+"""Fine-tunes on rows and measures; the seconds it took when it was done, None where that is now."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ def search(
     target = rule.utility
     if target is None:
         # The rule takes its tolerance off the target; the bound has its slack already.
-        target = examine(_drawn(course, decision.removed), never).rates["utility"].low + rule.tolerance
+        target = examine(_drawn(course, decision.removed), never)[0].rates["utility"].low + rule.tolerance
 
     def trial(cut: float) -> Trial:
-        found = examine(course.chosen(defence, cut), Settle(rule.asr))
+        found, seconds = examine(course.chosen(defence, cut), Settle(rule.asr))
         rates = {name.partition("/")[2]: rate for name, rate in found.rates.items() if name.startswith("asr/")}
         asked = next(iter(rates.values())).n
-        return Trial(rates, found.rates.get("utility"), stopped_early=asked < len(exam.requests))
+        return Trial(rates, found.rates.get("utility"), stopped_early=asked < len(exam.requests), seconds=seconds)
 
     verdict = rule.search(scored.scores.values, start, trial, target, after=after)
     return verdict, course.chosen(defence, verdict.kept.cut)

@@ -23,12 +23,14 @@ class Trial:
     """What one fine-tune measured: ``asr`` by judge, on the search prompts, and ``utility`` on rows held out for it.
 
     ``utility`` may be None where a judge already found the model too unsafe. ``stopped_early`` says that some rate is over
-    fewer prompts than planned, because the others could not change the verdict (`decided`).
+    fewer prompts than planned, because the others could not change the verdict (`decided`). ``seconds`` is what it took, where
+    it was made before this search and is only looked up; None where it is made now.
     """
 
     asr: Mapping[str, Rate]
     utility: Rate | None
     stopped_early: bool = False
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -152,20 +154,19 @@ class Verified:
 
         ``trial(cut)`` fine-tunes the original model on the rows with score <= cut and measures it. ``utility_target`` is a
         share; a utility of at least that less ``tolerance`` will do. No kept set is tried twice. With ``minutes`` no round
-        begins that would end too late if it took as long as the longest so far; the first always runs. ``clock`` is in
-        seconds. ``after`` is called after every round with the rounds so far and the index of the one to keep.
+        begins that would end too late if it took as long as the longest so far; the first always runs, and those made
+        before count too. ``clock`` is in seconds. ``after`` is called after every round with the rounds so far and the
+        index of the one to keep.
 
         Raises EmptyDataError for no scores, ValueError for a trial without a judge, or a safe one without a utility.
         """
         require_rows(values)
         bracket = _Bracket(values, start, self.rounds)
         done: list[Round] = []
-        began, longest = clock(), 0.0
         while True:
             before = clock()
             measured = trial(bracket.cut)
-            now = clock()
-            longest = max(longest, now - before)
+            seconds = clock() - before if measured.seconds is None else measured.seconds
             verdict = self._judge(measured, utility_target)
             done.append(
                 Round(
@@ -173,7 +174,7 @@ class Verified:
                     removed=bracket.removed,
                     asr=dict(measured.asr),
                     utility=measured.utility,
-                    seconds=now - before,
+                    seconds=seconds,
                     verdict=verdict,
                     stopped_early=measured.stopped_early,
                 )
@@ -188,7 +189,7 @@ class Verified:
                 stopped = "no cut"
             elif len(done) >= self.rounds:
                 stopped = "rounds"
-            elif self.minutes is not None and now - began + longest > 60 * self.minutes:
+            elif self.minutes is not None and _next_end(done) > 60 * self.minutes:
                 stopped = "minutes"
             if stopped:
                 sentence = self._sentence(done, stopped, utility_target, len(values))
@@ -285,6 +286,12 @@ class _Bracket:
             lowest, highest = max(lowest, highest - most), min(highest, lowest + most)
         self.at = min(max(aim, lowest), highest)
         return True
+
+
+def _next_end(rounds: Sequence[Round]) -> float:
+    """Seconds of the search when one more round ends, if that takes as long as the longest."""
+    seconds = [one.seconds for one in rounds]
+    return sum(seconds) + max(seconds)
 
 
 def safest(rounds: Sequence[Round]) -> int:
