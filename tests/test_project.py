@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -174,6 +175,18 @@ def test_entry_is_explained(kind: str, name: str) -> None:
     assert registry(kind).summary(name)
     assert ("Paper:" in words) <= ("Departures:" in words)
     assert f"`{name}`" in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
+def test_readme_shows_every_row_shape() -> None:
+    from gradshield.data import SHAPES, read
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| `([\w-]+)` \| (.*?) \| `(\{.*?\})`", text, re.MULTILINE)
+    assert [name for name, _, _ in lines] == SHAPES.names()
+    for name, keys, example in lines:
+        assert tuple(re.findall(r"`(\w+)`", keys)) == SHAPES[name].keys
+        (one,) = read([json.loads(example)]).examples
+        assert one.shape == name
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/outputs.md"])
