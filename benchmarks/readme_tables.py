@@ -92,9 +92,10 @@ def placed(text: str) -> str:
     """The README with both tables in the place of those with the same first head."""
     for table in (scans(), defences()):
         head = re.escape(table.partition(" | ")[0])
-        text, count = re.subn(rf"^{head} \|.*\n(?:\|.*\n)+", lambda _, new=table: new, text, flags=re.MULTILINE)
-        if count != 1:
-            raise SystemExit(f"README.md has {count} tables that begin with {head!r}, not one: put the head back")
+        found = list(re.finditer(rf"^{head} \|.*\n(?:\|.*\n)+", text, re.MULTILINE))
+        if len(found) != 1:
+            raise SystemExit(f"README.md has {len(found)} tables that begin with {head!r}, not one: put the head back")
+        text = text[: found[0].start()] + table + text[found[0].end() :]
     return text
 
 
