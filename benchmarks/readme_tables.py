@@ -57,7 +57,12 @@ def defences() -> str:
     found = {one.defence: one for one in totals(cells)}
     head = ["defence", "cells at 6 % or below", "worst cell, ASR", "utility minus clean rows only, points, mean"]
     lines = [
-        [f"`{name}`", "{} of {}".format(*found[name].held), _highest(found[name]), bounds(found[name].minus_clean, True)]
+        [
+            f"`{name}`",
+            "{} of {}".format(*found[name].held),
+            _highest(found[name]),
+            bounds(found[name].minus_clean, True),
+        ]
         for name in DEFENCES
     ]
     return _table(head, lines)

@@ -360,6 +360,18 @@ def test_methods_lists_every_registered_name() -> None:
             assert re.search(rf"^{re.escape(name)}\s+\S", done.out, re.MULTILINE), name
 
 
+def test_the_help_of_methods_names_every_kind_that_it_lists() -> None:
+    from gradshield.pipeline.options import catalogue
+
+    said = " ".join(command("methods", "--help").out.split())
+    assert [kind for kind in catalogue() if kind not in said] == []
+
+
+def test_the_version() -> None:
+    done = command("--version")
+    assert (done.code, done.out, done.err) == (0, f"gradshield {gradshield.__version__}\n", "")
+
+
 @pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_help(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "90")
