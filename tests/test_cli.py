@@ -195,6 +195,8 @@ def _many(*contents: tuple[str, str, int, str]) -> list[Any]:
         ("--training-config", '{"assistant_only_loss": "false"}', 2, "takes true or false"),
         ("--training-config", '{"truncation_mode": "middle"}', 2, "keep_start, keep_end"),
         ("--training-config", '{"chat_template_path": "x"}', 2, "chat_template_path"),
+        ("--training-config", '{"lerning_rate": 1}', 2, "unknown training option 'lerning_rate'"),
+        ("--training-config", '{"assistant_only_los": true}', 2, "did you mean 'assistant_only_loss'?"),
         ("--probes", '{"x": 1}\n', 3, "no text under 'prompt'"),
         ("--probes", '{"prompt', 3, "not JSON"),
         ("--probes", "[1]\n", 3, "no text under 'prompt'"),

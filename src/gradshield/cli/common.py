@@ -66,6 +66,12 @@ Metric = Annotated[
     str | None,
     typer.Option(help="How the task is scored: exact, choice, number, contains, rouge-l… (default: guessed)."),
 ]
+TrainingConfig = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON of the TRL SFTConfig options of the training: the loss then covers what TRL would train on, not answers alone."
+    ),
+]
 Tokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 MaxLength = Annotated[int | None, typer.Option(help="Cut rows at this many tokens, as training will (default 1024).")]
 

@@ -19,6 +19,7 @@ from gradshield.cli.common import (
     Probes,
     Remote,
     Rule,
+    TrainingConfig,
     check_gate,
     command_line,
     json_file,
@@ -66,9 +67,7 @@ def scan(
     lora_config: Annotated[
         Path | None, typer.Option(help="PEFT config (JSON) of the adapter that training will add.")
     ] = None,
-    training_config: Annotated[
-        Path | None, typer.Option(help="JSON of the TRL SFTConfig options of the training.")
-    ] = None,
+    training_config: TrainingConfig = None,
     probes: Probes = None,
     lookalikes: Lookalikes = None,
     answer_prefix: Annotated[
@@ -144,14 +143,15 @@ def scan(
 
     settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget, selector=selector)
     asked = probing(probes, lookalikes, answer_prefix, template, uncertified)
+    peft, arguments = peft_config(lora), sft_options(training)
     with progress() as report:
         report("loading the model", 0, 1)
         loaded = models.load(model, adapter, device, dtype, trust_remote_code, quantize=quantize, device_map=device_map)
         report("loading the model", 1, 1)
         common: dict[str, Any] = {
             "model": loaded,
-            "peft_config": peft_config(lora),
-            "training_args": sft_options(training),
+            "peft_config": peft,
+            "training_args": arguments,
             "max_length": max_length,
             "settings": settings,
             "probing": asked,
