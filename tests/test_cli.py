@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "gate is a word": (["--fail-above", "some"], "not a share"),
     "gate is nan": (["--fail-above", "nan"], "not a share"),
     "gate is a sign": (["--fail-above", "%"], "not a share"),
+    "gate may be either": (["--fail-above", "1"], "write 1% or 100%"),
 }
 
 
@@ -440,6 +442,19 @@ def test_the_installed_command() -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: 'some' is not a share of the rows")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("gate", "removed", "closes"), [("0.7%", 7, False), ("0.7%", 8, True), ("0.29", 290, False)])
+def test_the_gate_counts_rows_and_not_their_rounding(gate: str, removed: int, closes: bool) -> None:
+    from types import SimpleNamespace
+
+    from gradshield.cli.common import check_gate, share
+    from gradshield.errors import GateError
+
+    results = {"removed": removed, "scored": 1000}
+    selection: Any = SimpleNamespace(manifest=SimpleNamespace(results=results))
+    with pytest.raises(GateError) if closes else nullcontext():
+        check_gate(selection, share(gate))
 
 
 @pytest.mark.parametrize(

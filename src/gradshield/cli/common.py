@@ -84,7 +84,7 @@ def command_line() -> str:
 
 
 def share(text: str | None) -> float | None:
-    """``1%`` or ``0.01``. Raises UsageError for anything that is not a share from 0 to 1."""
+    """``1%`` or ``0.01``. Raises UsageError for what is not a share from 0 to 1, and for a bare 1, which may mean either."""
     if text is None:
         return None
     try:
@@ -93,6 +93,8 @@ def share(text: str | None) -> float | None:
         value = -1.0
     if not 0 <= value <= 1:
         raise UsageError(f"{text!r} is not a share of the rows: give a percentage such as 1%, or a number from 0 to 1")
+    if value == 1 and not text.endswith("%"):
+        raise UsageError(f"{text!r} may mean one row in a hundred or all of them: write 1% or 100%")
     return value
 
 
@@ -199,7 +201,7 @@ def summary(selection: Selection, folder: Path) -> None:
 def check_gate(selection: Selection, gate: float | None) -> None:
     """Raises GateError when more was removed than allowed."""
     results = selection.manifest.results
-    if gate is not None and results["removed"] > gate * results["scored"]:
+    if gate is not None and results["removed"] > gate * results["scored"] * (1 + 1e-12):  # 0.7 % of 1000 is 7, not less
         percent = 100 * results["removed"] / results["scored"]
         raise GateError(
             f"{results['removed']} of {results['scored']} rows ({percent:.1f} %) were removed, and --fail-above allows "
