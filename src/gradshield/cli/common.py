@@ -158,8 +158,9 @@ def json_file(name: str, path: Path | None) -> dict[str, Any]:
 
 def require_data(data: str) -> None:
     """Tell of a missing file before a model is loaded. Raises DataError."""
-    looks_like_a_file = Path(data).suffix in (".jsonl", ".json", ".csv", ".parquet") or os.sep in data.strip(os.sep)
-    if looks_like_a_file and not Path(data).exists() and data.count("/") != 1:
+    from gradshield.data.formats import may_be_hub_name
+
+    if not may_be_hub_name(data) and not Path(data).exists():
         raise DataError(
             f"there is no file {data!r}: give a JSONL, JSON, CSV or Parquet file, or the name of a hub dataset"
         )
