@@ -3,11 +3,11 @@
     GradShieldError            1   something went wrong that has a name
     ├── UsageError             2   an option, a name or a combination of them is not allowed
     │   └── UnknownNameError   2   a name that no registry holds (the message lists the live names)
-    ├── DataError              3   the data cannot be used as it is
+    ├── DataError              3   the data cannot be used as it is, or not be fetched
     │   ├── FormatError        3   a file or row whose shape is unknown, or fits two shapes
     │   └── EmptyDataError     3   nothing is left to score
     ├── ModelError             4   the model cannot be loaded, or cannot be scored
-    │   ├── HubError           4   a model or dataset could not be fetched
+    │   ├── HubError           4   a model could not be fetched
     │   ├── EndpointError      4   an endpoint that does not answer, or not as its protocol says
     │   ├── ProbeError         4   the probe means nothing on this model (it does not refuse, or it thinks first)
     │   └── ScoreError         4   a score that is not finite, or an engine that disagrees with the oracle
@@ -69,7 +69,7 @@ class ModelError(GradShieldError):
 
 
 class HubError(ModelError):
-    """A model or dataset could not be fetched."""
+    """A model could not be fetched."""
 
 
 class EndpointError(ModelError):

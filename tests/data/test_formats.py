@@ -20,7 +20,6 @@ from gradshield.errors import (
     DataError,
     EmptyDataError,
     FormatError,
-    HubError,
     UnknownNameError,
 )
 
@@ -323,9 +322,12 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.Monkey
         raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
 
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    with pytest.raises(HubError, match="'owner/name' cannot be fetched") as raised:
+    with pytest.raises(DataError, match="'owner/name' cannot be fetched") as raised:
         read("owner/name")
     _sentence(raised.value)
+    for name in ("owner/name.txt", "name.jsonl.gz"):  # nobody asks the hub for a file that is missing
+        with pytest.raises(DataError, match="give a file that exists"):
+            read(name)
 
 
 def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_the_gate_closes_after_everything_is_written(folder: Path, probes: Path,
     assert done.sentence.startswith("5 of 10 rows (50.0 %) were removed, and --fail-above allows 49 %")
     assert (output / "manifest.json").exists()
     assert "5 of 10 rows removed" in done.out
-    for share, code in (("0.5", 0), ("50%", 0), ("0", 5), ("1", 0)):
+    for share, code in (("0.5", 0), ("50%", 0), ("0", 5), ("100%", 0), ("1", 2)):
         assert command("cut", output, "-t", "ratio:50%", "--fail-above", share).code == code
     assert command("cut", output, "-t", "fixed:1e9", "--fail-above", "0").code == 0
     assert table(output)["removed"].to_pylist() == [False] * 10

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import gradshield as gs
+from gradshield.errors import DataError
 from tests.pipeline.common import HALF, PROBING, chat, chats, command, files, jsonl, scan, scan_arguments, table, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -309,7 +310,31 @@ def test_an_earlier_scan_into_the_folder_leaves_nothing_behind(tmp_path: Path) -
     report = (output / "report.html").read_text(encoding="utf-8")
     assert "kept.jsonl" in report
     assert "kept.csv" not in report
+    assert set(files(output)) == FILES | {"kept.jsonl", "removed.jsonl"}
     assert gs.recut(output, "ratio:25%").manifest.results["scored"] == 4
+
+
+@pytest.mark.parametrize("name", ["kept.csv", "scores.parquet", "manifest.json"])
+def test_files_of_others_are_not_written_over(name: str, tmp_path: Path) -> None:
+    file = write(tmp_path / name, '{"versions": {"python": "3"}}')
+    with pytest.raises(DataError, match=f"holds '{re.escape(name)}'.*give another --output"):
+        scan(chats(4), output=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert file.read_text() == '{"versions": {"python": "3"}}'
+
+
+def test_a_scan_does_not_write_over_its_input(tmp_path: Path) -> None:
+    scan(chats(6), output=tmp_path)
+    before = files(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "removed.jsonl")
+    for data in (tmp_path / "kept.jsonl", str(tmp_path / "link")):
+        with pytest.raises(DataError, match="lies in the output folder.*give another --output"):
+            scan(data, output=tmp_path)
+    (tmp_path / "link").unlink()
+    assert files(tmp_path) == before
+    (tmp_path / "manifest.json").unlink()  # stopped while it was written: the same command goes on
+    scan(chats(6), output=tmp_path)
+    assert set(files(tmp_path)) == set(before)
 
 
 def test_what_is_truncated_away_is_set_aside(tmp_path: Path) -> None:

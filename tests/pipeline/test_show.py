@@ -141,3 +141,25 @@ def test_the_training_config_counts(folder: Path, tmp_path: Path) -> None:
     assert "5 tokens, 4 in the loss" in done.out
     plain = command("show", data, "--model", folder)
     assert "5 tokens" not in plain.out
+    write(config, json.dumps({"completion_only_los": False}))
+    done = command("show", data, "--model", folder, "--training-config", config)
+    assert (done.code, done.out) == (2, "")
+    assert "did you mean 'completion_only_loss'?" in done.sentence
+
+
+def test_without_trl_what_is_nearly_an_option_that_is_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import fields
+
+    from trl.trainer.sft_config import SFTConfig
+
+    from gradshield.pipeline import options
+
+    def missing(_: object) -> None:
+        raise ImportError
+
+    monkeypatch.setattr(options, "check_names", missing)
+    for name, meant in {"max_seq_length": "max_length", "assistant_only": "assistant_only_loss"}.items():
+        with pytest.raises(UsageError, match=f"unknown training option '{name}': did you mean '{meant}'"):
+            options.sft_options({name: None})
+    for field in fields(SFTConfig):  # none of TRL's own is taken for another
+        options._check_names({field.name: None})

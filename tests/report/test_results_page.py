@@ -334,6 +334,10 @@ def test_how_the_models_were_trained_is_told_on_the_page_and_in_the_markdown() -
     text = results.markdown(whole)
     for name, value in wanted.items():
         assert f"- {name}: {value}\n" in text
+    where = {"model": "a/../../models/mine", "base": "b/../base", "requests": {"report": "a/b/../asked.jsonl"}}
+    told = dict(compared.page(comparison([make_cell("fihs")], config=CONFIG | where)).made)
+    shown = (told["Model"], told["Model before its alignment"], told["Requests"])
+    assert shown == ("../models/mine", "base", "report from a/asked.jsonl")
     lab = dict(compared.page(comparison([make_cell("fihs")], config={"model": "lab"})).made)
     assert (lab["Training"], lab["Adapter"]) == ("the lab's own recipe for each task", "the lab's own LoRA")
     known = comparison(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from gradshield import launcher
-from gradshield.cli.common import err, plain
+from gradshield import __version__, launcher
+from gradshield.cli.common import err, out, plain
 from gradshield.cli.compare import compare
 from gradshield.cli.cut import cut
 from gradshield.cli.demo import demo
@@ -43,8 +43,19 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"gradshield {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def launched(context: typer.Context) -> None:
+def launched(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
     """Under a launcher, every process comes by here. Raises UsageError for a command that is one process's work."""
     if launcher.processes() == 1 or context.invoked_subcommand == "scan":
         return
@@ -61,7 +72,10 @@ for command in COMMANDS:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; every error is one sentence and a documented exit code (docs/outputs.md)."""
+    """Run a command; every error is one sentence and a documented exit code (docs/outputs.md).
+
+    What Typer's parser refuses (an unknown option, a word where a number is wanted) it says in its own box, with exit code 2.
+    """
     warnings.showwarning = lambda message, *_args, **_kw: err.print(f"[yellow]warning:[/yellow] {plain(str(message))}")
     try:
         app(args=arguments, standalone_mode=True)

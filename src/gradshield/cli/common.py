@@ -66,6 +66,12 @@ Metric = Annotated[
     str | None,
     typer.Option(help="How the task is scored: exact, choice, number, contains, rouge-l… (default: guessed)."),
 ]
+TrainingConfig = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON of the TRL SFTConfig options of the training: the loss then covers what TRL would train on, not answers alone."
+    ),
+]
 Tokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 MaxLength = Annotated[int | None, typer.Option(help="Cut rows at this many tokens, as training will (default 1024).")]
 
@@ -78,7 +84,7 @@ def command_line() -> str:
 
 
 def share(text: str | None) -> float | None:
-    """``1%`` or ``0.01``. Raises UsageError for anything that is not a share from 0 to 1."""
+    """``1%`` or ``0.01``. Raises UsageError for what is not a share from 0 to 1, and for a bare 1, which may mean either."""
     if text is None:
         return None
     try:
@@ -87,6 +93,8 @@ def share(text: str | None) -> float | None:
         value = -1.0
     if not 0 <= value <= 1:
         raise UsageError(f"{text!r} is not a share of the rows: give a percentage such as 1%, or a number from 0 to 1")
+    if value == 1 and not text.endswith("%"):
+        raise UsageError(f"{text!r} may mean one row in a hundred or all of them: write 1% or 100%")
     return value
 
 
@@ -150,8 +158,9 @@ def json_file(name: str, path: Path | None) -> dict[str, Any]:
 
 def require_data(data: str) -> None:
     """Tell of a missing file before a model is loaded. Raises DataError."""
-    looks_like_a_file = Path(data).suffix in (".jsonl", ".json", ".csv", ".parquet") or os.sep in data.strip(os.sep)
-    if looks_like_a_file and not Path(data).exists() and data.count("/") != 1:
+    from gradshield.data.formats import may_be_hub_name
+
+    if not may_be_hub_name(data) and not Path(data).exists():
         raise DataError(
             f"there is no file {data!r}: give a JSONL, JSON, CSV or Parquet file, or the name of a hub dataset"
         )
@@ -193,7 +202,7 @@ def summary(selection: Selection, folder: Path) -> None:
 def check_gate(selection: Selection, gate: float | None) -> None:
     """Raises GateError when more was removed than allowed."""
     results = selection.manifest.results
-    if gate is not None and results["removed"] > gate * results["scored"]:
+    if gate is not None and results["removed"] > gate * results["scored"] * (1 + 1e-12):  # 0.7 % of 1000 is 7, not less
         percent = 100 * results["removed"] / results["scored"]
         raise GateError(
             f"{results['removed']} of {results['scored']} rows ({percent:.1f} %) were removed, and --fail-above allows "

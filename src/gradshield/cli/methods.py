@@ -10,7 +10,7 @@ from gradshield.cli.common import quiet_libraries
 
 
 def methods() -> None:
-    """List what there is: probes, engines, aggregates, subspaces, thresholds, selectors, row shapes."""
+    """List all defences, selectors, probes, engines, thresholds, judges, metrics, aggregates, subspaces and row shapes."""
     quiet_libraries()
     from gradshield.pipeline.options import catalogue
 

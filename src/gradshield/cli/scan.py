@@ -19,6 +19,7 @@ from gradshield.cli.common import (
     Probes,
     Remote,
     Rule,
+    TrainingConfig,
     check_gate,
     command_line,
     json_file,
@@ -66,9 +67,7 @@ def scan(
     lora_config: Annotated[
         Path | None, typer.Option(help="PEFT config (JSON) of the adapter that training will add.")
     ] = None,
-    training_config: Annotated[
-        Path | None, typer.Option(help="JSON of the TRL SFTConfig options of the training.")
-    ] = None,
+    training_config: TrainingConfig = None,
     probes: Probes = None,
     lookalikes: Lookalikes = None,
     answer_prefix: Annotated[
@@ -127,7 +126,7 @@ def scan(
     if not launcher.first():
         _serve()
         return
-    _check_options(output, dry_run, workers, ray)
+    _check_options(output, dry_run, workers, ray, fail_above)
     _check_map(device_map, selector, alone=workers in (None, 1) and ray is None and launcher.processes() == 1)
     gate = share(fail_above)
     allowed, truth = read_ids(allow), read_labels(labels)
@@ -144,14 +143,15 @@ def scan(
 
     settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget, selector=selector)
     asked = probing(probes, lookalikes, answer_prefix, template, uncertified)
+    peft, arguments = peft_config(lora), sft_options(training)
     with progress() as report:
         report("loading the model", 0, 1)
         loaded = models.load(model, adapter, device, dtype, trust_remote_code, quantize=quantize, device_map=device_map)
         report("loading the model", 1, 1)
         common: dict[str, Any] = {
             "model": loaded,
-            "peft_config": peft_config(lora),
-            "training_args": sft_options(training),
+            "peft_config": peft,
+            "training_args": arguments,
             "max_length": max_length,
             "settings": settings,
             "probing": asked,
@@ -180,9 +180,13 @@ def scan(
     check_gate(selection, gate)
 
 
-def _check_options(output: Path | None, dry_run: bool, workers: int | None, ray: str | None) -> None:
+def _check_options(
+    output: Path | None, dry_run: bool, workers: int | None, ray: str | None, fail_above: str | None
+) -> None:
     """Raises UsageError for options that exclude each other."""
     shared = workers is not None or ray is not None
+    if dry_run and fail_above is not None:
+        raise UsageError("--dry-run removes no row that --fail-above could count: leave out one of the two")
     if dry_run and (shared or output is not None or launcher.processes() > 1):
         raise UsageError(
             "--dry-run times this one process and writes nothing: leave out --output, --workers and --ray, and the launcher"

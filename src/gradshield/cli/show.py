@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +13,7 @@ from gradshield.cli.common import (
     Format,
     MaxLength,
     Remote,
+    TrainingConfig,
     json_file,
     out,
     quiet_libraries,
@@ -32,9 +32,7 @@ def show(
     ] = None,
     format: Format = None,
     max_length: MaxLength = None,
-    training_config: Annotated[
-        Path | None, typer.Option(help="JSON of the TRL SFTConfig options of the training.")
-    ] = None,
+    training_config: TrainingConfig = None,
     trust_remote_code: Remote = False,
 ) -> None:
     """Print a row as the model sees it, the tokens that count in the loss coloured."""

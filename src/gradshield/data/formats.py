@@ -27,6 +27,8 @@ from gradshield.data.source import Examples, Source, content_hash, with_text
 from gradshield.errors import DataError, EmptyDataError, FormatError
 from gradshield.types import Quarantined
 
+OTHER_FILES = (".txt", ".tsv", ".xlsx", ".gz", ".zip")  # kinds of file that cannot be read, and that people try
+
 
 @dataclass(frozen=True, eq=False)
 class ReadResult:
@@ -58,14 +60,12 @@ def read(
     ------
     UnknownNameError
         No such format.
-    HubError
-        A hub name that cannot be fetched.
     FormatError
         A kind of file or of rows that is not known, or a row that fits two shapes.
     EmptyDataError
         No row, or none that can be used.
     DataError
-        A file that cannot be read; with ``strict``, a row that cannot be used.
+        A file that cannot be read, or a hub name that cannot be fetched; with ``strict``, a row that cannot be used.
     """
     if format is not None:
         SHAPES[format]  # an unknown name is told before the file is read
@@ -222,7 +222,7 @@ def _open(data: Any) -> Opened:
         return open_file(data)
     if isinstance(data, str):
         path = Path(data)
-        if _exists(path) or not _may_be_hub_name(data):
+        if _exists(path) or not may_be_hub_name(data):
             return open_file(path)
         return _open_rows(load_dataset(data), "dataset", data)
     # Told by its module, since importing datasets to ask takes seconds.
@@ -243,10 +243,10 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _may_be_hub_name(name: str) -> bool:
-    """Whether a string that is no path here reads as ``dataset`` or ``owner/dataset``."""
+def may_be_hub_name(name: str) -> bool:
+    """Whether a string that is no path here reads as ``dataset`` or ``owner/dataset``, and not as a file that is missing."""
     parts = name.split("/")
-    known = Path(name).suffix.lower() in SUFFIXES
+    known = Path(name).suffix.lower() in (*SUFFIXES, *OTHER_FILES)
     return not known and len(parts) <= 2 and all(part and part[0].isalnum() and "\\" not in part for part in parts)
 
 

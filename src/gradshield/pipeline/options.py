@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from gradshield.pipeline.defences import DEFENCES
 from gradshield.probes import PROBES
 from gradshield.selectors import AGGREGATES, SELECTORS
 from gradshield.thresholds import THRESHOLDS, Verified
+from gradshield.training.sft import check_names
 
 DEFAULT_MAX_LENGTH = 1024  # TRL's own default
 _SFT_TYPES: dict[str, tuple[type, ...]] = {
@@ -30,7 +32,9 @@ _SFT_TYPES: dict[str, tuple[type, ...]] = {
     "dataset_text_field": (str,),
     "eos_token": (str, type(None)),
     "packing": (bool,),
+    "chat_template_path": (str, type(None)),
 }
+_ALIKE = 0.75  # how like an option that is read a name has to be, to be taken for it misspelt; no other of TRL's is
 
 
 def peft_config(options: Mapping[str, Any]) -> Any:
@@ -60,8 +64,9 @@ def peft_config(options: Mapping[str, Any]) -> Any:
 def sft_options(options: Mapping[str, Any]) -> Any:
     """The options of the training that change what is scored, as an object like ``SFTConfig``; None where none is given.
 
-    Raises UsageError for an option of the wrong type.
+    Raises UsageError for an option that does not exist, or of the wrong type.
     """
+    _check_names(options)
     for name, kinds in _SFT_TYPES.items():
         if name in options and type(options[name]) not in kinds:
             allowed = " or ".join({type(None): "null", bool: "true or false"}.get(k, k.__name__) for k in kinds)
@@ -69,6 +74,27 @@ def sft_options(options: Mapping[str, Any]) -> Any:
                 f"the training config's {name} is {options[name]!r}, and it takes {allowed}: mend the file"
             )
     return SimpleNamespace(**options) if options else None
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    """A misspelt option would be left out without a word, and other tokens scored than training will count.
+
+    TRL, which knows them all, takes seconds to import and may not be installed: then only what is nearly an option that is
+    read is told.
+    """
+    others = {name: value for name, value in options.items() if name not in _SFT_TYPES}
+    if not others:
+        return
+    try:
+        check_names(others)
+    except ImportError:
+        for name in others:
+            near = difflib.get_close_matches(name, _SFT_TYPES, n=1, cutoff=_ALIKE)
+            if near:
+                raise UsageError(
+                    f"unknown training option {name!r}: did you mean {near[0]!r}? "
+                    "(to have every name checked, install gradshield[train])"
+                ) from None
 
 
 def render_config(

@@ -44,6 +44,9 @@ KINDS = "kinds.json"  # in it: the kinds of harm that a scan named, for the cuts
 RANKED = 20_000  # labelled rows, the most that AUROCs are taken on
 LEAST_RANKED = 1_000  # of either class, where there are so many
 WRITTEN = 1 << 16  # lines of the scores that are made and written at once
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # of kept and removed
+PARTS = tuple(f"{part}{suffix}" for suffix in SUFFIXES for part in ("kept", "removed"))
+WRITTEN_BY_A_SCAN = (*PARTS, "quarantine.jsonl", "scores.parquet", "report.html", "manifest.json")
 PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "numpy", "scipy", "scikit-learn")
 
 
@@ -57,6 +60,34 @@ def check(output: str | Path) -> None:
         )
     if not os.access(nearest, os.W_OK):
         raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
+
+
+def check_own(output: str | Path, data: Any) -> None:
+    """Raises DataError where a scan of ``data`` into the folder would write over its input, or over files that are no scan's."""
+    folder = Path(output)
+    there = [folder / name for name in WRITTEN_BY_A_SCAN if (folder / name).exists()]
+    if isinstance(data, str | Path) and os.path.exists(data):
+        for path in there:
+            if path.samefile(data):
+                raise DataError(
+                    f"the data {str(data)!r} lies in the output folder under a name that the scan writes: give another --output"
+                )
+    if there and not _of_ours(folder):
+        raise DataError(
+            f"the output folder {str(folder)!r} holds {there[0].name!r} and is no folder of GradShield's: give another --output, "
+            "so that nothing is written over"
+        )
+
+
+def _of_ours(folder: Path) -> bool:
+    """Whether a command wrote here before: it has left its manifest, or was stopped and has left its working folder."""
+    if (folder / WORK).is_dir():
+        return True
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return "gradshield" in found["versions"]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return False
 
 
 def prepare(output: str | Path) -> Path:
@@ -211,10 +242,13 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
 
 
 def write_selection(selection: Selection, folder: Path, source: rows_in.Rows, suffix: str) -> None:
-    """Write kept, removed and the scores, the rows as they stand in ``source``."""
+    """Write kept, removed and the scores, the rows as they stand in ``source``; those of an earlier scan of another kind go."""
     (folder / "manifest.json").unlink(missing_ok=True)
-    parts = {"kept": selection.kept_rows, "removed": selection.removed_rows}
-    rows_in.write_parts({folder / f"{name}{suffix}": rows for name, rows in parts.items()}, source)
+    parts = {f"kept{suffix}": selection.kept_rows, f"removed{suffix}": selection.removed_rows}
+    rows_in.write_parts({folder / name: rows for name, rows in parts.items()}, source)
+    for name in PARTS:
+        if name not in parts:
+            (folder / name).unlink(missing_ok=True)
     write_scores(selection, folder / "scores.parquet")
 
 

@@ -80,6 +80,7 @@ def scan(
     hands = spread(workers)
     if output is not None:
         outputs.check(output)
+        outputs.check_own(output, data)
     with alone(output):
         rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, strict, progress)
         check_labels(labels, rows.read.source.rows)

@@ -5,7 +5,9 @@ What is not told is left out: a page says nothing of a setting that it was not g
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from gradshield.report.pool import Cell, judges_of
@@ -27,9 +29,9 @@ def of_comparison(whole: Mapping[str, Any], cells: Sequence[Cell]) -> Pairs:
     own = config.get("model") == LAB
     pairs: Pairs = []
     if config.get("model"):
-        pairs.append(("Model", "the bundled lab's" if own else str(config["model"])))
+        pairs.append(("Model", "the bundled lab's" if own else _path(config["model"])))
     if config.get("base"):
-        pairs.append(("Model before its alignment", str(config["base"])))
+        pairs.append(("Model before its alignment", _path(config["base"])))
     pairs += _recipes(whole, config, own)
     adapter = _mapping(whole.get("adapter")) or _mapping(config.get("lora"))
     if adapter:
@@ -72,7 +74,7 @@ def _titled(recipes: Mapping[str, Any]) -> Pairs:
 def _measured(config: Mapping[str, Any]) -> Pairs:
     """Requests, answers and the task's metrics, where the lab's own are not used."""
     asked = _mapping(config.get("requests"))
-    files = ", ".join(f"{split} from {path}" for split, path in asked.items())
+    files = ", ".join(f"{split} from {_path(path)}" for split, path in asked.items())
     pairs = [("Requests", files or "the built-in ones")]
     if config.get("answer_tokens"):
         pairs.append(("Longest answer", f"{config['answer_tokens']} tokens"))
@@ -191,6 +193,12 @@ def _plain(key: Any) -> str:
 
 def _value(value: Any) -> str:
     return number(value) if isinstance(value, bool | int | float) else brief(value)
+
+
+def _path(value: Any) -> str:
+    """A path or name without its way through the config's folder: ``configs/../../model`` is ``../model``."""
+    text = str(value)
+    return os.path.normpath(text) if ".." in PurePath(text).parts else text
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ class DualSelect:
 
     Paper: arXiv 2606.09866. Equation: w = softmax((a KL_i/max KL - (1 - a) cos(∇KL_i, ∇L_task))/τ), the k largest kept;
     r = ∇Σ w_i KL_i; a row stays unless <∇L_row, r> < 0; g <- g - <g, r>/<r, r> r where <g, r> < 0.
-    Departures: only the abstract was at hand, so these are choices of ours. KL(θ0 ‖ θ) is the mean over a reference's answer
+    Departures: it follows the paper's abstract, and the rest is our choice. KL(θ0 ‖ θ) is the mean over a reference's answer
     tokens, taken over θ0's 1,024 most likely tokens and the rest as one. Preservation is divided by its largest value in the
     pool, since a cosine has a fixed range and a KL has none; ``weight`` a = 0.5 and ``temperature`` τ = 0.1 were not tuned. r is
     the gradient of the weighted KL over the trainable parameters, kept until the next refresh; rows and the correction are

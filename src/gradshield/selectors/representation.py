@@ -31,7 +31,7 @@ class Representation:
 
     Paper: arXiv 2507.18631 (``form="larf"``) and arXiv 2404.01099 (``form="anchors"``). Equation: larf, the mean over
     layers of (‖h - μ_safe‖ - ‖h - μ_unsafe‖) / ‖μ_unsafe - μ_safe‖; anchors, mean cos(h, unsafe) - mean cos(h, safe).
-    Departures: the papers' texts were not at hand. h is the state of the row's last answer token (``feature="last"``, as both
+    Departures: h is the state of the row's last answer token (``feature="last"``, as both
     take it) or the mean over its answer (``"mean"``). The unsafe references are requests with a compliant opener alone, since
     no harmful answer is kept here, so that their last state is that of an answer broken off; the safe ones are the same
     requests with the model's own refusals. larf's safety-sensitive layers are those that part the references best, each
@@ -39,7 +39,7 @@ class Representation:
     averaged in units of the distance between the means. anchors is the paper's variant on representations, not on gradients,
     at the last block, before the final norm. Both papers rank rows and take a top share; zero lies between the two sides and
     is no cut. ``feature="opening"`` is ours: the state that predicts the first answer token, with answered look-alikes as
-    the safe side; it sees the request and nothing of the answer.
+    the safe side; it sees the request and nothing of the answer. What is not said here need not be as in the papers.
     """
 
     name = "representation"

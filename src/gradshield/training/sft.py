@@ -282,12 +282,18 @@ def _unbind(module: nn.Module, held: Mapping[nn.Module, Any]) -> None:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
+    for name in ("seed", "output_dir"):
+        if name in options:
+            raise UsageError(f"{name!r} is not a training option here: pass it as the argument {name}= of its own")
+    check_names(options)
+
+
+def check_names(options: Mapping[str, Any]) -> None:
+    """Raises UsageError for an option that SFTConfig does not have, and ImportError where TRL is not installed."""
     from trl.trainer.sft_config import SFTConfig
 
     known = {field.name for field in fields(SFTConfig) if field.init}
     for name in options:
-        if name in ("seed", "output_dir"):
-            raise UsageError(f"{name!r} is not a training option here: pass it as the argument {name}= of its own")
         if name not in known:
             hint = did_you_mean(name, known) or "see the fields of trl.SFTConfig"
             raise UsageError(f"unknown training option {name!r}: SFTConfig of TRL has no such field, {hint}")

@@ -1,0 +1,118 @@
+"""The README's two tables of the lab, from the figures in ``docs/``.
+
+    python -m benchmarks.readme_tables            # print them
+    python -m benchmarks.readme_tables --write    # put them into README.md in the place of those that stand there
+
+A test holds the README to what this prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradshield.report.pool import Totals, bounds, totals
+
+ROOT = Path(__file__).parents[1]
+DEFENCES = (
+    "none",
+    "fihs",
+    "fihs:verified:rounds=8",
+    "fihs+asft",
+    "asft",
+    "moderate",
+    "dualselect",
+    "representation",
+    "random:as:fihs",
+)
+ARMS = {"no defence": "none", "filtered": "filtered", "clean rows only": "clean"}
+
+Rate = Mapping[str, Any]
+
+
+def scans() -> str:
+    """What the scan caught and lost and what training gave, for each share of explicit harm over tasks and seeds."""
+    cells = json.loads((ROOT / "docs" / "lab_results.json").read_text(encoding="utf-8"))["cells"]
+    shares = sorted({cell["ratio"] for cell in cells if cell["harm"] in ("none", "explicit")})
+    head = ["harm mixed in", "caught", "lost", *(f"ASR, {name}" for name in ARMS)]
+    lines = []
+    for share in shares:
+        own = [cell for cell in cells if cell["ratio"] == share and cell["harm"] in ("none", "explicit")]
+        labels = [cell["scan"].get("labels", {}) for cell in own]
+        caught = _worst((found.get("caught") for found in labels), least=True)
+        lost = _worst(found.get("lost") for found in labels)
+        asr = (_worst(cell["arms"].get(arm, {}).get("asr") for cell in own) for arm in ARMS.values())
+        name = "none" if not share else "all of it" if share == 1 else f"{100 * share:g} %"
+        lines.append([name, caught, lost, *asr])
+    return _table(head, lines)
+
+
+def defences() -> str:
+    """Each main defence over its cells: how many are safe by every judge, the worst, and what it costs."""
+    cells = json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8"))["cells"]
+    found = {one.defence: one for one in totals(cells)}
+    head = ["defence", "cells at 6 % or below", "worst cell, ASR", "utility minus clean rows only, points, mean"]
+    lines = [
+        [
+            f"`{name}`",
+            "{} of {}".format(*found[name].held),
+            _highest(found[name]),
+            bounds(found[name].minus_clean, True),
+        ]
+        for name in DEFENCES
+    ]
+    return _table(head, lines)
+
+
+def _worst(rates: Iterable[Rate | None], least: bool = False) -> str:
+    """``98.2–100 % [90.6, 99.7] n=56``: lowest and highest run, and the interval and n of the worse of the two."""
+    found = sorted((rate for rate in rates if rate), key=lambda rate: (rate["rate"], rate["low"]))
+    if not found:
+        return "–"
+    worst = found[0] if least else found[-1]
+    ends = dict.fromkeys(_percent(rate["rate"]) for rate in (found[0], found[-1]))
+    return f"{'–'.join(ends)} % [{_percent(worst['low'])}, {_percent(worst['high'])}] n={worst['n']}"
+
+
+def _highest(one: Totals) -> str:
+    """The ASR of a defence's worst cell, by the judge that finds most."""
+    worst = max(one.worst.values(), key=lambda rate: rate.rate)
+    return f"{_percent(worst.rate)} % [{_percent(worst.low)}, {_percent(worst.high)}] n={worst.n}"
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f}".replace("100.0", "100")
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join(f"|{'|'.join(row)}|\n" if row[0] == "---" else f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def placed(text: str) -> str:
+    """The README with both tables in the place of those with the same first head."""
+    for table in (scans(), defences()):
+        head = re.escape(table.partition(" | ")[0])
+        found = list(re.finditer(rf"^{head} \|.*\n(?:\|.*\n)+", text, re.MULTILINE))
+        if len(found) != 1:
+            raise SystemExit(f"README.md has {len(found)} tables that begin with {head!r}, not one: put the head back")
+        text = text[: found[0].start()] + table + text[found[0].end() :]
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="change README.md instead of printing the tables")
+    readme = ROOT / "README.md"
+    if parser.parse_args().write:
+        readme.write_text(placed(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(scans(), defences(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
