@@ -64,11 +64,11 @@ def entries(*kinds: str) -> list[tuple[str, str]]:
     return [(kind, name) for kind in kinds for name in registry(kind)]
 
 
-def tree(document: str, section: str) -> dict[str, str]:
-    """Paths of the section's tree of ``src/gradshield/`` with what is said of each; two spaces deeper is one level."""
-    text = (ROOT / document).read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+def tree(document: str) -> dict[str, str]:
+    """Paths of the document's tree of ``src/gradshield/`` with what is said of each; two spaces deeper is one level."""
+    text = (ROOT / document).read_text(encoding="utf-8")
     block = re.search(r"```text\nsrc/gradshield/\n(.*?)```", text, re.DOTALL)
-    assert block, f"{document} has no tree that begins with src/gradshield/ under {section!r}"
+    assert block, f"{document} has no tree that begins with src/gradshield/"
     found, parents = {}, []
     for line in block[1].splitlines():
         name, _, about = line.strip().partition(" ")
@@ -146,14 +146,8 @@ def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 
-def test_readme_names_every_room() -> None:
-    said = tree("README.md", "The rooms")
-    assert set(said) == {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
-    assert all(said.values())
-
-
-def test_architecture_names_every_file() -> None:
-    said = tree("docs/architecture.md", "Every file")
+def test_readme_tree_names_every_file() -> None:
+    said = tree("README.md")
     real = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.stat().st_size}
     named = {path for path in said if path.endswith(".py")}
     assert named == real, f"missing: {sorted(real - named)}; not there: {sorted(named - real)}"
@@ -162,7 +156,7 @@ def test_architecture_names_every_file() -> None:
 
 
 def test_architecture_tree_names_every_room() -> None:
-    said = tree("docs/architecture.md", "Rooms")
+    said = tree("docs/architecture.md")
     real = {p.name + "/" if p.is_dir() else p.name for p in PACKAGE.iterdir() if p.is_dir() or p.suffix == ".py"}
     assert set(said) == real - {"__pycache__/"}
     assert all(said.values())
