@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -13,12 +13,12 @@ import numpy as np
 
 from gradshield import lab
 from gradshield.errors import DataError, UsageError
-from gradshield.evaluation.asr import asr, over_refusal
+from gradshield.evaluation.asr import asr, attacked, over_refusal
 from gradshield.evaluation.generate import Generate, generator
 from gradshield.evaluation.judges import Judge, LabClassifier, RefusalPhrases
 from gradshield.evaluation.judges import parse as parse_judge
 from gradshield.evaluation.loss import response_loss
-from gradshield.evaluation.stats import mean_interval
+from gradshield.evaluation.stats import mcnemar, mean_interval
 from gradshield.evaluation.task_files import task_file
 from gradshield.evaluation.utility import utility
 from gradshield.intervals import wilson
@@ -258,3 +258,12 @@ def asked(result: EvalResult) -> EvalResult:
     """The answers to harmful requests alone, which every judge of them has judged: an exam asks them first."""
     counts = [rate.n for name, rate in result.rates.items() if name.startswith("asr/")]
     return EvalResult(result.rates, result.outputs[: counts[0] if counts else 0])
+
+
+def changes(before: EvalResult, after: EvalResult) -> dict[str, Any]:
+    """McNemar's test of the same requests before and after, by judge."""
+    judges = [name.partition("/")[2] for name in after.rates if name.startswith("asr/")]
+    return {
+        judge: asdict(mcnemar(np.asarray(attacked(asked(before), judge)), np.asarray(attacked(asked(after), judge))))
+        for judge in judges
+    }

@@ -19,16 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gradshield.columns import Coded
 from gradshield.errors import UsageError
-from gradshield.evaluation.asr import agreement, attacked
-from gradshield.evaluation.stats import mcnemar
+from gradshield.evaluation.asr import agreement
 from gradshield.pipeline import card, outputs, verify
 from gradshield.pipeline.course import Chosen, Course, Fitted, Job
 from gradshield.pipeline.defences import Defence, parse
-from gradshield.pipeline.exam import Exam, Settled, asked, check_disjoint, exam, figures, never
+from gradshield.pipeline.exam import Exam, Settled, asked, changes, check_disjoint, exam, figures, never
 from gradshield.pipeline.lock import alone
 from gradshield.pipeline.options import sft_options
 from gradshield.pipeline.rows import load, prepare
@@ -391,12 +388,3 @@ def exams_of(
         return exam(split, requests, by, utility, metric, tokens, answer_prefix, halved=halved, template=template)
 
     return Exams(of("report", searching), of("search", True) if searching else Exam())
-
-
-def changes(before: EvalResult, after: EvalResult) -> dict[str, Any]:
-    """McNemar's test of the same requests before and after, by judge."""
-    judges = [name.partition("/")[2] for name in after.rates if name.startswith("asr/")]
-    return {
-        judge: asdict(mcnemar(np.asarray(attacked(asked(before), judge)), np.asarray(attacked(asked(after), judge))))
-        for judge in judges
-    }
