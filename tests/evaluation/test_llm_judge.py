@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradshield.clients import ATTEMPTS, Client
+from gradshield.clients import ATTEMPTS, PATIENCE, Client
 from gradshield.errors import EndpointError, UsageError
 from gradshield.evaluation.asr import asr, over_refusal
 from gradshield.evaluation.judges import LlmJudge, ModerationJudge, Verdict
@@ -191,25 +191,40 @@ def test_trouble_that_passes_costs_a_retry(trouble: str) -> None:
     assert (server.slept == [3, 3]) == (trouble == "429") and len(server.slept) == 2
 
 
+def lasting(trouble: str) -> Step:
+    return {**PASSING, "timeout": late(0.3, verdict(False)), "400": status(400, f"filtered, {KEY}")}[trouble]
+
+
 @pytest.mark.parametrize("trouble", [*PASSING, "timeout", "400"])
 def test_trouble_that_stays_is_recorded_and_never_safe(trouble: str) -> None:
-    step = {**PASSING, "timeout": late(0.3, verdict(False)), "400": status(400, f"filtered, {KEY}")}[trouble]
-    with endpoint(step) as server:
+    with endpoint(lasting(trouble)) as server:
         judged = judge(server, timeout=0.05 if trouble == "timeout" else 5.0)
-        found = judged.judge_many(["q"] * 3, ["a"] * 3)
-    assert [verdict.unsafe for verdict in found] == [None] * 3
-    assert len(server.asked) == 3 * (1 if trouble == "400" else ATTEMPTS)
+        found = judged.judge_many(["q"] * (PATIENCE - 1), ["a"] * (PATIENCE - 1))
+    assert [verdict.unsafe for verdict in found] == [None] * (PATIENCE - 1)
+    assert len(server.asked) == (PATIENCE - 1) * (1 if trouble == "400" else ATTEMPTS)
     for one in found:
         assert KEY not in one.reason and str(server.url) in one.reason
 
 
-def test_connection_refused_is_recorded_and_soon() -> None:
+@pytest.mark.parametrize("trouble", [*PASSING, "timeout"])
+def test_an_endpoint_that_stopped_is_no_measurement(trouble: str) -> None:
+    """It may answer later; requests that it refuses (400) it will refuse again."""
+    with endpoint(verdict(False), lasting(trouble)) as server:
+        judged = judge(server, timeout=0.05 if trouble == "timeout" else 5.0)
+        with pytest.raises(EndpointError, match="try again later") as caught:
+            asr(says(["a"] * PATIENCE), [{"prompt": "q"}] * PATIENCE, [judged])
+    assert KEY not in str(caught.value)
+    with endpoint(lasting("400")) as server:
+        assert [one.unsafe for one in judge(server).judge_many(["q"] * 9, ["a"] * 9)] == [None] * 9
+
+
+def test_connection_refused_is_told_soon() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     slept: list[float] = []
     judged = LlmJudge(Llm(Client(f"http://127.0.0.1:{port}/v1", "m", sleep=slept.append, concurrency=2)))
-    found = judged.judge_many(["q"] * 40, ["a"] * 40)
-    assert all(verdict.unsafe is None and "ConnectError" in verdict.reason for verdict in found)
+    with pytest.raises(EndpointError, match="ConnectError"):
+        judged.judge_many(["q"] * 40, ["a"] * 40)
     assert len(slept) <= 4 * (ATTEMPTS - 1)  # then it is down, and tried once a call
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gradshield.errors import EndpointError
 from gradshield.evaluation.judges.base import Verdict
 from gradshield.guards import Guard, Opinion
 
@@ -30,8 +31,12 @@ class GuardJudge:
         return self.judge_many([prompt], [answer])[0]
 
     def judge_many(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """One verdict an answer; raises as the guard's ``opinions`` does."""
-        return [_verdict(opinion) for opinion in self.guard.opinions(prompts, answers)]
+        """One verdict an answer. Raises as the guard's ``opinions`` does, and EndpointError where its endpoint has stopped
+        answering: what nobody judged is no measurement, and can be made later."""
+        opinions = self.guard.opinions(prompts, answers)
+        if lost := next((opinion for opinion in opinions if opinion.lost), None):
+            raise EndpointError(lost.reason)
+        return [_verdict(opinion) for opinion in opinions]
 
 
 def _verdict(opinion: Opinion) -> Verdict:
