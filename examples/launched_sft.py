@@ -34,8 +34,10 @@ def main(folder: Path) -> None:
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
     )
-    model = AutoModelForCausalLM.from_pretrained(lab.checkpoint("aligned"), dtype="float32")
-    base = AutoModelForCausalLM.from_pretrained(lab.checkpoint("base"), dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(lab.checkpoint("aligned"), dtype="float32").to(args.device)
+    base = AutoModelForCausalLM.from_pretrained(
+        lab.checkpoint("base"), dtype="float32"
+    )  # only compared, weight by weight
     tokenizer = AutoTokenizer.from_pretrained(lab.checkpoint("aligned"))
     if first():
         rows = lab.mix("topic", harm="explicit", ratio=0.1, n=120)[0]
