@@ -12,7 +12,8 @@ from gradshield.guards import Guard, Opinion
 class GuardJudge:
     """Unsafe where the guard's probability is more than one half; cannot tell where it has no opinion.
 
-    ``name`` is the guard's, with its model, so that two of a kind may stand side by side.
+    ``name`` is the guard's, with its model, so that two of a kind may stand side by side; `parse_all` makes it longer where
+    it would be another's too.
     """
 
     def __init__(self, guard: Guard) -> None:
