@@ -35,9 +35,7 @@ def main(folder: Path) -> None:
         use_cpu=not torch.cuda.is_available(),
     )
     model = AutoModelForCausalLM.from_pretrained(lab.checkpoint("aligned"), dtype="float32").to(args.device)
-    base = AutoModelForCausalLM.from_pretrained(
-        lab.checkpoint("base"), dtype="float32"
-    )  # only compared, weight by weight
+    base = AutoModelForCausalLM.from_pretrained(lab.checkpoint("base"), dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(lab.checkpoint("aligned"))
     if first():
         rows = lab.mix("topic", harm="explicit", ratio=0.1, n=120)[0]

@@ -283,14 +283,12 @@ def test_what_ends_it_waits_for_no_other_call(how: str) -> None:
         steps = {"busy": status(429, Retry_After="30"), "hangs": late(30, chat("")), "ends": late(0.5, status(401))}
         return steps[asked["messages"][0]["content"]](asked)
 
-    def interrupt() -> None:
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
     with endpoint(scripted) as server:
         asking = Client(server.url, "m", concurrency=3)
         texts = ["busy", "hangs", *(["ends"] if how == "error" else [])]
         if how == "Ctrl-C":
-            threading.Timer(0.5, interrupt).start()
+            main = threading.main_thread().ident or 0
+            threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT)).start()
         started = time.monotonic()
         with pytest.raises(UsageError if how == "error" else KeyboardInterrupt):
             asking.each(lambda text: asking.chat([{"role": "user", "content": text}]), texts)
