@@ -48,8 +48,7 @@ class FrozenReferenceKL:
         self._value: Tensor | None = None
 
     def prepare(self, model: nn.Module) -> None:
-        """Settle where θ0's logits come from. Raises UsageError for a soft prompt, which changes a sequence's "
-        "length."""
+        """Settle where θ0's logits come from. Raises UsageError for a soft prompt, which changes a sequence's length."""
         self._value, self._copy, self._prepared = None, None, True
         configs = getattr(model, "peft_config", {}).values()
         if any(config.is_prompt_learning for config in configs):
