@@ -35,8 +35,8 @@ def generator(
     """A callable from prompts to greedy answers, without special tokens and surrounding white space.
 
     The same prompts give the same answers. Whatever sampling or penalty the model's ``generation_config`` asks for is
-    left out, and that config, the training mode of the model and the tokenizer are as before after every call, also
-    after an exception.
+    left out, and that config, the mode of each of the model's modules and the tokenizer are as before after every call,
+    also after an exception.
 
     Parameters
     ----------
@@ -96,16 +96,18 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 @contextmanager
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
-    """The model in eval mode with a plain greedy ``generation_config``, both put back on the way out.
+    """The model in evaluation mode with a plain greedy ``generation_config``, both put back on the way out.
 
     The config is replaced, not passed to ``generate``: transformers fills what a passed config leaves open from the
     model's own, so a repetition penalty in there would come through.
     """
     from transformers import GenerationConfig
 
+    from gradshield.gradients.base import evaluating
+
     stops = stop_tokens(model, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, *stops) if i is not None), 0)
-    config, training = model.generation_config, model.training
+    config = model.generation_config
     model.generation_config = cast(Any, GenerationConfig)(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -114,12 +116,11 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
         pad_token_id=pad,
         bos_token_id=tokenizer.bos_token_id,
     )
-    model.train(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = config
-        model.train(training)
 
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Sequence[int]]) -> list[str]:
