@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from gradshield.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -125,25 +124,15 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Sequence[int]]) -> list[str]:
     """The model's answer to each row of a batch, under the ``generation_config`` that the model has now."""
-    pad = model.generation_config.pad_token_id
-    ids, attention = _left_padded(batch, pad, model.device)
-    sequences = cast(Any, model).generate(input_ids=ids, attention_mask=attention)
+    import torch
+
+    from gradshield.data import left_padded
+
+    ids, attention = map(torch.from_numpy, left_padded(batch, model.generation_config.pad_token_id))
+    sequences = cast(Any, model).generate(input_ids=ids.to(model.device), attention_mask=attention.to(model.device))
     out = sequences[:, ids.shape[1] :]  # (B, new)
     stops = set(model.generation_config.eos_token_id or ())
     return [str(tokenizer.decode(_until(row, stops), skip_special_tokens=True)).strip() for row in out.tolist()]
-
-
-def _left_padded(batch: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, each (B, T), with the padding before the first token."""
-    import torch
-
-    width = max(len(row) for row in batch)
-    ids = torch.full((len(batch), width), pad, dtype=torch.long)
-    attention = torch.zeros((len(batch), width), dtype=torch.long)
-    for i, row in enumerate(batch):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        attention[i, width - len(row) :] = 1
-    return ids.to(device), attention.to(device)
 
 
 def _until(row: list[int], stops: set[int]) -> list[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradshield import models
+from gradshield.data import left_padded
 from gradshield.errors import ModelError, UsageError
 from gradshield.guards.base import GUARDS, Opinion, short_name
 
@@ -153,12 +154,7 @@ class Generative:
         import torch
 
         model: Any = self._loaded.model
-        width = max(map(len, batch))
-        ids = torch.full((len(batch), width), self._loaded.pad_token_id)
-        attention = torch.zeros((len(batch), width), dtype=torch.long)
-        for i, row in enumerate(batch):  # padded on the left: every row's next token stands in the last column
-            ids[i, width - len(row) :] = torch.tensor(row)
-            attention[i, width - len(row) :] = 1
+        ids, attention = map(torch.from_numpy, left_padded(batch, self._loaded.pad_token_id))
         with torch.inference_mode():
             out = model.generate(
                 input_ids=ids.to(model.device),
@@ -166,7 +162,7 @@ class Generative:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        new = out.sequences[:, width:].tolist()  # (B, new)
+        new = out.sequences[:, ids.shape[1] :].tolist()  # (B, new)
         return [self._read(row, [step[i] for step in out.logits]) for i, row in enumerate(new)]
 
     def _read(self, tokens: Sequence[int], logits: Sequence[Any]) -> Opinion:
