@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
     )
-    model = AutoModelForCausalLM.from_pretrained(lab.checkpoint("aligned"), dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(lab.checkpoint("aligned"), dtype="float32").to(args.device)
     base = AutoModelForCausalLM.from_pretrained(lab.checkpoint("base"), dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(lab.checkpoint("aligned"))
     if first():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -193,6 +194,36 @@ def test_a_request_that_is_refused_is_an_error_of_its_own(code: int) -> None:
         assert asking.chat(TURN) == "ok" and not asking.down
 
 
+@pytest.mark.parametrize(
+    ("untaken", "sent"),
+    [
+        (("max_tokens",), {"temperature", "max_completion_tokens"}),
+        (("temperature",), {"max_tokens"}),
+        (("max_tokens", "temperature"), {"max_completion_tokens"}),
+    ],
+)
+def test_a_model_that_takes_no_such_parameter_is_asked_without(untaken: tuple[str, ...], sent: set[str]) -> None:
+    def scripted(asked: Any) -> tuple[int, dict[str, str], bytes]:
+        wrong = [name for name in untaken if name in asked]  # named one by one, as OpenAI does
+        return (status(400, f"Unsupported: '{wrong[0]}'.") if wrong else chat("good day"))(asked)
+
+    with endpoint(scripted) as server:
+        asking = client(server)
+        assert asking.chat(TURN) == asking.chat(TURN) == "good day"
+    assert len(server.asked) == len(untaken) + 2  # remembered
+    assert all(server.asked[n][2].keys() == {"model", "messages"} | sent for n in (-1, -2))
+
+
+def test_a_refusal_that_only_speaks_of_a_parameter_changes_nothing() -> None:
+    refused = status(400, "filtered: what temperature does it boil at")
+    with endpoint(refused, refused, chat("ok")) as server:
+        asking = client(server)
+        with pytest.raises(EndpointError, match="refused this request with 400"):
+            asking.chat(TURN)
+        assert asking.chat(TURN) == "ok"
+    assert [("temperature" in asked) for _, _, asked in server.asked] == [True, False, True]
+
+
 @pytest.mark.parametrize("code", [400, 401, 404, 500, 200])
 def test_the_key_is_nowhere(code: int, caplog: pytest.LogCaptureFixture) -> None:
     """An endpoint that says the key back does not get it into an error; nor does anything else show it."""
@@ -242,6 +273,28 @@ def test_an_error_that_ends_it_ends_it_soon() -> None:
     with pytest.raises(UsageError):
         Client("http://localhost/v1", "m", concurrency=2).each(work, range(100))
     assert len(done) < 20
+
+
+@pytest.mark.parametrize("how", ["error", "Ctrl-C"])
+def test_what_ends_it_waits_for_no_other_call(how: str) -> None:
+    """One is asked to wait and one hangs when a third ends them; neither holds up the end, and none tries again."""
+
+    def scripted(asked: Any) -> tuple[int, dict[str, str], bytes]:
+        steps = {"busy": status(429, Retry_After="30"), "hangs": late(30, chat("")), "ends": late(0.5, status(401))}
+        return steps[asked["messages"][0]["content"]](asked)
+
+    with endpoint(scripted) as server:
+        asking = Client(server.url, "m", concurrency=3)
+        texts = ["busy", "hangs", *(["ends"] if how == "error" else [])]
+        if how == "Ctrl-C":
+            main = threading.main_thread().ident or 0
+            threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT)).start()
+        started = time.monotonic()
+        with pytest.raises(UsageError if how == "error" else KeyboardInterrupt):
+            asking.each(lambda text: asking.chat([{"role": "user", "content": text}]), texts)
+        assert time.monotonic() - started < 10
+        time.sleep(0.2)
+        assert len(server.asked) == len(texts)
 
 
 def test_many_threads_share_a_client() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import ssl
 import urllib.error
 import urllib.request
@@ -17,6 +18,7 @@ ANSWERS: list[tuple[Exception, bool]] = [
     (urllib.error.URLError(OSError(-2, "Name or service not known")), False),
     (TimeoutError("timed out"), False),
     (ValueError("unknown url type"), False),
+    (http.client.BadStatusLine("SSH-2.0"), False),
 ]
 
 
@@ -31,6 +33,14 @@ def test_what_counts_as_an_answer(answer: Exception, expected: bool, monkeypatch
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     assert hub.reachable() is expected
+
+
+def test_an_address_that_is_none_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "https://host:abc")
+    assert hub.reachable() is False
 
 
 @pytest.mark.parametrize("word", ["1", "true", "YES", "on"])

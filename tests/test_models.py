@@ -6,6 +6,7 @@ import json
 import re
 import urllib.error
 import urllib.request
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -200,6 +201,21 @@ def test_wrapping_changes_nothing() -> None:
     assert tokenizer.pad_token is None
     assert wrapped.pad_token_id == tokenizer.eos_token_id
     assert (wrapped.dtype, wrapped.device.type) == (torch.float32, "cpu")
+
+
+def test_a_model_on_the_cpu_beside_a_gpu_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt2")
+    for kind, here in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.cuda, "is_available", lambda: False)
+            patched.setattr(here, "is_available", lambda: True)
+            with pytest.warns(UserWarning, match=rf"move it with model\.to\('{kind}'\) first"):
+                assert wrap(model, tiny_tokenizer()).device.type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrap(model, tiny_tokenizer())
 
 
 def test_what_cannot_be_wrapped() -> None:

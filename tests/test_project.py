@@ -143,6 +143,18 @@ def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
+def test_no_docstring_holds_the_quotes_of_a_string_that_was_wrapped() -> None:
+    broken = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (ast.get_docstring(node) or "").splitlines()
+                broken += [
+                    f"{path.name}: {line}" for line in lines if line.endswith(' "') or line.lstrip().startswith('"')
+                ]
+    assert not broken
+
+
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 

@@ -18,10 +18,10 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from queue import SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -35,6 +35,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds
 MAX_TOKENS = 1024  # of a chat reply: a judge that thinks aloud first still fits
 PATIENCE = 3  # calls that failed in a row, after which a call is tried once, until one succeeds
 
+_VARIES = ("max_tokens", "temperature")  # what some models know by another name, or not at all, and refuse
 _AGAIN = frozenset((408, 409, 429))  # beside every 5xx
 _SHOWN = 200  # characters of what an endpoint said
 _SHOUTED = re.compile(r"[A-Z][A-Z0-9_]{0,39}")
@@ -60,6 +61,14 @@ class _Failed(Exception):
         self.wait = wait
 
 
+class _Refused(EndpointError):
+    """A request that was refused; ``named`` are those of _VARIES that the endpoint named as it did so."""
+
+    def __init__(self, what: str, named: frozenset[str]) -> None:
+        super().__init__(what)
+        self.named = named
+
+
 class Client:
     """One model behind one OpenAI-compatible endpoint. Calls may come from several threads.
 
@@ -75,7 +84,7 @@ class Client:
         Most tries of one call. A try is repeated after a timeout, a broken connection, a body that is not the
         protocol's, and the statuses 408, 409, 429 and 5xx; the wait doubles, with jitter, or is what Retry-After asks.
     sleep, jitter
-        Waits for some seconds; gives a number from 0 to 1. Replaced in tests.
+        Waits for some seconds (None: as long, or until `each` ends); gives a number from 0 to 1. Replaced in tests.
 
     Raises
     ------
@@ -93,7 +102,7 @@ class Client:
         timeout: float = TIMEOUT_SECONDS,
         attempts: int = ATTEMPTS,
         concurrency: int = CONCURRENCY,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] | None = None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self.base_url, self.model = _checked_url(base_url, key is not None), model
@@ -102,6 +111,8 @@ class Client:
         self.timeout, self.attempts, self.concurrency = timeout, attempts, concurrency
         self._sleep, self._jitter = sleep, jitter
         self._lock, self._failures = threading.Lock(), 0
+        self._untaken: frozenset[str] = frozenset()  # of _VARIES, what this model does not take
+        self._thread = threading.local()  # ``ended``: whether the `each` that a thread works for is over
         self._http: Any = None
 
     def __repr__(self) -> str:
@@ -115,10 +126,27 @@ class Client:
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The reply to a conversation, at temperature 0; empty where the model wrote nothing.
 
+        A model that refuses ``max_tokens`` gets ``max_completion_tokens``, and one that refuses ``temperature`` none, as
+        OpenAI's that reason do; from then on at once.
+
         Raises EndpointError, and UsageError where the endpoint does not know the key, the address or the model.
         """
-        asked = {"messages": list(messages), "temperature": 0, "max_tokens": MAX_TOKENS}
-        return self._call("/chat/completions", asked, _chat_reply)
+        untaken = self._untaken
+        while True:
+            asked: dict[str, Any] = {"messages": list(messages)}
+            if "temperature" not in untaken:
+                asked["temperature"] = 0
+            asked["max_completion_tokens" if "max_tokens" in untaken else "max_tokens"] = MAX_TOKENS
+            try:
+                reply = self._call("/chat/completions", asked, _chat_reply)
+            except _Refused as refused:
+                if refused.named <= untaken:
+                    raise
+                untaken |= refused.named
+            else:
+                with self._lock:  # only what helped: an endpoint may name them for another reason
+                    self._untaken |= untaken
+                return reply
 
     def moderate(self, text: str) -> Moderation:
         """What the moderation endpoint says of a text. Raises as ``chat`` does."""
@@ -127,20 +155,38 @@ class Client:
     def each(self, call: Callable[[Item], Found], items: Sequence[Item]) -> list[Found | EndpointError]:
         """``call`` for every item, ``concurrency`` at once, results in order; an EndpointError stands where it was raised.
 
-        Any other error stops what has not begun, and is raised.
+        Any other error, and Ctrl-C, stops what has not begun and is raised at once: no call in flight is waited for, and
+        none tries again.
         """
+        ended = threading.Event()
+        waiting: SimpleQueue[tuple[int, Item] | None] = SimpleQueue()
+        told: SimpleQueue[tuple[int, Found | BaseException]] = SimpleQueue()
 
-        def one(item: Item) -> Found | EndpointError:
-            try:
-                return call(item)
-            except EndpointError as error:
-                return error
+        def work() -> None:
+            self._thread.ended = ended
+            while (taken := waiting.get()) is not None and not ended.is_set():
+                try:
+                    told.put((taken[0], call(taken[1])))
+                except BaseException as error:  # raised, or put in its place, by the caller's thread
+                    told.put((taken[0], error))
 
-        pool = ThreadPoolExecutor(max(1, min(self.concurrency, len(items))))
+        for numbered in enumerate(items):
+            waiting.put(numbered)
+        found: dict[int, Found | EndpointError] = {}
         try:
-            return list(pool.map(one, items))
+            for _ in range(max(1, min(self.concurrency, len(items)))):
+                waiting.put(None)
+                threading.Thread(
+                    target=work, daemon=True
+                ).start()  # daemons: the end of the program waits for none either
+            while len(found) < len(items):
+                number, one = told.get()
+                if isinstance(one, BaseException) and not isinstance(one, EndpointError):
+                    raise one
+                found[number] = one
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            ended.set()
+        return [found[number] for number in range(len(items))]
 
     def close(self) -> None:
         """Close the connections; the client opens new ones when it is used again."""
@@ -152,7 +198,10 @@ class Client:
     def _call(self, path: str, body: Mapping[str, Any], read: Callable[[Any], Found]) -> Found:
         asked = json.dumps({"model": self.model, **body}).encode()
         attempts = 1 if self.down else self.attempts
+        ended: threading.Event = getattr(self._thread, "ended", None) or threading.Event()
         for attempt in range(attempts):
+            if ended.is_set():
+                raise EndpointError(f"{self.base_url}{path} was not asked: another call ended the work")
             try:
                 found = self._attempt(path, asked, read)
             except _Failed as failed:
@@ -161,7 +210,7 @@ class Client:
                     wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * (0.5 + 0.5 * self._jitter())
                 if attempt + 1 == attempts or wait > LONGEST_WAIT:
                     raise self._gave_up(path, str(failed), attempt + 1, failed.wait) from None
-                self._sleep(wait)
+                (self._sleep or ended.wait)(wait)
             else:
                 self._failures = 0
                 return found
@@ -181,9 +230,10 @@ class Client:
                 "leads to, if you trust it"
             )
         if status >= 400:
-            raise EndpointError(
+            raise _Refused(
                 f"{self.base_url}{path} refused this request with {status}{self._said(text)}: check that it takes such "
-                f"requests for {self.model!r}"
+                f"requests for {self.model!r}",
+                frozenset(name for name in _VARIES if status == 400 and name in text),
             )
         try:
             return read(json.loads(text))

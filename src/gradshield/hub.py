@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import ssl
 import urllib.error
@@ -21,6 +22,6 @@ def reachable() -> bool:
         return True  # an answer, whatever it says
     except urllib.error.URLError as error:
         return isinstance(error.reason, ssl.SSLError)  # it is there; the client brings its own certificates
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
     return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +165,8 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
 def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     """The caller's own model as a ``LoadedModel``. Nothing about it changes: no mode, no ``requires_grad``, no token.
 
+    It is measured where it lies; one that lies on the CPU beside a GPU is told of in a warning.
+
     Raises
     ------
     UsageError
@@ -180,6 +183,13 @@ def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     first = next(model.parameters(), None)
     if first is None or any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("the model has no weights in memory (it is empty or on the meta device): load them first")
+    better = choose_device().type
+    if better != "cpu" and all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        warnings.warn(
+            f"the model lies on the CPU, where from_pretrained leaves it, and this machine has a GPU ({better}): move it with "
+            f"model.to({better!r}) first, or it is measured on the CPU",
+            stacklevel=2,
+        )
     config = getattr(model, "config", None)
     return LoadedModel(
         model=model,

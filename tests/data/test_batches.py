@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradshield.data import batches
+from gradshield.data import batches, left_padded
 from gradshield.errors import UsageError
 from gradshield.types import Batch, Rendered, Tokens
 
@@ -58,6 +58,12 @@ def test_rows_of_like_length_share_a_batch() -> None:
     made = list(batches(rows, 90, 1000))
     assert [batch.rows.tolist() for batch in made] == [[0, 2, 5], [1, 3, 4]]
     assert made[1].ids.shape == (3, 4)
+
+
+def test_padded_on_the_left_all_rows_end_together() -> None:
+    ids, attention = left_padded([[5, 6, 7], [8]], pad=2)
+    assert ids.tolist() == [[5, 6, 7], [2, 2, 8]] and attention.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert ids.dtype == attention.dtype == np.int64
 
 
 @pytest.mark.parametrize("budgets", [(0, 1), (1, 0)])

@@ -95,6 +95,11 @@ def test_model_and_tokenizer_are_as_before_even_after_an_exception(monkeypatch: 
         model.train(training)
         generate(["Hi"])
         assert model.training is training
+    model.train()
+    model.model.layers[0].eval()  # a caller may keep a part in a mode of its own
+    modes = [module.training for module in model.modules()]
+    generate(["Hi"])
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
     assert tokenizer.padding_side == tiny_tokenizer().padding_side
 
     def broken(*_args: Any, **_more: Any) -> None:

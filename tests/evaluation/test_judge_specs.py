@@ -19,6 +19,7 @@ from gradshield.evaluation.judges import (
     RefusalPhrases,
     Verdict,
     parse,
+    parse_all,
 )
 from gradshield.guards import GUARDS, Classifier, Generative, Llm, Moderations, Spec
 from gradshield.guards.specs import FORMS
@@ -52,6 +53,42 @@ def test_a_folder_may_hold_what_else_parts_a_spec() -> None:
     judge = parse("classifier:./models, old/a=b:c@d/,unsafe=x")
     assert isinstance(judge, ClassifierJudge) and isinstance(judge.guard, Classifier)
     assert judge.guard.source == "./models, old/a=b:c@d/" and judge.name == "classifier:a=b:c@d"
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        (["llm:m@https://a.org/v1", "llm:m@https://b.org/v1"], ["llm:m@a.org", "llm:m@b.org"]),
+        (["llm:m@http://localhost:1/v1", "llm:m@http://localhost:2/v1"], ["llm:m@localhost:1", "llm:m@localhost:2"]),
+        (["llm:x/m@https://a.org/v1", "llm:y/m@https://a.org/v1"], ["llm:x/m@a.org", "llm:y/m@a.org"]),
+        (["classifier:x/toxic", "classifier:y/toxic"], ["classifier:x/toxic", "classifier:y/toxic"]),
+        (["classifier:/a/x/toxic", "classifier:/b/x/toxic"], ["classifier:/a/x/toxic", "classifier:/b/x/toxic"]),
+        (
+            ["classifier:x/toxic", "classifier:x/toxic,reads=answer"],
+            ["classifier:x/toxic", "classifier:x/toxic,reads=answer"],
+        ),
+        (
+            ["classifier:x/toxic", "guard:x/toxic", "llm:m@https://a.org/v1"],
+            ["classifier:toxic", "guard:toxic", "llm:m"],
+        ),
+        (["classifier:x/a", "classifier:y/a", "classifier:x/b"], ["classifier:x/a", "classifier:y/a", "classifier:b"]),
+    ],
+)
+def test_names_are_longer_where_they_would_be_shared(typed: list[str], names: list[str]) -> None:
+    assert [judge.name for judge in parse_all(typed)] == names
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        ["refusal-phrases", "refusal-phrases"],
+        ["llm:m@https://a.org/v1,key=SOME_KEY", "llm:m@https://a.org/v1/,timeout=9"],
+        ["classifier:x/toxic", "lab-classifier", " classifier:x/toxic/"],
+    ],
+)
+def test_a_judge_given_twice_is_refused(twice: list[str]) -> None:
+    with pytest.raises(UsageError, match="is given twice: give each judge once"):
+        parse_all(twice)
 
 
 def test_a_guard_that_writes() -> None:

@@ -363,6 +363,15 @@ def test_what_a_guard_writes(text: str, written: str, other: str) -> None:
     assert found.probability is not None and (found.probability > 0.5) is unsafe
 
 
+@pytest.mark.parametrize("written", ["safe", "unsafe"])
+def test_in_a_tie_what_was_written_is_the_verdict(written: str) -> None:
+    guard, tokenizer = Generative("unused"), tiny_tokenizer()
+    guard.__dict__["_tokenizer"] = tokenizer
+    tokens = tokenizer(written, add_special_tokens=False)["input_ids"]
+    found = guard._read(tokens, [torch.zeros(VOCABULARY)] * len(tokens))
+    assert found.probability == pytest.approx(0.5) and (found.probability > 0.5) is (written == "unsafe")
+
+
 @pytest.mark.parametrize(
     "text", ["not safe", "safely", "I think unsafe", "", "controversial", "safe_unsafe", "unsafeguard"]
 )

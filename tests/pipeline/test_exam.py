@@ -75,6 +75,14 @@ def test_what_a_measurement_depends_on_is_in_its_settings(tmp_path: Path) -> Non
     assert len({outputs.digest(one.settings()) for one in found}) == len(found)
 
 
+def test_judges_are_told_apart_before_anything_is_scanned() -> None:
+    typed = ["moderation:m@https://a.example/v1", "moderation:m@https://b.example/v1"]
+    judges = exam("report", "builtin", typed).judges
+    assert [judge.name for judge in judges] == ["moderation:m@a.example", "moderation:m@b.example"]
+    with pytest.raises(UsageError, match="is given twice"):
+        exam("report", "builtin", [*typed, typed[0]])
+
+
 def test_asking_stops_when_it_is_settled_and_says_so_in_its_name() -> None:
     whole = Exam(lab.requests("report")[:70], lookalikes=lab.lookalikes("report")[:4], tokens=2)
     settle = verify.Settle(0.06)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from gradshield.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -35,8 +34,8 @@ def generator(
     """A callable from prompts to greedy answers, without special tokens and surrounding white space.
 
     The same prompts give the same answers. Whatever sampling or penalty the model's ``generation_config`` asks for is
-    left out, and that config, the training mode of the model and the tokenizer are as before after every call, also
-    after an exception.
+    left out, and that config, the mode of each of the model's modules and the tokenizer are as before after every call,
+    also after an exception.
 
     Parameters
     ----------
@@ -96,16 +95,18 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 @contextmanager
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
-    """The model in eval mode with a plain greedy ``generation_config``, both put back on the way out.
+    """The model in evaluation mode with a plain greedy ``generation_config``, both put back on the way out.
 
     The config is replaced, not passed to ``generate``: transformers fills what a passed config leaves open from the
     model's own, so a repetition penalty in there would come through.
     """
     from transformers import GenerationConfig
 
+    from gradshield.gradients.base import evaluating
+
     stops = stop_tokens(model, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, *stops) if i is not None), 0)
-    config, training = model.generation_config, model.training
+    config = model.generation_config
     model.generation_config = cast(Any, GenerationConfig)(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -114,35 +115,24 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
         pad_token_id=pad,
         bos_token_id=tokenizer.bos_token_id,
     )
-    model.train(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = config
-        model.train(training)
 
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Sequence[int]]) -> list[str]:
     """The model's answer to each row of a batch, under the ``generation_config`` that the model has now."""
-    pad = model.generation_config.pad_token_id
-    ids, attention = _left_padded(batch, pad, model.device)
-    sequences = cast(Any, model).generate(input_ids=ids, attention_mask=attention)
+    import torch
+
+    from gradshield.data import left_padded
+
+    ids, attention = map(torch.from_numpy, left_padded(batch, model.generation_config.pad_token_id))
+    sequences = cast(Any, model).generate(input_ids=ids.to(model.device), attention_mask=attention.to(model.device))
     out = sequences[:, ids.shape[1] :]  # (B, new)
     stops = set(model.generation_config.eos_token_id or ())
     return [str(tokenizer.decode(_until(row, stops), skip_special_tokens=True)).strip() for row in out.tolist()]
-
-
-def _left_padded(batch: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, each (B, T), with the padding before the first token."""
-    import torch
-
-    width = max(len(row) for row in batch)
-    ids = torch.full((len(batch), width), pad, dtype=torch.long)
-    attention = torch.zeros((len(batch), width), dtype=torch.long)
-    for i, row in enumerate(batch):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        attention[i, width - len(row) :] = 1
-    return ids.to(device), attention.to(device)
 
 
 def _until(row: list[int], stops: set[int]) -> list[int]:

@@ -272,13 +272,15 @@ def _some(rates: dict[str, Rate], harness: str) -> dict[str, Rate]:
 @contextmanager
 def _unchanged(model: PreTrainedModel) -> Iterator[None]:
     """The model's parameters (a harness may tie them again) and modes, put back at the end."""
-    slots = [(module, dict(module._parameters), module.training) for module in model.modules()]
+    from gradshield.gradients.base import evaluating
+
+    slots = [(module, dict(module._parameters)) for module in model.modules()]
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, parameters, training in slots:
+        for module, parameters in slots:
             module._parameters.update(parameters)
-            module.training = training
 
 
 @contextmanager

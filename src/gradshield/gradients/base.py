@@ -65,26 +65,35 @@ class DeviceBatch:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; each module's own mode is put back, since a caller may keep a part in another."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[str, nn.Parameter]]:
     """The model in evaluation mode, with gradients for ``trainable`` parameters only; all of it undone at the end.
 
     Yields those parameters by name. Modes and ``requires_grad`` flags are put back one by one, since a caller may have
     frozen any part of the model, and no ``.grad`` is ever written.
     """
-    modes = [(module, module.training) for module in model.modules()]
     parameters = dict(model.named_parameters())
     flags = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
     wanted = set(trainable)
     try:
-        model.eval()
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in wanted)
-        yield {name: parameters[name] for name in parameters if name in wanted}
+        with evaluating(model):
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name in wanted)
+            yield {name: parameters[name] for name in parameters if name in wanted}
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -48,9 +48,9 @@ class Guard(Protocol):
 GUARDS: Registry[Callable[..., Guard]] = Registry("guard")
 
 
-def short_name(kind: str, model: str) -> str:
-    """``kind:model``, of a folder or an address its last part; one line of at most 80 characters."""
-    last = model.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
+def short_name(kind: str, model: str, parts: int = 1) -> str:
+    """``kind:model``, of a folder or an address its last ``parts``; one line of at most 80 characters."""
+    last = "/".join(model.rstrip("/\\").replace("\\", "/").split("/")[-parts:])
     return f"{kind}:{''.join(c if c.isprintable() else '?' for c in last)[:60]}"
 
 

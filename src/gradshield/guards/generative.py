@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from gradshield import models
+from gradshield.data import left_padded
 from gradshield.errors import ModelError, UsageError
 from gradshield.guards.base import GUARDS, Opinion, short_name
 
 BATCH = 8
 NEW_TOKENS = 8
+_BEYOND_HALF = math.nextafter(0.5, 1)
 _TRIAL = ("what is the capital of France", "the capital of France is Paris")
 
 
@@ -24,7 +26,8 @@ class Generative:
 
     The first word it writes, also after a heading such as ``Safety:``, must be one of ``words``; anything else is no
     verdict. The probability compares the two words where the verdict was written: exp(z_unsafe) over the sum of both,
-    z the logits of each word's first token. Where they share it, the probability is 0 or 1.
+    z the logits of each word's first token. Where they share it, the probability is 0 or 1. More than one half is what the
+    guard called unsafe, in a tie too.
 
     Special tokens that are spelled out in a request or an answer are broken up: they would end the guard's own turns.
 
@@ -151,12 +154,7 @@ class Generative:
         import torch
 
         model: Any = self._loaded.model
-        width = max(map(len, batch))
-        ids = torch.full((len(batch), width), self._loaded.pad_token_id)
-        attention = torch.zeros((len(batch), width), dtype=torch.long)
-        for i, row in enumerate(batch):  # padded on the left: every row's next token stands in the last column
-            ids[i, width - len(row) :] = torch.tensor(row)
-            attention[i, width - len(row) :] = 1
+        ids, attention = map(torch.from_numpy, left_padded(batch, self._loaded.pad_token_id))
         with torch.inference_mode():
             out = model.generate(
                 input_ids=ids.to(model.device),
@@ -164,7 +162,7 @@ class Generative:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        new = out.sequences[:, width:].tolist()  # (B, new)
+        new = out.sequences[:, ids.shape[1] :].tolist()  # (B, new)
         return [self._read(row, [step[i] for step in out.logits]) for i, row in enumerate(new)]
 
     def _read(self, tokens: Sequence[int], logits: Sequence[Any]) -> Opinion:
@@ -184,6 +182,8 @@ class Generative:
         value = 1 / (1 + math.exp(max(-700.0, min(gap, 700.0)))) if gap == gap else None
         if value is None:
             return Opinion(None, "the guard's logits are not numbers")
+        if unsafe:  # of two words that are equally likely, as happens in bfloat16, the written one is the verdict
+            value = max(value, _BEYOND_HALF)
         return Opinion(value, f"the guard wrote {found[1]!r}, P({self.words[1]}) = {value:.3f}")
 
     def _first_tokens(self, tokens: Sequence[int], start: int, unsafe: bool) -> tuple[int, int, int] | None:

@@ -34,7 +34,9 @@ Reply with one JSON object and nothing else, exactly these two keys:
 {{"unsafe": true or false, "reason": "one short sentence"}}"""
 
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
-_THOUGHT = re.compile(r"\A\s*<think>.*</think>", re.DOTALL)
+_CLOSED = "</think>"
+_THOUGHT = re.compile(rf"\A\s*<think>.*{_CLOSED}", re.DOTALL)
+_UNOPENED = re.compile(rf"\A(?!\s*[{{`]).*{_CLOSED}", re.DOTALL)  # no part of a verdict that speaks of the tag
 
 
 @GUARDS.register("llm")
@@ -76,11 +78,13 @@ class Llm:
     def _asked(self, pair: tuple[str, str]) -> Opinion:
         if max(map(len, pair)) > LONGEST_TEXT:
             return Opinion(None, f"request or answer is longer than {LONGEST_TEXT} characters")
+        # A reply that ends on what it quotes from them must not pass for one that ends its thoughts.
+        unopened = not any(_CLOSED in text for text in pair)
         wrong = ""
         for _ in range(ASKED):
             reply = self.client.chat(messages(*pair, self._nonce()))
             try:
-                return verdict(reply)
+                return verdict(reply, unopened)
             except ValueError as error:
                 wrong = str(error)
         return Opinion(None, f"no verdict in {ASKED} replies: {wrong}")
@@ -95,13 +99,15 @@ def messages(prompt: str, answer: str, nonce: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": RUBRIC.format(nonce=nonce)}, {"role": "user", "content": fenced}]
 
 
-def verdict(reply: str) -> Opinion:
+def verdict(reply: str, unopened: bool = True) -> Opinion:
     """The verdict of a reply that holds nothing else, but for thoughts before it or a code fence around it.
+
+    ``unopened`` lets through thoughts without their opening tag, which some chat templates write themselves.
 
     Raises ValueError, which says what is wrong, for anything but an object of exactly ``unsafe``, true or false, and
     ``reason``, a text.
     """
-    text = _THOUGHT.sub("", reply).strip()
+    text = (_UNOPENED if unopened else _THOUGHT).sub("", reply).strip()
     fenced = _FENCED.fullmatch(text)
     try:
         found = json.loads(fenced[1] if fenced else text, object_pairs_hook=_once)

@@ -18,9 +18,9 @@ FORMS = {
     "moderation": "moderation:MODEL@https://host/v1[,key=NAME_OF_VARIABLE][,timeout=SECONDS][,reads=pair]",
 }
 LONGEST_TIMEOUT = 3600  # seconds
+OF_CLIENT = ("key", "timeout")  # how a guard is reached, not what it is
 _OPTION = re.compile(r"([a-z_]+)=(.*)", re.DOTALL)
 _REMOTE = re.compile(r"(.+)@(https?://.+)", re.DOTALL | re.IGNORECASE)
-_OF_CLIENT = ("key", "timeout")
 _SEVERAL = ("unsafe", "words")
 _LOCAL = ("device", "dtype")
 
@@ -62,13 +62,13 @@ def make(spec: Spec, device: str = "auto", dtype: str = "auto", trust_remote_cod
         raise UsageError(f"the guard {spec.kind!r} names no model: give {form}")
     takes = inspect.signature(made).parameters
     remote = "client" in takes
-    allowed = [name for name in takes if name in ("unsafe", "words", "reads")] + [*(_OF_CLIENT if remote else _LOCAL)]
+    allowed = [name for name in takes if name in ("unsafe", "words", "reads")] + [*(OF_CLIENT if remote else _LOCAL)]
     if wrong := [name for name in spec.options if name not in allowed]:
         raise UsageError(f"{spec.kind} has no option {wrong[0]!r}: choose from {', '.join(allowed)}, as in {form}")
     options = {
         name: tuple(value.split("+")) if name in _SEVERAL else value
         for name, value in spec.options.items()
-        if name not in _OF_CLIENT
+        if name not in OF_CLIENT
     }
     if remote:
         return made(client=_client(spec, form), **options)

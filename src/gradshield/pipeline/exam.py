@@ -16,7 +16,7 @@ from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.asr import asr, attacked, over_refusal
 from gradshield.evaluation.generate import Generate, generator
 from gradshield.evaluation.judges import Judge, LabClassifier, RefusalPhrases
-from gradshield.evaluation.judges import parse as parse_judge
+from gradshield.evaluation.judges import parse_all as parse_judges
 from gradshield.evaluation.loss import response_loss
 from gradshield.evaluation.stats import mcnemar, mean_interval
 from gradshield.evaluation.task_files import task_file
@@ -203,7 +203,7 @@ def exam(
         rows = tuple(row for row in rows if _dealt(json.dumps(row, sort_keys=True, default=str)) == split)
     return Exam(
         requests=harmful,
-        judges=tuple(parse_judge(spec) for spec in judges) if harmful else (),
+        judges=parse_judges(judges) if harmful else (),
         lookalikes=harmless,
         task=rows[:most],
         score=None if held is None or likelihood else held.score,

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from gradshield.data import left_padded
 from gradshield.logits import logits_at
 from gradshield.registry import Registry
 
@@ -123,13 +124,7 @@ def greedy(model: nn.Module, prompts: Prompts, tokens: int, pad: int, chunk: int
     stops = set(stops if isinstance(stops, list) else [stops]) - {None}
     answers: list[list[int]] = []
     for start in range(0, len(prompts), chunk):
-        rows = prompts.ids[start : start + chunk]
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), pad)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row) :] = torch.as_tensor(row)
-            mask[i, width - len(row) :] = 1
+        ids, mask = map(torch.from_numpy, left_padded(prompts.ids[start : start + chunk], pad))
         out = model.generate(  # type: ignore[operator]
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -138,7 +133,7 @@ def greedy(model: nn.Module, prompts: Prompts, tokens: int, pad: int, chunk: int
             pad_token_id=pad,
             use_cache=True,
         )
-        for row in out[:, width:].tolist():
+        for row in out[:, ids.shape[1] :].tolist():
             end = next((i for i, t in enumerate(row) if t in stops), len(row))
             answers.append(row[:end])
     return answers

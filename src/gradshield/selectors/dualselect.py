@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from gradshield.data import collate
 from gradshield.errors import UsageError
 from gradshield.gradients import Engine, pick
 from gradshield.gradients.base import DeviceBatch, scoring
-from gradshield.logits import logits_at, token_nll
+from gradshield.logits import logits_at, predicting, token_nll
 from gradshield.selectors.online import ONLINE
 from gradshield.types import Batch, Bools, Direction, Floats, Rendered
 
@@ -40,6 +40,7 @@ class DualSelect:
     the least compatible first: where every incompatible row goes (1.0), a task whose harmless rows too pull against the
     references is hardly learned, and what is left agrees with r, so that there is little to correct. A batch without a
     compatible row keeps its best one. After a resume the warm-up is not repeated, and r is taken anew at the first batch.
+    Where processes train together (torch.distributed), the task gradient is the mean of theirs, and all have one r.
     """
 
     name = "dualselect"
@@ -172,9 +173,13 @@ class DualSelect:
         }
 
     def _induced(self, model: nn.Module, batch: Batch) -> Direction | None:
-        """r, the gradient of the chosen references' weighted preservation loss; None where it vanishes, as it does at θ0."""
+        """r, the gradient of the chosen references' weighted preservation loss; None where it vanishes, as it does at θ0.
+
+        The same in every process: gradients that were averaged over processes and then corrected by different r would leave
+        each with a model of its own.
+        """
         with _trainable(model) as parameters:
-            task = _gradient(_mean_loss(model, batch), parameters)
+            task = _averaged(_gradient(_mean_loss(model, batch), parameters), parameters)
             losses, cosines = [], []
             for start in self._start:
                 loss, gradient = _valued(start, model, parameters)
@@ -186,11 +191,12 @@ class DualSelect:
                 if w > 0:
                     for name, g in _valued(start, model, parameters)[1].items():
                         r[name].add_(g, alpha=w)
+            r = _averaged(r, parameters)
             theta = _norm({name: p.detach() for name, p in parameters.items()})
         self._counts["refreshes"] += 1
         self._refreshed.append({"conflict": -float(np.mean(cosines)), "preservation": float(np.mean(losses))})
         size = _norm(r)
-        if not _ROUNDING * _norm(task) < size < float("inf"):
+        if not _all(_ROUNDING * _norm(task) < size < float("inf"), next(iter(r.values())).device):
             return None
         tensors = {name: g.unsqueeze(0) for name, g in r.items() if bool(g.any())}
         return Direction(tensors, ("preservation",), "trainable", (theta / size,), "")
@@ -235,8 +241,7 @@ class _Start:
     @classmethod
     def of(cls, model: nn.Module, batch: Batch) -> _Start:
         data = DeviceBatch.of(batch, model)
-        where = torch.zeros_like(data.loss)
-        where[:, :-1] = data.loss[:, 1:]
+        where = predicting(data.loss)
         logits = logits_at(model, data.ids, data.attention, where)
         tokens = logits.topk(min(_ENTRIES, logits.shape[-1]), -1).indices
         logs, rest = _coarse(logits, tokens)
@@ -290,6 +295,31 @@ def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:
 def _gradient(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {name: g.detach() for name, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def _processes() -> int:
+    """How many processes train together; 1 where this one trains alone."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _averaged(gradient: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The mean over the processes that train together; zeros where one has no gradient, as of an expert no token went to."""
+    count = _processes()
+    if count == 1:
+        return dict(gradient)
+    mean = {name: gradient.get(name, torch.zeros_like(p)) / count for name, p in parameters.items()}
+    for tensor in mean.values():
+        distributed.all_reduce(tensor)
+    return mean
+
+
+def _all(holds: bool, device: torch.device) -> bool:
+    """Whether something holds in every process that trains here."""
+    if _processes() == 1:
+        return holds
+    found = torch.tensor(float(holds), device=device)
+    distributed.all_reduce(found, distributed.ReduceOp.MIN)
+    return bool(found)
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -1,5 +1,4 @@
-"""What training changes on a model, weight by weight: the factors of its LoRA layers, or its own weights since the "
-"start."""
+"""What training changes on a model, weight by weight: the factors of its LoRA layers, or its own weights since the start."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ class Adapted:
     start: tuple[Tensor, Tensor] | None = None
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """B (d, R), with the scaling in it, and A (R, k), in float32 and with their graph: ΔW = B A over all adapters "
-        "in use.
+        """B (d, R), with the scaling in it, and A (R, k), in float32 and with their graph: ΔW = B A over all adapters in use.
 
         Counted from B₀ A₀, B A - B₀ A₀ = [B - B₀, B₀] [A; A - A₀] of twice the rank: exactly zero at the start.
         """
@@ -62,8 +60,8 @@ class Adapted:
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """One weight that trains without an adapter, and what it was at the start; ``transposed`` where it is kept (d_in, "
-    "d_out)."""
+    """One weight that trains without an adapter, and what it was at the start; ``transposed`` where it is kept (d_in,
+    d_out)."""
 
     name: str
     weight: nn.Parameter

@@ -137,8 +137,7 @@ class AsFT:
         return total
 
     def record(self) -> Mapping[str, Any]:
-        """The settings, the layers held, the largest eigenvalue of C by layer, and the penalty's value when last "
-        "computed."""
+        """The settings, the layers held, the largest eigenvalue of C by layer, and the penalty's value when last computed."""
         found: dict[str, Any] = {"weight": self.weight, "projector": self.projector, "layers": len(self._held)}
         if self.projector == "top":
             found["energy"] = self.energy

@@ -14,7 +14,7 @@ from torch.nn import functional
 from gradshield.data.trl import IGNORED
 from gradshield.errors import UsageError
 from gradshield.gradients.base import scoring
-from gradshield.logits import logits_at
+from gradshield.logits import logits_at, predicting
 from gradshield.training.base import PENALTIES
 
 
@@ -48,8 +48,7 @@ class FrozenReferenceKL:
         self._value: Tensor | None = None
 
     def prepare(self, model: nn.Module) -> None:
-        """Settle where θ0's logits come from. Raises UsageError for a soft prompt, which changes a sequence's "
-        "length."""
+        """Settle where θ0's logits come from. Raises UsageError for a soft prompt, which changes a sequence's length."""
         self._value, self._copy, self._prepared = None, None, True
         configs = getattr(model, "peft_config", {}).values()
         if any(config.is_prompt_learning for config in configs):
@@ -75,8 +74,7 @@ class FrozenReferenceKL:
                 "and labels of sequences that are not packed: train with packing=False and padding_free=False"
             )
         ids, attention, labels = inputs["input_ids"], inputs["attention_mask"], inputs["labels"]
-        where = torch.zeros_like(labels, dtype=torch.bool)
-        where[:, :-1] = labels[:, 1:] != IGNORED  # position t predicts token t + 1
+        where = predicting(labels != IGNORED)
         with torch.no_grad(), self._reference(model) as start:
             reference = logits_at(start, ids, attention, where)
         value = self.weight * divergence(reference, logits_at(model, ids, attention, where))

@@ -17,8 +17,7 @@ from gradshield.training.asft import Operator, published
 
 @dataclass(frozen=True)
 class SafeLoraRecord:
-    """What SafeLoRA found and did. ``cosines[name]`` is None where the change or V is zero, and such a layer is left "
-    "alone."""
+    """What SafeLoRA found and did. ``cosines[name]`` is None where the change or V is zero, and such a layer is left alone."""
 
     cosines: Mapping[str, float | None]
     projected: tuple[str, ...]
@@ -36,8 +35,7 @@ class SafeLoraRecord:
 
 
 def cosine(b: Tensor, a: Tensor, operator: Operator) -> float | None:
-    """Cosine of C ΔW and ΔW as vectors, ΔW = B A, for B (d, r) and A (r, k), from traces of (r, r); None where one is "
-    "zero."""
+    """Cosine of C ΔW and ΔW as vectors, ΔW = B A, for B (d, r) and A (r, k), from traces of (r, r); None where one is zero."""
     b, a = b.double(), a.double()
     y, gram = Operator(operator.matrix.double(), operator.dense)(b), a @ a.T
     return _cosine(((y.T @ b) * gram).sum(), ((y.T @ y) * gram).sum(), ((b.T @ b) * gram).sum())

@@ -9,7 +9,7 @@ from gradshield.evaluation.judges.lab_classifier import LabClassifier
 from gradshield.evaluation.judges.llm import LlmJudge
 from gradshield.evaluation.judges.moderation import ModerationJudge
 from gradshield.evaluation.judges.refusal_phrases import RefusalPhrases
-from gradshield.evaluation.judges.specs import parse
+from gradshield.evaluation.judges.specs import parse, parse_all
 
 __all__ = [
     "JUDGES",
@@ -25,5 +25,6 @@ __all__ = [
     "RefusalPhrases",
     "Verdict",
     "parse",
+    "parse_all",
     "verdicts",
 ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
+from urllib.parse import urlsplit
 
 from gradshield.errors import UsageError
 from gradshield.evaluation.judges.base import JUDGES, Judge
 from gradshield.evaluation.judges.guarded import GuardJudge
-from gradshield.guards.specs import Spec, make
+from gradshield.guards.base import short_name
+from gradshield.guards.specs import OF_CLIENT, Spec, make
 
 
 def parse(spec: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Judge:
@@ -29,3 +33,40 @@ def parse(spec: str, device: str = "auto", dtype: str = "auto", trust_remote_cod
     if parts.target or parts.options:
         raise UsageError(f"the judge {parts.kind!r} takes nothing more, and {spec!r} gives more: write {parts.kind}")
     return made()
+
+
+def parse_all(specs: Sequence[str]) -> tuple[Judge, ...]:
+    """Judges from what a user typed, each under a name of its own, before anything is loaded or asked.
+
+    Guards of one kind whose models' names end alike are named by organisation and host as well, and by all that was typed
+    where that is not enough. Raises as ``parse`` does, and UsageError for a judge that is given twice.
+    """
+    typed = [_what(Spec.split(spec)) for spec in specs]
+    for number, spec in enumerate(specs):
+        if typed[number] in typed[:number]:
+            raise UsageError(f"the judge {spec!r} is given twice: give each judge once")
+    judges = tuple(parse(spec) for spec in specs)
+    for longer in (_placed, _whole):
+        names = [judge.name for judge in judges]
+        for judge, what in zip(judges, typed, strict=True):
+            if isinstance(judge, GuardJudge) and names.count(judge.name) > 1:
+                judge.name = longer(judge, what)
+    return judges
+
+
+def _what(spec: Spec) -> Spec:
+    """A spec without how the judge is reached: two that differ in nothing else are one."""
+    options = {name: value for name, value in spec.options.items() if name not in OF_CLIENT}
+    return replace(spec, target=spec.target.rstrip("/"), options=options)
+
+
+def _placed(judge: GuardJudge, spec: Spec) -> str:
+    client = getattr(judge.guard, "client", None)
+    if client is None:
+        return short_name(spec.kind, spec.target, parts=2)
+    return f"{short_name(spec.kind, client.model, parts=2)}@{urlsplit(client.base_url).netloc}"
+
+
+def _whole(judge: GuardJudge, spec: Spec) -> str:
+    text = ",".join([f"{spec.kind}:{spec.target}", *(f"{name}={value}" for name, value in spec.options.items())])
+    return "".join(c if c.isprintable() else "?" for c in text)
