@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,26 +45,24 @@ class Fihs:
 
     def prepare(self, model: nn.Module) -> Direction:
         """v = ∇S over all requests, as the one direction ``all``."""
-        return self._direction(model, {"all": self.requests})
+        return self._direction(model, "all", self.requests)
 
-    def by_category(self, model: nn.Module) -> Direction:
-        """One direction per harm category, from that category's requests alone."""
-        return self._direction(model, {c: self.requests.where(c) for c in sorted(set(self.requests.categories))})
+    def by_category(self, model: nn.Module, category: str) -> Direction:
+        """The one direction of a harm category, from its requests alone."""
+        return self._direction(model, category, self.requests.where(category))
 
-    def _direction(self, model: nn.Module, groups: Mapping[str, Prompts]) -> Direction:
+    def _direction(self, model: nn.Module, name: str, prompts: Prompts) -> Direction:
         device = next(model.parameters()).device
 
         def part(chunk: Prompts, total: int) -> Any:
             return lambda m: self.probe(m, chunk.batch(device)) * (len(chunk) / total)
 
-        scores = {
-            name: [
-                part(prompts.take(range(i, min(i + _CHUNK, len(prompts)))), len(prompts))
-                for i in range(0, len(prompts), _CHUNK)
-            ]
-            for name, prompts in groups.items()
-        }
-        return gradient_direction(model, scores, parameter_names(model, self.subspace, self.targets), self.subspace)
+        parts = [
+            part(prompts.take(range(i, min(i + _CHUNK, len(prompts)))), len(prompts))
+            for i in range(0, len(prompts), _CHUNK)
+        ]
+        parameters = parameter_names(model, self.subspace, self.targets)
+        return gradient_direction(model, {name: parts}, parameters, self.subspace)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Each row's FIHS along the first direction, per token where the engine gives it."""
