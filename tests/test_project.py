@@ -142,6 +142,15 @@ def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
+@pytest.mark.parametrize("room", ["gradients", "probes", "selectors"])
+def test_float64_is_asked_of_a_device_by_one_function_alone(room: str) -> None:
+    for path in (PACKAGE / room).rglob("*.py"):
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        assert not any(isinstance(f, ast.Attribute) and f.attr == "double" for f in calls), (
+            f"{path}: placement.in_float64"
+        )
+
+
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 

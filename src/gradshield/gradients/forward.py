@@ -12,6 +12,7 @@ from gradshield.errors import UsageError
 from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, eager_experts, scoring
 from gradshield.gradients.sparing import answer_nll
 from gradshield.models import first_line
+from gradshield.placement import in_float64
 from gradshield.types import Batch, Direction
 
 
@@ -55,8 +56,8 @@ class Forward:
                     primal, tangent = forward_ad.unpack_dual(losses)
                     if tangent is None:  # the direction does not reach the loss
                         tangent = torch.zeros_like(primal)
-                    values.append(-tangent.double().cpu())
-                    nll = primal.double().cpu()
+                    values.append(-in_float64(tangent).cpu())
+                    nll = in_float64(primal).cpu()
         return Derivatives(torch.stack(values), nll)
 
 

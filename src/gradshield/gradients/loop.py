@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, scoring
 from gradshield.gradients.norms import Norms
 from gradshield.logits import token_nll
+from gradshield.placement import in_float64
 from gradshield.types import Batch, Direction
 
 
@@ -38,7 +39,7 @@ class Loop:
                 losses = token_nll(model, whole.ids[row], whole.attention[row], whole.loss[row])
                 gradient = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
                 values[:, i] = -self._dot(dict(zip(parameters, gradient, strict=True)), direction)
-                nll[i, :length] = losses[0].detach().double().cpu()
+                nll[i, :length] = in_float64(losses[0].detach()).cpu()
         return Derivatives(values, nll)
 
     def norms(self, model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norms:
@@ -56,8 +57,8 @@ class Loop:
                 for sofar, g in zip(total, gradient, strict=True):
                     if g is not None:  # a parameter the row does not reach
                         sofar.add_(g, alpha=float(batch.coefficients[i]))
-                nll[i, :length] = losses[0].detach().double().cpu()
-        squares = [sum(float(t.double().square().sum()) for t in total) for total in totals.values()]
+                nll[i, :length] = in_float64(losses[0].detach()).cpu()
+        squares = [sum(float(in_float64(t).square().sum()) for t in total) for total in totals.values()]
         return Norms(torch.tensor(squares, dtype=torch.float64).sqrt(), np.array(list(totals), dtype=np.int64), nll)
 
     @staticmethod
@@ -67,5 +68,5 @@ class Loop:
             if g is None:  # a parameter the row does not reach (an expert it was not routed to)
                 continue
             v = direction.tensors[name].to(g.device)
-            total += (v.flatten(1).double() @ g.flatten().double()).cpu()
+            total += (in_float64(v.flatten(1)) @ in_float64(g.flatten())).cpu()
         return total

@@ -32,6 +32,7 @@ from gradshield.gradients.base import (
 )
 from gradshield.gradients.lowrank import Lora, lora_of, starting
 from gradshield.gradients.sparing import answer_nll, gathering
+from gradshield.placement import in_float64
 from gradshield.types import Batch, Direction
 
 
@@ -214,4 +215,4 @@ class Perturbation:
             with _perturbed(model, direction, e, _Rows(data, model)):
                 losses = answer_nll(model, data)
                 (gradient,) = torch.autograd.grad(losses.sum(), e)
-        return Derivatives(-gradient.double().cpu(), losses.detach().double().cpu())
+        return Derivatives(-in_float64(gradient).cpu(), in_float64(losses.detach()).cpu())
