@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd as _Conv
 
 from gradshield.errors import UsageError
 from gradshield.registry import Registry
@@ -124,7 +125,8 @@ def beyond_layers(model: nn.Module) -> list[str]:
     """Names of adapter layers whose parameters act beyond their own module's forward, where a layer's hook cannot follow.
 
     Two are known: PEFT's adapters of fused experts (ParamWrapper reads the factors itself), and DoRA, whose training
-    gradient holds the weight's norm fixed although it depends on the adapter.
+    gradient holds the weight's norm fixed although it depends on the adapter. Convolutions that a model reads itself are not
+    among them: the module around them is hooked instead (`followed`).
     """
     return [
         name
@@ -159,3 +161,22 @@ def owners(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Mod
         if own:
             found.append((module, own))
     return found
+
+
+def followed(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """Modules within whose forward the direction's parameters act, each with its tensors by their name in it.
+
+    That is the owner, but for convolutions, which go by the module around them (``conv.weight``): LFM2, Mamba and their like
+    read a convolution's weights themselves and never run it. What the module around it computes follows them either way.
+    """
+    modules = dict(model.named_modules())
+    paths = {id(module): path for path, module in modules.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for owner, own in owners(model, tensors):
+        path = place = paths[id(owner)]
+        while place and isinstance(modules[place], _Conv | nn.ModuleList | nn.ModuleDict):
+            place = place.rpartition(".")[0]
+        inner = path.removeprefix(place).removeprefix(".")
+        names = {f"{inner}.{name}".removeprefix("."): tensor for name, tensor in own.items()}
+        found.setdefault(place, {}).update(names)
+    return [(modules[place], own) for place, own in found.items()]

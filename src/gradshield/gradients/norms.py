@@ -19,7 +19,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from gradshield.errors import UsageError
-from gradshield.gradients.base import DeviceBatch, beyond_layers, eager_experts, owners, scoring
+from gradshield.gradients.base import DeviceBatch, beyond_layers, eager_experts, followed, owners, scoring
 from gradshield.gradients.layout import Layout
 from gradshield.gradients.perturbation import layer_derivative
 from gradshield.logits import output_head, token_nll
@@ -110,7 +110,7 @@ class _Ghosts:
     """Hooks on the layers of one pass that add up each row's squared gradient norm, layer after layer."""
 
     def __init__(self, model: nn.Module, wanted: Mapping[str, Tensor], layout: Layout, anchor: Tensor) -> None:
-        self.places = owners(model, wanted)
+        self.places = followed(model, wanted)
         self.layout, self.anchor = layout, anchor
         self.squares: list[Tensor] = []  # one (R,) a layer, in float32 or better
         self.users: dict[int, list[nn.Module]] = {}  # who has used a parameter so far, by its identity

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradshield.errors import ModelError
-from gradshield.gradients.base import DeviceBatch, owners
+from gradshield.gradients.base import DeviceBatch, followed
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.logits import output_head, predicting, token_nll
 from gradshield.types import Direction
@@ -30,7 +30,7 @@ class Prefix:
 
     def __init__(self, model: nn.Module, direction: Direction) -> None:
         layers = _layers(model)
-        self._moved = [module for module, _ in owners(model, direction.tensors)]
+        self._moved = [module for module, _ in followed(model, direction.tensors)]
         moved = {id(module) for module in self._moved}
         moves = [any(id(module) in moved for module in layer.modules()) for layer in layers]
         count = moves.index(True) if any(moves) else 0
