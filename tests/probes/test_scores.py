@@ -265,3 +265,18 @@ def test_greedy_is_the_argmax_one_by_one() -> None:
                 break
             expected.append(token)
         assert answer == expected
+
+
+def test_a_model_in_training_is_asked_without_dropout() -> None:
+    model = tiny_model("gpt2")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    said, quiet = greedy(model, REQUESTS, 6, 0), TokenSet()
+    quiet.fit(model, TOKENIZER, REQUESTS, LOOKALIKES)
+    model.train()
+    model.transformer.h[0].eval()  # a part that the caller froze
+    found = TokenSet()
+    found.fit(model, TOKENIZER, REQUESTS, LOOKALIKES)
+    assert greedy(model, REQUESTS, 6, 0) == said and found.settings() == quiet.settings()
+    assert model.training and model.transformer.h[1].training and not model.transformer.h[0].mlp.training

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as _Conv
 
 from gradshield.errors import UsageError
+from gradshield.models import evaluating
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction
 
@@ -72,20 +73,17 @@ def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[st
     Yields those parameters by name. Modes and ``requires_grad`` flags are put back one by one, since a caller may have
     frozen any part of the model, and no ``.grad`` is ever written.
     """
-    modes = [(module, module.training) for module in model.modules()]
     parameters = dict(model.named_parameters())
     flags = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
     wanted = set(trainable)
-    try:
-        model.eval()
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in wanted)
-        yield {name: parameters[name] for name in parameters if name in wanted}
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model):
+        try:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name in wanted)
+            yield {name: parameters[name] for name in parameters if name in wanted}
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 @contextmanager
