@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from gradshield.errors import ModelError, UnknownNameError, UsageError
 from gradshield.gradients import (
@@ -159,6 +162,30 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Any) -> Any:
         return g
+
+
+def fused_attention(*args: Any, **kwargs: Any) -> Any:
+    output, weights = sdpa_attention_forward(*args, **kwargs)
+    return _Backward.apply(output), weights
+
+
+def test_forward_mode_takes_attention_that_has_one_and_puts_the_models_own_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(AttentionInterface._global_mapping, "fused", fused_attention)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "fused", sdpa_mask)
+    model = tiny_model("llama")
+    model.config._attn_implementation = "fused"
+    direction, batch = two_directions(model, "last:1"), batch_of(rows())
+    found = ENGINES["forward"]().directional(model, batch, direction).values.sum(-1)
+    oracle = Loop().directional(model, batch, direction).values
+    assert agreement("forward", found.numpy().ravel(), oracle.numpy().ravel()).relative_error <= 1e-4
+    assert model.config._attn_implementation == "fused"
+    used = []
+    model.lm_head.register_forward_hook(lambda *_: used.append(model.config._attn_implementation) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ENGINES["forward"]().directional(model, batch, direction)
+    assert used == ["sdpa"] and model.config._attn_implementation == "fused"
 
 
 def test_a_kernel_without_a_forward_mode_is_told() -> None:

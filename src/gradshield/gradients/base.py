@@ -10,7 +10,7 @@ which is FIHS for v = ∇S (arXiv 2605.14194). Engines that declare ``per_token`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -89,17 +89,33 @@ def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[st
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Mixture-of-experts layers in their plain loop, put back at the end: the grouped kernels have no forward mode."""
-    configs: list[Any] = [
-        m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_experts_implementation")
-    ]
-    before = [(config, config._experts_implementation) for config in configs]
+    with _configured(model, "_experts_implementation", lambda _: "eager"):
+        yield
+
+
+@contextmanager
+def torch_attention(model: nn.Module) -> Iterator[None]:
+    """Attention by torch's own function where a config names another, put back at the end: flash attention has no forward mode."""
+    plain = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
+    # The name without "_internal" would set the configs inside a config too, and they could not all be put back.
+    with _configured(
+        model, "_attn_implementation_internal", lambda name: name if name in (None, "eager", "sdpa") else plain
+    ):
+        yield
+
+
+@contextmanager
+def _configured(model: nn.Module, attribute: str, value: Callable[[Any], Any]) -> Iterator[None]:
+    """The attribute of every config of the model set to what ``value`` makes of it, and put back at the end."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), attribute)}
+    before: list[tuple[Any, Any]] = [(config, getattr(config, attribute)) for config in configs.values()]
     try:
-        for config in configs:
-            config._experts_implementation = "eager"
+        for config, given in before:
+            setattr(config, attribute, value(given))
         yield
     finally:
-        for config, implementation in before:
-            config._experts_implementation = implementation
+        for config, given in before:
+            setattr(config, attribute, given)
 
 
 def experts(config: Any) -> int:

@@ -9,7 +9,15 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradshield.errors import UsageError
-from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, eager_experts, scoring
+from gradshield.gradients.base import (
+    ENGINES,
+    Derivatives,
+    DeviceBatch,
+    check_direction,
+    eager_experts,
+    scoring,
+    torch_attention,
+)
 from gradshield.gradients.sparing import answer_nll
 from gradshield.models import first_line
 from gradshield.placement import in_float64
@@ -44,7 +52,13 @@ class Forward:
         wrapped = _TokenLoss(model)
         values: list[Tensor] = []
         nll = torch.zeros(0)
-        with scoring(model), eager_experts(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with (
+            scoring(model),
+            eager_experts(model),
+            torch_attention(model),
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             parameters = dict(model.named_parameters())
             for k in range(len(direction.names)):
                 with forward_ad.dual_level():
