@@ -16,6 +16,7 @@ import pytest
 from torch import nn
 
 import gradshield as gs
+from gradshield.errors import ScoreError
 from gradshield.selectors import Fihs
 from gradshield.types import Direction
 from tests.pipeline.common import HALF, PROBING, chat, chats, command, files, jsonl, scan, scan_arguments, table, write
@@ -251,6 +252,18 @@ def test_naming_the_harm_holds_one_direction_at_a_time(monkeypatch: pytest.Monke
     monkeypatch.setattr(Fihs, "by_category", by_category)
     named = set(scan(chats(8)).categories)
     assert len(taken) == 2 and named & {"theft", "fraud"}
+
+
+def test_a_kind_of_harm_without_a_direction_names_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    direction_of = Fihs.by_category
+
+    def by_category(fihs: Fihs, model: nn.Module, category: str) -> Direction:
+        if category == "fraud":  # as a probe gives it that none of its requests has a part in
+            raise ScoreError("the gradient of the unsafety score 'fraud' has norm 0.0")
+        return direction_of(fihs, model, category)
+
+    monkeypatch.setattr(Fihs, "by_category", by_category)
+    assert set(scan(chats(8)).categories) == {"", "theft"}
 
 
 def test_two_scans_of_the_same_are_the_same(tmp_path: Path) -> None:

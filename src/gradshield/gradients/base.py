@@ -95,7 +95,7 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def torch_attention(model: nn.Module) -> Iterator[None]:
-    """Attention by torch's own function where a config names another, put back at the end: flash attention has no forward mode."""
+    """Attention by torch's own function where a config names another, put back at the end: other kernels have no forward mode."""
     plain = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
     # The name without "_internal" would set the configs inside a config too, and they could not all be put back.
     with _configured(

@@ -243,11 +243,16 @@ def categories(
 def _pull(
     model: nn.Module, selector: Fihs, category: str, rows: Sequence[Rendered], token_budget: int, hands: Hands
 ) -> Floats:
-    """How far each row (N,) follows a category's direction at unit length.
+    """How far each row (N,) follows a category's direction at unit length; not at all where it has none.
 
     The direction may be as large as the model, and is gone before that of the next category is taken.
     """
-    direction = selector.by_category(model, category)
+    try:
+        direction = selector.by_category(model, category)
+    except (
+        ScoreError
+    ):  # the whole direction was sound: this kind's requests have no part in it (none of them is refused)
+        return np.full(len(rows), -np.inf)
     raw = shards.measure(selector, model, direction, rows, token_budget, hands=hands)
     tokens = raw.tokens if raw.tokens is not None else raw.sums[:, None]
     return np.fromiter((selector.aggregate(t) * direction.scales[0] for t in tokens), np.float64, len(rows))

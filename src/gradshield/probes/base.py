@@ -117,7 +117,7 @@ def first_token(tokenizer: Any, text: str) -> int:
 
 @torch.no_grad()
 def greedy(model: nn.Module, prompts: Prompts, tokens: int, pad: int, chunk: int = 32) -> list[list[int]]:
-    """The model's greedy answers, at most ``tokens`` long, cut at its end-of-sequence token; without dropout, whatever its mode."""
+    """The model's greedy answers, at most ``tokens`` long, cut at its end-of-sequence token; without dropout in any mode."""
     device = next(model.parameters()).device
     config = getattr(model, "generation_config", None)
     stops = config.eos_token_id if config is not None else None
