@@ -194,6 +194,12 @@ def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     )
 
 
+def text_config(model: Any) -> Any:
+    """The part of a model's config that describes its language model; None where a model has no config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """The model in evaluation mode; every module's own mode is put back at the end, since a caller may have set any part."""

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.gemma3 import Gemma3Config, Gemma3TextConfig
+from transformers.models.siglip import SiglipVisionConfig
 
 from gradshield.errors import ModelError, UnknownNameError, UsageError
 from gradshield.gradients import (
@@ -26,7 +28,7 @@ from gradshield.gradients import (
 from gradshield.gradients.agreement import RELATIVE_STEPS
 from gradshield.gradients.subspace import target_names
 from tests.contracts.common import batch_of, lora, rows, two_directions
-from tests.tiny import ARCHITECTURES, LAYERS, tiny_model
+from tests.tiny import ARCHITECTURES, LAYERS, VOCABULARY, tiny_model
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -59,6 +61,46 @@ def test_a_subspace_that_is_none_is_refused(text: str) -> None:
     message = str(caught.value)
     assert repr(text) in message
     assert all(name.split(":")[0] in message for name in SUBSPACES)
+
+
+def multimodal() -> nn.Module:
+    """A Gemma 3 that also sees: what it says of its layers stands in a config inside its config."""
+    text = Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=0.1,
+        pad_token_id=0,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(
+        text_config=text.to_dict(),
+        vision_config=vision.to_dict(),
+        mm_tokens_per_image=4,
+        image_token_index=VOCABULARY - 1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForImageTextToText.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", ["finite-difference", "forward"])  # perturbation does not follow norms of single heads
+def test_the_layers_of_a_model_that_also_sees_are_found(name: str) -> None:
+    model = multimodal()
+    last = parameter_names(model, "last:1")
+    places = (f".language_model.layers.{LAYERS - 1}.", ".language_model.norm.")
+    assert last and all(any(place in n for place in places) for n in last)
+    direction, batch = two_directions(model, "last:1"), batch_of(rows())
+    found = ENGINES[name]().directional(model, batch, direction).values
+    sums = found.sum(-1) if found.dim() == 3 else found
+    oracle = Loop().directional(model, batch, direction).values
+    assert agreement(name, sums.numpy().ravel(), oracle.numpy().ravel()).relative_error <= 1e-2
 
 
 def test_a_subspace_that_the_model_does_not_have_is_refused() -> None:

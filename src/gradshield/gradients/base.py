@@ -119,7 +119,7 @@ def _configured(model: nn.Module, attribute: str, value: Callable[[Any], Any]) -
 
 
 def experts(config: Any) -> int:
-    """How many experts a layer has, as the model's config tells; 0 for a model without."""
+    """How many experts a layer has, as the config of its language model tells; 0 for a model without."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     return next((getattr(config, name) for name in names if getattr(config, name, None)), 0)
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from gradshield.errors import ModelError, UsageError
+from gradshield.models import text_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -46,7 +47,7 @@ def check_subspace(subspace: str) -> None:
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder's blocks. Raises ModelError when they cannot be told."""
-    wanted = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    wanted = getattr(text_config(model), "num_hidden_layers", None)
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
     if not lists:
         raise ModelError(
