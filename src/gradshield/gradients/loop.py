@@ -32,7 +32,7 @@ class Loop:
         count, width = whole.ids.shape
         values = torch.zeros(len(direction.names), count, dtype=torch.float64)
         nll = torch.zeros(count, width, dtype=torch.float64)
-        with scoring(model, direction.tensors) as parameters:
+        with scoring(model, direction.tensors) as parameters, torch.enable_grad():
             for i in range(count):
                 length = int(whole.attention[i].sum())
                 row = slice(i, i + 1), slice(0, length)
@@ -47,7 +47,7 @@ class Loop:
         whole = DeviceBatch.of(batch, model)
         nll = torch.zeros(whole.ids.shape, dtype=torch.float64)
         totals: dict[int, list[Tensor]] = {}
-        with scoring(model, parameters) as trainable:
+        with scoring(model, parameters) as trainable, torch.enable_grad():
             for i, row in enumerate(batch.rows.tolist()):
                 length = int(whole.attention[i].sum())
                 part = slice(i, i + 1), slice(0, length)
