@@ -147,6 +147,10 @@ def test_finish_aggregates_and_turns_signs_for_decoys() -> None:
 def test_a_score_that_is_not_finite_is_named_by_row(bad: float) -> None:
     with pytest.raises(ScoreError, match=r"1 of 3 rows .* \(rows 6\).*float32"):
         selector("loop").finish(measured([1.0, bad, 2.0]), "abc", ["rows"] * 3)
+    lossy = measured([1.0, 3.0, 2.0])
+    lossy.nll[2] = bad
+    with pytest.raises(ScoreError, match=r"1 of 3 rows .* \(rows 7\).*float32"):
+        selector("loop").finish(lossy, "abc", ["rows"] * 3)
     with pytest.raises(ScoreError, match=r"14 of 14 rows .* \(rows 5, 6, .*, 14 and 4 more\)"):
         selector("loop").finish(measured([bad] * 14), "a" * 14, ["rows"] * 14)
 

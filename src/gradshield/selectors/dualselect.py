@@ -15,7 +15,7 @@ from gradshield.data import collate
 from gradshield.errors import UsageError
 from gradshield.gradients import Engine, pick
 from gradshield.gradients.base import DeviceBatch, scoring
-from gradshield.logits import logits_at, token_nll
+from gradshield.logits import logits_at, predicting, token_nll
 from gradshield.placement import in_float64
 from gradshield.selectors.online import ONLINE
 from gradshield.types import Batch, Bools, Direction, Floats, Rendered
@@ -236,8 +236,7 @@ class _Start:
     @classmethod
     def of(cls, model: nn.Module, batch: Batch) -> _Start:
         data = DeviceBatch.of(batch, model)
-        where = torch.zeros_like(data.loss)
-        where[:, :-1] = data.loss[:, 1:]
+        where = predicting(data.loss)
         logits = logits_at(model, data.ids, data.attention, where)
         tokens = logits.topk(min(_ENTRIES, logits.shape[-1]), -1).indices
         logs, rest = _coarse(logits, tokens)

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gradshield.errors import ScoreError
 from gradshield.gradients import Engine, gradient_direction, parameter_names
 from gradshield.probes import Probe, Prompts
 from gradshield.selectors.aggregates import Aggregate
-from gradshield.selectors.base import SELECTORS, Measured
+from gradshield.selectors.base import SELECTORS, Measured, require_finite
 from gradshield.types import Batch, Direction, Scores
 
 _CHUNK = 16  # probe prompts whose graph is alive at once
@@ -91,14 +90,8 @@ class Fihs:
         )
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score a row, and its decoy's. Raises ScoreError that names the rows whose value is not finite."""
-        bad = raw.rows[~np.isfinite(raw.sums)].tolist()
-        if bad:
-            shown = ", ".join(map(str, bad[:10])) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
-            raise ScoreError(
-                f"{len(bad)} of {len(raw.rows)} rows got a score that is not finite (rows {shown}): check the model's weights "
-                "for overflow, or load it in float32 (--dtype float32)"
-            )
+        """One score a row, and its decoy's. Raises ScoreError that names the rows whose value or loss is not finite."""
+        require_finite(raw)
         values, decoys = raw.sums, None
         if raw.tokens is not None:
             values, decoys = np.empty(len(raw.rows)), np.empty(len(raw.rows))

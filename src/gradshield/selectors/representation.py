@@ -17,7 +17,7 @@ from gradshield.gradients.direction import digest
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.logits import token_nll
 from gradshield.placement import in_float64
-from gradshield.selectors.base import SELECTORS, Measured
+from gradshield.selectors.base import SELECTORS, Measured, require_finite
 from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
 
 FORMS = ("larf", "anchors")
@@ -149,14 +149,8 @@ class Representation:
         return placed
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score a row, without decoys. Raises ScoreError that names the rows whose value is not finite."""
-        bad = raw.rows[~np.isfinite(raw.sums)]
-        if len(bad):
-            shown = ", ".join(str(int(r)) for r in bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
-            raise ScoreError(
-                f"{len(bad)} of {len(raw.rows)} rows got a score that is not finite (rows {shown}): check the model's weights "
-                "for overflow, or load it in float32 (--dtype float32)"
-            )
+        """One score a row, without decoys. Raises ScoreError that names the rows whose value or loss is not finite."""
+        require_finite(raw)
         return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
 
     def settings(self) -> Mapping[str, Any]:
