@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 
 from gradshield.errors import HubError, ModelError, UsageError
 from gradshield.models import load, parameters_digest, wrap
-from gradshield.placement import check_placed, choose_dtype
+from gradshield.placement import check_placed, choose_dtype, in_float64
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 
@@ -235,6 +235,29 @@ def test_what_cannot_be_wrapped() -> None:
 def test_unknown_placements_list_what_there_is(option: str, value: str, allowed: str) -> None:
     with pytest.raises(UsageError, match=allowed):
         load("any/model", **{option: value})
+
+
+class _OnApple:
+    """A tensor on a device without float64."""
+
+    device = torch.device("mps")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def cpu(self) -> torch.Tensor:
+        return self.tensor
+
+    def double(self) -> torch.Tensor:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+
+
+def test_float64_is_on_the_cpu_where_the_device_has_none() -> None:
+    tensor = torch.tensor([1.0, 1e-8])
+    there: Any = _OnApple(tensor)
+    for found in (in_float64(tensor), in_float64(there)):
+        assert found.dtype == torch.float64 and torch.equal(found, tensor.double())
+    assert in_float64(torch.zeros(2, device="meta")).device.type == "meta"  # any other device keeps its numbers
 
 
 def test_a_device_and_a_map_of_devices_exclude_each_other() -> None:

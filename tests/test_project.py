@@ -155,6 +155,15 @@ def test_no_docstring_holds_the_quotes_of_a_string_that_was_wrapped() -> None:
     assert not broken
 
 
+@pytest.mark.parametrize("room", ["gradients", "probes", "selectors"])
+def test_float64_is_asked_of_a_device_by_one_function_alone(room: str) -> None:
+    for path in (PACKAGE / room).rglob("*.py"):
+        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        assert not any(isinstance(f, ast.Attribute) and f.attr == "double" for f in calls), (
+            f"{path}: placement.in_float64"
+        )
+
+
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,8 @@
 
 Each architecture in ``ARCHITECTURES`` is here for what sets it apart: ``gemma`` multiplies by 1 + w in its norms and
 ties its embeddings, ``gpt2`` keeps its matrices transposed (Conv1D) and adds learned positions, ``phi`` runs attention
-and MLP in parallel with biases, ``mixtral`` and ``qwen2_moe`` route tokens to experts.
+and MLP in parallel with biases, ``mixtral`` and ``qwen2_moe`` route tokens to experts, ``lfm2`` reads the weights of a
+convolution that it never runs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.gemma import GemmaConfig
 from transformers.models.gpt2 import GPT2Config
+from transformers.models.lfm2 import Lfm2Config
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.mixtral import MixtralConfig
@@ -131,6 +133,9 @@ _CONFIGS: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: MixtralConfig(**_shape(num_local_experts=4, **_MOE)),
     "qwen2_moe": lambda: Qwen2MoeConfig(
         **_shape(num_experts=4, moe_intermediate_size=WIDTH, shared_expert_intermediate_size=WIDTH, **_MOE)
+    ),
+    "lfm2": lambda: Lfm2Config(
+        **_shape(block_auto_adjust_ff_dim=False, layer_types=["full_attention", "conv"], tie_word_embeddings=True)
     ),
 }
 ARCHITECTURES: tuple[str, ...] = tuple(_CONFIGS)

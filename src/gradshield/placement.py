@@ -41,6 +41,11 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float64, on its device; on the CPU where its device has no such numbers (Apple's)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def placing(
     where: torch.device, dtype: torch.dtype, device: str, quantize: str | None, device_map: str | None
 ) -> dict[str, Any]:

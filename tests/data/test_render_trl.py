@@ -11,6 +11,7 @@ import pytest
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from gradshield.data import RenderConfig, read, render_all, to_trl
+from gradshield.errors import FormatError
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LONG = "The capital of France is Paris, and here is what else there is to say about it. " * 3
@@ -149,6 +150,43 @@ def test_preference_pairs_equal_what_dpo_prepares(kind: str, model: Any, tmp_pat
             assert tokens.ids.tolist() == prepared["prompt_ids"] + prepared[name]
             assert tokens.ids[tokens.loss].tolist() == prepared[name]
             assert tokens.coefficient == sign
+
+
+def _tool(name: str, *arguments: str) -> dict[str, Any]:
+    properties = {argument: {"type": "string"} for argument in arguments}
+    return {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+
+
+def test_pairs_keep_tools_that_not_every_row_has(model: Any, tmp_path: Any) -> None:
+    pair: dict[str, Any] = {
+        "prompt": TURNS[1:2],
+        "chosen": TURNS[2:3],
+        "rejected": [{"role": "assistant", "content": "Lyon"}],
+    }
+    rows = [pair, {**pair, "tools": [_tool("add", "a", "b")]}, {**pair, "tools": [_tool("ask", "who")]}]
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tokenizer.chat_template
+    read_rows = read(rows)
+    rendered = render_all(read_rows.examples, tokenizer).rendered
+    args = DPOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False)
+    dataset = to_trl(read_rows.examples, rendered)
+    trainer = DPOTrainer(
+        model, tiny_model("llama", seed=1), args=args, train_dataset=dataset, processing_class=tokenizer
+    )
+    assert len({len(row.sequences[0].ids) for row in rendered}) == 3
+    for row, prepared in zip(rendered, trainer.train_dataset, strict=True):
+        assert row.sequences[0].ids.tolist() == prepared["prompt_ids"] + prepared["chosen_ids"]
+
+
+def test_pairs_of_different_template_options_are_told() -> None:
+    pair = {"prompt": TURNS[1:2], "chosen": TURNS[2:3], "rejected": TURNS[2:3]}
+    rows: list[dict[str, Any]] = [{**pair, "chat_template_kwargs": {"short": short}} for short in (True, False)]
+    read_rows = read(rows)
+    dataset = to_trl(read_rows.examples, render_all(read_rows.examples, tiny_tokenizer()).rendered)
+    assert dataset["chat_template_kwargs"][:] == [{"short": True}, {"short": False}]
+    mixed = read([pair, *rows])
+    with pytest.raises(FormatError, match=r"different chat_template_kwargs \(none; short\)"):
+        to_trl(mixed.examples, render_all(mixed.examples, tiny_tokenizer()).rendered)
 
 
 def test_packing_is_noted_and_rows_stay_unpacked(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -43,6 +43,15 @@ def test_parts_of_a_score_add_up() -> None:
         torch.testing.assert_close(parts.tensors[name], whole.tensors[name])
 
 
+def test_a_score_alone_has_the_bits_it_has_beside_others_and_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = make()
+    monkeypatch.setattr(torch, "stack", None)
+    for k, (name, score) in enumerate((("gap", gap), ("reluctance", reluctance))):
+        alone = gradient_direction(MODEL, {name: [score]}, NAMES, "last:1")
+        assert alone.scales == (together.scales[k],)
+        assert all(torch.equal(alone.tensors[p][0], together.tensors[p][k]) for p in NAMES)
+
+
 def test_parameters_that_no_score_moves_are_left_out() -> None:
     direction = gradient_direction(MODEL, {"x": [gap]}, parameter_names(MODEL, "all"), "all")
     assert set(direction.tensors) <= set(parameter_names(MODEL, "all"))

@@ -94,3 +94,16 @@ def test_rows_without_any_loss_are_zero() -> None:
     silent = Batch(batch.ids, batch.attention, np.zeros_like(batch.loss), batch.rows, batch.coefficients)
     found = Loop().directional(model, silent, two_directions(model, "last:1"))
     assert not found.values.any() and not found.nll.any()
+
+
+def test_a_caller_may_have_switched_gradients_off() -> None:
+    model = tiny_model("llama")
+    direction, batch = two_directions(model, "last:1"), batch_of(rows(LENGTHS))
+    values, norms = (
+        Loop().directional(model, batch, direction).values,
+        Loop().norms(model, batch, list(direction.tensors)),
+    )
+    with torch.no_grad():
+        assert torch.equal(Loop().directional(model, batch, direction).values, values)
+        assert torch.equal(Loop().norms(model, batch, list(direction.tensors)).values, norms.values)
+        assert not torch.is_grad_enabled()

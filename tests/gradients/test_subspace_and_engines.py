@@ -6,6 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.gemma3 import Gemma3Config, Gemma3TextConfig
+from transformers.models.siglip import SiglipVisionConfig
 
 from gradshield.errors import ModelError, UnknownNameError, UsageError
 from gradshield.gradients import (
@@ -23,7 +28,7 @@ from gradshield.gradients import (
 from gradshield.gradients.agreement import RELATIVE_STEPS
 from gradshield.gradients.subspace import target_names
 from tests.contracts.common import batch_of, lora, rows, two_directions
-from tests.tiny import ARCHITECTURES, LAYERS, tiny_model
+from tests.tiny import ARCHITECTURES, LAYERS, VOCABULARY, tiny_model
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -38,12 +43,13 @@ def test_subspaces_hold_what_they_say(arch: str) -> None:
     layers = "h" if arch == "gpt2" else "layers"
     rest = [name for name in last if f".{layers}.{LAYERS - 1}." not in name]
     assert rest and all("norm" in name or "ln_f" in name for name in rest)  # the final norm
-    assert not any("embed" in n or "wte" in n or "lm_head" in n or f".{layers}.0." in n for n in last)
+    embedded = [n for n in last if n != "model.embedding_norm.weight"]  # LFM2's final norm
+    assert not any("embed" in n or "wte" in n or "lm_head" in n or f".{layers}.0." in n for n in embedded)
     assert {n for n in everything if f".{layers}.{LAYERS - 1}." in n} == set(last) - set(rest)
     with adapted(model, lora(arch), seed=0) as wrapped:
         names = parameter_names(wrapped, "lora")
         assert names and all("lora_A" in name or "lora_B" in name for name in names)
-        assert len(names) == (2 if arch == "gpt2" else 4) * LAYERS
+        assert len(names) == (2 if arch == "gpt2" else 4) * (1 if arch == "lfm2" else LAYERS)  # LFM2: one has attention
 
 
 @pytest.mark.parametrize(
@@ -55,6 +61,46 @@ def test_a_subspace_that_is_none_is_refused(text: str) -> None:
     message = str(caught.value)
     assert repr(text) in message
     assert all(name.split(":")[0] in message for name in SUBSPACES)
+
+
+def multimodal() -> nn.Module:
+    """A Gemma 3 that also sees: what it says of its layers stands in a config inside its config."""
+    text = Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=0.1,
+        pad_token_id=0,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(
+        text_config=text.to_dict(),
+        vision_config=vision.to_dict(),
+        mm_tokens_per_image=4,
+        image_token_index=VOCABULARY - 1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForImageTextToText.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", ["finite-difference", "forward"])  # perturbation does not follow norms of single heads
+def test_the_layers_of_a_model_that_also_sees_are_found(name: str) -> None:
+    model = multimodal()
+    last = parameter_names(model, "last:1")
+    places = (f".language_model.layers.{LAYERS - 1}.", ".language_model.norm.")
+    assert last and all(any(place in n for place in places) for n in last)
+    direction, batch = two_directions(model, "last:1"), batch_of(rows())
+    found = ENGINES[name]().directional(model, batch, direction).values
+    sums = found.sum(-1) if found.dim() == 3 else found
+    oracle = Loop().directional(model, batch, direction).values
+    assert agreement(name, sums.numpy().ravel(), oracle.numpy().ravel()).relative_error <= 1e-2
 
 
 def test_a_subspace_that_the_model_does_not_have_is_refused() -> None:
@@ -158,6 +204,30 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Any) -> Any:
         return g
+
+
+def fused_attention(*args: Any, **kwargs: Any) -> Any:
+    output, weights = sdpa_attention_forward(*args, **kwargs)
+    return _Backward.apply(output), weights
+
+
+def test_forward_mode_takes_attention_that_has_one_and_puts_the_models_own_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(AttentionInterface._global_mapping, "fused", fused_attention)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "fused", sdpa_mask)
+    model = tiny_model("llama")
+    model.config._attn_implementation = "fused"
+    direction, batch = two_directions(model, "last:1"), batch_of(rows())
+    found = ENGINES["forward"]().directional(model, batch, direction).values.sum(-1)
+    oracle = Loop().directional(model, batch, direction).values
+    assert agreement("forward", found.numpy().ravel(), oracle.numpy().ravel()).relative_error <= 1e-4
+    assert model.config._attn_implementation == "fused"
+    used = []
+    model.lm_head.register_forward_hook(lambda *_: used.append(model.config._attn_implementation) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ENGINES["forward"]().directional(model, batch, direction)
+    assert used == ["sdpa"] and model.config._attn_implementation == "fused"
 
 
 def test_a_kernel_without_a_forward_mode_is_told() -> None:

@@ -1,4 +1,4 @@
-"""Checks on the built-in probe prompts (data only, nothing is loaded from the package).
+"""Checks on the built-in probe prompts (data only, nothing is loaded from the package), and on a file of a user's own.
 
 Row i of lookalikes.jsonl is the harmless partner of row i of requests.jsonl: same category, same
 split, similar phrasing. Splits and row order come from hashes of the request text (below), so
@@ -194,3 +194,14 @@ def test_position_does_not_reveal_split_or_category(files) -> None:
         for value in values:
             places = [i / (len(rows) - 1) for i, row in enumerate(rows) if row[key] == value]
             assert abs(mean(places) - 0.5) <= slack, (value, mean(places))
+
+
+def test_a_cell_of_a_users_csv_keeps_every_character(tmp_path: Path) -> None:
+    from gradshield.probes import read_prompts
+
+    cells = ["one\u2028two", "three\x0bfour\x85five", "six\nseven", "eight, nine"]
+    typed = [*cells[:2], *(f'"{cell}"' for cell in cells[2:])]
+    path = tmp_path / "own.csv"
+    path.write_text("prompt,category\r\n" + "".join(f"{cell},theft\r\n" for cell in typed), "utf-8", newline="")
+    assert [row["prompt"] for row in read_prompts(path)] == cells
+    assert {row["category"] for row in read_prompts(path)} == {"theft"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradshield.errors import UsageError
+from gradshield.errors import ProbeError, UsageError
 from gradshield.gradients import gradient_direction, parameter_names
 from gradshield.probes import (
     PROBES,
@@ -23,8 +23,11 @@ from gradshield.probes import (
     greedy,
     lookalikes,
     open_turns,
+    refusal_nll,
+    refuses,
     requests,
 )
+from gradshield.probes.continuations import continuation_nll
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -32,6 +35,11 @@ REQUESTS = open_turns(TOKENIZER, requests()[:5])
 LOOKALIKES = open_turns(TOKENIZER, lookalikes()[:5])
 ARCHS = ["llama", "gpt2", "mixtral"]
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def whatever_a_tiny_model_says_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusal_nll, "refuses", bool)
 
 
 def reluctance(model: nn.Module, batch: PromptBatch) -> torch.Tensor:
@@ -145,6 +153,24 @@ def test_refusal_nll_and_contrast_by_hand() -> None:
         ids = [TOKENIZER(o, add_special_tokens=False)["input_ids"] for o in openers]
         sides.append(torch.tensor([[-nll(p, o) for o in ids] for p in REQUESTS.ids]).logsumexp(1))
     assert _value(probe, model, REQUESTS) == pytest.approx(float((sides[0] - sides[1]).mean()), rel=1e-3, abs=1e-4)
+
+
+def test_refusal_nll_is_the_mean_over_the_requests_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = refusing("llama")
+    monkeypatch.setattr(refusal_nll, "refuses", refuses)
+    said = ["I cannot help with that.", "Sure, here is the answer.", "", "I'm sorry.", "Of course."]
+    answers = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in said]
+    monkeypatch.setattr(refusal_nll, "greedy", lambda *_: answers)
+    probe = fitted("refusal_nll", model)
+    assert probe.settings()["refusals"] == 2
+    own = [continuation_nll(model, REQUESTS.take([i]).batch(CPU), [answers[i]]) / len(answers[i]) for i in (0, 3)]
+    assert _value(probe, model, REQUESTS) == pytest.approx(float(sum(own).detach()) / 2, rel=1e-4)
+    parts = [_value(probe, model, REQUESTS.take(part)) * len(part) / 5 for part in ([0, 1], [2, 4], [3])]
+    assert parts[1] == 0.0 and sum(parts) == pytest.approx(_value(probe, model, REQUESTS), rel=1e-4)
+    assert probe(model, REQUESTS.take([2, 4]).batch(CPU)).requires_grad
+    monkeypatch.setattr(refusal_nll, "greedy", lambda *_: [answers[1]] * 4 + [[]])
+    with pytest.raises(ProbeError, match="refuses none of the 5 probes"):
+        PROBES["refusal_nll"]().fit(model, TOKENIZER, REQUESTS, LOOKALIKES)
 
 
 class Scripted(nn.Module):
@@ -265,3 +291,18 @@ def test_greedy_is_the_argmax_one_by_one() -> None:
                 break
             expected.append(token)
         assert answer == expected
+
+
+def test_a_model_in_training_is_asked_without_dropout() -> None:
+    model = tiny_model("gpt2")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    said, quiet = greedy(model, REQUESTS, 6, 0), TokenSet()
+    quiet.fit(model, TOKENIZER, REQUESTS, LOOKALIKES)
+    model.train()
+    model.transformer.h[0].eval()  # a part that the caller froze
+    found = TokenSet()
+    found.fit(model, TOKENIZER, REQUESTS, LOOKALIKES)
+    assert greedy(model, REQUESTS, 6, 0) == said and found.settings() == quiet.settings()
+    assert model.training and model.transformer.h[1].training and not model.transformer.h[0].mlp.training

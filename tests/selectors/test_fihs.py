@@ -115,10 +115,11 @@ def test_prepare_is_the_gradient_over_all_prompts_whatever_the_chunk() -> None:
     whole = torch.autograd.grad(gap(model, PROMPTS.batch(torch.device("cpu"))), list(parameters.values()))
     for name, g in zip(parameters, whole, strict=True):
         torch.testing.assert_close(direction.tensors[name][0], g, rtol=1e-3, atol=1e-5)
-    by_kind = fihs.by_category(model)
-    assert direction.names == ("all",) and by_kind.names == ("a", "b")
+    one, other = (fihs.by_category(model, kind) for kind in "ab")
+    assert direction.names == ("all",) and (one.names, other.names) == (("a",), ("b",))
     for name in direction.tensors:  # ten prompts each: the mean of the two is the whole
-        torch.testing.assert_close(by_kind.tensors[name].mean(0), direction.tensors[name][0], rtol=1e-3, atol=1e-5)
+        mean = (one.tensors[name] + other.tensors[name]) / 2
+        torch.testing.assert_close(mean, direction.tensors[name], rtol=1e-3, atol=1e-5)
 
 
 def measured(sums: list[float], tokens: list[list[float]] | None = None) -> Measured:
@@ -146,6 +147,10 @@ def test_finish_aggregates_and_turns_signs_for_decoys() -> None:
 def test_a_score_that_is_not_finite_is_named_by_row(bad: float) -> None:
     with pytest.raises(ScoreError, match=r"1 of 3 rows .* \(rows 6\).*float32"):
         selector("loop").finish(measured([1.0, bad, 2.0]), "abc", ["rows"] * 3)
+    lossy = measured([1.0, 3.0, 2.0])
+    lossy.nll[2] = bad
+    with pytest.raises(ScoreError, match=r"1 of 3 rows .* \(rows 7\).*float32"):
+        selector("loop").finish(lossy, "abc", ["rows"] * 3)
     with pytest.raises(ScoreError, match=r"14 of 14 rows .* \(rows 5, 6, .*, 14 and 4 more\)"):
         selector("loop").finish(measured([bad] * 14), "a" * 14, ["rows"] * 14)
 

@@ -206,6 +206,12 @@ def test_the_clean_file_is_read_and_errors_name_it(tmp_path: object) -> None:
     pq.write_table(pa.table({"row": np.arange(150), "score": clean}), folder / "scores.parquet")
     from_file = parse(f"conformal:{folder}/scores.parquet").cut(np.zeros(1))
     assert from_file == Conformal(clean).cut(np.zeros(1))
+    one, both = ["rows"] * 150, ["rows"] * 149 + ["preference"]
+    pq.write_table(pa.table({"score": clean, "group": one}), folder / "one.parquet")
+    assert parse(f"conformal:{folder}/one.parquet").cut(np.zeros(1)) == from_file
+    pq.write_table(pa.table({"score": clean, "group": both}), folder / "both.parquet")
+    with pytest.raises(DataError, match=r"both\.parquet.* 2 groups of rows \(preference, rows\)"):
+        parse(f"conformal:{folder}/both.parquet").cut(np.zeros(1))
     (folder / "text.parquet").write_text("no parquet")
     pq.write_table(pa.table({"row": np.arange(3)}), folder / "other.parquet")
     for name, what in (("none", "not a file"), ("text", "could not be read"), ("other", "could not be read")):

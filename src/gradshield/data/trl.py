@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import weakref
@@ -24,14 +25,16 @@ def to_trl(examples: Iterable[Example], rendered: Sequence[Rendered]) -> Any:
 
     Tokens lie in a temporary Arrow file, which goes with the dataset.
 
-    Preference pairs become ``prompt``, ``chosen``, ``rejected`` for ``DPOTrainer``. All other rows become ``input_ids``
+    Preference pairs become ``prompt``, ``chosen``, ``rejected`` for ``DPOTrainer``, with ``tools`` (as JSON, None for a row
+    without) and ``chat_template_kwargs`` where there are any. All other rows become ``input_ids``
     and ``labels``, which ``SFTTrainer`` takes as they are; since they carry their mask, leave ``assistant_only_loss``
     False there (TRL refuses it for rows that are tokens).
 
     Raises
     ------
     FormatError
-        Preference pairs among other rows, or pairs of strings among pairs of messages: no trainer takes both.
+        Preference pairs among other rows, or pairs of strings among pairs of messages: no trainer takes both. Pairs of which
+        some have ``chat_template_kwargs`` that others have not.
     EmptyDataError
         There is no row.
     """
@@ -50,7 +53,16 @@ def to_trl(examples: Iterable[Example], rendered: Sequence[Rendered]) -> Any:
     pairs = [_pair(next(example for example in rest if example.row == row.row)) for row in rendered]
     if len({type(pair["chosen"]) for pair in pairs}) > 1:
         raise FormatError("the data mixes pairs of strings with pairs of messages: put them in separate files")
-    return datasets.Dataset.from_list(pairs)
+    options = {tuple(sorted(pair.get("chat_template_kwargs", ()))) for pair in pairs}
+    if len(options) > 1:  # a column of dicts has every key in every row, and a template tells None from no value
+        raise FormatError(
+            "the pairs give different chat_template_kwargs ("
+            f"{'; '.join(', '.join(keys) or 'none' for keys in sorted(options))}), and a dataset for DPOTrainer has the same in "
+            "every row: give every pair the same keys, or put them in separate files"
+        )
+    # The first row alone would name the columns, and drop what only later ones have.
+    columns = dict.fromkeys(key for pair in pairs for key in pair)
+    return datasets.Dataset.from_dict({key: [pair.get(key) for pair in pairs] for key in columns})
 
 
 def _on_disk(rendered: Iterable[Rendered]) -> Any:
@@ -82,7 +94,8 @@ def _pair(example: Example) -> dict[str, Any]:
         return {"prompt": good.prompt, "chosen": good.completion, "rejected": bad.completion}
     pair: dict[str, Any] = {"prompt": _part(good, True), "chosen": _part(good, False), "rejected": _part(bad, False)}
     if good.tools is not None:
-        pair["tools"] = [dict(tool) for tool in good.tools]
+        # As dicts, every tool would get the arguments of all the others. TRL reads JSON as it was.
+        pair["tools"] = json.dumps([dict(tool) for tool in good.tools])
     if good.template_kwargs:
         pair["chat_template_kwargs"] = dict(good.template_kwargs)
     return pair

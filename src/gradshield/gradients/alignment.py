@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gradshield.errors import DataError, ModelError, UsageError
 from gradshield.files import replacing
 from gradshield.gradients.direction import digest
+from gradshield.placement import in_float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +131,7 @@ def _difference(name: str, owner: nn.Module, one: Tensor, other: Tensor) -> Tens
 def spectrum(v: Tensor) -> Spectrum:
     """Eigenvalues of C = V Vᵀ/‖V‖_F of one (d_out, d_in) matrix: squared singular values of V over its norm.
 
-    Exact, from the smaller Gram matrix in float64, on the device that ``v`` is on. For V = 0 all are zero.
+    Exact, from the smaller Gram matrix in float64, on the device that ``v`` is on where it has float64. For V = 0 all are zero.
     """
     squares = _squares(_gram(v))
     norm = squares.sum().sqrt()
@@ -153,13 +154,13 @@ def leading(v: Tensor, energy: float) -> Tensor:
     q = rank if energy == 1 else min(rank, int((~reached).sum()) + 1)
     basis = vectors[:, :q]
     if v.shape[0] > v.shape[1]:
-        basis = torch.linalg.qr(v.double() @ basis).Q
-    out: Tensor = basis.float().contiguous()
+        basis = torch.linalg.qr(in_float64(v) @ basis).Q
+    out: Tensor = basis.to(v.device, torch.float32).contiguous()
     return out
 
 
 def _gram(v: Tensor) -> Tensor:
-    wide = v.double()
+    wide = in_float64(v)
     return wide @ wide.T if v.shape[0] <= v.shape[1] else wide.T @ wide
 
 

@@ -10,15 +10,17 @@ which is FIHS for v = ∇S (arXiv 2605.14194). Engines that declare ``per_token`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd as _Conv
 
 from gradshield.errors import UsageError
+from gradshield.models import evaluating
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction
 
@@ -65,18 +67,6 @@ class DeviceBatch:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; each module's own mode is put back, since a caller may keep a part in another."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
 def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[str, nn.Parameter]]:
     """The model in evaluation mode, with gradients for ``trainable`` parameters only; all of it undone at the end.
 
@@ -86,34 +76,50 @@ def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[st
     parameters = dict(model.named_parameters())
     flags = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
     wanted = set(trainable)
-    try:
-        with evaluating(model):
+    with evaluating(model):
+        try:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(name in wanted)
             yield {name: parameters[name] for name in parameters if name in wanted}
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Mixture-of-experts layers in their plain loop, put back at the end: the grouped kernels have no forward mode."""
-    configs: list[Any] = [
-        m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_experts_implementation")
-    ]
-    before = [(config, config._experts_implementation) for config in configs]
+    with _configured(model, "_experts_implementation", lambda _: "eager"):
+        yield
+
+
+@contextmanager
+def torch_attention(model: nn.Module) -> Iterator[None]:
+    """Attention by torch's own function where a config names another, put back at the end: other kernels have no forward mode."""
+    plain = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
+    # The name without "_internal" would set the configs inside a config too, and they could not all be put back.
+    with _configured(
+        model, "_attn_implementation_internal", lambda name: name if name in (None, "eager", "sdpa") else plain
+    ):
+        yield
+
+
+@contextmanager
+def _configured(model: nn.Module, attribute: str, value: Callable[[Any], Any]) -> Iterator[None]:
+    """The attribute of every config of the model set to what ``value`` makes of it, and put back at the end."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), attribute)}
+    before: list[tuple[Any, Any]] = [(config, getattr(config, attribute)) for config in configs.values()]
     try:
-        for config in configs:
-            config._experts_implementation = "eager"
+        for config, given in before:
+            setattr(config, attribute, value(given))
         yield
     finally:
-        for config, implementation in before:
-            config._experts_implementation = implementation
+        for config, given in before:
+            setattr(config, attribute, given)
 
 
 def experts(config: Any) -> int:
-    """How many experts a layer has, as the model's config tells; 0 for a model without."""
+    """How many experts a layer has, as the config of its language model tells; 0 for a model without."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     return next((getattr(config, name) for name in names if getattr(config, name, None)), 0)
 
@@ -133,7 +139,8 @@ def beyond_layers(model: nn.Module) -> list[str]:
     """Names of adapter layers whose parameters act beyond their own module's forward, where a layer's hook cannot follow.
 
     Two are known: PEFT's adapters of fused experts (ParamWrapper reads the factors itself), and DoRA, whose training
-    gradient holds the weight's norm fixed although it depends on the adapter.
+    gradient holds the weight's norm fixed although it depends on the adapter. Convolutions that a model reads itself are not
+    among them: the module around them is hooked instead (`followed`).
     """
     return [
         name
@@ -168,3 +175,22 @@ def owners(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Mod
         if own:
             found.append((module, own))
     return found
+
+
+def followed(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """Modules within whose forward the direction's parameters act, each with its tensors by their name in it.
+
+    That is the owner, but for convolutions, which go by the module around them (``conv.weight``): LFM2, Mamba and their like
+    read a convolution's weights themselves and never run it. What the module around it computes follows them either way.
+    """
+    modules = dict(model.named_modules())
+    paths = {id(module): path for path, module in modules.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for owner, own in owners(model, tensors):
+        path = place = paths[id(owner)]
+        while place and isinstance(modules[place], _Conv | nn.ModuleList | nn.ModuleDict):
+            place = place.rpartition(".")[0]
+        inner = path.removeprefix(place).removeprefix(".")
+        names = {f"{inner}.{name}".removeprefix("."): tensor for name, tensor in own.items()}
+        found.setdefault(place, {}).update(names)
+    return [(modules[place], own) for place, own in found.items()]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gradshield.errors import DataError, ScoreError
 from gradshield.files import replacing
 from gradshield.gradients.base import scoring
+from gradshield.placement import in_float64
 from gradshield.types import Direction
 
 Score = Callable[[nn.Module], Tensor]
@@ -26,23 +27,29 @@ def gradient_direction(
     """∇S for each named score, over the named parameters.
 
     ``scores[name]`` is one or more callables whose values add up to S (chunks of the probe set, so that the graph of one
-    chunk at a time is alive). Raises ScoreError when a gradient is zero or not finite: no row could be told apart by it.
+    chunk at a time is alive). All of them are in memory at once. Raises ScoreError when a gradient is zero or not finite: no
+    row could be told apart by it.
     """
     gradients = {name: _gradient(model, parts, parameters) for name, parts in scores.items()}
     names = tuple(gradients)
-    for name, gradient in gradients.items():
-        total = _norm(gradient.values())
-        if not total > 0 or total == float("inf"):
+    norms = [_norm(gradient.values()) for gradient in gradients.values()]
+    for name, norm in zip(names, norms, strict=True):
+        if not norm > 0 or norm == float("inf"):
             raise ScoreError(
-                f"the gradient of the unsafety score {name!r} has norm {total}, and a direction must be finite and not "
+                f"the gradient of the unsafety score {name!r} has norm {norm}, and a direction must be finite and not "
                 "zero: check the model's weights, or choose another probe"
             )
     with torch.no_grad():
         theta = _norm(p for n, p in model.named_parameters() if n in set(parameters))
-        scales = tuple(theta / _norm(gradients[name].values()) for name in names)
+        scales = tuple(theta / norm for norm in norms)
         moved = [p for p in parameters if any(bool(gradients[name][p].any()) for name in names)]
-        tensors = {p: torch.stack([gradients[name][p] for name in names]) for p in moved}
+        tensors = {p: _joined([gradients[name].pop(p) for name in names]) for p in moved}
     return Direction(tensors, names, subspace, scales, digest(names, tensors))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One parameter's gradients as (K, …); a single one is not copied, since it may be as large as the model."""
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
 
 def _gradient(model: nn.Module, parts: Iterable[Score], parameters: list[str]) -> dict[str, Tensor]:
@@ -57,7 +64,7 @@ def _gradient(model: nn.Module, parts: Iterable[Score], parameters: list[str]) -
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return float(sum(float(t.detach().double().pow(2).sum()) for t in tensors) ** 0.5)
+    return float(sum(float(in_float64(t.detach()).pow(2).sum()) for t in tensors) ** 0.5)
 
 
 def digest(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> str:

@@ -21,6 +21,8 @@ from gradshield.gradients.base import (
 )
 from gradshield.gradients.shifted import shifted
 from gradshield.gradients.sparing import Prefix, answer_nll
+from gradshield.models import text_config
+from gradshield.placement import in_float64
 from gradshield.types import Batch, Direction
 
 
@@ -82,10 +84,10 @@ class FiniteDifference:
         prefix = Prefix(model, direction)
 
         def losses() -> Tensor:
-            return answer_nll(model, data).double().cpu()
+            return in_float64(answer_nll(model, data)).cpu()
 
         with scoring(model), torch.no_grad():
-            routing = _Routing() if experts(getattr(model, "config", None)) else None
+            routing = _Routing() if experts(text_config(model)) else None
             if routing is not None:
                 with routing, prefix.passing(routing.mark):
                     losses()

@@ -9,9 +9,18 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradshield.errors import UsageError
-from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, eager_experts, scoring
+from gradshield.gradients.base import (
+    ENGINES,
+    Derivatives,
+    DeviceBatch,
+    check_direction,
+    eager_experts,
+    scoring,
+    torch_attention,
+)
 from gradshield.gradients.sparing import answer_nll
 from gradshield.models import first_line
+from gradshield.placement import in_float64
 from gradshield.types import Batch, Direction
 
 
@@ -43,7 +52,13 @@ class Forward:
         wrapped = _TokenLoss(model)
         values: list[Tensor] = []
         nll = torch.zeros(0)
-        with scoring(model), eager_experts(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with (
+            scoring(model),
+            eager_experts(model),
+            torch_attention(model),
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             parameters = dict(model.named_parameters())
             for k in range(len(direction.names)):
                 with forward_ad.dual_level():
@@ -55,8 +70,8 @@ class Forward:
                     primal, tangent = forward_ad.unpack_dual(losses)
                     if tangent is None:  # the direction does not reach the loss
                         tangent = torch.zeros_like(primal)
-                    values.append(-tangent.double().cpu())
-                    nll = primal.double().cpu()
+                    values.append(-in_float64(tangent).cpu())
+                    nll = in_float64(primal).cpu()
         return Derivatives(torch.stack(values), nll)
 
 

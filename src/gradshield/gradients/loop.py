@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, scoring
 from gradshield.gradients.norms import Norms
 from gradshield.logits import token_nll
+from gradshield.placement import in_float64
 from gradshield.types import Batch, Direction
 
 
@@ -31,14 +32,14 @@ class Loop:
         count, width = whole.ids.shape
         values = torch.zeros(len(direction.names), count, dtype=torch.float64)
         nll = torch.zeros(count, width, dtype=torch.float64)
-        with scoring(model, direction.tensors) as parameters:
+        with scoring(model, direction.tensors) as parameters, torch.enable_grad():
             for i in range(count):
                 length = int(whole.attention[i].sum())
                 row = slice(i, i + 1), slice(0, length)
                 losses = token_nll(model, whole.ids[row], whole.attention[row], whole.loss[row])
                 gradient = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
                 values[:, i] = -self._dot(dict(zip(parameters, gradient, strict=True)), direction)
-                nll[i, :length] = losses[0].detach().double().cpu()
+                nll[i, :length] = in_float64(losses[0].detach()).cpu()
         return Derivatives(values, nll)
 
     def norms(self, model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norms:
@@ -46,7 +47,7 @@ class Loop:
         whole = DeviceBatch.of(batch, model)
         nll = torch.zeros(whole.ids.shape, dtype=torch.float64)
         totals: dict[int, list[Tensor]] = {}
-        with scoring(model, parameters) as trainable:
+        with scoring(model, parameters) as trainable, torch.enable_grad():
             for i, row in enumerate(batch.rows.tolist()):
                 length = int(whole.attention[i].sum())
                 part = slice(i, i + 1), slice(0, length)
@@ -56,8 +57,8 @@ class Loop:
                 for sofar, g in zip(total, gradient, strict=True):
                     if g is not None:  # a parameter the row does not reach
                         sofar.add_(g, alpha=float(batch.coefficients[i]))
-                nll[i, :length] = losses[0].detach().double().cpu()
-        squares = [sum(float(t.double().square().sum()) for t in total) for total in totals.values()]
+                nll[i, :length] = in_float64(losses[0].detach()).cpu()
+        squares = [sum(float(in_float64(t).square().sum()) for t in total) for total in totals.values()]
         return Norms(torch.tensor(squares, dtype=torch.float64).sqrt(), np.array(list(totals), dtype=np.int64), nll)
 
     @staticmethod
@@ -67,5 +68,5 @@ class Loop:
             if g is None:  # a parameter the row does not reach (an expert it was not routed to)
                 continue
             v = direction.tensors[name].to(g.device)
-            total += (v.flatten(1).double() @ g.flatten().double()).cpu()
+            total += (in_float64(v.flatten(1)) @ in_float64(g.flatten())).cpu()
         return total

@@ -19,10 +19,11 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from gradshield.errors import UsageError
-from gradshield.gradients.base import DeviceBatch, beyond_layers, eager_experts, owners, scoring
+from gradshield.gradients.base import DeviceBatch, beyond_layers, eager_experts, followed, owners, scoring
 from gradshield.gradients.layout import Layout
 from gradshield.gradients.perturbation import layer_derivative
 from gradshield.logits import output_head, token_nll
+from gradshield.placement import in_float64
 from gradshield.types import Batch, Ints
 
 _TEMPORARY = 2**22  # entries of what one layer may hold at once beside its own activations
@@ -65,7 +66,7 @@ def row_norms(model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norm
             total = (losses.sum(1) * weights).sum()
             if total.requires_grad:  # not so where no layer with a wanted parameter ran
                 torch.autograd.grad(total, anchor, allow_unused=True)
-    return Norms(ghosts.norms(), layout.rows, losses.detach().double().cpu())
+    return Norms(ghosts.norms(), layout.rows, in_float64(losses.detach()).cpu())
 
 
 def check_norms(model: nn.Module, parameters: Sequence[str]) -> None:
@@ -109,7 +110,7 @@ class _Ghosts:
     """Hooks on the layers of one pass that add up each row's squared gradient norm, layer after layer."""
 
     def __init__(self, model: nn.Module, wanted: Mapping[str, Tensor], layout: Layout, anchor: Tensor) -> None:
-        self.places = owners(model, wanted)
+        self.places = followed(model, wanted)
         self.layout, self.anchor = layout, anchor
         self.squares: list[Tensor] = []  # one (R,) a layer, in float32 or better
         self.users: dict[int, list[nn.Module]] = {}  # who has used a parameter so far, by its identity
@@ -119,7 +120,7 @@ class _Ghosts:
     def norms(self) -> Tensor:
         if not self.squares:
             return torch.zeros(self.layout.count, dtype=torch.float64)
-        return torch.stack([s.double() for s in self.squares]).sum(0).clamp_min(0.0).sqrt().cpu()
+        return torch.stack([in_float64(s) for s in self.squares]).sum(0).clamp_min(0.0).sqrt().cpu()
 
     @contextmanager
     def watching(self) -> Iterator[None]:

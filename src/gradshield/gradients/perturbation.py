@@ -27,11 +27,12 @@ from gradshield.gradients.base import (
     check_direction,
     check_layers,
     eager_experts,
-    owners,
+    followed,
     scoring,
 )
 from gradshield.gradients.lowrank import Lora, lora_of, starting
 from gradshield.gradients.sparing import answer_nll, gathering
+from gradshield.placement import in_float64
 from gradshield.types import Batch, Direction
 
 
@@ -52,7 +53,7 @@ def layer_derivative(module: nn.Module, own: Mapping[str, Tensor], args: Any, kw
     if kind is Conv1D and "weight" in own:
         out = args[0] @ own["weight"]
         return out + own["bias"] if "bias" in own else out
-    values = {name: module._parameters[name].detach() for name in own}  # type: ignore[union-attr]
+    values = {name: module.get_parameter(name).detach() for name in own}
     return jvp(lambda p: functional_call(module, p, args, kwargs), (values,), (dict(own),))[1]
 
 
@@ -121,7 +122,7 @@ def _perturbed(model: nn.Module, direction: Direction, e: Tensor, rows: _Rows) -
 
         return hook
 
-    places = dict(owners(model, direction.tensors))
+    places = dict(followed(model, direction.tensors))
     with ExitStack() as stack:
         for layer in model.modules():
             lora = lora_of(layer)
@@ -129,7 +130,7 @@ def _perturbed(model: nn.Module, direction: Direction, e: Tensor, rows: _Rows) -
                 places.pop(lora.a, None)  # B = 0: the derivative along A is zero
                 stack.enter_context(_low_rank(layer, lora, places.pop(lora.b)["weight"], e, rows))
         for module, own in places.items():
-            like = next(p for p in module._parameters.values() if p is not None)
+            like = module.get_parameter(next(iter(own)))
             per_k = [{n: v[k].to(like) for n, v in own.items()} for k in range(len(direction.names))]
             stack.enter_context(module.register_forward_hook(hook_for(per_k), with_kwargs=True))
         yield
@@ -214,4 +215,4 @@ class Perturbation:
             with _perturbed(model, direction, e, _Rows(data, model)):
                 losses = answer_nll(model, data)
                 (gradient,) = torch.autograd.grad(losses.sum(), e)
-        return Derivatives(-gradient.double().cpu(), losses.detach().double().cpu())
+        return Derivatives(-in_float64(gradient).cpu(), in_float64(losses.detach()).cpu())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradshield.gradients.base import owners
+from gradshield.gradients.base import followed
 from gradshield.gradients.lowrank import Lora, lora_of
 
 
@@ -23,7 +23,7 @@ def shifted(model: nn.Module, tensors: Mapping[str, Tensor], step: float) -> Ite
     A LoRA layer runs as the one matrix that it stands for, W + s (B + step·V_B)(A + step·V_A): less work than its
     factors on every token.
     """
-    places = dict(owners(model, tensors))
+    places = dict(followed(model, tensors))
     with ExitStack() as stack:
         for layer in model.modules():
             lora = lora_of(layer)
@@ -55,14 +55,19 @@ def _during(module: nn.Module, enter: Callable[[], None], leave: Callable[[], No
 def _as_it_is(
     module: nn.Module, own: Mapping[str, Tensor], step: float
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    mine: dict[str, Any] = {name: module._parameters[name] for name in own}
+    slots: list[tuple[dict[str, Any], str, Any, Tensor]] = []
+    for name, v in own.items():
+        inner, _, attribute = name.rpartition(".")
+        holder: dict[str, Any] = module.get_submodule(inner)._parameters
+        slots.append((holder, attribute, holder[attribute], v))
 
     def enter() -> None:
-        for name, v in own.items():
-            module._parameters[name] = _stand_in(_moved(mine[name], v, step))
+        for holder, attribute, parameter, v in slots:
+            holder[attribute] = _stand_in(_moved(parameter, v, step))
 
     def leave() -> None:
-        module._parameters.update(mine)
+        for holder, attribute, parameter, _ in slots:
+            holder[attribute] = parameter
 
     return enter, leave
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradshield.errors import ModelError
-from gradshield.gradients.base import DeviceBatch, owners
+from gradshield.gradients.base import DeviceBatch, followed
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.logits import output_head, predicting, token_nll
 from gradshield.types import Direction
@@ -30,7 +30,7 @@ class Prefix:
 
     def __init__(self, model: nn.Module, direction: Direction) -> None:
         layers = _layers(model)
-        self._moved = [module for module, _ in owners(model, direction.tensors)]
+        self._moved = [module for module, _ in followed(model, direction.tensors)]
         moved = {id(module) for module in self._moved}
         moves = [any(id(module) in moved for module in layer.modules()) for layer in layers]
         count = moves.index(True) if any(moves) else 0
@@ -141,20 +141,24 @@ def _last_mlp(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def _gathered(module: nn.Module, shape: tuple[int, ...], entries: Tensor) -> Iterator[list[bool]]:
-    """The module sees M of the (B, T) positions, as (1, M, D), and gives zero at the others. Yields an item for each call."""
+    """The module sees M of the (B, T) positions, as (1, M, D), and gives zero at the others. Yields an item for each call.
+
+    A module that is given more by position than its input (BLOOM's adds the residual itself) is left to see all of them.
+    """
     calls: list[bool] = []
 
-    def gather(_module: nn.Module, args: Any) -> Any:
-        calls.append(bool(args) and isinstance(args[0], Tensor) and tuple(args[0].shape[:2]) == shape)
+    def gather(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        by_position = [isinstance(a, Tensor) and tuple(a.shape[:2]) == shape for a in (*args, *kwargs.values())]
+        calls.append(bool(args) and by_position[0] and sum(by_position) == 1)
         if not calls[-1]:
             return None
-        return (args[0].flatten(0, 1).index_select(0, entries.to(args[0].device)).unsqueeze(0), *args[1:])
+        return (args[0].flatten(0, 1).index_select(0, entries.to(args[0].device)).unsqueeze(0), *args[1:]), kwargs
 
     def scatter(_module: nn.Module, _args: Any, output: Any) -> Any:
         return _spread(output, shape, entries) if calls[-1] else None
 
     with (
-        module.register_forward_pre_hook(gather, prepend=True),
+        module.register_forward_pre_hook(gather, prepend=True, with_kwargs=True),
         module.register_forward_hook(scatter),
     ):
         yield calls

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from gradshield.errors import ModelError, UsageError
+from gradshield.models import text_config
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -46,7 +47,7 @@ def check_subspace(subspace: str) -> None:
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder's blocks. Raises ModelError when they cannot be told."""
-    wanted = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    wanted = getattr(text_config(model), "num_hidden_layers", None)
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
     if not lists:
         raise ModelError(
@@ -102,18 +103,23 @@ def _named(model: nn.Module, names: list[str], subspace: str, targets: Sequence[
             f"the subspace {subspace} asks for {count} layers, but the model has {len(layers)}: ask for fewer"
         )
     kept = {f"{prefix}.{i}." for i in range(len(layers) - count, len(layers))}
-    parent = prefix.rpartition(".")[0]
-    norms = [name for name in names if name.rpartition(".")[0] in _final_norms(model, parent)]
+    final = _final_norms(model, prefix)
+    norms = [name for name in names if name.rpartition(".")[0] in final]
     return [name for name in names if any(name.startswith(k) for k in kept)] + norms
 
 
-def _final_norms(model: nn.Module, parent: str) -> set[str]:
-    """Names of the norms that stand beside the list of layers: what the last layer's output goes through."""
-    holder = model.get_submodule(parent)
+def _final_norms(model: nn.Module, layers: str) -> set[str]:
+    """Names of the norms that stand beside the list of layers: what the last layer's output goes through.
+
+    One of the embeddings stands before the list (BLOOM); LFM2's final norm has their name too, and stands after it.
+    """
+    parent, _, own = layers.rpartition(".")
+    beside = list(model.get_submodule(parent).named_children())
+    place = [name for name, _ in beside].index(own)
     return {
         f"{parent}.{name}" if parent else name
-        for name, child in holder.named_children()
-        if "norm" in type(child).__name__.lower() and "embed" not in name
+        for i, (name, child) in enumerate(beside)
+        if "norm" in type(child).__name__.lower() and ("embed" not in name or i > place)
     }
 
 

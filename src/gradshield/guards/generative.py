@@ -78,7 +78,7 @@ class Generative:
     def opinions(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Opinion]:
         """One opinion an answer, by greedy decoding."""
         ids = [self._encoded(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        limit = getattr(self._loaded.model.config, "max_position_embeddings", None) or 10**9
+        limit = getattr(models.text_config(self._loaded.model), "max_position_embeddings", None) or 10**9
         found = [Opinion(None, f"{len(row)} tokens are more than the guard reads ({limit})") for row in ids]
         fits = [i for i, row in enumerate(ids) if len(row) + NEW_TOKENS <= limit]
         fits.sort(key=lambda i: -len(ids[i]))  # like lengths together; a batch too large fails at once

@@ -15,7 +15,7 @@ from torch import nn
 
 from gradshield.gradients.base import experts
 from gradshield.logits import output_head
-from gradshield.pipeline.options import text_config
+from gradshield.models import text_config
 from gradshield.types import Floats
 
 PASSES = 2.0  # what every fast engine takes, within a tenth on two cores (docs/performance.md)

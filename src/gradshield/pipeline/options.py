@@ -131,12 +131,6 @@ def check_positions(model: Any, longest: int, limit: int | None) -> None:
         )
 
 
-def text_config(model: Any) -> Any:
-    """The part of a model's config that describes its language model; None where a model has no config."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def catalogue() -> dict[str, dict[str, str]]:
     """Everything there is to choose, from the registries: kind -> name -> first line of its docstring."""
     registries: tuple[Any, ...] = (DEFENCES, SELECTORS, PROBES, ENGINES, THRESHOLDS, JUDGES, METRICS)

@@ -14,8 +14,8 @@ from gradshield import data as rows_in
 from gradshield import models
 from gradshield.data import templates
 from gradshield.errors import EmptyDataError, FormatError
-from gradshield.models import LoadedModel
-from gradshield.pipeline.options import check_positions, render_config, text_config
+from gradshield.models import LoadedModel, text_config
+from gradshield.pipeline.options import check_positions, render_config
 from gradshield.pipeline.settings import Progress, quiet
 from gradshield.types import Bools, Ints, Quarantined, Rendered
 

@@ -228,19 +228,31 @@ def categories(
     if not gone or len(names) < 2:
         only = names[0] if len(names) == 1 else ""
         return Coded(removed.astype(np.uint8), ("", only))
-    every = selector.by_category(model)
     best, strongest = np.zeros(len(gone), dtype=np.int64), np.full(len(gone), -np.inf)
-    for k, name in enumerate(every.names):
-        one = Direction(
-            {n: v[k : k + 1] for n, v in every.tensors.items()}, (name,), every.subspace, (every.scales[k],), ""
-        )
-        raw: Measured = shards.measure(selector, model, one, gone, settings.token_budget, hands=hands)
-        tokens = raw.tokens if raw.tokens is not None else raw.sums[:, None]
-        pull = np.fromiter((selector.aggregate(t) * every.scales[k] for t in tokens), np.float64, len(gone))
+    for k, name in enumerate(names):
+        pull = _pull(model, selector, name, gone, settings.token_budget, hands)
         # The first of equal pulls, as argmax would have it.
         best = np.where(pull > strongest, k, best)
         strongest = np.maximum(pull, strongest)
         progress("naming the harm", k + 1, len(names))
     codes = np.zeros(len(removed), dtype=np.int64)
     codes[removed] = best
-    return Coded(codes, every.names).only(removed)
+    return Coded(codes, tuple(names)).only(removed)
+
+
+def _pull(
+    model: nn.Module, selector: Fihs, category: str, rows: Sequence[Rendered], token_budget: int, hands: Hands
+) -> Floats:
+    """How far each row (N,) follows a category's direction at unit length; not at all where it has none.
+
+    The direction may be as large as the model, and is gone before that of the next category is taken.
+    """
+    try:
+        direction = selector.by_category(model, category)
+    except (
+        ScoreError
+    ):  # the whole direction was sound: this kind's requests have no part in it (none of them is refused)
+        return np.full(len(rows), -np.inf)
+    raw = shards.measure(selector, model, direction, rows, token_budget, hands=hands)
+    tokens = raw.tokens if raw.tokens is not None else raw.sums[:, None]
+    return np.fromiter((selector.aggregate(t) * direction.scales[0] for t in tokens), np.float64, len(rows))

@@ -26,7 +26,7 @@ from gradshield.data import batches
 from gradshield.data.spool import Picked, Values
 from gradshield.errors import DataError, ModelError
 from gradshield.files import replacing
-from gradshield.pipeline.options import text_config
+from gradshield.models import text_config
 from gradshield.selectors import Measured, Selector
 from gradshield.types import Batch, Direction, Rendered
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradshield.data import left_padded
 from gradshield.logits import logits_at
+from gradshield.models import evaluating
 from gradshield.registry import Registry
 
 
@@ -117,7 +118,7 @@ def first_token(tokenizer: Any, text: str) -> int:
 
 @torch.no_grad()
 def greedy(model: nn.Module, prompts: Prompts, tokens: int, pad: int, chunk: int = 32) -> list[list[int]]:
-    """The model's greedy answers, at most ``tokens`` long, cut at its end-of-sequence token."""
+    """The model's greedy answers, at most ``tokens`` long, cut at its end-of-sequence token; without dropout in any mode."""
     device = next(model.parameters()).device
     config = getattr(model, "generation_config", None)
     stops = config.eos_token_id if config is not None else None
@@ -125,14 +126,15 @@ def greedy(model: nn.Module, prompts: Prompts, tokens: int, pad: int, chunk: int
     answers: list[list[int]] = []
     for start in range(0, len(prompts), chunk):
         ids, mask = map(torch.from_numpy, left_padded(prompts.ids[start : start + chunk], pad))
-        out = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            use_cache=True,
-        )
+        with evaluating(model):
+            out = model.generate(  # type: ignore[operator]
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                use_cache=True,
+            )
         for row in out[:, ids.shape[1] :].tolist():
             end = next((i for i, t in enumerate(row) if t in stops), len(row))
             answers.append(row[:end])

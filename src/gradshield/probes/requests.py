@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from functools import cache
@@ -74,7 +75,9 @@ def read_prompts(path: str | Path, split: str = "direction", unnamed: bool = Tru
 
 def _rows(file: Path, text: str) -> Sequence[dict[str, str]]:
     if file.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines(keepends=True)))
+        return list(
+            csv.DictReader(io.StringIO(text, newline=""))
+        )  # a cell may hold other ends of lines, such as U+2028
     if file.suffix == ".txt":
         return [{"prompt": line} for line in text.split("\n") if line.strip()]
     rows = []

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradshield.models import evaluating
 from gradshield.probes.base import PROBES, PromptBatch, Prompts, first_logits
 
 
@@ -51,7 +52,8 @@ class TokenSet:
         found: Counter[int] = Counter()
         for start in range(0, len(prompts), chunk):
             batch = prompts.take(range(start, min(start + chunk, len(prompts)))).batch(device)
-            found.update(first_logits(model, batch).argmax(-1).tolist())
+            with evaluating(model):
+                found.update(first_logits(model, batch).argmax(-1).tolist())
         return found
 
     def __call__(self, model: nn.Module, batch: PromptBatch) -> Tensor:

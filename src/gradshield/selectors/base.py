@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import nn
 
 from gradshield.errors import ScoreError
+from gradshield.models import parameters_digest
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction, Floats, Ints, Scores
 
@@ -73,10 +73,8 @@ def no_direction(name: str, model: nn.Module | None = None, subspace: str = "all
     The digest stands for the model in the names of saved shards, so it covers the selector's ``name``, the subspace and the
     bytes of every parameter; ``model`` is None for a method that never asks the model.
     """
-    sha = hashlib.sha256(f"{name}\n{subspace}\n".encode())
-    for parameter, value in model.named_parameters() if model is not None else ():
-        sha.update(f"{parameter} {value.dtype} {tuple(value.shape)}\n".encode())
-        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    weights = parameters_digest(model) if model is not None else ""
+    sha = hashlib.sha256(f"{name}\n{subspace}\n{weights}".encode())
     return Direction({}, (), subspace, (), sha.hexdigest(), {})
 
 

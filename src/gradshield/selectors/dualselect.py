@@ -16,6 +16,7 @@ from gradshield.errors import UsageError
 from gradshield.gradients import Engine, pick
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.logits import logits_at, predicting, token_nll
+from gradshield.placement import in_float64
 from gradshield.selectors.online import ONLINE
 from gradshield.types import Batch, Bools, Direction, Floats, Rendered
 
@@ -323,7 +324,7 @@ def _all(holds: bool, device: torch.device) -> bool:
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    return float((a.double() * b.double()).sum())
+    return float((in_float64(a) * in_float64(b)).sum())
 
 
 def _norm(gradient: Mapping[str, Tensor]) -> float:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from gradshield.errors import ScoreError
 from gradshield.gradients import Engine, gradient_direction, parameter_names
 from gradshield.probes import Probe, Prompts
 from gradshield.selectors.aggregates import Aggregate
-from gradshield.selectors.base import SELECTORS, Measured
+from gradshield.selectors.base import SELECTORS, Measured, require_finite
 from gradshield.types import Batch, Direction, Scores
 
 _CHUNK = 16  # probe prompts whose graph is alive at once
@@ -45,26 +44,24 @@ class Fihs:
 
     def prepare(self, model: nn.Module) -> Direction:
         """v = ∇S over all requests, as the one direction ``all``."""
-        return self._direction(model, {"all": self.requests})
+        return self._direction(model, "all", self.requests)
 
-    def by_category(self, model: nn.Module) -> Direction:
-        """One direction per harm category, from that category's requests alone."""
-        return self._direction(model, {c: self.requests.where(c) for c in sorted(set(self.requests.categories))})
+    def by_category(self, model: nn.Module, category: str) -> Direction:
+        """The one direction of a harm category, from its requests alone."""
+        return self._direction(model, category, self.requests.where(category))
 
-    def _direction(self, model: nn.Module, groups: Mapping[str, Prompts]) -> Direction:
+    def _direction(self, model: nn.Module, name: str, prompts: Prompts) -> Direction:
         device = next(model.parameters()).device
 
         def part(chunk: Prompts, total: int) -> Any:
             return lambda m: self.probe(m, chunk.batch(device)) * (len(chunk) / total)
 
-        scores = {
-            name: [
-                part(prompts.take(range(i, min(i + _CHUNK, len(prompts)))), len(prompts))
-                for i in range(0, len(prompts), _CHUNK)
-            ]
-            for name, prompts in groups.items()
-        }
-        return gradient_direction(model, scores, parameter_names(model, self.subspace, self.targets), self.subspace)
+        parts = [
+            part(prompts.take(range(i, min(i + _CHUNK, len(prompts)))), len(prompts))
+            for i in range(0, len(prompts), _CHUNK)
+        ]
+        parameters = parameter_names(model, self.subspace, self.targets)
+        return gradient_direction(model, {name: parts}, parameters, self.subspace)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Each row's FIHS along the first direction, per token where the engine gives it."""
@@ -93,14 +90,8 @@ class Fihs:
         )
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score a row, and its decoy's. Raises ScoreError that names the rows whose value is not finite."""
-        bad = raw.rows[~np.isfinite(raw.sums)].tolist()
-        if bad:
-            shown = ", ".join(map(str, bad[:10])) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
-            raise ScoreError(
-                f"{len(bad)} of {len(raw.rows)} rows got a score that is not finite (rows {shown}): check the model's weights "
-                "for overflow, or load it in float32 (--dtype float32)"
-            )
+        """One score a row, and its decoy's. Raises ScoreError that names the rows whose value or loss is not finite."""
+        require_finite(raw)
         values, decoys = raw.sums, None
         if raw.tokens is not None:
             values, decoys = np.empty(len(raw.rows)), np.empty(len(raw.rows))

@@ -10,6 +10,7 @@ from torch import nn
 
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.logits import token_nll
+from gradshield.placement import in_float64
 from gradshield.selectors.base import SELECTORS, Measured, by_row, no_direction, require_finite
 from gradshield.types import Batch, Direction, Scores
 
@@ -34,7 +35,7 @@ class Loss:
         data = DeviceBatch.of(batch, model)
         with scoring(model), torch.no_grad():
             nll = token_nll(model, data.ids, data.attention, data.loss)
-        rows, means, lengths = by_row(batch, nll.double().cpu().numpy())
+        rows, means, lengths = by_row(batch, in_float64(nll).cpu().numpy())
         return Measured(rows, means, means, lengths)
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:

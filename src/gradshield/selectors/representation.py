@@ -16,7 +16,8 @@ from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.gradients.direction import digest
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.logits import token_nll
-from gradshield.selectors.base import SELECTORS, Measured
+from gradshield.placement import in_float64
+from gradshield.selectors.base import SELECTORS, Measured, require_finite
 from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
 
 FORMS = ("larf", "anchors")
@@ -104,7 +105,7 @@ class Representation:
                 "another selector"
             )
         parts = [self._forward(model, batch, names)[0] for batch in batches(rows, _TOKENS, _TOKENS)]
-        return torch.cat(parts).double().cpu()
+        return in_float64(torch.cat(parts)).cpu()
 
     def _forward(self, model: nn.Module, batch: Batch, names: Sequence[str]) -> tuple[Tensor, Floats]:
         """One pass: features (B, len(names), D) in float32, and the sum of each sequence's losses in nats (B,)."""
@@ -112,7 +113,7 @@ class Representation:
         weights = torch.as_tensor(_weights(batch, self.feature), dtype=torch.float32, device=data.ids.device)
         with scoring(model), torch.no_grad(), _gathered(model, names, weights) as found:
             nll = token_nll(model, data.ids, data.attention, data.loss)
-        return torch.stack([found[name] for name in names], 1), nll.sum(-1).double().cpu().numpy()
+        return torch.stack([found[name] for name in names], 1), in_float64(nll.sum(-1)).cpu().numpy()
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Each row's score from one forward pass. A preference pair is placed by its chosen answer alone.
@@ -136,8 +137,10 @@ class Representation:
 
     def _placed(self, features: Tensor, direction: Direction) -> Tensor:
         """(B,) in float64: where each feature (B, layers, D) lies between the two sides."""
-        unsafe, safe = torch.stack(list(direction.tensors.values()), 1).to(features.device).double()  # (layers, D) each
-        at = features.double()
+        unsafe, safe = in_float64(
+            torch.stack(list(direction.tensors.values()), 1).to(features.device)
+        )  # (layers, D) each
+        at = in_float64(features)
         if self.form == "anchors":
             cosines: Tensor = ((at / at.norm(dim=-1, keepdim=True)) * (unsafe - safe)).sum(-1).mean(-1)
             return cosines
@@ -146,14 +149,8 @@ class Representation:
         return placed
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score a row, without decoys. Raises ScoreError that names the rows whose value is not finite."""
-        bad = raw.rows[~np.isfinite(raw.sums)]
-        if len(bad):
-            shown = ", ".join(str(int(r)) for r in bad[:10]) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
-            raise ScoreError(
-                f"{len(bad)} of {len(raw.rows)} rows got a score that is not finite (rows {shown}): check the model's weights "
-                "for overflow, or load it in float32 (--dtype float32)"
-            )
+        """One score a row, without decoys. Raises ScoreError that names the rows whose value or loss is not finite."""
+        require_finite(raw)
         return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
 
     def settings(self) -> Mapping[str, Any]:

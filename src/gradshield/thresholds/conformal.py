@@ -29,7 +29,7 @@ class Conformal:
         self.clean, self.alpha = clean, alpha
 
     def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
-        """Cut of (N,) scores. Raises DataError when the clean rows are too few for alpha."""
+        """Cut of (N,) scores. Raises DataError when the clean rows are too few for alpha, or of several groups."""
         require_rows(values)
         clean = np.sort(self._scores())
         m = len(clean)
@@ -53,9 +53,17 @@ class Conformal:
         import pyarrow.parquet as pq
 
         try:
-            return np.asarray(pq.read_table(path, columns=["score"])["score"].to_numpy(), dtype=np.float64)
+            table = pq.read_table(path, columns=[n for n in pq.read_schema(path).names if n in ("score", "group")])
+            scores = np.asarray(table["score"].to_numpy(), dtype=np.float64)
         except (pa.ArrowException, KeyError) as error:
             raise DataError(
                 f"the clean scores {path.name!r} could not be read ({type(error).__name__}): "
                 "give the scores.parquet of a scan of clean rows"
             ) from error
+        groups = sorted(set(table["group"].to_pylist())) if "group" in table.column_names else []
+        if len(groups) > 1:
+            raise DataError(
+                f"the clean scores {path.name!r} are of {len(groups)} groups of rows ({', '.join(groups)}), whose scales differ: "
+                "give the scores.parquet of a scan of clean rows of one group, that of the rows to be cut"
+            )
+        return scores
