@@ -71,7 +71,14 @@ def test_the_command_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     "options",
-    [["--output", "out"], ["--workers", "2"], ["--ray", "local"], ["--fail-above", "1%"]],
+    [
+        ["--output", "out"],
+        ["--workers", "2"],
+        ["--ray", "local"],
+        ["--fail-above", "1%"],
+        ["--allow", "ids.txt"],
+        ["--labels", "labels.json"],
+    ],
     ids=lambda options: options[0],
 )
 def test_options_that_a_dry_run_does_not_use_are_refused(options: list[str], tmp_path: Path) -> None:

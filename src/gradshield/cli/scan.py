@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,7 +127,8 @@ def scan(
     if not launcher.first():
         _serve()
         return
-    _check_options(output, dry_run, workers, ray, fail_above)
+    _check_options(output, dry_run, workers, ray)
+    _check_dry(dry_run, {"--fail-above": fail_above, "--allow": allow, "--labels": labels})
     _check_map(device_map, selector, alone=workers in (None, 1) and ray is None and launcher.processes() == 1)
     gate = share(fail_above)
     allowed, truth = read_ids(allow), read_labels(labels)
@@ -180,13 +182,16 @@ def scan(
     check_gate(selection, gate)
 
 
-def _check_options(
-    output: Path | None, dry_run: bool, workers: int | None, ray: str | None, fail_above: str | None
-) -> None:
+def _check_dry(dry_run: bool, options: Mapping[str, object]) -> None:
+    """Raises UsageError for an option about rows that are removed, of which a dry run has none."""
+    for name, value in options.items():
+        if dry_run and value is not None:
+            raise UsageError(f"--dry-run removes no row, and {name} is about those that are: leave out one of the two")
+
+
+def _check_options(output: Path | None, dry_run: bool, workers: int | None, ray: str | None) -> None:
     """Raises UsageError for options that exclude each other."""
     shared = workers is not None or ray is not None
-    if dry_run and fail_above is not None:
-        raise UsageError("--dry-run removes no row that --fail-above could count: leave out one of the two")
     if dry_run and (shared or output is not None or launcher.processes() > 1):
         raise UsageError(
             "--dry-run times this one process and writes nothing: leave out --output, --workers and --ray, and the launcher"
