@@ -256,3 +256,14 @@ def test_targets_are_the_models_own_names_of_what_an_adapter_changes(arch: str, 
         assert ("experts" in kinds) == (arch == "mixtral") and "lm_head" not in kinds
     with pytest.raises(UsageError, match=r"targets needs to know .*--lora-config"):
         parameter_names(model, "targets")
+
+
+def test_targets_have_the_modules_that_an_adapter_trains_whole() -> None:
+    for arch, saved in (("llama", "lm_head"), ("gemma", "model.embed_tokens")):  # a tied one goes by its first name
+        model, config = tiny_model(arch), lora(arch, modules_to_save=["lm_head"])
+        factored = target_names(model, config)
+        assert target_names(model, config, saved=True) == [*factored, f"{saved}.weight"]
+    with adapted(model, config, seed=0) as carrying:
+        found = target_names(carrying, None, saved=True)
+        assert found[-1] == "base_model.model.lm_head.modules_to_save.default.weight"
+        assert set(found) < {name for name, _ in carrying.named_parameters()}
