@@ -119,6 +119,15 @@ def test_engines_agree_on_an_adapter_of_every_linear_layer(name: str, arch: str)
 
 
 @pytest.mark.parametrize("name", list(ENGINES))
+@pytest.mark.parametrize(("arch", "saved"), [("llama", ["embed_tokens", "lm_head"]), ("gemma", ["lm_head"])])
+def test_engines_agree_on_modules_that_an_adapter_trains_whole(name: str, arch: str, saved: list[str]) -> None:
+    with case(arch, "lora", modules_to_save=saved) as known:
+        whole = [tensor for tensor in known.direction.tensors if "lora_" not in tensor]
+        assert [tensor.split(".")[-4] for tensor in whole] == saved
+        _agrees(name, known)
+
+
+@pytest.mark.parametrize("name", list(ENGINES))
 @pytest.mark.parametrize("kind", ["fused experts", "dora"])
 def test_engines_agree_on_adapters_beyond_layers_or_say_that_they_cannot(name: str, kind: str) -> None:
     arch, target, more = ("llama", None, {"use_dora": True}) if kind == "dora" else ("mixtral", "all-linear", {})

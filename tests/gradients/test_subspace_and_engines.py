@@ -1,5 +1,6 @@
 """Which parameters a subspace holds, which engine is picked, and what engines refuse."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,12 @@ from gradshield.gradients import (
     check_subspace,
     parameter_names,
     pick,
+    row_norms,
 )
 from gradshield.gradients.agreement import RELATIVE_STEPS
 from gradshield.gradients.subspace import target_names
-from tests.contracts.common import batch_of, lora, rows, two_directions
+from gradshield.types import Direction
+from tests.contracts.common import batch_of, differences, lora, rows, state, two_directions
 from tests.tiny import ARCHITECTURES, LAYERS, VOCABULARY, tiny_model
 
 
@@ -256,3 +259,44 @@ def test_targets_are_the_models_own_names_of_what_an_adapter_changes(arch: str, 
         assert ("experts" in kinds) == (arch == "mixtral") and "lm_head" not in kinds
     with pytest.raises(UsageError, match=r"targets needs to know .*--lora-config"):
         parameter_names(model, "targets")
+
+
+def test_targets_have_the_modules_that_an_adapter_trains_whole() -> None:
+    for arch, saved in (("llama", "lm_head"), ("gemma", "model.embed_tokens")):  # a tied one goes by its first name
+        model, config = tiny_model(arch), lora(arch, modules_to_save=["lm_head"])
+        factored = target_names(model, config)
+        assert target_names(model, config, saved=True) == [*factored, f"{saved}.weight"]
+    with adapted(model, config, seed=0) as carrying:
+        found = target_names(carrying, None, saved=True)
+        assert found[-1] == "base_model.model.lm_head.modules_to_save.default.weight"
+        assert set(found) < {name for name, _ in carrying.named_parameters()}
+
+
+def test_weights_that_are_read_past_their_layer_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:  # as Mamba's kernels read a layer's weight
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * torch.nn.functional.linear(x, self.up_proj.weight))
+
+    model, batch = tiny_model("llama"), batch_of(rows())
+    direction = two_directions(model, "last:1")
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", forward)
+    before = state(model)
+    only = {name: v for name, v in direction.tensors.items() if "up_proj" in name}
+    for moved in (direction, replace(direction, tensors=only)):
+        with pytest.raises(
+            UsageError, match=r"perturbation works layer by layer.*layers\.1\.mlp\.up_proj.*forward or loop"
+        ):
+            ENGINES["perturbation"]().directional(model, batch, moved)
+        with pytest.raises(UsageError, match=r"norms works layer by layer.*layers\.1\.mlp\.up_proj.*engine loop"):
+            row_norms(model, batch, list(moved.tensors))
+    assert differences(before, state(model)) == []
+
+
+def test_a_layer_that_has_no_part_in_the_loss_need_not_run() -> None:
+    model, batch = tiny_model("llama"), batch_of(rows())
+    model.model.layers[1].unused = nn.Linear(3, 3)
+    names = [name for name, _ in model.named_parameters() if "layers.1." in name]
+    found, oracle = row_norms(model, batch, names).values, Loop().norms(model, batch, names).values
+    torch.testing.assert_close(found, oracle, rtol=1e-4, atol=1e-6)
+    unused = "model.layers.1.unused.weight"
+    nowhere = Direction({unused: torch.ones(1, 3, 3)}, ("x",), "last:1", (1.0,), "")
+    assert not ENGINES["perturbation"]().directional(model, batch, nowhere).values.any()

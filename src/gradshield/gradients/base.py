@@ -11,8 +11,9 @@ which is FIHS for v = ∇S (arXiv 2605.14194). Engines that declare ``per_token`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as _Conv
 
 from gradshield.errors import UsageError
+from gradshield.logits import token_nll
 from gradshield.models import evaluating
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction
@@ -194,3 +196,38 @@ def followed(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.M
         names = {f"{inner}.{name}".removeprefix("."): tensor for name, tensor in own.items()}
         found.setdefault(place, {}).update(names)
     return [(modules[place], own) for place, own in found.items()]
+
+
+@contextmanager
+def all_followed(
+    model: nn.Module,
+    places: Iterable[tuple[nn.Module, Mapping[str, Tensor]]],
+    data: DeviceBatch,
+    who: str,
+    instead: str,
+) -> Iterator[None]:
+    """Around one pass of an engine of hooks on layers. Raises UsageError where it moved parameters that no hook saw at work.
+
+    A layer may not run because nothing reaches it (an expert without a token, what looks at pictures). Where the module around
+    it ran and the loss depends on the layer's parameters all the same, that module read them itself, past the layer.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    held = {paths[id(module)]: own for module, own in places}
+    around = {path: path.rpartition(".")[0] for path in held}
+    ran: set[str] = set()
+    with ExitStack() as hooks:
+        for path in {*held, *around.values()}:
+            note = partial(lambda own, *_: ran.add(own), path)
+            hooks.enter_context(model.get_submodule(path).register_forward_pre_hook(note))
+        yield
+    left = [path for path in held if path not in ran and around[path] in ran]
+    if not left:
+        return
+    moved = {f"{path}.{name}".removeprefix(".") for path in left for name in held[path]}
+    shared = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in moved}
+    with scoring(model, [name for name, p in model.named_parameters() if id(p) in shared]), torch.enable_grad():
+        reads = token_nll(model, data.ids, data.attention, data.loss).requires_grad
+    if reads:
+        raise UsageError(
+            f"{who} works layer by layer, and the module around {left[0]} reads its weights itself, past the layer: {instead}"
+        )

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from gradshield.errors import UsageError
-from gradshield.gradients.base import DeviceBatch, beyond_layers, eager_experts, followed, owners, scoring
+from gradshield.gradients.base import DeviceBatch, all_followed, beyond_layers, eager_experts, followed, owners, scoring
 from gradshield.gradients.layout import Layout
 from gradshield.gradients.perturbation import layer_derivative
 from gradshield.logits import output_head, token_nll
@@ -49,8 +49,8 @@ def row_norms(model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norm
     Measured in evaluation mode, without dropout, whatever mode the model is in; it is bit-identical afterwards, with every
     mode, flag and ``.grad`` as it was. Equal to `Loop.norms` up to rounding.
 
-    Raises UsageError where `check_norms` does, and for a parameter that several layers share other than the token embedding
-    and the output head.
+    Raises UsageError where `check_norms` does, for a parameter that several layers share other than the token embedding and the
+    output head, and for one that is read past its own layer.
     """
     check_norms(model, parameters)
     data = DeviceBatch.of(batch, model)
@@ -60,7 +60,10 @@ def row_norms(model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norm
     with scoring(model), eager_experts(model), torch.enable_grad():
         anchor = torch.zeros((), device=data.ids.device, requires_grad=True)
         ghosts = _Ghosts(model, {name: named[name] for name in parameters}, layout, anchor)
-        with ghosts.watching():
+        with (
+            all_followed(model, ghosts.places, data, "row_norms", _ELSEWHERE),
+            ghosts.watching(),
+        ):
             losses = token_nll(model, data.ids, data.attention, data.loss)
             weights = torch.as_tensor(batch.coefficients, dtype=losses.dtype, device=losses.device)
             total = (losses.sum(1) * weights).sum()

@@ -24,6 +24,7 @@ from gradshield.gradients.base import (
     ENGINES,
     Derivatives,
     DeviceBatch,
+    all_followed,
     check_direction,
     check_layers,
     eager_experts,
@@ -205,14 +206,23 @@ class Perturbation:
     per_token = False
 
     def directional(self, model: nn.Module, batch: Batch, direction: Direction) -> Derivatives:
-        """(K, B) derivatives, all K in one forward and one backward pass."""
+        """(K, B) derivatives, all K in one forward and one backward pass.
+
+        Raises UsageError for parameters that act outside their own layer, and for activations whose rows cannot be told apart.
+        """
         check_direction(model, direction)
         check_layers(self.name, model, direction)
         data = DeviceBatch.of(batch, model)
         shape = len(direction.names), data.ids.shape[0]
         with scoring(model), eager_experts(model), torch.enable_grad():
             e = torch.zeros(shape, device=data.ids.device, requires_grad=True)
-            with _perturbed(model, direction, e, _Rows(data, model)):
+            places, instead = followed(model, direction.tensors), "use the engine forward or loop"
+            with (
+                all_followed(model, places, data, f"the engine {self.name}", instead),
+                _perturbed(model, direction, e, _Rows(data, model)),
+            ):
                 losses = answer_nll(model, data)
-                (gradient,) = torch.autograd.grad(losses.sum(), e)
+                gradient = torch.zeros_like(e)
+                if losses.requires_grad:  # not so where no layer with a moved parameter ran
+                    (gradient,) = torch.autograd.grad(losses.sum(), e)
         return Derivatives(-in_float64(gradient).cpu(), in_float64(losses.detach()).cpu())

@@ -3,7 +3,8 @@
 ``all``      every parameter.
 ``targets``  the weights that the training's adapter will change, without the adapter. A LoRA factor A starts at random, and
              over its draws the score in the subspace ``lora`` has this one as its mean (up to a factor), free of the noise.
-``lora``     the LoRA (or other PEFT) adapter that the training will add, at its seeded initialisation.
+``lora``     the LoRA (or other PEFT) adapter that the training will add, at its seeded initialisation, with the modules that it
+             trains whole (``modules_to_save``).
 ``last:k``   the last k decoder layers and the final norm; ``last:25%`` takes that share of the layers, at least one.
 """
 
@@ -123,19 +124,26 @@ def _final_norms(model: nn.Module, layers: str) -> set[str]:
     }
 
 
-def target_names(model: nn.Module, peft_config: PeftConfig | None) -> list[str]:
-    """Names, in ``model``, of the weights that an adapter changes: the one it carries, or the one of ``peft_config``."""
+def target_names(model: nn.Module, peft_config: PeftConfig | None, saved: bool = False) -> list[str]:
+    """Names, in ``model``, of the weights that an adapter changes: the one it carries, or the one of ``peft_config``.
+
+    With ``saved`` those of its ``modules_to_save`` too, which are trained as they are, with no factors.
+    """
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
     with adapted(model, peft_config, seed=0) as carrying:
         inside = [name for name, _ in carrying.named_parameters() if ".base_layer." in name and not _is_adapter(name)]
-    if carrying is model:
-        return inside
-    # Adapters of two weights of one layer (fused experts) stand around each other.
-    return [re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model.")) for name in inside]
+        acting = ".modules_to_save." if carrying is model else ".original_module."  # PEFT trains a copy
+        whole = {id(p) for name, p in carrying.named_parameters(remove_duplicate=False) if acting in name}
+    if carrying is not model:
+        # Adapters of two weights of one layer (fused experts) stand around each other.
+        inside = [re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model.")) for name in inside]
+    return inside + ([name for key, name in own.items() if key in whole] if saved else [])
 
 
 def _is_adapter(name: str) -> bool:
     return any(
-        part.startswith(("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "boft_")) for part in name.split(".")
+        part.startswith(("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "boft_")) or part == "modules_to_save"
+        for part in name.split(".")
     )
 
 

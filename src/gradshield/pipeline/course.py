@@ -145,7 +145,7 @@ class Course:
             raise UsageError(
                 "the defences asft and safelora need the model before its alignment, and none was given: pass --base MODEL"
             )
-        names = weights_changed(self.loaded.model, self.job.peft_config)
+        names = weights_changed(self.loaded.model, self.job.peft_config, saved=False)
         if not names:
             names = _linear(self.loaded.model)
         return alignment((self.job.origin or self.loaded).model, self.job.base.model, names)

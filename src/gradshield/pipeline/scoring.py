@@ -77,10 +77,13 @@ def ready_fihs(
     return Ready(selector, direction, agreed, valid, harmless)
 
 
-def weights_changed(model: nn.Module, peft_config: Any) -> list[str]:
-    """Names of the weights that the training's adapter changes; none without one. Raises UsageError where it does not fit."""
+def weights_changed(model: nn.Module, peft_config: Any, saved: bool = True) -> list[str]:
+    """Names of the weights that the training's adapter changes; none without one. Raises UsageError where it does not fit.
+
+    Without ``saved`` the modules that it trains whole (``modules_to_save``) are left out.
+    """
     with _fits_the_model():
-        return target_names(model, peft_config)
+        return target_names(model, peft_config, saved)
 
 
 @contextmanager
