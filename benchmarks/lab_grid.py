@@ -6,6 +6,7 @@
 Arms: ``none`` trains on every row, ``filtered`` on what the scan keeps, ``clean`` on the harmless rows alone. All arms
 share the lab's recipe and the same order of rows (by content), so that they differ by their rows alone; arms with the
 same rows are one run. Writes ``cells.jsonl`` (one line per finished cell), then ``lab_results.json`` and ``lab_results.md``.
+What lies there already is taken over where versions, lab and exam are the same.
 """
 
 from __future__ import annotations
@@ -36,7 +37,19 @@ def cells(quick: bool) -> list[dict[str, Any]]:
         for ratio in (*RATIOS, 1.0)
     ]
     grid += [{"task": t, "harm": h, "ratio": 0.1, "seed": seeds[0]} for t in tasks for h in IMPLICIT]
-    return grid
+    settings = {(task, seed): _setting(task, seed) for task in tasks for seed in seeds}
+    return [{**cell, "setting": settings[cell["task"], cell["seed"]]} for cell in grid]
+
+
+def _setting(task: str, seed: int) -> str:
+    """A hash of versions, lab and exam: the manifest tells today's, and no number of others may stand beside it."""
+    from gradshield import lab
+    from gradshield.pipeline import outputs
+    from gradshield.pipeline.exam import lab_exam
+
+    made = (lab.checkpoint("aligned").parents[1] / "lab.json").read_text(encoding="utf-8")
+    exam = lab_exam(task, "report", seed).settings()
+    return outputs.digest([outputs.versions(), made, lab.recipe(task), lab.LORA, exam])[:12]
 
 
 def run_cell(cell: dict[str, Any], store: Path) -> dict[str, Any]:
@@ -76,7 +89,7 @@ def _arm(course: Any, name: str, cell: dict[str, Any], store: Path) -> dict[str,
 
     defence = parse(name)
     dataset = course.dataset(defence, course.chosen(defence))
-    path = store / f"arm-{course.key(defence, dataset)}.json"
+    path = store / f"arm-{course.key(defence, dataset)}-{cell['setting']}.json"
     if not path.exists():
         model = course.fit(defence, dataset).model
         result = lab_exam(cell["task"], "report", cell["seed"]).sit(model, course.loaded.tokenizer)
@@ -132,7 +145,7 @@ def _finite(value: Any) -> Any:
 
 
 def _name(cell: dict[str, Any]) -> str:
-    return f"{cell['task']}/{cell['harm']}/{cell['ratio']:g}/{cell['seed']}"
+    return f"{cell['task']}/{cell['harm']}/{cell['ratio']:g}/{cell['seed']}/{cell.get('setting')}"
 
 
 if __name__ == "__main__":
