@@ -9,6 +9,8 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,6 +202,18 @@ def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
         digest=parameters_digest(model),
         is_peft=hasattr(model, "peft_config"),
     )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every module's own mode is put back at the end, since a caller may have set any part."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def parameters_digest(model: torch.nn.Module) -> str:

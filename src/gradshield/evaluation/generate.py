@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from gradshield.errors import DataError
+from gradshield.models import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,8 +102,6 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
     model's own, so a repetition penalty in there would come through.
     """
     from transformers import GenerationConfig
-
-    from gradshield.gradients.base import evaluating
 
     stops = stop_tokens(model, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, *stops) if i is not None), 0)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.generate import Generate
 from gradshield.evaluation.stats import mean_interval
+from gradshield.models import evaluating
 from gradshield.types import EvalResult, Rate
 
 if TYPE_CHECKING:
@@ -272,8 +273,6 @@ def _some(rates: dict[str, Rate], harness: str) -> dict[str, Rate]:
 @contextmanager
 def _unchanged(model: PreTrainedModel) -> Iterator[None]:
     """The model's parameters (a harness may tie them again) and modes, put back at the end."""
-    from gradshield.gradients.base import evaluating
-
     slots = [(module, dict(module._parameters)) for module in model.modules()]
     try:
         with evaluating(model):

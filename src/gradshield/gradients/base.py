@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gradshield.errors import UsageError
+from gradshield.models import evaluating
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction
 
@@ -65,18 +66,6 @@ class DeviceBatch:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; each module's own mode is put back, since a caller may keep a part in another."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
 def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[str, nn.Parameter]]:
     """The model in evaluation mode, with gradients for ``trainable`` parameters only; all of it undone at the end.
 
@@ -86,14 +75,14 @@ def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[st
     parameters = dict(model.named_parameters())
     flags = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
     wanted = set(trainable)
-    try:
-        with evaluating(model):
+    with evaluating(model):
+        try:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(name in wanted)
             yield {name: parameters[name] for name in parameters if name in wanted}
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
 
 @contextmanager
