@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from gradshield.errors import UsageError
@@ -39,6 +40,17 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise UsageError(f"the dtype {name!r} is not known: choose one of auto, {', '.join(DTYPES)}")
     return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def tell_of_gpu(model: torch.nn.Module) -> None:
+    """Warn of a model in memory that lies on the CPU alone where there is a GPU: it is measured where it lies."""
+    better = choose_device().type
+    if better != "cpu" and all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        warnings.warn(
+            f"the model lies on the CPU, where from_pretrained leaves it, and this machine has a GPU ({better}): move it with "
+            f"model.to({better!r}) first, or it is measured on the CPU",
+            stacklevel=3,
+        )
 
 
 def placing(
