@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradshield import hub
 from gradshield.errors import HubError, ModelError, UsageError
-from gradshield.placement import check_placed, choose_device, choose_dtype, placing
+from gradshield.placement import check_placed, choose_device, choose_dtype, placing, tell_of_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -185,13 +184,7 @@ def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     first = next(model.parameters(), None)
     if first is None or any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("the model has no weights in memory (it is empty or on the meta device): load them first")
-    better = choose_device().type
-    if better != "cpu" and all(parameter.device.type == "cpu" for parameter in model.parameters()):
-        warnings.warn(
-            f"the model lies on the CPU, where from_pretrained leaves it, and this machine has a GPU ({better}): move it with "
-            f"model.to({better!r}) first, or it is measured on the CPU",
-            stacklevel=2,
-        )
+    tell_of_gpu(model)
     config = getattr(model, "config", None)
     return LoadedModel(
         model=model,

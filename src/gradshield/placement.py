@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from gradshield.errors import UsageError
@@ -44,6 +45,17 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in float64, on its device; on the CPU where its device has no such numbers (Apple's)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def tell_of_gpu(model: torch.nn.Module) -> None:
+    """Warn of a model in memory that lies on the CPU alone where there is a GPU: it is measured where it lies."""
+    better = choose_device().type
+    if better != "cpu" and all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        warnings.warn(
+            f"the model lies on the CPU, where from_pretrained leaves it, and this machine has a GPU ({better}): move it with "
+            f"model.to({better!r}) first, or it is measured on the CPU",
+            stacklevel=3,
+        )
 
 
 def placing(
