@@ -155,7 +155,7 @@ def test_no_docstring_holds_the_quotes_of_a_string_that_was_wrapped() -> None:
     assert not broken
 
 
-@pytest.mark.parametrize("room", ["gradients", "probes", "selectors"])
+@pytest.mark.parametrize("room", ["gradients", "probes", "selectors", "guards", "training", "evaluation"])
 def test_float64_is_asked_of_a_device_by_one_function_alone(room: str) -> None:
     for path in (PACKAGE / room).rglob("*.py"):
         calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]

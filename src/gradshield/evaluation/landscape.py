@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from gradshield.errors import DataError, UsageError
 from gradshield.gradients.base import owners
+from gradshield.placement import in_float64
 from gradshield.types import Floats, Rate
 
 Tensors = Mapping[str, Tensor]
@@ -136,7 +137,7 @@ def weights(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, T
 
 def norm(tensors: Tensors) -> float:
     """Euclidean norm over all tensors together."""
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+    return math.sqrt(sum(float(in_float64(tensor).square().sum()) for tensor in tensors.values()))
 
 
 def unit_norm(tensors: Tensors) -> dict[str, Tensor]:
@@ -163,7 +164,7 @@ def random_directions(
 
     Raises UsageError when ``like`` is zero or an ``orthogonal_to`` lacks one of its tensors.
     """
-    shares = {name: float(tensor.double().norm()) for name, tensor in unit_norm(like).items()}
+    shares = {name: float(in_float64(tensor).norm()) for name, tensor in unit_norm(like).items()}
     for other in orthogonal_to:
         missing = [name for name in like if name not in other]
         if missing:
@@ -185,13 +186,15 @@ def random_directions(
 
 def orthogonal_part(direction: Tensors, to: Tensors) -> dict[str, Tensor]:
     """What is left of ``direction`` when, tensor by tensor, its part along ``to`` is taken out; at norm 1."""
-    return unit_norm({name: _reject(tensor.double().cpu(), [to[name]]) for name, tensor in direction.items()})
+    return unit_norm({name: _reject(in_float64(tensor).cpu(), [to[name]]) for name, tensor in direction.items()})
 
 
 def cosine(first: Tensors, second: Tensors) -> float:
     """Cosine of two directions over the tensors they share."""
     dot = sum(
-        float((first[name].double().cpu() * second[name].double().cpu()).sum()) for name in first if name in second
+        float((in_float64(first[name]).cpu() * in_float64(second[name]).cpu()).sum())
+        for name in first
+        if name in second
     )
     return dot / (norm(first) * norm(second))
 
@@ -278,7 +281,7 @@ def landscape(
 def _reject(tensor: Tensor, others: Sequence[Tensor]) -> Tensor:
     """``tensor`` (float64) without its parts along ``others``, which need not be orthogonal to each other."""
     flat = tensor.flatten()
-    basis = torch.stack([other.detach().double().cpu().flatten() for other in others], 1) if others else None
+    basis = torch.stack([in_float64(other.detach()).cpu().flatten() for other in others], 1) if others else None
     if basis is not None:
         # Two passes: the first leaves rounding of the size of what it took out.
         for _ in range(2):

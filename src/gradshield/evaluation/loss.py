@@ -15,6 +15,7 @@ from gradshield.evaluation.stats import RESAMPLES
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.intervals import check_level
 from gradshield.logits import token_nll
+from gradshield.placement import in_float64
 from gradshield.types import Floats
 
 TOKEN_BUDGET = 8192  # positions of a batch, padding included
@@ -81,7 +82,7 @@ def response_loss(
     with scoring(model), torch.no_grad():
         for batch in batches(result.rendered, TOKEN_BUDGET, LABEL_BUDGET):
             data = DeviceBatch.of(batch, model)
-            nll = token_nll(model, data.ids, data.attention, data.loss).double().sum(1).cpu().numpy()  # (B,)
+            nll = in_float64(token_nll(model, data.ids, data.attention, data.loss)).sum(1).cpu().numpy()  # (B,)
             counts = batch.loss.sum(1)
             for b, row in enumerate(batch.rows):
                 if batch.coefficients[b] > 0:

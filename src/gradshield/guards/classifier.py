@@ -13,7 +13,7 @@ from typing import Any
 from gradshield import models
 from gradshield.errors import ModelError, UsageError
 from gradshield.guards.base import GUARDS, Opinion, checked_reads, short_name
-from gradshield.placement import choose_device, choose_dtype
+from gradshield.placement import choose_device, choose_dtype, in_float64
 
 BATCH = 32
 LONGEST = 2048  # tokens of one window, however many the model would read
@@ -230,7 +230,7 @@ class Classifier:
                 *group, padding=not single, truncation=True, max_length=self._length, return_tensors="pt"
             )
             with torch.inference_mode():
-                logits = self._model(**encoded.to(self._model.device)).logits.double()  # (B, labels)
+                logits = in_float64(self._model(**encoded.to(self._model.device)).logits)  # (B, labels)
             chosen = (logits.softmax(-1) if self._exclusive else logits.sigmoid())[:, list(self.unsafe)]
             values = chosen.sum(-1).clamp(max=1.0) if self._exclusive else chosen.amax(-1)
             found += values.tolist()

@@ -13,6 +13,7 @@ from gradshield import models
 from gradshield.data import left_padded
 from gradshield.errors import ModelError, UsageError
 from gradshield.guards.base import GUARDS, Opinion, short_name
+from gradshield.placement import in_float64
 
 BATCH = 8
 NEW_TOKENS = 8
@@ -178,7 +179,7 @@ class Generative:
         if pair is None:
             return Opinion(float(unsafe), f"the guard wrote {found[1]!r}")
         step, safe_token, unsafe_token = pair
-        gap = float(logits[step][safe_token].double() - logits[step][unsafe_token].double())
+        gap = float(in_float64(logits[step][safe_token]) - in_float64(logits[step][unsafe_token]))
         value = 1 / (1 + math.exp(max(-700.0, min(gap, 700.0)))) if gap == gap else None
         if value is None:
             return Opinion(None, "the guard's logits are not numbers")

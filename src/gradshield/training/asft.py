@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradshield.errors import UsageError
 from gradshield.gradients.alignment import Alignment, leading, spectrum
+from gradshield.placement import in_float64
 from gradshield.training.adapters import Adapted, Moved, adapted_layers, direction_of, moved_weights
 from gradshield.training.base import PENALTIES
 
@@ -40,7 +41,7 @@ class Operator:
 
 def published(v: Tensor) -> Operator:
     """C = V Vᵀ/‖V‖_F, the paper's. Zero for V = 0, its limit there: then every change is off the direction."""
-    norm = float(torch.linalg.vector_norm(v, dtype=torch.float64))
+    norm = float(torch.linalg.vector_norm(in_float64(v)))
     return Operator.of(v / norm**0.5 if norm else v)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradshield.errors import UsageError
 from gradshield.gradients.alignment import Alignment
+from gradshield.placement import in_float64
 from gradshield.training.adapters import Adapted, Moved, adapted_layers, direction_of, moved_weights
 from gradshield.training.asft import Operator, published
 
@@ -36,14 +37,14 @@ class SafeLoraRecord:
 
 def cosine(b: Tensor, a: Tensor, operator: Operator) -> float | None:
     """Cosine of C ΔW and ΔW as vectors, ΔW = B A, for B (d, r) and A (r, k), from traces of (r, r); None where one is zero."""
-    b, a = b.double(), a.double()
-    y, gram = Operator(operator.matrix.double(), operator.dense)(b), a @ a.T
+    b, a = in_float64(b), in_float64(a)
+    y, gram = Operator(in_float64(operator.matrix), operator.dense)(b), a @ a.T
     return _cosine(((y.T @ b) * gram).sum(), ((y.T @ y) * gram).sum(), ((b.T @ b) * gram).sum())
 
 
 def cosine_full(delta: Tensor, operator: Operator) -> float | None:
     """The same of a change (d, k) that is no product of thin factors."""
-    moved, delta = operator(delta).double(), delta.double()
+    moved, delta = in_float64(operator(delta)), in_float64(delta)
     return _cosine((moved * delta).sum(), moved.square().sum(), delta.square().sum())
 
 
