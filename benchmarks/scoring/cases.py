@@ -139,8 +139,21 @@ def prepare_directions(case: Case, subspaces: Sequence[str]) -> None:
             if case.dtype in (torch.float32, torch.float64):
                 steps[subspace] = calibrated(model, sample, direction)[0].relative_step
             if subspace == "lora":
-                directions.save(selector.by_category(model), folder / f"{KINDS}.safetensors")
+                kinds = sorted(set(case.asked.categories))
+                joined = together([selector.by_category(model, kind) for kind in kinds])
+                directions.save(joined, folder / f"{KINDS}.safetensors")
     (folder / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
+
+
+def together(parts: Sequence[Direction]) -> Direction:
+    """Directions of one subspace as one of all; a parameter that some do not move is zero there."""
+    like = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    tensors = {
+        name: torch.cat([part.tensors.get(name, torch.zeros_like(one)) for part in parts]) for name, one in like.items()
+    }
+    names = tuple(name for part in parts for name in part.names)
+    scales = tuple(scale for part in parts for scale in part.scales)
+    return Direction(tensors, names, parts[0].subspace, scales, directions.digest(names, tensors))
 
 
 def leading(direction: Direction, count: int) -> Direction:
