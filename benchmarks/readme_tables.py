@@ -52,9 +52,12 @@ def scans() -> str:
 
 
 def defences() -> str:
-    """Each main defence over its cells: how many are safe by every judge, the worst, and what it costs."""
+    """Each main defence over the cells that all of them have: how many are safe by every judge, the worst, and what it costs."""
     cells = json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8"))["cells"]
-    found = {one.defence: one for one in totals(cells)}
+    ran: dict[tuple[Any, ...], set[str]] = {}
+    for cell in cells:
+        ran.setdefault(_place(cell), set()).add(cell["defence"])
+    found = {one.defence: one for one in totals([c for c in cells if ran[_place(c)].issuperset(DEFENCES)])}
     head = ["defence", "cells at 6 % or below", "worst cell, ASR", "utility minus clean rows only, points, mean"]
     lines = [
         [
@@ -66,6 +69,10 @@ def defences() -> str:
         for name in DEFENCES
     ]
     return _table(head, lines)
+
+
+def _place(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(cell[key] for key in ("task", "harm", "ratio", "seed"))
 
 
 def _worst(rates: Iterable[Rate | None], least: bool = False) -> str:
