@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from torch import nn
 
 import gradshield as gs
-from gradshield.errors import DataError, ScoreError
-from gradshield.selectors import Fihs
-from gradshield.types import Direction
+from gradshield.errors import DataError
 from tests.pipeline.common import HALF, PROBING, chat, chats, command, files, jsonl, scan, scan_arguments, table, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -238,33 +234,6 @@ def test_the_manifest_is_complete(tmp_path: Path) -> None:
     assert selection.manifest.results["labels"]["caught"]["k"] == int(selection.removed[1::2].sum())
     for path in (tmp_path / ".gradshield").glob("*.json"):
         _json(path)
-
-
-def test_naming_the_harm_holds_one_direction_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[weakref.ref[Direction]] = []
-    direction_of = Fihs.by_category
-
-    def by_category(fihs: Fihs, model: nn.Module, category: str) -> Direction:
-        assert not any(ref() for ref in taken)  # each may be as large as the model
-        direction = direction_of(fihs, model, category)
-        taken.append(weakref.ref(direction))
-        return direction
-
-    monkeypatch.setattr(Fihs, "by_category", by_category)
-    named = set(scan(chats(8)).categories)
-    assert len(taken) == 2 and named & {"theft", "fraud"}
-
-
-def test_a_kind_of_harm_without_a_direction_names_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    direction_of = Fihs.by_category
-
-    def by_category(fihs: Fihs, model: nn.Module, category: str) -> Direction:
-        if category == "fraud":  # as a probe gives it that none of its requests has a part in
-            raise ScoreError("the gradient of the unsafety score 'fraud' has norm 0.0")
-        return direction_of(fihs, model, category)
-
-    monkeypatch.setattr(Fihs, "by_category", by_category)
-    assert set(scan(chats(8)).categories) == {"", "theft"}
 
 
 def test_two_scans_of_the_same_are_the_same(tmp_path: Path) -> None:
