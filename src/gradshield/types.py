@@ -117,10 +117,14 @@ class OnlineSelection(Protocol):
     ``begin`` is called once, after the adapter is on the model and before the first step; ``choose`` gets every batch
     that the trainer collated (rows numbered 0 to B - 1 in the order of the batch) and says which of them train, at
     least one (B,); ``correct`` may rewrite the ``.grad`` of the trainable parameters, after a step's backward passes and
-    before the optimiser's step; ``record`` is JSON-able: the settings, and what was done so far.
+    before the optimiser's step; ``record`` is JSON-able: the settings, and what was done so far. ``least`` is how many rows a
+    batch must hold for the method to leave out the share that it is meant to; in smaller ones it leaves out less, or none.
     """
 
     name: str
+
+    @property
+    def least(self) -> int: ...
 
     def begin(self, model: nn.Module) -> None: ...
 

@@ -31,6 +31,7 @@ class Picks:
     """Keeps the rows whose first token is in ``wanted`` (all of a batch without any), and notes every call."""
 
     name = "picks"
+    least = 3
 
     def __init__(self, wanted: set[int]) -> None:
         self.wanted = wanted
@@ -168,6 +169,18 @@ def test_a_method_is_told_where_training_goes_on(tmp_path: Path) -> None:
 
     assert train(2, False) == [0, 1, 2, 3]
     assert train(4, True) == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("rows", "told"), [(2, True), (3, False)])
+def test_a_batch_too_small_to_choose_from_is_told(rows: int, told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    _trained(_rows(), Picks({10}), max_steps=1, per_device_train_batch_size=rows)
+    assert ("give at least 3" in caplog.text) == told
+
+
+@pytest.mark.parametrize("method", [OnlineModerate(), OnlineModerate(1.0), OnlineModerate(0.29), OnlineModerate(1e-3)])
+def test_the_least_batch_is_the_first_that_a_row_is_the_share_of(method: OnlineModerate) -> None:
+    assert int(method.ratio * method.least + 1e-9) == 1
+    assert int(method.ratio * (method.least - 1) + 1e-9) == 0
 
 
 def test_what_is_not_chosen_leaves_no_trace() -> None:

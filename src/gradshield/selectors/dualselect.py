@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,11 @@ class DualSelect:
         self._direction: Direction | None = None
         self._counts = dict.fromkeys(("batches", "rows", "dropped", "refreshes", "steps", "corrections"), 0)
         self._refreshed: list[dict[str, float]] = []
+
+    @property
+    def least(self) -> int:
+        """Rows of a batch of which one may be dropped."""
+        return max(2, math.ceil(1 / self.drop - 1e-9)) if self.drop > 0 else 1
 
     def begin(self, model: nn.Module) -> None:
         """Keep θ0's log-probabilities on the references, and forget everything of an earlier run."""

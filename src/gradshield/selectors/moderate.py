@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -141,6 +142,11 @@ class OnlineModerate:
         self.ratio = ratio
         self._parameters: list[str] = []
         self._counts = {"batches": 0, "rows_seen": 0, "rows_trained": 0, "rows_outside_band": 0}
+
+    @property
+    def least(self) -> int:
+        """Rows of a batch of which the share ρ is one."""
+        return math.ceil(1 / self.ratio - 1e-9)
 
     def begin(self, model: nn.Module) -> None:
         """Note the trainable parameters. Raises UsageError where there are none, or the norms cannot be taken in a batch."""

@@ -8,6 +8,7 @@ Candidates are the batches that the trainer's own collator made; what is not cho
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gradshield.types import OnlineSelection
+
+logger = logging.getLogger(__name__)
 
 
 def as_batch(inputs: dict[str, Any]) -> Batch:
@@ -62,6 +65,14 @@ class Selecting:
         if self.online is not None and not self._begun:
             self._begun = True
             own = cast(Any, self)
+            if (rows := own.args.per_device_train_batch_size) < self.online.least:
+                logger.warning(
+                    "%s chooses among the rows of one batch, and per_device_train_batch_size is %d: give at least %d (and fewer "
+                    "gradient_accumulation_steps), or it leaves out less than it should, or nothing",
+                    self.online.name,
+                    rows,
+                    self.online.least,
+                )
             with self._bare(own.model) as plain:
                 self.online.begin(plain)
             own.add_callback(_correction(self.online))
