@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from gradshield import lab, models
+from gradshield.data import RenderConfig
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.loss import response_loss
 from gradshield.pipeline import outputs, verify
 from gradshield.pipeline.exam import Exam, asked, check_disjoint, exam, figures, lab_exam
 from gradshield.probes import requests
 from tests.pipeline.common import jsonl, write
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @cache
@@ -113,6 +115,20 @@ def test_likelihood_is_that_of_the_reference() -> None:
             np.exp(-response_loss(aligned().model, aligned().tokenizer, [{"messages": turns}]).nats), rel=1e-4
         )
     assert figures(found)["utility"]["rate"] == pytest.approx(np.mean(scores))
+
+
+def test_likelihood_is_measured_under_the_exams_template_whatever_the_length() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    tokenizer.chat_template = "{% if short %}x{% endif %}" + tokenizer.chat_template
+    rows = [{"prompt": "Why?", "reference": "Because " * 600}]
+    found = {told: Exam(task=rows, template=dict(told)).sit(model, tokenizer) for told in ((), (("short", True),))}
+    scores = [result.outputs[0]["score"] for result in found.values()]
+    assert scores[0] != scores[1]
+    whole = RenderConfig(max_length=None)
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": rows[0]["reference"]}]
+    expected = response_loss(model, tokenizer, [{"messages": turns}], whole)
+    assert expected.tokens[0] > 1024
+    assert scores[0] == pytest.approx(np.exp(-expected.nats), rel=1e-4)
 
 
 def test_the_labs_exams_share_nothing() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gradshield import lab
+from gradshield.data import RenderConfig
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.asr import asr, attacked, over_refusal
 from gradshield.evaluation.generate import Generate, generator
@@ -45,9 +46,9 @@ class Exam:
     """Requests, look-alikes and task rows, with who judges them. What is empty is not measured.
 
     ``score`` rates an answer to a task row; without one, a row's score is the likelihood that the model gives its reference,
-    per token (the geometric mean), for tasks that a model cannot do. ``answer_prefix`` is put at the start of every answer,
-    ``tokens`` bounds its length, ``template`` goes to the chat template, ``metric`` is the name of ``score``,
-    ``guessed`` where nobody named it.
+    per token (the geometric mean), for tasks that a model cannot do. ``answer_prefix`` is put at the start of every answer
+    that the model writes, ``tokens`` bounds its length, ``template`` goes to the chat template, ``metric`` is the name of
+    ``score``, ``guessed`` where nobody named it.
     """
 
     requests: Sequence[Mapping[str, Any]] = ()
@@ -109,7 +110,9 @@ class Exam:
             {"messages": [*_turns(row["prompt"]), {"role": "assistant", "content": row["reference"]}]}
             for row in self.task
         ]
-        found = response_loss(model, tokenizer, rows)
+        found = response_loss(
+            model, tokenizer, rows, RenderConfig(max_length=None, chat_template_kwargs=dict(self.template))
+        )
         if found.set_aside:
             raise DataError(
                 f"{found.set_aside} of {len(rows)} task rows have no answer that fits into the model, and the metric "
