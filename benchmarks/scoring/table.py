@@ -29,7 +29,7 @@ def machine(threads: int) -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "load_before": None if loads is None else round(loads[0], 2),
     }
 
