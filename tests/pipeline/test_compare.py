@@ -14,6 +14,7 @@ import yaml
 from gradshield.errors import DataError, UsageError
 from gradshield.pipeline import compare, grid
 from gradshield.pipeline.course import Course
+from gradshield.pipeline.lock import alone
 from gradshield.pipeline.options import peft_config
 
 SMALL: dict[str, Any] = {
@@ -78,10 +79,28 @@ def test_a_grid_is_run_once_and_goes_on_where_it_stopped(quick: list[str], tmp_p
     with pytest.raises(Killed):
         compare.compare(config, tmp_path / "part", progress=killed)
     first = len(quick)
+    with alone(tmp_path / "part"), pytest.raises(DataError, match="in use by another run"):
+        compare.compare(config, tmp_path / "part")
+    (tmp_path / "part" / "cells" / ".x.json.0.part").write_text("half")
     rest = compare.compare(config, tmp_path / "part")
     assert len(quick) == 4 and 0 < first < 4
     plain = [{k: v for k, v in cell.items() if k != "seconds"} for cell in whole["cells"]]
     assert [{k: v for k, v in cell.items() if k != "seconds"} for cell in rest["cells"]] == plain
+    assert not list((tmp_path / "part" / "cells").glob(".*"))
+    for arm in (tmp_path / "part" / "arms").iterdir():
+        assert json.loads(arm.read_text())["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_a_command_that_is_not_utf8_is_written_too(quick: list[str], tmp_path: Path) -> None:
+    grids = [{"tasks": ["choice"], "mixes": ["0%"], "defences": ["none"]}]
+    compare.compare(_config(grids=grids), tmp_path, command="gradshield compare \udcff.yaml")
+    for name in ("results.md", "results.html", "results.json"):
+        assert "gradshield compare" in (tmp_path / name).read_text(encoding="utf-8")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.md").write_text("mine")
+    with pytest.raises(DataError, match=r"results\.md"):
+        compare.compare(_config(grids=grids), tmp_path / "other")
 
 
 @pytest.mark.slow
@@ -202,6 +221,31 @@ def test_a_cell_is_of_its_settings_and_of_what_its_files_hold(tmp_path: Path) ->
     assert second != first
     spec = "fihs:verified:asr=0.05"
     assert len({first, second, setting(datasets=[{**OWN, "train": str(path), "task": str(path)}])}) == 3
+
+
+@pytest.mark.parametrize("place", ["model", "judge", "defence"])
+def test_a_cell_is_of_what_the_folders_of_its_models_hold(tmp_path: Path, place: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "weights.safetensors").write_text("one")
+    told: dict[str, Any] = {"model": str(tmp_path) if place == "model" else "m", "datasets": [OWN]}
+    if place == "judge":
+        told["judges"] = ["refusal-phrases", f"classifier:{tmp_path},unsafe=bad"]
+    defence = f"guard:classifier:{tmp_path},unsafe=bad" if place == "defence" else "none"
+    config = grid.check({**told, "grids": [{"tasks": ["a"], "defences": [defence]}]})
+    found = [grid.setting(config, grid.cells(config)[0])]
+    for name, content in (("config.json", "[1]"), ("weights.safetensors", "two"), ("chat_template.jinja", "{{ a }}")):
+        (tmp_path / name).write_text(content)
+        found.append(grid.setting(config, grid.cells(config)[0]))
+    assert len(set(found)) == 4
+
+
+def test_as_many_rows_as_another_removes_depends_on_the_others_clean_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = {"grids": [{"tasks": ["topic"], "mixes": ["0%"], "defences": ["random:as:fihs:conformal:clean=c.parquet"]}]}
+    with pytest.raises(UsageError, match=r"there is no file 'c\.parquet'"):
+        grid.check(told)
 
 
 def test_each_task_has_clean_rows_of_its_own_and_a_cell_is_of_what_they_hold(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import peft
 import pytest
+import torch
 
 from gradshield import lab, models
 from gradshield.errors import EmptyDataError, UsageError
 from gradshield.pipeline.course import Course, Job
 from gradshield.pipeline.defences import parse
 from gradshield.pipeline.rows import prepare
-from gradshield.pipeline.settings import Probing
+from gradshield.pipeline.settings import Probing, ScanSettings
 
 OPTIONS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
 
@@ -68,6 +70,25 @@ def test_arms_that_differ_have_keys_that_differ(course: Course) -> None:
     keys = [_key(course, name) for name in names]
     assert len(set(keys)) == len(names)
     assert _key(Course(job(seed=1)), "none") not in keys
+    rows = course.job.rows
+    half = Course(job(rows=replace(rows, loaded=replace(rows.loaded, dtype=torch.bfloat16))))
+    assert _key(half, "none") not in keys
+
+
+def test_another_version_or_template_is_another_arm(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _key(course, "none")
+    assert _key(course, "none") == before
+    monkeypatch.setattr(course.loaded.tokenizer, "chat_template", "another")
+    other = _key(course, "none")
+    monkeypatch.setattr("gradshield.pipeline.course.versions", lambda: {"torch": "0"})
+    assert len({before, other, _key(course, "none")}) == 3
+
+
+def test_a_threshold_of_the_settings_is_any_methods(course: Course) -> None:
+    strict = Course(job(settings=ScanSettings(threshold="ratio:4%")))
+    assert strict.chosen(parse("random")).removed.sum() == 2
+    assert strict.chosen(parse("random:ratio:20%")).removed.sum() == 10
+    assert course.chosen(parse("random")).removed.sum() == 5
 
 
 @pytest.mark.parametrize("name", ["random", "loss", "gradnorm", "moderate-rows", "representation", "anchors"])
@@ -101,6 +122,14 @@ def test_safety_rows_are_the_models_own_refusals_spread_among_the_others(course:
     assert np.diff(added).min() >= 3  # spread, not heaped
     text = loaded().tokenizer.decode(mixed[added[0]]["input_ids"])
     assert lab.refused(text.split("\n")[-1]) or "sorry" in text.lower() or "can" in text.lower()
+
+
+def test_what_safety_rows_ask_is_known_where_they_are_used() -> None:
+    asked = lab.requests("report")[0]["prompt"]
+    given = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "No."}]}]
+    own = Course(job(safety=given))
+    for name, used in (("safeinstruct", True), ("dualselect", True), ("fihs", False)):
+        assert own.safety_requests(parse(name)) == ([{"prompt": asked}] if used else [])
 
 
 def test_what_a_defence_needs_is_asked_for() -> None:

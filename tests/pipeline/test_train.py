@@ -279,3 +279,51 @@ def test_eval_measures_any_model_and_keeps_every_answer(tmp_path: Path) -> None:
     assert len((tmp_path / "out" / "outputs.jsonl").read_text().splitlines()) == 12 + 130 + 10
     assert command("eval", ALIGNED, "--safety", "none").code == 2
     assert command("eval", ALIGNED, "--judge", "nobody").code == 2
+
+
+@pytest.mark.parametrize("where", ["model", "base", "foreign", "scan"])
+def test_nothing_that_is_read_or_is_not_ours_is_written_over(tmp_path: Path, where: str) -> None:
+    own = tmp_path / "own"
+    models.load(ALIGNED).model.save_pretrained(own)
+    before = {path: path.read_bytes() for path in own.iterdir()}
+    more: dict[str, Any] = {"exams": training.Exams(), "output": own}
+    if where == "model":
+        (own / ".gradshield").mkdir()  # a model that training here has made
+        more["model"] = str(own)
+    elif where == "base":
+        (own / ".gradshield").mkdir()
+        more["base"] = str(own)
+    elif where == "scan":
+        more["output"] = tmp_path / "run"
+        kept = tmp_path / "run" / "scan" / "kept.jsonl"
+        kept.parent.mkdir(parents=True)
+        before = {kept: write(kept, jsonl(lab.mix("choice", ratio=0.2, n=30)[0])).read_bytes()}
+    with pytest.raises(DataError, match="give another --output"):
+        if where == "scan":
+            training.train(str(kept), **{"model": ALIGNED, "defence": "fihs"} | more)
+        else:
+            _run(tmp_path, "none", **more)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.slow
+def test_what_counts_is_what_a_scan_counts_where_no_training_is_given(tmp_path: Path) -> None:
+    """Options of this project's own, such as when to save, say nothing about the loss."""
+    none = training.Exams()
+    plain = _run(tmp_path, "random:ratio:10%", training=None, exams=none, peft_config=None)
+    assert plain.manifest.settings["render"]["assistant_only_loss"] is None
+    assert plain.manifest.settings["training"]["save_strategy"] == "epoch"
+    told = _run(tmp_path, "none", exams=none)
+    assert told.manifest.settings["render"]["assistant_only_loss"] is False
+    assert told.manifest.settings["scan"]["selector"] == "fihs"
+    assert plain.manifest.settings["scan"]["selector"] == "random"
+    assert plain.manifest.settings["scan"]["threshold"] == "ratio:10%"
+
+
+def test_both_exams_have_one_set_of_judges_and_safety_rows_are_not_asked(tmp_path: Path) -> None:
+    exams = _exams(tmp_path, searching=True)
+    assert exams.report.judges is exams.search.judges
+    asked = exams.report.requests[0]["prompt"]
+    rows = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "No."}]}]
+    with pytest.raises(UsageError, match="safety and the report set"):
+        _run(tmp_path, "safeinstruct", safety_rows=rows, exams=exams)

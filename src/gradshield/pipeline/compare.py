@@ -15,23 +15,25 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal
 
-from gradshield import lab, models
+from gradshield import files, lab, models
 from gradshield.errors import DataError, EndpointError, GradShieldError, HubError
 from gradshield.evaluation.judges import ReadyJudge
 from gradshield.evaluation.stats import paired_difference
+from gradshield.files import replacing
 from gradshield.models import LoadedModel
 from gradshield.pipeline import grid, outputs, verify
-from gradshield.pipeline.course import Chosen, Course, Job
+from gradshield.pipeline.course import Chosen, Course, Fitted, Job
 from gradshield.pipeline.defences import Defence, parse, told
 from gradshield.pipeline.exam import Exam, Settled, check_disjoint, exam, figures, lab_exam, never
 from gradshield.pipeline.grid import Cell, Config
 from gradshield.pipeline.lab_job import lab_job
+from gradshield.pipeline.lock import alone
 from gradshield.pipeline.options import peft_config, sft_options
 from gradshield.pipeline.rows import prepare
 from gradshield.pipeline.scan import check_labels
@@ -57,10 +59,20 @@ def compare(
     """
     began = time.monotonic()
     grid.check_files(config)
-    folder = outputs.prepare(output)
-    for name in (ARMS, CELLS):
-        (folder / name).mkdir(exist_ok=True)
-    _take_over(folder)
+    outputs.check(output)
+    outputs.check_own(output, written=("cells.jsonl", "results.md", "results.html"))
+    with alone(output):
+        folder = outputs.prepare(output)
+        for name in (ARMS, CELLS):
+            (folder / name).mkdir(exist_ok=True)
+            files.sweep(folder / name)
+        _take_over(folder)
+        cells = _all(config, folder, workers, progress)
+        return _write(config, cells, folder, command, time.monotonic() - began)
+
+
+def _all(config: Config, folder: Path, workers: int, progress: Progress) -> list[dict[str, Any]]:
+    """Every cell of the grid, those that are missing run."""
     found = _Finished(folder, config, grid.cells(config))
     wanted, missing = found.wanted, found.look()
     groups: dict[tuple[str, int], list[Cell]] = {}
@@ -77,7 +89,7 @@ def compare(
     else:
         _share_out(workers, _run_group, [(config, cells, folder) for cells in groups.values()], tell)
     found.look()
-    return _write(config, [found.cells[cell] for cell in wanted], folder, command, time.monotonic() - began)
+    return [found.cells[cell] for cell in wanted]
 
 
 def _share_out(
@@ -191,13 +203,15 @@ class Bench:
     def __init__(self, config: Config, cell: Cell, folder: Path) -> None:
         self.folder, self.config = folder, config
         self.course = Course(_job(config, cell))
-        self.exams = {"report": _exam(config, cell, "report"), "search": _exam(config, cell, "search")}
-        search, report = self.exams["search"].requests, self.exams["report"].requests
-        check_disjoint(direction=self.course.job.probing.requests or requests(), search=search, report=report)
-        for judge in self.exams["report"].judges:
+        report = _exam(config, cell, "report")
+        # One set of judges for both: a guard may be as large as the model.
+        self.exams = {"report": report, "search": replace(_exam(config, cell, "search"), judges=report.judges)}
+        asked = {name: exam.requests for name, exam in self.exams.items()}
+        check_disjoint(direction=self.course.job.probing.requests or requests(), **asked)
+        for judge in report.judges:
             if isinstance(judge, ReadyJudge):  # what cannot judge is told before anything is trained for it
                 judge.ready()
-        self._models: list[tuple[str, Any, Mapping[str, Any]]] = []  # the last trained ones
+        self._models: list[tuple[str, Fitted, float]] = []  # the last trained ones, with their seconds
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """One finished cell."""
@@ -225,10 +239,15 @@ class Bench:
 
     def _verified(self, defence: Defence) -> Any:
         exam = self.exams["search"]
+
+        def examine(chosen: Chosen, settled: Settled) -> tuple[EvalResult, float]:
+            found, arm = self._arm(defence, chosen, "search", settled)
+            return found, float(arm["seconds"])
+
         return verify.search(
             self.course,
             defence,
-            lambda chosen, settled: (self._arm(defence, chosen, "search", settled)[0], None),
+            examine,
             exam,
         )
 
@@ -247,7 +266,10 @@ class Bench:
     def _arm(
         self, defence: Defence, chosen: Chosen, split: str, settled: Settled = never
     ) -> tuple[EvalResult, dict[str, Any]]:
-        """A trained model's rates on one exam, from disk where an equal arm was measured before."""
+        """A trained model's rates on one exam, from disk where an equal arm was measured before.
+
+        ``seconds`` are those of its training and measuring, whoever paid them, so that a search spends its budget alike.
+        """
         dataset = self.course.dataset(defence, chosen)
         exam = self.exams[split]
         key = self.course.key(defence, dataset)
@@ -255,19 +277,23 @@ class Bench:
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
             return outputs.result(stored), stored
-        model, record = self._trained(defence, dataset, key)
-        measured = exam.sit(model, self.course.loaded.tokenizer, settled=settled)
-        stored = {"key": key, "record": dict(record), **outputs.stored(measured)}
+        fitted, seconds = self._trained(defence, dataset, key)
+        began = time.monotonic()
+        measured = exam.sit(fitted.model, self.course.loaded.tokenizer, settled=settled)
+        seconds = round(seconds + time.monotonic() - began, 3)
+        stored = {"key": key, "seconds": seconds, "record": dict(fitted.record), **outputs.stored(measured)}
         outputs.write_json(path, stored)
         return measured, stored
 
-    def _trained(self, defence: Defence, dataset: Any, key: str) -> tuple[Any, Mapping[str, Any]]:
-        for known, model, record in self._models:
+    def _trained(self, defence: Defence, dataset: Any, key: str) -> tuple[Fitted, float]:
+        """A trained model, and the seconds that it took."""
+        for known, fitted, seconds in self._models:
             if known == key:
-                return model, record
+                return fitted, seconds
+        began = time.monotonic()
         fitted = self.course.fit(defence, dataset)
-        self._models = [(key, fitted.model, fitted.record), *self._models[:3]]
-        return fitted.model, fitted.record
+        self._models = [(key, fitted, time.monotonic() - began), *self._models[:3]]
+        return self._models[0][1:]
 
     def _minus_clean(self, measured: EvalResult) -> dict[str, Any] | None:
         """Utility minus that of training on the harmless rows alone, paired over the task's rows."""
@@ -364,8 +390,9 @@ def _write(
         "cells": list(cells),
     }
     lines = "".join(json.dumps(cell, ensure_ascii=False) + "\n" for cell in cells)
-    (folder / "cells.jsonl").write_text(lines, encoding="utf-8")
-    (folder / "results.md").write_text(pages.markdown(whole), encoding="utf-8")
+    for name, text in (("cells.jsonl", lines), ("results.md", pages.markdown(whole))):
+        with replacing(folder / name) as part:
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
     pages.write(whole, folder / "results.html")
     outputs.write_json(folder / "results.json", whole)
     return whole

@@ -7,8 +7,6 @@ Everything that several defences of one job share is computed once: scores, refe
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +24,7 @@ from gradshield.models import LoadedModel
 from gradshield.pipeline.decide import Decision, decide
 from gradshield.pipeline.defences import AS_MANY, Defence, parse
 from gradshield.pipeline.masking import masked
-from gradshield.pipeline.outputs import digest
+from gradshield.pipeline.outputs import digest, versions, words
 from gradshield.pipeline.ranking import score
 from gradshield.pipeline.references import refusals
 from gradshield.pipeline.rows import Prepared
@@ -120,8 +118,7 @@ class Course:
         return self.job.rows.loaded
 
     @cached_property
-    def safety(self) -> tuple[Rendered, ...]:
-        """Safety rows as tokens: the given ones, else the model's own refusals of the probes, written to their end."""
+    def _safety(self) -> rows_in.ReadResult:
         loaded, given = self.loaded, self.job.safety
         if not given:
             given = refusals(loaded, asked_of(loaded.tokenizer, self.job.probing)[0])
@@ -129,8 +126,13 @@ class Course:
             raise UsageError(
                 "the model refuses none of the probes, so that it gives no safety row: give your own with --safety-rows"
             )
-        read = rows_in.read(str(given) if isinstance(given, str | Path) else list(given))
-        found = rows_in.render_all(read.examples, loaded.tokenizer, self.job.rows.config, read.source).rendered
+        return rows_in.read(str(given) if isinstance(given, str | Path) else list(given))
+
+    @cached_property
+    def safety(self) -> tuple[Rendered, ...]:
+        """Safety rows as tokens: the given ones, else the model's own refusals of the probes, written to their end."""
+        read = self._safety
+        found = rows_in.render_all(read.examples, self.loaded.tokenizer, self.job.rows.config, read.source).rendered
         if not found or any(row.shape == "preference" for row in found):
             raise DataError(
                 f"the safety rows {read.source.name} hold preference pairs, or no row that fits: give requests with refusals, as "
@@ -174,7 +176,7 @@ class Course:
         if rule is not None and rule.startswith(AS_MANY):
             return scored, self._as_many(scored, rule.removeprefix(AS_MANY))
         settings = replace(self.job.settings, selector=defence.selector, threshold=rule)
-        if rule is None and defence.selector == "fihs":
+        if rule is None:
             settings = replace(settings, threshold=self.job.settings.threshold)
         return scored, decide(scored.scores, settings.make_threshold())
 
@@ -324,18 +326,31 @@ class Course:
 
     def safety_digest(self, defence: Defence) -> str | None:
         """A hash of the safety rows as tokens; None for a defence that neither mixes them in nor refers to them."""
-        if not defence.safe_share and not _refers(defence):
-            return None
-        return digest(_as_tokens(self.safety))
+        return digest(_as_tokens(self.safety)) if _has_safety(defence) else None
+
+    def safety_requests(self, defence: Defence) -> list[dict[str, str]]:
+        """What the given safety rows ask, a ``prompt`` each; nothing for a defence that has no use for them."""
+        if not self.job.safety or not _has_safety(defence):
+            return []
+        return [{"prompt": words(example)[0]} for example in self._safety.examples]
 
     def key(self, defence: Defence, dataset: Sequence[Mapping[str, Any]]) -> str:
-        """A hash of all that the trained weights depend on: start, rows, training and seed. Two defences may share it."""
+        """A hash of all that the trained weights and their answers depend on: start, rows, training, seed, chat template and
+        versions. Two defences may share it."""
         job = self.job
         base = [m.digest for m in (job.base, job.origin) if m is not None] if defence.needs_base else None
         safety = _as_tokens(self._pool()) if _refers(defence) else None
         peft = None if job.peft_config is None else job.peft_config.to_dict()
-        whole = [self.loaded.digest, base, dataset, job.sft_options, peft, job.seed, defence.training, safety]
-        return hashlib.sha256(json.dumps(whole, sort_keys=True, default=_plain).encode()).hexdigest()[:24]
+        loaded = self.loaded
+        start = [loaded.digest, str(loaded.dtype), loaded.source and loaded.source.quantize]
+        whole = [start, base, dataset, job.sft_options, peft, job.seed, defence.training, safety]
+        asked = [getattr(loaded.tokenizer, "chat_template", None), versions()]
+        return digest([*whole, *asked])[:24]
+
+
+def _has_safety(defence: Defence) -> bool:
+    """Whether safety rows are mixed in or referred to."""
+    return bool(defence.safe_share) or _refers(defence)
 
 
 def _refers(defence: Defence) -> bool:
@@ -356,8 +371,3 @@ def _counted(row: Rendered) -> int:
 
 def _as_tokens(rows: Sequence[Rendered]) -> list[dict[str, list[int]]]:
     return [rows_in.labelled(row) for row in rows]
-
-
-def _plain(value: Any) -> Any:
-    """Sets of a PEFT config in a fixed order, all else as text."""
-    return sorted(value) if isinstance(value, set | frozenset) else str(value)

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from gradshield import lab
 from gradshield.errors import DataError, UsageError, did_you_mean
 from gradshield.evaluation.judges import parse as parse_judge
+from gradshield.guards import Spec
 from gradshield.lab import manifest
 from gradshield.pipeline import outputs
 from gradshield.pipeline.defences import AS_MANY, Defence, parse
@@ -197,6 +198,8 @@ def setting(config: Config, cell: Cell) -> str:
         told["clean"] = _content(clean)
     rule = defence.verified
     told["verified"] = None if rule is None else vars(rule)
+    if guards := _guards(config, defence):
+        told["guards"] = guards
     if own is not None:
         told["dataset"] = [_content(own.train), _content(own.labels), _content(own.task), own.metric, own.training]
     return outputs.digest(told)[:16]
@@ -205,14 +208,24 @@ def setting(config: Config, cell: Cell) -> str:
 def _clean(defence: Defence) -> str | None:
     """The file of clean rows' scores that the defence's threshold reads, where it reads one."""
     rule = defence.threshold
-    if rule is None or rule.startswith(AS_MANY):
+    if rule is None:
         return None
+    if rule.startswith(AS_MANY):
+        return _clean(parse(rule.removeprefix(AS_MANY)))
     clean = getattr(parse_threshold(rule), "clean", None)
     return clean if isinstance(clean, str) else None
 
 
+def _guards(config: Config, defence: Defence) -> list[str | None]:
+    """The content of every guard that is a folder here: of the judges, and of the defence."""
+    kind, _, guard = (defence.selector or "").partition(":")
+    targets = [Spec.split(text).target for text in (*config.judges, *([guard] if kind == "guard" else []))]
+    return [_content(target) for target in targets if target and Path(target).is_dir()]
+
+
 def _content(path: str | None) -> str | None:
-    """What a name stands for: the bytes of a file, the weights of a folder, the bundled lab's manifest; else the name."""
+    """What a name stands for: the bytes of a file, the weights, configuration and chat template of a folder, the bundled lab's
+    manifest; else the name."""
     if path is None:
         return None
     found = Path(path)
@@ -221,7 +234,8 @@ def _content(path: str | None) -> str | None:
     if found.is_file():
         return _hashed(found, found.stat().st_mtime_ns)
     if found.is_dir():
-        return " ".join(_hashed(p, p.stat().st_mtime_ns) for p in sorted(found.glob("*.safetensors")))
+        files = sorted(p for pattern in ("*.safetensors", "*.json", "*.jinja") for p in found.glob(pattern))
+        return " ".join(_hashed(p, p.stat().st_mtime_ns) for p in files)
     return path
 
 

@@ -62,21 +62,41 @@ def check(output: str | Path) -> None:
         raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
 
 
-def check_own(output: str | Path, data: Any) -> None:
-    """Raises DataError where a scan of ``data`` into the folder would write over its input, or over files that are no scan's."""
+def check_own(
+    output: str | Path, data: Any = None, written: Sequence[str] = WRITTEN_BY_A_SCAN, read: Sequence[Any] = ()
+) -> None:
+    """Raises DataError where a command would write over its input, or over files that are no command's.
+
+    ``written`` are the patterns of what it writes into the folder, ``read`` the models that it starts from.
+    """
     folder = Path(output)
-    there = [folder / name for name in WRITTEN_BY_A_SCAN if (folder / name).exists()]
+    for model in read:
+        for name in (_name(model), getattr(model, "adapter", None)):
+            if name and folder.is_dir() and os.path.isdir(name) and folder.samefile(name):
+                raise DataError(
+                    f"the output folder {str(folder)!r} is the folder of the model {str(name)!r}, which would be written over: "
+                    "give another --output"
+                )
+    there = sorted({path for pattern in written for path in folder.glob(pattern)})
     if isinstance(data, str | Path) and os.path.exists(data):
         for path in there:
             if path.samefile(data):
                 raise DataError(
-                    f"the data {str(data)!r} lies in the output folder under a name that the scan writes: give another --output"
+                    f"the data {str(data)!r} lies in the output folder under a name that is written there: give another --output"
                 )
     if there and not _of_ours(folder):
         raise DataError(
             f"the output folder {str(folder)!r} holds {there[0].name!r} and is no folder of GradShield's: give another --output, "
             "so that nothing is written over"
         )
+
+
+def _name(model: Any) -> str | Path | None:
+    """Where a model is from, as far as it says: a name or path, a loaded model, or one of transformers."""
+    if model is None or isinstance(model, str | Path):
+        return model
+    found = getattr(model, "name", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return found if isinstance(found, str) else None
 
 
 def _of_ours(folder: Path) -> bool:
@@ -337,8 +357,12 @@ def write_outputs(found: EvalResult, path: Path) -> None:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON-able value, its keys in order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    """SHA-256 of a JSON-able value, its keys and the members of sets in order; what JSON has no form for counts as its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_ordered).encode()).hexdigest()
+
+
+def _ordered(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
 
 
 def plain(value: Any) -> Any:

@@ -68,6 +68,9 @@ def sequence(
             "training in turn follows the accuracy on every task, and there are no task rows: give --utility FILES"
         )
     outputs.check(output)
+    outputs.check_own(output, None, ("sequence.json", "report.html", "manifest.json"), (model, options.get("base")))
+    for number in range(1, len(stages) + 1):
+        outputs.check_own(Path(output) / f"stage-{number}", None, (), (model, options.get("base")))
     with alone(output):
         return _followed(stages, outputs.prepare(output), model, peft_config, seed, command, progress, options)
 
@@ -150,9 +153,9 @@ def _key(
     told = [
         outputs.versions(),
         [_content(stage.data), _content(safety) if isinstance(safety, str | Path) else repr(safety)],
-        [model and model.digest for model in (current, origin, options.get("base"))],
+        [model and [model.digest, str(model.dtype)] for model in (current, origin, options.get("base"))],
         [stage.exams.report.settings(), stage.exams.search.settings()],
-        None if peft_config is None else repr(sorted(peft_config.to_dict().items(), key=str)),
+        None if peft_config is None else peft_config.to_dict(),
         seed,
         repr(sorted(rest.items())),
     ]

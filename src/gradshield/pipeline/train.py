@@ -24,7 +24,7 @@ from gradshield.errors import UsageError
 from gradshield.evaluation.asr import agreement
 from gradshield.pipeline import card, outputs, verify
 from gradshield.pipeline.course import Chosen, Course, Fitted, Job
-from gradshield.pipeline.defences import Defence, parse
+from gradshield.pipeline.defences import AS_MANY, Defence, parse
 from gradshield.pipeline.exam import Exam, Settled, asked, changes, check_disjoint, exam, figures, never
 from gradshield.pipeline.lock import alone
 from gradshield.pipeline.options import sft_options
@@ -37,6 +37,7 @@ from gradshield.types import EvalResult, Manifest, Selection
 
 # What an earlier run into the folder may have left: weights or an adapter of another kind would be loaded in place of ours.
 EARLIER = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "outputs-*.jsonl")
+WRITTEN = (*EARLIER, "tokenizer*", "*.jinja", "README.md", "report.html", "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def train(
     wanted, exams, options = parse(defence), exams or Exams(), dict(training or {})
     settings, probing = settings or ScanSettings(seed=seed), probing or Probing()
     outputs.check(output)
+    outputs.check_own(output, data, WRITTEN, (model, base, origin))
+    outputs.check_own(Path(output) / "scan", data)
     if wanted.needs_base and base is None:
         raise UsageError(
             f"the defence {defence!r} needs the model before its alignment, and none was given: pass --base MODEL"
@@ -115,10 +118,9 @@ def train(
     check_disjoint(direction=probing.requests or requests(), search=exams.search.requests, report=exams.report.requests)
     if wanted.verified is not None:
         verify.check(exams.search, wanted.verified)
+    rows = prepare(data, model, tokenizer, sft_options(options), max_length, probing.template, format, strict, progress)
     # So that an interrupted training goes on; the checkpoints go when it is finished.
     options = {"save_strategy": "epoch", "save_total_limit": 1, **options}
-    arguments = sft_options(options)
-    rows = prepare(data, model, tokenizer, arguments, max_length, probing.template, format, strict, progress)
     check_labels(labels, rows.read.source.rows)
     job = Job(
         rows=rows,
@@ -132,8 +134,10 @@ def train(
         probing=probing,
         seed=seed,
     )
+    course = Course(job, progress)
+    check_disjoint(safety=course.safety_requests(wanted), search=exams.search.requests, report=exams.report.requests)
     with alone(output):
-        return _Run(job, wanted, exams, outputs.prepare(output), merge, format, command, progress).finished(began)
+        return _Run(course, wanted, exams, outputs.prepare(output), merge, format, command, progress).finished(began)
 
 
 class _Run:
@@ -141,7 +145,7 @@ class _Run:
 
     def __init__(
         self,
-        job: Job,
+        course: Course,
         defence: Defence,
         exams: Exams,
         folder: Path,
@@ -150,9 +154,8 @@ class _Run:
         command: str,
         progress: Progress,
     ) -> None:
-        self.job, self.defence, self.exams, self.folder = job, defence, exams, folder
+        self.course, self.job, self.defence, self.exams, self.folder = course, course.job, defence, exams, folder
         self.merge, self.format, self.command, self.progress = merge, format, command, progress
-        self.course = Course(job, progress)
         self._rounds: dict[str, Fitted] = {}
 
     def finished(self, began: float) -> Trained:
@@ -184,13 +187,9 @@ class _Run:
         """The scan of the defence, with its own folder; None where it takes no rows out."""
         if self.defence.selector is None:
             return None
-        rule = self.defence.threshold
-        settings = replace(self.job.settings, selector=self.defence.selector)
-        if rule is not None and not rule.startswith("as:"):
-            settings = replace(settings, threshold=rule)
         selection, scored = select(
             self.job.rows,
-            settings,
+            self._settings(),
             self.job.probing,
             peft_config=self.job.peft_config,
             labels=self.job.labels,
@@ -201,6 +200,13 @@ class _Run:
         self.course.know(self.defence.selector, scored)
         outputs.write(selection, self.folder / "scan", self.job.rows, self.job.labels)
         return selection
+
+    def _settings(self) -> ScanSettings:
+        """Those of the scan, with the defence's own method and threshold where it names them."""
+        rule, settings = self.defence.threshold, self.job.settings
+        if self.defence.selector is not None:
+            settings = replace(settings, selector=self.defence.selector)
+        return settings if rule is None or rule.startswith(AS_MANY) else replace(settings, threshold=rule)
 
     def _recut(self, selection: Selection, chosen: Chosen) -> Selection:
         """The scan's folder again, with the cut that was trained on."""
@@ -317,7 +323,7 @@ class _Run:
                 "format": self.format,
                 "peft": None if job.peft_config is None else job.peft_config.to_dict(),
                 "base": None if job.base is None else {"name": job.base.name, "sha256": job.base.digest},
-                "scan": dict(job.settings.as_dict()),
+                "scan": dict(self._settings().as_dict()),
                 "seed": job.seed,
                 "merged": self.merge,
                 "report": self.exams.report.settings(),
@@ -387,4 +393,6 @@ def exams_of(
     def of(split: str, halved: bool) -> Exam:
         return exam(split, requests, by, utility, metric, tokens, answer_prefix, halved=halved, template=template)
 
-    return Exams(of("report", searching), of("search", True) if searching else Exam())
+    report = of("report", searching)
+    # One set of judges for both: a guard may be as large as the model.
+    return Exams(report, replace(of("search", True), judges=report.judges) if searching else Exam())
