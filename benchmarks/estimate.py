@@ -4,7 +4,7 @@
     python -m benchmarks.estimate --patience 5
 
 Rows of the lab's topic task, a hundredth of them harmful. Each model is estimated and scanned in turn, `--rounds` times; the
-scan's seconds are those of its stage "scoring rows" alone, and its operations a second are two forward passes over them.
+scan's seconds are those of its stage "scoring rows" alone, and its operations a second are the engine's forward passes over them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import gradshield as gs
 from benchmarks.scoring.cases import SHAPES
 from gradshield import lab, models
 from gradshield.models import LoadedModel
-from gradshield.pipeline.cost import PASSES
 from gradshield.pipeline.lab_job import lab_probing
 
 ROWS = {"lab": 6_000, "10m": 1_500}
@@ -63,7 +62,7 @@ def compare(name: str, rows: int, patience: float) -> str:
     gs.scan(data, **given, progress=watch)
     measured = watch.ended - watch.began
     low, value, high = found.seconds.low, found.seconds.value, found.seconds.high
-    speed = PASSES * found.operations / measured / 1e9
+    speed = found.passes * found.operations / measured / 1e9
     return (
         f"{name:5} {found.scored:6,} rows {found.tokens:8,} tokens   {found.sampled:3} of {found.shards:3} shards timed   "
         f"predicted {value:6.2f} s [{low:.2f}, {high:.2f}]   measured {measured:6.2f} s   "

@@ -359,7 +359,7 @@ def test_tokenizers_without_template_or_padding(copy: Path, probes: Path, tmp_pa
 def test_methods_lists_every_registered_name() -> None:
     done = command("methods")
     assert done.code == 0
-    for registry in (PROBES, ENGINES, THRESHOLDS, SELECTORS, AGGREGATES):
+    for registry in (PROBES, ENGINES, THRESHOLDS, SELECTORS, AGGREGATES, ("likelihood", "regex:PATTERN")):
         for name in registry:
             assert re.search(rf"^{re.escape(name)}\s+\S", done.out, re.MULTILINE), name
 

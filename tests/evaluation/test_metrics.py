@@ -53,8 +53,13 @@ def test_a_metric_says_what_it_is(name: str) -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(UnknownNameError, match="unknown metric 'bleu': choose one of exact, contains, number"):
+    with pytest.raises(
+        UnknownNameError, match="unknown metric 'bleu': choose one of exact, contains, number"
+    ) as caught:
         metric("bleu")
+    assert str(caught.value).endswith("likelihood, regex:PATTERN")
+    with pytest.raises(UsageError, match="give it with --metric"):
+        metric("likelihood")
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_without_patience_three_shards_are_timed(monkeypatch: pytest.MonkeyPatch
 
 def test_selectors_without_an_engine_are_timed_too() -> None:
     found = estimate(chats(10), settings=gs.ScanSettings(selector="gradnorm", threshold="ratio:50%"))
-    assert (found.engine, found.kinds) == ("", 0)
+    assert (found.engine, found.passes, found.kinds) == ("", 0, 0)
     assert found.seconds.value > 0
 
 
@@ -65,6 +65,7 @@ def test_the_command_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert done.code == 0, done.err
     assert "20 of 24 can be scored" in done.out
     assert "finite-difference" in done.out
+    assert "the engine takes about 2:" in done.out
     assert "to measure" in done.out
     assert sorted(tmp_path.rglob("*")) == before
 

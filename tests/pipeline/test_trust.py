@@ -12,7 +12,7 @@ import torch
 
 import gradshield as gs
 from gradshield.errors import ModelError, ProbeError, ScoreError, UsageError
-from gradshield.gradients import Derivatives, FiniteDifference, Forward
+from gradshield.gradients import ROW_SUMS, Derivatives, FiniteDifference, Forward
 from gradshield.pipeline import shards
 from gradshield.selectors import Fihs
 from tests.pipeline.common import HALF, PROBING, chats, command, jsonl, save_model, scan, scan_arguments, write
@@ -68,6 +68,15 @@ def test_the_oracle_itself_takes_over_where_row_sums_are_enough(monkeypatch: pyt
     assert selection.scores.decoys is None
     honest = scan(ROWS, settings=gs.ScanSettings(aggregate="sum", engine="loop", threshold="ratio:50%"))
     assert np.array_equal(selection.scores.values, honest.scores.values)
+
+
+def test_what_an_error_advises_for_row_sums_works() -> None:
+    with pytest.raises(UsageError, match="row sums only") as caught:
+        scan(ROWS, settings=gs.ScanSettings(engine="perturbation"))
+    assert ROW_SUMS in str(caught.value)
+    for threshold in ("adaptive", "ratio:5%", "fixed:0"):
+        assert threshold.rstrip("0") in ROW_SUMS
+        scan(ROWS, settings=gs.ScanSettings(engine="perturbation", aggregate="sum", threshold=threshold))
 
 
 @pytest.mark.filterwarnings("ignore:the engine")

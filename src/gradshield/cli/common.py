@@ -58,7 +58,8 @@ Judges = Annotated[
     list[str] | None,
     typer.Option(
         "--judge",
-        help="Who judges answers, may be repeated: refusal-phrases (default), classifier:MODEL, guard:MODEL, llm:MODEL@URL.",
+        help="Who judges answers, may be repeated: refusal-phrases (default), classifier:MODEL, guard:MODEL, "
+        "llm:MODEL@URL, moderation:MODEL@URL, lab-classifier.",
         show_default=False,
     ),
 ]

@@ -38,9 +38,10 @@ def told(found: Estimate) -> None:
         )
     if found.memory:
         out.print(f"memory     {found.memory / 2**30:.1f} GiB at most")
-    if found.engine and found.engine != "loop":
+    if found.passes:
         out.print(
-            f"elsewhere  {found.operations:.1e} operations a pass over all rows, and it takes two: "
+            f"elsewhere  {found.operations:.1e} operations a pass over all rows, and over all weights the engine takes about "
+            f"{found.passes:g}: "
             f"{duration(3600 * found.hours(KEPT))} on a GPU that keeps {KEPT / 1e12:.0f} TFLOP/s"
         )
 

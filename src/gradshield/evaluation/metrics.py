@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Protocol
 
-from gradshield.errors import UsageError
+from gradshield.errors import UnknownNameError, UsageError
 from gradshield.registry import Registry
 
 MOST_CHARACTERS = 10_000  # of an answer; what is looked for at its end keeps its end
@@ -33,15 +33,25 @@ class Metric(Protocol):
 
 
 METRICS: Registry[Callable[..., Metric]] = Registry("metric")
+LIKELIHOOD = "likelihood"
+BESIDE = {  # what may be typed as well and is no entry: the one asks no answer, the other is made of what is typed
+    LIKELIHOOD: "How likely the model finds the reference, per token; no answer is made.",
+    "regex:PATTERN": "Whether what the pattern finds last in the answer is the reference.",
+}
 
 
 def metric(name: str, references: Sequence[str] = ()) -> Metric:
     """The metric of that name, or ``regex:PATTERN``; ``choice`` takes its labels from ``references``.
 
-    Raises UnknownNameError, and UsageError for a pattern that is none or where a library is not installed.
+    Raises UnknownNameError, and UsageError for a pattern that is none, where a library is not installed, and for
+    ``likelihood``, which is of a whole exam and scores no answer.
     """
     if name.startswith("regex:"):
         return Extraction(name.removeprefix("regex:"))
+    if name == LIKELIHOOD:
+        raise UsageError("the metric likelihood is of all rows of a task: give it with --metric, and not in a row")
+    if name not in METRICS:
+        raise UnknownNameError(METRICS.kind, name, [*METRICS, *BESIDE])
     entry = METRICS[name]
     return entry(references) if entry is Choice else entry()
 

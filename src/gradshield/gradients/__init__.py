@@ -7,7 +7,7 @@ from torch import nn
 
 from gradshield.errors import UsageError
 from gradshield.gradients.agreement import Agreement, agreement, calibrated
-from gradshield.gradients.base import ENGINES, Derivatives, Engine, beyond_layers
+from gradshield.gradients.base import ENGINES, ROW_SUMS, Derivatives, Engine, beyond_layers
 from gradshield.gradients.direction import gradient_direction
 from gradshield.gradients.finite_difference import FiniteDifference
 from gradshield.gradients.forward import Forward
@@ -18,6 +18,7 @@ from gradshield.gradients.subspace import SUBSPACES, adapted, check_subspace, pa
 
 __all__ = [
     "ENGINES",
+    "ROW_SUMS",
     "SUBSPACES",
     "Agreement",
     "Derivatives",
@@ -51,7 +52,7 @@ def pick(name: str, model: nn.Module, per_token: bool) -> Engine:
     if rounding and (per_token or name in ("forward", "finite-difference")):
         raise UsageError(
             "a layer in 8 bits rounds what goes into it, and of the engines perturbation and loop alone can follow that, "
-            "which give row sums only: load the model in 4 bits (--quantize 4bit), or take --aggregate sum and --engine auto"
+            f"which give row sums only: load the model in 4 bits (--quantize 4bit), or take --engine auto with {ROW_SUMS}"
         )
     if name == "auto":
         if rounding:
@@ -66,6 +67,6 @@ def pick(name: str, model: nn.Module, per_token: bool) -> Engine:
         able = ", ".join(n for n in ENGINES if ENGINES[n].per_token)
         raise UsageError(
             f"the engine {name!r} gives row sums only, and the chosen aggregate needs per-token values: use one of {able}, "
-            "or the aggregate sum"
+            f"or {ROW_SUMS}"
         )
     return engine

@@ -48,6 +48,8 @@ class Engine(Protocol):
 
 
 ENGINES: Registry[type[Engine]] = Registry("engine")
+# What goes with an engine that gives row sums only: they have no decoys, and the default threshold needs those.
+ROW_SUMS = "--aggregate sum and a --threshold that needs no decoys (adaptive, ratio:5%, fixed:VALUE)"
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gradshield.errors import UsageError
 from gradshield.gradients.base import (
     ENGINES,
+    ROW_SUMS,
     Derivatives,
     DeviceBatch,
     check_direction,
@@ -82,6 +83,6 @@ def _dual(wrapped: _TokenLoss, duals: dict[str, Tensor], data: DeviceBatch) -> T
     except NotImplementedError as error:
         raise UsageError(
             f"the engine forward got a layer that has no forward-mode derivative ({first_line(error)}): load the model in "
-            "float32 for finite-difference (--dtype float32), or take --aggregate sum with --engine perturbation"
+            f"float32 for finite-difference (--dtype float32), or take --engine perturbation with {ROW_SUMS}"
         ) from error
     return found

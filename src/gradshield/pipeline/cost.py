@@ -18,7 +18,8 @@ from gradshield.logits import output_head
 from gradshield.models import text_config
 from gradshield.types import Floats
 
-PASSES = 2.0  # what every fast engine takes, within a tenth on two cores (docs/performance.md)
+# What each fast engine takes over all weights, in forward passes: means of two models on two cores (docs/performance.md).
+PASSES = {"finite-difference": 2.0, "perturbation": 3.2, "forward": 3.3}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def ratio_estimate(seconds: Floats, work: Floats, whole: float, count: int) -> S
     return Spread(value, max(0.0, float(value - 1.96 * error)), float(value + 1.96 * error))
 
 
-def hours(operations: float, kept: float, passes: float = PASSES) -> float:
+def hours(operations: float, kept: float, passes: float) -> float:
     """Hours of one device that keeps ``kept`` operations a second, for passes of so many operations each."""
     return passes * operations / kept / 3600
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gradshield.pipeline import shards
-from gradshield.pipeline.cost import Shape, Spread, hours, ratio_estimate
+from gradshield.pipeline.cost import PASSES, Shape, Spread, hours, ratio_estimate
 from gradshield.pipeline.ranking import ready
 from gradshield.pipeline.rows import prepare
 from gradshield.pipeline.scoring import Ready, carrying, weights_changed
@@ -59,9 +59,14 @@ class Estimate:
     memory: int
     kinds: int
 
+    @property
+    def passes(self) -> float:
+        """Forward passes that the engine comes to over all weights; 0 where it is none of the fast ones."""
+        return PASSES.get(self.engine, 0.0)
+
     def hours(self, kept: float) -> float:
-        """Hours of one device that keeps ``kept`` operations a second, with an engine of two passes."""
-        return hours(self.operations, kept)
+        """Hours of one device that keeps ``kept`` operations a second, with this engine over all weights."""
+        return hours(self.operations, kept, self.passes)
 
 
 def estimate(

@@ -19,6 +19,7 @@ from gradshield.evaluation.generate import Generate, generator
 from gradshield.evaluation.judges import Judge, LabClassifier, RefusalPhrases
 from gradshield.evaluation.judges import parse_all as parse_judges
 from gradshield.evaluation.loss import response_loss
+from gradshield.evaluation.metrics import LIKELIHOOD
 from gradshield.evaluation.stats import mcnemar, mean_interval
 from gradshield.evaluation.task_files import task_file
 from gradshield.evaluation.utility import utility
@@ -30,7 +31,6 @@ from gradshield.types import EvalResult, Rate
 
 Score = Callable[[Mapping[str, Any], str], float]
 Settled = Callable[[EvalResult, int], bool]
-LIKELIHOOD = "likelihood"  # the name of the metric that asks no answer
 LAB_TOKENS = 48  # longer than any answer of the lab's world
 LAB_PROMPTS = 200  # of each kind
 CHUNK = 32  # requests between two looks at whether the verdict can still change

@@ -15,7 +15,7 @@ from torch import nn
 from gradshield.data import SHAPES, RenderConfig
 from gradshield.errors import UsageError, did_you_mean
 from gradshield.evaluation.judges import JUDGES
-from gradshield.evaluation.metrics import METRICS
+from gradshield.evaluation.metrics import BESIDE, METRICS
 from gradshield.gradients import ENGINES, SUBSPACES
 from gradshield.pipeline.defences import DEFENCES
 from gradshield.probes import PROBES
@@ -136,6 +136,7 @@ def catalogue() -> dict[str, dict[str, str]]:
     registries: tuple[Any, ...] = (DEFENCES, SELECTORS, PROBES, ENGINES, THRESHOLDS, JUDGES, METRICS)
     found = {f"{r.kind}s": {name: r.summary(name) for name in r} for r in registries}
     found["thresholds"][Verified.name] = (inspect.getdoc(Verified) or "").split("\n", 1)[0]
+    found["metrics"] |= BESIDE
     found["aggregates"] = dict(AGGREGATES)
     found["subspaces"] = dict(SUBSPACES)
     found["row shapes"] = {name: "keys " + ", ".join(SHAPES[name].keys) for name in SHAPES}

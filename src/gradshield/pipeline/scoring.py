@@ -16,7 +16,18 @@ from torch import nn
 from gradshield import data as rows_in
 from gradshield.columns import Coded, Ids
 from gradshield.errors import ProbeError, ScoreError, UsageError
-from gradshield.gradients import ENGINES, Agreement, Engine, Loop, adapted, agreement, calibrated, pick, target_names
+from gradshield.gradients import (
+    ENGINES,
+    ROW_SUMS,
+    Agreement,
+    Engine,
+    Loop,
+    adapted,
+    agreement,
+    calibrated,
+    pick,
+    target_names,
+)
 from gradshield.pipeline import shards
 from gradshield.pipeline.decide import PREFERENCE, ROWS
 from gradshield.pipeline.references import answered, opened
@@ -192,7 +203,7 @@ def _trusted(
     assert found is not None
     raise ScoreError(
         f"no engine agrees with the oracle on this model (the last, {found.engine}, has Spearman {found.spearman:.3f} on "
-        f"{found.n} rows, and {LEAST_SPEARMAN} is needed): load the model in float32, or use --aggregate sum --engine loop"
+        f"{found.n} rows, and {LEAST_SPEARMAN} is needed): load the model in float32, or use --engine loop with {ROW_SUMS}"
     )
 
 
