@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerBase
 from trl import chat_template_utils
 
 from gradshield.data import RenderConfig, read, render, render_all, spans
+from gradshield.data.shapes import RENDERING
 from gradshield.errors import DataError, ModelError, UsageError
 from gradshield.types import Rendered
 from tests.tiny import tiny_tokenizer
@@ -135,6 +138,34 @@ def test_a_row_that_the_template_refuses_is_set_aside() -> None:
     assert "roles must alternate" in bad.reason
     with pytest.raises(DataError, match="line 2 cannot be scored"):
         render_all(examples, tokenizer, strict=True)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"padding": "max_length", "max_length": 2_000_000_000},
+        {"truncation": True},
+        {"chat_template": "x"},
+        {"tools": []},
+    ],
+)
+def test_a_row_does_not_say_how_much_of_it_is_rendered(given: dict[str, Any]) -> None:
+    result = read([{"messages": CHAT, "chat_template_kwargs": given}, {"messages": CHAT}])
+    assert [example.row for example in result.examples] == [1]
+    assert f"chat_template_kwargs has {min(given)}" in result.quarantined[0].reason
+    every = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    assert every - set(RENDERING) == {"self", "documents", "kwargs"}
+
+
+@pytest.mark.parametrize("template", [CHATML, REWRITING], ids=["chatml", "rewriting"])
+def test_a_row_of_very_many_answers_ends_soon(template: str) -> None:
+    answer = {"role": "assistant", "content": "b"}
+    some, many = ({"messages": [{"role": "user", "content": "a"}, answer] * n} for n in (300, 100_000))
+    assert _answers(some, template, RenderConfig(max_length=None))[:299] == ["b</s>"] * 299
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    reason = render(read([many]).examples[0], tokenizer)
+    assert isinstance(reason, str) and "100000 answers" in reason
 
 
 def test_a_template_that_hides_the_answer_is_said() -> None:

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText
+from transformers import (
+    AriaTextConfig,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForImageTextToText,
+    DbrxConfig,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.gemma3 import Gemma3Config, Gemma3TextConfig
@@ -28,6 +36,7 @@ from gradshield.gradients import (
     row_norms,
 )
 from gradshield.gradients.agreement import RELATIVE_STEPS
+from gradshield.gradients.base import experts
 from gradshield.gradients.subspace import target_names
 from gradshield.types import Direction
 from tests.contracts.common import batch_of, differences, lora, rows, state, two_directions
@@ -195,6 +204,27 @@ def test_an_experts_choice_is_held_fixed_under_a_large_step(monkeypatch: pytest.
     monkeypatch.setattr("gradshield.gradients.finite_difference.experts", lambda config: 0)
     found = FiniteDifference(1e-2).directional(model, batch, direction).values.sum(-1).numpy().ravel()
     assert held < agreement("", found, oracle).relative_error / 2
+
+
+def test_a_mixture_whose_routing_cannot_be_held_is_left_to_another_engine() -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model: Any = PhimoeForCausalLM(
+        PhimoeConfig(vocab_size=320, num_key_value_heads=2, num_local_experts=4, **shape)
+    ).eval()
+    direction, batch = two_directions(model, "all"), batch_of(rows())
+    engine = pick("auto", model, per_token=True)
+    found = engine.directional(model, batch, direction).values.sum(-1).numpy().ravel()
+    oracle = Loop().directional(model, batch, direction).values.numpy().ravel()
+    assert engine.name == "forward"
+    assert agreement("", found, oracle).relative_error < 1e-4
+    with pytest.raises(UsageError, match="hold fixed"):
+        FiniteDifference().directional(model, batch, direction)
+
+
+@pytest.mark.parametrize(("config", "count"), [(DbrxConfig(), 4), (AriaTextConfig(), 8), (Gemma3TextConfig(), 0)])
+def test_experts_are_counted_by_whatever_name(config: Any, count: int) -> None:
+    assert experts(config) == count
 
 
 class _Backward(torch.autograd.Function):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -26,6 +27,7 @@ from gradshield.types import Conversation, Example, Quarantined, Rendered, Token
 logger = logging.getLogger(__name__)
 TRUNCATION_MODES = ("keep_start", "keep_end")
 TOGETHER = 256  # rows that are tokenised at once
+MOST_TURNS = 1024  # answers of one row that are found by difference
 Mask = list[bool]
 
 
@@ -314,9 +316,14 @@ class Renderer:
         def text_of(part: Sequence[Mapping[str, Any]], **more: Any) -> str:
             return str(self.tokenizer.apply_chat_template(list(part), tokenize=False, **kwargs, **more))
 
+        if len(turns) > MOST_TURNS:  # each is found by rendering the conversation anew
+            raise _CannotRender(
+                f"it has {len(turns)} answers, and of a template that does not mark them with {{% generation %}} at most "
+                f"{MOST_TURNS} are told apart"
+            )
         text = text_of(messages)
         mask = [False] * len(ids)
-        starts = self._token_bounds(text, ids)
+        begins, ends = self._token_bounds(text, ids)
         for turn in turns:
             span = turn_span(messages, turn, text, text_of, self._ends)
             if span is None:
@@ -326,18 +333,24 @@ class Renderer:
                     f"the chat template does not show where message {turn + 1} is answered "
                     "(mark it with {% generation %} in the template)"
                 )
-            for t, (begin, end) in enumerate(starts):
-                if begin < span[1] and end > span[0] and end > begin:
-                    mask[t] = True
+            for t in range(bisect_right(ends, span[0]), bisect_left(begins, span[1])):
+                mask[t] = ends[t] > begins[t]
         return mask
 
-    def _token_bounds(self, text: str, ids: list[int]) -> list[tuple[int, int]]:
-        """Characters of each token. Slow tokenizers do not say, so there they are counted by tokenising prefixes."""
+    def _token_bounds(self, text: str, ids: list[int]) -> tuple[list[int], list[int]]:
+        """Where each token begins and ends in the text, both in order.
+
+        Slow tokenizers do not say, so there it is counted by decoding prefixes, of the tokens that are kept.
+        """
         if self.tokenizer.is_fast:
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            return [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
-        ends = [len(self.tokenizer.decode(ids[: t + 1], skip_special_tokens=False)) for t in range(len(ids))]
-        return list(zip([0, *ends[:-1]], ends, strict=True))
+            pairs = [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+            return [a for a, _ in pairs], [b for _, b in pairs]
+        whole, limit = len(ids), self.config.max_length
+        count = whole if limit is None or self.config.truncation_mode == "keep_end" else min(whole, limit)
+        ends = [len(self.tokenizer.decode(ids[: t + 1], skip_special_tokens=False)) for t in range(count)]
+        ends += [len(text)] * (whole - count)
+        return [0, *ends[:-1]], ends
 
 
 class _CannotRender(ValueError):

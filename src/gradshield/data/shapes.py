@@ -16,6 +16,23 @@ from gradshield.types import Conversation
 Row = Mapping[str, Any]
 Messages = tuple[Mapping[str, Any], ...]
 
+# What ``apply_chat_template`` takes itself: not the template's variables, but how and how much is rendered.
+RENDERING = (
+    "chat_template",
+    "conversation",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "sanitize_control_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # ShareGPT and its descendants name the same roles in many ways.
 SHAREGPT_ROLES = {
@@ -281,6 +298,8 @@ def _template_kwargs(value: Any) -> Mapping[str, Any]:
         return {}
     if not isinstance(value, Mapping):
         raise RowError(f"chat_template_kwargs must be an object, got {_kind(value)}")
+    if taken := sorted(name for name in RENDERING if name in value):
+        raise RowError(f"chat_template_kwargs has {taken[0]}, which a row may not set")
     return dict(value)
 
 

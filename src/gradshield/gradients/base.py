@@ -124,8 +124,14 @@ def _configured(model: nn.Module, attribute: str, value: Callable[[Any], Any]) -
 
 def experts(config: Any) -> int:
     """How many experts a layer has, as the config of its language model tells; 0 for a model without."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return next((getattr(config, name) for name in names if getattr(config, name, None)), 0)
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    parts = (config, getattr(config, "ffn_config", None))  # DBRX has its own place for them
+    return next((getattr(part, name) for part in parts for name in names if getattr(part, name, None)), 0)
+
+
+def routed_by_steps(config: Any) -> bool:
+    """Whether a router chooses by comparing scores one after the other, in no single call that could be held fixed."""
+    return getattr(config, "model_type", None) == "phimoe"
 
 
 def check_direction(model: nn.Module, direction: Direction) -> None:

@@ -17,6 +17,7 @@ from gradshield.gradients.base import (
     check_direction,
     check_layers,
     experts,
+    routed_by_steps,
     scoring,
 )
 from gradshield.gradients.shifted import shifted
@@ -79,6 +80,11 @@ class FiniteDifference:
         check_direction(model, direction)
         check_layers(self.name, model, direction)
         self._check_precision(model, direction)
+        if routed_by_steps(text_config(model)):
+            raise UsageError(
+                "the finite-difference engine got a mixture whose routing it cannot hold fixed (PhiMoE), so that a step could "
+                "change which experts a token goes to: use --engine auto, forward or perturbation"
+            )
         data = DeviceBatch.of(batch, model)
 
         prefix = Prefix(model, direction)

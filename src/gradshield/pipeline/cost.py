@@ -87,5 +87,7 @@ def _entries(parameter: nn.Parameter) -> int:
 
 def _active(config: Any) -> float:
     """The share of a mixture's experts that a token goes through; 1 for other models."""
-    count, used = experts(config), getattr(config, "num_experts_per_tok", None)
+    names, parts = ("num_experts_per_tok", "moe_top_k", "moe_topk"), (config, getattr(config, "ffn_config", None))
+    used = next((getattr(part, name) for part in parts for name in names if getattr(part, name, None)), None)
+    count = experts(config)
     return used / count if count and used else 1.0
