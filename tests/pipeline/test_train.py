@@ -307,13 +307,17 @@ def test_nothing_that_is_read_or_is_not_ours_is_written_over(tmp_path: Path, whe
 
 
 @pytest.mark.slow
-def test_what_counts_is_what_a_scan_counts_where_no_training_is_given(tmp_path: Path) -> None:
+def test_what_counts_is_what_a_scan_counts_where_no_training_is_given(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Options of this project's own, such as when to save, say nothing about the loss."""
     none = training.Exams()
     plain = _run(tmp_path, "random:ratio:10%", training=None, exams=none, peft_config=None)
     assert plain.manifest.settings["render"]["assistant_only_loss"] is None
     assert plain.manifest.settings["training"]["save_strategy"] == "epoch"
+    assert "assistant_only_loss" not in caplog.text
     told = _run(tmp_path, "none", exams=none)
+    assert "leaves assistant_only_loss out" in caplog.text
     assert told.manifest.settings["render"]["assistant_only_loss"] is False
     assert told.manifest.settings["scan"]["selector"] == "fihs"
     assert plain.manifest.settings["scan"]["selector"] == "random"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from gradshield.models import LoadedModel, text_config
 from gradshield.pipeline.options import check_positions, render_config
 from gradshield.pipeline.settings import Progress, quiet
 from gradshield.types import Bools, Ints, Quarantined, Rendered
+
+logger = logging.getLogger(__name__)
 
 TRL_SHAPES = {"messages", "prompt-completion", "text", "preference"}
 
@@ -74,6 +77,12 @@ def prepare(
     read = rows_in.read(
         data, format=format, strict=strict, text_field=getattr(training_args, "dataset_text_field", "text")
     )
+    silent = training_args is not None and not hasattr(training_args, "assistant_only_loss")
+    if silent and read.examples.shapes.counts().get("messages"):
+        logger.warning(
+            "the training config leaves assistant_only_loss out, so that every token of a chat row counts, those of the requests "
+            "too, as TRL has it: set it to true to count the answers alone, or to false to say that this is meant"
+        )
     loaded = with_template(load(model, tokenizer))
     limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
     config = render_config(training_args, max_length, limit, template or {})
