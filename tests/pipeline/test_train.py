@@ -281,6 +281,30 @@ def test_eval_measures_any_model_and_keeps_every_answer(tmp_path: Path) -> None:
     assert command("eval", ALIGNED, "--judge", "nobody").code == 2
 
 
+@pytest.mark.slow
+def test_no_command_writes_over_what_another_has_found(tmp_path: Path) -> None:
+    rows = _data(tmp_path)
+    asked = ["--safety", _requests(tmp_path, 2), "--max-new-tokens", 2]
+    lab_probes = write(tmp_path / "probes.jsonl", jsonl([*PROBING.requests]))
+    typed: dict[str, list[Any]] = {
+        "eval": ["eval", ALIGNED, *asked],
+        "scan": ["scan", rows, "--model", ALIGNED, "--probes", lab_probes, "--lookalikes", lab_probes, "--uncertified"],
+        "train": ["train", rows, "--model", ALIGNED, "--defence", "none"],
+        "demo": ["demo"],
+    }
+    for own in ("eval", "scan"):
+        folder = tmp_path / own
+        assert command(*typed[own], "--output", folder).code == 0
+        before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        for name in typed:
+            if name != own:
+                assert "another command has found" in command(*typed[name], "--output", folder).sentence
+        assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "mine" / "data.jsonl", "mine")
+    assert "is no folder of GradShield's" in command("demo", "--output", tmp_path / "mine").sentence
+
+
 @pytest.mark.parametrize("where", ["model", "base", "foreign", "scan"])
 def test_nothing_that_is_read_or_is_not_ours_is_written_over(tmp_path: Path, where: str) -> None:
     own = tmp_path / "own"

@@ -30,6 +30,9 @@ SHOWN = (
 )
 
 
+MARK = f"{outputs.WORK}/demo"  # tells its folder from that of a scan of the user's
+
+
 @dataclass(frozen=True)
 class DemoResult:
     """The table as printed: ``columns`` after the first, and per row its measure and one cell a column."""
@@ -43,7 +46,9 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
     """Scan a lab mix, fine-tune three ways, measure each, and write one report. Raises UsageError for an unknown task or harm."""
     _check(task, harm, ratio)
     rows, labels = lab.mix(task, harm=harm, ratio=ratio, n=CLEAN_ROWS, seed=seed)
+    outputs.check_own(output, None, (*outputs.WRITTEN_BY_A_SCAN, "data.jsonl"), mark=MARK)
     folder = outputs.prepare(output)
+    (folder / MARK).touch()
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     progress("loading the model", 0, 1)

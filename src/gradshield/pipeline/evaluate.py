@@ -38,6 +38,9 @@ def evaluate(
         raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
     if output is not None:
         outputs.check(output)
+        outputs.check_own(
+            output, None, ("outputs.jsonl", "report.html", "manifest.json"), (loaded,), mark="outputs.jsonl"
+        )
     loaded = with_template(loaded)
     measured = exam.sit(loaded.model, loaded.tokenizer, "measuring", progress)
     harness: dict[str, Any] = {}

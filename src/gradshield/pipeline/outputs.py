@@ -63,11 +63,16 @@ def check(output: str | Path) -> None:
 
 
 def check_own(
-    output: str | Path, data: Any = None, written: Sequence[str] = WRITTEN_BY_A_SCAN, read: Sequence[Any] = ()
+    output: str | Path,
+    data: Any = None,
+    written: Sequence[str] = WRITTEN_BY_A_SCAN,
+    read: Sequence[Any] = (),
+    mark: str = "scores.parquet",
 ) -> None:
-    """Raises DataError where a command would write over its input, or over files that are no command's.
+    """Raises DataError where a command would write over its input, over another command's results, or over files of nobody's.
 
-    ``written`` are the patterns of what it writes into the folder, ``read`` the models that it starts from.
+    ``written`` are the patterns of what it writes into the folder, ``read`` the models that it starts from, and ``mark`` is a
+    file that stands beside a manifest of this command alone.
     """
     folder = Path(output)
     for model in read:
@@ -84,6 +89,11 @@ def check_own(
                 raise DataError(
                     f"the data {str(data)!r} lies in the output folder under a name that is written there: give another --output"
                 )
+    if (folder / "manifest.json") in there and _of_ours(folder) and not (folder / mark).exists():
+        raise DataError(
+            f"the output folder {str(folder)!r} holds what another command has found, which would be written over: give another "
+            "--output"
+        )
     if there and not _of_ours(folder):
         raise DataError(
             f"the output folder {str(folder)!r} holds {there[0].name!r} and is no folder of GradShield's: give another --output, "

@@ -68,9 +68,10 @@ def sequence(
             "training in turn follows the accuracy on every task, and there are no task rows: give --utility FILES"
         )
     outputs.check(output)
-    outputs.check_own(output, None, ("sequence.json", "report.html", "manifest.json"), (model, options.get("base")))
+    read = (model, options.get("base"))
+    outputs.check_own(output, None, ("sequence.json", "report.html", "manifest.json"), read, "sequence.json")
     for number in range(1, len(stages) + 1):
-        outputs.check_own(Path(output) / f"stage-{number}", None, (), (model, options.get("base")))
+        outputs.check_own(Path(output) / f"stage-{number}", None, (), read)
     with alone(output):
         return _followed(stages, outputs.prepare(output), model, peft_config, seed, command, progress, options)
 

@@ -109,7 +109,7 @@ def train(
     wanted, exams, options = parse(defence), exams or Exams(), dict(training or {})
     settings, probing = settings or ScanSettings(seed=seed), probing or Probing()
     outputs.check(output)
-    outputs.check_own(output, data, WRITTEN, (model, base, origin))
+    outputs.check_own(output, data, WRITTEN, (model, base, origin), "outputs-after.jsonl")
     outputs.check_own(Path(output) / "scan", data)
     if wanted.needs_base and base is None:
         raise UsageError(
