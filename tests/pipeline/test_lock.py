@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from gradshield import recut
 from gradshield.errors import DataError, GradShieldError
@@ -98,3 +99,24 @@ def test_a_full_disk_is_a_sentence_and_a_rerun_goes_on(
     assert not (tmp_path / "manifest.json").exists()
     again, fresh = scan(chats(12), output=tmp_path), scan(chats(12))
     assert again.scores.values.tolist() == fresh.scores.values.tolist()
+
+
+@pytest.mark.parametrize("writer", ["gradshield.gradients.direction.save_file", "gradshield.pipeline.shards.save_file"])
+def test_a_disk_that_is_full_of_tensors_is_a_sentence(
+    writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(writer, full)
+    with pytest.raises(DataError, match=r"cannot be written.*No space left on device.*free some space"):
+        scan(chats(6), output=tmp_path)
+
+
+def test_a_full_folder_of_temporary_files_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("gradshield.pipeline.parcel.save_file", full)
+    with pytest.raises(DataError, match=r"temporary files .*No space left.*TMPDIR"):
+        scan(chats(6), output=tmp_path, workers=2)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gradshield.errors import ModelError, UsageError
+from gradshield.files import replacing
 from gradshield.gradients import adapted
 from gradshield.models import LoadedModel, Source, first_line, parameters_digest
 from gradshield.selectors import Guard, Selector
@@ -124,7 +125,8 @@ def _copy(model: Any, folder: Path) -> None:
         "active": json.dumps(list(_active(model)) if adapters else []),
         "wrapped": "yes" if _is_peft_model(model) else "",
     }
-    save_file(whole, folder / WEIGHTS, meta)
+    with replacing(folder / WEIGHTS) as part:
+        save_file(whole, part, meta)
 
 
 def _rebuilt(folder: Path, device: str) -> nn.Module:

@@ -222,9 +222,9 @@ def _write(path: Path, part: Measured) -> None:
     try:
         with replacing(path) as part_of_it:
             save_file(arrays, part_of_it, {"sha256": _digest(arrays)})
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise DataError(
-            f"{path.parent} cannot be written ({error}): free some space, or give another --output"
+            f"{path.parent} cannot be written ({error.strerror or error}): free some space, or give another --output"
         ) from None
 
 
