@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from gradshield import recut
 from gradshield.errors import DataError, GradShieldError
+from gradshield.files import replacing
 from gradshield.pipeline import lock
 from tests.pipeline import killing
 from tests.pipeline.common import chats, files, scan
@@ -77,8 +78,11 @@ def test_where_there_are_no_locks_all_go_on(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with lock.alone(tmp_path), lock.alone(tmp_path):
-        pass
+    with lock.alone(tmp_path), replacing(tmp_path / "kept.jsonl") as part:
+        part.write_text("by the first")
+        with lock.alone(tmp_path):  # takes nothing away that another is writing
+            pass
+    assert (tmp_path / "kept.jsonl").read_text() == "by the first"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
