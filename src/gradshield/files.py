@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -51,6 +51,22 @@ def drawn(path: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def instead(folder: Path, last: str, earlier: Iterable[str]) -> Iterator[Path]:
+    """A folder for files that go into ``folder`` once all of them are whole, so that a full disk costs nothing that is there.
+
+    Only then goes the old file ``last``, which says that the others belong together, with what is there of ``earlier``; the
+    new one comes last.
+    """
+    with drawn(folder / "new") as new:
+        yield new
+        written = [path for path in new.rglob("*") if path.is_file()]
+        for name in (last, *earlier):
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(written, key=lambda path: path == new / last):
+            os.replace(path, folder / path.relative_to(new))
 
 
 def sweep(folder: Path) -> None:
