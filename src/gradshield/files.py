@@ -3,32 +3,76 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 PART = ".part"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to: what stands there when the block ends takes the place of ``path`` in one step.
+    """A name to write to: what stands there when the block ends takes the place of ``path`` in one step.
 
-    The name is drawn, since processes of several machines that share a folder may have one number. Whatever goes wrong,
-    an older file at ``path`` stays as it was. Raises OSError where nothing can be written.
+    Whatever goes wrong, an older file at ``path`` stays as it was. Raises OSError where nothing can be written, also where
+    safetensors says so in words of its own.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}{PART}")
-    try:
-        yield part
+    with drawn(path) as folder:
+        part = folder / path.name
+        try:
+            yield part
+        except SafetensorError as error:
+            number = re.search(r"(?:os error|code:) (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        with suppress(PermissionError):  # a file system without modes
+            part.chmod(folder.stat().st_mode & 0o666)  # as for any new file: safetensors writes for the owner alone
         with part.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(part, path)
+
+
+@contextmanager
+def drawn(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` that is gone when the block ends.
+
+    Its name is drawn, since processes of several machines that share a folder may have one number. It is a folder, and no
+    file, since a library may write under a name of its own beside the one that it is given.
+    """
+    folder = path.with_name(f".{path.name}.{secrets.token_hex(6)}{PART}")
+    folder.mkdir()
+    try:
+        yield folder
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def instead(folder: Path, last: str, earlier: Iterable[str]) -> Iterator[Path]:
+    """A folder for files that go into ``folder`` once all of them are whole, so that a full disk costs nothing that is there.
+
+    Only then goes the old file ``last``, which says that the others belong together, with what is there of ``earlier``; the
+    new one comes last.
+    """
+    with drawn(folder / "new") as new:
+        yield new
+        written = [path for path in new.rglob("*") if path.is_file()]
+        for name in (last, *earlier):
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(written, key=lambda path: path == new / last):
+            os.replace(path, folder / path.relative_to(new))
 
 
 def sweep(folder: Path) -> None:
     """Take away what killed processes left half written in a folder that no other process is writing to."""
     for part in folder.glob(f".*{PART}"):
-        part.unlink(missing_ok=True)
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)

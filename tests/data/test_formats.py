@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import socket
 import urllib.request
@@ -121,7 +122,6 @@ def test_odd_but_usable_lines_are_kept(row: bytes, tmp_path: Path) -> None:
 
 
 def test_a_long_line_costs_bounded_memory_and_is_described(tmp_path: Path) -> None:
-    import hashlib
     import tracemalloc
 
     size = 50_000_000
@@ -141,6 +141,34 @@ def test_a_long_line_costs_bounded_memory_and_is_described(tmp_path: Path) -> No
     entry = json.loads((tmp_path / "quarantine.jsonl").read_text())
     assert (entry["row"], entry["line"], entry["bytes"], entry["sha256"]) == (1, 2, length, expected)
     assert len(entry["raw"]) == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "bad", "after"),
+    [
+        ("data.jsonl", GOOD, b'{"text": "' + b"a" * 100, b"\n"),
+        ("data.jsonl", GOOD, b'{"text": "' + b"a" * 100 + b'\xff"}', b"\n"),
+        ("data.jsonl", GOOD, b'{"text": 3, "more": "' + b"a" * 100 + b'"}', b"\n"),
+        ("data.json", b'[{"text": "good"}, ', b'{"text": "' + b"a" * 100 + b'\xff"}', b"]"),
+        ("data.csv", b"text\ngood\n", b"a" * 100 + b",one more", b"\n"),
+    ],
+)
+def test_of_a_bad_row_the_head_is_held(
+    name: str, before: bytes, bad: bytes, after: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records_module, "HEAD_BYTES", 30)
+    (aside,) = read(_file(tmp_path, before + bad + after, name)).quarantined
+    assert aside.source == bad[:30]
+    write_quarantine([aside], tmp_path / "quarantine.jsonl")
+    entry = json.loads((tmp_path / "quarantine.jsonl").read_text())
+    whole = bad if name == "data.json" else bad + after
+    assert (entry["bytes"], entry["sha256"]) == (len(whole), hashlib.sha256(whole).hexdigest())
+
+
+def test_of_a_bad_value_the_head_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records_module, "HEAD_BYTES", 30)
+    result = read([{"text": "good"}, "a" * 100, {"text": 3, "more": "a" * 100}])
+    assert [len(bad.source) for bad in result.quarantined] == [30, 30]
 
 
 def test_a_line_of_exactly_the_limit_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def _state(output: Path) -> str:
     """How far a scan had come."""
     if (output / "manifest.json").exists():
         return "finished"
-    if (output / "scores.parquet").exists() or (output / ".gradshield" / "views.json").exists():
+    if list(output.glob(".new.*.part")):
         return "writing"
     shards = len(list((output / ".gradshield" / "shards").glob("[!.]*")))
     return "scoring" if shards else "before"

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from gradshield import recut
 from gradshield.errors import DataError, GradShieldError
+from gradshield.files import replacing
 from gradshield.pipeline import lock
 from tests.pipeline import killing
 from tests.pipeline.common import chats, files, scan
@@ -76,8 +78,11 @@ def test_where_there_are_no_locks_all_go_on(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with lock.alone(tmp_path), lock.alone(tmp_path):
-        pass
+    with lock.alone(tmp_path), replacing(tmp_path / "kept.jsonl") as part:
+        part.write_text("by the first")
+        with lock.alone(tmp_path):  # takes nothing away that another is writing
+            pass
+    assert (tmp_path / "kept.jsonl").read_text() == "by the first"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -98,3 +103,24 @@ def test_a_full_disk_is_a_sentence_and_a_rerun_goes_on(
     assert not (tmp_path / "manifest.json").exists()
     again, fresh = scan(chats(12), output=tmp_path), scan(chats(12))
     assert again.scores.values.tolist() == fresh.scores.values.tolist()
+
+
+@pytest.mark.parametrize("writer", ["gradshield.gradients.direction.save_file", "gradshield.pipeline.shards.save_file"])
+def test_a_disk_that_is_full_of_tensors_is_a_sentence(
+    writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(writer, full)
+    with pytest.raises(DataError, match=r"cannot be written.*No space left on device.*free some space"):
+        scan(chats(6), output=tmp_path)
+
+
+def test_a_full_folder_of_temporary_files_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("gradshield.pipeline.parcel.save_file", full)
+    with pytest.raises(DataError, match=r"temporary files .*No space left.*TMPDIR"):
+        scan(chats(6), output=tmp_path, workers=2)

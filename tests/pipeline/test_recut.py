@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import gradshield as gs
+from gradshield import data as rows_in
 from gradshield.errors import DataError, UsageError
+from gradshield.pipeline import recut
 from tests.pipeline.common import chats, command, files, jsonl, scan, scan_arguments, table, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -76,6 +81,33 @@ def test_parquet_of_which_nothing_goes(tmp_path: Path) -> None:
     kept, removed = (pq.read_table(tmp_path / "out" / f"{name}.parquet") for name in ("kept", "removed"))
     assert (kept.num_rows, removed.num_rows) == (10, 0)
     assert kept.schema.equals(removed.schema)
+
+
+def test_two_parquet_files_are_put_together_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed = np.random.default_rng(0).random(5000) < 0.3
+    removed[1000:4000] = False
+    whole = pa.table({"text": [f"row {n}" for n in range(5000)]})
+    examples = {}
+    for flag in (False, True):
+        path = tmp_path / f"{flag}.parquet"
+        pq.write_table(whole.filter(pa.array(removed == flag)), path)
+        examples[flag] = rows_in.read(path).examples
+    given, tables = [0], rows_in.Source.tables
+
+    def counted(*arguments: Any) -> Iterator[Any]:
+        for found in tables(*arguments):
+            given[0] += len(found)
+            yield found
+
+    monkeypatch.setattr(rows_in.Source, "tables", counted)
+    monkeypatch.setattr("gradshield.pipeline.recut.SPAN", 100)
+    wanted = np.arange(7, 5000, 3)
+    parts, taken = [], 0
+    for part in recut.Together(examples, np.arange(5000), removed, ".parquet").tables(wanted, True):
+        parts.append(part)
+        taken += len(part)
+        assert given[0] <= 3 * taken + 2 * 1024 + 200
+    assert pa.concat_tables(parts).equals(whole.take(wanted)) and given[0] == 5000
 
 
 def test_categories_are_kept_and_new_rows_have_none(tmp_path: Path) -> None:
@@ -242,3 +274,47 @@ def test_an_unfinished_scan_cannot_be_cut(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in tmp_path.iterdir()] == [".gradshield"]
     with pytest.raises(DataError, match="not the folder of a finished scan"):
         gs.recut(tmp_path, "ratio:20%")
+
+
+@pytest.mark.parametrize("full", ["write_scores", "write_manifest"])
+def test_a_full_disk_leaves_the_finished_scan(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither another cut nor another scan takes anything away before all that comes in its place is written."""
+    from gradshield.pipeline import outputs
+
+    def fails(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    data = _input("jsonl", tmp_path)
+    scan(data, output=tmp_path / "out", settings=_settings("ratio:20%"))
+    views, before = tmp_path / "out" / ".gradshield" / "views.json", files(tmp_path / "out")
+    coloured = views.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(outputs, full, fails)
+        for what in (
+            lambda: gs.recut(tmp_path / "out", "ratio:50%"),
+            lambda: scan(ROWS[:5], output=tmp_path / "out", settings=_settings("ratio:20%")),
+        ):
+            with pytest.raises(DataError, match="free some space"):
+                what()
+            assert files(tmp_path / "out") == before and views.read_bytes() == coloured
+    gs.recut(tmp_path / "out", "ratio:50%")
+    assert files(tmp_path / "out") != before and not list(tmp_path.rglob("*.part"))
+
+
+def test_a_scan_that_is_killed_while_the_old_one_stands_has_touched_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a cut would show the words of the new scan beside the scores of the old one."""
+    scan(ROWS, output=tmp_path)
+    views, before, unlink = tmp_path / ".gradshield" / "views.json", files(tmp_path), Path.unlink
+    coloured = views.read_bytes()
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path == tmp_path / "manifest.json":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        scan(ROWS[:6], output=tmp_path)
+    assert files(tmp_path) == before and views.read_bytes() == coloured

@@ -151,6 +151,27 @@ def test_a_damaged_shard_is_measured_again(damage: str, measured: list[int], tmp
     assert path.read_bytes() == whole
 
 
+def test_another_version_of_what_measures_measures_again(
+    measured: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = chats(20)
+    asked: list[str] = []
+
+    def version(name: str) -> str:
+        asked.append(name)
+        return "mended" if name == "gradshield" else "1"
+
+    scan(rows, output=tmp_path)
+    monkeypatch.setattr("gradshield.pipeline.outputs.version", version)
+    for _ in range(2):
+        scan(rows, output=tmp_path)
+    assert measured == [20, 20]
+    asked.clear()
+    monkeypatch.setattr(shards, "MOST_ROWS", 2)
+    scan(rows, output=tmp_path)
+    assert asked.count("gradshield") < 10  # for each measurement and the manifest, and not once a shard
+
+
 def test_what_changes_the_numbers_changes_the_shards(measured: list[int], tmp_path: Path) -> None:
     import gradshield as gs
     from tests.tiny import tiny_model, tiny_tokenizer

@@ -17,7 +17,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 import gradshield as gs
 from gradshield import models
@@ -140,6 +142,86 @@ def test_a_model_that_cannot_be_built_again_is_refused(tmp_path: Path) -> None:
         Origin(loaded, model, None, 0).pack(tmp_path)
     with pytest.raises(UsageError, match="which other machines do not have"):
         Origin(loaded, model, None, 0).pack(None)
+
+
+class _Louder(LlamaForCausalLM):
+    """A caller's own model: the same config and weights, and other numbers."""
+
+    def forward(self, *arguments: Any, **more: Any) -> Any:
+        found = super().forward(*arguments, **more)
+        found.logits = 2 * found.logits
+        return found
+
+
+class _Linear(torch.nn.Linear):
+    pass
+
+
+def _hooked(model: Any) -> None:
+    model.model.layers[1].register_forward_hook(lambda module, given, found: found)
+
+
+def _hooked_before(model: Any) -> None:
+    model.lm_head.register_forward_pre_hook(lambda module, given: None)
+
+
+def _patched(model: Any) -> None:
+    own = model.model.forward
+    model.model.forward = lambda *arguments, **more: own(*arguments, **more)
+
+
+def _patched_under_accelerate(model: Any) -> None:
+    _patched(model)
+    add_hook_to_module(model.model, AlignDevicesHook("cpu"))
+
+
+def _hooked_by_accelerate(model: Any) -> None:
+    class Own(ModelHook):
+        pass
+
+    add_hook_to_module(model.lm_head, Own())
+
+
+def _of_its_own_class(model: Any) -> None:
+    model.__class__ = _Louder
+
+
+def _with_a_layer_of_its_own(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj.__class__ = _Linear
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_hooked, r"a hook at 'model\.layers\.1'"),
+        (_hooked_before, "a hook at 'lm_head'"),
+        (_patched, "a forward that is not its class's at 'model'"),
+        (_patched_under_accelerate, "a forward that is not its class's at 'model'"),
+        (_hooked_by_accelerate, "a forward that is not its class's at 'lm_head'"),
+        (_of_its_own_class, "_Louder at 'its top', where its config gives a .*LlamaForCausalLM"),
+        (_with_a_layer_of_its_own, "_Linear at 'model.layers.0.mlp.up_proj'"),
+    ],
+)
+def test_a_model_with_code_of_the_callers_own_is_refused(change: Any, told: str, tmp_path: Path) -> None:
+    """Its config and weights are those of another model, which would be scored in its place."""
+    model = tiny_model("llama")
+    change(model)
+    origin = Origin(models.wrap(model, tiny_tokenizer()), model, None, 0)
+    with pytest.raises(UsageError, match=told), origin.pack(tmp_path).open("cpu"):
+        pass
+
+
+def test_hooks_of_the_libraries_are_no_code_of_the_callers_own(tmp_path: Path) -> None:
+    model: Any = get_peft_model(tiny_model("llama"), LORA)
+    model.enable_input_require_grads()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model.eval()(ids, output_hidden_states=True)  # transformers leaves the hooks that gathered them
+    for module in (model.base_model.model.lm_head, model.base_model.model.model.norm):
+        add_hook_to_module(module, AlignDevicesHook("cpu"))
+    remove_hook_from_module(model.base_model.model.lm_head)
+    origin = Origin(models.wrap(model, tiny_tokenizer()), model, None, 0)
+    with origin.pack(tmp_path).open("cpu") as found:
+        assert torch.equal(found(ids).logits, model(ids).logits)
 
 
 def test_every_selector_travels() -> None:

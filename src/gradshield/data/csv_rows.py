@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gradshield.data.records import MAX_ROW_BYTES, Line, Lines, Opened, Record, not_text, oversized
+from gradshield.data.records import MAX_ROW_BYTES, Line, Lines, Opened, Record, not_text, oversized, set_aside
 from gradshield.errors import FormatError
 from gradshield.types import Quarantined
 
@@ -95,7 +95,7 @@ def _csv_record(
     if reason is None and len(cells) != len(header):
         reason = f"it has {len(cells)} cells where the header names {len(header)} columns"
     if reason is not None:
-        return Quarantined(row, first.number, reason, data)
+        return set_aside(row, first.number, reason, data)
     return Record(row, first.number, data, _named(header, cells), first.start)
 
 

@@ -21,7 +21,7 @@ from gradshield.columns import Coded, Ids
 from gradshield.data.canonical import canonical, json_line
 from gradshield.data.files import SUFFIXES, open_file
 from gradshield.data.hub import load_dataset
-from gradshield.data.records import Opened, Record
+from gradshield.data.records import Opened, Record, set_aside
 from gradshield.data.shapes import SHAPES, RowError, detect, shape_keys
 from gradshield.data.source import Examples, Source, content_hash, with_text
 from gradshield.errors import DataError, EmptyDataError, FormatError
@@ -182,7 +182,7 @@ def _detected(record: Record, row: Mapping[str, Any], name: str) -> str:
 
 def _set_aside(record: Record, reason: str) -> Quarantined:
     source = record.source if isinstance(record.source, bytes) else json_line(record.source).rstrip(b"\n")
-    return Quarantined(record.row, record.line, reason, source)
+    return set_aside(record.row, record.line, reason, source)
 
 
 def _strict_message(name: str, bad: Quarantined) -> str:
@@ -264,6 +264,6 @@ def _open_rows(rows: Any, kind: str, name: str) -> Opened:
                 yield Record(row, row + 1, value, value)
             else:
                 reason = f"it is not an object with keys but {_article(value)}"
-                yield Quarantined(row, row + 1, reason, repr(value).encode(errors="backslashreplace"))
+                yield set_aside(row, row + 1, reason, repr(value).encode(errors="backslashreplace"))
 
     return Opened(kind, name, records(), digest.hexdigest, table=rows)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gradshield.data.records import BOM, MAX_ROW_BYTES, Line, Lines, Opened, Record, not_text, oversized
+from gradshield.data.records import BOM, MAX_ROW_BYTES, Line, Lines, Opened, Record, not_text, oversized, set_aside
 from gradshield.errors import FormatError
 from gradshield.types import Quarantined
 
@@ -39,7 +39,7 @@ def _jsonl_record(row: int, line: Line) -> Record | Quarantined:
     if line.sha256:
         return oversized(row, line.number, line.data, line.size, line.sha256)
     if reason := not_text(line.data):
-        return Quarantined(row, line.number, reason, line.data)
+        return set_aside(row, line.number, reason, line.data)
     try:
         return Record(row, line.number, line.data, _line_value(line.data), line.start)
     except RecursionError:
@@ -48,7 +48,7 @@ def _jsonl_record(row: int, line: Line) -> Record | Quarantined:
         reason = f"it is not valid JSON ({error.msg} at column {error.colno})"
     except ValueError as error:  # a number of thousands of digits
         reason = f"it is not valid JSON ({str(error).split(';')[0]})"
-    return Quarantined(row, line.number, reason, line.data)
+    return set_aside(row, line.number, reason, line.data)
 
 
 def _line_value(data: bytes) -> Any:
@@ -150,7 +150,7 @@ def _json_records(path: Path, text: str, inside: int, at: int) -> Iterator[Recor
         if len(data) > MAX_ROW_BYTES:
             yield oversized(row, line, data, len(data), hashlib.sha256(data).hexdigest())
         elif reason := not_text(data):
-            yield Quarantined(row, line, reason, data)
+            yield set_aside(row, line, reason, data)
         else:
             yield Record(row, line, data, value, at)
         at, passed, row = at + len(data), end, row + 1

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 from gradshield.types import Quarantined
 
 MAX_ROW_BYTES = 8 << 20
-HEAD_BYTES = 1 << 20  # what is kept of a row that is too long
+HEAD_BYTES = 1 << 20  # what is held of a row that cannot be used
 BOM = b"\xef\xbb\xbf"
 
 
@@ -33,7 +33,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Oversized(Quarantined):
-    """A row longer than ``MAX_ROW_BYTES``: ``source`` holds its head; ``size`` and ``sha256`` are of the whole row."""
+    """A row of which only the head is held, in ``source``; ``size`` and ``sha256`` are of the whole row."""
 
     size: int
     sha256: str
@@ -120,6 +120,13 @@ class Lines:
     def _hash(self, data: bytes) -> None:
         self._digest.update(data)
         self._mark.update(data)
+
+
+def set_aside(row: int, line: int, reason: str, data: bytes) -> Quarantined:
+    """The record of a row that cannot be used, with its head alone where it is long: bad rows stay in memory."""
+    if len(data) <= HEAD_BYTES:
+        return Quarantined(row, line, reason, data)
+    return Oversized(row, line, reason, data[:HEAD_BYTES], len(data), hashlib.sha256(data).hexdigest())
 
 
 def oversized(row: int, line: int, head: bytes, size: int, sha256: str) -> Oversized:

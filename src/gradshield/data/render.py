@@ -18,6 +18,7 @@ import numpy as np
 
 from gradshield.data import templates
 from gradshield.data.canonical import json_line
+from gradshield.data.records import set_aside
 from gradshield.data.source import Source
 from gradshield.data.spool import Spool
 from gradshield.data.turns import turn_span
@@ -131,7 +132,7 @@ def render_all(
             if strict:
                 raise DataError(f"line {line} cannot be scored, {result}: mend it, or leave out strict (--strict)")
             raw = example.source if isinstance(example.source, bytes) else json_line(example.source).rstrip(b"\n")
-            quarantined.append(Quarantined(example.row, line, result, raw))
+            quarantined.append(set_aside(example.row, line, result, raw))
         progress(len(rendered) + len(quarantined))
     return RenderResult(rendered, tuple(quarantined))
 

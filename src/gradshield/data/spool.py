@@ -40,7 +40,7 @@ class Scratch:
 
     def add(self, data: bytes) -> None:
         """Put a piece after the others."""
-        with _room():
+        with room():
             self._file.write(data)
         self._unread = True
         if len(self._sizes) % STRIDE == 0:
@@ -69,7 +69,7 @@ class Scratch:
     def _read(self, start: int, size: int) -> bytes:
         with self._lock:
             if self._unread:
-                with _room():
+                with room():
                     self._file.flush()
                 self._unread = False
             if hasattr(os, "pread"):  # moves no position that a forked process may share
@@ -81,7 +81,8 @@ class Scratch:
 
 
 @contextmanager
-def _room() -> Iterator[None]:
+def room() -> Iterator[None]:
+    """Raises DataError where the folder of temporary files cannot be written to."""
     try:
         yield
     except OSError as error:

@@ -131,4 +131,6 @@ def _replacing(path: Path) -> Iterator[Path]:
         with replacing(path) as part:
             yield part
     except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror or error}): give a folder that can") from None
+        raise DataError(
+            f"{path.name} cannot be written ({error.strerror or error}): give a folder that can, or free some space"
+        ) from None

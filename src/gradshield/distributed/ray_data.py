@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from gradshield.data.spool import room
 from gradshield.errors import ScoreError, UsageError
 from gradshield.gradients import direction as directions
 from gradshield.models import first_line
@@ -193,7 +194,7 @@ def _order(job: Job) -> tuple[np.ndarray | None, Order]:
         return None, order
     if job.saved is not None and directions.holds(job.saved, found.digest):
         return np.fromfile(job.saved, dtype=np.uint8), order
-    with tempfile.TemporaryDirectory(prefix="gradshield-") as folder:
+    with room(), tempfile.TemporaryDirectory(prefix="gradshield-") as folder:
         path = Path(folder) / "direction.safetensors"
         directions.save(replace(found, digest=directions.digest(found.names, found.tensors)), path)
         return np.fromfile(path, dtype=np.uint8), order

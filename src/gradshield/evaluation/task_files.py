@@ -7,7 +7,7 @@ result = utility(generate, task.rows, task.score)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def task_file(path: str | Path, metric: str | None = None) -> Task:
         raise
     for bad in result.quarantined:
         record = records[bad.row]
-        aside.append(Quarantined(record.row, record.line, bad.reason, bad.source))
+        aside.append(replace(bad, row=record.row, line=record.line))
     rows: list[Row] = []
     for example in result.examples:
         record = records[example.row]

@@ -61,11 +61,12 @@ def compare(
     grid.check_files(config)
     outputs.check(output)
     outputs.check_own(output, written=("cells.jsonl", "results.md", "results.html"))
-    with alone(output):
+    with alone(output) as locked:
         folder = outputs.prepare(output)
         for name in (ARMS, CELLS):
             (folder / name).mkdir(exist_ok=True)
-            files.sweep(folder / name)
+            if locked:
+                files.sweep(folder / name)
         _take_over(folder)
         cells = _all(config, folder, workers, progress)
         return _write(config, cells, folder, command, time.monotonic() - began)

@@ -19,29 +19,30 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @contextmanager
-def alone(output: str | Path | None) -> Iterator[None]:
-    """Have the folder for this process alone until the block ends; None needs none.
+def alone(output: str | Path | None) -> Iterator[bool]:
+    """Have the folder for this process alone until the block ends, which is told whether it is locked; None needs no folder.
 
     The operating system lets go of the lock when the process ends, however it ends. A folder that is made for it, and in which
     nothing was written, is taken away again. Where the file system or the platform knows no locks, all go on: every
     file is written under a drawn name and put in its place in one step, so that two scans of the same rows do double
-    work and no harm. Raises DataError where another process has the folder, or where it cannot be made.
+    work and no harm; nothing half written is taken away then, since another process may be writing it. Raises DataError
+    where another process has the folder, or where it cannot be made.
     """
     if output is None:
-        yield
+        yield False
         return
     folder = Path(output)
     made = [path for path in (folder / WORK, folder, *folder.parents) if not path.exists()]
     try:
-        handle = _locked(folder)
+        handle, locked = _locked(folder)
     except OSError as error:
         raise DataError(
             f"the output folder {str(folder)!r} cannot be written to ({error.strerror}): give another --output"
         ) from None
     try:
-        for part in (folder, folder / WORK, folder / WORK / "shards"):
+        for part in (folder, folder / WORK, folder / WORK / "shards") if locked else ():
             files.sweep(part)
-        yield
+        yield locked
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -58,13 +59,14 @@ def alone(output: str | Path | None) -> Iterator[None]:
         handle.close()
 
 
-def _locked(folder: Path) -> TextIO:
-    """The lock file, open and locked."""
+def _locked(folder: Path) -> tuple[TextIO, bool]:
+    """The lock file, open, and whether it is locked: it is not where there are no locks."""
     (folder / WORK).mkdir(parents=True, exist_ok=True)
     path = folder / WORK / LOCK
     while True:
         handle = path.open("a+", encoding="utf-8")
-        if not _lock(handle):
+        locked = _lock(handle)
+        if locked is False:
             handle.seek(0)
             owner = handle.read(200).strip()
             handle.close()
@@ -80,19 +82,19 @@ def _locked(folder: Path) -> TextIO:
     handle.truncate(0)
     handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     handle.flush()
-    return handle
+    return handle, bool(locked)
 
 
-def _lock(handle: TextIO) -> bool:
-    """Whether nobody else has the lock: True, too, where there are no locks."""
+def _lock(handle: TextIO) -> bool | None:
+    """Whether this process has the lock; None where there are no locks."""
     try:
         import fcntl
     except ImportError:  # Windows
-        return True
+        return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks
-        return True
+        return None
     return True

@@ -30,12 +30,13 @@ import numpy as np
 from gradshield import data as rows_in
 from gradshield.columns import Coded
 from gradshield.errors import DataError
-from gradshield.files import replacing
+from gradshield.files import instead, replacing
 from gradshield.intervals import wilson
 from gradshield.models import LoadedModel
 from gradshield.types import Bools, EvalResult, Example, Ints, Manifest, Rate, Rendered, Selection
 
 if TYPE_CHECKING:
+    from gradshield.pipeline import review
     from gradshield.pipeline.rows import Prepared
     from gradshield.pipeline.scoring import Scored
 
@@ -254,32 +255,38 @@ def words(example: Example) -> tuple[str, str]:
 
 
 def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[int] | None) -> None:
-    """Write everything; the manifest of an earlier run goes first and the new one comes last."""
+    """Write everything that a scan leaves, in the place of what an earlier one left."""
     from gradshield.pipeline import review
 
     views = review.views(selection, rows.rendered, rows.loaded.tokenizer)
-    write_json(folder / WORK / "views.json", review.as_json(views))
-    write_selection(selection, folder, rows.read.source, rows.read.source.suffix)
-    rows_in.write_quarantine(selection.quarantined, folder / "quarantine.jsonl")
     truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
-    if truth is not None:
-        write_json(folder / WORK / "labels.json", truth.tolist())
-    else:  # of an earlier scan into this folder
-        (folder / WORK / "labels.json").unlink(missing_ok=True)
-    (folder / WORK / KINDS).unlink(missing_ok=True)
-    review.write(selection, views, folder, truth)
-    write_manifest(selection.manifest, folder)
+    with instead(folder, "manifest.json", (*PARTS, f"{WORK}/labels.json", f"{WORK}/{KINDS}")) as new:
+        (new / WORK).mkdir()
+        write_json(new / WORK / "views.json", review.as_json(views))
+        if truth is not None:
+            write_json(new / WORK / "labels.json", truth.tolist())
+        rows_in.write_quarantine(selection.quarantined, new / "quarantine.jsonl")
+        _write_cut(selection, new, rows.read.source, rows.read.source.suffix, views, truth)
 
 
-def write_selection(selection: Selection, folder: Path, source: rows_in.Rows, suffix: str) -> None:
-    """Write kept, removed and the scores, the rows as they stand in ``source``; those of an earlier scan of another kind go."""
-    (folder / "manifest.json").unlink(missing_ok=True)
+def write_cut(
+    selection: Selection, folder: Path, source: rows_in.Rows, suffix: str, views: review.Views, truth: Ints | None
+) -> None:
+    """Write what another cut changes, the rows as they stand in ``source``."""
+    with instead(folder, "manifest.json", PARTS) as new:
+        _write_cut(selection, new, source, suffix, views, truth)
+
+
+def _write_cut(
+    selection: Selection, folder: Path, source: rows_in.Rows, suffix: str, views: review.Views, truth: Ints | None
+) -> None:
+    from gradshield.pipeline import review
+
     parts = {f"kept{suffix}": selection.kept_rows, f"removed{suffix}": selection.removed_rows}
     rows_in.write_parts({folder / name: rows for name, rows in parts.items()}, source)
-    for name in PARTS:
-        if name not in parts:
-            (folder / name).unlink(missing_ok=True)
     write_scores(selection, folder / "scores.parquet")
+    review.write(selection, views, folder, truth)
+    write_manifest(selection.manifest, folder)
 
 
 def write_scores(selection: Selection, path: Path) -> None:
@@ -312,7 +319,7 @@ def write_scores(selection: Selection, path: Path) -> None:
 
 
 def write_manifest(value: Manifest, folder: Path) -> None:
-    """The manifest, last."""
+    """The manifest."""
     write_json(folder / "manifest.json", asdict(value))
 
 

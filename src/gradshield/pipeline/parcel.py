@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gradshield.errors import ModelError, UsageError
+from gradshield.files import replacing
 from gradshield.gradients import adapted
 from gradshield.models import LoadedModel, Source, first_line, parameters_digest
 from gradshield.selectors import Guard, Selector
@@ -26,6 +27,7 @@ from gradshield.selectors import Guard, Selector
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+LIBRARIES = ("accelerate", "peft", "transformers")  # their hooks on a model change none of its numbers
 CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 
 
@@ -74,6 +76,7 @@ class Origin:
 
         Raises UsageError where it would have to be copied and there is no folder, or where it cannot be built again.
         """
+        _check_plain(self.model)
         digest = parameters_digest(self.model)
         if self.loaded.source is not None:
             return Parcel(self.loaded.source, None, self.adapter, self.seed, digest)
@@ -103,6 +106,40 @@ def bare(selector: Selector) -> Selector:
     return found
 
 
+def _check_plain(model: nn.Module) -> None:
+    """Raises UsageError where code of the caller's own changes what a module does: no config and no weight tells of it."""
+    for name, module in model.named_modules():
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        if not all(_of_a_library(hook) for some in hooks for hook in some.values()):
+            what = "a hook"
+        elif not _runs_its_class(module):
+            what = "a forward that is not its class's"
+        else:
+            continue
+        raise UsageError(
+            f"the model has {what} at {name or 'its top'!r}, which other processes cannot be given: take it off, or leave out "
+            "--workers and --ray"
+        )
+
+
+def _of_a_library(hook: Any) -> bool:
+    made = getattr(hook, "func", hook)  # of a partial
+    return str(getattr(made, "__module__", "")).partition(".")[0] in LIBRARIES
+
+
+def _runs_its_class(module: nn.Module) -> bool:
+    """Whether a module's forward is its class's, apart from accelerate's, which moves what goes in and out between devices."""
+    own = vars(module)
+    given, around = own.get("forward"), own.get("_hf_hook")
+    if around is not None and all(_of_a_library(type(hook)) for hook in getattr(around, "hooks", (around,))):
+        given = own.get("_old_forward")
+    return given is None or getattr(given, "__func__", None) is type(module).forward
+
+
+def _classes(model: nn.Module) -> dict[str, str]:
+    return {name: f"{type(m).__module__}.{type(m).__qualname__}" for name, m in model.named_modules()}
+
+
 def _copy(model: Any, folder: Path) -> None:
     """Config, adapters and every tensor, by name."""
     config: Any = getattr(model, "config", None)
@@ -123,12 +160,17 @@ def _copy(model: Any, folder: Path) -> None:
         "adapters": json.dumps(list(adapters)),
         "active": json.dumps(list(_active(model)) if adapters else []),
         "wrapped": "yes" if _is_peft_model(model) else "",
+        "classes": json.dumps(_classes(model)),
     }
-    save_file(whole, folder / WEIGHTS, meta)
+    with replacing(folder / WEIGHTS) as part:
+        save_file(whole, part, meta)
 
 
 def _rebuilt(folder: Path, device: str) -> nn.Module:
-    """The model of `_copy`: built from its config, then given every tensor. Raises UsageError where the names differ."""
+    """The model of `_copy`: built from its config, then given every tensor.
+
+    Raises UsageError where the tensors' names or the modules' classes differ.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -148,6 +190,13 @@ def _rebuilt(folder: Path, device: str) -> nn.Module:
                 f"the model cannot be built again from its config ({len(set(own) ^ names)} names of tensors differ): save it "
                 "with save_pretrained, and give its path"
             )
+        built = _classes(model)
+        for name, given in json.loads(meta["classes"]).items():
+            if built.get(name) != given:
+                raise UsageError(
+                    f"the model has a {given} at {name or 'its top'!r}, where its config gives a {built.get(name)}, which "
+                    "other processes cannot be given: leave out --workers, or give a model of transformers as it is"
+                )
         with torch.no_grad():
             for name, tensor in own.items():
                 # Memory of its own: a mapped file is aligned otherwise, and kernels round by alignment.

@@ -25,6 +25,7 @@ from gradshield.thresholds import parse as parse_threshold
 from gradshield.types import Anchors, Bools, Ints, Manifest, Scores, Selection
 
 NO_CATEGORY = "not measured"
+SPAN = 1 << 12  # rows of a Parquet file that are put together at once
 
 
 def recut(
@@ -86,9 +87,7 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
         results["labels"] = {**old.results.get("labels", {}), **_caught_and_lost(removed, truth)}
     settings = {**old.settings, "threshold": threshold if isinstance(threshold, str) else rule.name}
     selection = replace(selection, manifest=replace(old, command=command, settings=settings, results=results))
-    outputs.write_selection(selection, path, rows, rows.suffix)
-    review.write(selection, _views(path), path, truth)
-    outputs.write_manifest(selection.manifest, path)
+    outputs.write_cut(selection, path, rows, rows.suffix, _views(path), truth)
     return selection
 
 
@@ -206,13 +205,32 @@ class Together:
             next(file, None)  # to its end, where its hash is compared
 
     def tables(self, rows: Ints, whole: bool = False) -> Iterator[Any]:
-        """As `Source.tables`, in one table."""
-        tables = [
-            t for _, part in sorted(self._parts.items()) for t in part.source.tables(part.rows.astype(np.int64), whole)
+        """As `Source.tables`; both files are read side by side."""
+        wanted = np.isin(self._rows, rows)
+        spans = [slice(start, start + SPAN) for start in range(0, len(self._rows), SPAN)]
+        files = [
+            _sized(
+                part.source.tables(part.rows.astype(np.int64), whole),
+                self.schema().empty_table(),
+                [int((self._removed[span] == flag).sum()) for span in spans],
+            )
+            for flag, part in sorted(self._parts.items())
         ]
-        place = np.empty(len(self._rows), dtype=np.int64)
-        place[np.argsort(self._removed, kind="stable")] = np.arange(len(place))
-        yield pa.concat_tables(tables).take(place[np.isin(self._rows, rows)])
+        for span, tables in zip(spans, zip(*files, strict=True), strict=True):
+            place = np.empty(len(wanted[span]), dtype=np.int64)
+            place[np.argsort(self._removed[span], kind="stable")] = np.arange(len(place))
+            if wanted[span].any():
+                yield pa.concat_tables(tables).take(place[wanted[span]])
+
+
+def _sized(tables: Iterator[Any], waiting: Any, sizes: Iterable[int]) -> Iterator[Any]:
+    """The rows of tables, after those that are ``waiting``, in tables of these sizes."""
+    for size in sizes:
+        while len(waiting) < size:
+            waiting = pa.concat_tables([waiting, next(tables)])
+        yield waiting.slice(0, size)
+        waiting = waiting.slice(size)
+    next(tables, None)  # to its end, where the file's hash is compared
 
 
 def _quarantined(folder: Path) -> tuple[Any, ...]:

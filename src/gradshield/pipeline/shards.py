@@ -1,9 +1,9 @@
 """Measure rows in shards that are written as they finish, so that an interrupted scan goes on where it stopped.
 
 A shard's key is a hash of everything its numbers depend on (the tokens of its rows, the direction, the engine, the
-budget) and of nothing else: not of positions, names or times. Where a shard ends is told by the rows themselves, so that a
-row that is edited, put in or taken out changes its own shard and at most one beside it. A finished shard is never measured
-again.
+budget, the versions of what measures) and of nothing else: not of positions, names or times. Where a shard ends is told by
+the rows themselves, so that a row that is edited, put in or taken out changes its own shard and at most one beside it. A
+finished shard is never measured again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from gradshield.data.spool import Picked, Values
 from gradshield.errors import DataError, ModelError
 from gradshield.files import replacing
 from gradshield.models import text_config
+from gradshield.pipeline.outputs import versions
 from gradshield.selectors import Measured, Selector
 from gradshield.types import Batch, Direction, Rendered
 
@@ -91,9 +92,11 @@ def measure(
         done += len(part.rows)
         progress(done, len(rendered))
 
+    shared = _shared(selector, direction, token_budget)
+
     def missing() -> Iterator[Shard]:
         for rows, content in cut(rendered):
-            key = _key(selector, direction, content, token_budget)
+            key = hashlib.sha256(shared + b"\n" + content).hexdigest()
             found = _read(_file(store, key), rows) if store else None
             if found is None:
                 yield key, rows
@@ -211,9 +214,10 @@ def _part(batch: Batch, keep: np.ndarray) -> Batch:
     )
 
 
-def _key(selector: Selector, direction: Direction, content: bytes, token_budget: int) -> str:
-    settings = [selector.name, dict(selector.settings()), direction.digest, token_budget]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + b"\n" + content).hexdigest()
+def _shared(selector: Selector, direction: Direction, token_budget: int) -> bytes:
+    """What the numbers of every shard depend on. Other versions may measure otherwise, with an engine that was mended."""
+    settings = [selector.name, dict(selector.settings()), direction.digest, token_budget, versions()]
+    return json.dumps(settings, sort_keys=True).encode()
 
 
 def _write(path: Path, part: Measured) -> None:
@@ -222,9 +226,9 @@ def _write(path: Path, part: Measured) -> None:
     try:
         with replacing(path) as part_of_it:
             save_file(arrays, part_of_it, {"sha256": _digest(arrays)})
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise DataError(
-            f"{path.parent} cannot be written ({error}): free some space, or give another --output"
+            f"{path.parent} cannot be written ({error.strerror or error}): free some space, or give another --output"
         ) from None
 
 

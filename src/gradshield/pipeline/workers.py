@@ -25,6 +25,7 @@ import torch
 
 import gradshield
 from gradshield import errors
+from gradshield.data.spool import room
 from gradshield.errors import GradShieldError, ScoreError, UsageError
 from gradshield.gradients import direction as directions
 from gradshield.pipeline.parcel import Origin, Parcel, bare
@@ -188,8 +189,9 @@ class Team:
     def _started(self) -> _Process:
         place = min(set(range(self.count)) - self.processes.keys())
         if self.parcel is None:
-            (self.folder / "model").mkdir()
-            self.parcel = self.origin.pack(self.folder / "model")
+            with room():
+                (self.folder / "model").mkdir()
+                self.parcel = self.origin.pack(self.folder / "model")
         self.made += 1
         log = self.folder / f"worker-{self.made}.log"
         with log.open("wb") as written:
@@ -214,7 +216,8 @@ class Team:
         if job.saved is not None and directions.holds(job.saved, found.digest):
             return Order(bare(job.selector), job.saved.absolute(), job.token_budget)
         path = self.folder / "direction.safetensors"
-        directions.save(replace(found, digest=directions.digest(found.names, found.tensors)), path)
+        with room():
+            directions.save(replace(found, digest=directions.digest(found.names, found.tensors)), path)
         return Order(bare(job.selector), path, job.token_budget)
 
 
