@@ -24,15 +24,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with drawn(path) as folder:
         part = folder / path.name
-        try:
-            yield part
-        except SafetensorError as error:
-            number = re.search(r"(?:os error|code:) (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        with suppress(PermissionError):  # a file system without modes
-            part.chmod(folder.stat().st_mode & 0o666)  # as for any new file: safetensors writes for the owner alone
+        yield part
+        _open_to_others(part)
         with part.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(part, path)
@@ -43,12 +36,18 @@ def drawn(path: Path) -> Iterator[Path]:
     """A folder beside ``path`` that is gone when the block ends.
 
     Its name is drawn, since processes of several machines that share a folder may have one number. It is a folder, and no
-    file, since a library may write under a name of its own beside the one that it is given.
+    file, since a library may write under a name of its own beside the one that it is given. What safetensors could not write
+    is an OSError.
     """
     folder = path.with_name(f".{path.name}.{secrets.token_hex(6)}{PART}")
     folder.mkdir()
     try:
         yield folder
+    except SafetensorError as error:
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -63,10 +62,18 @@ def instead(folder: Path, last: str, earlier: Iterable[str]) -> Iterator[Path]:
     with drawn(folder / "new") as new:
         yield new
         written = [path for path in new.rglob("*") if path.is_file()]
+        for path in written:
+            _open_to_others(path)
         for name in (last, *earlier):
             (folder / name).unlink(missing_ok=True)
         for path in sorted(written, key=lambda path: path == new / last):
             os.replace(path, folder / path.relative_to(new))
+
+
+def _open_to_others(file: Path) -> None:
+    """The mode of any new file: safetensors writes for the owner alone."""
+    with suppress(PermissionError):  # a file system without modes
+        file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def sweep(folder: Path) -> None:

@@ -63,6 +63,8 @@ def test_a_folder_in_which_nothing_was_written_is_as_before(tmp_path: Path, ther
 def test_what_was_half_written_is_taken_away(tmp_path: Path) -> None:
     (tmp_path / ".gradshield" / "shards").mkdir(parents=True)
     own = [tmp_path / ".kept.jsonl.0a.part", tmp_path / ".gradshield" / "shards" / ".x.safetensors.0b.part"]
+    own.append(tmp_path / "scan" / ".scores.parquet.0c.part")
+    own[-1].parent.mkdir()
     others = [tmp_path / "mine.part", tmp_path / ".hidden"]
     for path in (*own, *others):
         path.write_text("x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,32 @@ def test_nothing_that_is_read_or_is_not_ours_is_written_over(tmp_path: Path, whe
         else:
             _run(tmp_path, "none", **more)
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_the_end_costs_nothing_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    exams = training.Exams()
+    _run(tmp_path, "none", exams=exams)
+    (folder / "README.md").write_text("Mine.\n" + (folder / "README.md").read_text())
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert (folder / "adapter_model.safetensors").stat().st_mode & 0o777 == (
+        folder / "report.html"
+    ).stat().st_mode & 0o777
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.card, "write", full)
+        with pytest.raises(DataError, match="free some space"):
+            _run(tmp_path, "none", exams=exams, seed=1)
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert after == {name: content for name, content in before.items() if name != "manifest.json"}
+    _run(tmp_path, "none", exams=exams, peft_config=None, merge=False)
+    assert (folder / "model.safetensors").exists() and not (folder / "adapter_model.safetensors").exists()
+    assert "Mine." in (folder / "README.md").read_text()
+    assert not list(folder.glob(".*.part"))
 
 
 @pytest.mark.slow

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gradshield import lab, report
+from gradshield import files, lab, report
 from gradshield.errors import UsageError
 from gradshield.pipeline import outputs, review
 from gradshield.pipeline.course import Course
@@ -90,18 +90,17 @@ def _recorded(selection: Selection, results: Mapping[str, EvalResult], task: str
 
 def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path, labels: Any, total: int) -> None:
     """The report again, now with the arms; every prompt with its answer; the manifest last."""
-    (folder / "manifest.json").unlink(missing_ok=True)
     arms = [
         report.Arm(name, _rows_kept(name, selection, total), {label: result.rates[key] for label, key in SHOWN})
         for name, result in results.items()
     ]
     stored = json.loads((folder / outputs.WORK / "views.json").read_text(encoding="utf-8"))
     page = review.page(selection, review.from_json(stored), folder, labels[selection.scores.rows], arms)
-    report.write(page, folder / "report.html")
-    for name, result in results.items():
-        lines = (json.dumps(outputs.finite(dict(row)), ensure_ascii=False, default=asdict) for row in result.outputs)
-        (folder / f"outputs-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    outputs.write_manifest(selection.manifest, folder)
+    with files.instead(folder, "manifest.json", ()) as new:
+        report.write(page, new / "report.html")
+        for name, result in results.items():
+            outputs.write_outputs(result, new / f"outputs-{name}.jsonl")
+        outputs.write_manifest(selection.manifest, new)
 
 
 def _rows_kept(name: str, selection: Selection, total: int) -> int | None:

@@ -15,6 +15,7 @@ from gradshield.errors import DataError
 from gradshield.pipeline.outputs import WORK
 
 LOCK = "lock"
+SCAN = "scan"  # where a training has its scan
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -40,8 +41,9 @@ def alone(output: str | Path | None) -> Iterator[bool]:
             f"the output folder {str(folder)!r} cannot be written to ({error.strerror}): give another --output"
         ) from None
     try:
-        for part in (folder, folder / WORK, folder / WORK / "shards") if locked else ():
-            files.sweep(part)
+        for own in (folder, folder / SCAN) if locked else ():
+            for part in (own, own / WORK, own / WORK / "shards"):
+                files.sweep(part)
         yield locked
     except OSError as error:
         if error.errno not in FULL:

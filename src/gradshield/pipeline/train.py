@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gradshield import files
 from gradshield.columns import Coded
 from gradshield.errors import UsageError
 from gradshield.evaluation.asr import agreement
@@ -269,13 +270,7 @@ class _Run:
     def _measured(self, model: Any, stage: str) -> EvalResult:
         return self._sat(self.exams.report, model, stage)
 
-    def _sat(
-        self,
-        exam: Exam,
-        model: Any,
-        stage: str,
-        settled: Settled = never,
-    ) -> EvalResult:
+    def _sat(self, exam: Exam, model: Any, stage: str, settled: Settled = never) -> EvalResult:
         return exam.sit(model, self.course.loaded.tokenizer, stage, self.progress, settled)
 
     def _results(
@@ -343,20 +338,28 @@ class _Run:
     def _save(self, model: Any, manifest: Manifest, before: EvalResult, after: EvalResult) -> None:
         from gradshield.report import rounds
 
-        for old in (p for pattern in EARLIER for p in self.folder.glob(pattern)):
-            old.unlink()
         if self.defence.selector is None:
             shutil.rmtree(self.folder / "scan", ignore_errors=True)
-        model.save_pretrained(self.folder)
-        self.course.loaded.tokenizer.save_pretrained(self.folder)
-        for name, result in (("before", before), ("after", after)):
-            outputs.write_outputs(result, self.folder / f"outputs-{name}.jsonl")
-        card.write(self.folder, manifest)
-        files = {name: name for name in ("outputs-before.jsonl", "outputs-after.jsonl")}
+        old = [path.name for pattern in EARLIER for path in self.folder.glob(pattern)]
+        with files.instead(self.folder, "manifest.json", old) as new:
+            if (self.folder / "README.md").exists():  # what else stands in the card stays
+                shutil.copy(self.folder / "README.md", new)
+            model.save_pretrained(new)
+            self.course.loaded.tokenizer.save_pretrained(new)
+            for name, result in (("before", before), ("after", after)):
+                outputs.write_outputs(result, new / f"outputs-{name}.jsonl")
+            card.write(new, manifest)
+            rounds.write(outputs.finite(self._page(manifest)), new / "report.html")
+            outputs.write_manifest(manifest, new)
+        shutil.rmtree(self.folder / outputs.WORK / "checkpoints", ignore_errors=True)
+
+    def _page(self, manifest: Manifest) -> dict[str, Any]:
+        """What the report shows."""
+        linked = {name: name for name in ("outputs-before.jsonl", "outputs-after.jsonl")}
         if self.defence.selector is not None:
-            files["scan report"] = "scan/report.html"
+            linked["scan report"] = "scan/report.html"
         told = manifest.results
-        whole = {
+        return {
             "title": f"GradShield · {manifest.data['name']}",
             "defence": self.defence.spec,
             "verdict": self._judged(told["verified"]),
@@ -369,11 +372,8 @@ class _Run:
             "model": manifest.model,
             "command": manifest.command,
             "versions": manifest.versions,
-            "files": files,
+            "files": linked,
         }
-        rounds.write(outputs.finite(whole), self.folder / "report.html")
-        shutil.rmtree(self.folder / outputs.WORK / "checkpoints", ignore_errors=True)
-        outputs.write_manifest(manifest, self.folder)
 
 
 def exams_of(
