@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 DEFENCES = (
     "none",
     "fihs",
+    "fihs:adaptive",
     "fihs:verified:rounds=8",
     "fihs+asft",
     "asft",
