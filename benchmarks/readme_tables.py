@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradshield.intervals import wilson
 from gradshield.report.pool import Totals, bounds, totals
 
 ROOT = Path(__file__).parents[1]
@@ -58,18 +59,30 @@ def defences() -> str:
     ran: dict[tuple[Any, ...], set[str]] = {}
     for cell in cells:
         ran.setdefault(_place(cell), set()).add(cell["defence"])
-    found = {one.defence: one for one in totals([c for c in cells if ran[_place(c)].issuperset(DEFENCES)])}
+    common = [c for c in cells if ran[_place(c)].issuperset(DEFENCES)]
+    found = {one.defence: one for one in totals(common)}
     head = ["defence", "cells at 6 % or below", "worst cell, ASR", "utility minus clean rows only, points, mean"]
+    head.append("harmless rows removed")
     lines = [
         [
             f"`{name}`",
             "{} of {}".format(*found[name].held),
             _highest(found[name]),
             bounds(found[name].minus_clean, True),
+            _removed([c for c in common if c["defence"] == name]),
         ]
         for name in DEFENCES
     ]
     return _table(head, lines)
+
+
+def _removed(cells: Sequence[Mapping[str, Any]]) -> str:
+    """The share of the harmless rows of all cells that went; a dash where the defence takes no row out."""
+    if not any(cell["removed"] for cell in cells):
+        return "–"
+    lost = [cell["lost"] for cell in cells if "lost" in cell]
+    share = wilson(sum(rate["k"] for rate in lost), sum(rate["n"] for rate in lost))
+    return f"{_percent(share.rate)} % [{_percent(share.low)}, {_percent(share.high)}] n={share.n}"
 
 
 def _place(cell: Mapping[str, Any]) -> tuple[Any, ...]:
