@@ -31,6 +31,12 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Text in UTF-8; halves of characters, as in the name of a file that is not UTF-8, are written as escapes."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 @contextmanager
 def drawn(path: Path) -> Iterator[Path]:
     """A folder beside ``path`` that is gone when the block ends.

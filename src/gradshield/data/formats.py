@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gradshield.columns import Coded, Ids
-from gradshield.data.canonical import canonical, json_line
+from gradshield.data.canonical import canonical, raw
 from gradshield.data.files import SUFFIXES, open_file
 from gradshield.data.hub import load_dataset
 from gradshield.data.records import Opened, Record, set_aside
@@ -181,8 +181,7 @@ def _detected(record: Record, row: Mapping[str, Any], name: str) -> str:
 
 
 def _set_aside(record: Record, reason: str) -> Quarantined:
-    source = record.source if isinstance(record.source, bytes) else json_line(record.source).rstrip(b"\n")
-    return set_aside(record.row, record.line, reason, source)
+    return set_aside(record.row, record.line, reason, raw(record.source))
 
 
 def _strict_message(name: str, bad: Quarantined) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gradshield.data import templates
-from gradshield.data.canonical import json_line
+from gradshield.data.canonical import raw
 from gradshield.data.records import set_aside
 from gradshield.data.source import Source
 from gradshield.data.spool import Spool
@@ -131,8 +131,7 @@ def render_all(
             line = source.line(example.row) if source is not None else example.row + 1
             if strict:
                 raise DataError(f"line {line} cannot be scored, {result}: mend it, or leave out strict (--strict)")
-            raw = example.source if isinstance(example.source, bytes) else json_line(example.source).rstrip(b"\n")
-            quarantined.append(set_aside(example.row, line, result, raw))
+            quarantined.append(set_aside(example.row, line, result, raw(example.source)))
         progress(len(rendered) + len(quarantined))
     return RenderResult(rendered, tuple(quarantined))
 

@@ -20,7 +20,6 @@ import torch
 from torch import distributed
 
 from gradshield.errors import ScoreError, UsageError
-from gradshield.gradients import direction as directions
 from gradshield.launcher import first, processes
 from gradshield.models import first_line
 from gradshield.pipeline.parcel import Origin, Parcel, bare
@@ -115,10 +114,8 @@ class _Dealer:
             threads = torch.get_num_threads()
             _tell(Setup(self.parcel, self.origin.loaded.device.type, threads), self.group)
         found = job.direction
-        direction: Direction | Path
-        if one_machine and found.tensors and job.saved is not None and directions.holds(job.saved, found.digest):
-            direction = job.saved.absolute()
-        else:
+        direction: Direction | Path | None = job.on_disk() if one_machine and found.tensors else None
+        if direction is None:
             direction = replace(found, tensors={name: v.cpu() for name, v in found.tensors.items()})
         _tell(Order(bare(job.selector), direction, job.token_budget), self.group)
 

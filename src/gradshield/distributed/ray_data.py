@@ -23,7 +23,6 @@ import numpy as np
 
 from gradshield.data.spool import room
 from gradshield.errors import ScoreError, UsageError
-from gradshield.gradients import direction as directions
 from gradshield.models import first_line
 from gradshield.pipeline.parcel import Origin, Parcel, bare
 from gradshield.pipeline.shards import Hands, Job, Shard, here
@@ -192,9 +191,7 @@ def _order(job: Job) -> tuple[np.ndarray | None, Order]:
     order = Order(bare(job.selector), empty, job.token_budget)
     if not found.tensors:
         return None, order
-    if job.saved is not None and directions.holds(job.saved, found.digest):
-        return np.fromfile(job.saved, dtype=np.uint8), order
-    with room(), tempfile.TemporaryDirectory(prefix="gradshield-") as folder:
-        path = Path(folder) / "direction.safetensors"
-        directions.save(replace(found, digest=directions.digest(found.names, found.tensors)), path)
+    if (path := job.on_disk()) is not None:
         return np.fromfile(path, dtype=np.uint8), order
+    with room(), tempfile.TemporaryDirectory(prefix="gradshield-") as folder:
+        return np.fromfile(job.written(Path(folder)), dtype=np.uint8), order

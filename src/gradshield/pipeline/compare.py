@@ -25,7 +25,6 @@ from gradshield import files, lab, models
 from gradshield.errors import DataError, EndpointError, GradShieldError, HubError
 from gradshield.evaluation.judges import ReadyJudge
 from gradshield.evaluation.stats import paired_difference
-from gradshield.files import replacing
 from gradshield.models import LoadedModel
 from gradshield.pipeline import grid, outputs, verify
 from gradshield.pipeline.course import Chosen, Course, Fitted, Job
@@ -239,18 +238,11 @@ class Bench:
         return dict(outputs.finite(found))
 
     def _verified(self, defence: Defence) -> Any:
-        exam = self.exams["search"]
-
         def examine(chosen: Chosen, settled: Settled) -> tuple[EvalResult, float]:
             found, arm = self._arm(defence, chosen, "search", settled)
             return found, float(arm["seconds"])
 
-        return verify.search(
-            self.course,
-            defence,
-            examine,
-            exam,
-        )
+        return verify.search(self.course, defence, examine, self.exams["search"])
 
     def _selected(self, chosen: Chosen) -> dict[str, Any]:
         """What the defence took out, and with labels what of it was harmful."""
@@ -293,8 +285,9 @@ class Bench:
                 return fitted, seconds
         began = time.monotonic()
         fitted = self.course.fit(defence, dataset)
-        self._models = [(key, fitted, time.monotonic() - began), *self._models[:3]]
-        return self._models[0][1:]
+        seconds = time.monotonic() - began
+        self._models = [(key, fitted, seconds), *self._models[:3]]
+        return fitted, seconds
 
     def _minus_clean(self, measured: EvalResult) -> dict[str, Any] | None:
         """Utility minus that of training on the harmless rows alone, paired over the task's rows."""
@@ -391,9 +384,8 @@ def _write(
         "cells": list(cells),
     }
     lines = "".join(json.dumps(cell, ensure_ascii=False) + "\n" for cell in cells)
-    for name, text in (("cells.jsonl", lines), ("results.md", pages.markdown(whole))):
-        with replacing(folder / name) as part:
-            part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    files.write_text(folder / "cells.jsonl", lines)
+    files.write_text(folder / "results.md", pages.markdown(whole))
     pages.write(whole, folder / "results.html")
     outputs.write_json(folder / "results.json", whole)
     return whole

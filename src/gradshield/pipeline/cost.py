@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gradshield.gradients.base import experts
+from gradshield.gradients.base import experts, experts_used
 from gradshield.logits import output_head
 from gradshield.models import text_config
 from gradshield.types import Floats
@@ -87,7 +87,5 @@ def _entries(parameter: nn.Parameter) -> int:
 
 def _active(config: Any) -> float:
     """The share of a mixture's experts that a token goes through; 1 for other models."""
-    names, parts = ("num_experts_per_tok", "moe_top_k", "moe_topk"), (config, getattr(config, "ffn_config", None))
-    used = next((getattr(part, name) for part in parts for name in names if getattr(part, name, None)), None)
-    count = experts(config)
+    count, used = experts(config), experts_used(config)
     return used / count if count and used else 1.0

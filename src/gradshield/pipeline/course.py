@@ -168,17 +168,20 @@ class Course:
         """Take over scores that were measured elsewhere."""
         self._scored[selector] = scored
 
+    def settings(self, defence: Defence) -> ScanSettings:
+        """Those of the job's scan, with the defence's own method and threshold where it names them."""
+        rule, settings = defence.threshold, self.job.settings
+        if defence.selector is not None:
+            settings = replace(settings, selector=defence.selector)
+        return settings if rule is None or rule.startswith(AS_MANY) else replace(settings, threshold=rule)
+
     def decision(self, defence: Defence) -> tuple[Scored, Decision]:
         """The scores of the defence's selector, and its own cut of them."""
         assert defence.selector is not None
         scored = self.scored(defence.selector)
-        rule = None if defence.verified else defence.threshold
-        if rule is not None and rule.startswith(AS_MANY):
-            return scored, self._as_many(scored, rule.removeprefix(AS_MANY))
-        settings = replace(self.job.settings, selector=defence.selector, threshold=rule)
-        if rule is None:
-            settings = replace(settings, threshold=self.job.settings.threshold)
-        return scored, decide(scored.scores, settings.make_threshold())
+        if defence.threshold is not None and defence.threshold.startswith(AS_MANY):
+            return scored, self._as_many(scored, defence.threshold.removeprefix(AS_MANY))
+        return scored, decide(scored.scores, self.settings(defence).make_threshold())
 
     def _as_many(self, scored: Scored, other: str) -> Decision:
         """As many rows beyond the cut as another defence removes, fewer where scores at the cut are equal."""

@@ -21,6 +21,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ import numpy as np
 from gradshield import data as rows_in
 from gradshield.columns import Coded
 from gradshield.errors import DataError
-from gradshield.files import instead, replacing
+from gradshield.files import instead, replacing, write_text
 from gradshield.intervals import wilson
 from gradshield.models import LoadedModel
 from gradshield.types import Bools, EvalResult, Example, Ints, Manifest, Rate, Rendered, Selection
@@ -137,13 +138,17 @@ def prepare(output: str | Path) -> Path:
 
 def versions() -> dict[str, str]:
     """Python and every package that can change a number."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = {name: _installed(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **{name: v for name, v in installed.items() if v is not None}}
+
+
+@cache
+def _installed(package: str) -> str | None:
+    """Asked for every shard's and arm's key, and slow to look up."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def manifest(
@@ -324,11 +329,8 @@ def write_manifest(value: Manifest, folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON with plain numbers only: what is not finite becomes null. Halves of characters, as in the name of a file that is
-    not UTF-8, are written as JSON's own escapes."""
-    with replacing(path) as part:
-        text = json.dumps(finite(value), indent=1, ensure_ascii=False, default=str)
-        part.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    """JSON with plain numbers only: what is not finite becomes null."""
+    write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def finite(value: Any) -> Any:
@@ -368,9 +370,7 @@ def result(value: Mapping[str, Any]) -> EvalResult:
 
 def write_outputs(found: EvalResult, path: Path) -> None:
     """Every prompt with its answer, verdicts or score, one JSON line each."""
-    lines = (json.dumps(finite(row), ensure_ascii=False) + "\n" for row in stored(found)["outputs"])
-    with replacing(path) as part:
-        part.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in stored(found)["outputs"]))
 
 
 def digest(value: Any) -> str:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -23,9 +23,10 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from gradshield.data import batches
-from gradshield.data.spool import Picked, Values
+from gradshield.data.spool import Picked, Values, room
 from gradshield.errors import DataError, ModelError
 from gradshield.files import replacing
+from gradshield.gradients import direction as directions
 from gradshield.models import text_config
 from gradshield.pipeline.outputs import versions
 from gradshield.selectors import Measured, Selector
@@ -49,6 +50,19 @@ class Job:
     direction: Direction
     token_budget: int
     saved: Path | None = None
+
+    def on_disk(self) -> Path | None:
+        """The file of the direction, where it lies in ``saved``."""
+        if self.saved is None or not directions.holds(self.saved, self.direction.digest):
+            return None
+        return self.saved.absolute()
+
+    def written(self, folder: Path) -> Path:
+        """The direction as a new file in a folder of temporary files. Raises DataError where those have no room."""
+        found, path = self.direction, folder / DIRECTION
+        with room():
+            directions.save(replace(found, digest=directions.digest(found.names, found.tensors)), path)
+        return path
 
     def measure(self, rows: Sequence[Rendered]) -> Measured:
         """One shard: its rows in batches, halved when memory runs out."""

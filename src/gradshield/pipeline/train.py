@@ -25,7 +25,7 @@ from gradshield.errors import UsageError
 from gradshield.evaluation.asr import agreement
 from gradshield.pipeline import card, outputs, verify
 from gradshield.pipeline.course import Chosen, Course, Fitted, Job
-from gradshield.pipeline.defences import AS_MANY, Defence, parse
+from gradshield.pipeline.defences import Defence, parse
 from gradshield.pipeline.exam import Exam, Settled, asked, changes, check_disjoint, exam, figures, never
 from gradshield.pipeline.lock import alone
 from gradshield.pipeline.options import sft_options
@@ -190,7 +190,7 @@ class _Run:
             return None
         selection, scored = select(
             self.job.rows,
-            self._settings(),
+            self.course.settings(self.defence),
             self.job.probing,
             peft_config=self.job.peft_config,
             labels=self.job.labels,
@@ -201,13 +201,6 @@ class _Run:
         self.course.know(self.defence.selector, scored)
         outputs.write(selection, self.folder / "scan", self.job.rows, self.job.labels)
         return selection
-
-    def _settings(self) -> ScanSettings:
-        """Those of the scan, with the defence's own method and threshold where it names them."""
-        rule, settings = self.defence.threshold, self.job.settings
-        if self.defence.selector is not None:
-            settings = replace(settings, selector=self.defence.selector)
-        return settings if rule is None or rule.startswith(AS_MANY) else replace(settings, threshold=rule)
 
     def _recut(self, selection: Selection, chosen: Chosen) -> Selection:
         """The scan's folder again, with the cut that was trained on."""
@@ -318,7 +311,7 @@ class _Run:
                 "format": self.format,
                 "peft": None if job.peft_config is None else job.peft_config.to_dict(),
                 "base": None if job.base is None else {"name": job.base.name, "sha256": job.base.digest},
-                "scan": dict(self._settings().as_dict()),
+                "scan": dict(self.course.settings(self.defence).as_dict()),
                 "seed": job.seed,
                 "merged": self.merge,
                 "report": self.exams.report.settings(),

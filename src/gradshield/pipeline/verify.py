@@ -15,8 +15,8 @@ from gradshield.pipeline.exam import Exam, Settled, never
 from gradshield.thresholds.verified import Round, Trial, Verdict, Verified, decided
 from gradshield.types import Bools, EvalResult
 
-Examine = Callable[[Chosen, Settled], tuple[EvalResult, float | None]]
-"""Fine-tunes on rows and measures; the seconds it took when it was done, None where that is now."""
+Examine = Callable[[Chosen, Settled], tuple[EvalResult, float]]
+"""Fine-tunes on rows and measures; with the seconds that it took when it was done."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ import gradshield
 from gradshield import errors
 from gradshield.data.spool import room
 from gradshield.errors import GradShieldError, ScoreError, UsageError
-from gradshield.gradients import direction as directions
 from gradshield.pipeline.parcel import Origin, Parcel, bare
 from gradshield.pipeline.shards import Hands, Job, Shard, here
 from gradshield.pipeline.worker import Failed, Order, Setup
@@ -213,12 +212,7 @@ class Team:
         found = job.direction
         if not found.tensors:
             return Order(bare(job.selector), found, job.token_budget)
-        if job.saved is not None and directions.holds(job.saved, found.digest):
-            return Order(bare(job.selector), job.saved.absolute(), job.token_budget)
-        path = self.folder / "direction.safetensors"
-        with room():
-            directions.save(replace(found, digest=directions.digest(found.names, found.tensors)), path)
-        return Order(bare(job.selector), path, job.token_budget)
+        return Order(bare(job.selector), job.on_disk() or job.written(self.folder), job.token_budget)
 
 
 def _retried(hand: _Hand, process: _Process) -> _Hand:
