@@ -26,7 +26,7 @@ from gradshield.pipeline.rows import prepare
 from gradshield.pipeline.scoring import asked_of
 from gradshield.pipeline.settings import Probing, ScanSettings
 from gradshield.pipeline.shards import label_budget
-from gradshield.placement import choose_device, choose_dtype
+from gradshield.placement import choose_device, choose_dtype, keep_freed_memory
 from gradshield.probes import FunctionProbe, Probe, PromptBatch, Prompts, first_logits
 from gradshield.selectors import Fihs, parse_aggregate
 from gradshield.types import Batch, Direction, Rendered, Tokens
@@ -118,6 +118,7 @@ class Case:
 
 def open_case(spec: Spec) -> Case:
     """The model, and the rows that it is measured on."""
+    keep_freed_memory()  # as the command does; every arm has it, the floor and the peers too
     torch.set_num_threads(spec.threads)
     device = choose_device(spec.device)
     dtype = choose_dtype(spec.dtype, device)

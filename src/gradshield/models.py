@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradshield import hub
 from gradshield.errors import HubError, ModelError, UsageError
+from gradshield.modules import modules_by_name
 from gradshield.placement import check_placed, choose_device, choose_dtype, placing, tell_of_gpu
 
 if TYPE_CHECKING:
@@ -206,13 +207,15 @@ def text_config(model: Any) -> Any:
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """The model in evaluation mode; every module's own mode is put back at the end, since a caller may have set any part."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in modules_by_name(model).values()]
     try:
-        model.eval()
+        if any(mode for _, mode in modes):
+            model.eval()
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training is not mode:
+                module.training = mode
 
 
 def parameters_digest(model: torch.nn.Module) -> str:

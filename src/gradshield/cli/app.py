@@ -19,6 +19,7 @@ from gradshield.cli.scan import scan
 from gradshield.cli.show import show
 from gradshield.cli.train import train
 from gradshield.errors import GradShieldError, UsageError
+from gradshield.placement import keep_freed_memory
 
 COMMANDS: tuple[Callable[..., Any], ...] = (
     scan,
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     What Typer's parser refuses (an unknown option, a word where a number is wanted) it says in its own box, with exit code 2.
     """
+    keep_freed_memory()
     warnings.showwarning = lambda message, *_args, **_kw: err.print(f"[yellow]warning:[/yellow] {plain(str(message))}")
     try:
         app(args=arguments, standalone_mode=True)

@@ -28,6 +28,7 @@ from gradshield.pipeline.parcel import Origin, Parcel, bare
 from gradshield.pipeline.shards import Hands, Job, Shard, here
 from gradshield.pipeline.worker import Bench, Failed, Order, Setup, said
 from gradshield.pipeline.workers import ATTEMPTS, raised
+from gradshield.placement import keep_freed_memory
 from gradshield.selectors import Measured
 from gradshield.types import Direction
 
@@ -149,6 +150,7 @@ class _Actor:
     def __init__(self, setup: Setup, order: Order, direction: Any) -> None:
         import ray
 
+        keep_freed_memory()
         self.failed: Failed | None = None
         try:
             self.bench = Bench(setup)

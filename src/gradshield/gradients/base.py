@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd as _Conv
 from gradshield.errors import UsageError
 from gradshield.logits import token_nll
 from gradshield.models import evaluating
+from gradshield.modules import modules_by_name, parameters_by_name
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction
 
@@ -77,7 +78,7 @@ def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[st
     Yields those parameters by name. Modes and ``requires_grad`` flags are put back one by one, since a caller may have
     frozen any part of the model, and no ``.grad`` is ever written.
     """
-    parameters = dict(model.named_parameters())
+    parameters = parameters_by_name(model)
     flags = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
     wanted = set(trainable)
     with evaluating(model):
@@ -111,7 +112,11 @@ def torch_attention(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _configured(model: nn.Module, attribute: str, value: Callable[[Any], Any]) -> Iterator[None]:
     """The attribute of every config of the model set to what ``value`` makes of it, and put back at the end."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), attribute)}
+    configs = {
+        id(m.config): m.config
+        for m in modules_by_name(model).values()
+        if hasattr(getattr(m, "config", None), attribute)
+    }
     before: list[tuple[Any, Any]] = [(config, getattr(config, attribute)) for config in configs.values()]
     try:
         for config, given in before:
@@ -144,7 +149,7 @@ def routed_by_steps(config: Any) -> bool:
 
 def check_direction(model: nn.Module, direction: Direction) -> None:
     """Raises UsageError when the direction does not fit the model's parameters."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters_by_name(model).items()}
     for name, tensor in direction.tensors.items():
         if shapes.get(name) != tuple(tensor.shape[1:]):
             raise UsageError(
@@ -162,7 +167,7 @@ def beyond_layers(model: nn.Module) -> list[str]:
     """
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in modules_by_name(model).items()
         if type(module).__name__ == "ParamWrapper" or getattr(module, "lora_magnitude_vector", None)
     ]
 
@@ -182,9 +187,9 @@ def owners(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Mod
 
     A tied parameter is listed under every module that uses it, so that each use moves.
     """
-    by_identity = {id(parameter): name for name, parameter in model.named_parameters()}
+    by_identity = {id(parameter): name for name, parameter in parameters_by_name(model).items()}
     found = []
-    for module in model.modules():
+    for module in modules_by_name(model).values():
         own = {
             attribute: tensors[by_identity[id(parameter)]]
             for attribute, parameter in module._parameters.items()
@@ -201,7 +206,7 @@ def followed(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.M
     That is the owner, but for convolutions, which go by the module around them (``conv.weight``): LFM2, Mamba and their like
     read a convolution's weights themselves and never run it. What the module around it computes follows them either way.
     """
-    modules = dict(model.named_modules())
+    modules = modules_by_name(model)
     paths = {id(module): path for path, module in modules.items()}
     found: dict[str, dict[str, Tensor]] = {}
     for owner, own in owners(model, tensors):
@@ -227,14 +232,15 @@ def all_followed(
     A layer may not run because nothing reaches it (an expert without a token, what looks at pictures). Where the module around
     it ran and the loss depends on the layer's parameters all the same, that module read them itself, past the layer.
     """
-    paths = {id(module): path for path, module in model.named_modules()}
+    modules = modules_by_name(model)
+    paths = {id(module): path for path, module in modules.items()}
     held = {paths[id(module)]: own for module, own in places}
     around = {path: path.rpartition(".")[0] for path in held}
     ran: set[str] = set()
     with ExitStack() as hooks:
         for path in {*held, *around.values()}:
             note = partial(lambda own, *_: ran.add(own), path)
-            hooks.enter_context(model.get_submodule(path).register_forward_pre_hook(note))
+            hooks.enter_context(modules[path].register_forward_pre_hook(note))
         yield
     left = [path for path in held if path not in ran and around[path] in ran]
     if not left:

@@ -23,6 +23,7 @@ from gradshield.gradients.base import (
 from gradshield.gradients.shifted import shifted
 from gradshield.gradients.sparing import Prefix, answer_nll
 from gradshield.models import text_config
+from gradshield.modules import parameters_by_name
 from gradshield.placement import in_float64
 from gradshield.types import Batch, Direction
 
@@ -115,7 +116,7 @@ class FiniteDifference:
 
     @staticmethod
     def _check_precision(model: nn.Module, direction: Direction) -> None:
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters_by_name(model).items():
             if name in direction.tensors and parameter.dtype not in (torch.float32, torch.float64):
                 raise UsageError(
                     f"the finite-difference engine got {name} in {str(parameter.dtype).removeprefix('torch.')}, where its "

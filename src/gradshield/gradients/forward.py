@@ -21,6 +21,7 @@ from gradshield.gradients.base import (
 )
 from gradshield.gradients.sparing import answer_nll
 from gradshield.models import first_line
+from gradshield.modules import parameters_by_name
 from gradshield.placement import in_float64
 from gradshield.types import Batch, Direction
 
@@ -60,7 +61,7 @@ class Forward:
             torch.no_grad(),
             sdpa_kernel(SDPBackend.MATH),
         ):
-            parameters = dict(model.named_parameters())
+            parameters = parameters_by_name(model)
             for k in range(len(direction.names)):
                 with forward_ad.dual_level():
                     duals = {

@@ -25,7 +25,7 @@ def lora_of(layer: Any) -> Lora | None:
     Not so: several adapters at once, one that is switched off or merged, one with a bias, DoRA and other variants, and
     adapters of embeddings or fused experts.
     """
-    if not hasattr(layer, "lora_A") or not hasattr(layer, "base_layer") or not hasattr(layer, "lora_variant"):
+    if "lora_A" not in layer._modules or not hasattr(layer, "base_layer") or not hasattr(layer, "lora_variant"):
         return None
     running = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(running) != 1 or layer.disable_adapters or layer.merged or layer.lora_variant:

@@ -23,6 +23,7 @@ from gradshield.gradients.base import DeviceBatch, all_followed, beyond_layers, 
 from gradshield.gradients.layout import Layout
 from gradshield.gradients.perturbation import layer_derivative
 from gradshield.logits import output_head, token_nll
+from gradshield.modules import modules_by_name, parameters_by_name
 from gradshield.placement import in_float64
 from gradshield.types import Batch, Ints
 
@@ -55,7 +56,7 @@ def row_norms(model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norm
     check_norms(model, parameters)
     data = DeviceBatch.of(batch, model)
     head = output_head(model)
-    named = dict(model.named_parameters())
+    named = parameters_by_name(model)
     layout = Layout(batch, data, head)
     with scoring(model), eager_experts(model), torch.enable_grad():
         anchor = torch.zeros((), device=data.ids.device, requires_grad=True)
@@ -74,7 +75,7 @@ def row_norms(model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norm
 
 def check_norms(model: nn.Module, parameters: Sequence[str]) -> None:
     """Raises UsageError for parameters that the model does not have, or that no layer's hooks can follow."""
-    named = dict(model.named_parameters())
+    named = parameters_by_name(model)
     unknown = [name for name in parameters if name not in named]
     if unknown:
         raise UsageError(
@@ -84,7 +85,7 @@ def check_norms(model: nn.Module, parameters: Sequence[str]) -> None:
     wanted = {name: named[name] for name in parameters}
     beyond = [f"{name}." for name in beyond_layers(model) if any(p.startswith(f"{name}.lora_") for p in wanted)]
     holders = {id(m) for m, _ in owners(model, wanted) if isinstance(m, nn.ParameterDict | nn.ParameterList)}
-    beyond += [name for name, module in model.named_modules() if id(module) in holders]
+    beyond += [name for name, module in modules_by_name(model).items() if id(module) in holders]
     if beyond:
         raise UsageError(
             f"gradient norms of a whole batch are taken layer by layer, and the parameters at {beyond[0].rstrip('.')} act "

@@ -33,6 +33,7 @@ from gradshield.gradients.base import (
 )
 from gradshield.gradients.lowrank import Lora, lora_of, starting
 from gradshield.gradients.sparing import answer_nll, gathering
+from gradshield.modules import modules_by_name
 from gradshield.placement import in_float64
 from gradshield.types import Batch, Direction
 
@@ -125,7 +126,7 @@ def _perturbed(model: nn.Module, direction: Direction, e: Tensor, rows: _Rows) -
 
     places = dict(followed(model, direction.tensors))
     with ExitStack() as stack:
-        for layer in model.modules():
+        for layer in modules_by_name(model).values():
             lora = lora_of(layer)
             if lora is not None and lora.b in places and starting(lora):
                 places.pop(lora.a, None)  # B = 0: the derivative along A is zero

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradshield.gradients.base import followed
 from gradshield.gradients.lowrank import Lora, lora_of
+from gradshield.modules import modules_by_name
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def shifted(model: nn.Module, tensors: Mapping[str, Tensor], step: float) -> Ite
     """
     places = dict(followed(model, tensors))
     with ExitStack() as stack:
-        for layer in model.modules():
+        for layer in modules_by_name(model).values():
             lora = lora_of(layer)
             if lora is None or (lora.a not in places and lora.b not in places) or layer.base_layer in places:
                 continue

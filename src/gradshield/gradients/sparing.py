@@ -17,6 +17,7 @@ from gradshield.errors import ModelError
 from gradshield.gradients.base import DeviceBatch, followed
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.logits import output_head, predicting, token_nll
+from gradshield.modules import modules_by_name
 from gradshield.types import Direction
 
 
@@ -32,7 +33,7 @@ class Prefix:
         layers = _layers(model)
         self._moved = [module for module, _ in followed(model, direction.tensors)]
         moved = {id(module) for module in self._moved}
-        moves = [any(id(module) in moved for module in layer.modules()) for layer in layers]
+        moves = [any(id(module) in moved for module in modules_by_name(layer).values()) for layer in layers]
         count = moves.index(True) if any(moves) else 0
         self._below, self._first = layers[:count], layers[count : count + 1]
         self._known = not self._below  # nothing to find out where there is nothing below

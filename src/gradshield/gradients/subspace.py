@@ -21,6 +21,7 @@ from torch import nn
 
 from gradshield.errors import ModelError, UsageError
 from gradshield.models import text_config
+from gradshield.modules import modules_by_name
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -49,7 +50,9 @@ def check_subspace(subspace: str) -> None:
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder's blocks. Raises ModelError when they cannot be told."""
     wanted = getattr(text_config(model), "num_hidden_layers", None)
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == wanted]
+    lists = [
+        (name, m) for name, m in modules_by_name(model).items() if isinstance(m, nn.ModuleList) and len(m) == wanted
+    ]
     if not lists:
         raise ModelError(
             f"the decoder layers of {type(model).__name__} could not be found, and the subspace last:k needs them: "

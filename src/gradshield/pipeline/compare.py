@@ -37,6 +37,7 @@ from gradshield.pipeline.options import peft_config, sft_options
 from gradshield.pipeline.rows import prepare
 from gradshield.pipeline.scan import check_labels
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
+from gradshield.placement import keep_freed_memory
 from gradshield.probes import read_prompts, requests
 from gradshield.types import EvalResult
 
@@ -124,6 +125,7 @@ def _ready() -> None:
 
     import gradshield.training.sft  # noqa: F401
 
+    keep_freed_memory()
     torch.set_num_threads(1)
     gc.freeze()
 

@@ -25,6 +25,7 @@ from gradshield.errors import GradShieldError
 from gradshield.gradients import direction as directions
 from gradshield.pipeline.parcel import Parcel
 from gradshield.pipeline.shards import Job
+from gradshield.placement import keep_freed_memory
 from gradshield.selectors import Measured, Selector
 from gradshield.types import Direction, Rendered
 
@@ -84,6 +85,7 @@ def main() -> None:
     """Answer one message for each list of rows until the input ends."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
+    keep_freed_memory()
     told: Queue[Any] = Queue()
     Thread(target=_listen, args=(told,), daemon=True).start()
     try:

@@ -1,0 +1,40 @@
+"""A model's modules and parameters by name: torch's own walks, without their cost.
+
+``named_modules`` is a generator inside a generator for every level, and every engine asks several times a batch. On a model with
+an adapter (2,000 modules and more) that would cost more than a small batch does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """``dict(model.named_modules())``: each module once, under its first name, parents before their children."""
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    left = [("", model)]
+    while left:
+        path, module = left.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found[path] = module
+        inside = f"{path}." if path else ""
+        left += [(f"{inside}{name}", child) for name, child in reversed(module._modules.items()) if child is not None]
+    return found
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """``dict(model.named_parameters())``: each parameter once, under its first name."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for path, module in modules_by_name(model).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{path}.{name}" if path else name] = parameter
+    return found
