@@ -6,6 +6,7 @@ an adapter (2,000 modules and more) that would cost more than a small batch does
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,9 +31,14 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     """``dict(model.named_parameters())``: each parameter once, under its first name."""
+    return parameters_of(modules_by_name(model))
+
+
+def parameters_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The same, from a walk that was made already."""
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
-    for path, module in modules_by_name(model).items():
+    for path, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))

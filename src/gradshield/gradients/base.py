@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd as _Conv
 from gradshield.errors import UsageError
 from gradshield.logits import token_nll
 from gradshield.models import evaluating
-from gradshield.modules import modules_by_name, parameters_by_name
+from gradshield.modules import modules_by_name, parameters_by_name, parameters_of
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction
 
@@ -187,9 +187,15 @@ def owners(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Mod
 
     A tied parameter is listed under every module that uses it, so that each use moves.
     """
-    by_identity = {id(parameter): name for name, parameter in parameters_by_name(model).items()}
+    return _owners(modules_by_name(model), tensors)
+
+
+def _owners(
+    modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
+) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    by_identity = {id(parameter): name for name, parameter in parameters_of(modules).items()}
     found = []
-    for module in modules_by_name(model).values():
+    for module in modules.values():
         own = {
             attribute: tensors[by_identity[id(parameter)]]
             for attribute, parameter in module._parameters.items()
@@ -209,7 +215,7 @@ def followed(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.M
     modules = modules_by_name(model)
     paths = {id(module): path for path, module in modules.items()}
     found: dict[str, dict[str, Tensor]] = {}
-    for owner, own in owners(model, tensors):
+    for owner, own in _owners(modules, tensors):
         path = place = paths[id(owner)]
         while place and isinstance(modules[place], _Conv | nn.ModuleList | nn.ModuleDict):
             place = place.rpartition(".")[0]

@@ -17,13 +17,15 @@ from gradshield.gradients.base import (
     check_direction,
     check_layers,
     experts,
+    followed,
     routed_by_steps,
     scoring,
 )
+from gradshield.gradients.lowrank import lora_of
 from gradshield.gradients.shifted import shifted
 from gradshield.gradients.sparing import Prefix, answer_nll
 from gradshield.models import text_config
-from gradshield.modules import parameters_by_name
+from gradshield.modules import modules_by_name, parameters_by_name
 from gradshield.placement import in_float64
 from gradshield.types import Batch, Direction
 
@@ -88,7 +90,9 @@ class FiniteDifference:
             )
         data = DeviceBatch.of(batch, model)
 
-        prefix = Prefix(model, direction)
+        places = followed(model, direction.tensors)
+        loras = [layer for layer in modules_by_name(model).values() if lora_of(layer) is not None]
+        prefix = Prefix(model, [module for module, _ in places])
 
         def losses() -> Tensor:
             return in_float64(answer_nll(model, data)).cpu()
@@ -100,12 +104,11 @@ class FiniteDifference:
                     losses()
             values = []
             for k in range(len(direction.names)):
-                tensors = {name: v[k] for name, v in direction.tensors.items()}
                 step = self.relative_step * direction.scales[k]
                 sides = []
                 for sign in (1.0, -1.0):
                     with (
-                        shifted(model, tensors, sign * step),
+                        shifted(places, loras, k, sign * step),
                         prefix.passing() as skipping,
                         routing.replay(skipping) if routing else nullcontext(),
                     ):

@@ -10,7 +10,7 @@ gradient g at the output is <g V_k, s A x>, in as many dimensions as the adapter
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -102,8 +102,10 @@ class _Rows:
 
 
 @contextmanager
-def _perturbed(model: nn.Module, direction: Direction, e: Tensor, rows: _Rows) -> Iterator[None]:
-    """Hooks that add Σ_k e[k]·d_k to the output of every layer that holds parameters of the direction."""
+def _perturbed(
+    model: nn.Module, places: Sequence[tuple[nn.Module, Mapping[str, Tensor]]], e: Tensor, rows: _Rows
+) -> Iterator[None]:
+    """Hooks that add Σ_k e[k]·d_k to the output of every layer in ``places``, which holds tensors of the direction."""
     busy = False  # layer_derivative may call the module again: its own hook must stay out of the way
 
     def hook_for(per_k: list[dict[str, Tensor]]) -> Any:
@@ -124,16 +126,16 @@ def _perturbed(model: nn.Module, direction: Direction, e: Tensor, rows: _Rows) -
 
         return hook
 
-    places = dict(followed(model, direction.tensors))
+    left = dict(places)
     with ExitStack() as stack:
         for layer in modules_by_name(model).values():
             lora = lora_of(layer)
-            if lora is not None and lora.b in places and starting(lora):
-                places.pop(lora.a, None)  # B = 0: the derivative along A is zero
-                stack.enter_context(_low_rank(layer, lora, places.pop(lora.b)["weight"], e, rows))
-        for module, own in places.items():
+            if lora is not None and lora.b in left and starting(lora):
+                left.pop(lora.a, None)  # B = 0: the derivative along A is zero
+                stack.enter_context(_low_rank(layer, lora, left.pop(lora.b)["weight"], e, rows))
+        for module, own in left.items():
             like = module.get_parameter(next(iter(own)))
-            per_k = [{n: v[k].to(like) for n, v in own.items()} for k in range(len(direction.names))]
+            per_k = [{n: v[k].to(like) for n, v in own.items()} for k in range(len(e))]
             stack.enter_context(module.register_forward_hook(hook_for(per_k), with_kwargs=True))
         yield
 
@@ -220,7 +222,7 @@ class Perturbation:
             places, instead = followed(model, direction.tensors), "use the engine forward or loop"
             with (
                 all_followed(model, places, data, f"the engine {self.name}", instead),
-                _perturbed(model, direction, e, _Rows(data, model)),
+                _perturbed(model, places, e, _Rows(data, model)),
             ):
                 losses = answer_nll(model, data)
                 gradient = torch.zeros_like(e)

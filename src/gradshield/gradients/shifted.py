@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,30 +10,33 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradshield.gradients.base import followed
 from gradshield.gradients.lowrank import Lora, lora_of
-from gradshield.modules import modules_by_name
+
+Places = Sequence[tuple[nn.Module, Mapping[str, Tensor]]]
 
 
 @contextmanager
-def shifted(model: nn.Module, tensors: Mapping[str, Tensor], step: float) -> Iterator[None]:
-    """The model at θ + step·v, one layer at a time: W + step·V exists only while its own layer runs.
+def shifted(places: Places, loras: Sequence[nn.Module], k: int, step: float) -> Iterator[None]:
+    """The model at θ + step·v_k, one layer at a time: W + step·V exists only while its own layer runs.
 
     The caller's Parameter objects are never written to. Each module's slot holds a shifted stand-in during the
     module's forward and the original object again after it; the exit puts every original back whatever happened.
     A LoRA layer runs as the one matrix that it stands for, W + s (B + step·V_B)(A + step·V_A): less work than its
     factors on every token.
+
+    ``places`` are the modules with their (K, …) tensors, from `followed`, and ``loras`` the model's layers that have an adapter:
+    both are found once for all passes over a batch.
     """
-    places = dict(followed(model, tensors))
+    left = {module: {name: v[k] for name, v in own.items()} for module, own in places}
     with ExitStack() as stack:
-        for layer in modules_by_name(model).values():
+        for layer in loras:
             lora = lora_of(layer)
-            if lora is None or (lora.a not in places and lora.b not in places) or layer.base_layer in places:
+            if lora is None or (lora.a not in left and lora.b not in left) or layer.base_layer in left:
                 continue
             if _fits_one(layer, lora):
-                factors = [places.pop(factor, {}) for factor in (lora.a, lora.b)]
+                factors = [left.pop(factor, {}) for factor in (lora.a, lora.b)]
                 stack.enter_context(_during(layer, *_as_one(layer, lora, factors, step)))
-        for module, own in places.items():
+        for module, own in left.items():
             stack.enter_context(_during(module, *_as_it_is(module, own, step)))
         yield
 

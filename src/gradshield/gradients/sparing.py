@@ -14,11 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradshield.errors import ModelError
-from gradshield.gradients.base import DeviceBatch, followed
+from gradshield.gradients.base import DeviceBatch
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.logits import output_head, predicting, token_nll
 from gradshield.modules import modules_by_name
-from gradshield.types import Direction
 
 
 class Prefix:
@@ -29,11 +28,12 @@ class Prefix:
     that runs more than once, or one that hands on more than its one output.
     """
 
-    def __init__(self, model: nn.Module, direction: Direction) -> None:
+    def __init__(self, model: nn.Module, moved: Iterable[nn.Module]) -> None:
+        """``moved`` are the modules that hold the direction's parameters (`followed`)."""
         layers = _layers(model)
-        self._moved = [module for module, _ in followed(model, direction.tensors)]
-        moved = {id(module) for module in self._moved}
-        moves = [any(id(module) in moved for module in modules_by_name(layer).values()) for layer in layers]
+        self._moved = list(moved)
+        own = {id(module) for module in self._moved}
+        moves = [any(id(module) in own for module in modules_by_name(layer).values()) for layer in layers]
         count = moves.index(True) if any(moves) else 0
         self._below, self._first = layers[:count], layers[count : count + 1]
         self._known = not self._below  # nothing to find out where there is nothing below
