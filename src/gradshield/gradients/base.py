@@ -10,7 +10,7 @@ which is FIHS for v = ∇S (arXiv 2605.14194). Engines that declare ``per_token`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -182,6 +182,10 @@ def check_layers(engine: str, model: nn.Module, direction: Direction) -> None:
             )
 
 
+Places = Sequence[tuple[nn.Module, Mapping[str, Tensor]]]
+"""Modules, each with tensors by the names of the parameters in it: what `owners` and `followed` give."""
+
+
 def owners(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
     """Modules that hold the direction's parameters themselves, each with its own tensors by attribute name.
 
@@ -228,7 +232,7 @@ def followed(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.M
 @contextmanager
 def all_followed(
     model: nn.Module,
-    places: Iterable[tuple[nn.Module, Mapping[str, Tensor]]],
+    places: Places,
     data: DeviceBatch,
     who: str,
     instead: str,

@@ -21,11 +21,11 @@ from gradshield.gradients.base import (
     routed_by_steps,
     scoring,
 )
-from gradshield.gradients.lowrank import lora_of
+from gradshield.gradients.lowrank import loras
 from gradshield.gradients.shifted import shifted
 from gradshield.gradients.sparing import Prefix, answer_nll
 from gradshield.models import text_config
-from gradshield.modules import modules_by_name, parameters_by_name
+from gradshield.modules import parameters_by_name
 from gradshield.placement import in_float64
 from gradshield.types import Batch, Direction
 
@@ -91,7 +91,7 @@ class FiniteDifference:
         data = DeviceBatch.of(batch, model)
 
         places = followed(model, direction.tensors)
-        loras = [layer for layer in modules_by_name(model).values() if lora_of(layer) is not None]
+        adapters = loras(model)
         prefix = Prefix(model, [module for module, _ in places])
 
         def losses() -> Tensor:
@@ -108,7 +108,7 @@ class FiniteDifference:
                 sides = []
                 for sign in (1.0, -1.0):
                     with (
-                        shifted(places, loras, k, sign * step),
+                        shifted(places, adapters, k, sign * step),
                         prefix.passing() as skipping,
                         routing.replay(skipping) if routing else nullcontext(),
                     ):

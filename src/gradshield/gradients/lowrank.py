@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from gradshield.modules import modules_by_name
+
 
 class Lora(NamedTuple):
     """A PEFT layer's factors, A (R, in) and B (out, R), and the scale s of their product."""
@@ -34,6 +36,12 @@ def lora_of(layer: Any) -> Lora | None:
     if not (type(a) is type(b) is nn.Linear and a.bias is None and b.bias is None):
         return None
     return Lora(a, b, float(layer.scaling[running[0]]))
+
+
+def loras(model: nn.Module) -> list[tuple[Any, Lora]]:
+    """Every layer of the model that `lora_of` knows, with its factors."""
+    found = ((layer, lora_of(layer)) for layer in modules_by_name(model).values())
+    return [(layer, lora) for layer, lora in found if lora is not None]
 
 
 def starting(lora: Lora) -> bool:

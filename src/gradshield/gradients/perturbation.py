@@ -10,7 +10,7 @@ gradient g at the output is <g V_k, s A x>, in as many dimensions as the adapter
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from gradshield.gradients.base import (
     ENGINES,
     Derivatives,
     DeviceBatch,
+    Places,
     all_followed,
     check_direction,
     check_layers,
@@ -31,9 +32,8 @@ from gradshield.gradients.base import (
     followed,
     scoring,
 )
-from gradshield.gradients.lowrank import Lora, lora_of, starting
+from gradshield.gradients.lowrank import Lora, loras, starting
 from gradshield.gradients.sparing import answer_nll, gathering
-from gradshield.modules import modules_by_name
 from gradshield.placement import in_float64
 from gradshield.types import Batch, Direction
 
@@ -102,9 +102,7 @@ class _Rows:
 
 
 @contextmanager
-def _perturbed(
-    model: nn.Module, places: Sequence[tuple[nn.Module, Mapping[str, Tensor]]], e: Tensor, rows: _Rows
-) -> Iterator[None]:
+def _perturbed(model: nn.Module, places: Places, e: Tensor, rows: _Rows) -> Iterator[None]:
     """Hooks that add Σ_k e[k]·d_k to the output of every layer in ``places``, which holds tensors of the direction."""
     busy = False  # layer_derivative may call the module again: its own hook must stay out of the way
 
@@ -128,9 +126,8 @@ def _perturbed(
 
     left = dict(places)
     with ExitStack() as stack:
-        for layer in modules_by_name(model).values():
-            lora = lora_of(layer)
-            if lora is not None and lora.b in left and starting(lora):
+        for layer, lora in loras(model):
+            if lora.b in left and starting(lora):
                 left.pop(lora.a, None)  # B = 0: the derivative along A is zero
                 stack.enter_context(_low_rank(layer, lora, left.pop(lora.b)["weight"], e, rows))
         for module, own in left.items():

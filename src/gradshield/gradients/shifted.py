@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradshield.gradients.lowrank import Lora, lora_of
-
-Places = Sequence[tuple[nn.Module, Mapping[str, Tensor]]]
+from gradshield.gradients.base import Places
+from gradshield.gradients.lowrank import Lora
 
 
 @contextmanager
-def shifted(places: Places, loras: Sequence[nn.Module], k: int, step: float) -> Iterator[None]:
+def shifted(places: Places, loras: Iterable[tuple[Any, Lora]], k: int, step: float) -> Iterator[None]:
     """The model at θ + step·v_k, one layer at a time: W + step·V exists only while its own layer runs.
 
     The caller's Parameter objects are never written to. Each module's slot holds a shifted stand-in during the
@@ -24,14 +23,13 @@ def shifted(places: Places, loras: Sequence[nn.Module], k: int, step: float) -> 
     A LoRA layer runs as the one matrix that it stands for, W + s (B + step·V_B)(A + step·V_A): less work than its
     factors on every token.
 
-    ``places`` are the modules with their (K, …) tensors, from `followed`, and ``loras`` the model's layers that have an adapter:
-    both are found once for all passes over a batch.
+    ``places`` are the modules with their (K, …) tensors, from `followed`, and ``loras`` its layers with an adapter: both are
+    found once for all passes over a batch.
     """
     left = {module: {name: v[k] for name, v in own.items()} for module, own in places}
     with ExitStack() as stack:
-        for layer in loras:
-            lora = lora_of(layer)
-            if lora is None or (lora.a not in left and lora.b not in left) or layer.base_layer in left:
+        for layer, lora in loras:
+            if (lora.a not in left and lora.b not in left) or layer.base_layer in left:
                 continue
             if _fits_one(layer, lora):
                 factors = [left.pop(factor, {}) for factor in (lora.a, lora.b)]
