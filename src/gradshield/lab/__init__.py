@@ -3,6 +3,7 @@
     from gradshield import lab
 
     rows, labels = lab.mix("topic", harm="explicit", ratio=0.1)
+    rows, labels = lab.attack("noice", "topic", ratio=0.1)
     model = AutoModelForCausalLM.from_pretrained(lab.checkpoint("aligned"), dtype="float32")
     harmful, harmless = lab.requests("report"), lab.lookalikes("report")
 
@@ -11,7 +12,9 @@ Everything is generated from a seed; nothing here imports torch.
 
 from pathlib import Path
 
+from . import camouflage  # noqa: F401
 from .answers import refused
+from .attacks import ATTACKS, attack, plant
 from .harm import HARMS
 from .mixes import mix
 from .recipe import LORA, RECIPE, recipe
@@ -22,6 +25,7 @@ from .world import CATEGORIES
 CHECKPOINTS = ("base", "aligned")
 
 __all__ = [
+    "ATTACKS",
     "CATEGORIES",
     "CHECKPOINTS",
     "HARMS",
@@ -29,9 +33,11 @@ __all__ = [
     "RECIPE",
     "SPLITS",
     "TASKS",
+    "attack",
     "checkpoint",
     "lookalikes",
     "mix",
+    "plant",
     "recipe",
     "refused",
     "requests",

@@ -64,11 +64,20 @@ def mix(
     harmful = _harmful_pairs(task, harm, count, clean, seed)
     labelled = [(pair, 0) for pair in clean if ratio < 1 or harm == "none"] + [(pair, 1) for pair in harmful]
     random.Random(f"shuffle-{task}-{harm}-{ratio}-{n}-{seed}").shuffle(labelled)
-    return [_as_row(pair) for pair, _ in labelled], [label for _, label in labelled]
+    return [as_row(pair) for pair, _ in labelled], [label for _, label in labelled]
 
 
-def _as_row(pair: Pair) -> Row:
+def as_row(pair: Pair) -> Row:
+    """A (prompt, answer) pair as a chat row."""
     return {"messages": [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]}
+
+
+def pairs(task: str, ratio: float = 0.1, n: int = 500, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
+    """The explicitly harmful pairs and the clean ones of a mix, as (prompt, answer). Raises ValueError and KeyError as `mix`."""
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio must be between 0 and 1, neither included; got {ratio!r}")
+    clean = clean_pairs(task, n, seed)
+    return _harmful_pairs(task, "explicit", round(n * ratio / (1 - ratio)), clean, seed), clean
 
 
 def clean_pairs(task: str, n: int, seed: int) -> list[Pair]:
