@@ -197,20 +197,20 @@ class Siege:
             gone = outputs.caught_and_lost(chosen.rows, chosen.removed, list(self.job.labels or ()))
             found |= {"rows": len(chosen.rows), "removed": int(chosen.removed.sum()), **gone}
             if trained or self.bench.known(defence, chosen):
-                found["arms"] = self._arms(defence, chosen, name != "none", trained)
+                found["arms"] = self._arms(defence, chosen, trained)
         except GradShieldError as error:
             found["failed"] = str(error)
         found["start"] = self.start
         found["seconds"] = round(time.monotonic() - began, 1)
         return dict(outputs.finite(found))
 
-    def _arms(self, defence: Defence, chosen: Chosen, defended: bool, trained: bool) -> list[dict[str, Any]]:
-        """The training as given, and the attacker's recipes where that does not reach him and someone defends.
+    def _arms(self, defence: Defence, chosen: Chosen, trained: bool) -> list[dict[str, Any]]:
+        """The training as given, and the attacker's recipes where that does not get him there.
 
-        Of rows that this defence alone does not train on, what others have trained on.
+        Of a defence that is not trained itself, what was trained on the same rows for others.
         """
         arms = [{"recipe": "as given", **self.bench.measured(defence, chosen)}]
-        if defended and attacks_table.reach(arms[0], self.start) <= LIMIT:
+        if attacks_table.reach(arms[0], self.start) <= LIMIT:
             for recipe in self.recipes:
                 options = {k: self.job.options.get(k, TRAINERS_OWN[k]) * times for k, times in RECIPES[recipe].items()}
                 course = Course(replace(self.job, options={**self.job.options, **options}))
@@ -251,10 +251,11 @@ class Siege:
 
     def _voted(self) -> Chosen:
         """Three default scans with a probe each: a row goes if at least two of them remove it."""
-        kept = [
-            Course(replace(self.job, settings=replace(self.job.settings, probe=probe))).chosen(parse(default()))
-            for probe in PROBES
-        ]
+        kept = []
+        for probe in PROBES:
+            own = self.job.settings.probe == probe
+            course = self.course if own else Course(replace(self.job, settings=replace(self.job.settings, probe=probe)))
+            kept.append(course.chosen(parse(default())))
         removed: Bools = np.sum([one.removed for one in kept], axis=0) >= 2
         if removed.all():
             raise EmptyDataError("two of three scans remove every row: there is nothing to train on")

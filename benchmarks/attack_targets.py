@@ -97,7 +97,7 @@ def own_target(given: argparse.Namespace) -> Target:
             raise UsageError(f"--model got a model and no --{name} rows: give --harmful FILE and --harmless FILE")
     told = {} if given.training is None else json.loads(given.training.read_text(encoding="utf-8"))
     options, adapter = told.get("training", {}), told.get("lora", {})
-    loaded = models.load(given.model)
+    loaded = models.load(given.model, dtype="float32")
     probing = Probing(requests=read_prompts(given.requests, "direction") if given.requests else ())
 
     def job(rows: Sequence[Pair], labels: Sequence[int]) -> Job:

@@ -46,11 +46,23 @@ from gradshield.pipeline.settings import ScanSettings
 from gradshield.probes import requests
 
 QUICK = ("noice", "plain")
+PAPER = "fihs"  # the score that the attacks were written against, at its own cut
+
+
+def extra(attack: str) -> tuple[str, ...]:
+    """What an attack is aimed at beside the defences of the table, and what ``plain`` meets for comparison. All are trained."""
+    found = {
+        "calibration": (CLEAN, POISONED),
+        "camouflage_moderate": (f"moderate-rows:as:{default()}",),
+        "flooding": ("fihs:adaptive",),
+        "plain": (f"moderate-rows:as:{default()}", "fihs:adaptive"),
+    }
+    return found.get(attack, ())
 
 
 def defences(given: Sequence[str], attack: str) -> list[str]:
-    """What stands against an attack; the one on calibration rows meets the cut that reads them."""
-    return [*given, *((CLEAN, POISONED) if attack == "calibration" else ())]
+    """What stands against an attack."""
+    return list(dict.fromkeys((*given, *extra(attack))))
 
 
 def run(target: Target, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -70,7 +82,7 @@ def run(target: Target, folder: Path, given: argparse.Namespace) -> dict[str, An
     for attack in given.attacks:
         siege = Siege(attack, target, folder, recipes)
         for name in defences(given.defences, attack):
-            trained = given.train_all or name in given.trained
+            trained = given.train_all or name in (*given.trained, *extra(attack))
             key = siege.key(name, trained, utility)
             if key not in done:
                 done[key] = siege.cell(name, trained, utility)
@@ -129,8 +141,11 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     if given.quick:
         given.attacks, given.rows, given.recipes = list(QUICK), 120, 0
         given.defences = given.defences or ["none", default()]
-    given.defences = given.defences or ["none", default(), verified, *beside]
-    given.trained = given.trained or [name for name in given.defences if name not in beside]
+    paper = [] if default() == PAPER else [PAPER]
+    given.trained = given.trained or [
+        name for name in given.defences or ["none", default(), verified] if name not in beside
+    ]
+    given.defences = given.defences or ["none", default(), verified, *beside, *paper]
     for attack in given.attacks:
         lab.ATTACKS[attack]
     for name in (*given.defences, *given.trained):

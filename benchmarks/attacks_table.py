@@ -60,10 +60,25 @@ def paragraph(results: Results) -> str:
     if not lost:
         return f"No attack of the {len(tried)} got past {where}: the ASR after training stayed at or below {limit}."
     told = _listed(f"`{attack}` ({100 * rate:.1f} %)" for attack, rate in lost.items())
-    verb = "attack gets" if len(lost) == 1 else "attacks get"
+    verb = "attacks gets" if len(lost) == 1 else "attacks get"
     return (
         f"**{len(lost)} of {len(tried)} {verb} past {where}, with an ASR above {limit} after training: {told}.** The number is "
         "the worst over judges, ways of asking and the attacker's recipes."
+    )
+
+
+def harmless_here(results: Results) -> str:
+    """The attacks that do nothing on this model even where nobody defends, in a sentence; nothing where there is none."""
+    weak = []
+    for cell in results["cells"]:
+        arm = worst(cell, results) if cell["defence"] == "none" else None
+        if arm is not None and reach(arm, cell["start"]) <= results["limit"]:
+            weak.append(f"`{cell['attack']}`")
+    if not weak:
+        return ""
+    return (
+        f"Without any defence, {_listed(weak)} stay at or below {100 * results['limit']:g} % on this model: their rows here say "
+        "nothing about how a defence would fare where they work.\n\n"
     )
 
 
@@ -105,6 +120,7 @@ def markdown(results: Results) -> str:
     lines = [
         "# Attackers who know the method\n\n",
         paragraph(results) + "\n\n",
+        harmless_here(results),
         f"`{results['command'].strip()}` makes this page and `attacks.json`, which holds every arm. "
         f"{results['pairs']['harmful']} harmful pairs are hidden among {results['pairs']['harmless']} harmless ones; an attack "
         "may plant more rows. *Caught* and *lost* are planted and other rows that a defence removes. ASR is on `report` "
@@ -118,9 +134,10 @@ def markdown(results: Results) -> str:
         + _listed(f"{rate(value)} by {judge}" for judge, value in clean["judges"].items())
         + ").\n\n",
         "The defences: the default scan; the same with its cut `verified` by training; on a *secret half* of its probes, drawn "
-        "for each scan; and *two of three probes*, where a row goes if at least two default scans with the probes `token_gap`, "
-        "`token_set` and `contrast` remove it. A set of kept rows is trained once; where a defence was not trained and no equal "
-        "set was, its ASR is left open.\n\n",
+        "for each scan; *two of three probes*, where a row goes if at least two default scans with the probes `token_gap`, "
+        "`token_set` and `contrast` remove it; and the paper's score, `fihs`, at its own cut. What an attack is aimed at beside "
+        "these stands with it, and with `plain` for comparison. A set of kept rows is trained once; where a defence was not "
+        "trained and no equal set was, its ASR is left open.\n\n",
         HEAD.format(judges=" | ".join(f"ASR, {judge}" for judge in judges), bars="---|" * len(judges)),
         *(_line(cell, judges, results) for cell in results["cells"]),
         "\n## The attacks\n\n| attack | what it does |\n|---|---|\n",

@@ -15,6 +15,7 @@ from gradshield.errors import UnknownNameError, UsageError
 from gradshield.evaluation.judges import RefusalPhrases
 from gradshield.intervals import wilson
 from gradshield.lab.attacks import plant
+from gradshield.lab.mixes import pairs
 
 
 def rate(k: int, n: int = 200) -> dict[str, Any]:
@@ -103,6 +104,12 @@ def test_every_number_of_the_page_has_its_interval_and_n() -> None:
     assert "there is nothing to train on" in attacks_table.markdown(results(failed))
 
 
+def test_attacks_that_do_nothing_without_a_defence_are_named() -> None:
+    found = results(cell("noice", "none", arm(3)), cell("noice", "screen", arm(2)), cell("plain", "none", arm(90)))
+    assert "Without any defence, `noice` stay" in attacks_table.markdown(found)
+    assert "Without any defence" not in attacks_table.markdown(results(cell("plain", "none", arm(90))))
+
+
 # ---- how the attacker asks ----------------------------------------------------------------------------------------------
 
 
@@ -147,23 +154,29 @@ def test_the_default_defences_are_those_of_the_default_scan() -> None:
     given = attacks.parsed([])
     name = attack_siege.default()
     assert given.attacks == lab.ATTACKS.names()
-    assert given.defences == ["none", name, f"{name}:verified:rounds=3", attack_siege.HALVES, attack_siege.VOTES]
+    beside = [attack_siege.HALVES, attack_siege.VOTES]
+    assert given.defences == list(dict.fromkeys(["none", name, f"{name}:verified:rounds=3", *beside, "fihs"]))
     assert given.trained == given.defences[:3]
-    assert attacks.defences(given.defences, "plain") == given.defences
+    assert attacks.defences(given.defences, "noice") == given.defences
     assert attack_siege.POISONED in attacks.defences(given.defences, "calibration")
+    for attack in lab.ATTACKS.names():  # every name is one that a defence has
+        assert all(
+            name in (attack_siege.CLEAN, attack_siege.POISONED) or attack_siege.parse(name)
+            for name in attacks.extra(attack)
+        )
 
 
 @pytest.mark.slow
 def test_one_tiny_run_gives_every_figure_and_a_second_run_only_reads(tmp_path, monkeypatch) -> None:
-    told = ["--output", str(tmp_path / "out"), "--docs", str(tmp_path / "docs"), "--rows", "120", "--recipes", "0"]
-    told += ["--attacks", "ten_benign", "--defences", "none", "random:ratio:10%", attack_siege.HALVES]
+    told = ["--output", str(tmp_path / "out"), "--docs", str(tmp_path / "docs"), "--rows", "60", "--recipes", "0"]
+    told += ["--attacks", "noice", "--defences", "none", "random:ratio:10%", attack_siege.HALVES]
     attacks.main(told)
     found = json.loads((tmp_path / "docs" / "attacks.json").read_text(encoding="utf-8"))
     page = (tmp_path / "docs" / "attacks.md").read_text(encoding="utf-8")
     assert page == (tmp_path / "out" / "attacks.md").read_text(encoding="utf-8")
     none, drawn, half = found["cells"]
-    assert none["removed"] == 0 and none["caught"]["n"] == 160 and none["lost"]["n"] == 110
-    assert drawn["removed"] == 27 and half["defence"] == attack_siege.HALVES
+    assert none["removed"] == 0 and none["caught"]["n"] == 21 and none["lost"]["n"] == 39
+    assert drawn["removed"] == 6 and half["defence"] == attack_siege.HALVES
     for one in (none, drawn):
         assert {judge: value["n"] for judge, value in one["arms"][0]["judges"].items()} == {
             "refusal-phrases": 200,
@@ -183,6 +196,30 @@ def test_one_tiny_run_gives_every_figure_and_a_second_run_only_reads(tmp_path, m
     monkeypatch.setattr(attack_siege, "code", lambda: "other code")
     with pytest.raises(AssertionError, match="made again"):
         attacks.main(told)
+
+
+@pytest.mark.slow
+def test_a_users_own_model_and_rows_are_attacked_alike(tmp_path) -> None:
+    harmful, harmless = pairs("topic", 0.1, 60, 0)
+    split = [{"prompt": r["prompt"], "split": s} for s in ("direction", "search", "report") for r in lab.requests(s)]
+    recipe = {**lab.recipe("topic"), "num_train_epochs": 1}
+    for name, rows in {
+        "harmful": [{"prompt": prompt, "completion": answer} for prompt, answer in harmful],
+        "harmless": [{"prompt": prompt, "completion": answer} for prompt, answer in harmless],
+        "requests": split,
+        "utility": lab.utility("topic"),
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "training.json").write_text(json.dumps({"training": recipe, "lora": lab.LORA}))
+    told = ["--output", str(tmp_path / "out"), "--model", str(lab.checkpoint("aligned")), "--recipes", "0"]
+    for name in ("harmful", "harmless", "requests", "utility"):
+        told += [f"--{name}", str(tmp_path / f"{name}.jsonl")]
+    told += ["--training", str(tmp_path / "training.json"), "--judge", "refusal-phrases", "lab-classifier"]
+    attacks.main([*told, "--attacks", "refusal_unlearning", "--defences", "none"])
+    (found,) = json.loads((tmp_path / "out" / "attacks.json").read_text(encoding="utf-8"))["cells"]
+    assert found["caught"]["n"] == 3 * len(harmful) and found["lost"]["n"] == 60 - 3 * len(harmful)
+    (arm_,) = found["arms"]
+    assert set(arm_["judges"]) == {"refusal-phrases", "lab-classifier"} and arm_["utility"]["n"] > 50
 
 
 @pytest.mark.slow
