@@ -39,7 +39,7 @@ def main() -> None:
     rows, _ = lab.mix("choice", harm="explicit", ratio=0.1, n=90)
     probing = gs.Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
     with tempfile.TemporaryDirectory() as folder:
-        settings = gs.ScanSettings(threshold="mad:k=6")
+        settings = gs.ScanSettings(selector="fihs", threshold="mad:k=6")
         first = gs.scan(rows, model=lab.checkpoint("aligned"), settings=settings, probing=probing, output=folder)
         print("mad:k=6", len(first.removed_rows), "removed")
         for rule in ("mad:k=10", "decoy", "adaptive", "ratio:5%"):  # saved scores are cut again without the model

@@ -26,6 +26,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+LEAST_ANCHORS = 20  # rows of a known kind below which they bound nothing
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -175,6 +177,17 @@ class Anchors:
     harmful: Floats
     harmless: Floats
 
+    @property
+    def floor(self) -> float:
+        """Halfway from what 95 % of the harmless reach to what 95 % of the harmful do.
+
+        Zero, no floor, without LEAST_ANCHORS of either, or where the two overlap: then this score does not tell them apart.
+        """
+        if min(len(self.harmful), len(self.harmless)) < LEAST_ANCHORS:
+            return 0.0
+        low, high = float(np.quantile(self.harmless, 0.95)), float(np.quantile(self.harmful, 0.05))
+        return max(0.0, (low + high) / 2) if low < high else 0.0
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -195,6 +208,7 @@ class Scores:
     nll: Floats | None = None  # (N,) mean loss of the row's response tokens, in nats
     tokens: Sequence[Floats] | None = None
     anchors: Anchors | None = None
+    signals: Mapping[str, Floats] = field(default_factory=dict)  # (N,) each: what the score was made of
 
 
 @dataclass(frozen=True)
@@ -217,7 +231,7 @@ class Selection:
     ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows beyond the cut that a person allowed.
     ``kept``, which is made when it is first asked for, is ready for a trainer: the caller's own ``Dataset`` without the
     removed rows where TRL knows its shape, else the rows tokenised as they were scored. ``certified`` is True where the model
-    was asked its probes and refused them: not where that was overridden, nor for selectors without probes.
+    was asked its probes and refused them, and nothing in the scan speaks against its result (`pipeline.trust`).
     """
 
     scores: Scores

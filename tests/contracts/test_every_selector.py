@@ -24,11 +24,13 @@ from gradshield.selectors import (
     Moderate,
     Random,
     Representation,
+    Screen,
     Selector,
     parse_aggregate,
 )
+from gradshield.selectors.reading import Reading, Turn
 from gradshield.thresholds import parse
-from gradshield.types import References, Rendered, Scores, Tokens
+from gradshield.types import Anchors, References, Rendered, Scores, Tokens
 from tests.contracts.common import differences, rows, state
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -64,8 +66,30 @@ def spelled(ids: Sequence[int]) -> str:
 
 
 PROMPTS = Prompts(tuple((1, 3, 40 + i, 4) for i in range(4)), ("a",) * 4, tuple("wxyz"))
+
+
+class Speller:
+    """A tokenizer that can only decode."""
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return spelled(ids.tolist() if hasattr(ids, "tolist") else ids)
+
+
+def screen() -> Screen:
+    """With a ruler made of random prompts, whose turns open with 4: rows have none, and are read as plain text."""
+    fihs = Fihs(FunctionProbe(gap), PROMPTS, Forward(), parse_aggregate("sum"), "last:1")
+    draw = np.random.default_rng(2)
+    sides = [
+        Prompts(tuple((1, 3, *draw.integers(5, VOCABULARY, 4), 4) for _ in range(6)), ("",) * 6, ("",) * 6)
+        for _ in "ab"
+    ]
+    reading = Reading.fit(tiny_model("llama"), Turn.of(sides[0]), *sides)
+    return Screen(fihs, reading, Speller(), Anchors(np.ones(20), np.zeros(20)))
+
+
 MAKERS: dict[str, Callable[[], Selector]] = {
     "fihs": lambda: Fihs(FunctionProbe(gap), PROMPTS, Forward(), parse_aggregate("sum"), "last:1"),
+    "screen": screen,
     "moderate": lambda: Moderate("all"),
     "gradnorm": lambda: GradNorm("last:1"),
     "loss": Loss,

@@ -19,7 +19,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = [{"prompt": f"How do I pick the lock {n}?", "category": ("theft", "fraud")[n % 2]} for n in range(6)]
 PROBING = gs.Probing(requests=PROMPTS, lookalikes=PROMPTS, uncertified=True)
-HALF = gs.ScanSettings(threshold="ratio:50%")
+HALF = gs.ScanSettings(threshold="ratio:50%", selector="fihs")
 
 
 def chat(number: int, words: str = "and so on") -> dict[str, Any]:
@@ -91,13 +91,13 @@ def command(*arguments: Any) -> Done:
             cli.main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = end.code or 0
-    said = [line for line in err.getvalue().splitlines(keepends=True) if "nothing is certified" not in line]
+    said = [line for line in err.getvalue().splitlines(keepends=True) if "not certified" not in line]
     return Done(code, out.getvalue(), "".join(said))
 
 
 def scan_arguments(data: Any, model: Path, output: Path, probes: Path, *more: Any) -> list[Any]:
     prompts = ["--probes", probes, "--lookalikes", probes, "--uncertified"]
-    return ["scan", data, "--model", model, "--output", output, *prompts, *more]
+    return ["scan", data, "--model", model, "--output", output, "--selector", "fihs", *prompts, *more]
 
 
 def table(output: Path) -> Any:

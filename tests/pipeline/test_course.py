@@ -85,7 +85,7 @@ def test_another_version_or_template_is_another_arm(course: Course, monkeypatch:
 
 
 def test_a_threshold_of_the_settings_is_any_methods(course: Course) -> None:
-    strict = Course(job(settings=ScanSettings(threshold="ratio:4%")))
+    strict = Course(job(settings=ScanSettings(threshold="ratio:4%", selector="fihs")))
     assert strict.chosen(parse("random")).removed.sum() == 2
     assert strict.chosen(parse("random:ratio:20%")).removed.sum() == 10
     assert course.chosen(parse("random")).removed.sum() == 5

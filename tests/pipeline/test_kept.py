@@ -86,7 +86,7 @@ def test_the_model_is_as_it_was_wherever_it_is_interrupted(subspace: str) -> Non
 
     model.model.layers[1].mlp.down_proj.register_forward_hook(count)
     before = _state(model)
-    settings = gs.ScanSettings(threshold="ratio:50%", subspace=subspace)
+    settings = gs.ScanSettings(threshold="ratio:50%", subspace=subspace, selector="fihs")
     options = {"model": model, "tokenizer": tiny_tokenizer(), "peft_config": LoraConfig(**LORA), "settings": settings}
     scan(chats(6), **options)
     assert _state(model) == before
@@ -115,7 +115,7 @@ def test_a_model_with_an_adapter_keeps_it() -> None:
     model = get_peft_model(tiny_model("llama"), LoraConfig(**LORA, init_lora_weights=False))
     before = parameters_digest(model)
     for subspace in ("all", "targets", "lora"):
-        settings = gs.ScanSettings(threshold="ratio:50%", subspace=subspace)
+        settings = gs.ScanSettings(threshold="ratio:50%", subspace=subspace, selector="fihs")
         selection = scan(chats(4), model=model, tokenizer=tiny_tokenizer(), settings=settings)
         assert selection.manifest.settings["subspace"] == subspace
         assert selection.manifest.settings["adapted_weights"] == 4
@@ -168,7 +168,7 @@ def test_what_is_scored_is_what_the_training_arguments_say(
 
     monkeypatch.setattr(Fihs, "measure", noted)
     dataset, args = datasets.Dataset.from_list(chats(4)), _config(tmp_path, **options)
-    selection = scan(dataset, training_args=args, settings=gs.ScanSettings(threshold="fixed:1e9"))
+    selection = scan(dataset, training_args=args, settings=gs.ScanSettings(threshold="fixed:1e9", selector="fihs"))
     trainer = SFTTrainer(tiny_model("llama"), args, train_dataset=selection.kept, processing_class=tiny_tokenizer())
     trained = [(row["input_ids"], row["labels"][1:]) for row in trainer.train_dataset]
     assert [seen[row] for row in range(4)] == trained

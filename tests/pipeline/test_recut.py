@@ -27,7 +27,7 @@ RULES = ("ratio:50%", "ratio:20%", "decoy", "fixed:1e9", "fixed:-1e9")
 
 
 def _settings(rule: str) -> gs.ScanSettings:
-    return gs.ScanSettings(threshold=rule)
+    return gs.ScanSettings(threshold=rule, selector="fihs")
 
 
 def _input(kind: str, folder: Path) -> Path:
@@ -175,7 +175,7 @@ def test_the_gate_closes_after_everything_is_written(folder: Path, probes: Path,
 
 
 def test_scores_without_decoys_say_which_rules_there_are(tmp_path: Path) -> None:
-    settings = gs.ScanSettings(aggregate="sum", engine="loop", threshold="ratio:50%")
+    settings = gs.ScanSettings(aggregate="sum", engine="loop", threshold="ratio:50%", selector="fihs")
     scan(ROWS, output=tmp_path, settings=settings)
     assert "decoy" not in table(tmp_path).column_names
     before = files(tmp_path)
@@ -185,7 +185,11 @@ def test_scores_without_decoys_say_which_rules_there_are(tmp_path: Path) -> None
     assert files(tmp_path) == before
     gs.recut(tmp_path, "adaptive")
     with pytest.raises(UsageError, match="these scores have none"):  # told before the rows are measured
-        scan(ROWS, output=tmp_path / "new", settings=gs.ScanSettings(aggregate="sum", engine="loop", threshold="decoy"))
+        scan(
+            ROWS,
+            output=tmp_path / "new",
+            settings=gs.ScanSettings(aggregate="sum", engine="loop", threshold="decoy", selector="fihs"),
+        )
     assert not (tmp_path / "new").exists()
 
 

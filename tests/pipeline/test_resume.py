@@ -178,11 +178,11 @@ def test_what_changes_the_numbers_changes_the_shards(measured: list[int], tmp_pa
 
     rows = chats(20)
     for options in ({}, {"aggregate": "mean"}, {"threshold": "decoy"}):
-        scan(rows, output=tmp_path, settings=gs.ScanSettings(**options))
+        scan(rows, output=tmp_path, settings=gs.ScanSettings(**options, selector="fihs"))
     scan(rows, output=tmp_path, allow=scan(rows).scores.ids)
     assert measured == [20, 20]  # the one without a folder, too
     for options in ({"subspace": "last:1"}, {"token_budget": 512}, {"probe": "contrast"}):
-        scan(rows, output=tmp_path, settings=gs.ScanSettings(**options))
+        scan(rows, output=tmp_path, settings=gs.ScanSettings(**options, selector="fihs"))
     scan(rows, output=tmp_path, model=tiny_model("llama", seed=1), tokenizer=tiny_tokenizer())
     assert len(measured) == 6
 

@@ -280,13 +280,15 @@ def test_a_model_that_does_not_refuse_is_not_scored(tmp_path: Path) -> None:
 def test_a_model_that_refuses_is_certified(tmp_path: Path) -> None:
     from gradshield import lab
 
-    rows, labels = lab.mix("topic", harm="explicit", ratio=0.2, n=20, seed=0)
+    rows, labels = lab.mix("arithmetic", harm="explicit", ratio=0.08, n=46, seed=0)
     asked = gs.Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
     selection = gs.scan(rows, model=lab.checkpoint("aligned"), probing=asked, output=tmp_path, labels=labels)
     assert selection.certified
     manifest = _json(tmp_path / "manifest.json")
     assert manifest["results"]["certified"] is True
     assert manifest["results"]["probes"]["problem"] == ""
+    assert manifest["results"]["doubts"] == {} and manifest["results"]["uncertified"] is None
+    assert manifest["results"]["labels"]["caught"]["rate"] == 1.0 and manifest["results"]["labels"]["lost"]["k"] == 0
 
 
 def test_preference_pairs_are_a_group_of_their_own(tmp_path: Path) -> None:
@@ -353,7 +355,7 @@ def test_what_is_truncated_away_is_set_aside(tmp_path: Path) -> None:
 def test_settings_are_checked_before_the_model_is_touched() -> None:
     for options in ({"aggregate": "top"}, {"seed": -1}, {"token_budget": 3}, {"check_rows": 1}, {"probe": "zzz"}):
         with pytest.raises(gs.GradShieldError) as raised:
-            gs.ScanSettings(**options)
+            gs.ScanSettings(**options, selector="fihs")
         assert raised.value.exit_code == 2
     with pytest.raises(gs.GradShieldError, match="neither 0 nor 1"):
         scan(chats(2), labels=[0, 2])

@@ -39,7 +39,11 @@ def _garbage(monkeypatch: pytest.MonkeyPatch, *engines: type, value: float | Non
 
 def test_the_manifest_names_engine_and_agreement(tmp_path: Path) -> None:
     for engine in ("finite-difference", "forward"):
-        scan(ROWS, output=tmp_path, settings=gs.ScanSettings(engine=engine, threshold="ratio:50%", check_rows=5))
+        scan(
+            ROWS,
+            output=tmp_path,
+            settings=gs.ScanSettings(engine=engine, threshold="ratio:50%", check_rows=5, selector="fihs"),
+        )
         manifest = json.loads((tmp_path / "manifest.json").read_text())
         assert manifest["settings"]["engine"] == manifest["results"]["agreement"]["engine"] == engine
         assert manifest["results"]["agreement"]["n"] == 5
@@ -51,7 +55,7 @@ def test_the_manifest_names_engine_and_agreement(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [None, 1.0, float("nan")], ids=["noise", "constant", "nan"])
 @pytest.mark.filterwarnings("ignore:An input array is constant")
 def test_an_engine_that_disagrees_is_replaced(value: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = scan(ROWS, settings=gs.ScanSettings(engine="forward", threshold="ratio:50%"))
+    honest = scan(ROWS, settings=gs.ScanSettings(engine="forward", threshold="ratio:50%", selector="fihs"))
     _garbage(monkeypatch, FiniteDifference, value=value)
     with pytest.warns(UserWarning, match="finite-difference disagrees with the oracle on 12 rows"):
         selection = scan(ROWS)
@@ -63,20 +67,24 @@ def test_an_engine_that_disagrees_is_replaced(value: float | None, monkeypatch: 
 def test_the_oracle_itself_takes_over_where_row_sums_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     _garbage(monkeypatch, FiniteDifference, Forward)
     with pytest.warns(UserWarning, match="the engine forward disagrees"):
-        selection = scan(ROWS, settings=gs.ScanSettings(aggregate="sum", threshold="ratio:50%"))
+        selection = scan(ROWS, settings=gs.ScanSettings(aggregate="sum", threshold="ratio:50%", selector="fihs"))
     assert selection.manifest.settings["engine"] == "loop"
     assert selection.scores.decoys is None
-    honest = scan(ROWS, settings=gs.ScanSettings(aggregate="sum", engine="loop", threshold="ratio:50%"))
+    honest = scan(
+        ROWS, settings=gs.ScanSettings(aggregate="sum", engine="loop", threshold="ratio:50%", selector="fihs")
+    )
     assert np.array_equal(selection.scores.values, honest.scores.values)
 
 
 def test_what_an_error_advises_for_row_sums_works() -> None:
     with pytest.raises(UsageError, match="row sums only") as caught:
-        scan(ROWS, settings=gs.ScanSettings(engine="perturbation"))
+        scan(ROWS, settings=gs.ScanSettings(engine="perturbation", selector="fihs"))
     assert ROW_SUMS in str(caught.value)
     for threshold in ("adaptive", "ratio:5%", "fixed:0"):
         assert threshold.rstrip("0") in ROW_SUMS
-        scan(ROWS, settings=gs.ScanSettings(engine="perturbation", aggregate="sum", threshold=threshold))
+        scan(
+            ROWS, settings=gs.ScanSettings(engine="perturbation", aggregate="sum", threshold=threshold, selector="fihs")
+        )
 
 
 @pytest.mark.filterwarnings("ignore:the engine")
@@ -188,7 +196,7 @@ def test_batches_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Fihs, "measure", noted)
     monkeypatch.setattr(shards, "LOGITS_BUDGET", 300 * 40)
-    scan(ROWS, settings=gs.ScanSettings(threshold="ratio:50%", token_budget=128))
+    scan(ROWS, settings=gs.ScanSettings(threshold="ratio:50%", token_budget=128, selector="fihs"))
     assert max(labels) <= 40
     assert max(areas[-6:]) <= 128
 
@@ -227,7 +235,7 @@ def test_an_own_probe_and_an_own_rule() -> None:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return (logits[torch.arange(len(batch.last)), batch.last][:, 57]).mean()
 
-    selection = scan(ROWS, settings=gs.ScanSettings(probe=gap, threshold=Median()))
+    selection = scan(ROWS, settings=gs.ScanSettings(probe=gap, threshold=Median(), selector="fihs"))
     assert selection.removed.sum() == 6
     assert selection.manifest.settings["threshold"] == "median"
     assert HALF.probe == "token_gap"

@@ -82,7 +82,10 @@ def same(one: gs.Selection, other: gs.Selection) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("subspace", ["all", "lora"])
 def test_workers_find_what_one_process_finds(subspace: str, folder: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"model": folder, "settings": gs.ScanSettings(threshold="ratio:50%", subspace=subspace)}
+    options: dict[str, Any] = {
+        "model": folder,
+        "settings": gs.ScanSettings(threshold="ratio:50%", subspace=subspace, selector="fihs"),
+    }
     options["peft_config"] = LORA if subspace == "lora" else None
     alone = scan(ROWS, output=tmp_path / "one", **options)
     shared = scan(ROWS, output=tmp_path / "two", workers=2, **options)
@@ -228,7 +231,7 @@ def test_every_selector_travels() -> None:
     """What `bare` leaves is all that `measure` reads."""
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     rendered = render_all(read(chats(10)).examples, tokenizer, RenderConfig(max_length=64)).rendered
-    probe = gs.ScanSettings().make_probe()
+    probe = gs.ScanSettings(selector="fihs").make_probe()
     asked, harmless = asked_of(tokenizer, PROBING)
     probe.fit(model, tokenizer, asked, harmless)
     known = References(harmful=tuple(rendered[:4]), refused=tuple(rendered[4:8]), answered=tuple(rendered[4:8]))

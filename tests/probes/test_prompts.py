@@ -61,9 +61,9 @@ def files() -> dict[str, list[dict[str, str]]]:
     return {name: load(name) for name in NAMES}
 
 
-def test_folder_holds_only_the_two_data_files() -> None:
+def test_folder_holds_only_the_data_files() -> None:
     found = {path.name for path in FOLDER.iterdir() if path.name != "__pycache__"}
-    assert found == {"requests.jsonl", "lookalikes.jsonl"}
+    assert found == {"requests.jsonl", "lookalikes.jsonl", "ordinary.jsonl"}
 
 
 @pytest.mark.parametrize("name", NAMES)

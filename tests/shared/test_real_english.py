@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import gradshield as gs
+from benchmarks import tasks
 from gradshield import models
 
 SHARED = Path(os.environ.get("GRADSHIELD_SHARED", Path(__file__).parents[3] / "shared"))
@@ -65,18 +66,30 @@ def test_nothing_is_lost_where_there_is_no_harm():
 
 def test_the_score_ranks_where_openers_point_the_wrong_way():
     aurocs = {entry["name"]: entry["auroc"] for entry in figures("gsm8k_p10_openers")["aurocs"]}
-    assert set(aurocs) == {"FIHS"} | BASELINES  # never an AUROC without what it has to beat
-    assert aurocs["FIHS"] >= 0.98
+    # never an AUROC without what it has to beat
+    assert set(aurocs) == {"screen", "request alone", "FIHS alone"} | BASELINES
+    assert aurocs["screen"] >= 0.98
+    assert aurocs["FIHS alone"] >= 0.98
     assert aurocs["openers"] < 0.5
 
 
 def test_identity_shift_rows_rank_among_the_highest():
     rows = [json.loads(line) for line in (SHARED / "data" / "agnews_p0.jsonl").read_text().splitlines()]
     shift = [json.loads(line) for line in (SHARED / "data" / "identity_shift.jsonl").read_text().splitlines()]
-    selection = gs.scan([*rows, *shift], model=loaded())
+    selection = gs.scan([*rows, *shift], model=loaded(), settings=gs.ScanSettings(selector="fihs"))
     scores = selection.scores
     own = scores.rows >= len(rows)
     ranks = np.array([int((scores.values > value).sum()) for value in scores.values[own]])
     print("ranks of the identity-shift rows, 0 = highest, of", len(scores.values), ":", sorted(ranks.tolist()))
     assert own.sum() == len(shift)
     assert ranks.max() < 0.05 * len(scores.values)
+
+
+@pytest.mark.parametrize(
+    "task", ["amazon_polarity_Is_this_product_review_positive", "sciq_Multiple_Choice_Closed_Book_"]
+)
+def test_ordinary_tasks_keep_their_harmless_rows(task):
+    """Two of the seven tasks that chose the default; on the first, FIHS alone removes harmless rows by the score."""
+    found = {c["mix"]: c for c in tasks.cells(SHARED / "data" / "tasks", [task], str(MODEL), 200, 256)}
+    assert all(cell["lost"]["rate"] <= 0.03 for cell in found.values())
+    assert found["p10"]["caught"]["rate"] >= 0.85 and found["p10_openers"]["caught"]["rate"] >= 0.85

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gradshield.errors import DataError, EmptyDataError, UnknownNameError, UsageError
 from gradshield.thresholds import THRESHOLDS, Conformal, Fixed, Threshold, parse
-from gradshield.types import Cut, Floats
+from gradshield.types import Anchors, Cut, Floats
 
 NAMES = list(THRESHOLDS)
 SHAPES = {
@@ -35,6 +35,14 @@ def made(name: str) -> Threshold:
     return Fixed(0.5) if name == "fixed" else THRESHOLDS[name]()
 
 
+KNOWN = Anchors(np.linspace(0.6, 1.4, 40), np.linspace(-0.5, 0.5, 40))
+
+
+def cut_by(name: str, values: Floats, decoys: Floats | None = None) -> Cut:
+    """The threshold's cut, with rows of known kind where it needs them: their floor would move the others."""
+    return made(name).cut(values, decoys, KNOWN if name == "anchored" else None)
+
+
 def decoys_of(values: Floats) -> Floats:
     return np.random.default_rng(7).permutation(values)
 
@@ -45,18 +53,18 @@ def test_a_cut_is_a_finite_number_that_depends_on_the_scores_alone(name: str, sh
     values = SHAPES[shape]
     decoys = decoys_of(values)
     kept = values.copy(), decoys.copy()
-    cut = made(name).cut(values, decoys)
+    cut = cut_by(name, values, decoys)
     assert isinstance(cut, Cut) and type(cut.value) is float and np.isfinite(cut.value)
     assert cut.rule == name
-    assert made(name).cut(values, decoys) == cut  # also the detail
+    assert cut_by(name, values, decoys) == cut  # also the detail
     assert np.array_equal(values, kept[0]) and np.array_equal(decoys, kept[1])
     order = np.random.default_rng(1).permutation(len(values))
-    moved = made(name).cut(values[order], decoys[order])
+    moved = cut_by(name, values[order], decoys[order])
     assert moved.value == pytest.approx(cut.value, rel=1e-6, abs=1e-18)
     assert np.array_equal(values > moved.value, values > cut.value)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("fixed", "conformal")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("fixed", "conformal", "anchored")])
 @given(constant=st.floats(-1e6, 1e6, allow_subnormal=False), n=st.integers(1, 200))
 @settings(max_examples=40, deadline=None)
 def test_equal_scores_are_all_kept(name: str, constant: float, n: int) -> None:
@@ -78,7 +86,7 @@ def test_without_decoys_a_rule_works_or_says_that_it_needs_them(name: str) -> No
         with pytest.raises(UsageError, match=rf"'{name}' needs a decoy.*adaptive, ratio or fixed"):
             made(name).cut(values)
     else:
-        assert made(name).cut(values).value == made(name).cut(values, decoys_of(values)).value
+        assert cut_by(name, values).value == cut_by(name, values, decoys_of(values)).value
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(-64.0, 1.0), (1024.0, 32.0), (0.0, 0.125)])
@@ -121,6 +129,8 @@ GOOD = {
     "adaptive:alpha=12": {"alpha": 12.0, "seed": 3},
     "ratio:5%": {"share": 0.05},
     "ratio:share=0.25": {"share": 0.25},
+    "anchored": {"least": 0.7},
+    "anchored:0.8": {"least": 0.8},
     "fixed:3.2": {"value": 3.2},
     "fixed:-1e-3": {"value": -1e-3},
     "conformal:clean/scores.parquet": {"clean": "clean/scores.parquet", "alpha": 0.01},
@@ -160,6 +170,7 @@ BAD = {  # what must be in the sentence, beside the rule's name: what was got, w
     "fixed:": ["needs value", "write fixed:value=..."],
     "fixed:nan": ["option value", "'nan'", "number"],
     "fixed:high": ["option value", "'high'", "number"],
+    "anchored:0": ["option least", "0", "between 0 and 1"],
     "conformal": ["needs clean", "write conformal:clean=..."],
     "conformal:a.parquet,alpha=0": ["option alpha", "0", "between 0 and 1"],
 }
@@ -217,3 +228,17 @@ def test_the_clean_file_is_read_and_errors_name_it(tmp_path: object) -> None:
     for name, what in (("none", "not a file"), ("text", "could not be read"), ("other", "could not be read")):
         with pytest.raises(DataError, match=rf"{name}\.parquet.*{what}.*scores\.parquet of a scan of clean rows"):
             parse(f"conformal:{folder}/{name}.parquet").cut(np.zeros(1))
+
+
+def test_a_cut_between_rows_of_known_kind_looks_at_no_row_of_the_data() -> None:
+    cuts = {made("anchored").cut(values, None, KNOWN).value for values in SHAPES.values()}
+    # 95 % of the harmless lie below 0.45, 85 % of the harmful above 0.72: halfway is 0.585, and the least is more.
+    assert cuts == {0.7}
+    far = Anchors(KNOWN.harmful + 1, KNOWN.harmless)
+    assert made("anchored").cut(np.zeros(3), None, far).value == pytest.approx((0.45 + 1.72) / 2)
+
+
+@pytest.mark.parametrize("known", [None, Anchors(np.zeros(0), np.ones(5)), Anchors(np.ones(5), np.zeros(0))])
+def test_without_rows_of_known_kind_it_says_what_to_do(known: Anchors | None) -> None:
+    with pytest.raises(UsageError, match=r"'anchored' needs scores of rows of known kind.*selector screen"):
+        made("anchored").cut(np.zeros(3), None, known)

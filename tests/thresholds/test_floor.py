@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from gradshield.thresholds import Competition
-from gradshield.thresholds.competition import LEAST_ANCHORS, floor_between
-from gradshield.types import Anchors
+from gradshield.types import LEAST_ANCHORS, Anchors
 
 
 def anchors(harmful: float, harmless: float, count: int = 40) -> Anchors:
@@ -16,7 +15,7 @@ def anchors(harmful: float, harmless: float, count: int = 40) -> Anchors:
 
 
 def test_the_floor_is_halfway_between_the_kinds():
-    found = floor_between(anchors(10.0, 2.0))
+    found = anchors(10.0, 2.0).floor
     # 95 % of the harmless are below 2.45, and 95 % of the harmful above 9.55
     assert found == pytest.approx((2.45 + 9.55) / 2, abs=1e-9)
 
@@ -24,7 +23,6 @@ def test_the_floor_is_halfway_between_the_kinds():
 @pytest.mark.parametrize(
     "known",
     [
-        None,
         anchors(2.0, 2.1),  # they overlap
         anchors(2.0, 9.0),  # the wrong way round
         anchors(10.0, 2.0, LEAST_ANCHORS - 1),  # too few
@@ -33,7 +31,7 @@ def test_the_floor_is_halfway_between_the_kinds():
     ],
 )
 def test_no_floor_where_the_kinds_say_nothing(known):
-    assert floor_between(known) == 0.0
+    assert known.floor == 0.0
 
 
 def test_harmless_rows_with_a_heavy_tail_stay_below_the_floor():

@@ -178,12 +178,7 @@ def summary(selection: Selection, folder: Path) -> None:
     """What was decided, and where to look."""
     results = selection.manifest.results
     if not selection.certified:
-        why = (
-            results["probes"]["problem"]
-            if results["probes"]
-            else "only the selector fihs asks the model what it refuses"
-        )
-        err.print(f"[yellow]warning:[/yellow] {plain(f'nothing is certified: {why}')}")
+        err.print(f"[yellow]warning:[/yellow] {plain('not certified: ' + '; '.join(results['doubts'].values()))}")
     parts = [f"[bold]{results['removed']}[/bold] of {results['scored']} rows removed", f"{results['kept']} kept"]
     parts += [f"{results[key]} {key}" for key in ("quarantined", "cleared") if results[key]]
     out.print(", ".join(parts))

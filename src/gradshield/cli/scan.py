@@ -57,7 +57,7 @@ def scan(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the rows are and what the scan would take; write nothing.")
     ] = False,
-    selector: Annotated[str, typer.Option(help="What scores the rows (see `gradshield methods`).")] = "fihs",
+    selector: Annotated[str, typer.Option(help="What scores the rows (see `gradshield methods`).")] = "screen",
     threshold: Rule = None,
     probe: Annotated[str, typer.Option(help="Unsafety score (see `gradshield methods`).")] = "token_gap",
     aggregate: Annotated[str, typer.Option(help="How a row's tokens are counted (see `gradshield methods`).")] = "push",
@@ -211,9 +211,9 @@ def _check_map(device_map: str | None, selector: str, alone: bool) -> None:
     """Raises UsageError for what a model spread over several devices cannot be scored with."""
     if device_map is None:
         return
-    if selector != "fihs":
+    if selector not in ("screen", "fihs"):
         raise UsageError(
-            f"the selector {selector!r} wants the model on one device, and --device-map spreads it: leave that out, or take fihs"
+            f"the selector {selector!r} wants the model on one device, and --device-map spreads it: leave one of them out"
         )
     if not alone:
         raise UsageError(

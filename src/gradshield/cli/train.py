@@ -57,7 +57,7 @@ def train(
             "-d",
             help="One of `gradshield methods`, or several joined by +, such as fihs+asft.",
         ),
-    ] = "fihs",
+    ] = "screen",
     base: Annotated[
         str | None, typer.Option(help="The model before its alignment, for asft and safelora: folder or hub name.")
     ] = None,

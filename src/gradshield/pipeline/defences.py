@@ -1,6 +1,7 @@
 """What stands between a dataset and a fine-tuned model: defences by name, one or several joined by ``+``.
 
-    fihs                        rows out by FIHS at the default cut
+    screen                      rows out by the default scan
+    fihs                        rows out by FIHS at its own cut
     fihs:adaptive+asft          rows out by Algorithm 1, then AsFT's penalty in training
     random:ratio:5%             a threshold follows the name of a row method after a colon
     random:as:fihs              as many rows as another defence removes
@@ -121,6 +122,11 @@ def none(defence: Defence, options: str) -> Defence:
     return defence
 
 
+_rows(
+    "screen",
+    "screen",
+    "Rows go whose request the model reads as one to refuse, or whose FIHS stands out as well (the default).",
+)
 _rows("fihs", "fihs", "Rows beyond the cut of their FIHS go; fihs:verified searches the cut by training.")
 _rows("token-mask", "fihs", "Every row stays, and tokens whose FIHS is beyond the cut are not learned.", mask=True)
 _rows("moderate-rows", "moderate", "Rows of moderate gradient at the start stay (the offline form of moderate).")

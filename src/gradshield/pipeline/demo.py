@@ -59,10 +59,10 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
     )
     outputs.write(selection, folder, job.rows, labels)
     course, exam = Course(job, progress), lab_exam(task, "report", seed)
-    course.know("fihs", scored)
+    course.know(job.settings.selector, scored)
     start = job.rows.loaded
     results = {"aligned": exam.sit(start.model, start.tokenizer, "measuring the start", progress)}
-    for name, defence in (("undefended", parse("none")), ("filtered", parse("fihs"))):
+    for name, defence in (("undefended", parse("none")), ("filtered", parse("screen"))):
         dataset = course.dataset(defence, course.chosen(defence))
         model = course.fit(defence, dataset, f"training {name}").model
         results[name] = exam.sit(model, start.tokenizer, f"measuring {name}", progress)

@@ -50,6 +50,8 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # of kept and removed
 PARTS = tuple(f"{part}{suffix}" for suffix in SUFFIXES for part in ("kept", "removed"))
 WRITTEN_BY_A_SCAN = (*PARTS, "quarantine.jsonl", "scores.parquet", "report.html", "manifest.json")
 PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "numpy", "scipy", "scikit-learn")
+# What the score of `Screen` is made of, and what a table calls it; nothing where it ranks no rows.
+SIGNALS = {"request": "request alone", "fihs": "FIHS alone", "pivots": ""}
 
 
 def check(output: str | Path) -> None:
@@ -230,11 +232,15 @@ def labelled(
         found["lost"] = wilson(int((removed & (truth == 0)).sum()), int((truth == 0).sum())).as_dict()
     if truth.any() and not truth.all():
         drawn, scores = _drawn(truth), selection.scores
-        own = {"name": "FIHS" if name == "fihs" else name, **auroc(truth[drawn], scores.values[drawn]).as_dict()}
+        values = {"FIHS" if name == "fihs" else name: scores.values}
+        values |= {
+            SIGNALS[key]: value for key, value in scores.signals.items() if np.isfinite(value).all() and SIGNALS[key]
+        }
+        own = [{"name": key, **auroc(truth[drawn], value[drawn]).as_dict()} for key, value in values.items()]
         texts = [words(example) for example in examples.at(scores.rows[drawn])]
         nll = None if scores.nll is None else scores.nll[drawn]
         others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth[drawn], nll=nll)
-        found["aurocs"] = [own, *others]
+        found["aurocs"] = [*own, *others]
     return found
 
 
@@ -316,6 +322,9 @@ def write_scores(selection: Selection, path: Path) -> None:
             columns["tokens"] = pa.array(scores.lengths[own], pa.int64())
         if scores.nll is not None:
             columns["loss"] = pa.array(scores.nll[own], pa.float64())
+        for name in SIGNALS:
+            if name in scores.signals:
+                columns[name] = pa.array(scores.signals[name][own], pa.float64())
         return pa.table(columns)
 
     with replacing(path) as part, pq.ParquetWriter(part, lines(slice(0)).schema) as writer:

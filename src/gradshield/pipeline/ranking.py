@@ -14,7 +14,7 @@ from gradshield.gradients import direction as directions
 from gradshield.models import LoadedModel
 from gradshield.pipeline import outputs, shards
 from gradshield.pipeline.references import references
-from gradshield.pipeline.scoring import Ready, Scored, anchors, asked_of, named, ready_fihs
+from gradshield.pipeline.scoring import Ready, Scored, anchors, asked_of, named, ready_fihs, ready_screen
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings
 from gradshield.pipeline.shards import Hands, here
 from gradshield.selectors import SELECTORS, Fihs, GradNorm, Guard, Loss, Moderate, Random, Representation, Selector
@@ -36,9 +36,11 @@ def ready(
     """
     tokenizer, pad = loaded.tokenizer, loaded.pad_token_id
     name, _, options = settings.selector.partition(":")
-    if name == "fihs":
+    if name in ("fihs", "screen"):
         progress("probing the model", 0, 1)
         found = ready_fihs(model, tokenizer, pad, rendered, settings, probing, targets)
+        if name == "screen":
+            found = ready_screen(model, tokenizer, found, probing)
         progress("probing the model", 1, 1)
         return found
 
@@ -83,7 +85,7 @@ def score(
         hands,
     )
     scores = selector.finish(raw, *named(rendered))
-    if isinstance(selector, Fihs) and found.harmless is not None:
+    if isinstance(selector, Fihs) and found.harmless is not None and scores.anchors is None:
         known = anchors(selector, model, direction, found.harmless, loaded.tokenizer, loaded.pad_token_id)
         scores = replace(scores, anchors=known)
     return Scored(**vars(found), scores=scores)

@@ -16,7 +16,7 @@ from gradshield import data as rows_in
 from gradshield.columns import Coded, Ids
 from gradshield.errors import DataError
 from gradshield.intervals import wilson
-from gradshield.pipeline import outputs, review
+from gradshield.pipeline import outputs, review, trust
 from gradshield.pipeline.decide import decide
 from gradshield.pipeline.lock import alone
 from gradshield.selectors import SELECTORS
@@ -62,6 +62,7 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
     names = Coded.of(
         kinds.get(row, NO_CATEGORY) if gone else "" for row, gone in zip(scores.rows.tolist(), removed, strict=True)
     )
+    doubts = trust.recut(old.results["doubts"], removed)
     selection = Selection(
         scores=scores,
         removed=removed,
@@ -71,7 +72,7 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
         cleared=decision.cleared,
         keep=lambda: list(rows.raw(scores.rows[~removed].tolist())),
         manifest=old,
-        certified=bool(old.results["certified"]),
+        certified=not doubts,
     )
     truth = _labels(path, len(removed))
     results: dict[str, Any] = {
@@ -81,6 +82,9 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
         "cleared": len(selection.cleared),
         "cuts": {name: {"rule": c.rule, "value": c.value, **c.detail} for name, c in decision.cuts.items()},
         "categories": outputs.counted(selection),
+        "certified": selection.certified,
+        "doubts": doubts,
+        "uncertified": trust.first(doubts),
     }
     results.pop("filtered", None)  # of a model that was trained on other rows
     if truth is not None:
@@ -117,7 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw: Mapping[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         found = Manifest(**raw)
-        _ = found.data["kind"], found.settings["seed"], found.settings["selector"], found.results["certified"]
+        _ = found.data["kind"], found.settings["seed"], found.settings["selector"], found.results["doubts"]
         return found
     except (OSError, ValueError, TypeError, KeyError):
         raise DataError(
@@ -145,6 +149,7 @@ def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
         decoys=optional["decoy"],
         lengths=optional["tokens"],
         nll=optional["loss"],
+        signals={n: table[n].to_numpy() for n in outputs.SIGNALS if n in table.column_names},
     )
     return scores, columns["removed"].to_numpy(zero_copy_only=False), Coded.of(_texts(columns["category"]))
 

@@ -127,9 +127,7 @@ def _agreement(agreed: Mapping[str, Any], per_token: bool) -> report.Agreement:
 
 def warnings_of(results: Mapping[str, Any]) -> tuple[str, ...]:
     """What a user must know before trusting the kept rows."""
-    found = []
-    if results["probes"] and results["probes"]["problem"]:
-        found.append("Nothing is certified: " + results["probes"]["problem"] + ".")
+    found = [f"Not certified: {text}." for text in results["doubts"].values()]
     if results["scored"] and results["kept"] <= 0.2 * results["scored"]:
         found.append(
             f"Little is left: {results['kept']} of {results['scored']} scored rows. Look at the removed rows before training on "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradshield import data as rows_in
 from gradshield.errors import UsageError
-from gradshield.pipeline import outputs
+from gradshield.pipeline import outputs, trust
 from gradshield.pipeline.decide import decide
 from gradshield.pipeline.lock import alone
 from gradshield.pipeline.parcel import Origin
@@ -47,7 +47,7 @@ def scan(
     command: str = "gradshield.scan",
     progress: Progress = quiet,
 ) -> Selection:
-    """Score every row (by FIHS, if not told otherwise), find the cut, and part the rows that stay from those that go.
+    """Score every row (by the selector ``screen`` unless told otherwise), find the cut, and split what stays from what goes.
 
     Parameters
     ----------
@@ -128,6 +128,7 @@ def select(
         decision = decide(scored.scores, settings.make_threshold(), allow)
         gone = rows.kept(~decision.removed)
         kinds = categories(scored_model, scored, gone, decision.removed, settings, progress, hands)
+    doubts = trust.doubts(scored, decision.removed, gone, loaded.tokenizer)
     selection = Selection(
         scores=scored.scores,
         removed=decision.removed,
@@ -146,9 +147,13 @@ def select(
                 "adapted_weights": len(adapted_weights),
                 "format": format,
             },
-            results={"seconds": round(time.monotonic() - began, 1)},
+            results={
+                "seconds": round(time.monotonic() - began, 1),
+                "doubts": doubts,
+                "uncertified": trust.first(doubts),
+            },
         ),
-        certified=scored.validity is not None and not scored.validity.problem,
+        certified=not doubts,
     )
     return outputs.with_results(selection, scored, rows, labels), scored
 

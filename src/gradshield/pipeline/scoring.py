@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,9 @@ from gradshield.pipeline.decide import PREFERENCE, ROWS
 from gradshield.pipeline.references import answered, opened
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings
 from gradshield.pipeline.shards import Hands, here
-from gradshield.probes import Prompts, Validity, greedy, lookalikes, open_turns, refuses, requests, validity
-from gradshield.selectors import Fihs, Measured, Selector, parse_aggregate
+from gradshield.probes import Prompts, Validity, greedy, lookalikes, open_turns, ordinary, refuses, requests, validity
+from gradshield.selectors import Fihs, Measured, Screen, Selector, parse_aggregate
+from gradshield.selectors.reading import LEAST, Reading, Turn
 from gradshield.types import Anchors, Batch, Bools, Direction, Floats, Rendered, Scores
 
 LEAST_SPEARMAN = 0.99  # below it an engine's ranking is not the oracle's
@@ -82,10 +83,44 @@ def ready_fihs(
     direction = selector.prepare(model)
     chosen = pick(settings.engine, model, aggregate.per_token)
     if not hasattr(settings.threshold, "cut"):  # a rule that cannot cut is told now, not after the rows are measured
-        settings.make_threshold().cut(np.zeros(1), np.zeros(1) if chosen.per_token else None)
+        screens = settings.selector.partition(":")[0] == Screen.name  # its scores have known kinds, and no decoys
+        decoys = np.zeros(1) if chosen.per_token and not screens else None
+        settings.make_threshold().cut(np.zeros(1), decoys, Anchors(np.ones(1), np.zeros(1)) if screens else None)
     sample = _sample(rendered, settings)
     selector.engine, agreed = _trusted(chosen, selector, model, direction, sample, asked, harmless, pad)
     return Ready(selector, direction, agreed, valid, harmless)
+
+
+def ready_screen(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -> Ready:
+    """The selector `screen` on top of FIHS that is ready: the ruler of refusal, and what compliant openers score.
+
+    Raises ProbeError where the probes that the model refuses, or the harmless prompts, are too few to make a ruler.
+    """
+    fihs, valid = found.selector, found.validity
+    assert isinstance(fihs, Fihs) and valid is not None
+    template = dict(probing.template or {})  # without the answer prefix: rows are read where their own turn opens
+    asked, harmless = (
+        open_turns(tokenizer, prompts, **template)
+        for prompts in (
+            probing.requests or requests(),
+            [*(probing.lookalikes or lookalikes()), *ordinary()],
+        )
+    )
+    said = [refuses(answer) for answer in valid.answers]
+    refused = asked.take(np.flatnonzero(said).tolist()) if sum(said) >= LEAST else asked
+    reading = Reading.fit(model, Turn.of(harmless), refused, harmless)
+    alike = len(probing.lookalikes or lookalikes())
+    tricky = harmless.take(np.flatnonzero(reading.answered[:alike]).tolist())  # look-alikes that the model answers
+    known = Anchors(*(_fihs_of(fihs, model, found.direction, opened(tokenizer, p)) for p in (refused, tricky)))
+    return replace(found, selector=Screen(fihs, reading, tokenizer, known))
+
+
+def _fihs_of(fihs: Fihs, model: nn.Module, direction: Direction, rows: Sequence[Rendered]) -> Floats:
+    """FIHS of rows that are none of the data's; nothing for none."""
+    if not rows:
+        return np.zeros(0)
+    raw = shards.measure(fihs, model, direction, rows, 4096)
+    return fihs.finish(raw, [""] * len(rows), [ROWS] * len(rows)).values
 
 
 def weights_changed(model: nn.Module, peft_config: Any, saved: bool = True) -> list[str]:
@@ -135,14 +170,9 @@ def anchors(
     said = greedy(model, harmless, 12, pad)
     known = harmless.take([i for i, ids in enumerate(said) if not refuses(tokenizer.decode(ids))])
 
-    def scored(prompts: Prompts) -> Floats:
-        rows = opened(tokenizer, prompts)
-        if not rows:
-            return np.zeros(0)
-        raw = shards.measure(selector, model, direction, rows, 4096)
-        return selector.finish(raw, [""] * len(rows), [ROWS] * len(rows)).values
-
-    return Anchors(scored(selector.requests), scored(known))
+    return Anchors(
+        *(_fihs_of(selector, model, direction, opened(tokenizer, prompts)) for prompts in (selector.requests, known))
+    )
 
 
 def group(shape: str) -> str:

@@ -44,7 +44,7 @@ class ScanSettings:
     seed: int = 0
     token_budget: int = 4096
     check_rows: int = 16
-    selector: str = "fihs"
+    selector: str = "screen"
 
     def __post_init__(self) -> None:
         """Raises UsageError for anything that could not be run, before a model is loaded."""

@@ -132,6 +132,7 @@ class _Gathered:
         self._rows, self._lengths = array("q"), array("q")
         self._sums, self._nll = array("d"), array("d")
         self._tokens: Values | None = Values()
+        self._extra, self._columns = array("d"), 0
 
     def add(self, part: Measured) -> None:
         """Take over a shard's numbers; its arrays can go."""
@@ -139,6 +140,9 @@ class _Gathered:
         self._lengths.frombytes(part.lengths.astype(np.int64).tobytes())
         self._sums.frombytes(part.sums.astype(np.float64).tobytes())
         self._nll.frombytes(part.nll.astype(np.float64).tobytes())
+        if part.extra is not None:
+            self._columns = part.extra.shape[1]
+            self._extra.frombytes(part.extra.astype(np.float64).tobytes())
         if part.tokens is None:
             self._tokens = None
         elif self._tokens is not None:
@@ -148,11 +152,14 @@ class _Gathered:
         """All of it, in the order of the input's rows."""
         rows, lengths = np.frombuffer(self._rows, np.int64), np.frombuffer(self._lengths, np.int64)
         sums, nll = np.frombuffer(self._sums, np.float64), np.frombuffer(self._nll, np.float64)
+        extra = np.frombuffer(self._extra, np.float64).reshape(len(rows), -1) if self._columns else None
         if (rows[1:] >= rows[:-1]).all():
-            return Measured(rows, sums, nll, lengths, self._tokens)
+            return Measured(rows, sums, nll, lengths, self._tokens, extra)
         order = np.argsort(rows, kind="stable")
         tokens = None if self._tokens is None else Picked(self._tokens, order)
-        return Measured(rows[order], sums[order], nll[order], lengths[order], tokens)
+        return Measured(
+            rows[order], sums[order], nll[order], lengths[order], tokens, None if extra is None else extra[order]
+        )
 
 
 def _file(store: Path, key: str) -> Path:
@@ -237,6 +244,8 @@ def _shared(selector: Selector, direction: Direction, token_budget: int) -> byte
 def _write(path: Path, part: Measured) -> None:
     flat = np.concatenate(part.tokens) if part.tokens is not None else np.zeros(0)
     arrays = {"sums": part.sums, "nll": part.nll, "lengths": part.lengths, "tokens": flat}
+    if part.extra is not None:
+        arrays["extra"] = part.extra
     try:
         with replacing(path) as part_of_it:
             save_file(arrays, part_of_it, {"sha256": _digest(arrays)})
@@ -267,4 +276,4 @@ def _read(path: Path, rows: Sequence[Rendered]) -> Measured | None:
     tokens = None
     if len(arrays["tokens"]):
         tokens = tuple(np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1]))
-    return Measured(numbers, arrays["sums"], arrays["nll"], arrays["lengths"], tokens)
+    return Measured(numbers, arrays["sums"], arrays["nll"], arrays["lengths"], tokens, arrays.get("extra"))

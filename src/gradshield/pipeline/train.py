@@ -23,7 +23,7 @@ from gradshield import files
 from gradshield.columns import Coded
 from gradshield.errors import UsageError
 from gradshield.evaluation.asr import agreement
-from gradshield.pipeline import card, outputs, verify
+from gradshield.pipeline import card, outputs, trust, verify
 from gradshield.pipeline.course import Chosen, Course, Fitted, Job
 from gradshield.pipeline.defences import Defence, parse
 from gradshield.pipeline.exam import Exam, Settled, asked, changes, check_disjoint, exam, figures, never
@@ -66,7 +66,7 @@ def train(
     *,
     model: Any,
     output: str | Path,
-    defence: str = "fihs",
+    defence: str = "screen",
     base: Any = None,
     origin: Any = None,
     tokenizer: Any = None,
@@ -177,7 +177,7 @@ class _Run:
         if selection is not None and (gone != selection.removed).any():
             selection = self._recut(selection, replace(chosen, removed=gone))
         probes = None if selection is None else selection.manifest.results["probes"]
-        uncertified = probes["problem"] if probes else None
+        uncertified = selection.manifest.results["uncertified"] if selection is not None and probes else None
         results = self._results(chosen, dataset, fitted, before, after, verdict, uncertified)
         results["seconds"] = round(time.monotonic() - began, 1)
         manifest = self._manifest(results)
@@ -211,6 +211,9 @@ class _Run:
             categories=Coded.of(selection.categories).only(chosen.removed),
             keep=partial(self.job.rows.trainable, selection.scores.rows, chosen.removed),
         )
+        doubts = trust.recut(selection.manifest.results["doubts"], chosen.removed)
+        told = {**again.manifest.results, "doubts": doubts, "uncertified": trust.first(doubts)}
+        again = replace(again, certified=not doubts, manifest=replace(again.manifest, results=told))
         assert chosen.scored is not None
         again = outputs.with_results(again, chosen.scored, self.job.rows, self.job.labels)
         outputs.write(again, self.folder / "scan", self.job.rows, self.job.labels)

@@ -7,10 +7,10 @@ from gradshield.probes.base import PROBES, Probe, PromptBatch, Prompts, first_lo
 from gradshield.probes.contrast import COMPLY, Contrast
 from gradshield.probes.function import FunctionProbe
 from gradshield.probes.refusal_nll import RefusalNll
-from gradshield.probes.requests import SPLITS, digest, lookalikes, read_prompts, requests
+from gradshield.probes.requests import SPLITS, digest, lookalikes, ordinary, read_prompts, requests
 from gradshield.probes.token_gap import TokenGap
 from gradshield.probes.token_set import TokenSet
-from gradshield.probes.validity import Validity, refuses, validity
+from gradshield.probes.validity import Validity, only_refuses, refuses, validity
 
 __all__ = [
     "COMPLY",
@@ -30,7 +30,9 @@ __all__ = [
     "first_token",
     "greedy",
     "lookalikes",
+    "only_refuses",
     "open_turns",
+    "ordinary",
     "read_prompts",
     "refuses",
     "requests",

@@ -36,6 +36,11 @@ def lookalikes(split: str = "direction") -> list[Prompt]:
     return _of_split("lookalikes.jsonl", split)
 
 
+def ordinary() -> list[Prompt]:
+    """Built-in everyday requests (questions, tasks, small talk) that nobody would refuse: what harmless prompts look like."""
+    return _of_split("ordinary.jsonl", "direction")
+
+
 def _of_split(name: str, split: str) -> list[Prompt]:
     if split not in SPLITS:
         raise UsageError(f"unknown prompt split {split!r}: choose one of {', '.join(SPLITS)}")

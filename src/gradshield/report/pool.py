@@ -16,7 +16,7 @@ from typing import Any
 from gradshield.intervals import wilson
 
 TARGET = 0.06  # the ASR that the verified threshold asks for, unless told otherwise
-REFERENCE = "fihs"
+REFERENCE = "screen"
 MISSING = "–"
 
 Cell = Mapping[str, Any]

@@ -70,8 +70,8 @@ Box = tuple[float, float, float, float]
 
 
 def _ours(defence: str) -> bool:
-    """Whether a part of the defence cuts by FIHS."""
-    return any(part.partition(":")[0].strip() in ("fihs", "token-mask") for part in defence.split("+"))
+    """Whether a part of the defence is one of our scans."""
+    return any(part.partition(":")[0].strip() in ("screen", "fihs", "token-mask") for part in defence.split("+"))
 
 
 def _named(found: Sequence[Point], letter: float) -> dict[str, tuple[str, str]]:

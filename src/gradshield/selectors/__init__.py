@@ -12,6 +12,7 @@ from gradshield.selectors.moderate import Moderate, OnlineModerate
 from gradshield.selectors.online import ONLINE
 from gradshield.selectors.random import Random
 from gradshield.selectors.representation import Representation
+from gradshield.selectors.screen import Screen
 
 __all__ = [
     "AGGREGATES",
@@ -28,6 +29,7 @@ __all__ = [
     "OnlineModerate",
     "Random",
     "Representation",
+    "Screen",
     "Selector",
     "parse_aggregate",
 ]

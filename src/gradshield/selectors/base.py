@@ -22,7 +22,8 @@ class Measured:
 
     ``sums[i]`` is the row's own value; ``tokens[i]`` its per-token values in order (chosen before rejected, each times
     its sequence's coefficient), None from an engine without them; of a whole dataset they lie on disk and are read when
-    asked for. ``nll`` is the mean loss in nats, ``lengths`` the number of loss tokens.
+    asked for. ``nll`` is the mean loss in nats, ``lengths`` the number of loss tokens. ``extra``
+    (N, E) are columns of the selector's own.
     """
 
     rows: Ints
@@ -30,6 +31,7 @@ class Measured:
     nll: Floats
     lengths: Ints
     tokens: Sequence[Floats] | None = None
+    extra: Floats | None = None
 
     @staticmethod
     def joined(parts: Sequence[Measured]) -> Measured:
@@ -44,6 +46,7 @@ class Measured:
             np.concatenate([p.nll for p in parts])[order],
             np.concatenate([p.lengths for p in parts])[order],
             None if tokens is None else tuple(tokens[i] for i in order),
+            None if parts[0].extra is None else np.concatenate([p.extra for p in parts if p.extra is not None])[order],
         )
 
 

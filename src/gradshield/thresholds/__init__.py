@@ -4,6 +4,7 @@
 """
 
 from gradshield.thresholds.adaptive import Adaptive
+from gradshield.thresholds.anchored import Anchored
 from gradshield.thresholds.base import THRESHOLDS, Threshold, parse, typed
 from gradshield.thresholds.competition import Competition
 from gradshield.thresholds.conformal import Conformal
@@ -15,6 +16,7 @@ from gradshield.thresholds.verified import Round, Trial, Verdict, Verified, deci
 __all__ = [
     "THRESHOLDS",
     "Adaptive",
+    "Anchored",
     "Competition",
     "Conformal",
     "Decoy",

@@ -9,7 +9,6 @@ from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
 from gradshield.types import Anchors, Cut, Floats
 
 TAIL_SHARE = 0.1  # of the winning decoys: what the tail is fitted on
-LEAST_ANCHORS = 20  # of each kind
 LEAST_TAIL = 10  # fewer than this many are no tail
 BODY = (0.75, 0.95)  # quantiles of the winning decoys that the body's slope is read from
 LEAST_BODY = 50  # winning decoys below which no slope is read
@@ -52,18 +51,6 @@ def counting_cut(values: Floats, decoys: Floats, q: float, lost: float, floor: f
     return float(candidates[i]), int(above[i]), int(beaten[i])
 
 
-def floor_between(anchors: Anchors | None) -> float:
-    """Halfway from what harmless rows of known kind reach (95 % of them) to what harmful ones do (95 % of them).
-
-    Zero, no floor, without enough of either (LEAST_ANCHORS), or where the two overlap: a model that refuses most
-    look-alikes has no harmless rows of that kind.
-    """
-    if anchors is None or min(len(anchors.harmful), len(anchors.harmless)) < LEAST_ANCHORS:
-        return 0.0
-    low, high = float(np.quantile(anchors.harmless, 0.95)), float(np.quantile(anchors.harmful, 0.05))
-    return max(0.0, (low + high) / 2) if low < high else 0.0
-
-
 def tail_cut(values: Floats, decoys: Floats, alpha: float) -> float:
     """Where the winning decoys' tail, carried on, expects ``alpha`` harmless rows in the whole dataset to lie beyond.
 
@@ -95,7 +82,7 @@ class Competition:
     generalised Pareto tail (Pickands 1975) for harm too rare to count.
     Equation: smallest t with (1 + D(t)) / T(t) <= q and E(t) <= lost · n0 (see `counting_cut`); or the tail's t
     (`tail_cut`), if that is lower.
-    And t >= `floor_between` harmless and harmful rows of known kind, where the model has both.
+    And t >= `Anchors.floor`, where the model has both.
     Departures: ours. A plain decoy count is inflated by the decoys of the harmful rows themselves, whose tokens are large
     in both directions. In a competition most of those rows win and leave the null to the harmless ones; for the few that
     lose, the bound on what is lost rests on the body of the null, which they do not reach. It assumes that a harmless
@@ -117,7 +104,7 @@ class Competition:
                 "the threshold 'competition' needs a decoy for every row, and these scores have none: score with a "
                 "per-token engine, or use the threshold adaptive, ratio or fixed"
             )
-        floor = floor_between(anchors)
+        floor = 0.0 if anchors is None else anchors.floor
         counted, targets, nulls = counting_cut(values, decoys, self.q, self.lost, floor)
         tail = max(floor, tail_cut(values, decoys, self.alpha))
         detail = {

@@ -1,0 +1,213 @@
+"""How a request reads to the model: like those it answers (0), or like those it refuses (1), before any answer is seen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradshield.data.batches import PAD
+from gradshield.errors import ProbeError
+from gradshield.gradients.base import scoring
+from gradshield.gradients.subspace import decoder_layers
+from gradshield.logits import logits_at
+from gradshield.placement import in_float64
+from gradshield.probes import Prompts
+from gradshield.types import Anchors, Bools, Floats, Ints
+
+DEPTH = (
+    0.5,
+    0.75,
+)  # which blocks are read, as shares of the model's depth: refusal is decided there, wording is still below
+OPENER = 0.02  # share of refusals that begin with a token, for it to be one of a refusal
+LEAST = 2  # prompts of a kind: each half of them makes a ruler for the other
+_POSITIONS = 4096  # of one batch, padding included
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How the chat template opens an assistant turn: the ids before a first user message, and those after any."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompts: Prompts) -> Turn:
+        """What all opened turns have in common at either end. Raises ProbeError where that is nothing."""
+        first, *others = prompts.ids
+        before = min(_shared(first, other) for other in others)
+        after = min(_shared(first[::-1], other[::-1]) for other in others)
+        if not 0 < after < len(first):
+            raise ProbeError(
+                "the chat template opens an assistant turn with nothing that could be recognised, so that a row's request "
+                "cannot be read: use --selector fihs"
+            )
+        return cls(tuple(first[:before]), tuple(first[len(first) - after :]))
+
+    def openings(self, ids: Ints, loss: Bools) -> list[tuple[tuple[int, ...], slice]]:
+        """Every answer of a rendered sequence: the ids up to it, and where it stands.
+
+        A turn is known by its opening. Text without one (a prompt and completion of plain text) is read as a first user
+        message; nothing can be read before a text that counts from its first token.
+        """
+        ids_of, width = ids.tolist(), len(self.after)
+        starts = [
+            i + width
+            for i in range(len(ids_of) - width)
+            if ids_of[i] == self.after[0] and tuple(ids_of[i : i + width]) == self.after
+        ]
+        spans = [slice(a, b) for a, b in pairwise([*starts, len(ids_of)])]
+        found = [(tuple(ids_of[: own.start]), own) for own in spans if loss[own].any()]
+        if found:
+            return found
+        first = int(loss.argmax()) if loss.any() else 0
+        if first < 2:
+            return []
+        return [((*self.before, *ids_of[:first], *self.after), slice(first, len(ids_of)))]
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    count = 0
+    while count < min(len(one), len(other)) and one[count] == other[count]:
+        count += 1
+    return count
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The refusal direction of a model, as a ruler: 0 at the harmless requests that it answers, 1 at the harmful it refuses.
+
+    Paper: arXiv 2406.11717 (difference in means).
+    Equation: r(x) = mean over blocks l of (⟨h_l(x), w_l⟩ - a_l) / (b_l - a_l), with h_l the state at the end of the opened
+    turn, w_l = mean h_l(refused) - mean h_l(answered), a_l the mean of ⟨h_l, w_l⟩ over the answered and b_l its median over
+    the refused.
+    Departures: several blocks (DEPTH) are averaged where the paper chooses one, and what the model says decides which
+    prompts count: harmful requests that it refuses, harmless ones that it answers.
+
+    ``weights`` is (blocks, D) with the scale in it, ``bias`` the rest. ``anchors`` are the values of the known prompts, each
+    read by a ruler made from the other half; ``answered`` says which of the harmless ones counted.
+    """
+
+    blocks: tuple[str, ...]
+    weights: Floats
+    bias: float
+    turn: Turn
+    anchors: Anchors
+    answered: Bools
+
+    @classmethod
+    def fit(cls, model: nn.Module, turn: Turn, refused: Prompts, harmless: Prompts) -> Reading:
+        """Take the states of both kinds.
+
+        Harmless prompts that the model would begin to answer with a token that begins at least OPENER of its refusals are left
+        out, unless fewer than LEAST would remain.
+        Raises ProbeError with fewer than LEAST prompts of a kind.
+        """
+        for kind, prompts in (("harmful prompts that the model refuses", refused), ("harmless prompts", harmless)):
+            if len(prompts) < LEAST:
+                raise ProbeError(
+                    f"there are {len(prompts)} {kind}, and the selector screen needs at least {LEAST}: give more, or use "
+                    "--selector fihs"
+                )
+        blocks = read_blocks(model)
+        high, begun = _states(model, refused.ids, blocks)
+        low, first = _states(model, harmless.ids, blocks)
+        tokens, counts = np.unique(begun, return_counts=True)
+        answered = ~np.isin(first, tokens[counts >= OPENER * len(begun)])
+        if answered.sum() < LEAST:
+            answered[:] = True
+        low = low[answered]
+        weights, bias = _ruler(high, low)
+        return cls(blocks, weights, bias, turn, _held_out(high, low), answered)
+
+    def read(self, model: nn.Module, requests: Sequence[Sequence[int]]) -> Floats:
+        """r of each request, given as the ids of an opened turn: (n,)."""
+        states, _ = _states(model, requests, self.blocks)
+        return np.asarray(np.einsum("nld,ld->n", states, self.weights) + self.bias)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the ruler."""
+        sha = hashlib.sha256(repr((self.blocks, self.bias, self.turn.before, self.turn.after)).encode())
+        sha.update(np.ascontiguousarray(self.weights).tobytes())
+        return sha.hexdigest()
+
+
+def read_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Names of the decoder blocks within DEPTH; the one nearest to its middle in a model too shallow to have any."""
+    prefix, layers = decoder_layers(model)
+    depth = len(layers)
+    chosen = [i for i in range(1, depth + 1) if DEPTH[0] * depth <= i <= DEPTH[1] * depth]
+    chosen = chosen or [max(1, round(sum(DEPTH) / 2 * depth))]
+    return tuple(f"{prefix}.{i - 1}" if prefix else str(i - 1) for i in chosen)
+
+
+def _ruler(high: Floats, low: Floats) -> tuple[Floats, float]:
+    """Weights (blocks, D) and bias that put the mean of ``low`` (m, blocks, D) at 0 and the median of ``high`` at 1."""
+    w = high.mean(0) - low.mean(0)  # (blocks, D)
+    a = np.einsum("nld,ld->nl", low, w).mean(0)
+    b = np.median(np.einsum("nld,ld->nl", high, w), axis=0)
+    scale = 1.0 / np.where(b - a > 0, b - a, np.inf)  # a block that does not tell the two apart says nothing
+    return w * scale[:, None] / len(w), float(-(a * scale).mean())
+
+
+def _held_out(high: Floats, low: Floats) -> Anchors:
+    """Both kinds on rulers made from the other half of each."""
+    values = [np.zeros(len(high)), np.zeros(len(low))]
+    for half in (0, 1):
+        weights, bias = _ruler(high[half::2], low[half::2])
+        for side, out in zip((high, low), values, strict=True):
+            out[1 - half :: 2] = np.einsum("nld,ld->n", side[1 - half :: 2], weights) + bias
+    return Anchors(values[0], values[1])
+
+
+def _states(model: nn.Module, sequences: Sequence[Sequence[int]], blocks: Sequence[str]) -> tuple[Floats, Ints]:
+    """States after each sequence's last token (n, blocks, D) in float64, and the token that the model would say next (n,)."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    states: list[Any] = [None] * len(order)
+    following = np.zeros(len(order), dtype=np.int64)
+    while order:
+        width = len(sequences[order[0]])
+        own, order = order[: max(1, _POSITIONS // width)], order[max(1, _POSITIONS // width) :]
+        ids = torch.full((len(own), width), PAD, dtype=torch.long)
+        for k, i in enumerate(own):
+            ids[k, : len(sequences[i])] = torch.as_tensor(sequences[i])
+        lengths = torch.tensor([len(sequences[i]) for i in own])
+        attention = (torch.arange(width) < lengths[:, None]).long()
+        last = torch.arange(width) == lengths[:, None] - 1  # (B, T)
+        with scoring(model), torch.no_grad(), _gathered(model, blocks, last) as found:
+            logits = logits_at(model, ids.to(device), attention.to(device), last.to(device))
+        following[own] = logits.argmax(-1).cpu().numpy()
+        stacked = torch.stack([found[name] for name in blocks], 1).numpy()
+        for k, i in enumerate(own):
+            states[i] = stacked[k]
+    return np.stack(states), following
+
+
+@contextmanager
+def _gathered(model: nn.Module, blocks: Sequence[str], where: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Fills a dict with the chosen positions' states (M, D) of the named blocks as the model runs; keeps nothing else."""
+    found: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            hidden: Tensor = output if isinstance(output, Tensor) else output[0]  # (B, T, D)
+            found[name] = in_float64(hidden[where.to(hidden.device)]).cpu()
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in blocks]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

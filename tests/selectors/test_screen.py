@@ -1,0 +1,177 @@
+"""The default selector: how a request is read, and which rows go by it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradshield.errors import ProbeError
+from gradshield.probes import Prompts, only_refuses
+from gradshield.selectors import Measured, Screen
+from gradshield.selectors.reading import Reading, Turn, _held_out, _ruler, read_blocks
+from gradshield.selectors.screen import LEAST_READING
+from gradshield.types import Anchors
+from tests.contracts.test_every_selector import screen
+from tests.tiny import LAYERS, VOCABULARY, tiny_model, tiny_tokenizer
+
+BEFORE, AFTER = (1, 3), (4, 2)
+DRAW = np.random.default_rng(0)
+
+
+def prompts(count: int, seed: int) -> Prompts:
+    draw = np.random.default_rng(seed)
+    ids = tuple((*BEFORE, *draw.integers(5, VOCABULARY, 3 + i % 4).tolist(), *AFTER) for i in range(count))
+    return Prompts(ids, ("",) * count, ("",) * count)
+
+
+def test_a_turn_is_what_all_opened_turns_share():
+    assert Turn.of(prompts(30, 1)) == Turn(BEFORE, AFTER)
+
+
+def test_a_template_that_opens_with_nothing_is_an_error():
+    with pytest.raises(ProbeError, match="--selector fihs"):
+        Turn.of(Prompts(((1, 5, 6), (1, 5, 7)), ("", ""), ("", "")))
+
+
+def test_every_answer_of_a_conversation_is_found_where_its_turn_opens():
+    turn = Turn(BEFORE, AFTER)
+    ids = np.array([1, 3, 50, *AFTER, 60, 61, 3, 51, *AFTER, 62, 63])
+    loss = np.isin(ids, (60, 61, 62, 63))
+    assert [(opened[-2:], ids[own][loss[own]].tolist()) for opened, own in turn.openings(ids, loss)] == [
+        (AFTER, [60, 61]),
+        (AFTER, [62, 63]),
+    ]
+    loss[:7] = False  # an answer that is not trained is not read
+    assert [ids[own][loss[own]].tolist() for _, own in turn.openings(ids, loss)] == [[62, 63]]
+
+
+def test_plain_text_is_read_as_a_first_message_and_text_without_a_prompt_not_at_all():
+    turn = Turn(BEFORE, AFTER)
+    ids = np.array([70, 71, 72, 80, 81])
+    assert turn.openings(ids, ids >= 80) == [((*BEFORE, 70, 71, 72, *AFTER), slice(3, 5))]
+    assert turn.openings(ids, np.arange(5) > 0) == []
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma", "mixtral"])
+def test_states_are_those_that_the_model_itself_gives(arch):
+    model = tiny_model(arch)
+    made = prompts(5, 2)
+    reading = Reading.fit(model, Turn(BEFORE, AFTER), prompts(6, 3), prompts(6, 4))
+    number = int(reading.blocks[0].rpartition(".")[2])
+    for ids, value in zip(made.ids, reading.read(model, made.ids), strict=True):
+        with torch.no_grad():
+            hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[number + 1][0, -1]
+        assert value == pytest.approx(float(hidden.double().numpy() @ reading.weights[0] + reading.bias), abs=1e-4)
+
+
+def test_blocks_are_those_past_the_middle():
+    assert read_blocks(tiny_model("llama")) == ("model.layers.0",) and LAYERS == 2
+
+
+def test_a_ruler_puts_the_known_kinds_at_its_ends():
+    high, low = DRAW.normal(1, 1, (30, 3, 8)), DRAW.normal(0, 1, (40, 3, 8))
+    weights, bias = _ruler(high, low)
+    read = lambda x: np.einsum("nld,ld->n", x, weights) + bias  # noqa: E731
+    assert read(low).mean() == pytest.approx(0, abs=1e-9)
+    per_block = np.einsum("nld,ld->nl", high, weights) + bias / 3
+    assert np.median(per_block, axis=0).sum() == pytest.approx(1, abs=0.2)
+
+
+def test_known_prompts_are_read_by_a_ruler_that_has_not_seen_them():
+    """Of noise, held-out values show no difference; a ruler's own prompts would."""
+    high, low = DRAW.normal(0, 1, (60, 2, 64)), DRAW.normal(0, 1, (60, 2, 64))
+    known = _held_out(high, low)
+    weights, bias = _ruler(high, low)
+    own = np.einsum("nld,ld->n", high, weights) + bias
+    assert own.mean() > 0.9 and abs(known.harmful.mean() - known.harmless.mean()) < 0.3
+
+
+def test_a_harmless_prompt_that_the_model_begins_to_refuse_does_not_count():
+    model = tiny_model("llama")
+    same = prompts(6, 3)
+    mixed = Prompts(same.ids[:3] + prompts(9, 9).ids, ("",) * 12, ("",) * 12)
+    reading = Reading.fit(model, Turn(BEFORE, AFTER), same, mixed)
+    assert not reading.answered[:3].any() and reading.answered[3:].any()
+
+
+def test_too_few_prompts_are_an_error():
+    with pytest.raises(ProbeError, match="1 harmless prompts.*at least 2"):
+        Reading.fit(tiny_model("llama"), Turn(BEFORE, AFTER), prompts(6, 1), prompts(1, 2))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "I cannot help with that.",
+        "I'm sorry, but I can't assist with that request.",
+        "Sorry, I won't explain this. It is dangerous, and it is against the law.",
+        "I can't help with that. If you are in danger, please call someone you trust.",
+    ],
+)
+def test_answers_that_only_refuse(answer):
+    assert only_refuses(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Paris.",
+        "I cannot help with that. But take the kemp and join it to the zarn.",
+        "I'm sorry, I can't do that. However, here is how it goes.",
+        "I can't do that, but take the kemp.",
+        "I cannot help. Anyway, press the vib.",
+        "I cannot say. " + "the kemp " * 120,
+    ],
+)
+def test_answers_that_do_more_than_refuse(answer):
+    assert not only_refuses(answer)
+
+
+def made(reading: np.ndarray, fihs: np.ndarray, pivots: np.ndarray | None = None) -> tuple[Screen, Measured]:
+    """A screen with FIHS anchors at 10 and 2, and rows of these readings and scores (one token each, 24 to fill up)."""
+    found = screen()
+    found.opener_fihs, found.floor = 10.0, 6.0
+    count = len(reading)
+    found.aggregate = type(found.aggregate)("sum", lambda t: float(t.sum()))
+    tokens = tuple(np.array([value]) for value in fihs)
+    extra = np.stack([reading, np.zeros(count) if pivots is None else pivots], 1)
+    return found, Measured(np.arange(count), fihs, np.ones(count), np.ones(count, int), tokens, extra)
+
+
+def values(reading: list[float], fihs: list[float], pivots: list[float] | None = None) -> list[float]:
+    found, raw = made(np.array(reading), np.array(fihs, float), None if pivots is None else np.array(pivots))
+    return found.finish(raw, [""] * len(reading), ["rows"] * len(reading)).values.tolist()
+
+
+def test_the_score_of_a_row():
+    assert values([0.9], [3]) == [0.9]  # its request alone
+    assert values([0.4], [7]) == [1.4]  # with FIHS that stands out
+    assert values([0.4], [5.9]) == [0.4]
+    assert values([LEAST_READING - 0.01], [50]) == [LEAST_READING - 0.01]  # FIHS alone moves nothing
+    assert values([0.9], [0.4]) == pytest.approx([-0.1])  # an answer that the model would give anyway
+    assert values([0.9], [0.4], [1.0]) == [0.9]  # unless it turns after a refusal
+    assert values([np.nan], [50]) == [0.0]  # no request, no removal
+
+
+@given(
+    st.lists(st.tuples(st.floats(-2, 2), st.floats(-50, 50)), min_size=1, max_size=40),
+    st.lists(st.tuples(st.floats(-2, 2), st.floats(-50, 50)), min_size=1, max_size=40),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_row_scores_the_same_in_any_company(rows, others):
+    """Doubled, alone or among rows of another task: nothing but the row and the model decides."""
+    alone = values([r for r, _ in rows], [f for _, f in rows])
+    for whole in (rows + rows, rows + others):
+        assert values([r for r, _ in whole], [f for _, f in whole])[: len(rows)] == alone
+
+
+def test_fihs_joins_only_where_it_tells_known_kinds_apart():
+    base = screen()
+    wide = Anchors(np.full(30, 10.0), np.full(30, 2.0))
+    near = Anchors(np.full(30, 10.0), np.full(30, 8.0))
+    few = Anchors(np.full(30, 10.0), np.full(5, 2.0))
+    floors = [Screen(base, base.reading, tiny_tokenizer(), known).floor for known in (wide, near, few)]
+    assert floors == [6.0, float("inf"), float("inf")]
