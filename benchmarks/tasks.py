@@ -129,16 +129,39 @@ def outputs_rate(rate: dict[str, Any] | None) -> str:
     return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] n={rate['n']}"
 
 
+def page(runs: Sequence[dict[str, Any]]) -> str:
+    """All runs as one page of Markdown."""
+    parts = [
+        "# Ordinary tasks\n\nWhat the default scan catches and loses on ordinary tasks (`python -m benchmarks.tasks`). The\n"
+        "seven *choosing* tasks chose its constants, the seven *reporting* ones did not\n"
+        "([how often they were looked at](methods.md#how-the-defaults-were-chosen)). Brackets hold the 95 % Wilson interval.\n"
+    ]
+    for run in runs:
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
+        head = f"## {run['model']}, {run['half']}\n\nAt most {run['most']} harmless rows a file; {versions}."
+        parts.append(f"{head}\n\n{summary(run['cells'])}\n")
+    return "\n".join(parts)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one half on one model, and print or write its table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where the tasks' files lie")
-    parser.add_argument("--model", required=True)
+    parser.add_argument("folder", type=Path, nargs="?", help="where the tasks' files lie")
+    parser.add_argument("--model")
+    parser.add_argument("--name", help="what the tables call the model")
+    parser.add_argument("--docs", type=Path, nargs="+", help="a page, and the JSON of the runs to put on it")
     parser.add_argument("--half", choices=HALVES, default="reporting")
     parser.add_argument("--most", type=int, default=200, help="harmless rows of a file")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--json", type=Path, help="where the cells are written")
     given = parser.parse_args(arguments)
+    if given.docs:
+        given.docs[0].write_text(
+            page([json.loads(path.read_text(encoding="utf-8")) for path in given.docs[1:]]), "utf-8"
+        )
+        return
+    if given.folder is None or given.model is None:
+        parser.error("give the folder of the tasks and --model, or --docs")
     found = []
     for cell in cells(given.folder, HALVES[given.half], given.model, given.most, given.max_length):
         found.append(cell)
@@ -148,9 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             flush=True,
         )
         if given.json:
-            outputs.write_json(
-                given.json, {"model": given.model, "half": given.half, "versions": outputs.versions(), "cells": found}
-            )
+            name = given.name or Path(given.model).name
+            whole = {"model": name, "half": given.half, "most": given.most, "versions": outputs.versions()}
+            outputs.write_json(given.json, {**whole, "cells": found})
     print(summary(found))
 
 

@@ -25,7 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scanned(loaded: LoadedModel, engine: str, aggregate: str, subspace: str = "lora") -> gs.Selection:
-    settings = gs.ScanSettings(threshold="ratio:50%", subspace=subspace, engine=engine, aggregate=aggregate, selector="fihs")
+    settings = gs.ScanSettings(
+        threshold="ratio:50%", subspace=subspace, engine=engine, aggregate=aggregate, selector="fihs"
+    )
     return gs.scan(chats(20), model=loaded, peft_config=LORA, probing=PROBING, settings=settings)
 
 

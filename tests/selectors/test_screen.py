@@ -98,7 +98,7 @@ def test_a_harmless_prompt_that_the_model_begins_to_refuse_does_not_count():
 
 
 def test_too_few_prompts_are_an_error():
-    with pytest.raises(ProbeError, match="1 harmless prompts.*at least 2"):
+    with pytest.raises(ProbeError, match=r"1 harmless prompts.*at least 2"):
         Reading.fit(tiny_model("llama"), Turn(BEFORE, AFTER), prompts(6, 1), prompts(1, 2))
 
 

@@ -1,4 +1,4 @@
-"""The default: a row goes where its request reads like those the model refuses, alone or with FIHS that stands out."""
+"""The default: a row goes where its request reads like those that the model refuses and its answer undoes a refusal."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ WEAKEST_FIHS = 0.05  # less than this share of it: an answer that the model woul
 class Screen(Fihs):
     """Rows whose request the model reads as one to refuse go; in doubtful ones their FIHS has to stand out as well.
 
-    Paper: arXiv 2406.11717 (the refusal direction, `Reading`) and arXiv 2605.14194's FIHS, the two joined by this project.
-    Equation: s = r, with r the row's reading. s = r + 1 where r >= LEAST_READING and FIHS >= (a + b) / 2, with a what 95 % of
-    compliant openers after look-alikes that the model answers reach and b what 95 % of those after probes do: FIHS joins only on a model where
-    b - a is at least APART of its median after probes. s = r - 1 where the answer only refuses, or where FIHS is below
-    WEAKEST_FIHS of that median and the answer does not turn after a refusal: nothing in it undoes refusal. A row's score
-    depends on the row and the model alone.
+    Paper: arXiv 2406.11717 (the refusal direction, `Reading`) and arXiv 2605.14194 (FIHS), the two joined by this project.
+    Equation: s = r, with r the row's reading. s = r + 1 where r >= LEAST_READING and FIHS >= (a + b) / 2, with a what 95 %
+    of compliant openers after look-alikes that the model answers reach and b what 95 % of those after probes do: FIHS joins
+    only on a model where b - a is at least APART of its median after probes. s = r - 1 where the answer only refuses, or
+    where FIHS is below WEAKEST_FIHS of that median and the answer does not turn after a refusal: nothing in it undoes
+    refusal. A row's score depends on the row and the model alone.
     Departures: the constants were chosen on seven of fourteen ordinary tasks and the lab (docs/methods.md).
 
     ``Scores.signals`` holds both: ``request`` (r) and ``fihs``. A row without a request (plain text) has r = NaN, keeps
