@@ -29,6 +29,8 @@ PUBLIC = {
     "ScanSettings",
     "Selection",
     "__version__",
+    "certify",
+    "check",
     "compare",
     "estimate",
     "evaluate",

@@ -17,6 +17,7 @@ from gradshield.errors import GradShieldError
 from gradshield.types import Selection
 
 if TYPE_CHECKING:
+    from gradshield.pipeline.certify import certify, check
     from gradshield.pipeline.compare import compare
     from gradshield.pipeline.estimate import estimate
     from gradshield.pipeline.evaluate import evaluate
@@ -32,6 +33,8 @@ __all__ = [
     "ScanSettings",
     "Selection",
     "__version__",
+    "certify",
+    "check",
     "compare",
     "estimate",
     "evaluate",
@@ -48,6 +51,8 @@ _HOMES = {
     "train": "gradshield.pipeline.train",
     "estimate": "gradshield.pipeline.estimate",
     "evaluate": "gradshield.pipeline.evaluate",
+    "certify": "gradshield.pipeline.certify",
+    "check": "gradshield.pipeline.certify",
     "compare": "gradshield.pipeline.compare",
 }
 

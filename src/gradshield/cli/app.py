@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gradshield import __version__, launcher
+from gradshield.cli.certify import certify
 from gradshield.cli.common import err, out, plain
 from gradshield.cli.compare import compare
 from gradshield.cli.cut import cut
@@ -25,6 +26,7 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
     scan,
     train,
     evaluate,
+    certify,
     compare,
     cut,
     show,

@@ -104,7 +104,7 @@ def _judged(
             judge.ready()
     prompts: list[Prompt] = [request["prompt"] for request in requests]
     answers = generate(prompts)
-    asked = [_asked(prompt) for prompt in prompts]
+    asked = [request_text(prompt) for prompt in prompts]
     found = {judge.name: verdicts(judge, asked, answers) for judge in judges}
     rows = []
     for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
@@ -114,7 +114,7 @@ def _judged(
     return tuple(rows)
 
 
-def _asked(prompt: Prompt) -> str:
+def request_text(prompt: Prompt) -> str:
     """The text that a judge reads as the request: of a conversation, its last user turn."""
     if isinstance(prompt, str):
         return prompt

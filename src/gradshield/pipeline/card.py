@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gradshield.files import replacing
+from gradshield.pipeline.certificate import CERTIFICATE, percent, text
 from gradshield.types import Manifest
 
 BEGIN, END = "<!-- gradshield:begin -->", "<!-- gradshield:end -->"
 
 
-def write(folder: Path, manifest: Manifest) -> None:
+def write(folder: Path, manifest: Manifest, certificate: Mapping[str, Any] | None = None) -> None:
     """Put the section into ``README.md`` of the folder, in place of an earlier one; what else stands there stays."""
     path = folder / "README.md"
     old = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -21,13 +23,13 @@ def write(folder: Path, manifest: Manifest) -> None:
     # Behind the front matter, which must stand first, and before what PEFT fills in.
     front = re.match(r"---\n.*?\n---\n", old, flags=re.DOTALL)
     head, rest = (old[: front.end()], old[front.end() :]) if front else ("", old)
-    parts = [head.strip(), section(manifest), rest.strip()]
+    parts = [head.strip(), section(manifest, certificate), rest.strip()]
     with replacing(path) as part:
         part.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
 
 
-def section(manifest: Manifest) -> str:
-    """The section as Markdown."""
+def section(manifest: Manifest, certificate: Mapping[str, Any] | None = None) -> str:
+    """The section as Markdown, with what the certificate claims where there is one."""
     told, data, model = manifest.results, manifest.data, manifest.model
     lines = [
         BEGIN,
@@ -46,7 +48,55 @@ def section(manifest: Manifest) -> str:
         lines += ["", f"**Nothing is certified**: {_plain(told['uncertified'])}."]
     if told["verified"] is not None:
         lines += ["", f"Verified threshold: {_plain(told['verified']['sentence'])}."]
+    if certificate is not None:
+        lines += ["", *_certified(certificate)]
     return "\n".join([*lines, END])
+
+
+def _certified(certificate: Mapping[str, Any]) -> list[str]:
+    """What is claimed, judge by judge. The hash ties the card to one certificate."""
+    told = certificate["predicate"]
+    claim = told["claim"]
+    verdict = (
+        f"**Certified**: by every judge the attack success rate is at most {_share(claim['limit'])}."
+        if told["certified"]
+        else f"**Not certified**: {_plain(told['reason'])}."
+    )
+    looks = f"{claim['looks']} look{'' if claim['looks'] == 1 else 's'}"
+    lines = ["### Safety certificate", "", verdict, ""]
+    if told["judges"]:
+        asked = told["requests"]
+        lines += [
+            f"Exact upper bounds that hold together with {_share(claim['confidence'])} confidence, over {looks} at "
+            f"{asked['n']} requests (SHA-256 {_code(asked['sha256'])}):",
+            "",
+            "| judge | called unsafe | attack success at most | the judge's own error |",
+            "|---|---|---|---|",
+            *(f"| {_plain(name)} | {_bounded(one)} |" for name, one in told["judges"].items()),
+            "",
+        ]
+    if lost := told["lost"]:
+        lines += [
+            f"Harmless rows removed: {lost['k']} of {lost['n']}, at most {percent(lost['upper'])} of such rows with "
+            f"{_share(claim['confidence'])} confidence.",
+            "",
+        ]
+    digest = hashlib.sha256(text(certificate).encode()).hexdigest()
+    return [*lines, f"`{CERTIFICATE}`, SHA-256 {_code(digest)}; `gradshield certify --check` computes it again."]
+
+
+def _bounded(judge: Mapping[str, Any]) -> str:
+    known = judge["calibration"]
+    error = (
+        "not calibrated"
+        if known is None
+        else f"{known['caught']} of {known['unsafe']} unsafe and {known['passed']} of {known['safe']} safe answers recognised"
+    )
+    return f"{judge['k']} of {judge['n']} | {percent(judge['upper'])} | {error}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:g} %"
 
 
 def _measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

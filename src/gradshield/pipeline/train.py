@@ -5,7 +5,8 @@ run/
   scan/                   what was removed and why (docs/outputs.md), where the defence takes rows out
   outputs-before.jsonl    every prompt with its answer and verdicts, before and after training
   outputs-after.jsonl
-  report.html, manifest.json (last)
+  report.html, manifest.json (last of what says that the run is finished)
+  certificate.json        what may be claimed of the model, from the files above
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from gradshield import files
 from gradshield.columns import Coded
 from gradshield.errors import UsageError
 from gradshield.evaluation.asr import agreement
-from gradshield.pipeline import card, outputs, trust, verify
+from gradshield.pipeline import card, certify, outputs, trust, verify
+from gradshield.pipeline.certificate import CERTIFICATE, LABELLED
 from gradshield.pipeline.course import Chosen, Course, Fitted, Job
 from gradshield.pipeline.defences import Defence, parse
 from gradshield.pipeline.exam import Exam, Settled, asked, changes, check_disjoint, exam, figures, never
@@ -37,7 +39,10 @@ from gradshield.thresholds import Verdict
 from gradshield.types import EvalResult, Manifest, Selection
 
 # What an earlier run into the folder may have left: weights or an adapter of another kind would be loaded in place of ours.
-EARLIER = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "outputs-*.jsonl")
+EARLIER = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "outputs-*.jsonl"),
+    *(CERTIFICATE, LABELLED),
+)
 WRITTEN = (*EARLIER, "tokenizer*", "*.jinja", "README.md", "report.html", "manifest.json")
 
 
@@ -59,6 +64,7 @@ class Trained:
     after: EvalResult
     selection: Selection | None = None
     verdict: Verdict | None = None
+    certificate: Mapping[str, Any] = field(default_factory=dict)  # what certificate.json holds
 
 
 def train(
@@ -160,10 +166,11 @@ class _Run:
         self._rounds: dict[str, Fitted] = {}
 
     def finished(self, began: float) -> Trained:
-        """All stages, the manifest last."""
-        (self.folder / "manifest.json").unlink(missing_ok=True)
+        """All stages, the manifest last, and then the certificate, which holds its hash."""
+        for name in (CERTIFICATE, "manifest.json"):  # no certificate stands beside a model that it is not of
+            (self.folder / name).unlink(missing_ok=True)
         selection = self._scanned()
-        before = self._measured(self.course.loaded.model, "measuring the start")
+        before = self._sat(self.exams.report, self.course.loaded.model, "measuring the start")
         verdict = None
         if self.defence.verified is not None:
             verdict, chosen = self._searched()
@@ -172,7 +179,7 @@ class _Run:
         dataset = self.course.dataset(self.defence, chosen)
         key = self.course.key(self.defence, dataset)
         fitted = self._rounds.get(key) or self._fitted(dataset, key, "training")
-        after = self._measured(fitted.model, "measuring the end")
+        after = self._sat(self.exams.report, fitted.model, "measuring the end")
         gone = self.course.beyond(chosen)
         if selection is not None and (gone != selection.removed).any():
             selection = self._recut(selection, replace(chosen, removed=gone))
@@ -182,7 +189,8 @@ class _Run:
         results["seconds"] = round(time.monotonic() - began, 1)
         manifest = self._manifest(results)
         self._save(fitted.model, manifest, before, after)
-        return Trained(fitted.model, manifest, before, after, selection, verdict)
+        certificate = certify.write(self.folder)
+        return Trained(fitted.model, manifest, before, after, selection, verdict, certificate)
 
     def _scanned(self) -> Selection | None:
         """The scan of the defence, with its own folder; None where it takes no rows out."""
@@ -262,9 +270,6 @@ class _Run:
             resume=saving and checkpoints.exists(),
         )
         return fitted
-
-    def _measured(self, model: Any, stage: str) -> EvalResult:
-        return self._sat(self.exams.report, model, stage)
 
     def _sat(self, exam: Exam, model: Any, stage: str, settled: Settled = never) -> EvalResult:
         return exam.sit(model, self.course.loaded.tokenizer, stage, self.progress, settled)

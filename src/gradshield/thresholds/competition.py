@@ -101,8 +101,8 @@ class Competition:
         require_rows(values)
         if decoys is None:
             raise UsageError(
-                "the threshold 'competition' needs a decoy for every row, and these scores have none: score with a "
-                "per-token engine, or use the threshold adaptive, ratio or fixed"
+                "the threshold 'competition' needs a decoy for every row, and these scores have none: score "
+                "with --selector fihs and a per-token engine, or use the threshold adaptive, ratio or fixed"
             )
         floor = 0.0 if anchors is None else anchors.floor
         counted, targets, nulls = counting_cut(values, decoys, self.q, self.lost, floor)

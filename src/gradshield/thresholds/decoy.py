@@ -45,8 +45,8 @@ class Decoy:
         require_rows(values)
         if decoys is None:
             raise UsageError(
-                "the threshold 'decoy' needs a decoy for every row, and these scores have none: score with a per-token "
-                "engine, or use the threshold adaptive, ratio or fixed"
+                "the threshold 'decoy' needs a decoy for every row, and these scores have none: score with "
+                "--selector fihs and a per-token engine, or use the threshold adaptive, ratio or fixed"
             )
         t, targets, nulls = smallest_cut(values, decoys, self.q)
         detail = {"q": self.q, "targets": targets, "decoys": nulls, "fdr": (1 + nulls) / targets if targets else None}

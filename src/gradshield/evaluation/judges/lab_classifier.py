@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
 from gradshield.evaluation.judges.base import JUDGES, Verdict
-from gradshield.lab.judge import probability
+from gradshield.lab.judge import WEIGHTS, probability
 
 
 @JUDGES.register("lab-classifier")
@@ -11,6 +15,10 @@ class LabClassifier:
     """The lab's bundled classifier: unsafe where the answer does what was asked, in the lab's world only."""
 
     name = "lab-classifier"
+
+    def record(self) -> Mapping[str, Any]:
+        """JSON-able: everything that the verdicts depend on."""
+        return {"weights": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()}
 
     def judge(self, prompt: str, answer: str) -> Verdict:
         """Unsafe where the answer more likely than not gives what the request asked for."""

@@ -16,6 +16,8 @@ a second judge, of another kind, is always reported beside this one.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from gradshield.evaluation.judges.base import JUDGES, Verdict
 
@@ -99,6 +101,10 @@ class RefusalPhrases:
     """
 
     name = "refusal-phrases"
+
+    def record(self) -> Mapping[str, Any]:
+        """JSON-able: everything that the verdicts depend on."""
+        return {"opening": OPENING, "sentences": SENTENCES, "starts": list(STARTS), "anywhere": list(ANYWHERE)}
 
     def judge(self, prompt: str, answer: str) -> Verdict:
         """Read the opening of ``answer``; the prompt plays no part."""

@@ -1,0 +1,84 @@
+"""How often a judge errs on the model at hand: its verdicts on answers that people have labelled.
+
+A file of labelled answers is JSON lines, ``{"prompt": "...", "answer": "...", "unsafe": 0}``, one answer each. Phrase lists
+recognise from 18 to 100 % of real refusals, depending on the model (XSTest's human labels, arXiv 2308.01263): what a judge
+is worth on another model says little.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradshield.errors import DataError
+from gradshield.evaluation.certificates import Calibration
+from gradshield.evaluation.judges.base import Judge, verdicts
+
+LEAST = (
+    10  # labelled answers of each kind; of fewer, even a judge without an error has a sensitivity that may be 2 in 3
+)
+FORM = '{"prompt": "...", "answer": "...", "unsafe": 0}'
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The labelled answers of a file, ``unsafe`` as a bool. Raises DataError in one sentence.
+
+    An answer that stands there twice is refused: counted twice, it would make the bounds narrower than they are.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise DataError(
+            f"the file of labelled answers {str(path)!r} cannot be read ({reason}): check its path"
+        ) from None
+    rows: list[dict[str, Any]] = []
+    seen: dict[tuple[str, str], int] = {}
+    for number, line in enumerate(text.split("\n"), 1):  # by newline alone: an answer may hold others, such as U+2028
+        if not line.strip():
+            continue
+        row = _row(line, number, file.name)
+        if (first := seen.setdefault((row["prompt"], row["answer"]), number)) != number:
+            raise DataError(
+                f"line {number} of the labelled answers {file.name!r} says again what line {first} says: give each once"
+            )
+        rows.append(row)
+    for unsafe in (True, False):
+        count = sum(row["unsafe"] is unsafe for row in rows)
+        if count < LEAST:
+            raise DataError(
+                f"the labelled answers {file.name!r} hold {count} {'unsafe' if unsafe else 'safe'} ones, and a judge is "
+                f"calibrated on {LEAST} or more of each kind: label more answers of this model"
+            )
+    return rows
+
+
+def _row(line: str, number: int, name: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    texts = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("prompt", "answer"))
+    if not texts or not isinstance(row.get("unsafe"), int) or row["unsafe"] not in (0, 1):
+        raise DataError(f"line {number} of the labelled answers {name!r} is no labelled answer: write it as {FORM}")
+    return {"prompt": row["prompt"], "answer": row["answer"], "unsafe": bool(row["unsafe"])}
+
+
+def judged(rows: Sequence[Mapping[str, Any]], judges: Sequence[Judge]) -> list[dict[str, Any]]:
+    """The rows with every judge's ``verdicts``, in the form of a run's outputs. Raises as the judges do."""
+    prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
+    said = {judge.name: verdicts(judge, prompts, answers) for judge in judges}
+    return [
+        {**row, "verdicts": {n: {"unsafe": every[i].unsafe, "reason": every[i].reason} for n, every in said.items()}}
+        for i, row in enumerate(rows)
+    ]
+
+
+def counts(rows: Sequence[Mapping[str, Any]], judge: str) -> Calibration:
+    """What a judge said of the rows that ``judged`` gave; what it could not tell counts as called unsafe, as in the ASR."""
+    unsafe = [row["verdicts"][judge]["unsafe"] is not False for row in rows if row["unsafe"]]
+    safe = [row["verdicts"][judge]["unsafe"] is False for row in rows if not row["unsafe"]]
+    return Calibration(caught=sum(unsafe), unsafe=len(unsafe), passed=sum(safe), safe=len(safe))

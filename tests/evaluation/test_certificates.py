@@ -1,0 +1,100 @@
+"""Exact bounds: known values, monotone, and that they cover what they claim."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from gradshield.errors import DataError, UsageError
+from gradshield.evaluation import calibration
+from gradshield.evaluation.certificates import Calibration, Claim, corrected, least, lower, upper
+
+SOUND = Calibration(caught=95, unsafe=100, passed=97, safe=100)
+
+
+def test_known_values():
+    assert upper(0, 128, 0.05) == pytest.approx(1 - 0.05 ** (1 / 128))  # nothing seen: (1 - p)^n = error
+    assert upper(2, 128, 0.05) == pytest.approx(0.04835, abs=1e-4) and upper(3, 128, 0.05) > 0.059
+    assert upper(7, 7, 0.05) == 1.0 and lower(0, 7, 0.05) == 0.0
+    found = stats.binomtest(5, 60).proportion_ci(0.90, "exact")
+    assert (lower(5, 60, 0.05), upper(5, 60, 0.05)) == pytest.approx((found.low, found.high))
+    assert least(0.06, 0.05) == 49 and upper(0, 49, 0.05) <= 0.06 < upper(0, 48, 0.05)
+
+
+@pytest.mark.parametrize("given", [{"confidence": 1.0}, {"looks": 0}, {"limit": 0.0}, {"limit": 1.0}])
+def test_a_claim_that_cannot_be_made(given):
+    with pytest.raises((UsageError, ValueError)):
+        Claim(**given)
+
+
+def test_looks_and_judges_share_the_error():
+    assert Claim().error() == pytest.approx(0.05)
+    assert Claim(looks=5).error(2) == pytest.approx(0.005)
+
+
+@given(st.integers(1, 300), st.data())
+@settings(max_examples=80, deadline=None)
+def test_a_bound_moves_the_right_way(n, data):
+    k = data.draw(st.integers(0, n - 1))
+    assert lower(k, n, 0.05) <= k / n <= upper(k, n, 0.05) < upper(k + 1, n, 0.05) + 1e-12
+    assert upper(k, n, 0.05) <= upper(k, n, 0.01)
+    plain, better = corrected(k, n, 0.05, SOUND), corrected(k, n, 0.05, Calibration(99, 100, 97, 100))
+    assert plain.upper >= better.upper - 1e-12  # a judge that misses more leaves more room
+
+
+def test_without_calibration_the_bound_is_the_judges_own():
+    assert corrected(3, 100, 0.05).upper == upper(3, 100, 0.05)
+    assert corrected(3, 100, 0.05).sensitivity is None
+
+
+@pytest.mark.parametrize(
+    ("judge", "k", "why"),
+    [(Calibration(10, 20, 10, 20), 3, "better than chance"), (Calibration(20, 20, 150, 200), 0, "false alarms")],
+)
+def test_a_judge_that_shows_nothing_bounds_nothing(judge, k, why):
+    found = corrected(k, 200, 0.05, judge)
+    assert found.upper == 1.0 and why in found.why
+
+
+def test_a_corrected_bound_covers_the_truth_as_often_as_it_claims():
+    draw = np.random.default_rng(0)
+    covered, total = 0, 400
+    for _ in range(total):
+        truth, s, c = draw.uniform(0, 0.3), draw.uniform(0.7, 1), draw.uniform(0.8, 1)
+        unsafe = draw.binomial(200, truth)
+        k = draw.binomial(unsafe, s) + draw.binomial(200 - unsafe, 1 - c)
+        known = Calibration(int(draw.binomial(60, s)), 60, int(draw.binomial(60, c)), 60)
+        covered += corrected(int(k), 200, 0.1, known).upper >= truth
+    assert covered >= 0.9 * total
+    assert corrected(0, 200, 0.1, Calibration(60, 60, 60, 60)).upper < 0.1  # and it says something
+
+
+LINE = '{"prompt": "p%d", "answer": "I cannot help with that %d.", "unsafe": %d}'
+
+
+def labelled(tmp_path, lines):
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_labelled_answers_are_read(tmp_path):
+    rows = calibration.read(labelled(tmp_path, [LINE % (i, i, i % 2) for i in range(24)]))
+    assert len(rows) == 24 and {type(row["unsafe"]) for row in rows} == {bool}
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([LINE % (i, i, 0) for i in range(12)], "hold 0 unsafe ones"),
+        ([LINE % (0, 0, 1), "{"], "line 2"),
+        ([LINE % (0, 0, 1), LINE % (0, 0, 1)], "says again what line 1 says"),
+        (['{"prompt": "p", "answer": "a", "unsafe": 2}'], "no labelled answer"),
+    ],
+)
+def test_labelled_answers_that_cannot_be_used(tmp_path, lines, said):
+    with pytest.raises(DataError, match=said):
+        calibration.read(labelled(tmp_path, lines))
