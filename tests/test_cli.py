@@ -302,7 +302,7 @@ def test_scoring_a_model_that_does_not_refuse_has_to_be_asked_for(folder: Path, 
     assert "--uncertified" in done.sentence
     assert not output.exists()
     assert command(*arguments, "--uncertified").code == 0
-    assert "Nothing is certified" in (output / "report.html").read_text(encoding="utf-8")
+    assert "Not certified" in (output / "report.html").read_text(encoding="utf-8")
 
 
 def test_folders_that_cannot_be_written(

@@ -78,7 +78,7 @@ def test_a_script_scans_and_trains_on_both(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rows kept") == 1
     kept = (tmp_path / "screened" / "kept.jsonl").read_bytes().splitlines()
-    assert 60 < len(kept) < 120
+    assert 100 < len(kept) < 133  # of 120 harmless and 13 harmful rows
     state = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert np.isfinite(losses).all()

@@ -39,9 +39,11 @@ from gradshield.selectors import (
     Moderate,
     Random,
     Representation,
+    Screen,
     parse_aggregate,
 )
-from gradshield.types import References
+from gradshield.selectors.reading import Reading, Turn
+from gradshield.types import Anchors, References
 from tests.pipeline.common import PROBING, chats, jsonl, scan, write
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
@@ -235,8 +237,11 @@ def test_every_selector_travels() -> None:
     asked, harmless = asked_of(tokenizer, PROBING)
     probe.fit(model, tokenizer, asked, harmless)
     known = References(harmful=tuple(rendered[:4]), refused=tuple(rendered[4:8]), answered=tuple(rendered[4:8]))
+    fihs = Fihs(lambda *_: probe(*_), asked, Loop(), parse_aggregate("sum"), "all")
+    reading = Reading.fit(model, Turn.of(harmless), asked, harmless)
     made: list[Any] = [
-        Fihs(lambda *_: probe(*_), asked, Loop(), parse_aggregate("sum"), "all"),
+        fihs,
+        Screen(fihs, reading, tokenizer, Anchors(np.ones(20), np.zeros(20))),
         Moderate(),
         GradNorm(),
         Loss(),
@@ -251,6 +256,9 @@ def test_every_selector_travels() -> None:
         assert dict(travelled.settings()) == dict(selector.settings())
         one, other = selector.measure(model, direction, batch), travelled.measure(model, direction, batch)
         np.testing.assert_array_equal(one.sums, other.sums)
+        if selector.name == "screen":
+            assert one.extra is not None and np.isfinite(one.extra).all()
+            np.testing.assert_array_equal(one.extra, other.extra)
     with pytest.raises(UsageError, match="leave out --workers"):
         bare(Guard(None, lambda ids: ""))  # type: ignore[arg-type]
 
