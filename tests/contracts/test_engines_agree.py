@@ -11,6 +11,7 @@ from torch.nn import functional
 from gradshield.errors import UsageError
 from gradshield.gradients import ENGINES, agreement, calibrated, pick
 from gradshield.gradients.base import Engine
+from gradshield.pipeline.scoring import LEAST_SPEARMAN
 from tests.contracts.common import SUBSPACES, Case, batch_of, case, one, row_sums, rows
 from tests.tiny import ARCHITECTURES, LAYERS
 
@@ -47,7 +48,8 @@ def test_engine_agrees_with_the_oracle(name: str, known: Case) -> None:
         measured = agreement(name, sums[k], oracle[k])
         assert measured.n >= 12
         assert measured.relative_error <= LARGEST_ERROR.get(name, EXACT)
-        assert measured.spearman >= 0.999
+        # Rows of nearly one value may change places on another processor: one such swap among 13 rows is 0.9945.
+        assert measured.spearman >= LEAST_SPEARMAN
     if engine.per_token:  # nothing outside the loss, and something on every token inside it
         outside = ~torch.as_tensor(known.batch.loss)
         assert not found.values[:, outside].any()
