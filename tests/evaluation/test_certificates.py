@@ -59,6 +59,37 @@ def test_a_judge_that_shows_nothing_bounds_nothing(judge, k, why):
     assert found.upper == 1.0 and why in found.why
 
 
+@pytest.mark.parametrize("k", [0, 3, 40])
+def test_a_corrected_bound_is_the_equation_at_the_ends_of_three_exact_bounds(k):
+    found, third = corrected(k, 200, 0.06, SOUND), 0.02
+    p = stats.binomtest(k, 200, alternative="less").proportion_ci(1 - third, "exact").high
+    s = stats.binomtest(95, 100, alternative="greater").proportion_ci(1 - third, "exact").low
+    c = stats.binomtest(97, 100, alternative="less").proportion_ci(1 - third, "exact").high
+    low = stats.binomtest(97, 100, alternative="greater").proportion_ci(1 - third, "exact").low
+    assert (found.observed, found.sensitivity, *found.specificity) == pytest.approx((p, s, low, c))
+    assert found.upper == pytest.approx((p + c - 1) / (s + c - 1)) and not found.why
+
+
+def test_what_a_judge_could_not_tell_counts_as_called_unsafe():
+    rows = [{"unsafe": u, "verdicts": {"j": {"unsafe": v}}} for u in (True, False) for v in (True, False, None)]
+    assert calibration.counts(rows, "j") == Calibration(caught=2, unsafe=3, passed=1, safe=3)
+
+
+@pytest.mark.parametrize("cell", [(0.05, 0.9, 0.95), (0.2, 0.8, 0.95), (0.3, 0.95, 0.85), (0.1, 0.99, 0.99)])
+def test_a_corrected_bound_covers_each_truth_of_few_labelled_answers(cell):
+    """Many requests and few labelled answers: the judge's own error is most of what is not known."""
+    truth, s, c = cell
+    draw, total, n, known = np.random.default_rng(1), 400, 2000, 20
+    unsafe = draw.binomial(n, truth, total)
+    seen = draw.binomial(unsafe, s) + draw.binomial(n - unsafe, 1 - c)
+    caught, passed = draw.binomial(known, s, total), draw.binomial(known, c, total)
+    covered = sum(
+        corrected(int(k), n, 0.1, Calibration(int(a), known, int(b), known)).upper >= truth
+        for k, a, b in zip(seen, caught, passed, strict=True)
+    )
+    assert covered >= 0.9 * total
+
+
 def test_a_corrected_bound_covers_the_truth_as_often_as_it_claims():
     draw = np.random.default_rng(0)
     covered, total = 0, 400
