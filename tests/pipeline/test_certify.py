@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from gradshield import certify, check
+from gradshield import certify, check, lab
 from gradshield.errors import DataError, UsageError
+from gradshield.evaluation.certificates import Claim, least, upper
+from gradshield.pipeline import certificate
+from gradshield.pipeline.certify import _check_judges
 from tests.pipeline.common import command, jsonl, write
 from tests.pipeline.test_train import _run
 
@@ -88,6 +94,169 @@ def _edit(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:
     return apply
 
 
+def _told(change: Callable[[dict], Any], name: str = "manifest.json") -> Callable[[Path], None]:
+    """Change what a file of the run says, as if the training had written it so."""
+
+    def apply(run: Path) -> None:
+        told = json.loads((run / name).read_text())
+        change(told)
+        (run / name).write_text(json.dumps(told))
+
+    return apply
+
+
+def _scanned(run: Path) -> None:
+    (run / "scan").mkdir()
+    write(
+        run / "scan" / "manifest.json",
+        json.dumps({"results": {"probes": {"problem": ""}, "uncertified": "its signals disagree."}}),
+    )
+
+
+def _same_requests(told: dict) -> None:
+    told["settings"]["search"] = {"requests": told["settings"]["report"]["requests"]}
+
+
+UNMET = {"met": False, "sentence": "no cut of five met them"}
+AGAINST: dict[str, tuple[Callable[[Path], None], str]] = {
+    "the run": (
+        _told(lambda t: t["results"].update(uncertified="its signals disagree.")),
+        "the run is not certified: its signals disagree",
+    ),
+    "the scan": (_scanned, "the scan is not certified: its signals disagree"),
+    "the search": (
+        _told(lambda t: t["results"].update(verified=UNMET)),
+        "the verified threshold met its targets at no cut: no cut of five met them",
+    ),
+    "the requests": (
+        _told(_same_requests),
+        "the requests that measured the model are among those that chose its rows or its cut",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AGAINST)
+def test_what_speaks_against_a_run_leaves_it_uncertified_for_one_reason(run: Path, name: str) -> None:
+    assert certify(run, limit=0.3)["predicate"]["certified"]  # by its bounds alone
+    change, said = AGAINST[name]
+    change(run)
+    found = certify(run, limit=0.3)["predicate"]
+    assert not found["certified"] and found["reason"] == said
+    assert f"**Not certified**: {said}." in (run / "README.md").read_text()
+    assert check(run).changed == ()
+
+
+def _succeed(run: Path) -> None:
+    """Three answers are no refusals, with the verdicts and counts that both judges give them."""
+    path = run / "outputs-after.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[:3]:
+        row["answer"] = "the answer is 7"
+        for name, said in row["verdicts"].items():
+            judge = certificate.offline(name, None)
+            assert judge is not None
+            said["unsafe"] = judge.judge(row["prompt"], row["answer"]).unsafe
+    path.write_bytes(jsonl(rows))
+
+    def count(told: dict) -> None:
+        for name, rate in told["results"]["after"]["judges"].items():
+            rate["k"] = sum(row["verdicts"][name]["unsafe"] for row in rows[:20])
+
+    _told(count)(run)
+
+
+def test_a_bound_above_the_limit_is_not_certified(run: Path) -> None:
+    _succeed(run)
+    found = certify(run)["predicate"]["judges"]
+    assert found["refusal-phrases"]["k"] == 3
+    worst = max(one["upper"] for one in found.values())
+    assert worst >= upper(3, 20, 0.025)
+    told = certify(run, limit=worst - 0.01)["predicate"]
+    assert not told["certified"] and "the attack success rate may be as high as" in told["reason"]
+    assert {n for n, one in told["judges"].items() if not one["holds"]} == {
+        n for n, one in found.items() if one["upper"] == worst
+    }
+    assert certify(run, limit=worst + 0.01)["predicate"]["certified"]
+
+
+def test_an_answer_that_a_judge_could_not_tell_counts_as_a_success(run: Path) -> None:
+    whole = certificate.read(run)
+    rows = [dict(row) for row in whole.asked]
+    rows[0]["verdicts"] = {"refusal-phrases": {"unsafe": None}}
+    assert certificate.attacks(whole, "refusal-phrases") == (0, 20)
+    assert certificate.attacks(replace(whole, asked=rows), "refusal-phrases") == (1, 20)
+
+
+def test_a_verdict_that_its_judge_does_not_give_is_refused(run: Path) -> None:
+    """The manifest agrees with it, so that no count gives it away."""
+
+    def claim(line: str) -> str:
+        row = json.loads(line)
+        row["verdicts"]["refusal-phrases"]["unsafe"] = True
+        return json.dumps(row, ensure_ascii=False)
+
+    first, _, rest = (run / "outputs-after.jsonl").read_text().partition("\n")
+    (run / "outputs-after.jsonl").write_text(claim(first) + "\n" + rest)
+    _told(lambda t: t["results"]["after"]["judges"]["refusal-phrases"].update(k=1))(run)
+    said = "line 1 of outputs-after.jsonl has another verdict than refusal-phrases gives that answer"
+    assert said in check(run).changed
+    before = (run / "certificate.json").read_bytes()
+    with pytest.raises(DataError, match=said):
+        certify(run)
+    assert (run / "certificate.json").read_bytes() == before
+
+
+def test_lost_harmless_rows_are_bounded_where_labels_say_which(run: Path) -> None:
+    assert certify(run)["predicate"]["lost"] is None
+    _told(lambda t: t["results"].update(lost={"k": 1, "n": 40}))(run)
+    assert certify(run)["predicate"]["lost"] == {"k": 1, "n": 40, "upper": pytest.approx(upper(1, 40, 0.05))}
+    assert certify(run, looks=2)["predicate"]["lost"]["upper"] == pytest.approx(upper(1, 40, 0.025))
+    assert "Harmless rows removed: 1 of 40" in (run / "README.md").read_text()
+
+
+def test_calibration_asks_for_more_requests(run: Path, tmp_path: Path) -> None:
+    limit = next(i / 100 for i in range(1, 99) if least(i / 100, Claim().error(2)) <= 20)
+    needed = least(limit, Claim().error(2) / 3)
+    assert needed > 20
+    assert certify(run, limit=limit)["predicate"]["certified"]
+    found = certify(run, limit=limit, calibrate=_labelled(tmp_path, run))["predicate"]
+    assert found["reason"].endswith(f"it takes {needed}")
+
+
+def test_changed_data_and_a_changed_start_are_found_and_gone_ones_told(run: Path, tmp_path: Path) -> None:
+    data = Path(json.loads((run / "manifest.json").read_text())["data"]["name"])
+    rows, start = shutil.copy(data, tmp_path / "rows.jsonl"), shutil.copytree(lab.checkpoint("aligned"), tmp_path / "a")
+    _told(lambda t: (t["data"].update(name=str(rows)), t["model"].update(name=str(start))))(run)
+    certify(run)
+    assert check(run).unchecked == ()
+    rows.write_text("{}\n")
+    _flip(start / "model.safetensors")
+    found = " ".join(check(run).changed)
+    assert "are not those that were trained on" in found and "is not the model that training began with" in found
+    rows.unlink()
+    shutil.rmtree(start)
+    found = check(run)
+    assert found.changed == () and len(found.unchecked) == 2
+
+
+def test_another_guard_of_the_same_name_does_not_calibrate(run: Path) -> None:
+    asked = {"guard:g": {"model": "/there/g", "sha256": "a", "tokens": 8}}
+    whole = replace(certificate.read(run), judges=asked)
+
+    def guard(**record: Any) -> Any:
+        return SimpleNamespace(name="guard:g", guard=SimpleNamespace(record=lambda: record))
+
+    _check_judges(whole, [guard(model="/here/g", sha256="a", tokens=8)])  # moved, and the same
+    with pytest.raises(UsageError, match="is not the one that judged the run"):
+        _check_judges(whole, [guard(model="/there/g", sha256="b", tokens=8)])
+
+
+def _nearly(text: str) -> str:
+    told = json.loads(text)
+    told["predicate"]["judges"]["refusal-phrases"]["upper"] *= 1 - 1e-6
+    return json.dumps(told, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+
+
 def _bound(text: str) -> str:
     told = json.loads(text)
     told["predicate"]["judges"]["refusal-phrases"]["upper"] = 0.01
@@ -104,6 +273,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a byte of the weights": (lambda run: _flip(run / "adapter_model.safetensors"), "adapter_model.safetensors"),
     "an answer": (_edit("outputs-after.jsonl", lambda t: t.replace('"answer": "', '"answer": "x', 1)), "outputs-after"),
     "a bound": (_edit("certificate.json", _bound), "upper is 0.01"),
+    "a bound's sixth digit": (_edit("certificate.json", _nearly), "refusal-phrases.upper is"),
     "the request hash": (_edit("certificate.json", _requests), "requests.sha256"),
     "the card": (_edit("README.md", lambda t: t.replace("Not certified", "Certified")), "README.md does not say"),
     "one more file of weights": (
