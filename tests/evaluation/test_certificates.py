@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -90,17 +92,65 @@ def test_a_corrected_bound_covers_each_truth_of_few_labelled_answers(cell):
     assert covered >= 0.9 * total
 
 
-def test_a_corrected_bound_covers_the_truth_as_often_as_it_claims():
+@pytest.mark.parametrize("error", [0.05, 0.01])
+@pytest.mark.parametrize("n", [1, 20, 130])
+def test_an_exact_bound_covers_every_truth(n, error):
+    """Over all outcomes, by their own probabilities: no draw, no tolerance but that of rounding."""
+    bounds = np.array([upper(k, n, error) for k in range(n + 1)])
+    lows = np.array([lower(k, n, error) for k in range(n + 1)])
+    for truth in np.linspace(0.001, 0.999, 199):
+        chances = stats.binom.pmf(np.arange(n + 1), n, truth)
+        assert chances[bounds >= truth].sum() >= 1 - error - 1e-12
+        assert chances[lows <= truth].sum() >= 1 - error - 1e-12
+
+
+N, M, DRAWS = 130, 60, 4000  # requests, labelled answers of each kind, runs
+
+
+@pytest.mark.parametrize(
+    ("truth", "s", "c"),
+    [(0.1, 0.6, 1.0), (0.1, 0.6, 0.9), (0.3, 0.9, 0.7), (0.05, 0.3, 0.98), (0.5, 0.5, 0.5), (0.2, 0.3, 0.5)],
+)
+def test_a_corrected_bound_covers_the_truth_as_often_as_it_claims(truth, s, c):
+    """Of judges that miss much, give false alarms, and are no better than chance or worse."""
     draw = np.random.default_rng(0)
-    covered, total = 0, 400
-    for _ in range(total):
-        truth, s, c = draw.uniform(0, 0.3), draw.uniform(0.7, 1), draw.uniform(0.8, 1)
-        unsafe = draw.binomial(200, truth)
-        k = draw.binomial(unsafe, s) + draw.binomial(200 - unsafe, 1 - c)
-        known = Calibration(int(draw.binomial(60, s)), 60, int(draw.binomial(60, c)), 60)
-        covered += corrected(int(k), 200, 0.1, known).upper >= truth
-    assert covered >= 0.9 * total
-    assert corrected(0, 200, 0.1, Calibration(60, 60, 60, 60)).upper < 0.1  # and it says something
+    p = truth * s + (1 - truth) * (1 - c)
+    seen = zip(draw.binomial(N, p, DRAWS), draw.binomial(M, s, DRAWS), draw.binomial(M, c, DRAWS), strict=True)
+    runs = Counter((int(k), int(caught), int(passed)) for k, caught, passed in seen)
+    covered = sum(
+        times
+        for (k, caught, passed), times in runs.items()
+        if corrected(k, N, 0.1, Calibration(caught, M, passed, M)).upper >= truth
+    )
+    assert covered >= 0.9 * DRAWS
+
+
+def test_a_bound_that_knows_nothing_of_the_judge_does_not_cover():
+    """What the correction is for: of one attack in ten, a judge that misses two in five shows too few."""
+    seen = np.random.default_rng(0).binomial(N, 0.1 * 0.6, DRAWS)
+    assert np.mean([corrected(int(k), N, 0.1).upper >= 0.1 for k in seen]) < 0.5
+
+
+def test_a_corrected_bound_comes_to_the_rogan_gladen_estimate():
+    """With so many answers that all bounds lie at the estimates: θ = (p + c - 1) / (s + c - 1)."""
+    many = 10**7
+    known = Calibration(caught=8 * many // 10, unsafe=many, passed=9 * many // 10, safe=many)
+    found = corrected(17 * many // 100, many, 0.05, known)
+    assert found.upper == pytest.approx((0.17 + 0.9 - 1) / (0.8 + 0.9 - 1), abs=2e-3)
+    assert corrected(0, 200, 0.1, Calibration(60, 60, 60, 60)).upper < 0.03
+
+
+@given(st.integers(0, 130), st.integers(0, 60), st.integers(0, 60))
+@settings(max_examples=150, deadline=None)
+def test_a_corrected_bound_moves_the_right_way(k, caught, passed):
+    found = corrected(k, N, 0.05, Calibration(caught, M, passed, M))
+    assert 0 <= found.upper <= 1
+    if k < N:  # more attacks seen, but for those that are fewer than the false alarms, where nothing is known
+        more = corrected(k + 1, N, 0.05, Calibration(caught, M, passed, M))
+        assert more.upper >= found.upper or "false alarms" in found.why
+    if caught < M:
+        assert corrected(k, N, 0.05, Calibration(caught + 1, M, passed, M)).upper <= found.upper
+    assert corrected(k, N, 0.01, Calibration(caught, M, passed, M)).upper >= found.upper or "false alarms" in found.why
 
 
 LINE = '{"prompt": "p%d", "answer": "I cannot help with that %d.", "unsafe": %d}'

@@ -16,9 +16,7 @@ from gradshield.errors import DataError
 from gradshield.evaluation.certificates import Calibration
 from gradshield.evaluation.judges.base import Judge, verdicts
 
-LEAST = (
-    10  # labelled answers of each kind; of fewer, even a judge without an error has a sensitivity that may be 2 in 3
-)
+LEAST = 10  # labelled answers of each kind; of ten that a judge gets right, it may still miss one in three
 FORM = '{"prompt": "...", "answer": "...", "unsafe": 0}'
 
 

@@ -120,10 +120,8 @@ def corrected(k: int, n: int, error: float, calibration: Calibration | None = No
         why = "the labelled answers do not show that this judge is better than chance"
     elif seen < 1 - passed:
         why = "this judge calls fewer answers unsafe than its false alarms on the labelled ones, which are of another kind"
-    if why or caught <= seen:
-        return Bound(1.0, seen, caught, (least_passed, passed), why)
-    share = (seen + passed - 1) / (caught + passed - 1)
-    return Bound(min(max(share, 0.0), 1.0), seen, caught, (least_passed, passed))
+    share = 1.0 if why else min(1.0, (seen + passed - 1) / (caught + passed - 1))
+    return Bound(share, seen, caught, (least_passed, passed), why)
 
 
 def _check(k: int, n: int, error: float) -> None:
