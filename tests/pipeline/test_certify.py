@@ -16,7 +16,9 @@ from gradshield import certify, check, lab
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.certificates import Claim, least, upper
 from gradshield.pipeline import certificate
+from gradshield.pipeline import train as training
 from gradshield.pipeline.certify import _check_judges
+from gradshield.pipeline.course import Course
 from tests.pipeline.common import command, jsonl, write
 from tests.pipeline.test_train import _run
 
@@ -292,15 +294,46 @@ def test_any_change_is_found_and_named(run: Path, name: str) -> None:
     assert done.code == 5 and said in done.err
 
 
-def test_the_command(run: Path) -> None:
-    done = command("certify", run, "--limit", "50%", "--confidence", "0.9")
-    assert done.code == 0 and "refusal-phrases" in done.out and "not calibrated" in done.out
-    checked = command("certify", run, "--check")
-    assert checked.code == 0 and "nothing changed" in checked.out
+def test_the_start_is_compared_where_it_still_lies(run: Path) -> None:
+    assert "the model that training began with" in check(run).same
+
+
+def test_no_certificate_stands_beside_a_run_that_was_stopped(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    monkeypatch.setattr(Course, "fit", _stop)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, "none")
+    assert not (run / "certificate.json").exists() and not (run / "manifest.json").exists()
+    assert (run / "adapter_model.safetensors").exists()  # the earlier model, of which nothing is claimed any more
+
+
+def _stop(*_args: Any, **_more: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_no_labelled_answers_stand_beside_a_model_that_did_not_give_them(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certify(run, calibrate=_labelled(tmp_path, run))
+    monkeypatch.setattr(training.certify, "write", _stop)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, "none", exams=training.Exams())
+    assert (run / "manifest.json").exists()
+    assert not (run / "calibration.jsonl").exists() and not (run / "certificate.json").exists()
+
+
+def test_a_new_training_leaves_nothing_of_the_old_calibration(run: Path, tmp_path: Path) -> None:
+    certify(run, calibrate=_labelled(tmp_path, run))
+    _run(tmp_path, "none", exams=training.Exams())
+    told = json.loads((run / "certificate.json").read_text())["predicate"]
+    assert "no request was asked" in told["reason"] and told["calibration"] is None
+    assert not (run / "calibration.jsonl").exists() and check(run).changed == ()
 
 
 @pytest.mark.parametrize("options", [{"confidence": 1.5}, {"looks": 0}, {"limit": 2.0}, {"judges": (object(),)}])
-def test_a_claim_that_cannot_be_made_changes_nothing(run: Path, options: dict) -> None:
+def test_a_claim_that_cannot_be_made_changes_nothing(run: Path, options: dict[str, Any]) -> None:
     before = (run / "certificate.json").read_bytes()
     with pytest.raises((UsageError, ValueError)):
         certify(run, **options)

@@ -75,6 +75,8 @@ def _certified(certificate: Mapping[str, Any]) -> list[str]:
             *(f"| {_plain(name)} | {_bounded(one)} |" for name, one in told["judges"].items()),
             "",
         ]
+        if told["calibration"] is None:
+            lines += ["No judge was calibrated on this model: the bounds are of what the judges call unsafe.", ""]
     if lost := told["lost"]:
         lines += [
             f"Harmless rows removed: {lost['k']} of {lost['n']}, at most {percent(lost['upper'])} of such rows with "

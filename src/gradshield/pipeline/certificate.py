@@ -28,7 +28,7 @@ ANSWERS = "outputs-after.jsonl"
 SCAN = "scan/manifest.json"
 EVIDENCE = ("manifest.json", "outputs-before.jsonl", ANSWERS, LABELLED, SCAN, "scan/scores.parquet")
 # What transformers and PEFT may load from a folder: one more such file makes another model of it.
-LOADED = (*HUB_FILES, "*.bin", "*.py")
+LOADED = (*HUB_FILES, "*.bin", "*.py", "additional_chat_templates/*")
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,11 @@ class Run:
         return found
 
 
-def read(folder: Path) -> Run:
-    """The run that has finished in a folder. Raises DataError where there is none, or where its files are not whole."""
+def read(folder: Path, calibrated: bool = True) -> Run:
+    """The run that has finished in a folder, without the labelled answers where ``calibrated`` is False.
+
+    Raises DataError where there is none, or where its files are not whole.
+    """
     if not (folder / "manifest.json").is_file() or not (folder / ANSWERS).is_file():
         raise DataError(
             f"the folder {str(folder)!r} holds no finished run: give one into which `gradshield train` has written manifest.json "
@@ -73,7 +76,7 @@ def read(folder: Path) -> Run:
             folder=folder,
             manifest=manifest,
             asked=answers[:n],
-            labelled=_lines(folder / LABELLED) if (folder / LABELLED).is_file() else None,
+            labelled=_lines(folder / LABELLED) if calibrated and (folder / LABELLED).is_file() else None,
             judges=judges if n else {},
             scan=_json(folder / SCAN)["results"] if (folder / SCAN).is_file() else {},
         )
@@ -117,7 +120,7 @@ def offline(name: str, record: Mapping[str, Any] | None) -> Judge | None:
 
 
 def differing(run: Run) -> list[str]:
-    """Where stored verdicts are not those of the judges that can be asked again here: a sentence a judge and file."""
+    """Where stored verdicts are not those of the judges that can be asked again here: a clause for each judge and file."""
     found = []
     for name, record in run.judges.items():
         judge = offline(name, record)
@@ -163,8 +166,8 @@ def statement(run: Run, claim: Claim, source: Mapping[str, Any] | None, start_in
 
 
 def text(value: Mapping[str, Any]) -> str:
-    """The one way in which a statement is written: keys in order, so that equal statements are equal files."""
-    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """The one way in which a statement is written: keys in order and plain ASCII, so that equal statements are equal files."""
+    return json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"
 
 
 def subject(folder: Path) -> list[dict[str, Any]]:
@@ -172,7 +175,7 @@ def subject(folder: Path) -> list[dict[str, Any]]:
     own = {*EVIDENCE, CERTIFICATE}
     found = {path for pattern in LOADED for path in folder.glob(pattern) if path.is_file() and path.name not in own}
     files = sorted(path for path in found if not path.name.startswith("."))
-    return [{"name": path.name, "digest": {"sha256": file_digest(path)}} for path in files]
+    return [{"name": path.relative_to(folder).as_posix(), "digest": {"sha256": file_digest(path)}} for path in files]
 
 
 def evidence(folder: Path) -> dict[str, str]:
@@ -256,16 +259,15 @@ def _lost(run: Run, claim: Claim) -> dict[str, Any] | None:
 
 def _reason(run: Run, claim: Claim, judges: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
     """Why nothing is certified, as one sentence; None where it is. What makes the numbers mean nothing comes first."""
-    for of, found in (("run", run.results), ("scan", run.scan)):
+    # A scan that asked the model nothing says nothing of it, for or against; the run has measured the model all the same.
+    for of, found in (("run", run.results), ("scan", run.scan if run.scan.get("probes") else {})):
         if found.get("uncertified"):
             return f"the {of} is not certified: {str(found['uncertified']).rstrip('.')}"
     verified = run.results.get("verified")
     if verified and not verified["met"]:
         return f"the verified threshold met its targets at no cut: {str(verified['sentence']).rstrip('.')}"
     if not judges:
-        return (
-            "no request was asked, so that nothing is known of the attack success rate: train or measure with --safety"
-        )
+        return "no request was asked of the trained model, so that nothing is known of its attack success rate"
     if not asked["chose_nothing"]:
         return "the requests that measured the model are among those that chose its rows or its cut"
     needed = least(claim.limit, claim.error(len(judges)) / (1 if run.labelled is None else PARTS))

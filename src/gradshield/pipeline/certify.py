@@ -85,7 +85,7 @@ def certify(
         raise UsageError(
             "judges are asked about labelled answers alone, and there are none: give them with --calibrate FILE"
         )
-    read(Path(folder))  # so that nothing is made in a folder that holds no run
+    read(Path(folder), calibrated=False)  # so that nothing is made in a folder that holds no run
     with alone(folder):
         return write(Path(folder), claim, calibrate, judges, again=True)
 
@@ -101,13 +101,14 @@ def write(
 
     The old certificate goes before anything that it rests on, the new one comes last. Raises as ``certify`` does.
     """
-    run = read(folder)
-    if again and (wrong := [one for one in differing(run) if LABELLED not in one]):
+    run = read(folder, calibrated=False)
+    if again and (wrong := differing(run)):
         raise DataError(f"{wrong[0]}: the file was changed after the training, or the judge was; train again")
     labelled, source = None, None
     if calibrate is not None:
         labelled = calibration.judged(calibration.read(calibrate), _asked(run, judges))
-        source = {"name": str(calibrate), "sha256": file_digest(Path(calibrate))}
+        if not (folder / LABELLED).exists() or not Path(calibrate).samefile(folder / LABELLED):
+            source = {"name": str(calibrate), "sha256": file_digest(Path(calibrate))}
         _check_judges(run, judges)
     for name in (CERTIFICATE, LABELLED):
         (folder / name).unlink(missing_ok=True)
@@ -148,12 +149,11 @@ def check(folder: str | Path) -> Checked:
     kept = {key: source[key] for key in ("name", "sha256") if key in source} if isinstance(source, Mapping) else None
     changed += _differences(old, statement(run, claim, kept, in_place))
     changed += differing(run)
-    changed += _card(folder, run, old)
     if not changed:
         same += [f"{len(old['subject'])} files of the model", "manifest, answers and requests", "every bound"]
     for name, record in run.judges.items():
         (unchecked if offline(name, record) is None else same).append(f"the verdicts of {name}")
-    for part in (_data(run), _start(run, in_place), _source(kept)):
+    for part in (_card(folder, run, old), _data(run), _start(run, in_place), _source(kept)):
         for which, clause in part:
             {"changed": changed, "same": same, "unchecked": unchecked}[which].append(clause)
     return Checked(certified, reason, tuple(changed), tuple(same), tuple(unchecked))
@@ -201,13 +201,17 @@ def _certificate(folder: Path) -> tuple[str, dict[str, Any]]:
             f"the folder {str(folder)!r} holds no {CERTIFICATE}: make one with `gradshield certify {folder}`"
         )
     try:
-        raw = path.read_text(encoding="utf-8")
-        value = json.loads(raw)
+        raw = path.read_bytes().decode()
+        value = json.loads(raw, parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(folder, f"{type(error).__name__}") from None
     if not isinstance(value, dict) or not isinstance(value.get("predicate"), dict):
         raise _unreadable(folder, "it has no predicate")
     return raw, value
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def _unreadable(folder: Path, why: str) -> DataError:
@@ -259,15 +263,17 @@ def _leaves(value: Any, path: Leaf = ()) -> Iterator[tuple[Leaf, Any]]:
         yield path, value
 
 
-def _card(folder: Path, run: Run, certificate: Mapping[str, Any]) -> list[str]:
+def _card(folder: Path, run: Run, certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The model card has to say what the certificate says, which it names by its hash."""
     path = folder / "README.md"
     try:
         section = card.section(Manifest(**run.manifest), certificate)
     except (KeyError, TypeError, AttributeError, ValueError):
-        return ["the certificate lacks what the model card shows"]
+        return [("changed", "the certificate lacks what the model card shows")]
     said = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return [] if section in said else ["README.md does not say what the certificate says"]
+    if "\n".join(section.splitlines()) in "\n".join(said.splitlines()):
+        return [("same", "the model card")]
+    return [("changed", "README.md does not say what the certificate says")]
 
 
 def _data(run: Run) -> list[tuple[str, str]]:
