@@ -11,7 +11,8 @@
     │   ├── EndpointError      4   an endpoint that does not answer, or not as its protocol says
     │   ├── ProbeError         4   the probe means nothing on this model (it does not refuse, or it thinks first)
     │   └── ScoreError         4   a score that is not finite, or an engine that disagrees with the oracle
-    └── GateError              5   ``--fail-above``: more was removed than allowed; or no verified cut met its targets
+    └── GateError              5   ``--fail-above``: more was removed than allowed; no verified cut met its targets; or a
+                                   certificate claims nothing, or not what its files say
 
 A message is one sentence in four parts: what was wrong, what was got, what is allowed, what to do.
 ``str(error)`` is the whole message; nothing else is printed to a user.
@@ -85,6 +86,6 @@ class ScoreError(ModelError):
 
 
 class GateError(GradShieldError):
-    """More was removed than the gate allows, or no verified cut met its targets."""
+    """More was removed than the gate allows, no verified cut met its targets, or a certificate does not hold."""
 
     exit_code = 5

@@ -195,6 +195,13 @@ def summary(selection: Selection, folder: Path) -> None:
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
 
 
+def verdict(certificate: Mapping[str, Any]) -> str:
+    """Whether a certificate certifies anything, and why not."""
+    if certificate["certified"]:
+        return "[green]certified[/green]"
+    return f"[yellow]not certified:[/yellow] {plain(str(certificate['reason']))}"
+
+
 def check_gate(selection: Selection, gate: float | None) -> None:
     """Raises GateError when more was removed than allowed."""
     results = selection.manifest.results

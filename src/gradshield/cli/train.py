@@ -35,6 +35,7 @@ from gradshield.cli.common import (
     read_labels,
     require_data,
     require_model,
+    verdict,
 )
 from gradshield.errors import GateError, UsageError
 
@@ -199,6 +200,8 @@ def _summary(done: Trained, folder: Path) -> None:
         out.print(f"verified  {plain(done.verdict.sentence)}")
     if results["uncertified"]:
         err.print(f"[yellow]warning:[/yellow] {plain('nothing is certified: ' + results['uncertified'])}")
+    if done.certificate:
+        out.print(verdict(done.certificate["predicate"]))
     if not results["after"].get("judges"):
         err.print("[yellow]warning:[/yellow] safety was not measured: nothing is known of this model's")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
