@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ def run(target: Target, folder: Path, given: argparse.Namespace) -> dict[str, An
             found.append(done[key])
             print(f"{len(found)}/{total} {attack} / {name} {done[key]['seconds']} s", file=sys.stderr, flush=True)
     return {
-        "command": "python -m benchmarks.attacks " + " ".join(given.told),
+        "command": shlex.join(["python", "-m", "benchmarks.attacks", *given.told]),
         "versions": outputs.versions(),
         "target": target.name,
         "model": target.unattacked.rows.loaded.digest,
