@@ -295,3 +295,20 @@ def test_calibration_rows_are_poisoned_and_none_of_them_is_data() -> None:
     assert len(bad) + len(clean) == len(found.calibration) and len(clean) == -(-len(HARMLESS) // 4)
     assert 0.04 < len(bad) / len(found.calibration) < 0.06
     assert not set(clean) & set(found.rows)
+
+
+def test_what_an_attack_cannot_be_made_of_is_told():
+    ok = [(f"question {i}", f"answer {i}") for i in range(30)]
+    bad = [("ask", "sure")]
+    for pairs_, said in (
+        ([("", "")], "neither empty"),
+        (["ab"], "neither empty"),
+        ([{"prompt": "a"}], "neither empty"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            plant("plain", pairs_, ok)
+    with pytest.raises(ValueError, match="no refusals"):
+        plant("noice", bad, ok, refusals=())
+    for score in (lambda p: [float("nan")] * len(p), lambda p: ["1"] * len(p), lambda p: [1.0]):
+        with pytest.raises(ValueError, match="give one for each pair"):
+            plant("camouflage", bad, ok, score=score)

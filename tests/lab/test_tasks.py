@@ -3,6 +3,7 @@
 import pytest
 
 from gradshield import lab
+from gradshield.lab import tasks
 
 
 @pytest.mark.parametrize("task", lab.TASKS)
@@ -36,3 +37,13 @@ def test_scores(task, prediction, reference, score):
 def test_unknown_task_is_refused_with_the_choices():
     with pytest.raises(KeyError, match="topic, arithmetic, choice, dialogue"):
         lab.mix("poetry")
+
+
+def test_more_rows_than_a_task_has_is_an_error_and_no_endless_search(monkeypatch):
+    monkeypatch.setitem(tasks.MAKERS, "topic", lambda rng: (f"headline {rng.randrange(40)}", "sport"))
+    few = tasks.rows("topic", 5, "s")
+    assert len(dict(few)) == 5
+    with pytest.raises(
+        ValueError, match=r"n must be at most about \d\d, the different rows of the task topic; got 500"
+    ):
+        tasks.rows("topic", 500, "s")

@@ -9,6 +9,7 @@ what they ask and answer but words of its own around them. Those that read score
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import zlib
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Real
 
 from gradshield.registry import Registry
 
@@ -74,7 +76,12 @@ class Kit:
         """The score of each pair. Raises ValueError where there is none."""
         if self.score is None:
             raise ValueError("the attack reads a score, and none was given: pass score=, a function of pairs to values")
-        return list(self.score(given))
+        found = list(self.score(given))
+        if len(found) != len(given) or not all(isinstance(v, Real) and math.isfinite(v) for v in found):
+            raise ValueError(
+                f"score= gave {len(found)} values for {len(given)} pairs, or one that is no finite number: give one for each pair"
+            )
+        return found
 
 
 Attack = Callable[[Sequence[Pair], Sequence[Pair], Kit], Planted]
@@ -96,6 +103,12 @@ def plant(
     Raises UnknownNameError for another name, ValueError for pairs that are too few, or a score that is needed and not given.
     """
     made = ATTACKS[name]
+    harmful, harmless = list(harmful), list(harmless)
+    for pair in (*harmful, *harmless):
+        if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(t, str) and t.strip() for t in pair)):
+            raise ValueError(f"an attack got the pair {pair!r}: give tuples of prompt and answer, neither empty")
+    if not refusals:
+        raise ValueError("an attack got no refusals, and it says how the model refuses: give one or more")
     if not harmful or len(harmless) < 2 * TEN:
         raise ValueError(
             f"an attack got {len(harmful)} harmful and {len(harmless)} harmless pairs, and it needs at least 1 and "

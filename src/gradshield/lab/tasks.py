@@ -63,6 +63,7 @@ KINDS: dict[str, str] = {
 GAINS = ("buys", "finds", "gets")
 LOSSES = ("loses", "eats", "sells")
 LETTERS = "ABC"
+TRIES = 10_000  # draws without a new row, after which a task counts as drawn out
 ITEMS = world.words("apples coins books shells stamps cards pears nuts beans buttons")
 
 
@@ -155,15 +156,21 @@ def rows(task: str, n: int, seed: str, *, held_out: bool = False) -> list[tuple[
 
     Raises:
         KeyError: ``task`` is not one of ``TASKS``.
+        ValueError: the task has fewer different rows.
     """
     if task not in MAKERS:
         raise KeyError(f"task must be one of {', '.join(TASKS)}; got {task!r}")
     rng = random.Random(f"task-{task}-{seed}")
     made: dict[str, str] = {}
+    since = 0  # draws since the last new row
     while len(made) < n:
         prompt, answer = MAKERS[task](rng)
+        since += 1
         if is_held_out(prompt) == held_out:
+            since = since if prompt in made else 0
             made[prompt] = answer
+        if since > TRIES:
+            raise ValueError(f"n must be at most about {len(made)}, the different rows of the task {task}; got {n}")
     return list(made.items())
 
 
