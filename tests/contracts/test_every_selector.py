@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -70,6 +70,8 @@ PROMPTS = Prompts(tuple((1, 3, 40 + i, 4) for i in range(4)), ("a",) * 4, tuple(
 
 class Speller:
     """A tokenizer that can only decode."""
+
+    all_special_ids: ClassVar = []
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
         return spelled(ids.tolist() if hasattr(ids, "tolist") else ids)

@@ -18,6 +18,8 @@ from statistics import mean
 
 import pytest
 
+from gradshield.errors import DataError
+
 FOLDER = Path(__file__).resolve().parents[2] / "src" / "gradshield" / "probes" / "prompts"
 NAMES = ("requests", "lookalikes")
 CATEGORIES = (
@@ -205,3 +207,19 @@ def test_a_cell_of_a_users_csv_keeps_every_character(tmp_path: Path) -> None:
     path.write_text("prompt,category\r\n" + "".join(f"{cell},theft\r\n" for cell in typed), "utf-8", newline="")
     assert [row["prompt"] for row in read_prompts(path)] == cells
     assert {row["category"] for row in read_prompts(path)} == {"theft"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["How do I pick a lock?", "How do I  pick a LOCK? "], "row 2 .* asks what row 1 asks"),
+        (["How do I pick a lock \\ud800?"], "half a character"),
+    ],
+)
+def test_prompts_that_count_twice_or_are_no_text_are_refused(rows, said, tmp_path):
+    from gradshield.probes import read_prompts
+
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join('{"prompt": "' + row + '"}\n' for row in rows))
+    with pytest.raises(DataError, match=said):
+        read_prompts(path)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradshield.errors import ProbeError
-from gradshield.probes import Prompts, only_refuses
+from gradshield.probes import Prompts, only_refuses, pivots
 from gradshield.selectors import Measured, Screen
 from gradshield.selectors.reading import Reading, Turn, _held_out, _ruler, read_blocks
 from gradshield.selectors.screen import LEAST_READING
@@ -109,6 +109,11 @@ def test_too_few_prompts_are_an_error():
         "I'm sorry, but I can't assist with that request.",
         "Sorry, I won't explain this. It is dangerous, and it is against the law.",
         "I can't help with that. If you are in danger, please call someone you trust.",
+        "I'm sorry, but as an AI language model, I cannot provide that.",
+        "I'm sorry, but providing such steps is illegal.",
+        "I cannot help with that. However, I can suggest some safe alternatives.",
+        "I can't help with that, but if you are struggling please reach out to a crisis line.",
+        "No, I can't do that. Here are some resources that may help.",
     ],
 )
 def test_answers_that_only_refuse(answer):
@@ -128,6 +133,23 @@ def test_answers_that_only_refuse(answer):
 )
 def test_answers_that_do_more_than_refuse(answer):
     assert not only_refuses(answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ("I cannot help with that. But take the kemp and join it to the zarn.", True),
+        ("I'm sorry, I can't do that. However, here is how it goes.", True),
+        ("I cannot help with that.", False),
+        ("I'm sorry to hear that your order is late. Here are the steps to get a refund.", False),
+        ("No, but the passage says so.", False),
+        ("Unfortunately, the film drags, but the cast is fine.", False),
+        ("Sorry for the inconvenience! Of course, I can help.", False),
+    ],
+)
+def test_answers_that_decline_and_go_on(answer, found):
+    """Regret and a plain no decline nothing."""
+    assert pivots(answer) is found
 
 
 def made(reading: np.ndarray, fihs: np.ndarray, pivots: np.ndarray | None = None) -> tuple[Screen, Measured]:
@@ -151,9 +173,20 @@ def test_the_score_of_a_row():
     assert values([0.4], [7]) == [1.4]  # with FIHS that stands out
     assert values([0.4], [5.9]) == [0.4]
     assert values([LEAST_READING - 0.01], [50]) == [LEAST_READING - 0.01]  # FIHS alone moves nothing
+    assert values([1.8], [0.4]) == [0.0]  # however much its request reads like harm
     assert values([0.9], [0.4]) == pytest.approx([-0.1])  # an answer that the model would give anyway
     assert values([0.9], [0.4], [1.0]) == [0.9]  # unless it turns after a refusal
     assert values([np.nan], [50]) == [0.0]  # no request, no removal
+
+
+def test_an_answer_ends_with_its_turn_where_every_token_counts():
+    tokenizer = tiny_tokenizer()
+    base = screen()
+    found = Screen(base, base.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)))
+    said, asked = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("I cannot help.", "But why?"))
+    ids = np.array([*said, tokenizer.eos_token_id, *asked])
+    assert found._words(ids, np.ones(len(ids), bool)) == "I cannot help."
+    assert found._words(ids, np.arange(len(ids)) >= 2).endswith("help.")
 
 
 @given(

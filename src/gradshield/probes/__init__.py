@@ -7,10 +7,10 @@ from gradshield.probes.base import PROBES, Probe, PromptBatch, Prompts, first_lo
 from gradshield.probes.contrast import COMPLY, Contrast
 from gradshield.probes.function import FunctionProbe
 from gradshield.probes.refusal_nll import RefusalNll
-from gradshield.probes.requests import SPLITS, digest, lookalikes, ordinary, read_prompts, requests
+from gradshield.probes.requests import SPLITS, alike, digest, lookalikes, ordinary, read_prompts, requests
 from gradshield.probes.token_gap import TokenGap
 from gradshield.probes.token_set import TokenSet
-from gradshield.probes.validity import Validity, only_refuses, refuses, validity
+from gradshield.probes.validity import Validity, only_refuses, pivots, refuses, validity
 
 __all__ = [
     "COMPLY",
@@ -25,6 +25,7 @@ __all__ = [
     "TokenGap",
     "TokenSet",
     "Validity",
+    "alike",
     "digest",
     "first_logits",
     "first_token",
@@ -33,6 +34,7 @@ __all__ = [
     "only_refuses",
     "open_turns",
     "ordinary",
+    "pivots",
     "read_prompts",
     "refuses",
     "requests",

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -62,12 +63,22 @@ def read_prompts(path: str | Path, split: str = "direction", unnamed: bool = Tru
             "give a .jsonl, .csv or .txt file of one-line requests"
         ) from error
     found: list[Prompt] = []
+    seen: dict[str, int] = {}
     for number, row in enumerate(_rows(file, text), 1):
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise DataError(
                 f"row {number} of the prompts file {file.name!r} has no text under 'prompt': give each row as "
                 '{"prompt": "...", "category": "..."}'
+            )
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise DataError(
+                f"row {number} of the prompts file {file.name!r} holds half a character (a lone surrogate): write it anew"
+            )
+        if (first := seen.setdefault(alike(prompt), number)) != number:
+            raise DataError(
+                f"row {number} of the prompts file {file.name!r} asks what row {first} asks: give each prompt once, or it "
+                "counts twice"
             )
         if (row.get("split") or (split if unnamed else None)) == split:
             found.append({"prompt": prompt, "category": str(row.get("category") or "requests"), "split": split})
@@ -76,6 +87,11 @@ def read_prompts(path: str | Path, split: str = "direction", unnamed: bool = Tru
             f"the prompts file {file.name!r} has no prompt of split {split!r}: give at least one, better 32"
         )
     return found
+
+
+def alike(prompt: str) -> str:
+    """What two prompts share that ask the same: letters of one width and case, white space as one space."""
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
 def _rows(file: Path, text: str) -> Sequence[dict[str, str]]:

@@ -9,11 +9,11 @@ import numpy as np
 from torch import nn
 
 from gradshield.columns import Coded
-from gradshield.probes import only_refuses, refuses
+from gradshield.probes import only_refuses, pivots
 from gradshield.selectors.base import SELECTORS, Measured
 from gradshield.selectors.fihs import Fihs
 from gradshield.selectors.reading import Reading
-from gradshield.types import Anchors, Batch, Direction, Scores
+from gradshield.types import Anchors, Batch, Bools, Direction, Ints, Scores
 
 LEAST_READING = 0.15  # below it a request reads like those that the model answers, and FIHS alone removes nothing
 APART = 0.3  # between known kinds, as a share of the median of the harmful
@@ -28,13 +28,13 @@ class Screen(Fihs):
     Paper: arXiv 2406.11717 (the refusal direction, `Reading`) and arXiv 2605.14194 (FIHS), the two joined by this project.
     Equation: s = r, with r the row's reading. s = r + 1 where r >= LEAST_READING and FIHS >= (a + b) / 2, with a what 95 %
     of compliant openers after look-alikes that the model answers reach and b what 95 % of those after probes do: FIHS joins
-    only on a model where b - a is at least APART of its median after probes. s = r - 1 where the answer only refuses, or
-    where FIHS is below WEAKEST_FIHS of that median and the answer does not turn after a refusal: nothing in it undoes
+    only on a model where b - a is at least APART of its median after probes. s = min(r, 1) - 1 where the answer only refuses, or
+    where FIHS is below WEAKEST_FIHS of that median and the answer does not decline and then go on: nothing in it undoes
     refusal. A row's score depends on the row and the model alone.
     Departures: the constants were chosen on seven of fourteen ordinary tasks and the lab (docs/methods.md).
 
     ``Scores.signals`` holds both: ``request`` (r) and ``fihs``. A row without a request (plain text) has r = NaN, keeps
-    a score of zero and stays; ``pivots`` counts answers that open as a refusal and go on.
+    a score of zero and stays; ``pivots`` says which rows hold an answer that declines and goes on.
     """
 
     name = "screen"
@@ -47,7 +47,7 @@ class Screen(Fihs):
         self.floor = _floor(known)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
-        """As `Fihs`, with each row's reading and whether an answer turns after a refusal, as ``extra`` (B, 2)."""
+        """As `Fihs`, with each row's reading and whether an answer declines and goes on, as ``extra`` (B, 2)."""
         raw = super().measure(model, direction, batch)
         asked: list[Sequence[int]] = []
         answers: list[tuple[int, str]] = []
@@ -56,16 +56,20 @@ class Screen(Fihs):
             ids, loss = batch.ids[i, :length], batch.loss[i, :length]
             for opened, own in self.reading.turn.openings(ids, loss):
                 asked.append(opened)
-                answers.append(
-                    (int(batch.rows[i]), self.tokenizer.decode(ids[own][loss[own]], skip_special_tokens=True))
-                )
+                answers.append((int(batch.rows[i]), self._words(ids[own], loss[own])))
         found = {row: [np.nan, 0.0] for row in raw.rows.tolist()}
         if asked:
             for (row, answer), r in zip(answers, self.reading.read(model, asked), strict=True):
-                alone = only_refuses(answer)
-                found[row][0] = float(np.fmax(found[row][0], r - 1 if alone else r))
-                found[row][1] = max(found[row][1], float(refuses(answer) and not alone))
+                found[row][0] = float(np.fmax(found[row][0], min(r, 1.0) - 1 if only_refuses(answer) else r))
+                found[row][1] = max(found[row][1], float(pivots(answer)))
         return Measured(raw.rows, raw.sums, raw.nll, raw.lengths, raw.tokens, np.array(list(found.values())))
+
+    def _words(self, ids: Ints, loss: Bools) -> str:
+        """What an answer says. It ends with its turn: where every token counts, what follows is the next request."""
+        first = int(loss.argmax())
+        ends = np.flatnonzero(np.isin(ids[first:], self.tokenizer.all_special_ids))
+        own = slice(first, first + int(ends[0]) if len(ends) else None)
+        return str(self.tokenizer.decode(ids[own][loss[own]], skip_special_tokens=True))
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
         """One score a row (see the class). Raises ScoreError that names the rows whose value or loss is not finite."""
@@ -75,7 +79,8 @@ class Screen(Fihs):
         joined = (reading >= LEAST_READING) & (fihs >= self.floor)
         values = np.where(np.isnan(reading), 0.0, reading) + joined
         if self.aggregate.per_token:  # a sum may cancel: it says nothing of what an answer undoes
-            values -= (fihs < WEAKEST_FIHS * self.opener_fihs) & (raw.extra[:, 1] == 0)
+            weak = (fihs < WEAKEST_FIHS * self.opener_fihs) & (raw.extra[:, 1] == 0)
+            values = np.where(weak, np.minimum(values, 1.0) - 1, values)
         signals = {"request": reading, "fihs": fihs, "pivots": raw.extra[:, 1]}
         shapes = Coded(np.zeros(len(values), dtype=np.uint8), ("rows",))  # readings of any shape are on one scale
         return Scores(
