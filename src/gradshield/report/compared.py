@@ -10,7 +10,6 @@ from gradshield.report import made, sheet
 from gradshield.report.outcome import outcome
 from gradshield.report.pool import (
     MISSING,
-    REFERENCE,
     TARGET,
     Cell,
     Mix,
@@ -21,6 +20,7 @@ from gradshield.report.pool import (
     mix_name,
     mixes,
     points,
+    reference,
     share,
     spread,
     totals,
@@ -62,7 +62,7 @@ def page(whole: Mapping[str, Any]) -> Sheet:
         if chart is not None
         else Section("trade", ""),
         _defences(sums, judges, about),
-        _rivals(standings, wins, any(mix.defence == REFERENCE for mix in found)),
+        _rivals(standings, wins, [mix.defence for mix in found]),
         _verified(cells),
         _failed(cells),
     )
@@ -213,16 +213,17 @@ def _of(counts: Sequence[tuple[int, int]]) -> str:
     return " / ".join(f"{k} of {n}" for k, n in counts)
 
 
-def _rivals(standings: Sequence[Standing], wins: Sequence[Win], there: bool) -> Section:
+def _rivals(standings: Sequence[Standing], wins: Sequence[Win], ran: Sequence[str]) -> Section:
+    own = reference(ran)
     lead = (
-        f"Against {REFERENCE} by default. A cell is here a task and mix, over the seeds that both have. Lower and higher ASR: by "
+        f"Against {own} by default. A cell is here a task and mix, over the seeds that both have. Lower and higher ASR: by "
         "some judge, with intervals that do not overlap. Higher utility: by a point or more where the rival is not clearly less "
         "safe; clearly, where the intervals do not overlap. The defence “clean” uses the labels."
     )
-    if not there:
-        return Section("rivals", "Where a rival wins", f"There is no {REFERENCE} in this comparison.")
+    if own not in ran:
+        return Section("rivals", "Where a rival wins", f"There is no {own} in this comparison.")
     if not standings:
-        return Section("rivals", "Where a rival wins", f"No other defence was run on the same mixes as {REFERENCE}.")
+        return Section("rivals", "Where a rival wins", f"No other defence was run on the same mixes as {own}.")
     tally: list[tuple[Entry | str, ...]] = []
     for one in standings:
         counts = (one.compared, one.safer, one.less_safe, one.more_useful, one.clearly_more_useful)
@@ -242,7 +243,7 @@ def _rivals(standings: Sequence[Standing], wins: Sequence[Win], there: bool) -> 
         for win in wins
     )
     if lines:
-        columns = ("Rival", "Task", "Mix", "What", "Rival has", f"{REFERENCE} has", "How sure")
+        columns = ("Rival", "Task", "Mix", "What", "Rival has", f"{own} has", "How sure")
         tables.append(Table(columns, lines, title="Every win", sorts=True))
     return Section("rivals", "Where a rival wins", lead, tables=tuple(tables), nav="Rivals")
 

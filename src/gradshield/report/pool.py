@@ -16,7 +16,7 @@ from typing import Any
 from gradshield.intervals import wilson
 
 TARGET = 0.06  # the ASR that the verified threshold asks for, unless told otherwise
-REFERENCE = "screen"
+REFERENCES = ("screen", "fihs")  # what a comparison is about: the first of these that was run
 MISSING = "–"
 
 Cell = Mapping[str, Any]
@@ -240,3 +240,9 @@ def points(figure: float, signed: bool = False) -> str:
 def spread(value: Pooled | None) -> str:
     """The least and the most of single cells, in percent."""
     return MISSING if value is None else f"{100 * value.least:.1f}–{100 * value.most:.1f}"
+
+
+def reference(defences: Iterable[str]) -> str:
+    """The defence that a comparison is about: the default, else the published score, as far as they were run."""
+    known = set(defences)
+    return next((name for name in REFERENCES if name in known), REFERENCES[0])

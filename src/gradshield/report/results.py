@@ -15,7 +15,6 @@ from gradshield.report import compared, made
 from gradshield.report.outcome import outcome
 from gradshield.report.pool import (
     MISSING,
-    REFERENCE,
     TARGET,
     Cell,
     Mix,
@@ -26,6 +25,7 @@ from gradshield.report.pool import (
     mix_name,
     mixes,
     points,
+    reference,
     share,
     spread,
     totals,
@@ -167,14 +167,16 @@ def _judges_apart(found: Sequence[Mix]) -> list[str]:
 
 def _rivals(found: Sequence[Mix]) -> list[str]:
     lines = ["## Where a rival wins", ""]
-    if not any(mix.defence == REFERENCE for mix in found):
-        return [*lines, f"There is no {code(REFERENCE)} in this comparison."]
+    ran = [mix.defence for mix in found]
+    own = reference(ran)
+    if own not in ran:
+        return [*lines, f"There is no {code(own)} in this comparison."]
     standings, wins = against(found)
     if not standings:
-        return [*lines, f"No other defence was run on the same task, mix and seed as {code(REFERENCE)}."]
+        return [*lines, f"No other defence was run on the same task, mix and seed as {code(own)}."]
     head = ["rival", "cells compared", "lower ASR", "higher ASR", "higher utility at equal safety", "of these, clearly"]
     lines += [
-        f"Against {code(REFERENCE)} by default. A cell is here a task and mix, over the seeds that both have. Lower and "
+        f"Against {code(own)} by default. A cell is here a task and mix, over the seeds that both have. Lower and "
         "higher ASR: by some judge, with intervals that do not overlap. Higher utility: by a point or more where the rival is "
         f"not clearly less safe; clearly, where intervals do not overlap. {code('clean')} uses the labels.",
         "",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradshield.report.pool import REFERENCE, Mix, Pooled, mixes
+from gradshield.report.pool import Mix, Pooled, mixes, reference
 
 HIGHER = 0.01  # of utility; less is not worth a line
 
@@ -40,14 +40,15 @@ class Standing:
     clearly_more_useful: int
 
 
-def against(found: Sequence[Mix], reference: str = REFERENCE) -> tuple[list[Standing], list[Win]]:
+def against(found: Sequence[Mix]) -> tuple[list[Standing], list[Win]]:
     """Every rival's standing, the one that wins most first, and every win, the largest first."""
-    ours = {(mix.task, mix.harm, mix.ratio): mix for mix in found if mix.defence == reference}
+    name = reference(mix.defence for mix in found)
+    ours = {(mix.task, mix.harm, mix.ratio): mix for mix in found if mix.defence == name}
     standings: dict[str, list[int]] = {}
     wins: list[Win] = []
     for mix in found:
         own = ours.get((mix.task, mix.harm, mix.ratio))
-        if own is None or mix.defence == reference:
+        if own is None or mix.defence == name:
             continue
         left, right = _shared(own, mix)
         if left is None or right is None:

@@ -5,7 +5,7 @@
 ``command``, ``versions`` and ``files`` (names to paths relative to the page).
 
 Optionally ``settings`` and ``model`` as the manifest has them, ``caught`` and ``lost`` (rates, where labels are known),
-``uncertified`` (why the probes that chose rows mean nothing on this model), and in ``verdict`` its ``targets``: ``asr``,
+``uncertified`` (why the scan that chose rows is not certified), and in ``verdict`` its ``targets``: ``asr``,
 ``utility`` and ``tolerance``, as shares.
 """
 
@@ -43,7 +43,7 @@ def page(whole: Mapping[str, Any]) -> Sheet:
     tone, standing = _verdict(before, after, verdict)
     uncertified = whole.get("uncertified")
     if uncertified and tone == "pass":
-        tone, standing = "warn", f"{standing}, but the rows were chosen by probes that the model does not refuse"
+        tone, standing = "warn", f"{standing}, but the scan is not certified"
     scans, others = _links(whole)
     return Sheet(
         title=str(whole.get("title") or "Training run"),
@@ -51,7 +51,10 @@ def page(whole: Mapping[str, Any]) -> Sheet:
         tone=tone,
         standing=standing,
         verdict=_said(before, after),
-        facts=(*_facts(before, after, verdict), *((f"Nothing is certified: {uncertified}.",) if uncertified else ())),
+        facts=(
+            *_facts(before, after, verdict),
+            *((f"The scan is not certified: {uncertified}.",) if uncertified else ()),
+        ),
         figures=_figures(whole, after, bool(scans)),
         sections=(
             _measured(before, after, verdict is not None),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradshield.report.draw import Chart, axis_style, base_layout
-from gradshield.report.pool import REFERENCE, TARGET, Pooled, Totals, bounds
+from gradshield.report.pool import REFERENCES, TARGET, Pooled, Totals, bounds
 from gradshield.report.text import chart_text, one_line
 
 LONGEST = 24  # letters of a name beside its point
@@ -16,7 +16,7 @@ NEAR = 0.012  # of the figure: points within it lie on top of each other, and sh
 ROW, ROWS = 30, 3  # letters of a line of joined names, and lines
 REACH = 100 * TARGET + 2  # percent of the axis at least, so that the line of the target is on it
 SIDES = ("top right", "top left", "bottom right", "bottom left")
-_KNOWN = (REFERENCE, "clean", "none")
+_KNOWN = (*REFERENCES, "clean", "none")
 
 
 def trade_off(sums: Sequence[Totals]) -> Chart | None:

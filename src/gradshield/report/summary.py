@@ -85,7 +85,10 @@ def _verdict(data: ReportData) -> str:
         return f"Everything was removed ({rows}): nothing is left to train on."
     share = percent(counts.removed / counts.scored)
     if data.selector == "screen":
-        return f"{counts.removed:,} of {rows} ({share}) ask what the model refuses, and were removed."
+        return (
+            f"{counts.removed:,} of {rows} ({share}) ask for what the model refuses, or push as harm does where that is unclear, "
+            "and were removed."
+        )
     if data.selector == FIHS:
         return f"{counts.removed:,} of {rows} ({share}) push toward unsafe answers and were removed."
     return (
