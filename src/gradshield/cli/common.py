@@ -59,7 +59,7 @@ Judges = Annotated[
     typer.Option(
         "--judge",
         help="Who judges answers, may be repeated: refusal-phrases (default), classifier:MODEL, guard:MODEL, "
-        "llm:MODEL@URL, moderation:MODEL@URL, lab-classifier.",
+        "llm:MODEL@URL, moderation:MODEL@URL, lab-classifier, compliance.",
         show_default=False,
     ),
 ]

@@ -2,6 +2,7 @@
 
 from gradshield.evaluation.judges.base import JUDGES, Judge, ReadyJudge, Verdict, verdicts
 from gradshield.evaluation.judges.classifier import ClassifierJudge
+from gradshield.evaluation.judges.compliance import Compliance
 from gradshield.evaluation.judges.function import FunctionJudge
 from gradshield.evaluation.judges.guard import GuardModelJudge
 from gradshield.evaluation.judges.guarded import GuardJudge
@@ -14,6 +15,7 @@ from gradshield.evaluation.judges.specs import parse, parse_all
 __all__ = [
     "JUDGES",
     "ClassifierJudge",
+    "Compliance",
     "FunctionJudge",
     "GuardJudge",
     "GuardModelJudge",

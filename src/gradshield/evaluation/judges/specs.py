@@ -15,7 +15,7 @@ from gradshield.guards.specs import OF_CLIENT, Spec, make
 
 
 def parse(spec: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Judge:
-    """A judge from what a user typed: ``refusal-phrases``, ``lab-classifier``, or a guard in one of its FORMS.
+    """A judge from what a user typed: ``refusal-phrases``, ``compliance``, ``lab-classifier``, or a guard in one of its FORMS.
 
     Nothing is loaded or asked yet. ``device``, ``dtype`` and ``trust_remote_code`` are for models that are loaded here.
 
