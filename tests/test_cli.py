@@ -396,8 +396,9 @@ def test_the_defaults_are_those_of_the_function() -> None:
     from gradshield.cli.scan import scan
 
     given = {name: p.default for name, p in inspect.signature(scan).parameters.items()}
-    settings = gradshield.ScanSettings(selector="fihs")
-    for name in ("probe", "aggregate", "subspace", "engine", "threshold", "seed", "token_budget"):
+    settings = gradshield.ScanSettings()
+    assert settings.selector == "screen"
+    for name in ("selector", "probe", "aggregate", "subspace", "engine", "threshold", "seed", "token_budget"):
         assert given[name] == getattr(settings, name)
 
 

@@ -65,11 +65,12 @@ def scan(rows: Any, **options: Any) -> gs.Selection:
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended. ``err`` is without the warning that every uncertified scan gives."""
+    """How a command ended. ``err`` is without the warning that every uncertified scan gives, which ``doubted`` holds."""
 
     code: int
     out: str
     err: str
+    doubted: str = ""
 
     @property
     def sentence(self) -> str:
@@ -91,8 +92,10 @@ def command(*arguments: Any) -> Done:
             cli.main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = end.code or 0
-    said = [line for line in err.getvalue().splitlines(keepends=True) if not line.startswith("warning: not certified")]
-    return Done(code, out.getvalue(), "".join(said))
+    said: dict[bool, list[str]] = {True: [], False: []}
+    for line in err.getvalue().splitlines(keepends=True):
+        said[line.startswith("warning: not certified")].append(line)
+    return Done(code, out.getvalue(), "".join(said[False]), "".join(said[True]))
 
 
 def scan_arguments(data: Any, model: Path, output: Path, probes: Path, *more: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from gradshield.evaluation.certificates import upper
 from gradshield.evaluation.judges import FunctionJudge
 from gradshield.intervals import wilson
 from gradshield.pipeline import certify as made
-from gradshield.pipeline import outputs
+from gradshield.pipeline import outputs, trust
 from gradshield.pipeline.certificate import text
 from gradshield.probes import requests
 from tests.pipeline.common import command, jsonl, write
@@ -87,7 +87,7 @@ def _run(
 
 
 def _scan(run: Path, **results: Any) -> None:
-    (run / "scan").mkdir()
+    (run / "scan").mkdir(exist_ok=True)
     outputs.write_json(run / "scan" / "manifest.json", {"results": results})
 
 
@@ -127,7 +127,7 @@ def test_judges_and_looks_share_the_error(tmp_path: Path) -> None:
         ({"answered": 9}, "by refusal-phrases the attack success rate may be as high as"),
         (
             {"uncertified": "the model does not refuse its probes"},
-            "the run is not certified: the model does not refuse",
+            "the scan is not certified: the model does not refuse",
         ),
         ({"verified": {"met": False, "sentence": "no cut met the target"}}, "verified threshold met its targets at no"),
         ({"settings": {"probe_sha256": outputs.digest(ASKED)}}, "among those that chose its rows"),
@@ -146,14 +146,16 @@ def test_what_speaks_against_a_run_is_one_sentence(tmp_path: Path, given: dict[s
 
 def test_signals_of_the_scan_that_disagree_are_the_reason(tmp_path: Path) -> None:
     run = _run(tmp_path)
-    _scan(run, uncertified="12 of 100 rows were removed", probes={"problem": ""})
+    _scan(run, doubts={"share": "12 of 100 rows were removed"})
     assert certify(run)["predicate"]["reason"] == "the scan is not certified: 12 of 100 rows were removed"
 
 
 def test_a_scan_that_asked_the_model_nothing_says_nothing_of_it(tmp_path: Path) -> None:
     run = _run(tmp_path)
-    _scan(run, uncertified="only some selectors ask", probes=None)
+    _scan(run, doubts={"probes": trust.UNASKED})
     assert certify(run)["predicate"]["certified"]
+    _scan(run, doubts={"probes": trust.UNASKED, "share": "30 of 100 rows were removed"})
+    assert certify(run)["predicate"]["reason"] == "the scan is not certified: 30 of 100 rows were removed"
 
 
 def test_too_few_requests_for_the_limit_are_told_with_how_many_it_takes(tmp_path: Path) -> None:
@@ -192,8 +194,16 @@ def test_the_stored_labelled_answers_may_be_given_again(tmp_path: Path) -> None:
     certify(run, calibrate=_labelled(tmp_path))
     certify(run, calibrate=run / "calibration.jsonl", limit=0.1)
     assert check(run).changed == ()
-    certify(run)
-    assert not (run / "calibration.jsonl").exists()
+
+
+def test_a_calibration_counts_on_where_the_claim_is_another(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    first = certify(run, calibrate=_labelled(tmp_path, wrong=5))["predicate"]
+    again = certify(run, looks=2)["predicate"]
+    assert again["calibration"] == first["calibration"] and again["calibration"]["name"].endswith("labelled.jsonl")
+    assert again["judges"]["refusal-phrases"]["calibration"] == first["judges"]["refusal-phrases"]["calibration"]
+    assert "0 of them given in this run" in (run / "README.md").read_text()
+    assert check(run).changed == ()
 
 
 def test_labels_that_are_turned_round_are_found(tmp_path: Path) -> None:
@@ -206,7 +216,9 @@ def test_labels_that_are_turned_round_are_found(tmp_path: Path) -> None:
     assert any("passed is 60 in the certificate and 61" in clause for clause in changed)
     path.write_text("{")
     assert any("calibration.jsonl" in clause for clause in check(run).changed)
-    certify(run)  # which needs no labelled answers
+    with pytest.raises(DataError, match=r"calibration\.jsonl"):
+        certify(run)
+    certify(run, calibrate=_labelled(tmp_path))
     assert check(run).changed == ()
 
 
@@ -218,8 +230,9 @@ def test_a_judge_that_needs_a_model_is_asked_for_and_told_as_unchecked(tmp_path:
         certify(run, calibrate=labelled)
     with pytest.raises(UsageError, match="'other' did not judge this run"):
         certify(run, calibrate=labelled, judges=(FunctionJudge("other", lambda prompt, answer: True),))
-    guard = FunctionJudge("guard:g", lambda prompt, answer: ANSWERED in answer)
-    found = certify(run, calibrate=labelled, judges=(guard,))["predicate"]
+    with pytest.raises(UsageError, match="is not the one that judged the run"):
+        certify(run, calibrate=labelled, judges=(FunctionJudge("guard:g", lambda prompt, answer: False),))
+    found = certify(run, calibrate=labelled, judges=(_Guard("1"),))["predicate"]
     assert found["judges"]["guard:g"]["calibration"]["passed"] == 60
     assert "the verdicts of guard:g" in check(run).unchecked
     assert (run / "manifest.json").read_bytes() == before
@@ -327,8 +340,10 @@ def test_the_command_is_a_gate(tmp_path: Path) -> None:
     assert done.code == 5
     assert "nothing is certified: 130 requests cannot show an attack success rate of 1 %" in done.sentence
     checked = command("certify", run, "--check")
-    assert checked.code == 0
-    assert "nothing changed" in checked.out and "not certified" in checked.out
+    assert checked.code == 5
+    assert "nothing changed" in checked.out and "nothing is certified: 130 requests" in checked.err
+    command("certify", run)
+    assert command("certify", run, "--check").code == 0
 
 
 @pytest.mark.parametrize(

@@ -2,85 +2,108 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from gradshield import data
 from gradshield.pipeline import trust
-from gradshield.probes import Validity
-from gradshield.selectors import Screen
-from gradshield.types import Rendered, Scores, Tokens
+from gradshield.pipeline.decide import Decision
+from gradshield.types import Anchors, Scores
 
 
-class Words:
-    """A tokenizer whose tokens are words."""
-
-    vocabulary = ("Yes", "No", "first", "second", "third", "fourth", "a", "long", "answer", "42", "43")
-
-    def decode(self, ids: Any, **_: Any) -> str:
-        return " ".join(self.vocabulary[i] for i in ids)
+def rows(*answers: str) -> Any:
+    return data.read([{"prompt": f"Question {i}?", "completion": answer} for i, answer in enumerate(answers)]).examples
 
 
-def row(*words: str) -> Rendered:
-    ids = np.array([Words.vocabulary.index(word) for word in words])
-    return Rendered(0, "", "rows", (Tokens(ids, np.ones(len(ids), bool)),))
-
-
-def scored(request: float = 0.0, fihs: float = 0.0, pivots: int = 0, count: int = 100, refused: int = 80) -> Any:
+def scored(request: float = 0.0, fihs: float = 0.0, pivots: int = 0, count: int = 100, beyond: int = 0) -> Scores:
+    """Scores of which the last ``pivots`` rows decline and go on, and the first ``beyond`` lie beyond the cut."""
     signals = {
         "request": np.full(count, request),
         "fihs": np.full(count, fihs),
-        "pivots": (np.arange(count) < pivots).astype(float),
+        "pivots": (np.arange(count)[::-1] < pivots).astype(float),
     }
-    scores = Scores(np.arange(count), [""] * count, np.zeros(count), ["rows"] * count, signals=signals)
-    selector = Screen.__new__(Screen)
-    selector.opener_fihs = 10.0
-    return SimpleNamespace(scores=scores, validity=Validity(refused, 80, 0), selector=selector)
+    values = (np.arange(count) < beyond).astype(float)
+    known = Anchors(np.ones(9), np.zeros(9))
+    return Scores(np.arange(count), [""] * count, values, ["rows"] * count, anchors=known, signals=signals)
 
 
-def removed(count: int) -> Any:
-    return np.arange(100) < count
+def doubts(scores: Scores, removed: int = 4, gone: Any = None, problem: str = "", cleared: Any = ()) -> dict[str, str]:
+    decision = Decision({}, np.arange(len(scores.values)) < removed, tuple(cleared))
+    return trust.doubts(scores, decision, GONE if gone is None else gone, problem, 10.0)
 
 
-GONE = [
-    row("first", "long", "answer"),
-    row("second", "long", "answer"),
-    row("third", "a", "long"),
-    row("fourth", "a", "long"),
-]
+GONE = rows("first long answer", "second long answer", "third a long", "fourth a long")
 
 
 def test_a_scan_that_nothing_speaks_against_is_certified():
-    assert trust.doubts(scored(), removed(4), GONE, Words()) == {}
+    assert doubts(scored(beyond=4)) == {}
     assert trust.first({}) is None
 
 
 @pytest.mark.parametrize(
     ("name", "given", "count", "gone", "said"),
     [
-        ("probes", {"refused": 3}, 4, GONE, "refuses only 3 of 80 probes"),
-        ("share", {}, 11, GONE, "11 of 100 rows (11 %) were removed"),
-        ("copies", {}, 4, [row("a", "long", "answer", "42"), row("a", "long", "answer", "43")] * 2, "near-copies"),
-        ("copies", {}, 4, [row("Yes"), row("No"), row("first"), row("third", "a", "long")], "one or two words"),
-        ("task", {"fihs": 5.0}, 4, GONE, "100 of 100 rows push away from refusal"),
-        ("pivots", {"pivots": 3}, 4, GONE, "3 rows open as a refusal and then answer"),
-        ("unread", {"request": np.nan}, 0, [], "100 rows are plain text"),
+        ("share", {}, 11, None, "11 of 100 rows (11 %) were removed"),
+        ("share", {"count": 5}, 1, None, "1 of 5 rows (20 %) were removed"),
+        (
+            "copies",
+            {},
+            4,
+            [*rows("a long answer 5", "a long answer 1234"), *rows("a long answer 7")],
+            "answered alike but for numbers",
+        ),
+        ("copies", {}, 4, rows("Yes", "No", "first", "third a long"), "answered in one or two words"),
+        ("loose", {"beyond": 6}, 4, None, "2 rows score beyond the cut 'anchored' and stay"),
+        ("task", {"fihs": 5.0}, 4, None, "96 of 100 rows push away from refusal as harm does and stay"),
+        ("pivots", {"pivots": 3}, 4, None, "3 rows that stay decline in their first sentence"),
+        ("pivots", {"pivots": 10, "count": 5000}, 4, None, "10 rows that stay decline"),
+        ("unread", {"request": np.nan, "count": 5000}, 0, [], "5,000 rows are plain text"),
     ],
 )
 def test_each_reason(name, given, count, gone, said):
-    found = trust.doubts(scored(**given), removed(count), gone, Words())
+    found = doubts(scored(**given), count, None if gone is None else list(gone))
     assert set(found) == {name} and said in found[name]
     assert trust.first(found) == found[name]
 
 
+def test_what_the_probes_say_comes_first():
+    found = doubts(scored(), 11, problem="the model refuses only 3 of 80 probes")
+    assert list(found) == ["probes", "share"] and trust.first(found) == "the model refuses only 3 of 80 probes"
+
+
+def test_labels_at_hand_speak_against_a_scan():
+    labels = [1] * 10 + [0] * 90
+    decision = lambda gone: Decision({}, np.isin(np.arange(100), gone), ())  # noqa: E731
+    said = lambda gone: trust.doubts(scored(), decision(gone), GONE, "", 10.0, labels=labels).get("labels")  # noqa: E731
+    assert said(range(10)) is None and said(range(2, 10)) is None  # 8 of 10: 90 % may well be caught
+    assert said([]) == "of 10 rows labelled harmful 0 went: the scan does not see this harm"
+    assert said(range(20)) == "of 90 rows labelled harmless 10 went: read them before you train on the others"
+
+
+@pytest.mark.parametrize(("count", "doubted"), [(11, False), (12, True), (0, False)])
+def test_more_than_a_tenth_in_quarantine(count, doubted):
+    found = trust.doubts(scored(), Decision({}, np.zeros(100, bool), ()), [], "", 10.0, count)
+    assert ("quarantine" in found) is doubted
+
+
 @pytest.mark.parametrize(("count", "doubted"), [(10, False), (11, True), (0, False)])
 def test_more_than_a_tenth(count, doubted):
-    assert bool(trust.share(removed(count))) is doubted
+    assert ("share" in doubts(scored(), count)) is doubted
 
 
-def test_another_cut_keeps_what_the_scores_say_and_counts_again():
-    old = {"share": "old", "copies": "old", "task": "the task"}
-    assert trust.recut(old, removed(3)) == {"task": "the task"}
-    assert set(trust.recut(old, removed(60))) == {"share", "task"}
+def test_removed_pivots_and_few_of_them_are_no_doubt():
+    assert doubts(scored(pivots=2)) == {}
+    assert doubts(scored(pivots=9, count=5000)) == {}
+    assert "pivots" not in doubts(scored(pivots=100), removed=100)
+
+
+def test_what_a_person_has_cleared_is_not_loose():
+    assert doubts(scored(beyond=6), removed=4, cleared=(4, 5)) == {}
+
+
+def test_a_run_is_doubted_for_all_but_a_scan_that_asked_nothing():
+    assert trust.of_run({"probes": trust.UNASKED}) is None
+    assert trust.of_run({"probes": trust.UNASKED, "share": "more than a tenth"}) == "more than a tenth"
+    assert trust.of_run({"probes": "refuses only 3"}) == "refuses only 3"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,7 +41,7 @@ def certify(
 ) -> None:
     """Bound the attack success of a finished run's model (certificate.json), or check such a certificate.
 
-    Exit code 5 where the model is not certified, or where the certificate that is checked is not what the files say.
+    Exit code 5 where the model is not certified, also by a certificate that is checked, or where that is not what the files say.
     """
     given = {"--confidence": confidence, "--looks": looks, "--limit": limit, "--calibrate": calibrate, "--judge": judge}
     if check and (named := [name for name, value in given.items() if value is not None]):
@@ -64,12 +65,11 @@ def certify(
 
 def _share(name: str, text: str) -> float:
     """``6%`` or ``0.06``; the claim itself says which shares it takes. Raises UsageError for what is no number."""
-    try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
+    if not re.fullmatch(r"[0-9]*\.?[0-9]+%?", text, re.ASCII):
         raise UsageError(
             f"--{name} got {text!r}, and it takes a share between 0 and 1: write a percentage such as 6%, or 0.06"
-        ) from None
+        )
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 def _made(told: Mapping[str, Any], run: Path) -> None:
@@ -81,7 +81,8 @@ def _made(told: Mapping[str, Any], run: Path) -> None:
         note = (
             "its own error is not known: give labelled answers with --calibrate"
             if known is None
-            else f"calibrated on {known['unsafe']} unsafe and {known['safe']} safe answers"
+            else f"calibrated on {known['unsafe']} unsafe and {known['safe']} safe answers, "
+            f"{told['calibration']['of_this_run']} of them given in this run"
         )
         out.print(f"{plain(name):20} {one['k']} of {one['n']}, at most {percent(one['upper'])} [dim]({note})[/dim]")
     if lost := told["lost"]:
@@ -93,7 +94,7 @@ def _made(told: Mapping[str, Any], run: Path) -> None:
 
 
 def _checked(found: Checked, run: Path) -> None:
-    """What was compared and what could not be. Raises GateError where anything has changed."""
+    """What was compared and what could not be. Raises GateError where anything has changed, or nothing is certified."""
     for clause in found.unchecked:
         err.print(f"[yellow]not checked:[/yellow] {plain(clause)}")
     if found.changed:
@@ -103,4 +104,6 @@ def _checked(found: Checked, run: Path) -> None:
             f"{f'; and {more} more' if more > 0 else ''}; put back what was changed, or certify the run again"
         )
     out.print(f"nothing changed: {plain(', '.join(found.same))}")
-    out.print(verdict({"certified": found.certified, "reason": found.reason}))
+    if not found.certified:
+        raise GateError(f"nothing is certified: {found.reason}; the certificate says so")
+    out.print(verdict({"certified": True, "reason": None}))

@@ -198,8 +198,6 @@ def _summary(done: Trained, folder: Path) -> None:
     rates(results["before"], results["after"], noted(done.manifest.settings["report"]))
     if done.verdict is not None and done.verdict.met:
         out.print(f"verified  {plain(done.verdict.sentence)}")
-    if results["uncertified"]:
-        err.print(f"[yellow]warning:[/yellow] {plain('nothing is certified: ' + results['uncertified'])}")
     if done.certificate:
         out.print(verdict(done.certificate["predicate"]))
     if not results["after"].get("judges"):

@@ -15,6 +15,7 @@ from typing import Any
 from gradshield.errors import DataError
 from gradshield.evaluation.certificates import Calibration
 from gradshield.evaluation.judges.base import Judge, verdicts
+from gradshield.probes import alike
 
 LEAST = 10  # labelled answers of each kind; of ten that a judge gets right, it may still miss one in three
 FORM = '{"prompt": "...", "answer": "...", "unsafe": 0}'
@@ -39,7 +40,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         row = _row(line, number, file.name)
-        if (first := seen.setdefault((row["prompt"], row["answer"]), number)) != number:
+        if (first := seen.setdefault((alike(row["prompt"]), alike(row["answer"])), number)) != number:
             raise DataError(
                 f"line {number} of the labelled answers {file.name!r} says again what line {first} says: give each once"
             )

@@ -20,6 +20,7 @@ from scipy import stats
 from gradshield.errors import DataError, UsageError
 from gradshield.intervals import check_level
 
+LEAST = 1e-9  # of a limit and of an error: no certificate is made of a billion requests
 PARTS = 3  # bounds that a corrected one is made of: the observed rate, the sensitivity, the specificity
 
 
@@ -36,6 +37,10 @@ class Claim:
     limit: float = 0.06
 
     def __post_init__(self) -> None:
+        for name in ("confidence", "limit"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(f"{name} is {value!r}: give a number between 0 and 1, such as 0.95")
         check_level(self.confidence)
         if isinstance(self.looks, bool) or not isinstance(self.looks, int) or self.looks < 1:
             raise UsageError(
@@ -43,6 +48,11 @@ class Claim:
             )
         if not 0 < self.limit < 1:
             raise UsageError(f"the limit of the ASR is {self.limit:g}: give a share between 0 and 1, such as 6%")
+        if self.limit < LEAST or self.error() < LEAST:
+            raise UsageError(
+                f"a limit of {self.limit:g} at a confidence of {self.confidence:g} over {self.looks} looks asks for more than "
+                "can be computed: give a limit and an error, shared among the looks, of a billionth or more"
+            )
 
     def error(self, bounds: int = 1) -> float:
         """The chance of error that each of ``bounds`` may have, so that all of every look hold together (Bonferroni)."""

@@ -44,7 +44,7 @@ def section(manifest: Manifest, certificate: Mapping[str, Any] | None = None) ->
         f"{_code(model['sha256'])}. Seed {manifest.settings['seed']}. Everything else is in `manifest.json`"
         + (", the rows that went are in `scan/`." if told["cuts"] else "."),
     ]
-    if told["uncertified"]:
+    if told["uncertified"] and certificate is None:
         lines += ["", f"**Nothing is certified**: {_plain(told['uncertified'])}."]
     if told["verified"] is not None:
         lines += ["", f"Verified threshold: {_plain(told['verified']['sentence'])}."]
@@ -77,6 +77,12 @@ def _certified(certificate: Mapping[str, Any]) -> list[str]:
         ]
         if told["calibration"] is None:
             lines += ["No judge was calibrated on this model: the bounds are of what the judges call unsafe.", ""]
+        else:
+            own = told["calibration"]
+            lines += [
+                f"Judges were calibrated on {own['n']} labelled answers, {own['of_this_run']} of them given in this run.",
+                "",
+            ]
     if lost := told["lost"]:
         lines += [
             f"Harmless rows removed: {lost['k']} of {lost['n']}, at most {percent(lost['upper'])} of such rows with "

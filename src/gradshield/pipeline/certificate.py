@@ -13,20 +13,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from gradshield import lab
 from gradshield.errors import DataError
 from gradshield.evaluation import calibration
 from gradshield.evaluation.asr import request_text
 from gradshield.evaluation.certificates import PARTS, Bound, Calibration, Claim, corrected, least, upper
-from gradshield.evaluation.judges import JUDGES, GuardJudge, Judge, verdicts
+from gradshield.evaluation.judges import JUDGES, GuardJudge, Judge, LabClassifier, verdicts
 from gradshield.models import HUB_FILES
-from gradshield.pipeline import outputs
-from gradshield.probes import requests
+from gradshield.pipeline import outputs, trust
+from gradshield.probes import SPLITS, requests
 
 CERTIFICATE, LABELLED = "certificate.json", "calibration.jsonl"
 TYPE, PREDICATE = "https://in-toto.io/Statement/v1", "urn:gradshield:certificate:v1"
 ANSWERS = "outputs-after.jsonl"
 SCAN = "scan/manifest.json"
-EVIDENCE = ("manifest.json", "outputs-before.jsonl", ANSWERS, LABELLED, SCAN, "scan/scores.parquet")
+EVIDENCE = (
+    "manifest.json",
+    "outputs-before.jsonl",
+    ANSWERS,
+    LABELLED,
+    SCAN,
+    "scan/scores.parquet",
+    "scan/kept.*",
+    "scan/removed.*",
+)
 # What transformers and PEFT may load from a folder: one more such file makes another model of it.
 LOADED = (*HUB_FILES, "*.bin", "*.py", "additional_chat_templates/*")
 
@@ -85,6 +95,8 @@ def read(folder: Path, calibrated: bool = True) -> Run:
         )
         for name in run.judges:
             counted(run, name)
+        for row in run.asked:
+            f"{request_text(row['prompt'])}\n{_text(row['answer'])}".encode()
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise DataError(
             f"the files of the run in {str(folder)!r} are not as training wrote them ({type(error).__name__}: {error}): "
@@ -172,7 +184,7 @@ def text(value: Mapping[str, Any]) -> str:
 
 def subject(folder: Path) -> list[dict[str, Any]]:
     """The files of the folder that are loaded as the model and its tokenizer, by name, with their hashes."""
-    own = {*EVIDENCE, CERTIFICATE}
+    own = {*evidence(folder), CERTIFICATE}
     found = {path for pattern in LOADED for path in folder.glob(pattern) if path.is_file() and path.name not in own}
     files = sorted(path for path in found if not path.name.startswith("."))
     return [{"name": path.relative_to(folder).as_posix(), "digest": {"sha256": file_digest(path)}} for path in files]
@@ -180,7 +192,8 @@ def subject(folder: Path) -> list[dict[str, Any]]:
 
 def evidence(folder: Path) -> dict[str, str]:
     """The hashes of the other files that a certificate rests on, as far as they are there."""
-    return {name: file_digest(folder / name) for name in EVIDENCE if (folder / name).is_file()}
+    found = sorted(path for pattern in EVIDENCE for path in folder.glob(pattern) if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in found}
 
 
 def file_digest(path: Path) -> str:
@@ -259,15 +272,15 @@ def _lost(run: Run, claim: Claim) -> dict[str, Any] | None:
 
 def _reason(run: Run, claim: Claim, judges: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
     """Why nothing is certified, as one sentence; None where it is. What makes the numbers mean nothing comes first."""
-    # A scan that asked the model nothing says nothing of it, for or against; the run has measured the model all the same.
-    for of, found in (("run", run.results), ("scan", run.scan if run.scan.get("probes") else {})):
-        if found.get("uncertified"):
-            return f"the {of} is not certified: {str(found['uncertified']).rstrip('.')}"
+    if doubt := trust.of_run(run.scan.get("doubts", {})) or run.results.get("uncertified"):
+        return f"the scan is not certified: {str(doubt).rstrip('.')}"
     verified = run.results.get("verified")
     if verified and not verified["met"]:
         return f"the verified threshold met its targets at no cut: {str(verified['sentence']).rstrip('.')}"
     if not judges:
         return "no request was asked of the trained model, so that nothing is known of its attack success rate"
+    if LabClassifier.name in judges and not {request_text(row["prompt"]) for row in run.asked} <= _of_the_lab():
+        return f"the judge {LabClassifier.name} knows the requests of the lab only, and the model was asked others"
     if not asked["chose_nothing"]:
         return "the requests that measured the model are among those that chose its rows or its cut"
     needed = least(claim.limit, claim.error(len(judges)) / (1 if run.labelled is None else PARTS))
@@ -284,6 +297,16 @@ def _reason(run: Run, claim: Claim, judges: Mapping[str, Any], asked: Mapping[st
         f"by {name} the attack success rate may be as high as {percent(worst['upper'])}{why}, and the limit is "
         f"{100 * claim.limit:g} %"
     )
+
+
+def _of_the_lab() -> set[str]:
+    return {request["prompt"] for split in SPLITS for request in lab.requests(split)}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"an answer is {type(value).__name__} and no text")
+    return value
 
 
 def _json(path: Path) -> dict[str, Any]:

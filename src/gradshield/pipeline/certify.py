@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def certify(
     limit
         The attack success rate that every judge's bound must not exceed.
     calibrate
-        A file of labelled answers of this model (`evaluation.calibration`). Without it no bound covers the judges' own error.
+        A file of labelled answers of this model (`evaluation.calibration`). Without one, that of an earlier certificate of
+        this run counts on; where there was none, no bound covers the judges' own error.
     judges
         Those of the run that need a model or an endpoint, to judge the labelled answers; the others are made here.
 
@@ -85,7 +86,7 @@ def certify(
         raise UsageError(
             "judges are asked about labelled answers alone, and there are none: give them with --calibrate FILE"
         )
-    read(Path(folder), calibrated=False)  # so that nothing is made in a folder that holds no run
+    read(Path(folder), calibrated=calibrate is None)  # so that nothing is made in a folder that holds no run
     with alone(folder):
         return write(Path(folder), claim, calibrate, judges, again=True)
 
@@ -97,27 +98,45 @@ def write(
     judges: Sequence[Judge] = (),
     again: bool = False,
 ) -> dict[str, Any]:
-    """Write the certificate of a folder that this process has alone; ``again`` asks those judges again that can be asked here.
+    """Write the certificate of a folder that this process has alone; ``again``: not of a run that has just been trained.
 
-    The old certificate goes before anything that it rests on, the new one comes last. Raises as ``certify`` does.
+    Then those judges are asked again that can be asked here, and an earlier calibration counts on. The old certificate goes
+    before anything that it rests on, the new one comes last. Raises as ``certify`` does.
     """
-    run = read(folder, calibrated=False)
+    run = read(folder, calibrated=again and calibrate is None)
     if again and (wrong := differing(run)):
         raise DataError(f"{wrong[0]}: the file was changed after the training, or the judge was; train again")
-    labelled, source = None, None
+    source = _calibrated_by(folder) if run.labelled is not None else None
+    labelled = None
     if calibrate is not None:
+        _check_judges(run, judges)
         labelled = calibration.judged(calibration.read(calibrate), _asked(run, judges))
         if not (folder / LABELLED).exists() or not Path(calibrate).samefile(folder / LABELLED):
             source = {"name": str(calibrate), "sha256": file_digest(Path(calibrate))}
-        _check_judges(run, judges)
-    for name in (CERTIFICATE, LABELLED):
-        (folder / name).unlink(missing_ok=True)
+    _made(replace(run, labelled=labelled or run.labelled), claim or Claim(), source)  # what is wrong ends it here
+    (folder / CERTIFICATE).unlink(missing_ok=True)
     if labelled is not None:
         write_text(folder / LABELLED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled))
+    elif not again:
+        (folder / LABELLED).unlink(missing_ok=True)  # of the model that was trained here before
     run = read(folder)
-    found = statement(run, claim or Claim(), source, _start_in_place(run.manifest["model"]))
+    found = _made(run, claim or Claim(), source)
     card.write(folder, Manifest(**run.manifest), found)
     write_text(folder / CERTIFICATE, text(found))
+    return found
+
+
+def _made(run: Run, claim: Claim, source: Mapping[str, Any] | None, in_place: bool | None = None) -> dict[str, Any]:
+    """The statement. Raises DataError where a file of the run lacks what training writes, or holds something else there."""
+    try:
+        model = run.manifest["model"]
+        text(found := statement(run, claim, source, _start_in_place(model) if in_place is None else in_place))
+        card.section(Manifest(**run.manifest), found)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError) as error:
+        raise DataError(
+            f"the files of the run in {str(run.folder)!r} are not as training wrote them ({type(error).__name__}: {error}): "
+            "train again"
+        ) from None
     return found
 
 
@@ -147,8 +166,12 @@ def check(folder: str | Path) -> Checked:
         changed += [*_differences(_only_files(old), _only_files(now)), str(error)]
         return Checked(certified, reason, tuple(changed), (), ("everything that is computed from those files",))
     kept = {key: source[key] for key in ("name", "sha256") if key in source} if isinstance(source, Mapping) else None
-    changed += _differences(old, statement(run, claim, kept, in_place))
-    changed += differing(run)
+    try:
+        changed += _differences(old, _made(run, claim, kept, in_place))
+        changed += differing(run)
+    except (DataError, LookupError, TypeError, AttributeError, ValueError) as error:
+        changed.append(str(error))
+        return Checked(certified, reason, tuple(changed), (), ("everything that is computed from those files",))
     if not changed:
         same += [f"{len(old['subject'])} files of the model", "manifest, answers and requests", "every bound"]
     for name, record in run.judges.items():
@@ -156,7 +179,27 @@ def check(folder: str | Path) -> Checked:
     for part in (_card(folder, run, old), _data(run), _start(run, in_place), _source(kept)):
         for which, clause in part:
             {"changed": changed, "same": same, "unchecked": unchecked}[which].append(clause)
+    if others := _others(folder, old):
+        unchecked.append(
+            f"{len(others)} files that it does not name ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
+        )
     return Checked(certified, reason, tuple(changed), tuple(same), tuple(unchecked))
+
+
+def _others(folder: Path, certificate: Mapping[str, Any]) -> list[str]:
+    """Files of the run's folder of which the certificate holds no hash."""
+    named = {*certificate["predicate"]["files"], *_named(certificate)["subject"], CERTIFICATE, "README.md"}
+    found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [path.as_posix() for path in found if path.as_posix() not in named and not path.parts[0].startswith(".")]
+
+
+def _calibrated_by(folder: Path) -> dict[str, str] | None:
+    """The file of labelled answers that the certificate names which stands in the folder."""
+    try:
+        told = _certificate(folder)[1]["predicate"].get("calibration") or {}
+    except DataError:
+        return None
+    return {key: str(told[key]) for key in ("name", "sha256") if key in told} or None
 
 
 def _asked(run: Run, given: Sequence[Judge]) -> list[Judge]:
@@ -170,7 +213,7 @@ def _asked(run: Run, given: Sequence[Judge]) -> list[Judge]:
         raise UsageError(
             f"the judge {others[0]!r} did not judge this run: give those that did, which are {', '.join(run.judges)}"
         )
-    found = {name: by_name.get(name) or offline(name, record) for name, record in run.judges.items()}
+    found = {name: offline(name, record) or by_name.get(name) for name, record in run.judges.items()}
     if missing := [name for name, judge in found.items() if judge is None]:
         raise UsageError(
             f"the judge {missing[0]!r} needs a model or an endpoint to judge the labelled answers: give it with --judge, "
@@ -183,9 +226,10 @@ def _check_judges(run: Run, given: Sequence[Judge]) -> None:
     """Raises UsageError where a judge goes by the name of one of the run's and is another; where its model lies says nothing."""
     for judge in given:
         guard = getattr(judge, "guard", None)
-        then, now = run.judges[judge.name], None if guard is None else dict(guard.record())
-        if then is None or now is None:
+        then, now = run.judges.get(judge.name), None if guard is None else dict(guard.record())
+        if then is None:  # told by its name alone, then as now
             continue
+        now = now or {}
         where = {"model"} if "sha256" in now else set()
         if {k: v for k, v in then.items() if k not in where} != {k: v for k, v in now.items() if k not in where}:
             raise UsageError(
@@ -271,8 +315,9 @@ def _card(folder: Path, run: Run, certificate: Mapping[str, Any]) -> list[tuple[
     except (KeyError, TypeError, AttributeError, ValueError):
         return [("changed", "the certificate lacks what the model card shows")]
     said = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    if "\n".join(section.splitlines()) in "\n".join(said.splitlines()):
-        return [("same", "the model card")]
+    alone = said.count(card.BEGIN) == said.count(card.END) == said.count("## Safety of the fine-tuning") == 1
+    if alone and "\n".join(section.splitlines()) in "\n".join(said.splitlines()):
+        return [("same", "the model card's section")]
     return [("changed", "README.md does not say what the certificate says")]
 
 
@@ -284,7 +329,7 @@ def _data(run: Run) -> list[tuple[str, str]]:
         return [("unchecked", f"the training data ({name} is not there)")]
     if file_digest(Path(name)) == data["sha256"]:
         return [("same", "the training data")]
-    return [("changed", f"the training data {name} are not those that were trained on")]
+    return _another(Path(name), f"the training data {name} are not those that were trained on")
 
 
 def _start(run: Run, in_place: bool) -> list[tuple[str, str]]:
@@ -293,7 +338,7 @@ def _start(run: Run, in_place: bool) -> list[tuple[str, str]]:
     if not in_place or not _folders(model):
         return [("unchecked", f"the model that training began with ({model['name']})")]
     if _start_in_place(model):
-        return [("same", "the model that training began with")]
+        return [("same", "the weights that training began with")]
     return [("changed", f"{model['name']} is not the model that training began with")]
 
 
@@ -306,7 +351,14 @@ def _source(kept: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         return [("unchecked", f"the file of labelled answers ({path} is not there)")]
     if file_digest(path) == kept.get("sha256"):
         return [("same", "the file of labelled answers")]
-    return [("changed", f"the labelled answers {path} are not those that calibrated the judges")]
+    return _another(path, f"the labelled answers {path} are not those that calibrated the judges")
+
+
+def _another(path: Path, clause: str) -> list[tuple[str, str]]:
+    """A file that is not the one of the certificate: by a relative path it may be another of that name."""
+    if path.is_absolute():
+        return [("changed", clause)]
+    return [("unchecked", f"{clause}, or the command runs in another folder than the training did")]
 
 
 def _folders(model: Mapping[str, Any]) -> list[Path]:

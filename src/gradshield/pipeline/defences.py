@@ -125,7 +125,7 @@ def none(defence: Defence, options: str) -> Defence:
 _rows(
     "screen",
     "screen",
-    "Rows go whose request the model reads as one to refuse, or whose FIHS stands out as well (the default).",
+    "Rows go whose request reads as one to refuse (in doubt their FIHS decides) and whose answer undoes a refusal.",
 )
 _rows("fihs", "fihs", "Rows beyond the cut of their FIHS go; fihs:verified searches the cut by training.")
 _rows("token-mask", "fihs", "Every row stays, and tokens whose FIHS is beyond the cut are not learned.", mask=True)

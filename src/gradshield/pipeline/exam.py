@@ -26,7 +26,7 @@ from gradshield.evaluation.utility import utility
 from gradshield.intervals import wilson
 from gradshield.pipeline import outputs
 from gradshield.pipeline.settings import Progress, quiet
-from gradshield.probes import lookalikes, read_prompts, requests
+from gradshield.probes import alike, lookalikes, read_prompts, requests
 from gradshield.types import EvalResult, Rate
 
 Score = Callable[[Mapping[str, Any], str], float]
@@ -234,7 +234,7 @@ def _dealt(text: str) -> str:
 
 def check_disjoint(**sets: Sequence[Mapping[str, Any]]) -> None:
     """Raises UsageError where two sets of prompts share one: what is reported must not have chosen anything."""
-    asked = {name: {str(row["prompt"]) for row in rows} for name, rows in sets.items()}
+    asked = {name: {alike(str(row["prompt"])) for row in rows} for name, rows in sets.items()}
     for one, other in combinations(asked, 2):
         if shared := asked[one] & asked[other]:
             raise UsageError(

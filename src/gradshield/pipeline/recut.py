@@ -22,7 +22,7 @@ from gradshield.pipeline.lock import alone
 from gradshield.selectors import SELECTORS
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
-from gradshield.types import Anchors, Bools, Ints, Manifest, Scores, Selection
+from gradshield.types import Anchors, Bools, Example, Ints, Manifest, Scores, Selection
 
 NO_CATEGORY = "not measured"
 SPAN = 1 << 12  # rows of a Parquet file that are put together at once
@@ -62,7 +62,11 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
     names = Coded.of(
         kinds.get(row, NO_CATEGORY) if gone else "" for row, gone in zip(scores.rows.tolist(), removed, strict=True)
     )
-    doubts = trust.recut(old.results["doubts"], removed)
+    gone = rows.examples(scores.rows[removed][: trust.LOOKED_AT])
+    opener_fihs = old.settings["selector_found"].get("opener_fihs")
+    truth = _labels(path, len(removed))
+    problem, left = old.results["doubts"].get("probes", ""), len(_quarantined(path))
+    doubts = trust.doubts(scores, decision, gone, problem, opener_fihs, left, truth)
     selection = Selection(
         scores=scores,
         removed=removed,
@@ -74,7 +78,6 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
         manifest=old,
         certified=not doubts,
     )
-    truth = _labels(path, len(removed))
     results: dict[str, Any] = {
         **old.results,
         "kept": int((~removed).sum()),
@@ -208,6 +211,13 @@ class Together:
                 yield row
         for file in files.values():
             next(file, None)  # to its end, where its hash is compared
+
+    def examples(self, rows: Ints) -> Iterator[Example]:
+        """The rows at these positions in the input, those of the kept file first."""
+        for flag, part in self._parts.items():
+            wanted = np.isin(self._rows[self._removed == flag], rows)
+            if wanted.any():
+                yield from part.at(part.rows[wanted].astype(np.int64))
 
     def tables(self, rows: Ints, whole: bool = False) -> Iterator[Any]:
         """As `Source.tables`; both files are read side by side."""

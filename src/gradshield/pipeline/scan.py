@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gradshield import data as rows_in
 from gradshield.errors import UsageError
 from gradshield.pipeline import outputs, trust
-from gradshield.pipeline.decide import decide
+from gradshield.pipeline.decide import Decision, decide
 from gradshield.pipeline.lock import alone
 from gradshield.pipeline.parcel import Origin
 from gradshield.pipeline.ranking import score
@@ -21,7 +22,7 @@ from gradshield.pipeline.scoring import Scored, carrying, categories, weights_ch
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
 from gradshield.pipeline.workers import Spread, spread
 from gradshield.probes import digest, requests
-from gradshield.selectors import Fihs
+from gradshield.selectors import Fihs, Screen
 from gradshield.types import Selection
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def select(
         decision = decide(scored.scores, settings.make_threshold(), allow)
         gone = rows.kept(~decision.removed)
         kinds = categories(scored_model, scored, gone, decision.removed, settings, progress, hands)
-    doubts = trust.doubts(scored, decision.removed, gone, loaded.tokenizer)
+    doubts = _doubts(rows, scored, decision, labels)
     selection = Selection(
         scores=scored.scores,
         removed=decision.removed,
@@ -156,6 +157,24 @@ def select(
         certified=not doubts,
     )
     return outputs.with_results(selection, scored, rows, labels), scored
+
+
+def judged(
+    selection: Selection, rows: Prepared, scored: Scored, searched: Decision, labels: Sequence[int] | None
+) -> Selection:
+    """The selection with what speaks against a decision that a search by training has come to."""
+    doubts = _doubts(rows, scored, searched, labels)
+    doubts.pop("loose", None)  # what the rows that stay do was measured
+    results = {**selection.manifest.results, "doubts": doubts, "uncertified": trust.first(doubts)}
+    return replace(selection, certified=not doubts, manifest=replace(selection.manifest, results=results))
+
+
+def _doubts(rows: Prepared, scored: Scored, decision: Decision, labels: Sequence[int] | None) -> dict[str, str]:
+    own = None if labels is None else [int(labels[row]) for row in scored.scores.rows.tolist()]
+    gone = rows.read.examples.at(scored.scores.rows[decision.removed][: trust.LOOKED_AT])
+    problem = trust.UNASKED if scored.validity is None else scored.validity.problem
+    opener_fihs = scored.selector.opener_fihs if isinstance(scored.selector, Screen) else None
+    return trust.doubts(scored.scores, decision, gone, problem, opener_fihs, len(rows.quarantined), own)
 
 
 def check_labels(labels: Sequence[int] | None, rows: int) -> None:

@@ -27,12 +27,13 @@ from gradshield.evaluation.asr import agreement
 from gradshield.pipeline import card, certify, outputs, trust, verify
 from gradshield.pipeline.certificate import CERTIFICATE, LABELLED
 from gradshield.pipeline.course import Chosen, Course, Fitted, Job
+from gradshield.pipeline.decide import Decision
 from gradshield.pipeline.defences import Defence, parse
 from gradshield.pipeline.exam import Exam, Settled, asked, changes, check_disjoint, exam, figures, never
 from gradshield.pipeline.lock import alone
 from gradshield.pipeline.options import sft_options
 from gradshield.pipeline.rows import load, prepare
-from gradshield.pipeline.scan import check_labels, select
+from gradshield.pipeline.scan import check_labels, judged, select
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
 from gradshield.probes import requests
 from gradshield.thresholds import Verdict
@@ -183,8 +184,7 @@ class _Run:
         gone = self.course.beyond(chosen)
         if selection is not None and (gone != selection.removed).any():
             selection = self._recut(selection, replace(chosen, removed=gone))
-        probes = None if selection is None else selection.manifest.results["probes"]
-        uncertified = selection.manifest.results["uncertified"] if selection is not None and probes else None
+        uncertified = None if selection is None else trust.of_run(selection.manifest.results["doubts"])
         results = self._results(chosen, dataset, fitted, before, after, verdict, uncertified)
         results["seconds"] = round(time.monotonic() - began, 1)
         manifest = self._manifest(results)
@@ -219,10 +219,8 @@ class _Run:
             categories=Coded.of(selection.categories).only(chosen.removed),
             keep=partial(self.job.rows.trainable, selection.scores.rows, chosen.removed),
         )
-        doubts = trust.recut(selection.manifest.results["doubts"], chosen.removed)
-        told = {**again.manifest.results, "doubts": doubts, "uncertified": trust.first(doubts)}
-        again = replace(again, certified=not doubts, manifest=replace(again.manifest, results=told))
         assert chosen.scored is not None
+        again = judged(again, self.job.rows, chosen.scored, Decision(chosen.cuts, chosen.removed, ()), self.job.labels)
         again = outputs.with_results(again, chosen.scored, self.job.rows, self.job.labels)
         outputs.write(again, self.folder / "scan", self.job.rows, self.job.labels)
         return again

@@ -1,0 +1,78 @@
+"""The default scan from end to end on the lab: killed and resumed, cut again, and what is said where it is not certified."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradshield import lab
+from gradshield.pipeline import trust
+from tests.pipeline.common import command, jsonl, table, write
+from tests.pipeline.test_resume import _finished, _stopped
+
+pytestmark = pytest.mark.slow
+SIGNALS = ("request", "fihs", "pivots")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows, _ = lab.mix("dialogue", harm="explicit", ratio=0.05, n=100, seed=0)
+    return write(tmp_path_factory.mktemp("screened") / "data.jsonl", jsonl(rows))
+
+
+def _arguments(data: Path, output: Path) -> list[Any]:
+    told = ["--probes", data.parent / "probes.jsonl", "--lookalikes", data.parent / "lookalikes.jsonl"]
+    for path, prompts in zip(told[1::2], (lab.requests("direction"), lab.lookalikes("direction")), strict=True):
+        write(Path(path), jsonl(prompts))
+    return ["scan", data, "--model", lab.checkpoint("aligned"), "--output", output, "--token-budget", "256", *told]
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path) -> Path:
+    output = data.parent / "whole"
+    assert command(*_arguments(data, output)).code == 0
+    return output
+
+
+def _manifest(output: Path) -> dict[str, Any]:
+    return dict(json.loads((output / "manifest.json").read_text(encoding="utf-8")))
+
+
+def test_a_scan_that_was_killed_has_every_signal_of_an_undisturbed_one(data: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "disturbed"
+    code, said = _stopped(_arguments(data, output), output, 0, signal.SIGKILL)
+    assert code == -signal.SIGKILL, said
+    first = _finished(output)
+    assert first
+    assert command(*_arguments(data, output)).code == 0
+    assert first.items() <= _finished(output).items()
+    here, there = table(output), table(whole)
+    assert here["id"] == there["id"] and here["removed"] == there["removed"]
+    for name in ("score", *SIGNALS):
+        assert np.allclose(here[name].to_numpy(), there[name].to_numpy(), equal_nan=True), name
+
+
+def test_the_same_cut_again_changes_nothing_and_a_looser_one_is_doubted(whole: Path) -> None:
+    before = _manifest(whole)["results"]
+    assert before["removed"] == 5 and before["doubts"] == {} and before["certified"]
+    assert command("cut", whole).code == 0
+    again = _manifest(whole)["results"]
+    assert again["cuts"] == before["cuts"] and again["removed"] == 5 and again["doubts"] == {}
+    done = command("cut", whole, "--threshold", "fixed:100")
+    assert done.code == 0 and "5 rows score beyond the cut 'anchored' and stay" in done.doubted
+    loose = _manifest(whole)["results"]
+    assert set(loose["doubts"]) == {"loose"} and not loose["certified"]
+    assert loose["uncertified"] == trust.first(loose["doubts"])
+    assert command("cut", whole).code == 0
+    assert _manifest(whole)["results"]["doubts"] == {}
+
+
+def test_what_speaks_against_a_scan_is_on_the_terminal(tmp_path: Path) -> None:
+    rows, _ = lab.mix("topic", harm="explicit", ratio=0.5, n=12, seed=0)
+    done = command(*_arguments(write(tmp_path / "data.jsonl", jsonl(rows)), tmp_path / "out"))
+    assert done.code == 0 and "more than a tenth" in done.doubted
