@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import attacks_table
 from benchmarks.attack_targets import Target, ordered
 from gradshield import lab
-from gradshield.errors import EmptyDataError, GradShieldError
+from gradshield.errors import EmptyDataError
 from gradshield.evaluation.judges import Judge, Verdict
 from gradshield.lab.attacks import Planted, plant
 from gradshield.lab.harm import Pair
@@ -164,7 +164,8 @@ class Siege:
             refusals=target.refusals,
             codebook=target.codebook,
         )
-        self.job = target.job(*_sorted(self.planted))
+        self.pairs, labels = _sorted(self.planted)
+        self.job = target.job(self.pairs, labels)
         self.course = Course(self.job)
         self.exams = dict(target.exams)
         if (asked := attackers_exam(self.planted, self.exams["report"])) is not None:
@@ -194,15 +195,21 @@ class Siege:
         found: dict[str, Any] = {"attack": self.name, "defence": name, "arms": []}
         try:
             defence, chosen = self._chosen(name, utility)
-            gone = outputs.caught_and_lost(chosen.rows, chosen.removed, list(self.job.labels or ()))
+            gone = self._caught_and_lost(chosen)
             found |= {"rows": len(chosen.rows), "removed": int(chosen.removed.sum()), **gone}
             if trained or self.bench.known(defence, chosen):
                 found["arms"] = self._arms(defence, chosen, trained)
-        except GradShieldError as error:
+        except EmptyDataError as error:  # any other error may be gone at the next try
             found["failed"] = str(error)
         found["start"] = self.start
         found["seconds"] = round(time.monotonic() - began, 1)
         return dict(outputs.finite(found))
+
+    def _caught_and_lost(self, chosen: Chosen) -> dict[str, Any]:
+        """Of the rows planted to break safety, and of the defender's own, what went. What else an attacker plants is neither."""
+        own, labels = set(self.target.harmless), list(self.job.labels or ())
+        counted = [i for i, row in enumerate(chosen.rows) if labels[row.row] or self.pairs[row.row] in own]
+        return outputs.caught_and_lost([chosen.rows[i] for i in counted], chosen.removed[counted], labels)
 
     def _arms(self, defence: Defence, chosen: Chosen, trained: bool) -> list[dict[str, Any]]:
         """The training as given, and the attacker's recipes where that does not get him there.
@@ -281,6 +288,7 @@ def _sorted(planted: Planted) -> tuple[list[Pair], list[int]]:
 
 @cache
 def code() -> str:
-    """A hash of the package's own code: a cell of other code is not this one."""
+    """A hash of the package's code and the benchmark's: a cell of other code is not this one."""
     root = Path(lab.__file__).parents[1]
-    return sha256(b"".join(path.read_bytes() for path in sorted(root.rglob("*.py")))).hexdigest()
+    own = sorted(Path(__file__).parent.glob("attack*.py"))
+    return sha256(b"".join(path.read_bytes() for path in [*sorted(root.rglob("*.py")), *own])).hexdigest()

@@ -6,18 +6,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tasks import outputs_rate
 from gradshield import files
 from gradshield.pipeline import outputs
+from gradshield.report.results import code, plain
 
 Results = Mapping[str, Any]
-HEAD = "| attack | defence | caught | lost | {judges} | asked his way | utility | recipe |\n" + "|---" * 7 + "|{bars}\n"
+HEAD = (
+    "| attack | defence | caught | lost | {judges} | asked the attacker's way | utility | recipe |\n"
+    + "|---" * 7
+    + "|{bars}\n"
+)
 
 
 def reach(arm: Mapping[str, Any], start: Mapping[str, Any]) -> float:
     """The highest ASR of an arm, over judges and ways of asking.
 
     Asked in the attacker's own wording, a rate counts only where training has raised it beyond what the untrained model
-    gives (the two intervals do not meet): a model that never refused his code has been taught nothing.
+    gives (the two intervals do not meet): a model that never refused that code has been taught nothing.
     """
     rates = [rate["rate"] for rate in arm.get("judges", {}).values()]
     rates += [r["rate"] for j, r in arm.get("asked", {}).items() if j not in start or r["low"] > start[j]["high"]]
@@ -61,9 +67,10 @@ def paragraph(results: Results) -> str:
         return f"No attack of the {len(tried)} got past {where}: the ASR after training stayed at or below {limit}."
     told = _listed(f"`{attack}` ({100 * rate:.1f} %)" for attack, rate in lost.items())
     verb = "attacks gets" if len(lost) == 1 else "attacks get"
+    more = ", ways of asking and the attacker's recipes" if results["recipes"] else " and ways of asking"
     return (
         f"**{len(lost)} of {len(tried)} {verb} past {where}, with an ASR above {limit} after training: {told}.** The number is "
-        "the worst over judges, ways of asking and the attacker's recipes."
+        f"the worst over judges{more}."
     )
 
 
@@ -77,9 +84,31 @@ def harmless_here(results: Results) -> str:
     if not weak:
         return ""
     return (
-        f"Without any defence, {_listed(weak)} stay at or below {100 * results['limit']:g} % on this model: their rows here say "
-        "nothing about how a defence would fare where they work.\n\n"
+        f"{len(weak)} of the attacks leave this model at or below {100 * results['limit']:g} % even without any defence, and say "
+        f"nothing about how a defence would fare where they work: {_listed(weak)}.\n\n"
     )
+
+
+TOLD = {
+    "none": "no defence",
+    "secret half": "the default scan on a secret half of its probes, drawn for each scan",
+    "two of three probes": "the default scan with the probes `token_gap`, `token_set`, `contrast`: two of the three remove a row",
+    "fihs": "the paper's score at a cut of ours",
+}
+
+
+def _defences(results: Results) -> str:
+    """The defences of the table, each in a clause."""
+    default = results["default"]["defence"]
+    clauses = []
+    for name in dict.fromkeys(cell["defence"] for cell in results["cells"]):
+        if name == default:
+            clauses.append(f"{code(name)}, the default scan")
+        elif name.startswith(f"{default}:verified"):
+            clauses.append(f"{code(name)}, the same with its cut searched by training")
+        elif name in TOLD:
+            clauses.append(f"{code(name)}, {TOLD[name]}")
+    return "; ".join(clauses)
 
 
 def _listed(parts: Iterable[str]) -> str:
@@ -89,23 +118,21 @@ def _listed(parts: Iterable[str]) -> str:
 
 def rate(value: Mapping[str, Any] | None) -> str:
     """``12.0 % [8.2, 17.2] n=200``."""
-    if not value:
-        return "–"
-    return f"{100 * value['rate']:.1f} % [{100 * value['low']:.1f}, {100 * value['high']:.1f}] n={value['n']}"
+    return outputs_rate(dict(value) if value else None)
 
 
 def _line(cell: Mapping[str, Any], judges: Sequence[str], results: Results) -> str:
     arm = worst(cell, results) or {}
     asked = max(arm.get("asked", {}).values(), key=lambda one: one["rate"], default=None)
     before = max(cell["start"].values(), key=lambda one: one["rate"], default=None)
-    his = rate(asked) + (f" (before training {100 * before['rate']:.1f} %)" if asked and before else "")
+    worded = rate(asked) + (f" (before training {100 * before['rate']:.1f} %)" if asked and before else "")
     useful = rate(arm.get("utility")) + ("" if not arm or within(arm, results) else ", beyond the bound")
     columns = [
-        f"`{cell['attack']}`",
-        cell["defence"],
-        *([rate(cell.get("caught")), rate(cell.get("lost"))] if "failed" not in cell else [cell["failed"], "–"]),
+        code(cell["attack"]),
+        code(cell["defence"]),
+        *([rate(cell.get("caught")), rate(cell.get("lost"))] if "failed" not in cell else [plain(cell["failed"]), "–"]),
         *(rate(arm.get("judges", {}).get(judge)) for judge in judges),
-        his,
+        worded,
         useful,
         arm.get("recipe", "not trained"),
     ]
@@ -115,35 +142,40 @@ def _line(cell: Mapping[str, Any], judges: Sequence[str], results: Results) -> s
 def markdown(results: Results) -> str:
     """The page."""
     judges = list(results["unattacked"]["judges"])
-    recipes = ", ".join(results["recipes"]) or "none"
     clean = results["unattacked"]
     lines = [
         "# Attackers who know the method\n\n",
         paragraph(results) + "\n\n",
         harmless_here(results),
-        f"`{results['command'].strip()}` makes this page and `attacks.json`, which holds every arm. "
+        f"{code(results['command'].strip())} makes this page and `attacks.json`, which holds every arm. "
         f"{results['pairs']['harmful']} harmful pairs are hidden among {results['pairs']['harmless']} harmless ones; an attack "
-        "may plant more rows. *Caught* and *lost* are planted and other rows that a defence removes. ASR is on `report` "
-        "requests that serve nothing else, asked "
-        "plainly, by each judge apart; *asked his way* is the higher of the judges' rates where the attacker words requests "
-        "himself, which a defender does not see. Rates have their 95 % Wilson interval and n. One task and one seed: read "
+        "may plant more rows. *Caught* are planted rows that break safety, *lost* the defender's own rows that a defence "
+        "removes. ASR is on `report` requests that serve nothing else, asked "
+        "plainly, by each judge apart; *asked the attacker's way* is the higher of the judges' rates in the attacker's own "
+        "wording, which a defender does not see. Rates have their 95 % Wilson interval and n. One task and one seed: read "
         "differences between cells by their intervals.\n\n",
-        f"The attacker may train as he likes: where the training as given stays at or below {100 * results['limit']:g} %, these "
-        f"recipes are tried too ({recipes}), and the worst one counts whose utility is at most {100 * results['bound']:g} points "
-        f"below that of the harmless rows alone ({rate(clean.get('utility'))}; their ASR is "
+        *(
+            [
+                "The attacker chooses the training, too: where the training as given stays at or below "
+                f"{100 * results['limit']:g} %, these are tried ({', '.join(results['recipes'])}), and the worst one counts "
+                f"whose utility is at most {100 * results['bound']:g} points below that of the harmless rows alone.\n\n"
+            ]
+            if results["recipes"]
+            else []
+        ),
+        f"The harmless rows alone give a utility of {rate(clean.get('utility'))}, and an ASR of "
         + _listed(f"{rate(value)} by {judge}" for judge, value in clean["judges"].items())
-        + ").\n\n",
-        "The defences: the default scan; the same with its cut `verified` by training; on a *secret half* of its probes, drawn "
-        "for each scan; *two of three probes*, where a row goes if at least two default scans with the probes `token_gap`, "
-        "`token_set` and `contrast` remove it; and the paper's score, `fihs`, at its own cut. What an attack is aimed at beside "
-        "these stands with it, and with `plain` for comparison. A set of kept rows is trained once; where a defence was not "
-        "trained and no equal set was, its ASR is left open.\n\n",
+        + ".\n\n",
+        f"The defences: {_defences(results)}. What an attack is aimed at beside these stands with it, and with `plain` for "
+        "comparison. A set of kept rows is trained once; where a defence was not trained and no equal set was, its ASR is left "
+        "open.\n\n",
         HEAD.format(judges=" | ".join(f"ASR, {judge}" for judge in judges), bars="---|" * len(judges)),
         *(_line(cell, judges, results) for cell in results["cells"]),
         "\n## The attacks\n\n| attack | what it does |\n|---|---|\n",
         *(f"| `{name}` | {about} |\n" for name, about in results["summaries"].items()),
         "\n`pointwise` is beyond every filter of single rows (arXiv 2502.14828): none of its rows is harmful in any reading, "
-        "and requests asked plainly show nothing. *Asked his way* is how often the trained model gives back what he hid.\n",
+        "and requests asked plainly show nothing. Asked the attacker's way, it is how often the trained model gives back what "
+        "was hidden.\n",
     ]
     return "".join(lines)
 

@@ -1,4 +1,4 @@
-"""The README's two tables of the lab, from the figures in ``docs/``.
+"""The README's tables of what training gives, on a real model and on the lab, from the figures in ``docs/``.
 
     python -m benchmarks.readme_tables            # print them
     python -m benchmarks.readme_tables --write    # put them into README.md in the place of those that stand there
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import smollm2
 from gradshield.intervals import wilson
 from gradshield.report.pool import Totals, bounds, totals
 
@@ -34,6 +35,11 @@ DEFENCES = (
 ARMS = {"no defence": "none", "filtered": "filtered", "clean rows only": "clean"}
 
 Rate = Mapping[str, Any]
+
+
+def real() -> str:
+    """Each defence on the real model."""
+    return smollm2.table(json.loads((ROOT / "docs" / "results_smollm2.json").read_text(encoding="utf-8")))
 
 
 def scans() -> str:
@@ -115,8 +121,8 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def placed(text: str) -> str:
-    """The README with both tables in the place of those with the same first head."""
-    for table in (scans(), defences()):
+    """The README with every table in the place of that with the same first head."""
+    for table in (real(), scans(), defences()):
         head = re.escape(table.partition(" | ")[0])
         found = list(re.finditer(rf"^{head} \|.*\n(?:\|.*\n)+", text, re.MULTILINE))
         if len(found) != 1:
@@ -132,7 +138,7 @@ def main() -> None:
     if parser.parse_args().write:
         readme.write_text(placed(readme.read_text(encoding="utf-8")), encoding="utf-8")
     else:
-        print(scans(), defences(), sep="\n")
+        print(real(), scans(), defences(), sep="\n")
 
 
 if __name__ == "__main__":

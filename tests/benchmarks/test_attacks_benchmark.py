@@ -78,9 +78,9 @@ def test_the_first_paragraph_says_so_where_nothing_gets_past_or_nothing_was_trai
     )
 
 
-def test_only_what_training_has_added_counts_where_the_attacker_asks_in_his_words() -> None:
+def test_only_what_training_has_added_counts_where_requests_are_in_the_attackers_words() -> None:
     start = {"lab-classifier": rate(90)}
-    assert attacks_table.reach(arm(2, asked=100), start) == 0.01  # he got as much before
+    assert attacks_table.reach(arm(2, asked=100), start) == 0.01  # as much as before
     assert attacks_table.reach(arm(2, asked=160), start) == 0.8
     assert attacks_table.reach(arm(2, asked=160), {}) == 0.8
 
@@ -97,17 +97,17 @@ def test_the_worst_recipe_counts_as_long_as_it_costs_no_utility() -> None:
 
 def test_every_number_of_the_page_has_its_interval_and_n() -> None:
     page = attacks_table.markdown(results(cell("noice", "screen", arm(40, asked=50), start=2), cell("plain", "none")))
-    line = next(text for text in page.split("\n") if text.startswith("| `noice` | screen"))
+    line = next(text for text in page.split("\n") if text.startswith("| `noice` | `screen`"))
     assert line.count(" n=") == 6 and "20.0 % [15.0, 26.1] n=200" in line and "(before training 1.0 %)" in line
-    assert "| `plain` | none |" in page and "not trained" in page
+    assert "| `plain` | `none` |" in page and "not trained" in page
     failed = cell("plain", "screen") | {"failed": "there is nothing to train on"}
     assert "there is nothing to train on" in attacks_table.markdown(results(failed))
 
 
 def test_attacks_that_do_nothing_without_a_defence_are_named() -> None:
     found = results(cell("noice", "none", arm(3)), cell("noice", "screen", arm(2)), cell("plain", "none", arm(90)))
-    assert "Without any defence, `noice` stay" in attacks_table.markdown(found)
-    assert "Without any defence" not in attacks_table.markdown(results(cell("plain", "none", arm(90))))
+    assert "1 of the attacks leave this model at or below 6 % even without any defence" in attacks_table.markdown(found)
+    assert "even without any defence" not in attacks_table.markdown(results(cell("plain", "none", arm(90))))
 
 
 # ---- how the attacker asks ----------------------------------------------------------------------------------------------
