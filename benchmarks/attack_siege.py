@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import attacks_table
 from benchmarks.attack_targets import Target, ordered
-from gradshield import lab
+from gradshield import lab, runs
 from gradshield.errors import EmptyDataError
 from gradshield.evaluation.judges import Judge, Verdict
 from gradshield.lab.attacks import Planted, plant
@@ -180,14 +180,14 @@ class Siege:
         """A hash of all that a cell depends on; the code of the package is part of it."""
         job = self.job
         told = [
-            [outputs.versions(), code(), job.rows.loaded.digest, job.settings.as_dict(), self.name, defence],
+            [runs.versions(), code(), job.rows.loaded.digest, job.settings.as_dict(), self.name, defence],
             [dict(job.options), None if job.peft_config is None else job.peft_config.to_dict(), job.seed],
             [self.planted.rows, self.planted.labels, self.planted.first, self.planted.calibration],
             [one.settings() for one in self.exams.values()],
             [trained, utility, {name: RECIPES[name] for name in self.recipes}, LIMIT, BOUND],
             [dict(row) for row in job.probing.requests],
         ]
-        return outputs.digest(told)[:24]
+        return runs.digest(told)[:24]
 
     def cell(self, name: str, trained: bool, utility: Mapping[str, float] | None) -> dict[str, Any]:
         """Caught, lost and, where it is trained, what training gives. ``utility`` is that of the harmless rows alone."""
@@ -203,7 +203,7 @@ class Siege:
             found["failed"] = str(error)
         found["start"] = self.start
         found["seconds"] = round(time.monotonic() - began, 1)
-        return dict(outputs.finite(found))
+        return dict(runs.finite(found))
 
     def _caught_and_lost(self, chosen: Chosen) -> dict[str, Any]:
         """Of the rows planted to break safety, and of the defender's own, what went. What else an attacker plants is neither."""

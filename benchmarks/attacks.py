@@ -38,8 +38,8 @@ from benchmarks.attack_siege import (
     default,
 )
 from benchmarks.attack_targets import Target, lab_target, own_target
-from gradshield import lab
-from gradshield.pipeline import compare, outputs
+from gradshield import lab, runs
+from gradshield.pipeline import compare
 from gradshield.pipeline.course import Course
 from gradshield.pipeline.defences import parse
 from gradshield.pipeline.exam import check_disjoint
@@ -87,12 +87,12 @@ def run(target: Target, folder: Path, given: argparse.Namespace) -> dict[str, An
             key = siege.key(name, trained, utility)
             if key not in done:
                 done[key] = siege.cell(name, trained, utility)
-                outputs.write_json(store, done)
+                runs.write_json(store, done)
             found.append(done[key])
             print(f"{len(found)}/{total} {attack} / {name} {done[key]['seconds']} s", file=sys.stderr, flush=True)
     return {
         "command": shlex.join(["python", "-m", "benchmarks.attacks", *given.told]),
-        "versions": outputs.versions(),
+        "versions": runs.versions(),
         "target": target.name,
         "model": target.unattacked.rows.loaded.digest,
         "seed": target.seed,

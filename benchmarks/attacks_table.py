@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tasks import outputs_rate
-from gradshield import files
-from gradshield.pipeline import outputs
+from gradshield import files, runs
 from gradshield.report.results import code, plain
 
 Results = Mapping[str, Any]
@@ -183,5 +182,5 @@ def markdown(results: Results) -> str:
 def write(results: Results, folder: Path) -> None:
     """Write ``attacks.md`` and ``attacks.json``."""
     folder.mkdir(parents=True, exist_ok=True)
-    outputs.write_json(folder / "attacks.json", dict(results))
+    runs.write_json(folder / "attacks.json", dict(results))
     files.write_text(folder / "attacks.md", markdown(results))

@@ -60,8 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Every task, with and without harm, over the seeds."""
     import torch
 
-    from gradshield import lab
-    from gradshield.pipeline import outputs
+    from gradshield import lab, runs
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("bands"))
@@ -79,8 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
                 shown = {k: f"{100 * v['asr']['rate']:.1f}" for k, v in one["arms"].items()}
                 print(task, harm, seed, json.dumps(shown), flush=True)
     command = f"python -m benchmarks.gradient_bands --seeds {options.seeds} --rows {options.rows}"
-    whole = {"command": command, "versions": outputs.versions(), "share": SHARE, "runs": found}
-    outputs.write_json(options.output / "bands.json", whole)
+    whole = {"command": command, "versions": runs.versions(), "share": SHARE, "runs": found}
+    runs.write_json(options.output / "bands.json", whole)
 
 
 if __name__ == "__main__":

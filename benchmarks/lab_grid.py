@@ -43,13 +43,12 @@ def cells(quick: bool) -> list[dict[str, Any]]:
 
 def _setting(task: str, seed: int) -> str:
     """A hash of versions, lab and exam: the manifest tells today's, and no number of others may stand beside it."""
-    from gradshield import lab
-    from gradshield.pipeline import outputs
+    from gradshield import lab, runs
     from gradshield.pipeline.exam import lab_exam
 
     made = (lab.checkpoint("aligned").parents[1] / "lab.json").read_text(encoding="utf-8")
     exam = lab_exam(task, "report", seed).settings()
-    return outputs.digest([outputs.versions(), made, lab.recipe(task), lab.LORA, exam])[:12]
+    return runs.digest([runs.versions(), made, lab.recipe(task), lab.LORA, exam])[:12]
 
 
 def run_cell(cell: dict[str, Any], store: Path) -> dict[str, Any]:
@@ -139,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _finite(value: Any) -> Any:
-    from gradshield.pipeline.outputs import finite
+    from gradshield.runs import finite
 
     return finite(value)
 

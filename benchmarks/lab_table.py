@@ -26,7 +26,7 @@ HEAD = (
 def write(cells: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write ``lab_results.md`` and ``lab_results.json`` from finished cells."""
     from gradshield import lab
-    from gradshield.pipeline.outputs import finite, versions
+    from gradshield.runs import finite, versions
 
     ordered = sorted(
         cells, key=lambda c: (c["harm"] not in ("none", "explicit"), c["task"], c["ratio"], c["harm"], c["seed"])

@@ -164,8 +164,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     from gradshield import lab, models
     from gradshield.evaluation.landscape import cosine, landscape, norm, weights
-    from gradshield.pipeline.outputs import finite, versions
     from gradshield.report import landscape as report
+    from gradshield.runs import finite, versions
 
     torch.set_num_threads(1)
     began = time.monotonic()

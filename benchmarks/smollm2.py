@@ -24,8 +24,8 @@ from gradshield import files
 from gradshield.intervals import wilson
 from gradshield.models import load
 from gradshield.pipeline.exam import exam, figures
-from gradshield.pipeline.outputs import digest, write_json
 from gradshield.report.results import markdown
+from gradshield.runs import digest, write_json
 
 TASKS = {"agnews": "choice", "gsm8k": "likelihood"}
 SHOWN = {"agnews": "AGNews", "gsm8k": "GSM8K"}

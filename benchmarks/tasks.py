@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gradshield import runs
 from gradshield.evaluation.baselines import auroc, trivial_baselines
 from gradshield.intervals import wilson
 from gradshield.pipeline import outputs, shards
@@ -172,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         if given.json:
             name = given.name or Path(given.model).name
-            whole = {"model": name, "half": given.half, "most": given.most, "versions": outputs.versions()}
-            outputs.write_json(given.json, {**whole, "cells": found})
+            whole = {"model": name, "half": given.half, "most": given.most, "versions": runs.versions()}
+            runs.write_json(given.json, {**whole, "cells": found})
     print(summary(found))
 
 

@@ -182,10 +182,10 @@ def measure(model: str, options: argparse.Namespace, watch: Console) -> tuple[di
 def write(options: argparse.Namespace, report: dict[str, Any]) -> None:
     """The files that were asked for."""
     from benchmarks.scoring import plot, table
-    from gradshield.pipeline import outputs
+    from gradshield import runs
 
     if options.json is not None:
-        outputs.write_json(options.json, report)
+        runs.write_json(options.json, report)
     picture = plot.svg(report["rows"])
     if options.plot is not None:
         options.plot.write_text(picture, encoding="utf-8")

@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.scoring.peers import peers
+from gradshield import runs
 from gradshield.errors import UsageError
-from gradshield.pipeline import outputs
 
 Line = Mapping[str, Any]
 BEGIN, END = "<!-- made by benchmarks.scoring, from here -->", "<!-- made by benchmarks.scoring, to here -->"
@@ -54,7 +54,7 @@ def _processor() -> str:
 
 def versions() -> dict[str, str]:
     """Ours, and those of the peers that are installed."""
-    found = outputs.versions()
+    found = runs.versions()
     for name in sorted({arm.name.partition("/")[0].partition("-")[0] for arm in peers()}):
         try:
             found[name] = version(name)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import smollm2
+from gradshield import runs
 from gradshield.intervals import wilson
-from gradshield.pipeline import grid, outputs
+from gradshield.pipeline import grid
 
 
 def rate(k: int, n: int = 158) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def test_judges_are_held_to_what_was_read_by_eye(tmp_path: Path, monkeypatch: An
     arms = tmp_path / "arms"
     arms.mkdir()
     (arms / "arm.json").write_text(json.dumps({"outputs": [*rows, {"prompt": "p", "reference": "r"}]}))
-    labels = {outputs.digest(["p", "0"]): 1, outputs.digest(["p", "1"]): 0}
+    labels = {runs.digest(["p", "0"]): 1, runs.digest(["p", "1"]): 0}
     monkeypatch.setattr(smollm2, "LABELS", tmp_path / "labels.json")
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     found = smollm2._by_eye(arms)

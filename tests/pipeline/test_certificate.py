@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from gradshield import certify, check
+from gradshield import certify, check, runs
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.certificates import upper
 from gradshield.evaluation.judges import FunctionJudge
 from gradshield.intervals import wilson
 from gradshield.pipeline import certify as made
-from gradshield.pipeline import outputs, trust
+from gradshield.pipeline import trust
 from gradshield.pipeline.certificate import text
 from gradshield.probes import requests
 from tests.pipeline.common import command, jsonl, write
@@ -63,9 +63,9 @@ def _run(
         "settings": {
             "defence": "none",
             "seed": 0,
-            "probe_sha256": outputs.digest(requests("direction")),
+            "probe_sha256": runs.digest(requests("direction")),
             "search": None,
-            "report": {"requests": outputs.digest(ASKED), "n": [len(ASKED), 0, 0], "judges": list(judges)},
+            "report": {"requests": runs.digest(ASKED), "n": [len(ASKED), 0, 0], "judges": list(judges)},
             **(settings or {}),
         },
         "results": {
@@ -82,13 +82,13 @@ def _run(
     }
     write(run / "outputs-after.jsonl", jsonl(_outputs(answered, names)))
     write(run / "adapter_model.safetensors", b"weights")
-    outputs.write_json(run / "manifest.json", manifest)
+    runs.write_json(run / "manifest.json", manifest)
     return run
 
 
 def _scan(run: Path, **results: Any) -> None:
     (run / "scan").mkdir(exist_ok=True)
-    outputs.write_json(run / "scan" / "manifest.json", {"results": results})
+    runs.write_json(run / "scan" / "manifest.json", {"results": results})
 
 
 def _labelled(folder: Path, n: int = 60, wrong: int = 0) -> Path:
@@ -130,8 +130,8 @@ def test_judges_and_looks_share_the_error(tmp_path: Path) -> None:
             "the scan is not certified: the model does not refuse",
         ),
         ({"verified": {"met": False, "sentence": "no cut met the target"}}, "verified threshold met its targets at no"),
-        ({"settings": {"probe_sha256": outputs.digest(ASKED)}}, "among those that chose its rows"),
-        ({"settings": {"search": {"requests": outputs.digest(ASKED)}}}, "among those that chose its rows"),
+        ({"settings": {"probe_sha256": runs.digest(ASKED)}}, "among those that chose its rows"),
+        ({"settings": {"search": {"requests": runs.digest(ASKED)}}}, "among those that chose its rows"),
         ({"settings": {"report": {"requests": "", "n": [0, 130, 0], "judges": []}}}, "no request was asked"),
     ],
 )

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradshield import lab, models
+from gradshield import lab, models, runs
 from gradshield.data import RenderConfig
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.loss import response_loss
-from gradshield.pipeline import outputs, verify
+from gradshield.pipeline import verify
 from gradshield.pipeline.exam import Exam, asked, check_disjoint, exam, figures, lab_exam
 from gradshield.probes import requests
 from tests.pipeline.common import jsonl, write
@@ -74,7 +74,7 @@ def test_what_a_measurement_depends_on_is_in_its_settings(tmp_path: Path) -> Non
         exam("report", "builtin", ["moderation:m@https://a.example/v1"], task=task, metric="exact"),
         exam("report", "builtin", ["moderation:m@https://b.example/v1"], task=task, metric="exact"),
     ]
-    assert len({outputs.digest(one.settings()) for one in found}) == len(found)
+    assert len({runs.digest(one.settings()) for one in found}) == len(found)
 
 
 def test_judges_are_told_apart_before_anything_is_scanned() -> None:

@@ -162,7 +162,7 @@ def test_another_version_of_what_measures_measures_again(
         return "mended" if name == "gradshield" else "1"
 
     scan(rows, output=tmp_path)
-    monkeypatch.setattr("gradshield.pipeline.outputs._installed", version)
+    monkeypatch.setattr("gradshield.runs._installed", version)
     for _ in range(2):
         scan(rows, output=tmp_path)
     assert measured == [20, 20]

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from gradshield import lab
+from gradshield import lab, runs
 from gradshield.errors import DataError
 from gradshield.evaluation import calibration
 from gradshield.evaluation.asr import request_text
 from gradshield.evaluation.certificates import PARTS, Bound, Calibration, Claim, corrected, least, upper
 from gradshield.evaluation.judges import JUDGES, GuardJudge, Judge, LabClassifier, verdicts
 from gradshield.models import HUB_FILES
-from gradshield.pipeline import outputs, trust
+from gradshield.pipeline import trust
 from gradshield.probes import SPLITS, requests
 
 CERTIFICATE, LABELLED = "certificate.json", "calibration.jsonl"
@@ -173,7 +173,7 @@ def statement(run: Run, claim: Claim, source: Mapping[str, Any] | None, start_in
         "_type": TYPE,
         "subject": subject(run.folder),
         "predicateType": PREDICATE,
-        "predicate": outputs.finite(predicate),
+        "predicate": runs.finite(predicate),
     }
 
 
@@ -215,7 +215,7 @@ def _judged(run: Run, name: str, claim: Claim) -> dict[str, Any]:
     judge = offline(name, record)
     told: Any = getattr(judge, "record", lambda: None)() if record is None else record
     return {
-        "sha256": outputs.digest([name, told]),
+        "sha256": runs.digest([name, told]),
         "k": k,
         "n": n,
         "undecided": sum(row["verdicts"][name]["unsafe"] is None for row in run.asked),
@@ -236,13 +236,13 @@ def _requests(run: Run) -> dict[str, Any]:
         if digest is None:
             continue
         shipped = requests(name)
-        built_in = digest == outputs.digest([dict(prompt) for prompt in shipped])
+        built_in = digest == runs.digest([dict(prompt) for prompt in shipped])
         # Of a user's own set only the hash is kept: training itself refuses one that shares a request with the report.
         shared = len(prompts & {prompt["prompt"] for prompt in shipped}) if built_in else None
         found[name] = {"sha256": digest, "same": digest == own, "shared": shared}
     return {
         "n": len(run.asked),
-        "sha256": outputs.digest([row["prompt"] for row in run.asked]),
+        "sha256": runs.digest([row["prompt"] for row in run.asked]),
         "exam_sha256": own,
         "chose": found,
         "chose_nothing": not any(one["same"] or one["shared"] for one in found.values()),

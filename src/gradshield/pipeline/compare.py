@@ -21,7 +21,7 @@ from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, Literal
 
-from gradshield import files, lab, models
+from gradshield import files, lab, models, runs
 from gradshield.errors import DataError, EndpointError, GradShieldError, HubError
 from gradshield.evaluation.judges import ReadyJudge
 from gradshield.evaluation.stats import paired_difference
@@ -59,10 +59,10 @@ def compare(
     """
     began = time.monotonic()
     grid.check_files(config)
-    outputs.check(output)
-    outputs.check_own(output, written=("cells.jsonl", "results.md", "results.html"))
+    runs.check(output)
+    runs.check_own(output, ("cells.jsonl", "results.md", "results.html"), "cells.jsonl")
     with alone(output) as locked:
-        folder = outputs.prepare(output)
+        folder = runs.prepare(output)
         for name in (ARMS, CELLS):
             (folder / name).mkdir(exist_ok=True)
             if locked:
@@ -132,7 +132,7 @@ def _ready() -> None:
 
 def _file(folder: Path, cell: Cell) -> Path:
     name = cell.name.replace("/", "~").replace(":", "=")
-    short = name if len(name) <= 150 else f"{name[:150]}-{outputs.digest(name)[:12]}"
+    short = name if len(name) <= 150 else f"{name[:150]}-{runs.digest(name)[:12]}"
     return folder / CELLS / f"{short}.json"
 
 
@@ -173,7 +173,7 @@ def _take_over(folder: Path) -> None:
         for value in cells:
             cell = Cell(value["task"], value["harm"], value["ratio"], value["seed"], value["defence"])
             if "setting" in value and not _file(folder, cell).exists():
-                outputs.write_json(_file(folder, cell), value)
+                runs.write_json(_file(folder, cell), value)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is no results.json of a comparison ({error}): move it away, or give another --output"
@@ -189,7 +189,7 @@ def _run_group(config: Config, cells: Sequence[Cell], folder: Path, tick: Callab
         for cell in sorted(own, key=lambda c: (c.defence != "clean", c.defence != "none")):
             if _orphaned():
                 return
-            outputs.write_json(_file(folder, cell), bench.run(cell))
+            runs.write_json(_file(folder, cell), bench.run(cell))
             tick()
 
 
@@ -237,7 +237,7 @@ class Bench:
         except GradShieldError as error:
             found["failed"] = str(error)
         found["seconds"] = round(time.monotonic() - began, 1)
-        return dict(outputs.finite(found))
+        return dict(runs.finite(found))
 
     def _verified(self, defence: Defence) -> Any:
         def examine(chosen: Chosen, settled: Settled) -> tuple[EvalResult, float]:
@@ -268,16 +268,16 @@ class Bench:
         dataset = self.course.dataset(defence, chosen)
         exam = self.exams[split]
         key = self.course.key(defence, dataset)
-        path = self.folder / ARMS / f"{key}-{outputs.digest(exam.settings())[:12]}{verify.suffix(settled)}.json"
+        path = self.folder / ARMS / f"{key}-{runs.digest(exam.settings())[:12]}{verify.suffix(settled)}.json"
         if path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
-            return outputs.result(stored), stored
+            return runs.result(stored), stored
         fitted, seconds = self._trained(defence, dataset, key)
         began = time.monotonic()
         measured = exam.sit(fitted.model, self.course.loaded.tokenizer, settled=settled)
         seconds = round(seconds + time.monotonic() - began, 3)
-        stored = {"key": key, "seconds": seconds, "record": dict(fitted.record), **outputs.stored(measured)}
-        outputs.write_json(path, stored)
+        stored = {"key": key, "seconds": seconds, "record": dict(fitted.record), **runs.stored(measured)}
+        runs.write_json(path, stored)
         return measured, stored
 
     def _trained(self, defence: Defence, dataset: Any, key: str) -> tuple[Fitted, float]:
@@ -372,7 +372,7 @@ def _write(
 
     whole = {
         "command": command,
-        "versions": outputs.versions(),
+        "versions": runs.versions(),
         "config": config.model_dump(),
         **_recipes(config, cells),
         "defences": {cell["defence"]: " ".join(told(str(cell["defence"]))) for cell in cells},
@@ -389,5 +389,5 @@ def _write(
     files.write_text(folder / "cells.jsonl", lines)
     files.write_text(folder / "results.md", pages.markdown(whole))
     pages.write(whole, folder / "results.html")
-    outputs.write_json(folder / "results.json", whole)
+    runs.write_json(folder / "results.json", whole)
     return whole

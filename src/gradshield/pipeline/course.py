@@ -24,12 +24,13 @@ from gradshield.models import LoadedModel
 from gradshield.pipeline.decide import Decision, decide
 from gradshield.pipeline.defences import AS_MANY, Defence, parse
 from gradshield.pipeline.masking import masked
-from gradshield.pipeline.outputs import digest, versions, words
+from gradshield.pipeline.outputs import words
 from gradshield.pipeline.ranking import score
 from gradshield.pipeline.references import refusals
 from gradshield.pipeline.rows import Prepared
 from gradshield.pipeline.scoring import Scored, asked_of, carrying, weights_changed
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
+from gradshield.runs import digest, versions
 from gradshield.selectors import DualSelect, Fihs, OnlineModerate
 from gradshield.types import Bools, Cut, OnlineSelection, Rendered
 

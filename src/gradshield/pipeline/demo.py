@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gradshield import files, lab, report
+from gradshield import files, lab, report, runs
 from gradshield.errors import UsageError
 from gradshield.pipeline import outputs, review
 from gradshield.pipeline.course import Course
@@ -30,7 +30,7 @@ SHOWN = (
 )
 
 
-MARK = f"{outputs.WORK}/demo"  # tells its folder from that of a scan of the user's
+MARK = f"{runs.WORK}/demo"  # tells its folder from that of a scan of the user's
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
     """Scan a lab mix, fine-tune three ways, measure each, and write one report. Raises UsageError for an unknown task or harm."""
     _check(task, harm, ratio)
     rows, labels = lab.mix(task, harm=harm, ratio=ratio, n=CLEAN_ROWS, seed=seed)
-    outputs.check_own(output, None, (*outputs.WRITTEN_BY_A_SCAN, "data.jsonl"), mark=MARK)
-    folder = outputs.prepare(output)
+    runs.check_own(output, (*outputs.WRITTEN, "data.jsonl"), MARK)
+    folder = runs.prepare(output)
     (folder / MARK).touch()
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -94,13 +94,13 @@ def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path
         report.Arm(name, _rows_kept(name, selection, total), {label: result.rates[key] for label, key in SHOWN})
         for name, result in results.items()
     ]
-    stored = json.loads((folder / outputs.WORK / "views.json").read_text(encoding="utf-8"))
+    stored = json.loads((folder / runs.WORK / "views.json").read_text(encoding="utf-8"))
     page = review.page(selection, review.from_json(stored), folder, labels[selection.scores.rows], arms)
     with files.instead(folder, "manifest.json", ()) as new:
         report.write(page, new / "report.html")
         for name, result in results.items():
-            outputs.write_outputs(result, new / f"outputs-{name}.jsonl")
-        outputs.write_manifest(selection.manifest, new)
+            runs.write_outputs(result, new / f"outputs-{name}.jsonl")
+        runs.write_manifest(selection.manifest, new)
 
 
 def _rows_kept(name: str, selection: Selection, total: int) -> int | None:

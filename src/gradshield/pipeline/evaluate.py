@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gradshield import runs
 from gradshield.errors import UsageError
 from gradshield.evaluation.asr import agreement
 from gradshield.evaluation.harness import inspect_task, lm_eval_tasks
 from gradshield.models import LoadedModel
-from gradshield.pipeline import outputs
 from gradshield.pipeline.exam import Exam, asked, figures
 from gradshield.pipeline.rows import with_template
 from gradshield.pipeline.settings import Progress, quiet
@@ -37,10 +37,8 @@ def evaluate(
     if not (exam.requests or exam.task or lm_eval or inspect):
         raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
     if output is not None:
-        outputs.check(output)
-        outputs.check_own(
-            output, None, ("outputs.jsonl", "report.html", "manifest.json"), (loaded,), mark="outputs.jsonl"
-        )
+        runs.check(output)
+        runs.check_own(output, ("outputs.jsonl", "report.html", "manifest.json"), "outputs.jsonl", read=(loaded,))
     loaded = with_template(loaded)
     measured = exam.sit(loaded.model, loaded.tokenizer, "measuring", progress)
     harness: dict[str, Any] = {}
@@ -59,12 +57,12 @@ def evaluate(
     if output is not None:
         manifest = {
             "command": command,
-            "versions": outputs.versions(),
+            "versions": runs.versions(),
             "model": {"name": loaded.name, "sha256": loaded.digest, "adapter": loaded.adapter},
             "settings": exam.settings(),
             "results": results,
         }
-        _write(outputs.prepare(output), manifest, exam, measured)
+        _write(runs.prepare(output), manifest, exam, measured)
     return results
 
 
@@ -72,7 +70,7 @@ def _write(folder: Path, manifest: Mapping[str, Any], exam: Exam, measured: Eval
     """Answers, page and, last, the manifest."""
     from gradshield.report import examined
 
-    outputs.write_outputs(measured, folder / "outputs.jsonl")
+    runs.write_outputs(measured, folder / "outputs.jsonl")
     answers = measured.outputs
     first = len(exam.requests)
     second = first + len(exam.lookalikes)
@@ -85,4 +83,4 @@ def _write(folder: Path, manifest: Mapping[str, Any], exam: Exam, measured: Eval
         "files": {"every answer": "outputs.jsonl", "manifest": "manifest.json"},
     }
     examined.write(shown, folder / "report.html")
-    outputs.write_json(folder / "manifest.json", manifest)
+    runs.write_json(folder / "manifest.json", manifest)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gradshield import lab
+from gradshield import lab, runs
 from gradshield.data import RenderConfig
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.asr import asr, attacked, over_refusal
@@ -24,7 +24,6 @@ from gradshield.evaluation.stats import mcnemar, mean_interval
 from gradshield.evaluation.task_files import task_file
 from gradshield.evaluation.utility import utility
 from gradshield.intervals import wilson
-from gradshield.pipeline import outputs
 from gradshield.pipeline.settings import Progress, quiet
 from gradshield.probes import alike, lookalikes, read_prompts, requests
 from gradshield.types import EvalResult, Rate
@@ -125,9 +124,9 @@ class Exam:
     def settings(self) -> dict[str, Any]:
         """JSON-able: what the rates depend on beside the model."""
         return {
-            "requests": outputs.digest([dict(row) for row in self.requests]),
-            "lookalikes": outputs.digest([dict(row) for row in self.lookalikes]),
-            "task": outputs.digest([dict(row) for row in self.task]),
+            "requests": runs.digest([dict(row) for row in self.requests]),
+            "lookalikes": runs.digest([dict(row) for row in self.lookalikes]),
+            "task": runs.digest([dict(row) for row in self.task]),
             "n": [len(self.requests), len(self.lookalikes), len(self.task)],
             "metric": LIKELIHOOD if self.score is None else self.metric,
             "judges": [_record(judge) for judge in self.judges],

@@ -24,12 +24,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from gradshield import lab
+from gradshield import lab, runs
 from gradshield.errors import DataError, UsageError, did_you_mean
 from gradshield.evaluation.judges import parse as parse_judge
 from gradshield.guards import Spec
 from gradshield.lab import manifest
-from gradshield.pipeline import outputs
 from gradshield.pipeline.defences import AS_MANY, Defence, parse
 from gradshield.thresholds import parse as parse_threshold
 
@@ -202,7 +201,7 @@ def setting(config: Config, cell: Cell) -> str:
         told["guards"] = guards
     if own is not None:
         told["dataset"] = [_content(own.train), _content(own.labels), _content(own.task), own.metric, own.training]
-    return outputs.digest(told)[:16]
+    return runs.digest(told)[:16]
 
 
 def _clean(defence: Defence) -> str | None:

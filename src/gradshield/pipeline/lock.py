@@ -12,7 +12,7 @@ from typing import TextIO
 
 from gradshield import files
 from gradshield.errors import DataError
-from gradshield.pipeline.outputs import WORK
+from gradshield.runs import WORK
 
 LOCK = "lock"
 SCAN = "scan"  # where a training has its scan

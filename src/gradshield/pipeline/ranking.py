@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from gradshield import runs
 from gradshield.errors import UsageError
 from gradshield.gradients import direction as directions
 from gradshield.models import LoadedModel
-from gradshield.pipeline import outputs, shards
+from gradshield.pipeline import shards
 from gradshield.pipeline.references import references
 from gradshield.pipeline.scoring import Ready, Scored, anchors, asked_of, named, ready_fihs, ready_screen
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings
@@ -70,7 +71,7 @@ def score(
     selector, direction = found.selector, found.direction
     folder = None
     if output is not None:  # nothing was written so far: a scan that cannot begin leaves no folder behind
-        work = outputs.prepare(output) / outputs.WORK
+        work = runs.prepare(output) / runs.WORK
         if direction.tensors:
             directions.save(direction, work / shards.DIRECTION)
         folder = work / "shards"

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradshield import data as rows_in
+from gradshield import runs
 from gradshield.columns import Coded, Ids
 from gradshield.errors import DataError
 from gradshield.intervals import wilson
@@ -100,13 +101,13 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
 
 def _kinds(folder: Path, rows: Ints, names: Coded, removed: Bools) -> dict[int, str]:
     """The kind of harm of every row that the scan removed, which the first cut keeps for those after it."""
-    path = folder / outputs.WORK / outputs.KINDS
+    path = folder / runs.WORK / outputs.KINDS
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return {int(row): str(name) for row, name in stored.items()}
     except (OSError, ValueError, AttributeError):  # not there before the first cut
         found = {r: name for r, name in zip(rows.tolist(), names.take(removed), strict=True) if name != NO_CATEGORY}
-        outputs.write_json(path, found)
+        runs.write_json(path, found)
         return found
 
 
@@ -264,13 +265,13 @@ def _quarantined(folder: Path) -> tuple[Any, ...]:
 def _views(folder: Path) -> review.Views:
     """The coloured rows that the scan kept for the report; none where they cannot be read."""
     try:
-        return review.from_json(json.loads((folder / outputs.WORK / "views.json").read_text(encoding="utf-8")))
+        return review.from_json(json.loads((folder / runs.WORK / "views.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
 def _labels(folder: Path, scored: int) -> Any:
-    path = folder / outputs.WORK / "labels.json"
+    path = folder / runs.WORK / "labels.json"
     try:
         found = np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.int64)
     except (OSError, ValueError, TypeError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradshield import data as rows_in
+from gradshield import runs
 from gradshield.errors import UsageError
 from gradshield.pipeline import outputs, trust
 from gradshield.pipeline.decide import Decision, decide
@@ -80,8 +81,8 @@ def scan(
     settings, probing = settings or ScanSettings(), probing or Probing()
     hands = spread(workers)
     if output is not None:
-        outputs.check(output)
-        outputs.check_own(output, data)
+        runs.check(output)
+        runs.check_own(output, outputs.WRITTEN, outputs.SCORES, data=data)
     with alone(output):
         rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, strict, progress)
         check_labels(labels, rows.read.source.rows)
@@ -138,7 +139,7 @@ def select(
         quarantined=rows.quarantined,
         cleared=decision.cleared,
         keep=partial(rows.trainable, scored.scores.rows, decision.removed),
-        manifest=outputs.manifest(
+        manifest=runs.manifest(
             command=command,
             source=rows.read.source,
             loaded=loaded,

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gradshield import models
+from gradshield import models, runs
 from gradshield.errors import ModelError, UsageError
 from gradshield.evaluation import continual
 from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
 from gradshield.models import LoadedModel, parameters_digest
-from gradshield.pipeline import outputs
 from gradshield.pipeline.exam import Exam, figures
 from gradshield.pipeline.lock import alone
 from gradshield.pipeline.rows import load, with_template
@@ -67,13 +66,13 @@ def sequence(
         raise UsageError(
             "training in turn follows the accuracy on every task, and there are no task rows: give --utility FILES"
         )
-    outputs.check(output)
+    runs.check(output)
     read = (model, options.get("base"))
-    outputs.check_own(output, None, ("sequence.json", "report.html", "manifest.json"), read, "sequence.json")
+    runs.check_own(output, ("sequence.json", "report.html", "manifest.json"), "sequence.json", read=read)
     for number in range(1, len(stages) + 1):
-        outputs.check_own(Path(output) / f"stage-{number}", None, (), read)
+        runs.check_own(Path(output) / f"stage-{number}", (), "", read=read)
     with alone(output):
-        return _followed(stages, outputs.prepare(output), model, peft_config, seed, command, progress, options)
+        return _followed(stages, runs.prepare(output), model, peft_config, seed, command, progress, options)
 
 
 def _followed(
@@ -121,7 +120,7 @@ def _followed(
                 adapter=None,
                 source=None,
             )
-            outputs.write_json(own / outputs.WORK / STAGE, {"key": key, "model": trained.digest})
+            runs.write_json(own / runs.WORK / STAGE, {"key": key, "model": trained.digest})
             found = trained, done.manifest
         current, manifest = found
         if (verdict := manifest.results["verified"]) is not None and not verdict["met"]:
@@ -137,11 +136,11 @@ def _followed(
         "settings": manifest.settings,
         "model": manifest.model,
         "command": command,
-        "versions": outputs.versions(),
+        "versions": runs.versions(),
     }
     _write(whole, folder, manifest)
     for number in range(1, len(stages) + 1):  # a sequence that is finished is done anew
-        (folder / f"stage-{number}" / outputs.WORK / STAGE).unlink(missing_ok=True)
+        (folder / f"stage-{number}" / runs.WORK / STAGE).unlink(missing_ok=True)
     return whole
 
 
@@ -152,7 +151,7 @@ def _key(
     rest = {name: value for name, value in options.items() if name not in ("base", "safety_rows")}
     safety = options.get("safety_rows")
     told = [
-        outputs.versions(),
+        runs.versions(),
         [_content(stage.data), _content(safety) if isinstance(safety, str | Path) else repr(safety)],
         [model and [model.digest, str(model.dtype)] for model in (current, origin, options.get("base"))],
         [stage.exams.report.settings(), stage.exams.search.settings()],
@@ -160,7 +159,7 @@ def _key(
         seed,
         repr(sorted(rest.items())),
     ]
-    return outputs.digest(told)
+    return runs.digest(told)
 
 
 def _content(name: str | Path) -> str:
@@ -177,7 +176,7 @@ def _finished(
 ) -> tuple[LoadedModel, Manifest] | None:
     """The model and manifest that an interrupted sequence left of a stage; None where it was not finished, or was another."""
     try:
-        told = json.loads((folder / outputs.WORK / STAGE).read_text(encoding="utf-8"))
+        told = json.loads((folder / runs.WORK / STAGE).read_text(encoding="utf-8"))
         if told["key"] != key:
             return None
         manifest = Manifest(**json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
@@ -252,6 +251,6 @@ def _measures(accuracy: Floats, points: Sequence[Mapping[str, Any]]) -> dict[str
 def _write(whole: Mapping[str, Any], folder: Path, manifest: Manifest) -> None:
     from gradshield.report import sequence as page
 
-    outputs.write_json(folder / "sequence.json", whole)
-    page.write(outputs.finite(whole), folder / "report.html")
-    outputs.write_manifest(manifest, folder)
+    runs.write_json(folder / "sequence.json", whole)
+    page.write(runs.finite(whole), folder / "report.html")
+    runs.write_manifest(manifest, folder)

@@ -28,7 +28,7 @@ from gradshield.errors import DataError, ModelError
 from gradshield.files import replacing
 from gradshield.gradients import direction as directions
 from gradshield.models import text_config
-from gradshield.pipeline.outputs import versions
+from gradshield.runs import versions
 from gradshield.selectors import Measured, Selector
 from gradshield.types import Batch, Direction, Rendered
 

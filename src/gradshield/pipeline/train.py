@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gradshield import files
+from gradshield import files, runs
 from gradshield.columns import Coded
 from gradshield.errors import UsageError
 from gradshield.evaluation.asr import agreement
@@ -116,9 +116,9 @@ def train(
     began = time.monotonic()
     wanted, exams, options = parse(defence), exams or Exams(), dict(training or {})
     settings, probing = settings or ScanSettings(seed=seed), probing or Probing()
-    outputs.check(output)
-    outputs.check_own(output, data, WRITTEN, (model, base, origin), "outputs-after.jsonl")
-    outputs.check_own(Path(output) / "scan", data)
+    runs.check(output)
+    runs.check_own(output, WRITTEN, "outputs-after.jsonl", data=data, read=(model, base, origin))
+    runs.check_own(Path(output) / "scan", outputs.WRITTEN, outputs.SCORES, data=data)
     if wanted.needs_base and base is None:
         raise UsageError(
             f"the defence {defence!r} needs the model before its alignment, and none was given: pass --base MODEL"
@@ -145,7 +145,7 @@ def train(
     course = Course(job, progress)
     check_disjoint(safety=course.safety_requests(wanted), search=exams.search.requests, report=exams.report.requests)
     with alone(output):
-        return _Run(course, wanted, exams, outputs.prepare(output), merge, format, command, progress).finished(began)
+        return _Run(course, wanted, exams, runs.prepare(output), merge, format, command, progress).finished(began)
 
 
 class _Run:
@@ -227,24 +227,24 @@ class _Run:
 
     def _searched(self) -> tuple[Verdict, Chosen]:
         """The verified threshold; every finished round is kept, and the best model of those trained in this process."""
-        rounds = self.folder / outputs.WORK / "rounds"
+        rounds = self.folder / runs.WORK / "rounds"
         rounds.mkdir(exist_ok=True)
         tried: list[str] = []
 
         def examine(chosen: Chosen, settled: Settled) -> tuple[EvalResult, float]:
             dataset = self.course.dataset(self.defence, chosen)
             key = self.course.key(self.defence, dataset)
-            path = rounds / f"{key}-{outputs.digest(self.exams.search.settings())[:12]}{verify.suffix(settled)}.json"
+            path = rounds / f"{key}-{runs.digest(self.exams.search.settings())[:12]}{verify.suffix(settled)}.json"
             tried.append(key)
             if path.exists():
                 told = json.loads(path.read_text(encoding="utf-8"))
-                return outputs.result(told), float(told["seconds"])
+                return runs.result(told), float(told["seconds"])
             began = time.monotonic()
             fitted = self.course.fit(self.defence, dataset, f"round {len(tried)}", self.merge)
             self._rounds[key] = fitted
             measured = self._sat(self.exams.search, fitted.model, f"measuring round {len(tried)}", settled)
             seconds = time.monotonic() - began
-            outputs.write_json(path, {"seconds": round(seconds, 3), **outputs.stored(measured)})
+            runs.write_json(path, {"seconds": round(seconds, 3), **runs.stored(measured)})
             return measured, seconds
 
         def after(done: Sequence[Any], best: int) -> None:
@@ -257,7 +257,7 @@ class _Run:
 
     def _fitted(self, dataset: Sequence[Mapping[str, Any]], key: str, stage: str) -> Fitted:
         """Trained with checkpoints where the options ask for them; they are of use to this very training alone."""
-        checkpoints = self.folder / outputs.WORK / "checkpoints" / key
+        checkpoints = self.folder / runs.WORK / "checkpoints" / key
         saving = self.job.options.get("save_strategy", "no") != "no"
         fitted = self.course.fit(
             self.defence,
@@ -302,7 +302,7 @@ class _Run:
 
     def _manifest(self, results: Mapping[str, Any]) -> Manifest:
         rows, job = self.job.rows, self.job
-        return outputs.manifest(
+        return runs.manifest(
             command=self.command,
             source=rows.read.source,
             loaded=rows.loaded,
@@ -312,7 +312,7 @@ class _Run:
                 "render": rows.config.as_dict(),
                 "template": dict(job.probing.template or {}),
                 "answer_prefix": job.probing.answer_prefix,
-                "probe_sha256": outputs.digest([dict(p) for p in job.probing.requests or requests()]),
+                "probe_sha256": runs.digest([dict(p) for p in job.probing.requests or requests()]),
                 "safety_sha256": self.course.safety_digest(self.defence),
                 "format": self.format,
                 "peft": None if job.peft_config is None else job.peft_config.to_dict(),
@@ -346,11 +346,11 @@ class _Run:
             model.save_pretrained(new)
             self.course.loaded.tokenizer.save_pretrained(new)
             for name, result in (("before", before), ("after", after)):
-                outputs.write_outputs(result, new / f"outputs-{name}.jsonl")
+                runs.write_outputs(result, new / f"outputs-{name}.jsonl")
             card.write(new, manifest)
-            rounds.write(outputs.finite(self._page(manifest)), new / "report.html")
-            outputs.write_manifest(manifest, new)
-        shutil.rmtree(self.folder / outputs.WORK / "checkpoints", ignore_errors=True)
+            rounds.write(runs.finite(self._page(manifest)), new / "report.html")
+            runs.write_manifest(manifest, new)
+        shutil.rmtree(self.folder / runs.WORK / "checkpoints", ignore_errors=True)
 
     def _page(self, manifest: Manifest) -> dict[str, Any]:
         """What the report shows."""

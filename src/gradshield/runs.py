@@ -1,0 +1,208 @@
+"""A run's folder: whether a command may write to it, what identifies its content, and the JSON that it leaves.
+
+The manifest is written last: its presence means a finished run. Every file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradshield.errors import DataError
+from gradshield.files import write_text
+from gradshield.types import EvalResult, Manifest, Rate
+
+if TYPE_CHECKING:
+    from gradshield.data import Source
+    from gradshield.models import LoadedModel
+
+WORK = ".gradshield"
+PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "numpy", "scipy", "scikit-learn")
+
+
+def check(output: str | Path) -> None:
+    """Raises DataError where no output folder can be made, before anything is loaded; makes nothing."""
+    folder = Path(output)
+    nearest = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    if not nearest.is_dir():
+        raise DataError(
+            f"the output folder {str(folder)!r} cannot be made ({nearest} is a file): give another --output"
+        )
+    if not os.access(nearest, os.W_OK):
+        raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
+
+
+def check_own(
+    output: str | Path, written: Sequence[str], mark: str, *, data: Any = None, read: Sequence[Any] = ()
+) -> None:
+    """Raises DataError where a command would write over its input, over another command's results, or over files of nobody's.
+
+    ``written`` are the patterns of what it writes into the folder, ``read`` the models that it starts from, and ``mark`` is a
+    file that stands beside a manifest of this command alone.
+    """
+    folder = Path(output)
+    for model in read:
+        for name in (_name(model), getattr(model, "adapter", None)):
+            if name and folder.is_dir() and os.path.isdir(name) and folder.samefile(name):
+                raise DataError(
+                    f"the output folder {str(folder)!r} is the folder of the model {str(name)!r}, which would be written over: "
+                    "give another --output"
+                )
+    there = sorted({path for pattern in written for path in folder.glob(pattern)})
+    if isinstance(data, str | Path) and os.path.exists(data):
+        for path in there:
+            if path.samefile(data):
+                raise DataError(
+                    f"the data {str(data)!r} lies in the output folder under a name that is written there: give another --output"
+                )
+    if (folder / "manifest.json") in there and _of_ours(folder) and not (folder / mark).exists():
+        raise DataError(
+            f"the output folder {str(folder)!r} holds what another command has found, which would be written over: give another "
+            "--output"
+        )
+    if there and not _of_ours(folder):
+        raise DataError(
+            f"the output folder {str(folder)!r} holds {there[0].name!r} and is no folder of GradShield's: give another --output, "
+            "so that nothing is written over"
+        )
+
+
+def _name(model: Any) -> str | Path | None:
+    """Where a model is from, as far as it says: a name or path, a loaded model, or one of transformers."""
+    if model is None or isinstance(model, str | Path):
+        return model
+    found = getattr(model, "name", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return found if isinstance(found, str) else None
+
+
+def _of_ours(folder: Path) -> bool:
+    """Whether a command wrote here before: it has left its manifest, or was stopped and has left its working folder."""
+    if (folder / WORK).is_dir():
+        return True
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return "gradshield" in found["versions"]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return False
+
+
+def prepare(output: str | Path) -> Path:
+    """The output folder with its working folder. Raises DataError when it cannot be written to."""
+    folder = Path(output)
+    try:
+        (folder / WORK / "shards").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"the output folder {str(folder)!r} cannot be made ({error.strerror}): give another --output"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
+    return folder
+
+
+def versions() -> dict[str, str]:
+    """Python and every package that can change a number."""
+    installed = {name: _installed(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **{name: v for name, v in installed.items() if v is not None}}
+
+
+@cache
+def _installed(package: str) -> str | None:
+    """Asked for every shard's and arm's key, and slow to look up."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def manifest(
+    command: str,
+    source: Source,
+    loaded: LoadedModel,
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
+) -> Manifest:
+    """The manifest of a command on one dataset and one model."""
+    return Manifest(
+        command=command,
+        versions=versions(),
+        data={"name": source.name, "kind": source.kind, "sha256": source.sha256, "rows": source.rows},
+        model={
+            "name": loaded.name,
+            "sha256": loaded.digest,
+            "class": type(loaded.model).__name__,
+            "parameters": sum(p.numel() for p in loaded.model.parameters()),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "device": str(loaded.device),
+            "adapter": loaded.adapter,
+        },
+        settings=settings,
+        results=dict(results),
+    )
+
+
+def write_manifest(value: Manifest, folder: Path) -> None:
+    """The manifest."""
+    write_json(folder / "manifest.json", asdict(value))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with plain numbers only: what is not finite becomes null."""
+    write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The same value with NaN and infinities as None, and numpy numbers as Python's."""
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, np.generic):
+        return finite(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def stored(result: EvalResult) -> dict[str, Any]:
+    """A measurement as JSON holds it, every answer included."""
+    rates = {name: asdict(rate) for name, rate in result.rates.items()}
+    rows = json.loads(json.dumps([dict(row) for row in result.outputs], default=plain))
+    return {"rates": rates, "outputs": rows}
+
+
+def result(value: Mapping[str, Any]) -> EvalResult:
+    """A stored measurement, read back."""
+    return EvalResult({name: Rate(**rate) for name, rate in value["rates"].items()}, tuple(value["outputs"]))
+
+
+def write_outputs(found: EvalResult, path: Path) -> None:
+    """Every prompt with its answer, verdicts or score, one JSON line each."""
+    write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in stored(found)["outputs"]))
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-able value, its keys and the members of sets in order; what JSON has no form for counts as its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_ordered).encode()).hexdigest()
+
+
+def _ordered(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and arrays as JSON holds them; for ``json.dumps(default=...)``."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
