@@ -365,7 +365,7 @@ def test_methods_lists_every_registered_name() -> None:
 
 
 def test_the_help_of_methods_names_every_kind_that_it_lists() -> None:
-    from gradshield.pipeline.options import catalogue
+    from gradshield.cli.methods import catalogue
 
     said = " ".join(command("methods", "--help").out.split())
     assert [kind for kind in catalogue() if kind not in said] == []

@@ -1,4 +1,4 @@
-"""Rendered rows as a dataset for TRL, so that what is trained is what was scored, token for token."""
+"""What TRL takes: rendered rows as its dataset, so that what is trained is what was scored, and the names of its options."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gradshield.errors import EmptyDataError, FormatError
+from gradshield.errors import EmptyDataError, FormatError, UsageError, did_you_mean
 from gradshield.types import Conversation, Example, Rendered
 
 WRITTEN = 1000  # rows that are made and written at once
@@ -104,3 +105,14 @@ def _pair(example: Example) -> dict[str, Any]:
 def _part(conversation: Conversation, prompt: bool) -> list[dict[str, Any]]:
     messages, turns = conversation.messages or (), conversation.prompt_turns or 0
     return [dict(message) for message in (messages[:turns] if prompt else messages[turns:])]
+
+
+def check_names(options: Mapping[str, Any]) -> None:
+    """Raises UsageError for an option that SFTConfig does not have, and ImportError where TRL is not installed."""
+    from trl.trainer.sft_config import SFTConfig
+
+    known = {field.name for field in fields(SFTConfig) if field.init}
+    for name in options:
+        if name not in known:
+            hint = did_you_mean(name, known) or "see the fields of trl.SFTConfig"
+            raise UsageError(f"unknown training option {name!r}: SFTConfig of TRL has no such field, {hint}")

@@ -1,9 +1,8 @@
-"""Options as they are typed, turned into what the stages take; and the catalogue of everything there is to choose."""
+"""Options as they are typed, turned into what the stages take."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -12,16 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from gradshield.data import SHAPES, RenderConfig
+from gradshield.data import RenderConfig
+from gradshield.data.trl import check_names
 from gradshield.errors import UsageError, did_you_mean
-from gradshield.evaluation.judges import JUDGES
-from gradshield.evaluation.metrics import BESIDE, METRICS
-from gradshield.gradients import ENGINES, SUBSPACES
-from gradshield.pipeline.defences import DEFENCES
-from gradshield.probes import PROBES
-from gradshield.selectors import AGGREGATES, SELECTORS
-from gradshield.thresholds import THRESHOLDS, Verified
-from gradshield.training.sft import check_names
 
 DEFAULT_MAX_LENGTH = 1024  # TRL's own default
 _SFT_TYPES: dict[str, tuple[type, ...]] = {
@@ -129,15 +121,3 @@ def check_positions(model: Any, longest: int, limit: int | None) -> None:
             f"a row has {longest} tokens, and the model has positions for {limit}: give --max-length {limit}, or a training "
             "config with that max_length"
         )
-
-
-def catalogue() -> dict[str, dict[str, str]]:
-    """Everything there is to choose, from the registries: kind -> name -> first line of its docstring."""
-    registries: tuple[Any, ...] = (DEFENCES, SELECTORS, PROBES, ENGINES, THRESHOLDS, JUDGES, METRICS)
-    found = {f"{r.kind}s": {name: r.summary(name) for name in r} for r in registries}
-    found["thresholds"][Verified.name] = (inspect.getdoc(Verified) or "").split("\n", 1)[0]
-    found["metrics"] |= BESIDE
-    found["aggregates"] = dict(AGGREGATES)
-    found["subspaces"] = dict(SUBSPACES)
-    found["row shapes"] = {name: "keys " + ", ".join(SHAPES[name].keys) for name in SHAPES}
-    return found

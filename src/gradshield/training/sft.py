@@ -15,13 +15,13 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
-from gradshield.data.trl import IGNORED
-from gradshield.errors import EmptyDataError, UsageError, did_you_mean
+from gradshield.data.trl import IGNORED, check_names
+from gradshield.errors import EmptyDataError, UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -286,17 +286,6 @@ def _check_options(options: Mapping[str, Any]) -> None:
         if name in options:
             raise UsageError(f"{name!r} is not a training option here: pass it as the argument {name}= of its own")
     check_names(options)
-
-
-def check_names(options: Mapping[str, Any]) -> None:
-    """Raises UsageError for an option that SFTConfig does not have, and ImportError where TRL is not installed."""
-    from trl.trainer.sft_config import SFTConfig
-
-    known = {field.name for field in fields(SFTConfig) if field.init}
-    for name in options:
-        if name not in known:
-            hint = did_you_mean(name, known) or "see the fields of trl.SFTConfig"
-            raise UsageError(f"unknown training option {name!r}: SFTConfig of TRL has no such field, {hint}")
 
 
 def _as_dataset(dataset: Dataset | Sequence[Mapping[str, Any]]) -> Dataset:
