@@ -173,7 +173,8 @@ def _tango(only_a: int, only_b: int, n: int, level: float) -> tuple[float, float
 
 
 def _mean(values: Floats, axis: int) -> Floats:
-    return values.mean(axis=axis)
+    mean: Floats = values.mean(axis=axis)
+    return mean
 
 
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
