@@ -162,9 +162,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     import torch
 
+    from benchmarks import landscape_page
     from gradshield import lab, models
     from gradshield.evaluation.landscape import cosine, landscape, norm, weights
-    from gradshield.report import landscape as report
     from gradshield.runs import finite, versions
 
     torch.set_num_threads(1)
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
         **rounded["manifest"],
         "title": "The lab's aligned model along lines through its weights",
     }
-    report.write(page, options.output / "landscape.html")
+    landscape_page.write(page, options.output / "landscape.html")
     for name, line in summaries.items():
         print(name, json.dumps(finite(line)))
     print(json.dumps(finite(record["verdict"]), indent=1))

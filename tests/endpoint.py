@@ -1,7 +1,7 @@
 """An endpoint on this machine that speaks the OpenAI protocol from a script, and writes down what it was asked.
 
     with endpoint(status(500), chat("hello")) as server:
-        Client(server.url, "m", sleep=server.slept.append).chat([])
+        Client(server.url, "m").chat([])
 
 Each request takes the next step of the script; the last step is repeated. A step gets the request's JSON.
 """
@@ -22,11 +22,10 @@ Step = Callable[[Any], tuple[int, dict[str, str], bytes]]
 
 @dataclass
 class Endpoint:
-    """``asked`` holds (path, headers, JSON) of every request; ``slept`` is for the client's waits."""
+    """``asked`` holds (path, headers, JSON) of every request."""
 
     url: str
     asked: list[tuple[str, dict[str, str], Any]] = field(default_factory=list)
-    slept: list[float] = field(default_factory=list)
 
 
 def status(code: int, body: str = "", **headers: str) -> Step:
@@ -36,7 +35,7 @@ def status(code: int, body: str = "", **headers: str) -> Step:
 
 def body(value: Any) -> Step:
     """Any JSON as the reply."""
-    return lambda _asked: (200, {}, json.dumps(value).encode())
+    return lambda _asked: (200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
 
 def chat(content: str | None) -> Step:

@@ -1,42 +1,36 @@
-"""A small client of OpenAI-compatible endpoints: chat completions and moderations.
+"""A client of OpenAI-compatible endpoints: chat completions and moderations, through the official SDK.
 
 The key is named, never given: a caller passes the name of an environment variable, and neither the value nor anything
-that holds it is shown by an error, a ``repr`` or a record. It goes to one host: redirects are not followed. What an
-endpoint does is bounded on our side: attempts, waits, the time and the size of a reply.
-
-HTTP is `httpx2`, which huggingface_hub brings along anyway, so that this costs a user no further package.
+that holds it is shown by an error, a ``repr`` or a record. It goes to one host: redirects are not followed, and nothing
+that the environment holds for OpenAI (its key, organization, headers) is sent to another. The SDK repeats what may pass
+and waits between tries; the time and the size of a reply are bounded here.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import json
-import math
 import os
-import random
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from queue import SimpleQueue
+from multiprocessing.pool import ThreadPool
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from gradshield.errors import EndpointError, UsageError
+from gradshield.errors import EndpointError, GradShieldError, UsageError
 
 TIMEOUT_SECONDS = 60.0
 ATTEMPTS = 5
 CONCURRENCY = 4
 LARGEST_REPLY = 2**20  # bytes
-FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds
 MAX_TOKENS = 1024  # of a chat reply: a judge that thinks aloud first still fits
 PATIENCE = 3  # calls that failed in a row, after which a call is tried once, until one succeeds
 
+_AGAIN = frozenset((408, 409, 429))  # statuses that may pass, besides every 5xx
 _VARIES = ("max_tokens", "temperature")  # what some models know by another name, or not at all, and refuse
-_AGAIN = frozenset((408, 409, 429))  # beside every 5xx
+_SENT = ("host", "connection", "content-length", "content-type", "accept", "user-agent")  # headers
 _SHOWN = 200  # characters of what an endpoint said
 _SHOUTED = re.compile(r"[A-Z][A-Z0-9_]{0,39}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -53,20 +47,10 @@ class Moderation:
     scores: Mapping[str, float]
 
 
-class _Failed(Exception):
-    """One attempt that may be repeated; ``wait`` is how long the endpoint asks for, in seconds."""
-
-    def __init__(self, what: str, wait: float | None = None) -> None:
-        super().__init__(what)
-        self.wait = wait
-
-
 class _Refused(EndpointError):
     """A request that was refused; ``named`` are those of _VARIES that the endpoint named as it did so."""
 
-    def __init__(self, what: str, named: frozenset[str]) -> None:
-        super().__init__(what)
-        self.named = named
+    named: frozenset[str] = frozenset()
 
 
 class Client:
@@ -82,15 +66,13 @@ class Client:
         Seconds for a connection, for each read, and for a whole reply.
     attempts
         Most tries of one call. A try is repeated after a timeout, a broken connection, a body that is not the
-        protocol's, and the statuses 408, 409, 429 and 5xx; the wait doubles, with jitter, or is what Retry-After asks.
-    sleep, jitter
-        Waits for some seconds (None: as long, or until `each` ends); gives a number from 0 to 1. Replaced in tests.
+        protocol's, and the statuses 408, 409, 429 and 5xx; the wait doubles, or is what Retry-After asks.
 
     Raises
     ------
     UsageError
-        An address that is no plain http(s) URL, an environment variable that is not set, a key over plain http to a
-        public host.
+        The SDK is not installed; an address that is no plain http(s) URL; an environment variable that is not set; a key
+        over plain http to a public host.
     """
 
     def __init__(
@@ -102,18 +84,14 @@ class Client:
         timeout: float = TIMEOUT_SECONDS,
         attempts: int = ATTEMPTS,
         concurrency: int = CONCURRENCY,
-        sleep: Callable[[float], None] | None = None,
-        jitter: Callable[[], float] = random.random,
     ) -> None:
         self.base_url, self.model = _checked_url(base_url, key is not None), model
-        self.host = urlsplit(self.base_url).hostname or ""
         self._key_name, self._key = key, _secret(key)
         self.timeout, self.attempts, self.concurrency = timeout, attempts, concurrency
-        self._sleep, self._jitter = sleep, jitter
         self._lock, self._failures = threading.Lock(), 0
         self._untaken: frozenset[str] = frozenset()  # of _VARIES, what this model does not take
-        self._thread = threading.local()  # ``ended``: whether the `each` that a thread works for is over
-        self._http: Any = None
+        self._thread = threading.local()  # ``ended``: the event that ends the `each` that a thread works for
+        self._sdk = self._opened()
 
     def __repr__(self) -> str:
         return f"Client({self.base_url!r}, {self.model!r}, key={self._key_name!r})"
@@ -133,12 +111,11 @@ class Client:
         """
         untaken = self._untaken
         while True:
-            asked: dict[str, Any] = {"messages": list(messages)}
-            if "temperature" not in untaken:
-                asked["temperature"] = 0
+            asked: dict[str, Any] = {} if "temperature" in untaken else {"temperature": 0}
             asked["max_completion_tokens" if "max_tokens" in untaken else "max_tokens"] = MAX_TOKENS
+            asked |= {"model": self.model, "messages": list(messages)}
             try:
-                reply = self._call("/chat/completions", asked, _chat_reply)
+                reply = self._call("/chat/completions", _chatted, asked)
             except _Refused as refused:
                 if refused.named <= untaken:
                     raise
@@ -150,7 +127,7 @@ class Client:
 
     def moderate(self, text: str) -> Moderation:
         """What the moderation endpoint says of a text. Raises as ``chat`` does."""
-        return self._call("/moderations", {"input": text}, _moderation)
+        return self._call("/moderations", _moderated, {"model": self.model, "input": text})
 
     def each(self, call: Callable[[Item], Found], items: Sequence[Item]) -> list[Found | EndpointError]:
         """``call`` for every item, ``concurrency`` at once, results in order; an EndpointError stands where it was raised.
@@ -159,122 +136,122 @@ class Client:
         none tries again.
         """
         ended = threading.Event()
-        waiting: SimpleQueue[tuple[int, Item] | None] = SimpleQueue()
-        told: SimpleQueue[tuple[int, Found | BaseException]] = SimpleQueue()
 
-        def work() -> None:
+        def work(numbered: tuple[int, Item]) -> tuple[int, Found | EndpointError]:
             self._thread.ended = ended
-            while (taken := waiting.get()) is not None and not ended.is_set():
-                try:
-                    told.put((taken[0], call(taken[1])))
-                except BaseException as error:  # raised, or put in its place, by the caller's thread
-                    told.put((taken[0], error))
+            try:
+                return numbered[0], call(numbered[1])
+            except EndpointError as error:
+                return numbered[0], error
 
-        for numbered in enumerate(items):
-            waiting.put(numbered)
-        found: dict[int, Found | EndpointError] = {}
         try:
-            for _ in range(max(1, min(self.concurrency, len(items)))):
-                waiting.put(None)
-                threading.Thread(
-                    target=work, daemon=True
-                ).start()  # daemons: the end of the program waits for none either
-            while len(found) < len(items):
-                number, one = told.get()
-                if isinstance(one, BaseException) and not isinstance(one, EndpointError):
-                    raise one
-                found[number] = one
+            with ThreadPool(max(1, min(self.concurrency, len(items)))) as pool:  # of daemons; it ends without them
+                found = dict(pool.imap_unordered(work, enumerate(items)))
         finally:
             ended.set()
         return [found[number] for number in range(len(items))]
 
-    def close(self) -> None:
-        """Close the connections; the client opens new ones when it is used again."""
-        with self._lock:
-            http, self._http = self._http, None
-        if http is not None:
-            http.close()
+    def _call(self, path: str, ask: Callable[[Any, Mapping[str, Any]], Found], asked: Mapping[str, Any]) -> Found:
+        """What ``ask`` gets from the SDK's client. Its errors, which hold the key, are not the context of ours."""
+        import openai
 
-    def _call(self, path: str, body: Mapping[str, Any], read: Callable[[Any], Found]) -> Found:
-        asked = json.dumps({"model": self.model, **body}).encode()
-        attempts = 1 if self.down else self.attempts
-        ended: threading.Event = getattr(self._thread, "ended", None) or threading.Event()
-        for attempt in range(attempts):
-            if ended.is_set():
-                raise EndpointError(f"{self.base_url}{path} was not asked: another call ended the work")
-            try:
-                found = self._attempt(path, asked, read)
-            except _Failed as failed:
-                wait = failed.wait
-                if wait is None:
-                    wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * (0.5 + 0.5 * self._jitter())
-                if attempt + 1 == attempts or wait > LONGEST_WAIT:
-                    raise self._gave_up(path, str(failed), attempt + 1, failed.wait) from None
-                (self._sleep or ended.wait)(wait)
-            else:
-                self._failures = 0
-                return found
-        raise AssertionError("the last attempt returns or raises")
+        raised: GradShieldError
+        try:
+            found = ask(self._sdk.with_options(max_retries=0 if self.down else self.attempts - 1), asked)
+        except openai.APIStatusError as error:
+            raised = self._answered(path, error.status_code, error.response.text)
+        except openai.APITimeoutError:
+            raised = self._gave_up(path, f"no whole reply within {self.timeout:g} s")
+        except openai.APIConnectionError as error:
+            cause = error.__cause__
+            raised = self._gave_up(path, f"{type(cause).__name__}{self._said(str(cause))}")
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+            raised = self._gave_up(path, f"a reply that is not as the protocol says{self._said(str(error))}")
+        else:
+            self._failures = 0
+            return found
+        raise raised
 
-    def _attempt(self, path: str, asked: bytes, read: Callable[[Any], Found]) -> Found:
-        status, headers, text = self._post(path, asked)
+    def _answered(self, path: str, status: int, text: str) -> GradShieldError:
+        """The error for a status that ends a call."""
+        url, said = self.base_url + path, self._said(text)
         if status in _AGAIN or status >= 500:
-            raise _Failed(f"status {status}{self._said(text)}", _retry_after(headers.get("retry-after")))
-        if status in (401, 404):
+            return self._gave_up(path, f"status {status}{said}")
+        if status == 401:
             key = f"the key in {self._key_name}" if self._key_name else "whether it needs a key (key=NAME_OF_VARIABLE)"
-            remedy = key if status == 401 else f"its address, and that it serves {self.model!r}"
-            raise UsageError(f"{self.base_url}{path} answered {status}{self._said(text)}: check {remedy}")
-        if 300 <= status < 400:
-            raise UsageError(
-                f"{self.base_url}{path} answered {status}, a redirect, which is not followed: give the address that it "
-                "leads to, if you trust it"
+            return UsageError(f"{url} answered 401{said}: check {key}")
+        if status == 404:
+            return UsageError(f"{url} answered 404{said}: check its address, and that it serves {self.model!r}")
+        if status < 400:
+            return UsageError(
+                f"{url} answered {status}, a redirect, which is not followed: give the address that it leads to, if you "
+                "trust it"
             )
-        if status >= 400:
-            raise _Refused(
-                f"{self.base_url}{path} refused this request with {status}{self._said(text)}: check that it takes such "
-                f"requests for {self.model!r}",
-                frozenset(name for name in _VARIES if status == 400 and name in text),
-            )
-        try:
-            return read(json.loads(text))
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
-            raise _Failed(f"a reply that is not as the protocol says{self._said(text)}") from None
+        refused = _Refused(
+            f"{url} refused this request with {status}{said}: check that it takes such for {self.model!r}"
+        )
+        refused.named = frozenset(name for name in _VARIES if status == 400 and name in text)
+        return refused
 
-    def _post(self, path: str, asked: bytes) -> tuple[int, Mapping[str, str], str]:
-        """Status, headers and body of one request. Raises _Failed for what a network does."""
-        import httpx2
-
-        end = time.monotonic() + self.timeout
-        try:
-            with self._opened().stream("POST", self.base_url + path, content=asked, headers=self._headers()) as reply:
-                body = bytearray()
-                for chunk in reply.iter_bytes():
-                    body += chunk
-                    if len(body) > LARGEST_REPLY:
-                        raise EndpointError(
-                            f"{self.base_url}{path} sent more than {LARGEST_REPLY} bytes for one reply: check that it is "
-                            "an OpenAI-compatible endpoint"
-                        )
-                    if time.monotonic() > end:
-                        raise _Failed(f"no whole reply within {self.timeout:g} s")
-                return reply.status_code, reply.headers, bytes(body).decode("utf-8", "replace")
-        except httpx2.TimeoutException:
-            raise _Failed(f"no reply within {self.timeout:g} s") from None
-        except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise _Failed(f"{type(error).__name__}{self._said(str(error))}") from None
+    def _gave_up(self, path: str, what: str) -> EndpointError:
+        with self._lock:
+            self._failures += 1
+        return EndpointError(
+            f"{self.base_url}{path} gave no answer, at last with {what}: check that it is up, and try again later"
+        )
 
     def _opened(self) -> Any:
+        """The SDK's client, over HTTP that bounds what comes in and sends our own headers alone."""
+        try:
+            import httpx2
+            import openai
+        except ImportError:
+            raise UsageError(
+                "judges and guards behind an endpoint need the openai SDK, which is not installed: run "
+                "pip install 'gradshield[endpoint]'"
+            ) from None
+
+        class Bounded(httpx2.Client):
+            def send(http, request: httpx2.Request, **_: Any) -> Any:
+                return self._send(super().send, request)
+
+        limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        http = Bounded(timeout=self.timeout, follow_redirects=False, limits=limits)
+        # The key is added in `_send`; what is given here keeps the SDK from looking for one in the environment.
+        none = "no-key"
+        return openai.OpenAI(
+            api_key=none, admin_api_key=none, base_url=self.base_url, timeout=self.timeout, http_client=http
+        )
+
+    def _send(self, send: Callable[..., Any], request: Any) -> Any:
+        """One try. Raises httpx2's errors for what may be tried again, and EndpointError for what may not."""
         import httpx2
 
-        with self._lock:
-            if self._http is None:
-                limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-                self._http = httpx2.Client(timeout=self.timeout, follow_redirects=False, limits=limits)
-            return self._http
-
-    def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
-        return headers | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        ended = getattr(self._thread, "ended", None)
+        if ended is not None and ended.is_set():
+            raise EndpointError(f"{request.url} was not asked: another call ended the work")
+        headers = {name: value for name, value in request.headers.items() if name in _SENT}
+        key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        request.headers = httpx2.Headers(headers | key | {"Accept-Encoding": "identity"})
+        end, body = time.monotonic() + self.timeout, bytearray()
+        reply = send(request, stream=True)
+        try:
+            for chunk in reply.iter_bytes():
+                body += chunk
+                if len(body) > LARGEST_REPLY:
+                    raise EndpointError(
+                        f"{request.url} sent more than {LARGEST_REPLY} bytes for one reply: check that it is an "
+                        "OpenAI-compatible endpoint"
+                    )
+                if time.monotonic() > end:
+                    raise httpx2.ReadTimeout("no whole reply in time")
+        finally:
+            reply.close()
+        kept = {name: reply.headers[name] for name in ("content-type", "retry-after") if name in reply.headers}
+        whole = httpx2.Response(reply.status_code, headers=kept, content=bytes(body), request=request)
+        if whole.is_success and not _spoken(whole):  # as some gateways answer when what is behind them fails
+            raise httpx2.RemoteProtocolError(f"a reply that is not as the protocol says: {whole.text}")
+        return whole
 
     def _said(self, text: str) -> str:
         """The start of what an endpoint said, in brackets: one line of printable characters, without the key."""
@@ -283,16 +260,6 @@ class Client:
         line = "".join(c if c.isprintable() else " " for c in text[: 4 * _SHOWN])
         line = " ".join(line.split())[:_SHOWN]
         return f" ({line})" if line else ""
-
-    def _gave_up(self, path: str, what: str, attempts: int, wait: float | None) -> EndpointError:
-        with self._lock:
-            self._failures += 1
-        tries = "one attempt" if attempts == 1 else f"{attempts} attempts"
-        asks = f", and asks to wait {wait:.0f} s" if wait is not None and wait > LONGEST_WAIT else ""
-        return EndpointError(
-            f"{self.base_url}{path} gave no answer in {tries}, the last with {what}{asks}: check that it is up, and "
-            "try again later"
-        )
 
 
 def _checked_url(url: str, with_key: bool) -> str:
@@ -339,33 +306,28 @@ def _secret(name: str | None) -> str | None:
     return value
 
 
-def _retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, as a number or a date; None where it says nothing that can be read."""
-    if value is None:
-        return None
+def _spoken(reply: Any) -> bool:
+    """Whether a reply holds the list that the protocol's replies hold."""
     try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            when = parsedate_to_datetime(value)
-        except (ValueError, TypeError, LookupError, ArithmeticError):
-            return None
-        seconds = (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return max(0.0, seconds) if math.isfinite(seconds) else None
+        said = reply.json()
+        return isinstance(said, dict) and any(said.get(name) for name in ("choices", "results"))
+    except (ValueError, RecursionError):
+        return False
 
 
-def _chat_reply(reply: Any) -> str:
-    content = reply["choices"][0]["message"].get("content")
+def _chatted(sdk: Any, asked: Mapping[str, Any]) -> str:
+    content = sdk.chat.completions.create(**asked).choices[0].message.content
     if content is not None and not isinstance(content, str):
         raise TypeError("content")
     return content or ""
 
 
-def _moderation(reply: Any) -> Moderation:
-    result = reply["results"][0]
-    if not isinstance(result["flagged"], bool):
+def _moderated(sdk: Any, asked: Mapping[str, Any]) -> Moderation:
+    result = sdk.moderations.create(**asked).results[0]
+    if not isinstance(result.flagged, bool):
         raise TypeError("flagged")
-    scores = {str(name): float(value) for name, value in (result.get("category_scores") or {}).items()}
+    said = result.category_scores.to_dict(warnings=False) if result.category_scores else {}
+    scores = {name: float(value) for name, value in said.items()}
     if not all(0 <= value <= 1 for value in scores.values()):
         raise ValueError("category_scores")
-    return Moderation(result["flagged"], scores)
+    return Moderation(result.flagged, scores)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-from scipy import stats
-
 from gradshield.errors import DataError, UsageError
 from gradshield.types import Rate
 
@@ -32,11 +29,7 @@ def wilson(k: int, n: int, level: float = 0.95) -> Rate:
         raise DataError("a rate over 0 rows does not exist: pass at least one row")
     if not 0 <= k <= n:
         raise ValueError(f"k must lie between 0 and n, got k={k}, n={n}")
-    z2 = float(stats.norm.ppf((1 + level) / 2)) ** 2
-    rate = k / n
-    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = np.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    # The bounds at k = 0 and k = n are 0 and 1 exactly; rounding would leave them at ±1e-17.
-    low = 0.0 if k == 0 else float(centre - half)
-    high = 1.0 if k == n else float(centre + half)
-    return Rate(k=int(k), n=int(n), rate=rate, low=low, high=high, level=level)
+    from scipy.stats import binomtest  # not at the top: it takes a second, and most of what asks for a rate asks late
+
+    low, high = binomtest(k, n).proportion_ci(level, method="wilson")
+    return Rate(k=int(k), n=int(n), rate=k / n, low=float(low), high=float(high), level=level)

@@ -105,10 +105,3 @@ def test_a_mean_of_yes_and_no_is_a_proportion() -> None:
         stats.mean_interval([0.2, 1.5])
     with pytest.raises(DataError, match="0 rows"):
         stats.mean_interval([])
-
-
-def test_resampling_in_pieces_is_resampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = np.random.default_rng(6).random(50)
-    whole = stats.bootstrap(scores, 0.95, seed=0)
-    monkeypatch.setattr(stats, "_CHUNK", 500)
-    assert stats.bootstrap(scores, 0.95, seed=0) == pytest.approx(whole)

@@ -41,7 +41,7 @@ def scan(data: Path, output: Path, touched: Callable[[], None] = lambda: None, l
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not locked:
-        lock._lock = lambda handle: None
+        lock._locked = lambda lock, path: False
     own = str(output)
 
     def heard(event: str, arguments: tuple[Any, ...]) -> None:

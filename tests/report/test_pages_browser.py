@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from gradshield.report import examined, landscape, results, rounds, sequence
+from benchmarks import landscape_page
+from gradshield.report import examined, results, rounds, sequence
 from tests.report.pages import EVIL, make_cell, rate
 from tests.report.test_report_browser import browser, pytestmark, visit  # noqa: F401
 
@@ -68,7 +69,7 @@ PAGES = {
         sequence.write,
         lambda: {"tasks": [EVIL], "stages": [STAGE, STAGE], "measures": {"forgetting": [None]}},
     ),
-    "landscape": (landscape.write, lambda: {"alphas": [-1, 0, 1], "unit": 2.0, "rates": LINES, "about": EVIL}),
+    "landscape": (landscape_page.write, lambda: {"alphas": [-1, 0, 1], "unit": 2.0, "rates": LINES, "about": EVIL}),
 }
 
 

@@ -248,7 +248,7 @@ def test_two_thousand_cells_stay_readable() -> None:
     assert "t4" in text
     page = sheet.render(compared.page(whole))
     assert len(page.encode()) < 8_000_000
-    assert len(specs(page)["trade"]["data"][0]["x"]) == 20
+    assert len(specs(page)["trade"]["data"]) == 20
 
 
 def test_tints_follow_the_asr() -> None:
@@ -353,17 +353,17 @@ def test_how_the_models_were_trained_is_told_on_the_page_and_in_the_markdown() -
     assert "Adapter" not in dict(compared.page(comparison([make_cell("screen")])).made)
 
 
-def test_points_on_top_of_each_other_share_a_name_and_the_target_is_on_the_chart() -> None:
-    cells = [make_cell(name) for name in ("clean", "screen", "screen:verified")] + [make_cell("none", 0, 5)]
+def test_every_defence_has_its_mark_and_the_target_is_on_the_chart() -> None:
+    cells = [make_cell(name) for name in ("clean", "other", "screen", "screen:verified")] + [make_cell("none", 0, 5)]
     figure = specs(sheet.render(compared.page(comparison(cells))))["trade"]
     assert figure["layout"]["xaxis"]["range"][1] >= 8
-    said = [label for trace in figure["data"] for label in trace["text"] if label]
-    assert sorted(said) == ["none", "screen, clean, screen:verified"]
+    marks = {trace["name"]: trace["marker"] for trace in figure["data"]}
+    assert len({mark["symbol"] for mark in marks.values()}) == len(marks) == 5
+    assert list(marks)[-1] == "other" and set(list(marks)[:2]) == {"clean", "none"}
+    assert marks["screen"]["color"] == marks["screen:verified"]["color"] != marks["other"]["color"]
     many = [make_cell(f"a-rather-long-name-{i}") for i in range(20)]
     figure = specs(sheet.render(compared.page(comparison(many))))["trade"]
-    (label,) = [label for trace in figure["data"] for label in trace["text"] if label]
-    assert label.endswith(" and 17 more")
-    assert label.count("<br>") == 2
+    assert len({trace["name"] for trace in figure["data"]}) == 20
 
 
 def test_costs_that_are_shared_stand_in_no_table() -> None:

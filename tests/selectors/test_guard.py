@@ -147,10 +147,13 @@ def test_nothing_unjudged_nothing_warned(recwarn: pytest.WarningsRecorder) -> No
     assert not recwarn.list
 
 
-def test_an_endpoint_that_stopped_ends_the_scan_and_one_that_refuses_a_row_does_not() -> None:
+def test_an_endpoint_that_stopped_ends_the_scan_and_one_that_refuses_a_row_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
     rows = [simple(i, "ask", f"answer {i}") for i in range(6)]
     with endpoint(*[moderation(False, hate=0.2)] * 7, status(503)) as server:
-        method = selector(Moderations(Client(server.url, "omni", sleep=server.slept.append, concurrency=1)))
+        method = selector(Moderations(Client(server.url, "omni", concurrency=1)))
         direction = method.prepare(MODEL)
         assert method.measure(MODEL, direction, collate(rows)).sums.tolist() == [0.1] * 6
         with pytest.raises(EndpointError, match="status 503"):

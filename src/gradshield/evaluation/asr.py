@@ -16,9 +16,9 @@ import numpy as np
 from gradshield.errors import DataError, EmptyDataError
 from gradshield.evaluation.generate import Generate, Prompt
 from gradshield.evaluation.judges.base import Judge, ReadyJudge, verdicts
-from gradshield.evaluation.stats import RESAMPLES
+from gradshield.evaluation.stats import bootstrap
 from gradshield.intervals import check_level, wilson
-from gradshield.types import Bools, EvalResult, Rate
+from gradshield.types import Bools, EvalResult, Floats, Rate
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,13 @@ def _agreement(outputs: Sequence[Mapping[str, Any]], first: str, second: str, le
     if n == 0 or len(set(decided[:, 0])) == 1 or len(set(decided[:, 1])) == 1:
         return Agreement((first, second), n, None, None, None, differ)
     kappa = float(cohen_kappa_score(decided[:, 0], decided[:, 1]))
-    generator = np.random.default_rng(seed)
-    draws = decided[generator.integers(0, n, size=(RESAMPLES, n))]  # (resamples, N, 2)
-    same = (draws[..., 0] == draws[..., 1]).mean(axis=1)
-    p, q = draws[..., 0].mean(axis=1), draws[..., 1].mean(axis=1)
+    low, high = bootstrap(_kappa, (decided[:, 0], decided[:, 1]), level, seed)
+    return Agreement((first, second), n, kappa, low, high, differ)
+
+
+def _kappa(first: Bools, second: Bools, axis: int) -> Floats:
+    """Cohen's kappa along an axis; NaN where both gave one verdict to every answer."""
+    same = (first == second).mean(axis=axis)
+    p, q = first.mean(axis=axis), second.mean(axis=axis)
     chance = p * q + (1 - p) * (1 - q)
-    kappas = (same - chance)[chance < 1] / (1 - chance[chance < 1])
-    low, high = np.quantile(kappas, ((1 - level) / 2, (1 + level) / 2))
-    return Agreement((first, second), n, kappa, float(low), float(high), differ)
+    return np.where(chance < 1, (same - chance) / np.where(chance < 1, 1 - chance, 1), np.nan)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats as scipy_stats
+from scipy.special import ndtri
 
 from gradshield.errors import DataError
 from gradshield.evaluation.stats import score_bounds
@@ -82,14 +82,16 @@ def auroc(labels: ArrayLike, scores: ArrayLike, level: float = 0.95) -> Auroc:
 
     Raises DataError when the lengths differ, a label is not 0 or 1, a score is not finite, or a class is empty.
     """
+    from scipy.stats import rankdata
+
     check_level(level)
     truth, values = _checked(labels, scores)
     n_pos, n_neg = int(truth.sum()), int((1 - truth).sum())
     if n_pos == 0 or n_neg == 0:
         raise DataError(f"an AUROC needs rows of both classes, got {n_pos} harmful and {n_neg} harmless")
-    ranks = scipy_stats.rankdata(values)
+    ranks = rankdata(values)
     area = float((ranks[truth == 1].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
-    z2 = float(scipy_stats.norm.ppf((1 + level) / 2)) ** 2
+    z2 = float(ndtri((1 + level) / 2)) ** 2
     mean = (n_pos + n_neg) / 2
 
     def distance(theta: float) -> float:

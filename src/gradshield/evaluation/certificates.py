@@ -15,8 +15,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy import stats
-
 from gradshield.errors import DataError, UsageError
 from gradshield.intervals import check_level
 
@@ -91,12 +89,16 @@ def upper(k: int, n: int, error: float) -> float:
     The proportion at which k or fewer of n have that chance (Clopper and Pearson). Raises DataError for no trials, UsageError
     unless 0 < error < 1, ValueError unless 0 <= k <= n.
     """
+    from scipy import stats
+
     _check(k, n, error)
     return 1.0 if k == n else float(stats.beta.ppf(1 - error, k + 1, n - k))
 
 
 def lower(k: int, n: int, error: float) -> float:
     """The exact lower bound of a proportion: ``upper`` of what was not seen, from 1. Raises as ``upper`` does."""
+    from scipy import stats
+
     _check(k, n, error)
     return 0.0 if k == 0 else float(stats.beta.ppf(error, k, n - k + 1))
 

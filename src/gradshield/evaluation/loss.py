@@ -11,7 +11,7 @@ from torch import nn
 
 from gradshield.data import RenderConfig, batches, read, render_all
 from gradshield.errors import EmptyDataError
-from gradshield.evaluation.stats import RESAMPLES
+from gradshield.evaluation.stats import bootstrap
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.intervals import check_level
 from gradshield.logits import token_nll
@@ -88,18 +88,10 @@ def response_loss(
                 if batch.coefficients[b] > 0:
                     sums[position[int(row)]] += nll[b]
                     tokens[position[int(row)]] += counts[b]
-    low, high = _bootstrap(sums, tokens, level, seed)
+    low, high = bootstrap(_per_token, (sums, tokens), level, seed)
     aside = len(found.quarantined) + len(result.quarantined)
     return ResponseLoss(float(sums.sum() / tokens.sum()), low, high, level, sums, tokens, aside)
 
 
-def _bootstrap(sums: Floats, tokens: Floats, level: float, seed: int) -> tuple[float, float]:
-    """Percentile interval of the ratio of totals, rows drawn with replacement."""
-    generator = np.random.default_rng(seed)
-    n = len(sums)
-    means = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):  # one resample at a time: N may be large
-        drawn = generator.integers(0, n, size=n)
-        means[i] = sums[drawn].sum() / tokens[drawn].sum()
-    low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)
+def _per_token(sums: Floats, tokens: Floats, axis: int) -> Floats:
+    return sums.sum(axis=axis) / tokens.sum(axis=axis)

@@ -7,12 +7,14 @@ mean_interval        a mean of bounded scores
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy import optimize, stats
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri
 
 from gradshield.errors import DataError
 from gradshield.intervals import check_level, wilson
@@ -49,13 +51,15 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> McNemar:
 
     Raises DataError when the two are empty, of different lengths, or not 0/1.
     """
+    from scipy.stats import binomtest
+
     b, a = _paired(before, after)
     if not (_binary(b) and _binary(a)):
         raise DataError("McNemar's test compares yes/no outcomes, and some values are neither 0 nor 1")
     only_before = int(((b == 1) & (a == 0)).sum())
     only_after = int(((b == 0) & (a == 1)).sum())
     discordant = only_before + only_after
-    p = float(stats.binomtest(only_before, discordant, 0.5).pvalue) if discordant else 1.0
+    p = float(binomtest(only_before, discordant, 0.5).pvalue) if discordant else 1.0
     return McNemar(n=len(b), only_before=only_before, only_after=only_after, p=p)
 
 
@@ -75,7 +79,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95, seed: int
         low, high = _tango(only_a, only_b, n, level)
         return Difference((only_a - only_b) / n, low, high, n, level, "tango")
     differences = left - right
-    low, high = bootstrap(differences, level, seed)
+    low, high = bootstrap(_mean, (differences,), level, seed)
     return Difference(float(differences.mean()), low, high, n, level, "bootstrap")
 
 
@@ -96,22 +100,38 @@ def mean_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> Rate
         raise DataError(f"a score must lie between 0 and 1, and row {outside[0]} scored {scores[outside[0]]}")
     if _binary(scores):
         return wilson(int(scores.sum()), scores.size, level)
-    low, high = bootstrap(scores, level, seed)
+    low, high = bootstrap(_mean, (scores,), level, seed)
     mean = float(scores.mean())
     return Rate(k=round(float(scores.sum())), n=scores.size, rate=mean, low=low, high=high, level=level)
 
 
-def bootstrap(values: Floats, level: float, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of ``values`` (N,), from ``RESAMPLES`` resamples."""
-    generator = np.random.default_rng(seed)
-    n = len(values)
-    means = np.empty(RESAMPLES)
-    step = max(1, _CHUNK // n)
-    for start in range(0, RESAMPLES, step):
-        stop = min(start + step, RESAMPLES)
-        means[start:stop] = values[generator.integers(0, n, size=(stop - start, n))].mean(axis=1)
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, (tail, 1 - tail))
+def bootstrap(
+    statistic: Callable[..., Floats], columns: Sequence[NDArray[Any]], level: float, seed: int
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of ``statistic(*columns, axis=-1)`` over rows, each column (N,), from ``RESAMPLES``.
+
+    Rows are drawn whole: the columns of one row stay together. Resamples for which the statistic is NaN are left out.
+    """
+    from scipy import stats
+
+    n = len(columns[0])
+    if n == 1:  # every resample is the one row, which SciPy refuses
+        low = high = float(statistic(*columns, axis=-1))
+        return low, high
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of NaN, in the interval that is not taken
+        found = stats.bootstrap(
+            columns,
+            statistic,
+            n_resamples=RESAMPLES,
+            batch=max(1, _CHUNK // n),
+            vectorized=True,
+            paired=True,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    drawn = found.bootstrap_distribution
+    low, high = np.nanquantile(drawn, ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
 
 
@@ -123,6 +143,8 @@ def score_bounds(
     ``distance(value)`` is negative where the value is compatible with the data and positive where it is not. A side
     on which every value is compatible gives its bound.
     """
+
+    from scipy import optimize
 
     def edge(bound: float) -> float:
         if bound == estimate or distance(bound) <= 0:
@@ -136,7 +158,7 @@ def score_bounds(
 
 def _tango(only_a: int, only_b: int, n: int, level: float) -> tuple[float, float]:
     """Tango's score interval for ``(only_a - only_b) / n``, the discordant counts of ``n`` pairs."""
-    z2 = float(stats.norm.ppf((1 + level) / 2)) ** 2
+    z2 = float(ndtri((1 + level) / 2)) ** 2
 
     def distance(delta: float) -> float:
         # Equation 6 of the paper: q is the restricted maximum-likelihood estimate of P(only b) at this delta.
@@ -148,6 +170,11 @@ def _tango(only_a: int, only_b: int, n: int, level: float) -> tuple[float, float
         return float((only_a - only_b - n * delta) ** 2 - z2 * variance)
 
     return score_bounds(distance, (only_a - only_b) / n, (-1.0, 1.0))
+
+
+def _mean(values: Floats, axis: int) -> Floats:
+    mean: Floats = values.mean(axis=axis)
+    return mean
 
 
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:

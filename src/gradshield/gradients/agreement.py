@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import spearmanr
 from torch import nn
 
 from gradshield.gradients.finite_difference import FiniteDifference
@@ -27,6 +26,8 @@ class Agreement:
 
 def agreement(engine: str, fast: Floats, oracle: Floats) -> Agreement:
     """Compare the row sums of a fast engine with the oracle's, both (n,)."""
+    from scipy.stats import spearmanr
+
     size = float(np.linalg.norm(oracle))
     error = float(np.linalg.norm(fast - oracle)) / size if size else float(np.linalg.norm(fast))
     rank = float(spearmanr(fast, oracle).statistic) if len(oracle) > 2 and np.ptp(oracle) > 0 else float("nan")

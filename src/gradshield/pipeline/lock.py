@@ -8,7 +8,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+
+from filelock import FileLock, Timeout
 
 from gradshield import files
 from gradshield.errors import DataError
@@ -17,25 +18,36 @@ from gradshield.runs import WORK
 LOCK = "lock"
 SCAN = "scan"  # where a training has its scan
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system that has none answers
 
 
 @contextmanager
 def alone(output: str | Path | None) -> Iterator[bool]:
-    """Have the folder for this process alone until the block ends, which is told whether it is locked; None needs no folder.
+    """Hold an output folder for this process until the block ends; yields whether it is locked. None needs no folder.
 
-    The operating system lets go of the lock when the process ends, however it ends. A folder that is made for it, and in which
-    nothing was written, is taken away again. Where the file system or the platform knows no locks, all go on: every
-    file is written under a drawn name and put in its place in one step, so that two scans of the same rows do double
-    work and no harm; nothing half written is taken away then, since another process may be writing it. Raises DataError
-    where another process has the folder, or where it cannot be made.
+    The operating system drops the lock when the process ends, however it ends. A folder that was made for it, and in which
+    nothing was written, is removed again. Where the file system has no locks, all runs go on: every file is written under a
+    drawn name and put in its place in one step, so that two scans of the same rows do double work and no harm; nothing half
+    written is removed then, since another process may be writing it. Raises DataError where another process has the folder,
+    or where it cannot be made.
     """
     if output is None:
         yield False
         return
     folder = Path(output)
     made = [path for path in (folder / WORK, folder, *folder.parents) if not path.exists()]
+    path = folder / WORK / LOCK
+    # A lock that is the mere existence of a file would outlive a kill: no fallback to one.
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
     try:
-        handle, locked = _locked(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        locked = _locked(lock, path)
+    except Timeout:
+        owner = path.read_text(encoding="utf-8", errors="replace")[:200].strip()
+        raise DataError(
+            f"the output folder {str(folder)!r} is in use by another run{f' ({owner})' if owner else ''}: wait until it "
+            "has ended, or give another --output"
+        ) from None
     except OSError as error:
         raise DataError(
             f"the output folder {str(folder)!r} cannot be written to ({error.strerror}): give another --output"
@@ -55,48 +67,19 @@ def alone(output: str | Path | None) -> Iterator[bool]:
     finally:
         with suppress(OSError):
             if os.listdir(folder / WORK) == [LOCK] and folder / WORK in made:
-                (folder / WORK / LOCK).unlink()
-            for path in made:
-                path.rmdir()  # refused where it holds something
-        handle.close()
+                path.unlink()
+            for part in made:
+                part.rmdir()  # refused where it holds something
+        lock.release()
 
 
-def _locked(folder: Path) -> tuple[TextIO, bool]:
-    """The lock file, open, and whether it is locked: it is not where there are no locks."""
-    (folder / WORK).mkdir(parents=True, exist_ok=True)
-    path = folder / WORK / LOCK
-    while True:
-        handle = path.open("a+", encoding="utf-8")
-        locked = _lock(handle)
-        if locked is False:
-            handle.seek(0)
-            owner = handle.read(200).strip()
-            handle.close()
-            raise DataError(
-                f"the output folder {str(folder)!r} is in use by another run{f' ({owner})' if owner else ''}: wait until it "
-                "has ended, or give another --output"
-            )
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(handle.fileno()), path.stat()):
-                break
-        handle.close()  # another process took the file away between opening and locking
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    handle.flush()
-    return handle, bool(locked)
-
-
-def _lock(handle: TextIO) -> bool | None:
-    """Whether this process has the lock; None where there are no locks."""
+def _locked(lock: FileLock, path: Path) -> bool:
+    """Take the lock and write down who has it. False where the file system has no locks; raises Timeout where it is taken."""
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
         return False
-    except OSError:  # a file system without locks
-        return None
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
     return True

@@ -22,8 +22,6 @@
   function draw(key) {
     var element = document.querySelector('[data-plot="' + key + '"]');
     var spec = coloured({ data: specs[key].data, layout: specs[key].layout }, getComputedStyle(root));
-    var narrow = element.clientWidth < 560 ? specs[key].narrow || [] : [];
-    narrow.forEach(function (labels, index) { Object.assign(spec.data[index], labels); });
     var ranges = specs[key].ranges || {};
     Object.keys(ranges).forEach(function (axis) {
       spec.layout[axis].type = specs[key].log ? "log" : "linear";
