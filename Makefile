@@ -2,7 +2,8 @@
 #
 #   make demo      scan, train and compare on the bundled lab model; writes gradshield-demo/
 #   make test      the test suite
-#   make check     ruff, mypy, import layers
+#   make check     ruff, mypy, import layers, the documentation's links
+#   make docs      the documentation as a site that opens offline: site/index.html
 #   make bench     the lab grid, its quick form
 #   make install   only the virtual environment, .venv
 #
@@ -18,7 +19,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
 
-.PHONY: demo test check bench install
+.PHONY: demo test check docs bench install
 
 demo: $(STAMP)
 	$(BIN)/gradshield demo $(ARGS)
@@ -31,6 +32,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --strict --quiet
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.lab_grid --quick $(ARGS)

@@ -1,9 +1,9 @@
-"""The README's tables of what training gives, on a real model and on the lab, from the figures in ``docs/``.
+"""The tables of README.md and docs/results.md, from the figures in ``docs/``.
 
     python -m benchmarks.readme_tables            # print them
-    python -m benchmarks.readme_tables --write    # put them into README.md in the place of those that stand there
+    python -m benchmarks.readme_tables --write    # replace those in the documents
 
-A test holds the README to what this prints.
+A test compares the documents with what this prints.
 """
 
 from __future__ import annotations
@@ -120,25 +120,33 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"|{'|'.join(row)}|\n" if row[0] == "---" else f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def placed(text: str) -> str:
-    """The README with every table in the place of that with the same first head."""
-    for table in (real(), scans(), defences()):
+def placed(document: str, text: str) -> str:
+    """The text of a document with each of its tables in place of the one with the same first head."""
+    for make in DOCUMENTS[document]:
+        table = make()
         head = re.escape(table.partition(" | ")[0])
         found = list(re.finditer(rf"^{head} \|.*\n(?:\|.*\n)+", text, re.MULTILINE))
         if len(found) != 1:
-            raise SystemExit(f"README.md has {len(found)} tables that begin with {head!r}, not one: put the head back")
+            raise SystemExit(
+                f"{document} has {len(found)} tables that begin with {head!r}, not one: restore the table's head"
+            )
         text = text[: found[0].start()] + table + text[found[0].end() :]
     return text
 
 
+DOCUMENTS = {"README.md": (real,), "docs/results.md": (scans, defences)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="change README.md instead of printing the tables")
-    readme = ROOT / "README.md"
-    if parser.parse_args().write:
-        readme.write_text(placed(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(real(), scans(), defences(), sep="\n")
+    parser.add_argument("--write", action="store_true", help="change the documents instead of printing the tables")
+    write = parser.parse_args().write
+    for document, tables in DOCUMENTS.items():
+        if write:
+            path = ROOT / document
+            path.write_text(placed(document, path.read_text(encoding="utf-8")), encoding="utf-8")
+        else:
+            print(document, *(make() for make in tables), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,20 @@ def estimate(
 ) -> Estimate:
     """Everything that `scan` does before it measures rows, then a random sample of its shards, timed. Nothing is written.
 
-    Parameters are those of `gradshield.scan`; ``patience`` is how many seconds may go into timing. Raises what it raises.
+    Parameters
+    ----------
+    patience
+        How many seconds may go into timing. All others are those of `gradshield.scan`, and so are the errors.
+
+    Examples
+    --------
+    >>> import gradshield as gs
+    >>> from gradshield import lab
+    >>> rows, _ = lab.mix("dialogue", harm="explicit", ratio=0.05, n=36)
+    >>> probing = gs.Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
+    >>> found = gs.estimate(rows, model=lab.checkpoint("aligned"), probing=probing, patience=1)
+    >>> found.rows, found.scored
+    (38, 38)
     """
     settings, probing = settings or ScanSettings(), probing or Probing()
     began = time.monotonic()

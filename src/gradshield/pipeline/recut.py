@@ -39,7 +39,30 @@ def recut(
 
     Without a threshold, the one that belongs to the scan's selector. Rows that the scan kept have no harm category, since
     that needs the model: they get ``"not measured"``.
-    Raises DataError when the folder is not a finished scan or its files do not belong together.
+
+    Parameters
+    ----------
+    folder
+        The output folder of a finished scan.
+    threshold
+        A rule with its options as typed (``ratio:5%``), or a Threshold.
+    allow
+        Ids of rows that a person has cleared: they stay. The list of the scan is not remembered.
+
+    Raises
+    ------
+    DataError
+        The folder is not a finished scan, or its files do not belong together.
+
+    Examples
+    --------
+    >>> import gradshield as gs
+    >>> from gradshield import lab
+    >>> rows, _ = lab.mix("dialogue", harm="explicit", ratio=0.05, n=36)
+    >>> probing = gs.Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
+    >>> _ = gs.scan(rows, model=lab.checkpoint("aligned"), probing=probing, output="screened")
+    >>> len(gs.recut("screened", "ratio:10%").removed_rows)
+    3
     """
     path = Path(folder)
     read_manifest(path)

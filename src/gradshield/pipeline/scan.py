@@ -77,6 +77,20 @@ def scan(
     ------
     UsageError, DataError, ModelError
         As in `gradshield.errors`; nothing is written to ``output`` before the data and the model have been read.
+
+    Examples
+    --------
+    The bundled model, which knows its own small world and is asked that world's requests; 2 of these 38 rows are harmful.
+
+    >>> import gradshield as gs
+    >>> from gradshield import lab
+    >>> rows, labels = lab.mix("dialogue", harm="explicit", ratio=0.05, n=36)
+    >>> probing = gs.Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
+    >>> selection = gs.scan(rows, model=lab.checkpoint("aligned"), probing=probing, output="screened")
+    >>> sorted(selection.removed_rows.tolist()) == [row for row, label in enumerate(labels) if label]
+    True
+    >>> selection.certified
+    True
     """
     settings, probing = settings or ScanSettings(), probing or Probing()
     hands = spread(workers)

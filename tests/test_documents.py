@@ -1,0 +1,174 @@
+"""What the documents promise: commands and scripts run, links resolve, the site builds and loads nothing from outside.
+
+Commands and files are taken from README.md and the how-tos as they stand, and run in one folder with the bundled model as MODEL.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gradshield
+from gradshield import lab
+from tests.pipeline.common import command, jsonl
+
+ROOT = Path(__file__).parents[1]
+GUIDES = [
+    "README.md",
+    "docs/index.md",
+    *sorted(f"docs/howto/{path.name}" for path in (ROOT / "docs/howto").glob("*.md")),
+]
+BUILT_IN = importlib.import_module("gradshield.probes.requests")  # the package has a function of that name
+ELSEWHERE = ("pip install ", "make ")  # commands that a test environment has no use for
+HERE = {  # a machine of the reader's, and what stands for it here
+    "--workers 8": "--workers 2",
+    "--ray auto --workers 800": "--ray local --workers 1",
+    "gradshield demo": "gradshield demo --task topic",
+}
+DONE: set[str] = set()
+OUTSIDE = re.compile(
+    r"""<(?:script|img|iframe)[^>]*\ssrc=["']?(?:https?:)?//|<link[^>]*rel=["']?(?:stylesheet|icon)[^>]*href=["']?(?:https?:)?//"""
+)
+CLOSED = ("--fail-above 1%", "gradshield certify run/ --calibrate", "gradshield certify run/ --check")  # exit code 5
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the files that the documents name; the built-in requests are those that the bundled model knows."""
+    folder = tmp_path_factory.mktemp("desk")
+    rows, labels = lab.mix("dialogue", harm="explicit", ratio=0.08, n=50)
+    (folder / "data.jsonl").write_bytes(jsonl(rows))
+    (folder / "labels.json").write_text(json.dumps(labels))
+    (folder / "held-out.jsonl").write_bytes(jsonl(lab.utility("dialogue")[:8]))
+    (folder / "cleared.txt").write_text("0123456789abcdef  # read by a person\n")
+    asked = [(request["prompt"], number % 2) for number, request in enumerate(lab.requests("search")[:40])]
+    answers = ("I cannot help with that.", "Sure. Take the kemp.")
+    (folder / "labelled.jsonl").write_bytes(
+        jsonl([{"prompt": prompt, "answer": answers[unsafe], "unsafe": unsafe} for prompt, unsafe in asked])
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(BUILT_IN, "_shipped", shipped)
+        yield folder
+
+
+def shipped(name: str) -> list[dict[str, str]]:
+    make = {"requests.jsonl": lab.requests, "lookalikes.jsonl": lab.lookalikes}.get(name)
+    if make is None:
+        return [{**prompt, "split": "direction"} for prompt in lab.lookalikes("align")[:60]]
+    return [{**prompt, "split": split} for split in BUILT_IN.SPLITS for prompt in make(split)[:90]]
+
+
+def blocks(document: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a document: what follows the fence, and the text."""
+    return re.findall(
+        r"^```(\w+.*?)\n(.*?)^```", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("document", GUIDES)
+def test_commands_and_scripts_run(document: str, desk: Path) -> None:
+    ran = 0
+    for kind, text in blocks(document):
+        if name := re.search(r'title="(.+)"', kind):
+            (desk / name[1]).write_text(text)
+        elif kind == "sh":
+            ran += sum(run(line, document) for line in text.replace("\\\n", " ").splitlines())
+        elif kind == "python" and "trainer.train()" in text:
+            exec(
+                compile(text.replace("MODEL", str(lab.checkpoint("aligned"))), document, "exec"), {"__name__": "script"}
+            )
+    assert ran
+
+
+def run(line: str, document: str) -> bool:
+    """Run a line of a shell block, if it is a command of ours; its exit code is the one that the document speaks of."""
+    words = line.partition("#")[0].strip()
+    if not words.startswith("gradshield "):
+        assert words.startswith(ELSEWHERE), f"{document}: {words}"
+        return False
+    if words.startswith("gradshield compare") and not Path("config.yaml").exists():
+        Path("config.yaml").write_text(dict(blocks("docs/howto/compare.md"))['yaml title="config.yaml"'])
+    for reader, test in HERE.items():
+        words = words.replace(reader, test)
+    if words in DONE:  # in the same folder, for an earlier document
+        return True
+    DONE.add(words)
+    done = command(*shlex.split(words.replace("MODEL", str(lab.checkpoint("aligned"))))[1:])
+    assert done.code == (5 if any(closed in words for closed in CLOSED) else 0), f"{document}: {words}\n{done.err}"
+    return True
+
+
+@pytest.mark.slow
+def test_examples_in_docstrings_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one folder, so that what one example has measured the next one finds."""
+    monkeypatch.chdir(tmp_path)
+    runner, finder = doctest.DocTestRunner(), doctest.DocTestFinder(recurse=False)
+    for name in ("scan", "recut", "estimate"):
+        for test in finder.find(getattr(gradshield, name), f"gradshield.{name}"):
+            assert test.examples, name
+            assert not runner.run(test).failed, name
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cell by cell in one namespace, as a kernel would."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], "clear the outputs before you commit the notebook"
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    success = names["success"]
+    assert success["trained on all rows"] > success["trained on the kept rows"]
+    assert "certified: True" in capsys.readouterr().out
+
+
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").stat().st_size <= 8192
+
+
+@pytest.mark.parametrize(
+    "document", sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+)
+def test_links_lead_somewhere(document: str) -> None:
+    """In the repository; ``mkdocs build --strict`` checks the site's. Pages that only the site has are made by its hooks."""
+    folder = (ROOT / document).parent
+    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", (ROOT / document).read_text(encoding="utf-8"))
+    made = {"results.html", "examples/quickstart.ipynb"} if folder == ROOT / "docs" else set()
+    missing = [link for link in links if link not in made and not (folder / link).exists()]
+    assert not missing
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_loads_nothing_from_outside(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in tmp_path.rglob("*.html"):
+        if page.name != "results.html":  # a report: its own tests say what it loads
+            text = page.read_text(encoding="utf-8")
+            assert not OUTSIDE.findall(text), page
+    assert (tmp_path / "reference.html").read_text(encoding="utf-8").count('id="gradshield.') > 10
