@@ -94,4 +94,5 @@ def response_loss(
 
 
 def _per_token(sums: Floats, tokens: Floats, axis: int) -> Floats:
-    return sums.sum(axis=axis) / tokens.sum(axis=axis)
+    nats: Floats = sums.sum(axis=axis) / tokens.sum(axis=axis)
+    return nats
