@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import smollm2
 from gradshield.intervals import wilson
-from gradshield.report.pool import Totals, bounds, totals
+from gradshield.report.pool import Totals, bounds, mix_name, totals
 
 ROOT = Path(__file__).parents[1]
 DEFENCES = (
@@ -32,6 +32,7 @@ DEFENCES = (
     "representation",
     "random:as:fihs",
 )
+SCREENED = ("screen", "screen+kl")
 ARMS = {"no defence": "none", "filtered": "filtered", "clean rows only": "clean"}
 
 Rate = Mapping[str, Any]
@@ -79,6 +80,25 @@ def defences() -> str:
         ]
         for name in DEFENCES
     ]
+    return _table(head, lines)
+
+
+def default() -> str:
+    """The default scan on the lab, alone and with the KL penalty, for each kind of harm over four tasks."""
+    cells = json.loads((ROOT / "docs" / "results_screen.json").read_text(encoding="utf-8"))["cells"]
+    head = ["mix", "caught", "lost"]
+    for name in SCREENED:
+        head += [f"`{name}`: ASR by phrases", "by the lab's classifier", "utility"]
+    lines = []
+    for harm in dict.fromkeys(cell["harm"] for cell in cells):
+        by = {name: [c for c in cells if (c["harm"], c["defence"]) == (harm, name)] for name in SCREENED}
+        own = by[SCREENED[0]]
+        line = [mix_name(harm, own[0]["ratio"]), _worst((c.get("caught") for c in own), least=True)]
+        line.append(_worst(c.get("lost") for c in own))
+        for found in by.values():
+            line += [_worst(c["judges"][judge] for c in found) for judge in ("refusal-phrases", "lab-classifier")]
+            line.append(_worst((c["utility"] for c in found), least=True))
+        lines.append(line)
     return _table(head, lines)
 
 
@@ -134,7 +154,7 @@ def placed(document: str, text: str) -> str:
     return text
 
 
-DOCUMENTS = {"README.md": (real,), "docs/results.md": (scans, defences)}
+DOCUMENTS = {"README.md": (real,), "docs/results.md": (default, scans, defences)}
 
 
 def main() -> None:
