@@ -462,7 +462,7 @@ def test_the_gate_counts_rows_and_not_their_rounding(gate: str, removed: int, cl
 
 @pytest.mark.parametrize(
     ("more", "named"),
-    [(["--selector", "gradnorm"], "gradnorm"), (["--workers", "2"], "--workers"), (["--ray", "local"], "--ray")],
+    [(["--selector", "gradnorm"], "gradnorm"), (["--workers", "2"], "--workers"), (["--ray", "auto"], "--ray")],
     ids=["selector", "workers", "ray"],
 )
 def test_a_map_of_devices_is_for_fihs_in_one_process(more: list[str], named: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``python -m gradshield``: the command, for launchers that start modules."""
+"""``python -m gradshield``: the command."""
 
 from gradshield.cli import main
 

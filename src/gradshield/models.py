@@ -41,12 +41,7 @@ class Source:
     device_map: str | None = None
 
     def load(self, device: str) -> LoadedModel:
-        """The same model on a device. Raises what `load` raises, and UsageError for a model that has all of them."""
-        if self.device_map is not None:
-            raise UsageError(
-                f"the model is spread over the devices of this machine (--device-map {self.device_map}), and other processes "
-                "would need devices of their own: leave out --workers and --ray, or --device-map"
-            )
+        """The same model on one device. Raises what `load` raises."""
         return load(self.name, self.adapter, device, self.dtype, self.trust_remote_code, self.revision, self.quantize)
 
 

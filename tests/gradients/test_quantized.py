@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from gradshield import models
 from gradshield.errors import UsageError
 from gradshield.models import LoadedModel
 from gradshield.pipeline.cost import Shape
+from gradshield.pipeline.parcel import Origin
 from tests.pipeline.common import PROBING, chats, command, jsonl, save_model, scan_arguments, write, write_probes
 
 pytest.importorskip("bitsandbytes", reason="needs gradshield[quantized]")
@@ -105,3 +107,6 @@ def test_its_workers_load_the_same(folder: Path) -> None:
     assert loaded.source is not None
     again = loaded.source.load("cpu")
     assert models.parameters_digest(again.model) == models.parameters_digest(loaded.model)
+    given = Origin(replace(loaded, source=None), loaded.model, None, 0)
+    with pytest.raises(UsageError, match="weights of the type Params4bit"):
+        given.pack()

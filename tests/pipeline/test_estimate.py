@@ -75,7 +75,7 @@ def test_the_command_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [
         ["--output", "out"],
         ["--workers", "2"],
-        ["--ray", "local"],
+        ["--ray", "auto"],
         ["--fail-above", "1%"],
         ["--allow", "ids.txt"],
         ["--labels", "labels.json"],

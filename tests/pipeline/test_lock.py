@@ -117,12 +117,3 @@ def test_a_disk_that_is_full_of_tensors_is_a_sentence(
     monkeypatch.setattr(writer, full)
     with pytest.raises(DataError, match=r"cannot be written.*No space left on device.*free some space"):
         scan(chats(6), output=tmp_path)
-
-
-def test_a_full_folder_of_temporary_files_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("gradshield.pipeline.parcel.save_file", full)
-    with pytest.raises(DataError, match=r"temporary files .*No space left.*TMPDIR"):
-        scan(chats(6), output=tmp_path, workers=2)

@@ -1,9 +1,8 @@
-"""Several processes find what one finds, whatever dies on the way, and none of them stays behind."""
+"""Several processes find what one finds, whatever dies on the way, and none of them is left running."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -17,35 +16,22 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from safetensors.numpy import load_file
 
 import gradshield as gs
 from gradshield import models
-from gradshield.data import RenderConfig, batches, read, render_all
-from gradshield.errors import ModelError, ScoreError, UsageError
-from gradshield.gradients import Loop
+from gradshield.data import RenderConfig, read, render_all
+from gradshield.errors import DataError, ScoreError, UsageError
 from gradshield.models import parameters_digest
 from gradshield.pipeline import shards, workers
-from gradshield.pipeline.parcel import Origin, bare
-from gradshield.pipeline.scoring import asked_of
-from gradshield.selectors import (
-    SELECTORS,
-    Fihs,
-    GradNorm,
-    Guard,
-    Loss,
-    Moderate,
-    Random,
-    Representation,
-    Screen,
-    parse_aggregate,
-)
-from gradshield.selectors.reading import Reading, Turn
-from gradshield.types import Anchors, References
-from tests.pipeline.common import PROBING, chats, jsonl, scan, write
-from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from gradshield.pipeline.parcel import Origin
+from gradshield.pipeline.workers import Workers
+from gradshield.selectors import Loss
+from tests.pipeline.common import chats, command, jsonl, scan, scan_arguments, write
+from tests.tiny import tiny_model, tiny_tokenizer
+
+ray = pytest.importorskip("ray", reason="needs gradshield[ray]")
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 ROWS = chats(120)
@@ -61,12 +47,32 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def children() -> list[int]:
-    found = []
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of two nodes on this machine, of one CPU each."""
+    from ray.cluster_utils import Cluster
+
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "HF_HUB_OFFLINE": "1"}
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    small = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    found = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+    found.add_node(**small)
+    yield found.address
+    ray.shutdown()
+    found.shutdown()
+
+
+def rendered(count: int) -> list[Any]:
+    return list(render_all(read(chats(count)).examples, tiny_tokenizer(), RenderConfig(max_length=64)).rendered)
+
+
+def actors() -> dict[int, psutil.Process]:
+    """The processes of our actors on this machine that were started by this one."""
+    found = {}
     for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # one that has just been killed
-            if "worker" in " ".join(child.cmdline()):
-                found.append(child.pid)
+        with suppress(psutil.NoSuchProcess):
+            if "Actor" in " ".join(child.cmdline()):
+                found[child.pid] = child
     return found
 
 
@@ -78,196 +84,185 @@ def same(one: gs.Selection, other: gs.Selection) -> None:
     assert one.manifest.settings["direction_sha256"] == other.manifest.settings["direction_sha256"]
 
 
-# ---- the same selection -----------------------------------------------------------------------------------------------
+# ---- on a cluster -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("subspace", ["all", "lora"])
-def test_workers_find_what_one_process_finds(subspace: str, folder: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {
-        "model": folder,
-        "settings": gs.ScanSettings(threshold="ratio:50%", subspace=subspace, selector="fihs"),
-    }
-    options["peft_config"] = LORA if subspace == "lora" else None
-    alone = scan(ROWS, output=tmp_path / "one", **options)
-    shared = scan(ROWS, output=tmp_path / "two", workers=2, **options)
-    same(alone, shared)
-    ones, twos = (sorted((tmp_path / name / ".gradshield/shards").iterdir()) for name in ("one", "two"))
-    assert [path.name for path in ones] == [path.name for path in twos]
-    assert [path.read_bytes() for path in ones] == [path.read_bytes() for path in twos]
-    assert not children()
+def test_two_actors_find_what_one_process_finds_though_one_is_killed(
+    cluster: str, folder: Path, tmp_path: Path
+) -> None:
+    killed: list[int] = []
 
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "scoring rows" and not killed:
+            killed.append(max(actors()))
+            os.kill(killed[-1], signal.SIGKILL)
 
-@pytest.mark.slow
-def test_a_model_given_as_an_object_is_copied() -> None:
-    model = get_peft_model(tiny_model("llama"), LORA)
+    model: Any = tiny_model("llama")
+    model.model.layers[1].register_forward_hook(lambda module, given, found: 1.5 * found)
+    model = get_peft_model(model, LORA)
     before = parameters_digest(model)
     options: dict[str, Any] = {"model": model, "tokenizer": tiny_tokenizer()}
-    same(scan(ROWS, **options), scan(ROWS, workers=2, **options))
+    alone = scan(ROWS, output=tmp_path / "one", **options)
+    shared = scan(ROWS, output=tmp_path / "two", workers=2, ray=cluster, progress=progress, **options)
+    assert killed
     assert parameters_digest(model) == before
+    same(alone, shared)
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / ".gradshield/shards").iterdir()}
+        for name in ("one", "two")
+    )
+    assert len(one) > 3
+    assert one == two
+    assert not ray.is_initialized()
+    _until(lambda: not actors(), 20)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_copy_is_bit_identical(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = tiny_model(architecture).to(dtype)
-    origin = Origin(models.wrap(model, tiny_tokenizer()), model, None, 0)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with origin.pack(tmp_path).open("cpu") as found:
-        assert parameters_digest(found) == parameters_digest(model)
-        assert torch.equal(found(ids).logits, model.eval()(ids).logits)
-    assert {path.suffix for path in tmp_path.iterdir()} <= {".json", ".safetensors"}
+class _Light:
+    """An actor that loads nothing: ``loads`` and ``measures`` say what it does in place of work."""
+
+    loads, measures = "works", "works"
+
+    def load(self, *_: Any) -> None:
+        self.do(self.loads)
+
+    def measure(self, number: int, order: Any, rows: list[Any]) -> Any:
+        self.do(self.measures)
+        return [row.row for row in rows]
+
+    def do(self, what: str) -> None:
+        if what == "dies":
+            os._exit(1)
+        if what == "refuses":
+            raise DataError("not these rows: give others")
+        if what == "fails":
+            raise ValueError("a shape is wrong")
 
 
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_a_copy_has_its_adapters(wrapped: bool, tmp_path: Path) -> None:
-    model: Any = tiny_model("llama")
-    if wrapped:
-        model = get_peft_model(model, LORA, "first")
-        model.add_adapter("second", LORA)
-    else:
-        model.add_adapter(LORA, "first")
-        model.add_adapter(LORA, "second")
-    model.set_adapter("second")
-    with torch.no_grad():
-        for number, (name, parameter) in enumerate(model.named_parameters()):
-            if "lora_B" in name:
-                parameter.fill_(0.01 * number)
-    origin = Origin(models.wrap(model, tiny_tokenizer()), model, None, 0)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with origin.pack(tmp_path).open("cpu") as found:
-        assert parameters_digest(found) == parameters_digest(model)
-        assert torch.equal(found(ids).logits, model.eval()(ids).logits)
-
-
-def test_a_model_that_cannot_be_built_again_is_refused(tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 2)
-    loaded = models.wrap(model, tiny_tokenizer())
-    with pytest.raises(UsageError, match="without a transformers config"):
-        Origin(loaded, model, None, 0).pack(tmp_path)
-    with pytest.raises(UsageError, match="which other machines do not have"):
-        Origin(loaded, model, None, 0).pack(None)
-
-
-class _Louder(LlamaForCausalLM):
-    """A caller's own model: the same config and weights, and other numbers."""
-
-    def forward(self, *arguments: Any, **more: Any) -> Any:
-        found = super().forward(*arguments, **more)
-        found.logits = 2 * found.logits
-        return found
-
-
-class _Linear(torch.nn.Linear):
-    pass
-
-
-def _hooked(model: Any) -> None:
-    model.model.layers[1].register_forward_hook(lambda module, given, found: found)
-
-
-def _hooked_before(model: Any) -> None:
-    model.lm_head.register_forward_pre_hook(lambda module, given: None)
-
-
-def _patched(model: Any) -> None:
-    own = model.model.forward
-    model.model.forward = lambda *arguments, **more: own(*arguments, **more)
-
-
-def _patched_under_accelerate(model: Any) -> None:
-    _patched(model)
-    add_hook_to_module(model.model, AlignDevicesHook("cpu"))
-
-
-def _hooked_by_accelerate(model: Any) -> None:
-    class Own(ModelHook):
-        pass
-
-    add_hook_to_module(model.lm_head, Own())
-
-
-def _of_its_own_class(model: Any) -> None:
-    model.__class__ = _Louder
-
-
-def _with_a_layer_of_its_own(model: Any) -> None:
-    model.model.layers[0].mlp.up_proj.__class__ = _Linear
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (_hooked, r"a hook at 'model\.layers\.1'"),
-        (_hooked_before, "a hook at 'lm_head'"),
-        (_patched, "a forward that is not its class's at 'model'"),
-        (_patched_under_accelerate, "a forward that is not its class's at 'model'"),
-        (_hooked_by_accelerate, "a forward that is not its class's at 'lm_head'"),
-        (_of_its_own_class, "_Louder at 'its top', where its config gives a .*LlamaForCausalLM"),
-        (_with_a_layer_of_its_own, "_Linear at 'model.layers.0.mlp.up_proj'"),
-    ],
-)
-def test_a_model_with_code_of_the_callers_own_is_refused(change: Any, told: str, tmp_path: Path) -> None:
-    """Its config and weights are those of another model, which would be scored in its place."""
+def given_to(cluster: str, monkeypatch: pytest.MonkeyPatch, **what: str) -> list[tuple[str, Any]]:
+    """What light actors give back of ten shards of two rows each."""
+    monkeypatch.setattr(workers, "Actor", type("Light", (_Light,), what))
+    rows = rendered(20)
     model = tiny_model("llama")
-    change(model)
-    origin = Origin(models.wrap(model, tiny_tokenizer()), model, None, 0)
-    with pytest.raises(UsageError, match=told), origin.pack(tmp_path).open("cpu"):
-        pass
+    job = shards.Job(Loss(), model, Loss().prepare(model), 100)
+    drawn: list[int] = []
+
+    def missing() -> Iterator[shards.Shard]:
+        for start in range(0, 20, 2):
+            drawn.append(start)
+            yield str(start), [rows[start], rows[start + 1]]
+
+    found = []
+    with Workers(2, cluster).open(Origin(models.wrap(model, tiny_tokenizer()), model, None, 0)) as hands:
+        for key, part in hands(job, missing()):
+            found.append((key, part))
+            assert len(drawn) <= len(found) + 2  # as many shards in memory as actors, and no more
+    return found
 
 
-def test_hooks_of_the_libraries_are_no_code_of_the_callers_own(tmp_path: Path) -> None:
-    model: Any = get_peft_model(tiny_model("llama"), LORA)
-    model.enable_input_require_grads()
-    ids = torch.tensor([[5, 6, 7, 8]])
-    model.eval()(ids, output_hidden_states=True)  # transformers leaves the hooks that gathered them
-    for module in (model.base_model.model.lm_head, model.base_model.model.model.norm):
-        add_hook_to_module(module, AlignDevicesHook("cpu"))
-    remove_hook_from_module(model.base_model.model.lm_head)
-    origin = Origin(models.wrap(model, tiny_tokenizer()), model, None, 0)
-    with origin.pack(tmp_path).open("cpu") as found:
-        assert torch.equal(found(ids).logits, model(ids).logits)
+@pytest.mark.slow
+def test_each_shard_comes_back_once(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = given_to(cluster, monkeypatch)
+    assert sorted(found, key=lambda one: int(one[0])) == [(str(n), [n, n + 1]) for n in range(0, 20, 2)]
 
 
-def test_every_selector_travels() -> None:
-    """What `bare` leaves is all that `measure` reads."""
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    rendered = render_all(read(chats(10)).examples, tokenizer, RenderConfig(max_length=64)).rendered
-    probe = gs.ScanSettings(selector="fihs").make_probe()
-    asked, harmless = asked_of(tokenizer, PROBING)
-    probe.fit(model, tokenizer, asked, harmless)
-    known = References(harmful=tuple(rendered[:4]), refused=tuple(rendered[4:8]), answered=tuple(rendered[4:8]))
-    fihs = Fihs(lambda *_: probe(*_), asked, Loop(), parse_aggregate("sum"), "all")
-    reading = Reading.fit(model, Turn.of(harmless), asked, harmless)
-    made: list[Any] = [
-        fihs,
-        Screen(fihs, reading, tokenizer, Anchors(np.ones(20), np.zeros(20))),
-        Moderate(),
-        GradNorm(),
-        Loss(),
-        Random(3),
-        Representation(known),
-    ]
-    assert {selector.name for selector in made} | {"guard"} == set(SELECTORS)
-    (batch,) = batches(rendered, 10**6, 10**6)
-    for selector in made:
-        direction = selector.prepare(model)
-        travelled = pickle.loads(pickle.dumps(bare(selector)))
-        assert dict(travelled.settings()) == dict(selector.settings())
-        one, other = selector.measure(model, direction, batch), travelled.measure(model, direction, batch)
-        np.testing.assert_array_equal(one.sums, other.sums)
-        if selector.name == "screen":
-            assert one.extra is not None and np.isfinite(one.extra).all()
-            np.testing.assert_array_equal(one.extra, other.extra)
-    with pytest.raises(UsageError, match="leave out --workers"):
-        bare(Guard(None, lambda ids: ""))  # type: ignore[arg-type]
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "error", "sentence"),
+    [
+        ({"measures": "dies"}, ScoreError, r"^3 workers died, one after the other, on rows \d+ to \d+ \("),
+        ({"loads": "dies"}, ScoreError, r"^3 workers died, one after the other, while they loaded the model \("),
+        ({"measures": "refuses"}, DataError, "^not these rows: give others$"),
+        (
+            {"loads": "fails"},
+            ScoreError,
+            r"^a worker failed \(ValueError: a shape is wrong\): run the scan in one process",
+        ),
+    ],
+    ids=["measure dies", "load dies", "measure refuses", "load fails"],
+)
+def test_what_goes_wrong_in_actors_is_one_sentence(
+    what: dict[str, str], error: type[Exception], sentence: str, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(error, match=sentence) as told:
+        given_to(cluster, monkeypatch, **what)
+    assert "\n" not in str(told.value)
+    assert type(told.value) is error
+    _until(lambda: not actors(), 20)
 
 
-def test_devices() -> None:
-    gpu = torch.device("cuda")
-    assert workers.devices(gpu, 5, 2, fixed=False) == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
-    assert workers.devices(torch.device("cuda", 1), 2, 2, fixed=True) == ["cuda:1", "cuda:1"]
-    assert workers.devices(torch.device("cpu"), 2, 8, fixed=False) == ["cpu", "cpu"]
+def test_no_cluster_at_the_address() -> None:
+    with pytest.raises(UsageError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
+        scan(ROWS, workers=2, ray="127.0.0.1:1")
+
+
+# ---- on this machine --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def running(
+    folder: Path, probes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[list[Any], subprocess.Popen[str], list[psutil.Process]]]:
+    """The arguments of a scan, its process with two workers that have finished a shard, and all that it started."""
+    monkeypatch.setattr(shards, "MEAN_ROWS", 128)
+    data = write(tmp_path / "data.jsonl", jsonl(chats(2000)))
+    arguments = scan_arguments(data, folder, tmp_path / "out", probes, "--threshold", "ratio:50%")
+    started = subprocess.Popen(
+        [sys.executable, "-m", "gradshield", *map(str, arguments), "--workers", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _until(lambda: finished(tmp_path), 120)
+        yield arguments, started, psutil.Process(started.pid).children(recursive=True)
+    finally:
+        started.kill()
+        started.communicate()
+
+
+def finished(folder: Path) -> dict[Path, int]:
+    """When each finished shard was written."""
+    found = (folder / "out" / ".gradshield" / "shards").glob("*.safetensors")
+    return {path: path.stat().st_mtime_ns for path in found}
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_process_and_one_process_goes_on(running: Any, tmp_path: Path) -> None:
+    arguments, started, begun = running
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does
+    said = started.communicate(timeout=60)[1]
+    assert started.returncode == 130
+    assert said.strip().splitlines()[-1].startswith("interrupted: what is finished is kept")
+    assert "Traceback" not in said and "ray" not in said.lower()
+    assert len(begun) > 2 and not psutil.wait_procs(begun, timeout=20)[1]
+    before = finished(tmp_path)
+    assert command(*arguments).code == 0
+    after = finished(tmp_path)
+    assert before.items() < after.items()
+    assert sum(len(load_file(path)["lengths"]) for path in after) == 2000
+
+
+@pytest.mark.slow
+def test_no_actor_outlives_a_scan_that_is_killed(running: Any) -> None:
+    _, started, begun = running
+    started.kill()
+    ours = [process for process in begun if "Agent" not in process.name()]  # Ray's own end within a minute
+    assert len(ours) > 2 and not psutil.wait_procs(ours, timeout=20)[1]
+
+
+def test_one_process_needs_no_ray(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(workers, "find_spec", lambda name: None)
+    scan(chats(6), model=folder, workers=1)
+    for options, asked in (({"workers": 2}, "--workers 2"), ({"ray": "auto"}, "--ray")):
+        with pytest.raises(UsageError, match=rf"^{asked} needs Ray, which is not installed: install gradshield\[ray\]"):
+            scan(ROWS, **options)
+    data = write(tmp_path / "data.jsonl", jsonl(ROWS))
+    done = command("scan", data, "--model", folder, "--output", tmp_path / "out", "--workers", "2")
+    assert done.code == UsageError.exit_code
+    assert done.sentence.startswith("--workers 2 needs Ray")
 
 
 def test_the_number_of_workers_is_checked() -> None:
@@ -275,71 +270,8 @@ def test_the_number_of_workers_is_checked() -> None:
         scan(ROWS, workers=0)
 
 
-# ---- faults -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_shard_of_a_killed_worker_is_measured_by_another(folder: Path) -> None:
-    killed: list[int] = []
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage == "scoring rows" and len(killed) < 2:
-            killed.append(max(set(children()) - set(killed)))
-            os.kill(killed[-1], signal.SIGKILL)
-
-    same(scan(ROWS, model=folder), scan(ROWS, model=folder, workers=2, progress=progress))
-    assert len(killed) == 2
-    assert not children()
-
-
-def test_a_shard_that_kills_every_worker_ends_the_scan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "import sys; sys.exit('no room')"))
-    with pytest.raises(
-        ScoreError, match=r"^3 workers died, one after the other, on rows \d+ to \d+ \(exit code 1: no room"
-    ):
-        scan(ROWS, model=folder, workers=2)
-    assert not children()
-
-
-@pytest.mark.slow
-def test_an_error_of_a_worker_is_the_scans(folder: Path) -> None:
-    """Here: the weights in memory are no longer those of the folder."""
-    loaded = models.load(folder)
-    with torch.no_grad():
-        next(loaded.model.parameters()).add_(0.5)
-    with pytest.raises(ModelError, match="is not the one that is scored"):
-        scan(ROWS, model=loaded, workers=2)
-
-
-@pytest.mark.slow
-def test_an_interrupted_scan_stops_its_workers_and_goes_on(folder: Path, tmp_path: Path) -> None:
-    def interrupted(stage: str, done: int, total: int) -> None:
-        if stage == "scoring rows":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        scan(ROWS, model=folder, output=tmp_path / "out", workers=2, progress=interrupted)
-    assert not children()
-    same(scan(ROWS, model=folder, output=tmp_path / "out"), scan(ROWS, model=folder))
-
-
-@pytest.mark.slow
-def test_no_worker_outlives_a_scan_that_is_killed(folder: Path, tmp_path: Path, probes: Path) -> None:
-    data = write(tmp_path / "data.jsonl", jsonl(chats(3000)))
-    arguments = ["scan", str(data), "--model", str(folder), "--output", str(tmp_path / "out"), "--workers", "2"]
-    arguments += ["--probes", str(probes), "--lookalikes", str(probes), "--uncertified"]
-    code = f"from gradshield.cli import main; main({arguments!r})"
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        begun = _until(lambda: [c for c in psutil.Process(parent.pid).children() if c.cmdline()], 120)
-        _until(lambda: any((tmp_path / "out" / ".gradshield" / "shards").glob("*.safetensors")), 120)
-        assert len(psutil.Process(parent.pid).children()) == 2
-    finally:
-        parent.kill()
-        parent.wait()
-    gone, alive = psutil.wait_procs(begun, timeout=20)
-    assert not alive
-    assert len(gone) >= 1
+def test_every_actor_finds_room_on_the_gpus() -> None:
+    assert [workers.gpu_share(count, 2) for count in (1, 2, 3, 4, 5)] == [1, 1, 1 / 2, 1 / 2, 1 / 3]
 
 
 def _until(met: Any, seconds: float) -> Any:

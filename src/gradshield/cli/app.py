@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gradshield import __version__, launcher
+from gradshield import __version__
 from gradshield.cli.certify import certify
 from gradshield.cli.common import err, out, plain
 from gradshield.cli.compare import compare
@@ -19,7 +19,7 @@ from gradshield.cli.methods import methods
 from gradshield.cli.scan import scan
 from gradshield.cli.show import show
 from gradshield.cli.train import train
-from gradshield.errors import GradShieldError, UsageError
+from gradshield.errors import GradShieldError
 from gradshield.placement import keep_freed_memory
 
 COMMANDS: tuple[Callable[..., Any], ...] = (
@@ -53,21 +53,12 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def launched(
-    context: typer.Context,
+def gradshield(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """Under a launcher, every process comes by here. Raises UsageError for a command that is one process's work."""
-    if launcher.processes() == 1 or context.invoked_subcommand == "scan":
-        return
-    if launcher.first():
-        raise UsageError(
-            f"`gradshield {context.invoked_subcommand}` runs in one process, and a launcher started "
-            f"{launcher.processes()}: start it without the launcher, or train in a script of your own (docs/scaling.md)"
-        )
-    raise SystemExit(UsageError.exit_code)
+    """What comes before a command."""
 
 
 for command in COMMANDS:

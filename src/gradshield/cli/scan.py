@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from gradshield import launcher
 from gradshield.cli.common import (
     Allow,
     Data,
@@ -37,9 +36,6 @@ from gradshield.cli.common import (
 )
 from gradshield.cli.estimate import told
 from gradshield.errors import UsageError
-
-if TYPE_CHECKING:
-    from gradshield.pipeline.workers import Spread
 
 
 def scan(
@@ -103,7 +99,7 @@ def scan(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes that share the rows, each with the model in memory (default: 1; with --ray, what there is).",
+            help="Processes that share the rows, each with its own model (default: 1; with --ray, one for each GPU or CPU).",
             min=1,
             show_default=False,
         ),
@@ -111,7 +107,8 @@ def scan(
     ray: Annotated[
         str | None,
         typer.Option(
-            help="Measure on the Ray cluster at this address: auto for the one this machine is part of, or local."
+            help="Measure on the Ray cluster at this address: host:port, or auto for the one this machine is part of.",
+            show_default=False,
         ),
     ] = None,
     seed: Annotated[
@@ -124,12 +121,9 @@ def scan(
     Writes kept, removed, quarantine.jsonl, scores.parquet, report.html and manifest.json. An interrupted scan goes on
     where it stopped.
     """
-    if not launcher.first():
-        _serve()
-        return
     _check_options(output, dry_run, workers, ray)
     _check_dry(dry_run, {"--fail-above": fail_above, "--allow": allow, "--labels": labels})
-    _check_map(device_map, selector, alone=workers in (None, 1) and ray is None and launcher.processes() == 1)
+    _check_map(device_map, selector, alone=workers in (None, 1) and ray is None)
     gate = share(fail_above)
     allowed, truth = read_ids(allow), read_labels(labels)
     template = json_object("--template-kwargs", template_kwargs)
@@ -142,7 +136,9 @@ def scan(
     from gradshield.pipeline.options import peft_config, sft_options
     from gradshield.pipeline.scan import scan as run
     from gradshield.pipeline.settings import ScanSettings
+    from gradshield.pipeline.workers import Workers
 
+    Workers(workers, ray)  # checked before the model is loaded
     settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget, selector=selector)
     asked = probing(probes, lookalikes, answer_prefix, template, uncertified)
     peft, arguments = peft_config(lora), sft_options(training)
@@ -172,7 +168,8 @@ def scan(
                 output=output,
                 allow=allowed,
                 labels=truth,
-                workers=_spread(workers, ray),
+                workers=workers,
+                ray=ray,
                 command=command_line(),
             )
     if output is None:
@@ -192,18 +189,11 @@ def _check_dry(dry_run: bool, options: Mapping[str, object]) -> None:
 def _check_options(output: Path | None, dry_run: bool, workers: int | None, ray: str | None) -> None:
     """Raises UsageError for options that exclude each other."""
     shared = workers is not None or ray is not None
-    if dry_run and (shared or output is not None or launcher.processes() > 1):
-        raise UsageError(
-            "--dry-run times this one process and writes nothing: leave out --output, --workers and --ray, and the launcher"
-        )
+    if dry_run and (shared or output is not None):
+        raise UsageError("--dry-run times this one process and writes nothing: leave out --output, --workers and --ray")
     if output is None and not dry_run:
         raise UsageError(
             "a scan needs a folder to write to: give it with --output FOLDER, or look first with --dry-run"
-        )
-    if shared and launcher.processes() > 1:
-        raise UsageError(
-            f"--workers and --ray share the rows out, and a launcher has started {launcher.processes()} processes that do: "
-            "leave out one of the two"
         )
 
 
@@ -217,23 +207,6 @@ def _check_map(device_map: str | None, selector: str, alone: bool) -> None:
         )
     if not alone:
         raise UsageError(
-            "--device-map gives one model all devices of this machine, and --workers, --ray and launchers want devices of their "
-            "own for each process: leave out one of the two"
+            "--device-map gives one model all devices of this machine, and --workers and --ray need a device for each process: "
+            "leave out one of the two"
         )
-
-
-def _spread(workers: int | None, ray: str | None) -> int | Spread:
-    """Who measures, as the options say, or the launcher that started this process."""
-    from gradshield.distributed import Launched, Ray
-
-    if launcher.processes() > 1:
-        return Launched()
-    return (workers or 1) if ray is None else Ray(ray, workers)
-
-
-def _serve() -> None:
-    """Measure for the first process, without a word: what goes wrong is said there."""
-    quiet_libraries()
-    from gradshield.distributed import serve
-
-    serve()

@@ -89,15 +89,6 @@ def save(direction: Direction, path: Path) -> None:
         save_file({name: t.detach().cpu().contiguous() for name, t in direction.tensors.items()}, part, header)
 
 
-def holds(path: Path, digest: str) -> bool:
-    """Whether the file is a saved direction with that digest in its header; the tensors are not read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("digest") == digest
-    except (OSError, SafetensorError):
-        return False
-
-
 def load(path: Path) -> Direction:
     """Read a saved direction. Raises DataError when it is none, or when its bytes do not match its digest."""
     try:

@@ -21,6 +21,8 @@ from gradshield.pipeline.shards import Hands, here
 from gradshield.selectors import SELECTORS, Fihs, GradNorm, Guard, Loss, Moderate, Random, Representation, Selector
 from gradshield.types import References, Rendered
 
+DIRECTION = "direction.safetensors"  # in the working folder
+
 
 def ready(
     model: nn.Module,
@@ -73,7 +75,7 @@ def score(
     if output is not None:  # nothing was written so far: a scan that cannot begin leaves no folder behind
         work = runs.prepare(output) / runs.WORK
         if direction.tensors:
-            directions.save(direction, work / shards.DIRECTION)
+            directions.save(direction, work / DIRECTION)
         folder = work / "shards"
     raw = shards.measure(
         selector,

@@ -21,13 +21,15 @@ from gradshield.pipeline.ranking import score
 from gradshield.pipeline.rows import Prepared, prepare
 from gradshield.pipeline.scoring import Scored, carrying, categories, weights_changed
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
-from gradshield.pipeline.workers import Spread, spread
+from gradshield.pipeline.workers import Workers
 from gradshield.probes import digest, requests
 from gradshield.selectors import Fihs, Screen
 from gradshield.types import Selection
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+ALONE = Workers()
 
 
 def scan(
@@ -45,7 +47,8 @@ def scan(
     strict: bool = False,
     allow: Iterable[str] = (),
     labels: Sequence[int] | None = None,
-    workers: int | Spread = 1,
+    workers: int | None = None,
+    ray: str | None = None,
     command: str = "gradshield.scan",
     progress: Progress = quiet,
 ) -> Selection:
@@ -70,8 +73,9 @@ def scan(
         Ids of rows that a person has cleared: they stay, whatever they score.
     labels
         0 or 1 (harmful) per input row, for measuring only; they never touch the decision.
-    workers
-        Processes that measure the rows, each with a model of its own (docs/scaling.md); they are in this one where it is 1.
+    workers, ray
+        How many processes measure the rows, each with a model of its own, and the address of the Ray cluster that they run on
+        (docs/scaling.md). Without either this process does, and with ``workers`` alone those of a Ray that is started here.
 
     Raises
     ------
@@ -93,7 +97,7 @@ def scan(
     True
     """
     settings, probing = settings or ScanSettings(), probing or Probing()
-    hands = spread(workers)
+    crew = Workers(workers, ray)
     if output is not None:
         runs.check(output)
         runs.check_own(output, outputs.WRITTEN, outputs.SCORES, data=data)
@@ -110,7 +114,7 @@ def scan(
             output=output,
             command=command,
             format=format,
-            workers=hands,
+            workers=crew,
             progress=progress,
         )
         if output is not None:
@@ -129,7 +133,7 @@ def select(
     output: str | Path | None = None,
     command: str = "",
     format: str | None = None,
-    workers: int | Spread = 1,
+    workers: Workers = ALONE,
     progress: Progress = quiet,
 ) -> tuple[Selection, Scored]:
     """A scan of rows that are ready: the selection, and the scores with what they rest on. Only shards are written."""
@@ -139,7 +143,7 @@ def select(
     adapter = peft_config if settings.subspace == "lora" else None
     with ExitStack() as stack:
         scored_model = stack.enter_context(carrying(loaded.model, adapter, settings.seed))
-        hands = stack.enter_context(spread(workers).open(Origin(loaded, scored_model, adapter, settings.seed)))
+        hands = stack.enter_context(workers.open(Origin(loaded, scored_model, adapter, settings.seed)))
         scored = score(scored_model, loaded, rows.rendered, settings, probing, adapted_weights, output, progress, hands)
         decision = decide(scored.scores, settings.make_threshold(), allow)
         gone = rows.kept(~decision.removed)

@@ -12,7 +12,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,10 +23,9 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from gradshield.data import batches
-from gradshield.data.spool import Picked, Values, room
+from gradshield.data.spool import Picked, Values
 from gradshield.errors import DataError, ModelError
 from gradshield.files import replacing
-from gradshield.gradients import direction as directions
 from gradshield.models import text_config
 from gradshield.runs import versions
 from gradshield.selectors import Measured, Selector
@@ -34,7 +33,6 @@ from gradshield.types import Batch, Direction, Rendered
 
 MEAN_ROWS = 128  # one row in so many ends its shard
 MOST_ROWS = 1024  # so many end it in any case: rows that are all alike have no end of their own
-DIRECTION = "direction.safetensors"  # in the folder that holds the store
 LOGITS_BUDGET = 2**27  # entries of the logits of one batch: 512 MiB in float32
 
 Progress = Callable[[int, int], None]
@@ -43,26 +41,12 @@ Shard = tuple[str, list[Rendered]]  # the shard's key, and its rows
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What every shard of one measurement is measured with. ``saved`` is where the direction may lie as a file."""
+    """What every shard of one measurement is measured with."""
 
     selector: Selector
     model: nn.Module
     direction: Direction
     token_budget: int
-    saved: Path | None = None
-
-    def on_disk(self) -> Path | None:
-        """The file of the direction, where it lies in ``saved``."""
-        if self.saved is None or not directions.holds(self.saved, self.direction.digest):
-            return None
-        return self.saved.absolute()
-
-    def written(self, folder: Path) -> Path:
-        """The direction as a new file in a folder of temporary files. Raises DataError where those have no room."""
-        found, path = self.direction, folder / DIRECTION
-        with room():
-            directions.save(replace(found, digest=directions.digest(found.names, found.tensors)), path)
-        return path
 
     def measure(self, rows: Sequence[Rendered]) -> Measured:
         """One shard: its rows in batches, halved when memory runs out."""
@@ -117,8 +101,7 @@ def measure(
             else:
                 take(found)
 
-    saved = store.parent / DIRECTION if store else None
-    for key, part in hands(Job(selector, model, direction, token_budget, saved), missing()):
+    for key, part in hands(Job(selector, model, direction, token_budget), missing()):
         if store:
             _write(_file(store, key), part)
         take(part)

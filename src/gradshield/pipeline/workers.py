@@ -1,253 +1,257 @@
-"""Several processes of one machine, each with the model, that share the shards of a scan.
+"""The shards of a scan on Ray: actors that hold the model, on this machine or a cluster.
 
 The shards are those of one process, so are their keys, and a scan may be begun with some number of workers and finished with
-another. Each shard is sent when a worker is free for it, so memory holds as many as there are workers. A shard whose worker
-dies is given to another.
+another. A shard is sent when an actor is free for it, so that memory holds as many as there are actors; what comes back is
+written by the process that was started. A shard whose actor dies is given to another.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import pickle
-import subprocess
-import sys
-import tempfile
+import shutil
+import socket
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import ceil
+from typing import Any
 
+import numpy as np
 import torch
 
-import gradshield
-from gradshield import errors
-from gradshield.data.spool import room
-from gradshield.errors import GradShieldError, ScoreError, UsageError
-from gradshield.pipeline.parcel import Origin, Parcel, bare
+from gradshield.errors import DataError, GradShieldError, ScoreError, UsageError
+from gradshield.models import first_line
+from gradshield.pipeline.parcel import Origin, Parcel, bare, packed, unpacked
 from gradshield.pipeline.shards import Hands, Job, Shard, here
-from gradshield.pipeline.worker import Failed, Order, Setup
+from gradshield.placement import keep_freed_memory
 from gradshield.selectors import Measured
+from gradshield.types import Rendered
 
-ATTEMPTS = 3  # workers that may die on one shard before the scan gives up
-COMMAND: Sequence[str] = (sys.executable, "-P", "-c", "from gradshield.pipeline.worker import main; main()")
-
-
-class Spread(Protocol):
-    """A way to share the shards of a scan out: other processes, or other machines."""
-
-    def open(self, origin: Origin) -> AbstractContextManager[Hands]: ...
-
-
-def spread(workers: int | Spread) -> Spread:
-    """The way to share shards out: as given, or so many processes. Raises UsageError for fewer than one."""
-    if not isinstance(workers, int):
-        return workers
-    if workers < 1:
-        raise UsageError(f"there are {workers} workers: give at least 1")
-    return Workers(workers) if workers > 1 else Alone()
-
-
-class Alone:
-    """No other process."""
-
-    @contextmanager
-    def open(self, origin: Origin) -> Iterator[Hands]:
-        yield here
+ATTEMPTS = 3  # actors that may die on one shard before the scan gives up
 
 
 @dataclass(frozen=True)
 class Workers:
-    """``count`` processes of this machine. They start with the first shard that is missing, and are gone when the block ends."""
+    """Who measures a scan's rows: this process, ``count`` actors on this machine, or those on the Ray cluster at ``ray``.
 
-    count: int
+    ``count`` is 1 where it is not given; on a cluster one for each GPU, or each CPU where the model is on one. Raises UsageError
+    for fewer than one, and where Ray is needed and not installed.
+    """
+
+    count: int | None = None
+    ray: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise UsageError(f"there are {self.count} workers: give at least 1")
+        if not self.alone and find_spec("ray") is None:
+            asked = f"--workers {self.count}" if self.ray is None else "--ray"
+            raise UsageError(f"{asked} needs Ray, which is not installed: install gradshield[ray]")
+
+    @property
+    def alone(self) -> bool:
+        return self.ray is None and self.count in (None, 1)
 
     @contextmanager
     def open(self, origin: Origin) -> Iterator[Hands]:
-        with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gradshield-")))
-            team = Team(self.count, origin, folder)
-            stack.callback(team.stop)
-            yield team
+        """`Hands` for the jobs of one scan. Actors start with the first shard that is missing; when the block ends none is left.
+
+        Raises UsageError where no cluster answers at the address, or it has no GPU for a model on one.
+        """
+        if self.alone:
+            yield here
+            return
+        with _connected(self.ray, max(self.count or 1, torch.get_num_threads())) as ray:
+            device, found = origin.loaded.device, ray.cluster_resources()
+            cpus, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
+            if device.type == "cuda" and origin.loaded.source is not None and device.index is not None and gpus > 1:
+                raise UsageError(
+                    f"the model is on {device}, and workers use all {gpus} GPUs: set CUDA_VISIBLE_DEVICES={device.index} in "
+                    "place of --device, or leave out --workers and --ray"
+                )
+            there = gpus if device.type == "cuda" else cpus
+            if not there:
+                raise UsageError(
+                    f"the Ray cluster has no {'GPU' if device.type == 'cuda' else 'CPU'} for the model, which is on {device}: "
+                    "give --ray another address, or leave it out"
+                )
+            count = self.count or there
+            share = gpu_share(count, gpus) if device.type == "cuda" else 0
+            crew = _Crew(ray, origin, count, share, max(1, cpus // count))
+            try:
+                yield crew
+            finally:
+                crew.stop()
 
 
-def devices(device: torch.device, count: int, gpus: int, fixed: bool) -> list[str]:
-    """The device of each of ``count`` workers: all GPUs in turn, or the given device where it is no GPU or ``fixed``."""
-    if device.type != "cuda" or fixed or not gpus:
-        return [str(device)] * count
-    return [f"cuda:{n % gpus}" for n in range(count)]
+def gpu_share(count: int, gpus: int) -> float:
+    """How much of a GPU each of ``count`` actors asks for, so that all of them fit."""
+    return 1 / ceil(count / gpus)
 
 
-@dataclass(eq=False)
-class _Process:
-    """A worker, where it stands in the team, the order it has, and the shard it works on."""
+@contextmanager
+def _connected(address: str | None, cpus: int) -> Iterator[Any]:
+    """Ray: the caller's where one runs in this process, else the cluster at the address, or one that is started here."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address is None:
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # workers of this machine have its packages
+    import ray
 
-    place: int
-    popen: subprocess.Popen[bytes]
-    log: Path
-    order: Order | None = None
-    hand: _Hand | None = None
+    if ray.is_initialized():
+        yield ray
+        return
+    own: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False} if address is None else {}
+    try:
+        _reach(address or "")
+        started: Any = ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (OSError, RuntimeError, ValueError) as error:
+        if address is None:
+            raise UsageError(
+                f"Ray cannot be started on this machine ({first_line(error)}): leave out --workers"
+            ) from error
+        raise UsageError(
+            f"no Ray cluster answers at {address!r} ({first_line(error)}): give the address of one, as `ray start --head` "
+            "prints it, or auto"
+        ) from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+    if address is None:  # its logs; those of a scan that failed stay
+        shutil.rmtree(started.address_info["session_dir"], ignore_errors=True)
 
-    def send(self, message: Any) -> None:
-        """Where the worker is gone, nothing: its end is told by what it no longer answers."""
-        assert self.popen.stdin is not None
-        with suppress(BrokenPipeError):
-            pickle.dump(message, self.popen.stdin)
-            self.popen.stdin.flush()
 
-    def kill(self, patience: float = 0) -> None:
-        """End it, after so many seconds in which it may end by itself."""
-        with suppress(subprocess.TimeoutExpired):
-            self.popen.wait(patience)
-        self.popen.kill()
-        self.popen.wait()
-        for pipe in (self.popen.stdin, self.popen.stdout):
-            with suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
+def _reach(address: str) -> None:
+    """Raises OSError at once where nothing listens at a host and port; Ray itself would try for minutes, then exit."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
-    def last_words(self) -> str:
-        """How it ended, with the last line that it wrote."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        code = self.popen.wait()
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return f"{how}: {lines[-1][:200]}" if lines else how
+
+class Actor:
+    """One process of several that measure shards: the model, and the job that it has."""
+
+    def __init__(self) -> None:
+        self.kept = ExitStack()  # as long as this object, so that the adapter stays on the model
+        self.number = 0
+
+    def load(self, parcel: np.ndarray, device: str, threads: int) -> None:
+        """Get the model. Raises what `Parcel.open` raises."""
+        keep_freed_memory()
+        torch.set_num_threads(threads)
+        found: Parcel = unpacked(parcel, device)
+        self.device, self.model = device, self.kept.enter_context(found.open(device))
+
+    def measure(self, number: int, order: np.ndarray, rows: Sequence[Rendered]) -> Measured:
+        """One shard, by the selector, direction and token budget of ``order``, which are those of all with its number."""
+        if number != self.number:
+            self.job = None  # its direction may be as large as the model
+            selector, direction, budget = unpacked(order, self.device)
+            self.job, self.number = Job(selector, self.model, direction, budget), number
+        assert self.job is not None
+        return self.job.measure(rows)
 
 
 @dataclass(frozen=True, eq=False)
-class _Hand:
-    """A shard that is given out for the so-manyeth time."""
+class _Task:
+    """What an actor does, for the so-manyeth time: measure a shard, or load the model where that is None."""
 
-    shard: Shard
-    attempt: int = 1
+    actor: Any
+    shard: Shard | None
+    attempt: int
 
 
-class Team:
-    """The workers of one scan: `Hands` that may be called for several jobs, one after the other."""
+class _Crew:
+    """The actors of one scan: `Hands` that may be called for several jobs, one after the other."""
 
-    def __init__(self, count: int, origin: Origin, folder: Path) -> None:
-        loaded, gpus = origin.loaded, torch.cuda.device_count()
-        fixed = loaded.source is not None and loaded.device.index is not None
-        self.count, self.origin, self.folder = count, origin, folder
-        self.devices = devices(loaded.device, count, gpus, fixed)
-        self.threads = max(1, torch.get_num_threads() // count)
-        self.parcel: Parcel | None = None
-        self.processes: dict[int, _Process] = {}
-        self.replies: SimpleQueue[tuple[_Process, Measured | Failed | None]] = SimpleQueue()
-        self.made = 0
+    def __init__(self, ray: Any, origin: Origin, count: int, gpu: float, threads: int) -> None:
+        self.ray, self.origin, self.count, self.gpu, self.threads = ray, origin, count, gpu, threads
+        self.parcel: Any = None
+        self.free: list[Any] = []
+        self.tasks: dict[Any, _Task] = {}
+        self.jobs = 0
 
     def __call__(self, job: Job, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]:
-        """Raises ScoreError where one shard has outlived ATTEMPTS workers, and what a worker itself raises."""
-        order, shards, again = self._order(job), iter(missing), deque[_Hand]()
-        try:
-            while True:
-                while len(self._busy()) < self.count:
-                    hand = again.popleft() if again else next((_Hand(shard) for shard in shards), None)
-                    if hand is None:
-                        break
-                    self._give(hand, order)
-                if not self._busy():
-                    return
-                process, answer = self.replies.get()
-                if self.processes.get(process.place) is not process:
-                    continue  # of one that was stopped
-                if isinstance(answer, Failed):
-                    raise raised(answer)
-                hand, process.hand = process.hand, None
-                if answer is None:
-                    del self.processes[process.place]
-                    process.kill(patience=5)
-                    if hand is not None:
-                        again.append(_retried(hand, process))
-                elif hand is not None:
-                    yield hand.shard[0], answer
-        finally:
-            if self._busy():  # stopped on the way: what is under way is of no use to the next job
-                self.stop()
+        """Raises ScoreError where one shard has outlived ATTEMPTS actors, and what an actor itself raises."""
+        ray, failed, dead = self.ray, self.ray.exceptions.RayTaskError, self.ray.exceptions.RayError
+        shards, waiting, order = iter(missing), deque[tuple[Shard, int]](), None
+        self.jobs += 1
+        while True:
+            measuring = sum(task.shard is not None for task in self.tasks.values())
+            while len(waiting) + measuring < self.count and (shard := next(shards, None)) is not None:
+                waiting.append((shard, 1))
+            if not waiting and not measuring:
+                return
+            if order is None:
+                order = self._put(packed((bare(job.selector), job.direction, job.token_budget)))
+            while waiting and self.free:
+                actor, (shard, attempt) = self.free.pop(), waiting.popleft()
+                self.tasks[actor.measure.remote(self.jobs, order, shard[1])] = _Task(actor, shard, attempt)
+            loading = sum(task.shard is None for task in self.tasks.values())
+            for _ in range(min(len(waiting) - loading, self.count - len(self.tasks))):
+                self._start()
+            (done,), _ = ray.wait(list(self.tasks), num_returns=1)
+            task = self.tasks.pop(done)
+            try:
+                measured: Measured = ray.get(done)
+            except failed as error:
+                raise _raised(error.cause) from None
+            except dead as error:  # or its machine is
+                ray.kill(task.actor)
+                if task.attempt == ATTEMPTS:
+                    raise _given_up(task, error) from error
+                if task.shard is not None:
+                    waiting.append((task.shard, task.attempt + 1))
+                else:
+                    self._start(task.attempt + 1)
+                continue
+            self.free.append(task.actor)
+            if task.shard is not None:
+                yield task.shard[0], measured
 
     def stop(self) -> None:
-        """End every worker, whatever it is doing."""
-        while self.processes:
-            self.processes.popitem()[1].kill()
+        """End every actor, whatever it is doing."""
+        for actor in (*self.free, *(task.actor for task in self.tasks.values())):
+            self.ray.kill(actor)
 
-    def _busy(self) -> list[_Process]:
-        return [process for process in self.processes.values() if process.hand is not None]
-
-    def _give(self, hand: _Hand, order: Order) -> None:
-        """To a worker that is free, or to a new one."""
-        idle = [process for process in self.processes.values() if process.hand is None]
-        process = idle[0] if idle else self._started()
-        process.hand = hand
-        if process.order is not order:
-            process.order = order
-            process.send(order)
-        process.send(hand.shard[1])
-
-    def _started(self) -> _Process:
-        place = min(set(range(self.count)) - self.processes.keys())
+    def _start(self, attempt: int = 1) -> None:
+        """One actor more, which loads the model first."""
         if self.parcel is None:
-            with room():
-                (self.folder / "model").mkdir()
-                self.parcel = self.origin.pack(self.folder / "model")
-        self.made += 1
-        log = self.folder / f"worker-{self.made}.log"
-        with log.open("wb") as written:
-            popen = subprocess.Popen(
-                COMMAND,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=written,
-                env={**os.environ, "PYTHONPATH": _python_path(), "TOKENIZERS_PARALLELISM": "false"},
-                start_new_session=True,  # Ctrl-C is for the process that started it, which stops them all
-            )
-        process = self.processes[place] = _Process(place, popen, log)
-        Thread(target=_hear, args=(process, self.replies.put), daemon=True).start()
-        process.send(Setup(self.parcel, self.devices[place], self.threads))
-        return process
+            self.parcel = self._put(self.origin.pack())
+        remote = self.ray.remote(num_cpus=1, num_gpus=self.gpu, scheduling_strategy="SPREAD")(Actor)
+        actor = remote.remote()
+        device = self.origin.loaded.device.type
+        self.tasks[actor.load.remote(self.parcel, device, self.threads)] = _Task(actor, None, attempt)
 
-    def _order(self, job: Job) -> Order:
-        """The job without what stays here; its direction is written once, and read by every worker."""
-        found = job.direction
-        if not found.tensors:
-            return Order(bare(job.selector), found, job.token_budget)
-        return Order(bare(job.selector), job.on_disk() or job.written(self.folder), job.token_budget)
+    def _put(self, data: np.ndarray) -> Any:
+        full = (self.ray.exceptions.ObjectStoreFullError, self.ray.exceptions.OutOfDiskError)
+        try:
+            return self.ray.put(data)
+        except full as error:
+            raise DataError(
+                f"Ray's object store has no room for {len(data) / 2**30:.1f} GiB ({first_line(error)}): free some space on its "
+                "disk, or leave out --workers and --ray"
+            ) from error
 
 
-def _retried(hand: _Hand, process: _Process) -> _Hand:
-    """The shard of a worker that died, to be given to another. Raises ScoreError where enough have died on it."""
-    if hand.attempt < ATTEMPTS:
-        return replace(hand, attempt=hand.attempt + 1)
-    rows = [row.row for row in hand.shard[1]]
-    raise ScoreError(
-        f"{ATTEMPTS} workers died, one after the other, on rows {min(rows)} to {max(rows)} ({process.last_words()}): where "
-        "memory ran out give fewer --workers or a smaller --token-budget; what is finished is kept"
+def _raised(cause: Exception) -> GradShieldError:
+    """An actor's error as this process would have raised it."""
+    if isinstance(cause, GradShieldError):
+        return cause
+    return ScoreError(
+        f"a worker failed ({first_line(cause)}): run the scan in one process, without --workers and --ray, to see where"
     )
 
 
-def _hear(process: _Process, put: Callable[[tuple[_Process, Measured | Failed | None]], None]) -> None:
-    """Hand on what a worker answers; None, and no more, when it is gone."""
-    assert process.popen.stdout is not None
-    try:
-        while True:
-            put((process, pickle.load(process.popen.stdout)))
-    except (EOFError, OSError, ValueError, pickle.UnpicklingError):  # gone, perhaps in the middle of an answer
-        put((process, None))
-
-
-def raised(failed: Failed) -> GradShieldError:
-    """A worker's error as this process would have raised it."""
-    kind = getattr(errors, failed.kind, None)
-    if kind is errors.UnknownNameError:
-        kind = UsageError
-    if kind is None:
-        return ScoreError(f"a worker failed ({failed.text}): run the scan in one process (--workers 1) to see where")
-    found: GradShieldError = kind(failed.text)
-    return found
-
-
-def _python_path() -> str:
-    """Where this process has GradShield from, before what the environment says."""
-    own = str(Path(gradshield.__file__).parents[1])
-    return os.pathsep.join([own, *filter(None, [os.environ.get("PYTHONPATH")])])
+def _given_up(task: _Task, error: Exception) -> ScoreError:
+    what = "while they loaded the model"
+    if task.shard is not None:
+        rows = [row.row for row in task.shard[1]]
+        what = f"on rows {min(rows)} to {max(rows)}"
+    return ScoreError(
+        f"{ATTEMPTS} workers died, one after the other, {what} ({first_line(error)}): where memory ran out give fewer "
+        "--workers or a smaller --token-budget; what is finished is kept"
+    )

@@ -30,7 +30,7 @@ def chooser(method: str, model: Any, tokenizer: Any) -> Any:
     return DualSelect(pool, warmup=1, refresh=2, top=3)
 
 
-def main(folder: str, method: str) -> None:
+def train(folder: str, method: str) -> None:
     dataset = Dataset.from_list(lab.mix("topic", harm="explicit", ratio=0.5, n=40)[0])
     model = AutoModelForCausalLM.from_pretrained(lab.checkpoint("aligned"), dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(lab.checkpoint("aligned"))
@@ -56,9 +56,10 @@ def main(folder: str, method: str) -> None:
     counted = f"seen {seen['rows_seen']} trained {seen['rows_trained']}" if method == "moderate" else ""
     counted = counted or f"seen {seen['rows']} corrected {seen['corrections'] > 0}"
     # In one write: a launcher runs its processes unbuffered, and the end of a line would come after another's beginning.
-    sys.stdout.write(f"moved {moved} same {same} {counted}\n")
-    distributed.destroy_process_group()
+    sys.stdout.write(f"{method} moved {moved} same {same} {counted}\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for method in ("moderate", "dualselect"):
+        train(f"{sys.argv[1]}/{method}", method)
+    distributed.destroy_process_group()
