@@ -200,7 +200,7 @@ def _many(*contents: tuple[str, str, int, str]) -> list[Any]:
         ("--training-config", '{"lerning_rate": 1}', 2, "unknown training option 'lerning_rate'"),
         ("--training-config", '{"assistant_only_los": true}', 2, "did you mean 'assistant_only_loss'?"),
         ("--probes", '{"x": 1}\n', 3, "no text under 'prompt'"),
-        ("--probes", '{"prompt', 3, "not JSON"),
+        ("--probes", '{"prompt', 3, "not valid JSON"),
         ("--probes", "[1]\n", 3, "no text under 'prompt'"),
         ("--probes", "", 3, "has no prompt"),
     ),

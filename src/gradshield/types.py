@@ -57,13 +57,13 @@ class Example:
 
     ``row`` is its position in the input (0-based, quarantined rows counted); ``id`` is a hash of its content,
     with ``-2``, ``-3``… where the same content comes again. ``shape`` names the row shape it was read as.
-    ``source`` is the row exactly as it came in: bytes from a file, the mapping from a ``Dataset``.
+    ``source`` is the row exactly as it came in, in bytes; of a table, the row as one line of JSON.
     """
 
     row: int
     id: str
     shape: str
-    source: bytes | Mapping[str, Any]
+    source: bytes
     conversations: tuple[Conversation, ...]
 
 
@@ -71,13 +71,16 @@ class Example:
 class Quarantined:
     """A row that cannot be used: where it stands, why, and the row itself.
 
-    ``line`` is 1-based (line of the file, or row of the table); ``row`` is the position in the input.
+    ``line`` is 1-based (line of the file, or row of the table); ``row`` is the position in the input. ``source`` is the row in
+    bytes, of a long one its head; ``size`` and ``sha256`` are of all of it.
     """
 
     row: int
     line: int
     reason: str
     source: bytes
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -101,9 +101,10 @@ def test_two_parquet_files_are_put_together_a_part_at_a_time(tmp_path: Path, mon
 
     monkeypatch.setattr(rows_in.Source, "tables", counted)
     monkeypatch.setattr("gradshield.pipeline.recut.SPAN", 100)
+    monkeypatch.setattr("gradshield.data.source.GROUP", 1024)
     wanted = np.arange(7, 5000, 3)
     parts, taken = [], 0
-    for part in recut.Together(examples, np.arange(5000), removed, ".parquet").tables(wanted, True):
+    for part in recut.Together(examples, np.arange(5000), removed).tables(wanted):
         parts.append(part)
         taken += len(part)
         assert given[0] <= 3 * taken + 2 * 1024 + 200

@@ -28,7 +28,7 @@ out = Console(soft_wrap=True, highlight=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 Data = Annotated[
-    str, typer.Argument(help="JSONL, JSON, CSV or Parquet file, or the name of a hub dataset.", show_default=False)
+    str, typer.Argument(help="JSONL, JSON, CSV, TSV or Parquet file, or the name of a hub dataset.", show_default=False)
 ]
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder or hub name of an aligned causal LM, or of a PEFT adapter.")
@@ -163,7 +163,7 @@ def require_data(data: str) -> None:
 
     if not may_be_hub_name(data) and not Path(data).exists():
         raise DataError(
-            f"there is no file {data!r}: give a JSONL, JSON, CSV or Parquet file, or the name of a hub dataset"
+            f"there is no file {data!r}: give a JSONL, JSON, CSV, TSV or Parquet file, or the name of a hub dataset"
         )
 
 

@@ -1,18 +1,15 @@
 """Any fine-tuning data to tokens and back: read, render, batch, write.
 
 formats.py    a file, a Dataset, a list -> Examples, and bad rows with their reason
-files.py      which kind of file, and the rows of a Parquet table
-json_rows.py  the exact bytes of each row of a JSONL or JSON file
-csv_rows.py   the exact bytes of each record of a CSV
-records.py    a row as it stands in the input; lines of any length in bounded memory
-source.py     where rows came from, and rows that are read when asked for
-hub.py        a dataset by its hub name
+files.py      which kind of file, unpacked, and where each of its rows ends
+records.py    a row as it stands in the input, and its value; rows of any length in bounded memory
+source.py     where rows came from, with a copy on disk, and rows that are made from it when asked for
 shapes.py     the row shapes: which keys, which conversations
 canonical.py  what a row's id is the hash of
 writing.py    rows as they came, whole or not at all
 render.py     Example -> ids and loss mask, as TRL trains
 templates.py  which chat template, and the default one
-spool.py      rendered rows, and values of rows, kept on disk
+spool.py      rows as they came, rendered rows, and values of rows, kept on disk
 turns.py      where an assistant turn lies, when no marker says
 pieces.py     the text of each token, for colouring
 batches.py    padded batches within a budget
@@ -28,11 +25,12 @@ from gradshield.data.source import Examples, Source
 from gradshield.data.spool import Picked, Spool
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
 from gradshield.data.trl import labelled, to_trl
-from gradshield.data.writing import Rows, take, write, write_parts, write_quarantine
+from gradshield.data.writing import WRITTEN, Rows, suffix, take, write, write_parts, write_quarantine
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "SHAPES",
+    "WRITTEN",
     "Examples",
     "Picked",
     "ReadResult",
@@ -50,6 +48,7 @@ __all__ = [
     "render",
     "render_all",
     "spans",
+    "suffix",
     "take",
     "to_trl",
     "write",

@@ -33,11 +33,6 @@ def json_line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False, default=_plain).encode(errors="backslashreplace") + b"\n"
 
 
-def raw(source: bytes | Mapping[str, Any]) -> bytes:
-    """A row as its file has it, or as one line of JSON without the end of the line."""
-    return source if isinstance(source, bytes) else json_line(source).rstrip(b"\n")
-
-
 def _plain(value: Any) -> Any:
     """What JSON has no word for: mappings, arrays, dates, bytes."""
     if isinstance(value, Mapping):

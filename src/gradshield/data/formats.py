@@ -18,16 +18,17 @@ from typing import Any
 import numpy as np
 
 from gradshield.columns import Coded, Ids
-from gradshield.data.canonical import canonical, raw
-from gradshield.data.files import SUFFIXES, open_file
-from gradshield.data.hub import load_dataset
-from gradshield.data.records import Opened, Record, set_aside
-from gradshield.data.shapes import SHAPES, RowError, detect, shape_keys
+from gradshield.data.canonical import canonical, json_line
+from gradshield.data.files import COMPRESSED, SUFFIXES, open_file
+from gradshield.data.records import Record
+from gradshield.data.shapes import SHAPES, RowError, detect, kind_of, shape_keys
 from gradshield.data.source import Examples, Source, content_hash, with_text
 from gradshield.errors import DataError, EmptyDataError, FormatError
+from gradshield.hub import reachable
 from gradshield.types import Quarantined
 
-OTHER_FILES = (".txt", ".tsv", ".xlsx", ".gz", ".zip")  # kinds of file that cannot be read, and that people try
+OTHER_FILES = (".txt", ".xlsx", ".zip")  # kinds of file that cannot be read, and that people try
+SPLIT = "train"  # of a hub dataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,91 +70,52 @@ def read(
     """
     if format is not None:
         SHAPES[format]  # an unknown name is told before the file is read
-    opened = _open(data)
-    good = _Good(opened.parse is not None)
-    quarantined: list[Quarantined] = []
-    strangers = 0
-    for record in opened.records:
-        good.stands(record)
-        bad = record if isinstance(record, Quarantined) else None
-        if isinstance(record, Record):
-            try:
-                good.add(record.row, *_understood(record, format, opened.name, text_field))
-            except _UnknownShape as error:
-                strangers += 1
-                bad = _set_aside(record, str(error))
-            except RowError as error:
-                bad = _set_aside(record, str(error))
-        if bad is not None:
+    source, records = _open(data)
+    quarantined, strangers = [], 0
+    rows, digests, shapes, weighted = array("I"), array("Q"), array("B"), array("B")
+    for row, record in enumerate(records):
+        source.lines.append(record.line)
+        try:
+            digest, shape, some = _understood(row, record, format, source.name, text_field)
+        except RowError as error:
+            strangers += isinstance(error, _UnknownShape)
+            quarantined.append(record.set_aside(row, str(error)))
             if strict:
-                raise DataError(_strict_message(opened.name, bad))
-            quarantined.append(bad)
-    if not good.rows:
-        raise _nothing_usable(opened.name, quarantined, strangers)
-    return good.read(opened, quarantined, text_field)
-
-
-class _Good:
-    """What is kept of good rows as they go by: a number or two in every column."""
-
-    def __init__(self, placed: bool) -> None:
-        self.rows, self._digests, self._shapes = array("I"), array("Q"), array("B")
-        self._weighted, self._lines = array("B"), array("I")
-        self._starts, self._sizes = array("Q"), array("I")
-        self._placed = placed
-        self._names = SHAPES.names()
-
-    def stands(self, record: Record | Quarantined) -> None:
-        """Where a row stands, be it good or bad."""
-        self._lines.append(record.line)
-        if self._placed:
-            self._starts.append(record.start if isinstance(record, Record) else 0)
-            self._sizes.append(len(record.source) if isinstance(record, Record) else 0)
-
-    def add(self, row: int, digest: int, shape: str, weighted: bool) -> None:
-        """A row that can be used."""
-        self.rows.append(row)
-        self._digests.append(digest)
-        self._shapes.append(self._names.index(shape))
-        self._weighted.append(weighted)
-
-    def read(self, opened: Opened, quarantined: Sequence[Quarantined], text_field: str) -> ReadResult:
-        """All of it, once the input has been read to its end."""
-        source = Source(
-            kind=opened.kind,
-            name=opened.name,
-            sha256=opened.sha256(),
-            rows=len(self._lines),
-            header=opened.header,
-            table=opened.table,
-            lines=self._lines,
-            starts=self._starts,
-            sizes=self._sizes,
-            parse=opened.parse,
-        )
-        examples = Examples(
-            source,
-            np.frombuffer(self.rows, np.uint32),
-            Ids.counted(np.frombuffer(self._digests, np.uint64)),
-            Coded(np.frombuffer(self._shapes, np.uint8), self._names),
-            np.frombuffer(self._weighted, np.bool_),
-            text_field,
-        )
-        return ReadResult(examples, tuple(quarantined), source)
+                raise DataError(_strict_message(source.name, quarantined[0])) from None
+            source.copy.add(b"")
+            continue
+        source.copy.add(record.source)
+        rows.append(row)
+        digests.append(digest)
+        shapes.append(SHAPES.names().index(shape))
+        weighted.append(some)
+    if not rows:
+        raise _nothing_usable(source.name, quarantined, strangers)
+    examples = Examples(
+        source,
+        np.frombuffer(rows, np.uint32),
+        Ids.counted(np.frombuffer(digests, np.uint64)),
+        Coded(np.frombuffer(shapes, np.uint8), SHAPES.names()),
+        np.frombuffer(weighted, np.bool_),
+        text_field,
+    )
+    return ReadResult(examples, tuple(quarantined), source)
 
 
 class _UnknownShape(RowError):
     """The keys of the row fit no shape, or not the one asked for."""
 
 
-def _understood(record: Record, format: str | None, name: str, text_field: str) -> tuple[int, str, bool]:
+def _understood(row: int, record: Record, format: str | None, name: str, text_field: str) -> tuple[int, str, bool]:
     """The hash of a row's content, its shape, and whether some answer in it does not count. Raises RowError."""
+    if record.reason:
+        raise RowError(record.reason)
     value = record.value
     if not isinstance(value, Mapping):
-        raise RowError(f"it is not an object with keys but {_article(value)}")
+        raise RowError(f"it is not an object with keys but {kind_of(value)}")
     content = canonical(value)
     value = with_text(value, text_field)
-    shape = format or _detected(record, value, name)
+    shape = format or _detected(f"row {row} (line {record.line}) of {name}", value)
     if not SHAPES[shape].fits(value):
         raise _UnknownShape(f"it lacks {' or '.join(SHAPES[shape].keys)}, the keys of the format {shape}")
     try:
@@ -168,20 +130,16 @@ def _understood(record: Record, format: str | None, name: str, text_field: str) 
     return content_hash(content), shape, weighted
 
 
-def _detected(record: Record, row: Mapping[str, Any], name: str) -> str:
+def _detected(where: str, row: Mapping[str, Any]) -> str:
     shapes = detect(row)
     if len(shapes) == 1:
         return shapes[0]
     if not shapes:
         raise _UnknownShape(f"its keys ({_keys(row)}) fit no known format")
     raise FormatError(
-        f"row {record.row} (line {record.line}) of {name} fits {len(shapes)} formats, {' and '.join(shapes)}: "
+        f"{where} fits {len(shapes)} formats, {' and '.join(shapes)}: "
         f"pass --format with the one that is meant ({' or '.join(shapes)}), or leave out the keys of the other"
     )
-
-
-def _set_aside(record: Record, reason: str) -> Quarantined:
-    return set_aside(record.row, record.line, reason, raw(record.source))
 
 
 def _strict_message(name: str, bad: Quarantined) -> str:
@@ -210,20 +168,15 @@ def _keys(row: Mapping[str, Any]) -> str:
     return ", ".join(keys) + (", …" if len(row) > len(keys) else "") if keys else "none"
 
 
-def _article(value: Any) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
-    return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _open(data: Any) -> Opened:
-    """What the user gave, as records. Raises what ``read`` documents."""
+def _open(data: Any) -> tuple[Source, Iterator[Record]]:
+    """What the user gave, and its rows to come. Raises what ``read`` documents."""
     if isinstance(data, Path):
         return open_file(data)
     if isinstance(data, str):
         path = Path(data)
         if _exists(path) or not may_be_hub_name(data):
             return open_file(path)
-        return _open_rows(load_dataset(data), "dataset", data)
+        return _open_rows(_load_dataset(data), "dataset", data)
     # Told by its module, since importing datasets to ask takes seconds.
     module, kind = type(data).__module__.partition(".")[0], type(data).__name__
     if module == "datasets" and kind == "Dataset":
@@ -245,24 +198,41 @@ def _exists(path: Path) -> bool:
 def may_be_hub_name(name: str) -> bool:
     """Whether a string that is no path here reads as ``dataset`` or ``owner/dataset``, and not as a file that is missing."""
     parts = name.split("/")
-    known = Path(name).suffix.lower() in (*SUFFIXES, *OTHER_FILES)
+    known = Path(name).suffix.lower() in (*SUFFIXES, *COMPRESSED, *OTHER_FILES)
     return not known and len(parts) <= 2 and all(part and part[0].isalnum() and "\\" not in part for part in parts)
 
 
-def _open_rows(rows: Any, kind: str, name: str) -> Opened:
+def _load_dataset(name: str) -> Any:
+    """The ``train`` split of a hub dataset, as a ``datasets.Dataset``. Raises DataError."""
+    if not reachable():
+        raise DataError(
+            f"the dataset {name!r} cannot be fetched: it is no file here, and the hub cannot be reached; "
+            "check the path, or the network, or save the data as a file and give that"
+        )
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=SPLIT)
+    except Exception as error:
+        # Whatever goes wrong in there (no such name, no such split, gated, broken), the user's remedy is the same.
+        detail = str(error).strip().split("\n", 1)[0].rstrip(".")
+        raise DataError(
+            f"the dataset {name!r} could not be loaded from the hub ({type(error).__name__}: {detail}): "
+            f"check its name and that it has a split {SPLIT!r}, or save the data as a file and give that"
+        ) from error
+
+
+def _open_rows(rows: Any, kind: str, name: str) -> tuple[Source, Iterator[Record]]:
     digest = hashlib.sha256()
 
-    def records() -> Iterator[Record | Quarantined]:
-        for row, value in enumerate(rows):
+    def records() -> Iterator[Record]:
+        for line, value in enumerate(rows, 1):
             try:
-                content = canonical(value)
-            except RowError:
-                content = repr(value).encode(errors="backslashreplace")
+                content, source, reason = canonical(value), json_line(value), ""
+            except RowError as error:
+                content = source = repr(value).encode(errors="backslashreplace")
+                reason = str(error)
             digest.update(content + b"\n")
-            if isinstance(value, Mapping):
-                yield Record(row, row + 1, value, value)
-            else:
-                reason = f"it is not an object with keys but {_article(value)}"
-                yield set_aside(row, row + 1, reason, repr(value).encode(errors="backslashreplace"))
+            yield Record(line, source, value, reason)
 
-    return Opened(kind, name, records(), digest.hexdigest, table=rows)
+    return Source(kind, name, digest, table=rows), records()

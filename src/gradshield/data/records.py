@@ -1,145 +1,141 @@
-"""A row as it stands in the input, and lines of any length read in bounded memory.
+"""A row as it stands in the input, and rows of any length in bounded memory.
 
-Past ``MAX_ROW_BYTES`` only a line's head, size and hash are kept.
+Of a row past ``MAX_ROW_BYTES`` only the head, the size and the hash are kept.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
+from gradshield.data.shapes import RowError
 from gradshield.types import Quarantined
 
 MAX_ROW_BYTES = 8 << 20
 HEAD_BYTES = 1 << 20  # what is held of a row that cannot be used
-BOM = b"\xef\xbb\xbf"
+# Cells of a CSV that never hold plain text, so that a JSON text in them is meant as JSON.
+JSON_COLUMNS = ("messages", "conversations", "tools", "chat_template_kwargs")
+
+Parse = Callable[[bytes], Any]
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row as it stands in the input, parsed but not yet understood.
+    """One row as it stands in the input, parsed but not yet understood, or the ``reason`` why it cannot be.
 
-    ``line`` is 1-based; ``start`` is where the row begins in a file of text, in bytes.
+    ``line`` is 1-based. Where ``source`` is the head of a longer row, ``whole`` has the size and the SHA-256 of all of it.
     """
 
-    row: int
     line: int
-    source: bytes | Mapping[str, Any]
-    value: Any
-    start: int = 0
+    source: bytes
+    value: Any = None
+    reason: str = ""
+    whole: tuple[int, str] | None = None
+
+    def set_aside(self, row: int, reason: str = "") -> Quarantined:
+        """The row as one that cannot be used, with its head alone where it is long: bad rows stay in memory."""
+        size, sha256 = self.whole or (len(self.source), hashlib.sha256(self.source).hexdigest())
+        return Quarantined(row, self.line, reason or self.reason, self.source[:HEAD_BYTES], size, sha256)
 
 
-@dataclass(frozen=True)
-class Oversized(Quarantined):
-    """A row of which only the head is held, in ``source``; ``size`` and ``sha256`` are of the whole row."""
+class Taken:
+    """The bytes of one row as they come: all of them, or of too many the head, the size and the hash."""
 
-    size: int
-    sha256: str
+    def __init__(self) -> None:
+        self.data, self.size = bytearray(), 0
+        self._digest: Any = None
 
+    def add(self, data: bytes) -> None:
+        """Put some bytes after the others."""
+        self.size += len(data)
+        if self._digest is not None:
+            self._digest.update(data)
+            return
+        self.data += data
+        if len(self.data) - self.data.endswith(b"\n") > MAX_ROW_BYTES:
+            self._digest = hashlib.sha256(self.data)
+            del self.data[HEAD_BYTES:]
 
-@dataclass(frozen=True)
-class Opened:
-    """An input being read. ``sha256()`` is known only once ``records`` has run to its end.
-
-    ``parse`` gives the value of a row's bytes, as ``records`` do; a table has no bytes.
-    """
-
-    kind: str
-    name: str
-    records: Iterator[Record | Quarantined]
-    sha256: Callable[[], str]
-    header: bytes = b""
-    table: Any = None
-    parse: Callable[[bytes], Any] | None = None
-
-
-class Line(NamedTuple):
-    """A line with its newline. Of a line that is too long: its head, and the SHA-256 of the whole.
-
-    ``start`` is where it begins in the file. ``odd_quotes`` says whether a line that is too long has an odd number of ``"``,
-    so opens or closes a quoted cell of a CSV.
-    """
-
-    number: int
-    start: int
-    data: bytes
-    size: int
-    sha256: str = ""
-    odd_quotes: bool = False
+    def record(self, line: int, parse: Parse) -> Record:
+        """The row that these bytes are. ``parse`` gives its value, or raises RowError."""
+        data = bytes(self.data)
+        if self._digest is not None:
+            reason = f"it has {self.size:,} bytes, more than the {MAX_ROW_BYTES:,} that a row may have"
+            return Record(line, data, reason=reason, whole=(self.size, self._digest.hexdigest()))
+        try:
+            return Record(line, data, _text_only(data) and parse(data))
+        except RowError as error:
+            return Record(line, data, reason=str(error))
 
 
 class Lines:
-    """The lines of a file, counted, hashed and bounded."""
+    """The lines of a stream, counted and bounded; ``take`` gives the bytes of those that were read since it was last called."""
 
-    def __init__(self, handle: BinaryIO) -> None:
-        self._handle = handle
-        self._digest = hashlib.sha256()
-        self._mark = hashlib.sha256()
-        self.bom = b""
-        self._number = 0
-        self._at = 0
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._taken, self.number = stream, Taken(), 0
 
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
+    def take(self) -> Taken:
+        """The lines that were read since, as one row."""
+        taken, self._taken = self._taken, Taken()
+        return taken
 
-    def mark(self) -> None:
-        """Begin the hash of what is read from here on, for a record of several lines."""
-        self._mark = hashlib.sha256()
-
-    def hexdigest_since_mark(self) -> str:
-        return self._mark.hexdigest()
-
-    def __iter__(self) -> Iterator[Line]:
-        while line := self.next():
-            yield line
-
-    def next(self) -> Line | None:
-        """The next line, None at the end of the file."""
-        data = self._handle.readline(MAX_ROW_BYTES + 1)
-        if not data:
-            self._handle.close()
-            return None
-        self._hash(data)
-        self._number += 1
-        start, self._at = self._at, self._at + len(data)
-        if self._number == 1 and data.startswith(BOM):
-            self.bom, data, start = BOM, data[len(BOM) :], len(BOM)
-        if len(data) <= MAX_ROW_BYTES or data.endswith(b"\n"):
-            return Line(self._number, start, data, len(data))
-        whole, size, head, quotes = hashlib.sha256(data), len(data), data[:HEAD_BYTES], data.count(b'"')
-        while not data.endswith(b"\n") and (data := self._handle.readline(HEAD_BYTES)):
-            self._hash(data)
-            self._at += len(data)
-            whole.update(data)
-            size += len(data)
-            quotes += data.count(b'"')
-        return Line(self._number, start, head, size, whole.hexdigest(), quotes % 2 == 1)
-
-    def _hash(self, data: bytes) -> None:
-        self._digest.update(data)
-        self._mark.update(data)
+    def __iter__(self) -> Iterator[bytes]:
+        """Each line; in place of one that is too long a line that opens or closes a quoted cell of a CSV as it does."""
+        while data := self._stream.readline(MAX_ROW_BYTES + 1):
+            self.number += 1
+            self._taken.add(data)
+            if len(data) > MAX_ROW_BYTES and not data.endswith(b"\n"):
+                quotes = data.count(b'"')
+                while not data.endswith(b"\n") and (data := self._stream.readline(HEAD_BYTES)):
+                    self._taken.add(data)
+                    quotes += data.count(b'"')
+                data = b'"\n' if quotes % 2 else b"\n"
+            yield data
 
 
-def set_aside(row: int, line: int, reason: str, data: bytes) -> Quarantined:
-    """The record of a row that cannot be used, with its head alone where it is long: bad rows stay in memory."""
-    if len(data) <= HEAD_BYTES:
-        return Quarantined(row, line, reason, data)
-    return Oversized(row, line, reason, data[:HEAD_BYTES], len(data), hashlib.sha256(data).hexdigest())
+def json_value(data: bytes) -> Any:
+    """The value of a row of JSON. Raises RowError."""
+    try:
+        return json.loads(data.decode())
+    except RecursionError:
+        raise RowError("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise RowError(f"it is not valid JSON ({error.msg} at character {error.pos + 1})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise RowError(f"it is not valid JSON ({str(error).split(';')[0]})") from None
 
 
-def oversized(row: int, line: int, head: bytes, size: int, sha256: str) -> Oversized:
-    """The record of a row that is too long to be used."""
-    reason = f"it has {size:,} bytes, more than the {MAX_ROW_BYTES:,} that a row may have"
-    return Oversized(row, line, reason, head[:HEAD_BYTES], size, sha256)
+def csv_value(columns: Sequence[str], delimiter: str, data: bytes) -> dict[str, Any]:
+    """The value of one record of a CSV, every cell as text but those of JSON. Raises RowError."""
+    try:
+        (cells,) = csv.reader(io.StringIO(data.decode()), delimiter=delimiter, strict=True)
+    except csv.Error as error:
+        raise RowError(f"it is not valid CSV ({error})") from None
+    if len(cells) != len(columns):
+        raise RowError(f"it has {len(cells)} cells where the header names {len(columns)} columns")
+    return {name: _cell(name, text) for name, text in zip(columns, cells, strict=True)}
 
 
-def not_text(data: bytes) -> str | None:
+def _cell(column: str, text: str) -> Any:
+    if column not in JSON_COLUMNS:
+        return text
+    try:
+        return json.loads(text) if text else None
+    except (ValueError, RecursionError):
+        return text
+
+
+def _text_only(data: bytes) -> bool:
+    """Raises RowError for what is not text."""
     if b"\0" in data:
-        return "it has NUL bytes"
+        raise RowError("it has NUL bytes")
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        return f"it is not UTF-8 (byte 0x{data[error.start]:02x} at column {error.start + 1})"
-    return None
+        raise RowError(f"it is not UTF-8 (byte 0x{data[error.start]:02x} at column {error.start + 1})") from None
+    return True

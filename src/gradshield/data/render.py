@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from gradshield.data import templates
-from gradshield.data.canonical import raw
-from gradshield.data.records import set_aside
+from gradshield.data.records import Record
+from gradshield.data.shapes import common
 from gradshield.data.source import Source
 from gradshield.data.spool import Spool
 from gradshield.data.turns import turn_span
@@ -128,10 +128,10 @@ def render_all(
             if isinstance(result, Rendered):
                 rendered.add(result)
                 continue
-            line = source.line(example.row) if source is not None else example.row + 1
+            line = source.lines[example.row] if source is not None else example.row + 1
             if strict:
                 raise DataError(f"line {line} cannot be scored, {result}: mend it, or leave out strict (--strict)")
-            quarantined.append(set_aside(example.row, line, result, raw(example.source)))
+            quarantined.append(Record(line, example.source).set_aside(example.row, result))
         progress(len(rendered) + len(quarantined))
     return RenderResult(rendered, tuple(quarantined))
 
@@ -359,8 +359,7 @@ class _CannotRender(ValueError):
 
 def _after(prompt: Sequence[int], ids: Sequence[int]) -> Mask:
     """The tokens of ``ids`` from where it parts from ``prompt``: not always its end, for tokens may merge there."""
-    pairs = enumerate(zip(prompt, ids, strict=False))
-    shared = next((t for t, (a, b) in pairs if a != b), min(len(prompt), len(ids)))
+    shared = common(prompt, ids)
     return [False] * shared + [True] * (len(ids) - shared)
 
 

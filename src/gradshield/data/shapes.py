@@ -104,7 +104,7 @@ class PromptCompletionShape(Shape):
             return (_answered(_messages(prompt, "prompt"), _messages(completion, "completion"), row),)
         raise RowError(
             "prompt and completion must be two strings or two lists of messages, "
-            f"got {_kind(prompt)} and {_kind(completion)}"
+            f"got {kind_of(prompt)} and {kind_of(completion)}"
         )
 
 
@@ -136,7 +136,7 @@ class ShareGPTShape(Shape):
     def convert(cls, row: Row) -> tuple[Conversation, ...]:
         turns = row["conversations"]
         if not isinstance(turns, list) or not turns:
-            raise RowError(f"conversations must be a list of turns that is not empty, got {_kind(turns)}")
+            raise RowError(f"conversations must be a list of turns that is not empty, got {kind_of(turns)}")
         messages = tuple(cls._message(turn, number) for number, turn in enumerate(turns, 1))
         if messages[0]["role"] != "system":
             messages = _system(row) + messages
@@ -145,7 +145,7 @@ class ShareGPTShape(Shape):
     @staticmethod
     def _message(turn: Any, number: int) -> Mapping[str, Any]:
         if not isinstance(turn, Mapping):
-            raise RowError(f"turn {number} of conversations must be an object, got {_kind(turn)}")
+            raise RowError(f"turn {number} of conversations must be an object, got {kind_of(turn)}")
         role = turn.get("from", turn.get("role"))
         text = turn.get("value", turn.get("content"))
         if not isinstance(role, str) or role not in SHAREGPT_ROLES:
@@ -153,7 +153,7 @@ class ShareGPTShape(Shape):
                 f"turn {number} of conversations has role {_short(role)}, not one of {_list(SHAREGPT_ROLES)}"
             )
         if not isinstance(text, str):
-            raise RowError(f"the value of turn {number} of conversations must be a string, got {_kind(text)}")
+            raise RowError(f"the value of turn {number} of conversations must be a string, got {kind_of(text)}")
         rest = {k: v for k, v in turn.items() if k not in ("from", "value", "role", "content") and v is not None}
         return {"role": SHAREGPT_ROLES[role], "content": text, **rest}
 
@@ -195,7 +195,7 @@ class PreferenceShape(Shape):
             return (_answered(asked, good, row), _answered(asked, bad, row, coefficient=-1.0))
         raise RowError(
             "chosen and rejected must be two strings or two lists of messages, "
-            f"got {_kind(chosen)} and {_kind(rejected)}"
+            f"got {kind_of(chosen)} and {kind_of(rejected)}"
         )
 
 
@@ -241,11 +241,11 @@ def _conversation(messages: Messages, prompt_turns: int | None, row: Row, coeffi
 def _messages(value: Any, field: str) -> Messages:
     """The messages as they are, once each is known to be one. Raises RowError."""
     if not isinstance(value, list) or not value:
-        raise RowError(f"{field} must be a list of messages that is not empty, got {_kind(value)}")
+        raise RowError(f"{field} must be a list of messages that is not empty, got {kind_of(value)}")
     for number, message in enumerate(value, 1):
         where = f"message {number} of {field}"
         if not isinstance(message, Mapping):
-            raise RowError(f"{where} must be an object, got {_kind(message)}")
+            raise RowError(f"{where} must be an object, got {kind_of(message)}")
         role = message.get("role")
         if not isinstance(role, str) or role not in ROLES:
             raise RowError(f"{where} has role {_short(role)}, not one of {_list(ROLES)}")
@@ -257,10 +257,10 @@ def _check_content(content: Any, where: str) -> None:
     if content is None or isinstance(content, str):
         return
     if not isinstance(content, list):
-        raise RowError(f"the content of {where} must be a string or a list of text parts, got {_kind(content)}")
+        raise RowError(f"the content of {where} must be a string or a list of text parts, got {kind_of(content)}")
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            found = _short(part.get("type")) if isinstance(part, Mapping) else _kind(part)
+            found = _short(part.get("type")) if isinstance(part, Mapping) else kind_of(part)
             raise RowError(f"the content of {where} has a part that is not text ({found})")
 
 
@@ -289,7 +289,7 @@ def _tools(value: Any) -> Messages | None:
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise RowError(f"tools must be a list of objects, got {_kind(value)}")
+        raise RowError(f"tools must be a list of objects, got {kind_of(value)}")
     return tuple(value)
 
 
@@ -297,7 +297,7 @@ def _template_kwargs(value: Any) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise RowError(f"chat_template_kwargs must be an object, got {_kind(value)}")
+        raise RowError(f"chat_template_kwargs must be an object, got {kind_of(value)}")
     if taken := sorted(name for name in RENDERING if name in value):
         raise RowError(f"chat_template_kwargs has {taken[0]}, which a row may not set")
     return dict(value)
@@ -310,7 +310,7 @@ def _system(row: Row) -> Messages:
 
 def _string(value: Any, field: str) -> str:
     if not isinstance(value, str):
-        raise RowError(f"{field} must be a string, got {_kind(value)}")
+        raise RowError(f"{field} must be a string, got {kind_of(value)}")
     return value
 
 
@@ -322,19 +322,19 @@ def _answer(value: Any, field: str) -> str:
 
 def _split_strings(chosen: str, rejected: str) -> tuple[str, str, str]:
     """The text both share, and what each has of its own. A space at the seam belongs to the answers."""
-    shared = _common(chosen, rejected)
+    shared = common(chosen, rejected)
     if shared and chosen[shared - 1] == " ":
         shared -= 1
     return chosen[:shared], _own(chosen[shared:], "chosen"), _own(rejected[shared:], "rejected")
 
 
 def _split_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    shared = _common(chosen, rejected)
+    shared = common(chosen, rejected)
     return chosen[:shared], _own(chosen[shared:], "chosen"), _own(rejected[shared:], "rejected")
 
 
-def _common(left: Any, right: Any) -> int:
-    """How many leading items (characters, messages) two sequences share."""
+def common(left: Any, right: Any) -> int:
+    """How many leading items (characters, messages, tokens) two sequences share."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(left), len(right)))
 
@@ -345,7 +345,8 @@ def _own(rest: Any, field: str) -> Any:
     return rest
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value is, in words for a reason."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     if isinstance(value, list):
         return "a list" if value else "an empty list"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,65 +19,56 @@ from gradshield.types import Floats, Ints, Rendered, Tokens
 
 T = TypeVar("T")
 IDS = np.dtype(np.int32)  # no vocabulary is larger
-STRIDE = 256  # of so many sizes the place of the first is known
-BLOCK = 1 << 16  # bytes that are read at once where all is read in order
 
 
-class Scratch:
-    """Pieces of bytes one after the other in a nameless temporary file that goes with this object; 4 bytes each in memory.
+class OnDemand(Sequence[T]):
+    """A sequence of which each entry is made when it is asked for."""
+
+    @abstractmethod
+    def _at(self, index: int) -> T:
+        """The entry at a place from 0."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        places = range(len(self))[index]
+        return self._at(places) if isinstance(places, int) else [self._at(place) for place in places]
+
+
+class Scratch(OnDemand[bytes]):
+    """Pieces of bytes one after the other in a nameless temporary file that goes with this object; 8 bytes each in memory.
 
     Raises DataError where the folder of temporary files (``TMPDIR``) is full.
     """
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="gradshield-")  # noqa: SIM115 (closed with this object)
+        weakref.finalize(self, self._file.close)
         self._lock = Lock()
-        self._unread = False
-        self._sizes = array("I")
-        self._marks = array("Q")  # where every STRIDE-th piece begins
-        self._end = 0
+        self._starts = array("Q", [0])  # where each piece begins, and where the next one will
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self._starts) - 1
 
     def add(self, data: bytes) -> None:
         """Put a piece after the others."""
         with room():
             self._file.write(data)
-        self._unread = True
-        if len(self._sizes) % STRIDE == 0:
-            self._marks.append(self._end)
-        self._sizes.append(len(data))
-        self._end += len(data)
+        self._starts.append(self._starts[-1] + len(data))
 
-    def __getitem__(self, place: int) -> bytes:
-        start = self._marks[place // STRIDE] + sum(self._sizes[place - place % STRIDE : place])
-        return self._read(start, self._sizes[place])
-
-    def __iter__(self) -> Iterator[bytes]:
-        """Every piece in order, read in blocks."""
-        start, place = 0, 0
-        while place < len(self._sizes):
-            end, size = place, 0
-            while end < len(self._sizes) and (end == place or size + self._sizes[end] <= BLOCK):
-                size += self._sizes[end]
-                end += 1
-            data, at = self._read(start, size), 0
-            for length in self._sizes[place:end]:
-                yield data[at : at + length]
-                at += length
-            start, place = start + size, end
-
-    def _read(self, start: int, size: int) -> bytes:
+    def _at(self, index: int) -> bytes:
+        start, end = self._starts[index : index + 2]
         with self._lock:
-            if self._unread:
-                with room():
-                    self._file.flush()
-                self._unread = False
+            with room():
+                self._file.flush()
             if hasattr(os, "pread"):  # moves no position that a forked process may share
-                return os.pread(self._file.fileno(), size, start)
+                return os.pread(self._file.fileno(), end - start, start)
             self._file.seek(start)
-            data: bytes = self._file.read(size)
+            data: bytes = self._file.read(end - start)
             self._file.seek(0, os.SEEK_END)
             return data
 
@@ -92,7 +85,7 @@ def room() -> Iterator[None]:
         ) from None
 
 
-class _OnDisk(Sequence[T]):
+class _OnDisk(OnDemand[T]):
     """A sequence of which each entry is made from its bytes in a `Scratch`."""
 
     def __init__(self) -> None:
@@ -104,19 +97,8 @@ class _OnDisk(Sequence[T]):
     def __len__(self) -> int:
         return len(self._scratch)
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._made(self._scratch[range(len(self))[index]])
-
-    def __iter__(self) -> Iterator[T]:
-        return map(self._made, self._scratch)
+    def _at(self, index: int) -> T:
+        return self._made(self._scratch[index])
 
 
 class Spool(_OnDisk[Rendered]):
@@ -169,7 +151,7 @@ class Values(_OnDisk[Floats]):
         return np.frombuffer(data, np.float64).copy()
 
 
-class Picked(Sequence[T]):
+class Picked(OnDemand[T]):
     """Entries of a sequence by their places (n,), read from it when they are asked for."""
 
     def __init__(self, whole: Sequence[T], places: Ints) -> None:
@@ -178,13 +160,5 @@ class Picked(Sequence[T]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Picked[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | Picked[T]:
-        if isinstance(index, slice):
-            return Picked(self._whole, self._places[index])
+    def _at(self, index: int) -> T:
         return self._whole[int(self._places[index])]

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from gradshield.data.shapes import common
+
 Span = tuple[int, int]
 RenderText = Callable[..., str]  # render(messages, add_generation_prompt=False)
 
@@ -79,8 +81,7 @@ def _with_content(messages: Sequence[Mapping[str, Any]], turn: int, content: str
 
 def _shared(left: str, right: str) -> str:
     """The beginning that two texts have in common."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return left[: next((n for n, (a, b) in pairs if a != b), min(len(left), len(right)))]
+    return left[: common(left, right)]
 
 
 def _header(opening: str) -> str:

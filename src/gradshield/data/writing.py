@@ -1,24 +1,22 @@
-"""Rows leave as they came: byte for byte, in the same kind of file. A file appears whole or not at all."""
+"""Rows leave as they came, in the same kind of file, unpacked. A file appears whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from gradshield.data.canonical import json_line
-from gradshield.data.records import HEAD_BYTES, Oversized
-from gradshield.data.source import Raw, Source
+from gradshield.data.source import Source
 from gradshield.errors import DataError
 from gradshield.files import replacing
 from gradshield.types import Ints, Quarantined
 
-GROUP = 1 << 16  # rows of a row group of a Parquet file
+WRITTEN = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 class Rows(Protocol):
@@ -30,37 +28,43 @@ class Rows(Protocol):
     @property
     def header(self) -> bytes: ...
 
-    def raw(self, rows: Iterable[int], whole: bool = False) -> Iterator[Raw]: ...
+    def raw(self, rows: Iterable[int]) -> Iterator[bytes]: ...
 
-    def tables(self, rows: Ints, whole: bool = False) -> Iterator[Any]: ...
+    def tables(self, rows: Ints) -> Iterator[Any]: ...
 
-    def schema(self) -> Any: ...
+
+def suffix(kind: str) -> str:
+    """Suffix of the files that rows of this kind of input are written to: those of a ``Dataset`` or a list become JSON lines."""
+    return f".{kind}" if f".{kind}" in WRITTEN else ".jsonl"
 
 
 def write(rows: Sequence[int] | Ints, source: Rows, path: str | Path) -> None:
-    """Write some rows of ``source`` by their positions, which increase, in the kind of file they came in (``Source.suffix``)."""
+    """Write some rows of ``source`` by their positions, which increase, in the kind of file they came in (`suffix`)."""
     write_parts({Path(path): rows}, source)
 
 
 def write_parts(parts: Mapping[Path, Sequence[int] | Ints], source: Rows) -> None:
     """Several files at once, none of which is put in its place before all are whole.
 
-    The rows are read again from where they came. A newline is added only after a row that ended the input without one and
-    is not the last here. Raises DataError where a file cannot be written, and where the input has changed; what stood at the
-    paths is then still there.
+    A newline is added only after a row that ended the input without one and is not the last here. Raises DataError where a file
+    cannot be written, and where a Parquet file has changed since it was read; what stood at the paths is then still there.
     """
-    fill = _fill_table if source.kind == "parquet" else _fill_text
     with ExitStack() as stack:
         for path, rows in parts.items():
-            part = stack.enter_context(_replacing(path))
-            fill(part, np.asarray(rows, dtype=np.int64), source)
+            part, places = stack.enter_context(_replacing(path)), np.asarray(rows, dtype=np.int64)
+            if source.kind == "parquet":
+                _write_tables(part, source.tables(places))
+            else:
+                _write_chunks(part, _chunks(source.raw(places), source, len(places)))
 
 
 def take(rows: Sequence[int] | Ints, source: Source) -> Any:
     """Some rows in the form they were given in Python: ``Dataset.select`` of a ``Dataset``, else a list of the rows."""
     if source.kind == "dataset":
         return source.table.select(rows)
-    return list(source.raw(int(row) for row in rows))
+    if source.kind == "list":
+        return [source.table[row] for row in rows]
+    return [source.parse(raw) for raw in source.raw(rows)]
 
 
 def write_quarantine(quarantined: Iterable[Quarantined], path: str | Path) -> None:
@@ -74,35 +78,19 @@ def write_quarantine(quarantined: Iterable[Quarantined], path: str | Path) -> No
 
 
 def _quarantine_line(bad: Quarantined) -> bytes:
-    entry = {
-        "row": bad.row,
-        "line": bad.line,
-        "reason": bad.reason,
-        "raw": bad.source[:HEAD_BYTES].decode(errors="backslashreplace"),
-        "bytes": bad.size if isinstance(bad, Oversized) else len(bad.source),
-        "sha256": bad.sha256 if isinstance(bad, Oversized) else hashlib.sha256(bad.source).hexdigest(),
-    }
-    return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+    entry = {**vars(bad), "raw": bad.source.decode(errors="backslashreplace"), "bytes": bad.size}
+    names = ("row", "line", "reason", "raw", "bytes", "sha256")
+    return json.dumps({name: entry[name] for name in names}, ensure_ascii=False).encode() + b"\n"
 
 
-def _fill_table(part: Path, rows: Ints, source: Rows) -> None:
-    import pyarrow as pa
+def _write_tables(part: Path, tables: Iterator[Any]) -> None:
     import pyarrow.parquet as pq
 
-    with pq.ParquetWriter(part, source.schema()) as writer:
-        waiting: list[Any] = []
-        for table in source.tables(rows, whole=True):
-            waiting.append(table)
-            if sum(map(len, waiting)) >= GROUP:
-                writer.write_table(pa.concat_tables(waiting))
-                waiting = []
-        if waiting:
-            writer.write_table(pa.concat_tables(waiting))
-
-
-def _fill_text(part: Path, rows: Ints, source: Rows) -> None:
-    raws = source.raw(rows.tolist(), whole=True)
-    _write_chunks(part, _chunks((r if isinstance(r, bytes) else json_line(r) for r in raws), source, len(rows)))
+    first = next(tables)
+    with pq.ParquetWriter(part, first.schema) as writer:
+        for table in chain((first,), tables):
+            if len(table):
+                writer.write_table(table)
 
 
 def _chunks(rows: Iterable[bytes], source: Rows, count: int) -> Iterator[bytes]:

@@ -7,13 +7,12 @@ result = utility(generate, task.rows, task.score)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gradshield.data.files import open_file
 from gradshield.data.formats import read
-from gradshield.data.records import Record
 from gradshield.errors import DataError, EmptyDataError
 from gradshield.evaluation import metrics
 from gradshield.evaluation.utility import Row
@@ -59,28 +58,23 @@ def task_file(path: str | Path, metric: str | None = None) -> Task:
     """
     if metric is not None:
         metrics.metric(metric)  # an unknown name is told before the file is read
-    opened = list(open_file(Path(path)).records)
-    records = [record for record in opened if isinstance(record, Record)]
-    aside = [record for record in opened if isinstance(record, Quarantined)]
+    opened = list(enumerate(open_file(Path(path))[1]))
+    records = [(row, record) for row, record in opened if not record.reason]
+    aside = [record.set_aside(row) for row, record in opened if record.reason]
     try:
-        result = read([_answered(record.value) for record in records])
+        result = read([_answered(record.value) for _, record in records])
     except DataError:
         read(Path(path))  # the same complaint, about the file
         raise
     for bad in result.quarantined:
-        record = records[bad.row]
-        aside.append(replace(bad, row=record.row, line=record.line))
+        row, record = records[bad.row]
+        aside.append(record.set_aside(row, bad.reason))
     rows: list[Row] = []
     for example in result.examples:
-        record = records[example.row]
+        row, record = records[example.row]
         found = _row(example, record.value)
         if isinstance(found, str):
-            raw = (
-                record.source
-                if isinstance(record.source, bytes)
-                else str(record.source).encode(errors="backslashreplace")
-            )
-            aside.append(Quarantined(record.row, record.line, found, raw))
+            aside.append(record.set_aside(row, found))
         else:
             rows.append(found)
     aside.sort(key=lambda bad: bad.row)

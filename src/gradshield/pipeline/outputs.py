@@ -1,7 +1,7 @@
 """What a scan leaves behind: rows, scores, a report and, last of all, the manifest.
 
     screened/
-      kept.jsonl         rows that stay, byte for byte as they came (the suffix follows the input: .csv, .json, .parquet)
+      kept.jsonl         rows that stay, as they came (the suffix follows the input: .csv, .tsv, .json, .parquet)
       removed.jsonl      rows that go
       quarantine.jsonl   rows that could not be used: row, line, reason, raw
       scores.parquet     one line per scored row
@@ -37,8 +37,7 @@ KINDS = "kinds.json"  # in it: the kinds of harm that a scan named, for the cuts
 RANKED = 20_000  # labelled rows, the most that AUROCs are taken on
 LEAST_RANKED = 1_000  # of either class, where there are so many
 BLOCK = 1 << 16  # lines of the scores that are made and written at once
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # of kept and removed
-PARTS = tuple(f"{part}{suffix}" for suffix in SUFFIXES for part in ("kept", "removed"))
+PARTS = tuple(f"{part}{suffix}" for suffix in rows_in.WRITTEN for part in ("kept", "removed"))
 SCORES = "scores.parquet"
 WRITTEN = (*PARTS, "quarantine.jsonl", SCORES, "report.html", "manifest.json")
 # What the score of `Screen` is made of, and what a table calls it; nothing where it ranks no rows.
@@ -143,22 +142,23 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
         if truth is not None:
             runs.write_json(new / runs.WORK / "labels.json", truth.tolist())
         rows_in.write_quarantine(selection.quarantined, new / "quarantine.jsonl")
-        _write_cut(selection, new, rows.read.source, rows.read.source.suffix, views, truth)
+        _write_cut(selection, new, rows.read.source, views, truth)
 
 
 def write_cut(
-    selection: Selection, folder: Path, source: rows_in.Rows, suffix: str, views: review.Views, truth: Ints | None
+    selection: Selection, folder: Path, source: rows_in.Rows, views: review.Views, truth: Ints | None
 ) -> None:
     """Write what another cut changes, the rows as they stand in ``source``."""
     with instead(folder, "manifest.json", PARTS) as new:
-        _write_cut(selection, new, source, suffix, views, truth)
+        _write_cut(selection, new, source, views, truth)
 
 
 def _write_cut(
-    selection: Selection, folder: Path, source: rows_in.Rows, suffix: str, views: review.Views, truth: Ints | None
+    selection: Selection, folder: Path, source: rows_in.Rows, views: review.Views, truth: Ints | None
 ) -> None:
     from gradshield.pipeline import review
 
+    suffix = rows_in.suffix(source.kind)
     parts = {f"kept{suffix}": selection.kept_rows, f"removed{suffix}": selection.removed_rows}
     rows_in.write_parts({folder / name: rows for name, rows in parts.items()}, source)
     write_scores(selection, folder / SCORES)

@@ -98,7 +98,7 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
         cuts=decision.cuts,
         quarantined=_quarantined(path),
         cleared=decision.cleared,
-        keep=lambda: list(rows.raw(scores.rows[~removed].tolist())),
+        keep=lambda: [rows.parse(raw) for raw in rows.raw(scores.rows[~removed])],
         manifest=old,
         certified=not doubts,
     )
@@ -118,7 +118,7 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
         results["labels"] = {**old.results.get("labels", {}), **_caught_and_lost(removed, truth)}
     settings = {**old.settings, "threshold": threshold if isinstance(threshold, str) else rule.name}
     selection = replace(selection, manifest=replace(old, command=command, settings=settings, results=results))
-    outputs.write_cut(selection, path, rows, rows.suffix, _views(path), truth)
+    outputs.write_cut(selection, path, rows, _views(path), truth)
     return selection
 
 
@@ -190,7 +190,7 @@ def _texts(column: Any) -> Iterator[str]:
 
 def _together(folder: Path, old: Manifest, scores: Scores, removed: Bools) -> Together:
     """The scored rows in the order of the input, put together again from the kept and the removed file."""
-    suffix = f".{old.data['kind']}" if old.data["kind"] in ("json", "csv", "parquet") else ".jsonl"
+    suffix = rows_in.suffix(str(old.data["kind"]))
     parts: dict[bool, rows_in.Examples] = {}
     for name, flag in (("kept", False), ("removed", True)):
         own = removed == flag
@@ -208,62 +208,55 @@ def _together(folder: Path, old: Manifest, scores: Scores, removed: Bools) -> To
         strangers = np.flatnonzero(found.ids.digests != Ids.of(scores.ids).digests[own])
         if len(strangers):
             raise DataError(
-                f"line {found.source.line(int(strangers[0]))} of {path.name} is not the row that was scored: it was changed "
+                f"line {found.source.lines[int(strangers[0])]} of {path.name} is not the row that was scored: it was changed "
                 "after the scan; run `gradshield scan` again"
             )
         parts[flag] = found
     if not parts:
         raise DataError(f"{str(folder)!r} holds no scored row: run `gradshield scan` again")
-    return Together(parts, scores.rows, removed, suffix)
+    return Together(parts, scores.rows, removed)
 
 
 class Together:
     """The rows of a kept and a removed file in the order of the input they came from; to be written from (`data.Rows`)."""
 
-    def __init__(self, parts: Mapping[bool, rows_in.Examples], rows: Ints, removed: Bools, suffix: str) -> None:
-        self._parts, self._rows, self._removed, self.suffix = parts, rows, removed, suffix
+    def __init__(self, parts: Mapping[bool, rows_in.Examples], rows: Ints, removed: Bools) -> None:
+        self._parts, self._rows, self._removed = parts, rows, removed
+        self._places = np.where(removed, np.cumsum(removed), np.cumsum(~removed)) - 1  # of each row in its own file
         first = next(iter(parts.values())).source
-        self.kind, self.header, self.schema = first.kind, first.header, first.schema
+        self.kind, self.header, self.parse = first.kind, first.header, first.parse
 
-    def raw(self, rows: Iterable[int], whole: bool = False) -> Iterator[Any]:
-        """As `Source.raw`; both files are read side by side."""
-        files = {flag: part.source.raw(part.rows.tolist(), whole) for flag, part in self._parts.items()}
-        wanted = np.isin(self._rows, np.fromiter(rows, np.int64))
-        for flag, want in zip(self._removed, wanted, strict=True):
-            row = next(files[bool(flag)])
-            if want:
-                yield row
-        for file in files.values():
-            next(file, None)  # to its end, where its hash is compared
+    def _found(self, rows: Iterable[int]) -> Iterator[tuple[rows_in.Examples, int]]:
+        for at in np.searchsorted(self._rows, np.fromiter(rows, np.int64)):
+            yield self._parts[bool(self._removed[at])], int(self._places[at])
 
-    def examples(self, rows: Ints) -> Iterator[Example]:
-        """The rows at these positions in the input, those of the kept file first."""
-        for flag, part in self._parts.items():
-            wanted = np.isin(self._rows[self._removed == flag], rows)
-            if wanted.any():
-                yield from part.at(part.rows[wanted].astype(np.int64))
+    def examples(self, rows: Iterable[int]) -> Iterator[Example]:
+        """The rows at these positions in the input."""
+        return (part[place] for part, place in self._found(rows))
 
-    def tables(self, rows: Ints, whole: bool = False) -> Iterator[Any]:
+    def raw(self, rows: Iterable[int]) -> Iterator[bytes]:
+        """As `Source.raw`."""
+        return (part.source.copy[int(part.rows[place])] for part, place in self._found(rows))
+
+    def tables(self, rows: Ints) -> Iterator[Any]:
         """As `Source.tables`; both files are read side by side."""
         wanted = np.isin(self._rows, rows)
         spans = [slice(start, start + SPAN) for start in range(0, len(self._rows), SPAN)]
         files = [
             _sized(
-                part.source.tables(part.rows.astype(np.int64), whole),
-                self.schema().empty_table(),
+                part.source.tables(part.rows.astype(np.int64)),
                 [int((self._removed[span] == flag).sum()) for span in spans],
             )
             for flag, part in sorted(self._parts.items())
         ]
         for span, tables in zip(spans, zip(*files, strict=True), strict=True):
-            place = np.empty(len(wanted[span]), dtype=np.int64)
-            place[np.argsort(self._removed[span], kind="stable")] = np.arange(len(place))
-            if wanted[span].any():
-                yield pa.concat_tables(tables).take(place[wanted[span]])
+            order = np.argsort(np.argsort(self._removed[span], kind="stable"))
+            yield pa.concat_tables(tables).take(order[wanted[span]])
 
 
-def _sized(tables: Iterator[Any], waiting: Any, sizes: Iterable[int]) -> Iterator[Any]:
-    """The rows of tables, after those that are ``waiting``, in tables of these sizes."""
+def _sized(tables: Iterator[Any], sizes: Iterable[int]) -> Iterator[Any]:
+    """The rows of tables in tables of these sizes."""
+    waiting = next(tables)
     for size in sizes:
         while len(waiting) < size:
             waiting = pa.concat_tables([waiting, next(tables)])
@@ -280,7 +273,9 @@ def _quarantined(folder: Path) -> tuple[Any, ...]:
         # By newline alone: a row may hold other characters at which splitlines would break it.
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
         rows = [json.loads(line) for line in lines if line]
-        return tuple(Quarantined(r["row"], r["line"], r["reason"], r["raw"].encode()) for r in rows)
+        return tuple(
+            Quarantined(r["row"], r["line"], r["reason"], r["raw"].encode(), r["bytes"], r["sha256"]) for r in rows
+        )
     except (OSError, ValueError, TypeError, KeyError):
         raise DataError(f"{path} cannot be read: it was changed after the scan; run `gradshield scan` again") from None
 

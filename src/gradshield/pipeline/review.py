@@ -71,7 +71,7 @@ def page(
     results = selection.manifest.results
     agreed, measured = results["agreement"], results.get("labels", {})
     kind = selection.manifest.data["kind"]
-    suffix = f".{kind}" if kind in ("json", "csv", "parquet") else ".jsonl"
+    suffix = rows_in.suffix(kind)
     order = np.argsort(-selection.scores.values, kind="stable")
     out = selection.removed[order]
     gone, near = order[out][:SHOWN].tolist(), order[~out][:NEAR].tolist()

@@ -45,7 +45,7 @@ def seen(
     (example,) = read.examples.at(np.array([row]))
     rendered = rows_in.render(example, tokenizer, render_config(training_args, max_length, None, {}))
     if isinstance(rendered, str):
-        raise DataError(f"row {row} (line {read.source.line(row)}) of {read.source.name} cannot be scored, {rendered}")
+        raise DataError(f"row {row} (line {read.source.lines[row]}) of {read.source.name} cannot be scored, {rendered}")
     pieces: list[tuple[str, bool]] = []
     for number, tokens in enumerate(rendered.sequences):
         if number:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+from gradshield.data.files import open_file
 from gradshield.errors import DataError, UsageError
 
 SPLITS = ("direction", "search", "report")
@@ -49,22 +49,15 @@ def _of_split(name: str, split: str) -> list[Prompt]:
 
 
 def read_prompts(path: str | Path, split: str = "direction", unnamed: bool = True) -> list[Prompt]:
-    """A user's prompts: JSON lines or CSV with ``prompt`` and optionally ``category`` and ``split``, or one per line of text.
+    """A user's prompts: a file of rows with ``prompt`` and optionally ``category`` and ``split``, or ``.txt`` with one a line.
 
     Rows of another split are left out; rows without one belong to every split, or with ``unnamed`` False to none, and then
     there may be none at all. Raises DataError in one sentence.
     """
     file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"the prompts file {str(path)!r} could not be read ({getattr(error, 'strerror', None) or 'it is not UTF-8'}): "
-            "give a .jsonl, .csv or .txt file of one-line requests"
-        ) from error
     found: list[Prompt] = []
     seen: dict[str, int] = {}
-    for number, row in enumerate(_rows(file, text), 1):
+    for number, row in enumerate(_rows(file), 1):
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise DataError(
@@ -94,24 +87,23 @@ def alike(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
-def _rows(file: Path, text: str) -> Sequence[dict[str, str]]:
-    if file.suffix == ".csv":
-        return list(
-            csv.DictReader(io.StringIO(text, newline=""))
-        )  # a cell may hold other ends of lines, such as U+2028
+def _rows(file: Path) -> Iterator[Any]:
     if file.suffix == ".txt":
-        return [{"prompt": line} for line in text.split("\n") if line.strip()]
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # by newline alone: a prompt may hold others, such as U+2028
-        if not line.strip():
-            continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise DataError(
-                f"line {number} of the prompts file {file.name!r} is not JSON ({error.msg}): give one object a line"
+                f"the prompts file {str(file)!r} cannot be read ({reason}): give one request a line"
             ) from error
-    return rows
+        yield from ({"prompt": line} for line in lines if line.strip())
+        return
+    for record in open_file(file)[1]:
+        if record.reason:
+            raise DataError(
+                f"line {record.line} of the prompts file {file.name!r} cannot be used, {record.reason}: fix it"
+            )
+        yield record.value
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
