@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gradshield.errors import DataError, GateError, ModelError, UsageError
+from gradshield.options import number
 from gradshield.report.text import visible
 
 if TYPE_CHECKING:
@@ -88,10 +89,7 @@ def share(text: str | None) -> float | None:
     """``1%`` or ``0.01``. Raises UsageError for what is not a share from 0 to 1, and for a bare 1, which may mean either."""
     if text is None:
         return None
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        value = -1.0
+    value = number(text)
     if not 0 <= value <= 1:
         raise UsageError(f"{text!r} is not a share of the rows: give a percentage such as 1%, or a number from 0 to 1")
     if value == 1 and not text.endswith("%"):

@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradshield.errors import UnknownNameError, UsageError
+from gradshield.options import Option, Spec, build, read
 from gradshield.registry import Registry
-from gradshield.thresholds import THRESHOLDS, Verified, typed
+from gradshield.thresholds import THRESHOLDS, Verified
 from gradshield.thresholds import parse as parse_threshold
 
 Options = Mapping[str, Any]
@@ -63,7 +64,6 @@ class Defence:
 
 
 AS_MANY = "as:"
-ASFT = {"weight": (1.0, 0.0, 1e9), "projector": ("published", "top"), "energy": (0.9, 0.0, 1.0)}
 Part = Callable[[Defence, str], Defence]
 DEFENCES: Registry[Part] = Registry("defence")
 
@@ -101,9 +101,10 @@ def _rows(name: str, selector: str, text: str, **more: Any) -> Part:
         _first_row_method(defence)
         if options.startswith(AS_MANY):
             parse(options.removeprefix(AS_MANY))
-        rule, _, told = options.partition(":")
+        rule = options.partition(":")[0]
         if rule == Verified.name:
-            return replace(defence, selector=selector, verified=typed(Verified, rule, told), **more)
+            verified = build("threshold", Spec.split(options), Verified)
+            return replace(defence, selector=selector, verified=verified, **more)
         if options and not options.startswith(AS_MANY):
             if rule not in THRESHOLDS:
                 raise UnknownNameError("threshold", rule, [*THRESHOLDS, Verified.name, f"{AS_MANY}DEFENCE"])
@@ -161,24 +162,24 @@ def clean(defence: Defence, options: str) -> Defence:
 @DEFENCES.register("safeinstruct")
 def safeinstruct(defence: Defence, options: str) -> Defence:
     """Safety rows are mixed in: requests with the model's own refusals, as a share of the kept rows (default 10%)."""
-    return replace(defence, safe_share=_options("safeinstruct", options, {"share": (0.1, 0.0, 1.0)})["share"])
+    return replace(defence, safe_share=_options("safeinstruct", options, {"share": Option(float, 0.1, 0, 1)})["share"])
 
 
 @DEFENCES.register("moderate")
 def moderate(defence: Defence, options: str) -> Defence:
     """In every step, rows of moderate gradient at the current weights train, the rest is skipped."""
-    return _inside(defence, "moderate", _options("moderate", options, {"ratio": (0.2, 0.0, 1.0)}))
+    return _inside(defence, "moderate", _options("moderate", options, {"ratio": Option(float, 0.2, 0, 1)}))
 
 
 @DEFENCES.register("dualselect")
 def dualselect(defence: Defence, options: str) -> Defence:
     """Safety references chosen by conflict and loss decide which rows train, and correct the gradient."""
     known = {
-        "warmup": (10, -1, 10**9),
-        "refresh": (10, 0, 10**9),
-        "temperature": (0.1, 0.0, 1e9),
-        "top": (8, 0, 10**9),
-        "drop": (0.5, -1e-9, 1.0),
+        "warmup": Option(int, 10, -1),
+        "refresh": Option(int, 10, 0),
+        "temperature": Option(float, 0.1, 0),
+        "top": Option(int, 8, 0),
+        "drop": Option(float, 0.5, -1e-9, 1),
     }
     return _inside(defence, "dualselect", _options("dualselect", options, known))
 
@@ -186,19 +187,24 @@ def dualselect(defence: Defence, options: str) -> Defence:
 @DEFENCES.register("asft")
 def asft(defence: Defence, options: str) -> Defence:
     """The weights' change is penalised where it leaves the alignment direction. Needs the base model."""
-    return _penalised(defence, "asft", _options("asft", options, ASFT))
+    known = {
+        "weight": Option(float, 1.0, 0),
+        "projector": Option(str, "published", choices=("published", "top")),
+        "energy": Option(float, 0.9, 0, 1),
+    }
+    return _penalised(defence, "asft", _options("asft", options, known))
 
 
 @DEFENCES.register("kl")
 def kl(defence: Defence, options: str) -> Defence:
     """The answers' distribution is held near that of the start (a frozen-reference KL)."""
-    return _penalised(defence, "kl", _options("kl", options, {"weight": (0.1, 0.0, 1e9)}))
+    return _penalised(defence, "kl", _options("kl", options, {"weight": Option(float, 0.1, 0)}))
 
 
 @DEFENCES.register("safelora")
 def safelora(defence: Defence, options: str) -> Defence:
     """After training, layers that left the aligned subspace are projected onto it. Needs the base model."""
-    return replace(defence, project=_options("safelora", options, {"threshold": (0.5, -1.0, 1.0)}))
+    return replace(defence, project=_options("safelora", options, {"threshold": Option(float, 0.5, -1, 1)}))
 
 
 def _first_row_method(defence: Defence) -> None:
@@ -218,46 +224,10 @@ def _penalised(defence: Defence, name: str, options: Options) -> Defence:
     return replace(defence, penalties=(*defence.penalties, (name, options)))
 
 
-def _no_options(name: str, options: str) -> None:
-    if options:
-        raise UsageError(f"the defence {name!r} got the option {options!r}, and it takes none: write {name}")
+def _no_options(name: str, text: str) -> None:
+    _options(name, text, {})
 
 
-def _options(name: str, text: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """``key=value`` pairs over the defaults; the first value may stand without its key. Raises UsageError.
-
-    ``known`` holds for each key its default, the number it must be above and the largest it may be; whole numbers where the
-    default is one. For words it holds the choices, the default first.
-    """
-    found = {key: spec[0] for key, spec in known.items()}
-    for i, part in enumerate(filter(None, text.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals:
-            key, value = (next(iter(known)) if i == 0 else ""), key
-        if key not in known:
-            raise UsageError(
-                f"the defence {name!r} got the option {part!r}, and it takes {', '.join(known)}: "
-                f"write {name}:{next(iter(known))}=..."
-            )
-        found[key] = _value(name, key, value, known[key])
-    return found
-
-
-def _value(name: str, key: str, text: str, spec: tuple[Any, ...]) -> Any:
-    if isinstance(spec[0], str):
-        if text in spec:
-            return text
-        allowed = " or ".join(spec)
-    else:
-        default, above, most = spec
-        try:
-            number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-        except ValueError:
-            number = float("nan")
-        if above < number <= most and (isinstance(default, float) or number == int(number)):
-            return number if isinstance(default, float) else int(number)
-        kind = "a number" if isinstance(default, float) else "a whole number"
-        allowed = f"{kind} above {above:g}" + (f", up to {most:g}" if most < 10**9 else "")
-    raise UsageError(
-        f"the option {key} of the defence {name!r} got {text!r}, and it takes {allowed}: write {name}:{key}={spec[0]}"
-    )
+def _options(name: str, text: str, known: Mapping[str, Option]) -> dict[str, Any]:
+    """The options that were typed over the defaults. Raises UsageError."""
+    return {key: option.default for key, option in known.items()} | read("defence", Spec.split(f"{name}:{text}"), known)

@@ -27,8 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from gradshield import lab
 from gradshield.errors import DataError, UsageError, did_you_mean
 from gradshield.evaluation.judges import parse as parse_judge
-from gradshield.guards import Spec
 from gradshield.lab import manifest
+from gradshield.options import Spec, number
 from gradshield.pipeline import outputs
 from gradshield.pipeline.defences import AS_MANY, Defence, parse
 from gradshield.thresholds import parse as parse_threshold
@@ -307,10 +307,7 @@ def _mix(text: str) -> tuple[str, float]:
     if text == "as is":
         return "own", 0.0
     harm, _, share = text.rpartition(":")
-    try:
-        ratio = float(share[:-1]) / 100 if share.endswith("%") else float(share)
-    except ValueError:
-        ratio = -1.0
+    ratio = number(share)
     if not 0 <= ratio < 1 or (harm or "explicit") not in (*lab.HARMS, MIXED):
         raise UsageError(
             f"the config names the mix {text!r}: write a harm ({', '.join(lab.HARMS)}, {MIXED}) and a share below 100%, "

@@ -5,7 +5,7 @@
 
 from gradshield.thresholds.adaptive import Adaptive
 from gradshield.thresholds.anchored import Anchored
-from gradshield.thresholds.base import THRESHOLDS, Threshold, parse, typed
+from gradshield.thresholds.base import THRESHOLDS, Threshold, parse
 from gradshield.thresholds.competition import Competition
 from gradshield.thresholds.conformal import Conformal
 from gradshield.thresholds.decoy import Decoy
@@ -29,5 +29,4 @@ __all__ = [
     "Verified",
     "decided",
     "parse",
-    "typed",
 ]
