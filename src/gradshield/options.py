@@ -145,7 +145,7 @@ def build(kind: str, spec: Spec, made: Callable[..., T], given: Given | None = N
     Raises UsageError for what it does not take, and where it asks for what nobody gives.
     """
     parameters = inspect.signature(made).parameters
-    ours = {name: make for name, make in (given or {}).items() if name in parameters}
+    ours = {name for name in given or {} if name in parameters}
     known = {name: option for name, option in of(made).items() if name not in ours}
     typed = read(kind, spec, known)
     for name, parameter in parameters.items():
@@ -155,4 +155,14 @@ def build(kind: str, spec: Spec, made: Callable[..., T], given: Given | None = N
                 f"the {kind} {spec.name!r} asks for {name!r} in its constructor, which is neither text nor a number nor one of "
                 f"{', '.join(given or ()) or 'nothing else'}: give it a default"
             )
-    return made(**{name: make() for name, make in ours.items()}, **typed)
+    return made(**asked(made, given or {}), **typed)
+
+
+def asks(made: Callable[..., Any], name: str) -> bool:
+    """Whether a constructor has a parameter of that name."""
+    return name in inspect.signature(made).parameters
+
+
+def asked(made: Callable[..., Any], given: Given) -> dict[str, Any]:
+    """What a constructor asks for by name, of what is given."""
+    return {name: make() for name, make in given.items() if asks(made, name)}

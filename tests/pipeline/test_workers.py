@@ -35,10 +35,10 @@ from gradshield.selectors import (
     Fihs,
     GradNorm,
     Guard,
+    Larf,
     Loss,
     Moderate,
     Random,
-    Representation,
     Screen,
     parse_aggregate,
 )
@@ -246,7 +246,7 @@ def test_every_selector_travels() -> None:
         GradNorm(),
         Loss(),
         Random(3),
-        Representation(known),
+        Larf(known),
     ]
     assert {selector.name for selector in made} | {"guard"} == set(SELECTORS)
     (batch,) = batches(rendered, 10**6, 10**6)

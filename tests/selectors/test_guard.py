@@ -165,13 +165,13 @@ def test_an_endpoint_that_stopped_ends_the_scan_and_one_that_refuses_a_row_does_
 
 def test_a_guard_as_it_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "sk-0123456789")
-    method = Guard.parse("llm:m@https://host/v1,key=SOME_KEY", TOKENIZER)
+    method = Guard.parse("llm:m@https://host/v1,key=SOME_KEY", {"tokenizer": lambda: TOKENIZER})
     assert isinstance(method.guard, Llm) and method.decode([1, 2]) == ""
     settings = json.dumps(method.settings())
     assert '"model": "m"' in settings and "sk-0123456789" not in settings and "SOME_KEY" not in settings
     for wrong in ("", "refusal-phrases"):
         with pytest.raises(UsageError, match="unknown guard"):
-            Guard.parse(wrong, TOKENIZER)
+            Guard.parse(wrong, {"tokenizer": lambda: TOKENIZER})
 
 
 def test_the_direction_is_empty_and_is_the_guards() -> None:

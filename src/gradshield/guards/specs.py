@@ -33,7 +33,7 @@ def parse(text: str, device: str = "auto", dtype: str = "auto", trust_remote_cod
 def make(spec: Spec, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Guard:
     """A guard from a spec in parts; see ``parse``."""
     made = GUARDS[spec.name]
-    form = FORMS[spec.name]
+    form = FORMS.get(spec.name, f"{spec.name}:MODEL")
     if not spec.target:
         raise UsageError(f"the guard {spec.name!r} names no model: write {form}")
     asks = inspect.signature(made).parameters

@@ -19,10 +19,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradshield.errors import UnknownNameError, UsageError
-from gradshield.options import Option, Spec, build, read
+from gradshield.options import Option, Spec, asks, build, of, read
 from gradshield.registry import Registry
+from gradshield.selectors import ONLINE, SELECTORS
 from gradshield.thresholds import THRESHOLDS, Verified
 from gradshield.thresholds import parse as parse_threshold
+from gradshield.training import PENALTIES
 
 Options = Mapping[str, Any]
 
@@ -51,7 +53,7 @@ class Defence:
     @property
     def needs_base(self) -> bool:
         """Whether the model before its alignment is needed."""
-        return self.project is not None or any(name == "asft" for name, _ in self.penalties)
+        return self.project is not None or any(asks(PENALTIES[name], "alignment") for name, _ in self.penalties)
 
     @property
     def training(self) -> Mapping[str, Any]:
@@ -65,7 +67,24 @@ class Defence:
 
 AS_MANY = "as:"
 Part = Callable[[Defence, str], Defence]
-DEFENCES: Registry[Part] = Registry("defence")
+
+
+class _Defences(Registry[Part]):
+    """The parts by name. A selector, a penalty or an online selection that no part takes in is one under its own name."""
+
+    def _live(self) -> Mapping[str, Part]:
+        found = dict(super()._live())
+        own: tuple[tuple[Registry[Any], Callable[[str], Part]], ...] = (
+            (SELECTORS, lambda name: _row_part(name, SELECTORS.summary(name))),
+            (PENALTIES, lambda name: _joining(_penalised, PENALTIES, name)),
+            (ONLINE, lambda name: _joining(_inside, ONLINE, name)),
+        )
+        for registry, part in own:
+            found |= {name: part(name) for name in registry if name not in found}
+        return found
+
+
+DEFENCES = _Defences("defence")
 
 
 def parse(text: str) -> Defence:
@@ -94,7 +113,18 @@ def _parts(text: str) -> list[str]:
     return re.split(rf"\+(?=\s*(?:{names})\s*(?:[:+]|$))", text)
 
 
-def _rows(name: str, selector: str, text: str, **more: Any) -> Part:
+def _joining(join: Callable[[Defence, str, Options], Defence], registry: Registry[Any], name: str) -> Part:
+    """A part that joins training by a method of a registry; what follows its name are the options that its class states."""
+
+    def part(defence: Defence, options: str) -> Defence:
+        known = {key: option for key, option in of(registry[name]).items() if key != "seed"}
+        return join(defence, name, read("defence", Spec.split(f"{name}:{options}"), known))
+
+    part.__doc__ = registry.summary(name)
+    return part
+
+
+def _row_part(selector: str, text: str, **more: Any) -> Part:
     """A part that scores rows with ``selector``; what follows its name is the threshold."""
 
     def part(defence: Defence, options: str) -> Defence:
@@ -112,8 +142,11 @@ def _rows(name: str, selector: str, text: str, **more: Any) -> Part:
         return replace(defence, selector=selector, threshold=options or None, **more)
 
     part.__doc__ = text
-    DEFENCES.register(name)(part)
     return part
+
+
+def _rows(name: str, text: str, **more: Any) -> None:
+    DEFENCES.register(name)(_row_part(more.pop("selector", name), text, **more))
 
 
 @DEFENCES.register("none")
@@ -125,21 +158,21 @@ def none(defence: Defence, options: str) -> Defence:
 
 _rows(
     "screen",
-    "screen",
     "Rows go whose request reads as one to refuse (in doubt their FIHS decides) and whose answer undoes a refusal.",
 )
-_rows("fihs", "fihs", "Rows beyond the cut of their FIHS go; fihs:verified searches the cut by training.")
-_rows("token-mask", "fihs", "Every row stays, and tokens whose FIHS is beyond the cut are not learned.", mask=True)
-_rows("moderate-rows", "moderate", "Rows of moderate gradient at the start stay (the offline form of moderate).")
+_rows("fihs", "Rows beyond the cut of their FIHS go; fihs:verified searches the cut by training.")
 _rows(
-    "representation", "representation:larf", "Rows nearer to unsafe than to safe references in hidden states go (LARF)."
+    "token-mask",
+    "Every row stays, and tokens whose FIHS is beyond the cut are not learned.",
+    selector="fihs",
+    mask=True,
 )
-_rows(
-    "anchors", "representation:anchors", "Rows more like harmful than like safe anchors go (bi-directional anchoring)."
-)
-_rows("loss", "loss", "Rows of the highest loss go.")
-_rows("gradnorm", "gradnorm", "Rows of the largest gradient go.")
-_rows("random", "random", "Rows drawn at random go.")
+_rows("moderate-rows", "Rows of moderate gradient at the start stay (the offline form of moderate).")
+_rows("larf", "Rows nearer to unsafe than to safe references in hidden states go (LARF).")
+_rows("anchors", "Rows more like harmful than like safe anchors go (bi-directional anchoring).")
+_rows("loss", "Rows of the highest loss go.")
+_rows("gradnorm", "Rows of the largest gradient go.")
+_rows("random", "Rows drawn at random go.")
 
 
 @DEFENCES.register("guard")

@@ -34,6 +34,7 @@ from gradshield.errors import DataError
 from gradshield.files import instead, replacing, write_text
 from gradshield.intervals import wilson
 from gradshield.models import LoadedModel
+from gradshield.registry import plugins
 from gradshield.types import Bools, EvalResult, Example, Ints, Manifest, Rate, Rendered, Selection
 
 if TYPE_CHECKING:
@@ -139,9 +140,10 @@ def prepare(output: str | Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Python and every package that can change a number."""
+    """Python and every package that can change a number, those that add methods too."""
     installed = {name: _installed(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **{name: v for name, v in installed.items() if v is not None}}
+    found = {name: v for name, v in installed.items() if v is not None}
+    return {"python": platform.python_version(), **found, **plugins()}
 
 
 @cache

@@ -22,7 +22,7 @@ from gradshield.errors import ModelError, UsageError
 from gradshield.files import replacing
 from gradshield.gradients import adapted
 from gradshield.models import LoadedModel, Source, first_line, parameters_digest
-from gradshield.selectors import Guard, Selector
+from gradshield.selectors import Selector
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -94,10 +94,10 @@ def bare(selector: Selector) -> Selector:
 
     Raises UsageError for one that asks a model of its own.
     """
-    if isinstance(selector, Guard):
+    if not selector.travels:
         raise UsageError(
-            "the selector guard asks a guard model, not the one that is scored, and gains nothing from other processes: leave "
-            "out --workers and --ray"
+            f"the selector {selector.name} asks something else than the model that is scored, and gains nothing from other "
+            "processes: leave out --workers and --ray"
         )
     found = copy(selector)
     for name in ("probe", "requests", "aggregate", "references"):  # what prepare and finish read

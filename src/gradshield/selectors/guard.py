@@ -15,6 +15,7 @@ from torch import nn
 from gradshield.errors import EndpointError
 from gradshield.guards import Guard as Model
 from gradshield.guards import parse
+from gradshield.options import Given
 from gradshield.selectors.base import SELECTORS, Measured
 from gradshield.types import Batch, Direction, Ints, Scores
 
@@ -36,21 +37,23 @@ class Guard:
 
     name = "guard"
     rule = "fixed:0.5"
+    travels, probed = False, False
 
     def __init__(self, guard: Model, decode: Decode) -> None:
         self.guard, self.decode = guard, decode
 
     @classmethod
-    def parse(cls, spec: str, tokenizer: Any) -> Guard:
-        """The selector on a guard as it is typed (``guards.specs.FORMS``), for rows in the tokens of ``tokenizer``.
+    def parse(cls, text: str, given: Given) -> Guard:
+        """The selector on a guard as it is typed (``guards.specs.FORMS``), for rows in the tokens of the given ``tokenizer``.
 
         Raises UsageError.
         """
+        tokenizer = given["tokenizer"]()
 
         def decode(ids: Sequence[int]) -> str:
             return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-        return cls(parse(spec), decode)
+        return cls(parse(text), decode)
 
     def prepare(self, model: nn.Module) -> Direction:
         """No direction: ``tensors`` is empty, and the digest is that of the guard. Raises what keeps the guard from working."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
 from urllib.parse import urlsplit
 
 from gradshield.errors import UsageError
@@ -12,7 +11,7 @@ from gradshield.evaluation.judges.base import JUDGES, Judge
 from gradshield.evaluation.judges.guarded import GuardJudge
 from gradshield.guards.base import short_name
 from gradshield.guards.specs import OF_CLIENT, make
-from gradshield.options import Spec, read
+from gradshield.options import Spec, build
 
 
 def parse(spec: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Judge:
@@ -29,10 +28,9 @@ def parse(spec: str, device: str = "auto", dtype: str = "auto", trust_remote_cod
     """
     parts = Spec.split(spec)
     made = JUDGES[parts.name]
-    if issubclass(cast(type, made), GuardJudge):
+    if isinstance(made, type) and issubclass(made, GuardJudge):
         return made(make(parts, device, dtype, trust_remote_code))
-    read("judge", parts, {})
-    return made()
+    return build("judge", parts, made)
 
 
 def parse_all(specs: Sequence[str]) -> tuple[Judge, ...]:
