@@ -29,7 +29,7 @@ DEFENCES = (
     "asft",
     "moderate",
     "dualselect",
-    "representation",
+    "larf",
     "random:as:fihs",
 )
 ARMS = {"no defence": "none", "filtered": "filtered", "clean rows only": "clean"}

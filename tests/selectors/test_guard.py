@@ -169,8 +169,14 @@ def test_a_guard_as_it_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(method.guard, Llm) and method.decode([1, 2]) == ""
     settings = json.dumps(method.settings())
     assert '"model": "m"' in settings and "sk-0123456789" not in settings and "SOME_KEY" not in settings
-    for wrong in ("", "refusal-phrases"):
-        with pytest.raises(UsageError, match="unknown guard"):
+    named = Guard.parse("org/Guard-8B", {"tokenizer": lambda: TOKENIZER})
+    assert named.guard.name == "guard:Guard-8B"
+    for wrong, said in (
+        ("", "names no model"),
+        ("classifier", "names no model"),
+        ("refusal-phrases:x", "unknown guard"),
+    ):
+        with pytest.raises(UsageError, match=said):
             Guard.parse(wrong, {"tokenizer": lambda: TOKENIZER})
 
 

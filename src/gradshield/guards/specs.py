@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import replace
+from pathlib import Path
 
 from gradshield import options
 from gradshield.clients import TIMEOUT_SECONDS, Client
@@ -20,6 +21,20 @@ FORMS = {
 }
 OF_CLIENT = {"key": Option(str), "timeout": Option(float, above=0, most=3600)}  # how a guard is reached, not what it is
 _REMOTE = re.compile(r"(.+)@(https?://.+)", re.DOTALL | re.IGNORECASE)
+
+
+def of_rows(text: str) -> str:
+    """The guard of the selector and defence ``guard:...`` as parse takes it: a model without a kind is a guard model.
+
+    Raises UsageError, and UnknownNameError for a kind that is not there.
+    """
+    kind, colon, _ = text.partition(":")
+    if kind == "guard":
+        raise UsageError(f"'guard:{text}' says guard twice: write {text}")
+    if kind not in GUARDS and (not colon or Path(Spec.split(f"guard:{text}").target).exists()):
+        return f"guard:{text}"
+    GUARDS[kind]
+    return text
 
 
 def parse(text: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Guard:

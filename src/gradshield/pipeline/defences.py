@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradshield.errors import UnknownNameError, UsageError
+from gradshield.guards import of_rows
 from gradshield.options import Option, Spec, asks, build, of, read
 from gradshield.registry import Registry
 from gradshield.selectors import ONLINE, SELECTORS
@@ -177,10 +178,11 @@ _rows("random", "Rows drawn at random go.")
 
 @DEFENCES.register("guard")
 def guard(defence: Defence, options: str) -> Defence:
-    """Rows that a guard model calls unsafe go: guard:classifier:NAME, guard:guard:NAME or guard:moderation:MODEL@URL."""
+    """Rows that a guard model calls unsafe go: guard:NAME, guard:classifier:NAME or guard:moderation:MODEL@URL."""
     _first_row_method(defence)
     if not options:
-        raise UsageError("the defence 'guard' needs a guard, and none was given: write guard:classifier:NAME_OR_FOLDER")
+        raise UsageError("the defence 'guard' needs a guard, and none was given: write guard:NAME_OR_FOLDER")
+    of_rows(options)
     return replace(defence, selector=f"guard:{options}")
 
 

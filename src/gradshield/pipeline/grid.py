@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from gradshield import lab
 from gradshield.errors import DataError, UsageError, did_you_mean
 from gradshield.evaluation.judges import parse as parse_judge
+from gradshield.guards import of_rows
 from gradshield.lab import manifest
 from gradshield.options import Spec, number
 from gradshield.pipeline import outputs
@@ -219,7 +220,7 @@ def _clean(defence: Defence) -> str | None:
 def _guards(config: Config, defence: Defence) -> list[str | None]:
     """The content of every guard that is a folder here: of the judges, and of the defence."""
     kind, _, guard = (defence.selector or "").partition(":")
-    targets = [Spec.split(text).target for text in (*config.judges, *([guard] if kind == "guard" else []))]
+    targets = [Spec.split(text).target for text in (*config.judges, *([of_rows(guard)] if kind == "guard" else []))]
     return [_content(target) for target in targets if target and Path(target).is_dir()]
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from gradshield.errors import EndpointError
 from gradshield.guards import Guard as Model
-from gradshield.guards import parse
+from gradshield.guards import of_rows, parse
 from gradshield.options import Given
 from gradshield.selectors.base import SELECTORS, Measured
 from gradshield.types import Batch, Direction, Ints, Scores
@@ -44,7 +44,7 @@ class Guard:
 
     @classmethod
     def parse(cls, text: str, given: Given) -> Guard:
-        """The selector on a guard as it is typed (``guards.specs.FORMS``), for rows in the tokens of the given ``tokenizer``.
+        """The selector on a guard as it is typed (``NAME``, ``classifier:NAME``, ``llm:MODEL@URL``), with a given ``tokenizer``.
 
         Raises UsageError.
         """
@@ -53,7 +53,7 @@ class Guard:
         def decode(ids: Sequence[int]) -> str:
             return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-        return cls(parse(text), decode)
+        return cls(parse(of_rows(text)), decode)
 
     def prepare(self, model: nn.Module) -> Direction:
         """No direction: ``tensors`` is empty, and the digest is that of the guard. Raises what keeps the guard from working."""

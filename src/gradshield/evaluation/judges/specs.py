@@ -30,7 +30,7 @@ def parse(spec: str, device: str = "auto", dtype: str = "auto", trust_remote_cod
     made = JUDGES[parts.name]
     if isinstance(made, type) and issubclass(made, GuardJudge):
         return made(make(parts, device, dtype, trust_remote_code))
-    return build("judge", parts, made)
+    return build("judge", parts, JUDGES[parts.name])
 
 
 def parse_all(specs: Sequence[str]) -> tuple[Judge, ...]:
