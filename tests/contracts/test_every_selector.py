@@ -19,7 +19,7 @@ from gradshield.selectors import (
     Anchoring,
     Fihs,
     GradNorm,
-    Guard,
+    GuardFilter,
     Larf,
     Loss,
     Measured,
@@ -99,7 +99,7 @@ MAKERS: dict[str, Callable[[], Selector]] = {
     "random": lambda: Random(3),
     "larf": lambda: Larf(References(some(4, 1), some(4, 2), some(4, 3))),
     "anchors": lambda: Anchoring(References(some(4, 1), some(4, 2), some(4, 3))),
-    "guard": lambda: Guard(Reader(), spelled),
+    "guard": lambda: GuardFilter(Reader(), spelled),
 }
 
 

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gradshield.errors import DataError, GateError, ModelError, UsageError
 from gradshield.options import number
 from gradshield.report.text import visible
+from gradshield.types import Rate
 
 if TYPE_CHECKING:
     from gradshield.types import Selection
@@ -188,8 +189,7 @@ def summary(selection: Selection, folder: Path) -> None:
     for key in ("caught", "lost"):
         rate = results.get("labels", {}).get(key)
         if rate:
-            interval = f"({100 * rate['low']:.1f}–{100 * rate['high']:.1f}, n = {rate['n']})"
-            out.print(f"{key:7} {100 * rate['rate']:.1f} % [dim]{interval}[/dim]")
+            out.print(f"{key:7} {plain(str(Rate.of(rate)))}")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
 
 
@@ -248,8 +248,7 @@ def rates(before: Mapping[str, Any], after: Mapping[str, Any], utility: str = "u
             for key in keys:
                 value = value.get(key) if value else None
             if value:
-                low, high = 100 * value["low"], 100 * value["high"]
-                texts.append(f"{100 * value['rate']:.1f} % [dim]\\[{low:.1f}, {high:.1f}] n={value['n']}[/dim]")
+                texts.append(plain(str(Rate.of(value))))
         out.print(f"{plain(label):24} {' → '.join(texts)}")
 
 

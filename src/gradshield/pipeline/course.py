@@ -25,7 +25,7 @@ from gradshield.options import asked, asks
 from gradshield.pipeline.decide import Decision, decide
 from gradshield.pipeline.defences import AS_MANY, Defence, parse
 from gradshield.pipeline.masking import masked
-from gradshield.pipeline.outputs import digest, versions, words
+from gradshield.pipeline.outputs import caught_and_lost, digest, versions, words
 from gradshield.pipeline.ranking import score
 from gradshield.pipeline.references import refusals
 from gradshield.pipeline.rows import Prepared
@@ -235,6 +235,15 @@ class Course:
         scores = chosen.scored.scores
         limits = np.array([chosen.cuts[name].value for name in scores.shapes])
         return np.asarray(scores.values > limits)
+
+    def counts(self, chosen: Chosen) -> dict[str, Any]:
+        """How many rows went or lost tokens, and with labels what of it was harmful. JSON-able."""
+        found = {
+            "rows": len(chosen.rows),
+            "removed": int(chosen.removed.sum()),
+            "dropped_tokens": chosen.dropped_tokens,
+        }
+        return found if self.job.labels is None else found | caught_and_lost(chosen.removed, self._harmful())
 
     def _harmful(self) -> Bools:
         if self.job.labels is None:

@@ -21,7 +21,7 @@ from torch import nn
 from gradshield.errors import ModelError, UsageError
 from gradshield.files import replacing
 from gradshield.gradients import adapted
-from gradshield.models import LoadedModel, Source, first_line, parameters_digest
+from gradshield.models import LoadedModel, ModelSource, first_line, parameters_digest
 from gradshield.selectors import Selector
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Parcel:
     ``digest`` is the SHA-256 of all its parameters.
     """
 
-    source: Source | None
+    source: ModelSource | None
     copy: str | None
     adapter: PeftConfig | None
     seed: int

@@ -20,8 +20,8 @@ from gradshield.errors import ProbeError, ScoreError, UsageError
 from gradshield.gradients import (
     ENGINES,
     ROW_SUMS,
-    Agreement,
     Engine,
+    EngineAgreement,
     Loop,
     adapted,
     agreement,
@@ -49,7 +49,7 @@ class Ready:
 
     selector: Selector
     direction: Direction
-    agreement: Agreement | None = None
+    agreement: EngineAgreement | None = None
     validity: Validity | None = None
     harmless: Prompts | None = None  # the look-alikes of FIHS's requests, as opened turns
 
@@ -224,7 +224,7 @@ def _trusted(
     asked: Prompts,
     harmless: Prompts,
     pad: int,
-) -> tuple[Engine, Agreement]:
+) -> tuple[Engine, EngineAgreement]:
     """The first engine, from the chosen one to slower ones, whose ranking of a random sample is the oracle's."""
     truth = _measured(Loop(), selector, model, direction, sample)
     selector.finish(truth, [row.id for row in sample], [group(row.shape) for row in sample])  # names what is not finite
@@ -235,7 +235,7 @@ def _trusted(
         slower.append(ENGINES["forward"]())
     if not selector.aggregate.per_token and engine.name != "loop":
         slower.append(Loop())
-    found: Agreement | None = None
+    found: EngineAgreement | None = None
     for candidate in slower:
         found = agreement(candidate.name, _measured(candidate, selector, model, direction, sample).sums, oracle)
         # Too few rows, or equal ones, have no ranking: then the relative error decides.

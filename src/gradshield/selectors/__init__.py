@@ -6,7 +6,7 @@ from gradshield.selectors.base import SELECTORS, Measured, Selector, check, make
 from gradshield.selectors.dualselect import DualSelect
 from gradshield.selectors.fihs import Fihs
 from gradshield.selectors.gradnorm import GradNorm
-from gradshield.selectors.guard import Guard
+from gradshield.selectors.guard import GuardFilter
 from gradshield.selectors.loss import Loss
 from gradshield.selectors.moderate import Moderate, OnlineModerate
 from gradshield.selectors.online import ONLINE
@@ -23,7 +23,7 @@ __all__ = [
     "DualSelect",
     "Fihs",
     "GradNorm",
-    "Guard",
+    "GuardFilter",
     "Larf",
     "Loss",
     "Measured",

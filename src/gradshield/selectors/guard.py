@@ -13,8 +13,7 @@ import numpy as np
 from torch import nn
 
 from gradshield.errors import EndpointError
-from gradshield.guards import Guard as Model
-from gradshield.guards import of_rows, parse
+from gradshield.guards import Guard, of_rows, parse
 from gradshield.options import Given
 from gradshield.selectors.base import SELECTORS, Measured
 from gradshield.types import Batch, Direction, Ints, Scores
@@ -24,7 +23,7 @@ Turn = tuple[str, str]  # what stands before a response, and the response
 
 
 @SELECTORS.register("guard")
-class Guard:
+class GuardFilter:
     """The probability, by a guard model or a moderation endpoint, that a row's response is unsafe.
 
     Paper: arXiv 2312.06674 (Llama Guard), used here as a filter of training data. Equation: s(x) = max over the row's
@@ -39,11 +38,11 @@ class Guard:
     rule = "fixed:0.5"
     travels, probed = False, False
 
-    def __init__(self, guard: Model, decode: Decode) -> None:
+    def __init__(self, guard: Guard, decode: Decode) -> None:
         self.guard, self.decode = guard, decode
 
     @classmethod
-    def parse(cls, text: str, given: Given) -> Guard:
+    def parse(cls, text: str, given: Given) -> GuardFilter:
         """The selector on a guard as it is typed (``NAME``, ``classifier:NAME``, ``llm:MODEL@URL``), with a given ``tokenizer``.
 
         Raises UsageError.

@@ -11,7 +11,7 @@ from gradshield.thresholds.conformal import Conformal
 from gradshield.thresholds.decoy import Decoy
 from gradshield.thresholds.fixed import Fixed
 from gradshield.thresholds.ratio import Ratio
-from gradshield.thresholds.verified import Round, Trial, Verdict, Verified, decided
+from gradshield.thresholds.verified import Round, SearchResult, Trial, Verified, decided
 
 __all__ = [
     "THRESHOLDS",
@@ -23,9 +23,9 @@ __all__ = [
     "Fixed",
     "Ratio",
     "Round",
+    "SearchResult",
     "Threshold",
     "Trial",
-    "Verdict",
     "Verified",
     "decided",
     "parse",
