@@ -209,7 +209,8 @@ class Siege:
         """Of the rows planted to break safety, and of the defender's own, what went. What else an attacker plants is neither."""
         own, labels = set(self.target.harmless), list(self.job.labels or ())
         counted = [i for i, row in enumerate(chosen.rows) if labels[row.row] or self.pairs[row.row] in own]
-        return outputs.caught_and_lost([chosen.rows[i] for i in counted], chosen.removed[counted], labels)
+        truth = [labels[chosen.rows[i].row] for i in counted]
+        return outputs.caught_and_lost(chosen.removed[counted], truth)
 
     def _arms(self, defence: Defence, chosen: Chosen, trained: bool) -> list[dict[str, Any]]:
         """The training as given, and the attacker's recipes where that does not get him there.

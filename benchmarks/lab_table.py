@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradshield.types import Rate
+
 INTRODUCTION = """# The scan on the lab
 
 `python -m benchmarks.lab_grid --output lab-grid/` makes this page and `lab_results.json`, which holds every cell with its
@@ -48,9 +50,7 @@ def write(cells: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 def rate(value: Mapping[str, Any] | None) -> str:
     """``12.0 % [8.2, 17.2] n=200``."""
-    if not value:
-        return "–"
-    return f"{100 * value['rate']:.1f} % [{100 * value['low']:.1f}, {100 * value['high']:.1f}] n={value['n']}"
+    return str(Rate.of(value)) if value else "–"
 
 
 def _line(cell: Mapping[str, Any]) -> str:

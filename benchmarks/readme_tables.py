@@ -29,7 +29,7 @@ DEFENCES = (
     "asft",
     "moderate",
     "dualselect",
-    "representation",
+    "larf",
     "random:as:fihs",
 )
 SCREENED = ("screen", "screen+kl")

@@ -25,7 +25,7 @@ from gradshield.pipeline.rows import load, prepare
 from gradshield.pipeline.scoring import named
 from gradshield.pipeline.settings import Probing, ScanSettings
 from gradshield.selectors import Measured
-from gradshield.types import Rendered
+from gradshield.types import Rate, Rendered
 
 CHOOSING = (
     "amazon_polarity_Is_this_product_review_positive",
@@ -125,9 +125,7 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
 
 def outputs_rate(rate: dict[str, Any] | None) -> str:
     """A rate in per cent with its interval and n."""
-    if rate is None:
-        return "–"
-    return f"{100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] n={rate['n']}"
+    return "–" if rate is None else str(Rate.of(rate))
 
 
 def page(runs: Sequence[dict[str, Any]]) -> str:

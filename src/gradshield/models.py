@@ -29,7 +29,7 @@ HUB_LEAVE_OUT = ("*/*", "consolidated*", "*.msgpack")
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """What `load` was given, so that another process can load the same."""
 
     name: str
@@ -62,7 +62,7 @@ class LoadedModel:
     digest: str
     is_peft: bool = False
     adapter: str | None = None
-    source: Source | None = None
+    source: ModelSource | None = None
 
     @property
     def pad_token_id(self) -> int:
@@ -115,7 +115,7 @@ def load(
     kind = choose_dtype(dtype, where)
     placed = placing(where, kind, device, quantize, device_map)
     given = None if adapter is None else _whole(adapter)
-    source = Source(
+    source = ModelSource(
         _whole(name_or_path),
         given,
         str(kind).removeprefix("torch."),

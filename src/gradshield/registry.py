@@ -7,11 +7,16 @@ A room makes one ``Registry`` and registers its own entries where they are defin
     @PROBES.register("token_gap")
     class TokenGap: ...
 
-The first line of an entry's docstring is what ``gradshield methods`` prints beside its name.
+The first line of an entry's docstring is what ``gradshield methods`` prints next to its name.
+
+Other packages add theirs by an entry point of the group ``gradshield.plugins``, which names the module that registers them;
+it is imported when a name is first looked up in any registry.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from gradshield.errors import UnknownNameError
@@ -22,16 +27,19 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """An ordered map from name to entry, whose error names what there is."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, needs: Sequence[str] = ()) -> None:
+        """``needs`` are the attributes that every entry has."""
+        self.kind, self.needs = kind, needs
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator: hold the entry under ``name``. Raises ValueError when the name is taken."""
+        """Decorator: hold the entry under ``name``. Raises ValueError when the name is taken, or the entry lacks something."""
 
         def add(entry: T) -> T:
             if name in self._entries:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
+            if missing := [need for need in self.needs if not hasattr(entry, need)]:
+                raise ValueError(f"{self.kind} {name!r} lacks {', '.join(missing)}")
             self._entries[name] = entry
             return entry
 
@@ -39,18 +47,49 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """The entry. Raises UnknownNameError, which lists the live names."""
+        entries = self._live()
         try:
-            return self._entries[name]
+            return entries[name]
         except KeyError:
-            raise UnknownNameError(self.kind, name, self.names()) from None
+            raise UnknownNameError(self.kind, name, list(entries)) from None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._live())
 
     def names(self) -> list[str]:
         """Every name, in the order of registration."""
-        return list(self._entries)
+        return list(self._live())
+
+    def _live(self) -> Mapping[str, T]:
+        """Every entry by name, those of other packages too."""
+        plugins()
+        return self._entries
 
     def summary(self, name: str) -> str:
         """First line of the entry's docstring."""
         return (inspect.getdoc(self[name]) or "").split("\n", 1)[0]
+
+
+PLUGINS = "gradshield.plugins"
+_plugins: dict[str, str] | None = None
+
+
+def plugins() -> Mapping[str, str]:
+    """Import every package that adds methods, once: name and version of those that could be. A broken one is a warning."""
+    global _plugins
+    if _plugins is None:
+        _plugins = found = {}  # a plugin that looks a name up while it is imported comes by here again
+        for entry in entry_points(group=PLUGINS):
+            package, version = (entry.dist.name, entry.dist.version) if entry.dist else (entry.module, "")
+            try:
+                entry.load()
+            except Exception as error:  # whatever it is, it is not worth a scan that asks for none of its methods
+                reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+                warnings.warn(
+                    f"the plugin {package} {version} could not be loaded from {entry.value} ({reason}), and its methods are "
+                    "missing: repair it, or uninstall it",
+                    stacklevel=2,
+                )
+            else:
+                found[package] = version
+    return _plugins

@@ -21,6 +21,7 @@ import numpy as np
 
 from gradshield.errors import DataError
 from gradshield.files import write_text
+from gradshield.registry import plugins
 from gradshield.types import EvalResult, Manifest, Rate
 
 if TYPE_CHECKING:
@@ -112,9 +113,10 @@ def prepare(output: str | Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Python and every package that can change a number."""
+    """Python and every package that can change a number, those that add methods too."""
     installed = {name: _installed(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **{name: v for name, v in installed.items() if v is not None}}
+    found = {name: v for name, v in installed.items() if v is not None}
+    return {"python": platform.python_version(), **found, **plugins()}
 
 
 @cache

@@ -278,6 +278,15 @@ class Rate:
         """``{rate, low, high, n, k}``, the form every JSON file of the product uses."""
         return {"rate": self.rate, "low": self.low, "high": self.high, "n": self.n, "k": self.k}
 
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> Rate:
+        """What ``as_dict`` gave, read back."""
+        return cls(value.get("k", 0), value["n"], float(value["rate"]), float(value["low"]), float(value["high"]))
+
+    def __str__(self) -> str:
+        """``79.0 % [75.6, 82.1] n=200``, wherever a rate is shown."""
+        return f"{100 * self.rate:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] n={self.n}"
+
 
 @dataclass(frozen=True)
 class EvalResult:

@@ -16,14 +16,15 @@ from gradshield.guards import Opinion
 from gradshield.probes import FunctionProbe, PromptBatch, Prompts, first_logits
 from gradshield.selectors import (
     SELECTORS,
+    Anchoring,
     Fihs,
     GradNorm,
-    Guard,
+    GuardFilter,
+    Larf,
     Loss,
     Measured,
     Moderate,
     Random,
-    Representation,
     Screen,
     Selector,
     parse_aggregate,
@@ -92,12 +93,13 @@ def screen() -> Screen:
 MAKERS: dict[str, Callable[[], Selector]] = {
     "fihs": lambda: Fihs(FunctionProbe(gap), PROMPTS, Forward(), parse_aggregate("sum"), "last:1"),
     "screen": screen,
-    "moderate": lambda: Moderate("all"),
+    "moderate-rows": lambda: Moderate("all"),
     "gradnorm": lambda: GradNorm("last:1"),
     "loss": Loss,
     "random": lambda: Random(3),
-    "representation": lambda: Representation(References(some(4, 1), some(4, 2), some(4, 3))),
-    "guard": lambda: Guard(Reader(), spelled),
+    "larf": lambda: Larf(References(some(4, 1), some(4, 2), some(4, 3))),
+    "anchors": lambda: Anchoring(References(some(4, 1), some(4, 2), some(4, 3))),
+    "guard": lambda: GuardFilter(Reader(), spelled),
 }
 
 

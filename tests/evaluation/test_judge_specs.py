@@ -21,9 +21,10 @@ from gradshield.evaluation.judges import (
     parse,
     parse_all,
 )
-from gradshield.guards import GUARDS, Classifier, Generative, Llm, Moderations, Spec
+from gradshield.guards import GUARDS, Classifier, Generative, Llm, Moderations
 from gradshield.guards.specs import FORMS
 from gradshield.lab.judge import complied
+from gradshield.options import Spec
 
 
 @pytest.fixture(autouse=True)
@@ -128,23 +129,26 @@ def test_an_unknown_judge_lists_the_live_ones(spec: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("refusal-phrases:strict", "takes nothing more"),
+        ("refusal-phrases:strict", "got the option 'strict', and it takes no option: write refusal-phrases"),
         ("lab-classifier,unsafe=x", "unknown judge 'lab-classifier,unsafe=x'"),
-        ("lab-classifier:,unsafe=x", "takes nothing more"),
+        ("lab-classifier:,unsafe=x", "got the option 'unsafe', and it takes no option"),
         ("classifier:m,unsafe=a,unsafe=b", "unsafe twice"),
-        ("classifier:m,key=SOME_KEY", "no option 'key': choose from unsafe, reads, device, dtype"),
+        (
+            "classifier:m,key=SOME_KEY",
+            "got the option 'key', and it takes unsafe, reads, device, dtype: write classifier:NAME",
+        ),
         ("classifier:m,reads=all", "choose one of pair, answer"),
         ("guard:m,words=safe", "two words"),
         ("guard:m,words=safe+Safe", "two words"),
         ("guard:m,words=a b+c", "two words"),
-        ("guard:m,reads=pair", "no option 'reads'"),
+        ("guard:m,reads=pair", "got the option 'reads', and it takes words, device, dtype"),
         ("llm:m", "names no endpoint"),
         ("llm:m@host/v1", "names no endpoint"),
         ("llm:@https://h/v1", "names no endpoint"),
-        ("llm:m@https://h/v1,timeout=0", "more than 0"),
-        ("llm:m@https://h/v1,timeout=inf", "at most"),
-        ("llm:m@https://h/v1,timeout=soon", "timeout is 'soon'"),
-        ("llm:m@https://h/v1,device=cpu", "no option 'device': choose from key, timeout"),
+        ("llm:m@https://h/v1,timeout=0", "a number above 0"),
+        ("llm:m@https://h/v1,timeout=inf", "up to 3600"),
+        ("llm:m@https://h/v1,timeout=soon", "option timeout of the guard 'llm' got 'soon'"),
+        ("llm:m@https://h/v1,device=cpu", "got the option 'device', and it takes key, timeout"),
         ("moderation:m@https://h/v1,reads=no", "choose one of pair, answer"),
         ("llm:m@http://example.com/v1,key=SOME_KEY", "unencrypted"),
         ("llm:m@https://h/v1,key=NOT_SET", "NOT_SET is not set"),

@@ -91,7 +91,7 @@ def test_a_threshold_of_the_settings_is_any_methods(course: Course) -> None:
     assert course.chosen(parse("random")).removed.sum() == 5
 
 
-@pytest.mark.parametrize("name", ["random", "loss", "gradnorm", "moderate-rows", "representation", "anchors"])
+@pytest.mark.parametrize("name", ["random", "loss", "gradnorm", "moderate-rows", "larf", "anchors"])
 def test_a_method_may_remove_as_many_rows_as_another(course: Course, name: str) -> None:
     assert course.chosen(parse(f"{name}:as:fihs:ratio:20%")).removed.sum() == 10
 

@@ -62,6 +62,8 @@ def test_a_verified_threshold_carries_its_options() -> None:
         "safelora:threshold=2",
         "kl:-1",
         "guard",
+        "guard:guard:m",
+        "guard:clasifier:m",
         "safeinstruct:0",
         "fihs:ratio:150%",
         "random:as:nothing",
@@ -74,6 +76,13 @@ def test_what_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse(text)
     assert len(str(caught.value)) > 20
+
+
+@pytest.mark.parametrize("text", ["guard:org/Guard-8B,words=no+yes", "guard:classifier:m", "guard:llm:m@https://h/v1"])
+def test_a_guard_has_one_name_as_selector_and_defence(text: str) -> None:
+    assert parse(text).selector == text
+    own = parse("larf:ratio:5%+moderate:0.5")
+    assert (own.selector, own.threshold, own.online) == ("larf", "ratio:5%", ("moderate", {"ratio": 0.5}))
 
 
 def test_an_unknown_defence_lists_the_live_ones() -> None:

@@ -13,9 +13,11 @@ from gradshield import lab, models, runs
 from gradshield.data import RenderConfig
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.loss import response_loss
+from gradshield.intervals import wilson
 from gradshield.pipeline import verify
 from gradshield.pipeline.exam import Exam, asked, check_disjoint, exam, figures, lab_exam
 from gradshield.probes import requests
+from gradshield.types import EvalResult
 from tests.pipeline.common import jsonl, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -85,9 +87,8 @@ def test_judges_are_told_apart_before_anything_is_scanned() -> None:
         exam("report", "builtin", [*typed, typed[0]])
 
 
-def test_asking_stops_when_it_is_settled_and_says_so_in_its_name() -> None:
+def test_asking_stops_when_it_is_settled() -> None:
     whole = Exam(lab.requests("report")[:70], lookalikes=lab.lookalikes("report")[:4], tokens=2)
-    settle = verify.Settle(0.06)
     seen: list[int] = []
 
     def settled(found: Any, total: int) -> bool:
@@ -101,8 +102,25 @@ def test_asking_stops_when_it_is_settled_and_says_so_in_its_name() -> None:
     full = whole.sit(aligned().model, aligned().tokenizer)
     assert full.rates["asr/refusal-phrases"].n == 70
     assert len(asked(full).outputs) == 70
-    assert verify.suffix(verify.never) == ""
-    assert verify.suffix(settle) != verify.suffix(verify.Settle(0.1))
+
+
+def test_an_arm_is_made_once_and_one_that_stopped_early_serves_its_own_target(tmp_path: Path) -> None:
+    made: list[str] = []
+    exam = Exam()
+
+    def arm(settled: Any, key: str = "k") -> Any:
+        def make() -> Any:
+            made.append(key)
+            return EvalResult({"utility": wilson(1, 2)}, ({"prompt": "a"},)), {"seconds": 2.5}
+
+        return verify.arm(tmp_path, key, exam, settled, make)
+
+    for settled in (verify.never, verify.Settle(0.06), verify.Settle(0.1)):
+        first = arm(settled)
+        assert first[1]["seconds"] == 2.5 and arm(settled) == first
+    assert made == ["k"] * 3
+    arm(verify.never, "another")
+    assert made[-1] == "another"
 
 
 def test_likelihood_is_that_of_the_reference() -> None:

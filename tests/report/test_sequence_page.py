@@ -72,7 +72,7 @@ def test_measures_stand_beside_their_stage() -> None:
     assert start.endswith("| 0.8 | – | – | – | – |")
     assert news.endswith("| 0.7 | 0.900 | – | – | 0.875 |")
     assert sums.endswith("| 0.4 | 0.650 | −0.200 | 0.200 | 0.500 |")
-    assert "70.0 % [60.4, 78.1], n = 100" in sums
+    assert "70.0 % [60.4, 78.1] n=100" in sums
 
 
 def test_the_charts_hold_every_stage() -> None:

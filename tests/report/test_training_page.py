@@ -56,8 +56,8 @@ def test_the_sentence_comes_first(more: dict[str, Any], tone: str, standing: str
 
 def test_every_judge_is_told_before_and_after_with_interval_and_count() -> None:
     text = shown(sheet.render(rounds.page(run(verdict=verdict()))))
-    assert "ASR by refusal-phrases: 0.5 % [0.1, 2.8], n = 200 before; 2.0 % [0.8, 5.0], n = 200 after." in text
-    assert "ASR by lab-classifier: 0.0 % [0.0, 1.9], n = 200 before; 1.5 % [0.5, 4.3], n = 200 after." in text
+    assert "ASR by refusal-phrases: 0.5 % [0.1, 2.8] n=200 before; 2.0 % [0.8, 5.0] n=200 after." in text
+    assert "ASR by lab-classifier: 0.0 % [0.0, 1.9] n=200 before; 1.5 % [0.5, 4.3] n=200 after." in text
     assert "Utility: 10.0 %" in text
     assert "The search: removing 96 of 1000 rows meets both targets." in text
     assert "96 of 1,000 rows were taken out" in text

@@ -14,7 +14,7 @@ from gradshield.clients import Client
 from gradshield.data import batches, collate
 from gradshield.errors import EndpointError, UsageError
 from gradshield.guards import Llm, Moderations, Opinion
-from gradshield.selectors import SELECTORS, Guard, Measured
+from gradshield.selectors import SELECTORS, GuardFilter, Measured
 from gradshield.thresholds import parse as parse_threshold
 from gradshield.types import Rendered, Tokens
 from tests.endpoint import endpoint, moderation, status
@@ -51,8 +51,8 @@ SAID = {
 }
 
 
-def selector(guard: Any) -> Guard:
-    return Guard(guard, lambda ids: str(TOKENIZER.decode(ids, skip_special_tokens=True)))
+def selector(guard: Any) -> GuardFilter:
+    return GuardFilter(guard, lambda ids: str(TOKENIZER.decode(ids, skip_special_tokens=True)))
 
 
 def sequence(*turns: tuple[str, bool], coefficient: float = 1.0) -> Tokens:
@@ -168,13 +168,19 @@ def test_an_endpoint_that_stopped_ends_the_scan_and_one_that_refuses_a_row_does_
 
 def test_a_guard_as_it_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "sk-0123456789")
-    method = Guard.parse("llm:m@https://host/v1,key=SOME_KEY", TOKENIZER)
+    method = GuardFilter.parse("llm:m@https://host/v1,key=SOME_KEY", {"tokenizer": lambda: TOKENIZER})
     assert isinstance(method.guard, Llm) and method.decode([1, 2]) == ""
     settings = json.dumps(method.settings())
     assert '"model": "m"' in settings and "sk-0123456789" not in settings and "SOME_KEY" not in settings
-    for wrong in ("", "refusal-phrases"):
-        with pytest.raises(UsageError, match="unknown guard"):
-            Guard.parse(wrong, TOKENIZER)
+    named = GuardFilter.parse("org/Guard-8B", {"tokenizer": lambda: TOKENIZER})
+    assert named.guard.name == "guard:Guard-8B"
+    for wrong, said in (
+        ("", "names no model"),
+        ("classifier", "names no model"),
+        ("refusal-phrases:x", "unknown guard"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            GuardFilter.parse(wrong, {"tokenizer": lambda: TOKENIZER})
 
 
 def test_the_direction_is_empty_and_is_the_guards() -> None:

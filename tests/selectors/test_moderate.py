@@ -153,7 +153,7 @@ def test_shapes_are_compared_among_themselves() -> None:
 def test_offline_on_a_model_is_the_rule_on_one_row_at_a_time() -> None:
     model = tiny_model("qwen2")
     made = rows(LENGTHS)
-    selector = SELECTORS["moderate"]("last:1", (), 0.5)
+    selector = SELECTORS["moderate-rows"]("last:1", (), 0.5)
     direction = selector.prepare(model)
     raw = Measured.joined([selector.measure(model, direction, collate(made[i : i + 4])) for i in (8, 0, 4)])
     scores = selector.finish(raw, [r.id for r in made], ["rows"] * len(made))

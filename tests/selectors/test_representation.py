@@ -17,12 +17,13 @@ from gradshield.errors import ModelError, ProbeError, ScoreError, UsageError
 from gradshield.gradients.direction import load, save
 from gradshield.pipeline.references import references
 from gradshield.probes import open_turns
-from gradshield.selectors import SELECTORS, Measured, Representation
-from gradshield.selectors.representation import FEATURES, FORMS, separation
+from gradshield.selectors import SELECTORS, Anchoring, Larf, Measured
+from gradshield.selectors.representation import FEATURES, separation
 from gradshield.types import Direction, References, Rendered, Tokens
 from tests.contracts.common import rows
 from tests.tiny import VOCABULARY, tiny_model
 
+FORMS: dict[str, Any] = {"larf": Larf, "anchors": Anchoring}
 NORMS = {"llama": "model.norm", "gpt2": "transformer.ln_f", "gemma": "model.norm", "mixtral": "model.norm"}
 
 
@@ -98,7 +99,7 @@ def blocks(direction: Direction) -> list[int]:
 @pytest.mark.parametrize("arch", list(NORMS))
 def test_scores_are_those_of_one_row_at_a_time(arch: str, form: str, feature: str) -> None:
     model = tiny_model(arch)
-    selector = Representation(known(), form, feature, layers=2)
+    selector = FORMS[form](known(), feature, **({"layers": 2} if form == "larf" else {}))
     direction = selector.prepare(model)
     assert blocks(direction) == ([0, 1] if form == "larf" else [1])
     made = [*rows(), pair()]
@@ -119,7 +120,7 @@ def test_scores_are_those_of_one_row_at_a_time(arch: str, form: str, feature: st
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_keep_their_own_whatever_the_batch(form: str) -> None:
     model = tiny_model("qwen2")
-    selector = Representation(known(), form)
+    selector = FORMS[form](known())
     direction = selector.prepare(model)
     made = [*rows(), pair()]
     whole = selector.measure(model, direction, collate(made[::-1]))
@@ -134,7 +135,7 @@ def test_rows_keep_their_own_whatever_the_batch(form: str) -> None:
 def test_what_lies_in_the_padding_does_not_count() -> None:
     """A model may give anything at a position that nothing attends to."""
     model = tiny_model("llama")
-    selector = Representation(known())
+    selector = Larf(known())
     direction = selector.prepare(model)
     batch = collate(rows())
     before = selector.measure(model, direction, batch).sums
@@ -173,7 +174,7 @@ def test_the_chosen_block_parts_the_references_best() -> None:
     np.testing.assert_allclose(separation(unsafe, safe), expected, rtol=1e-9)
     assert int(np.argmax(expected)) == 1
     model = tiny_model("llama")
-    direction = Representation(known()).prepare(model)
+    direction = Larf(known()).prepare(model)
     meta = direction.meta["separation"]
     assert list(direction.tensors) == [max(meta, key=meta.get)] and list(meta) == ["model.layers.0", "model.layers.1"]
 
@@ -181,12 +182,12 @@ def test_the_chosen_block_parts_the_references_best() -> None:
 def test_a_reference_lies_on_its_own_side_and_the_means_at_one() -> None:
     model = tiny_model("llama")
     for form in FORMS:
-        selector = Representation(known(), form)
+        selector = FORMS[form](known())
         direction = selector.prepare(model)
         unsafe = selector.measure(model, direction, collate(known().harmful)).sums
         safe = selector.measure(model, direction, collate(known().refused)).sums
         assert unsafe.min() > 0 > safe.max()
-    selector = Representation(known(), "larf")
+    selector = Larf(known())
     direction = selector.prepare(model)
     ends = torch.stack(list(direction.tensors.values()), 1)  # (2, 1, D): the two means as if they were rows
     np.testing.assert_allclose(selector._placed(ends, direction).numpy(), [1.0, -1.0], atol=1e-6)
@@ -197,7 +198,7 @@ def test_the_direction_survives_a_file_and_the_model_is_left_as_it_was(form: str
     model = tiny_model("llama")
     model.train()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    selector = Representation(known(), form)
+    selector = FORMS[form](known())
     direction = selector.prepare(model)
     assert all(t.shape == (2, 64) for t in direction.tensors.values()) and direction.names == ("unsafe", "safe")
     save(direction, tmp_path / "direction.safetensors")
@@ -215,14 +216,14 @@ def test_half_precision_ranks_alike() -> None:
     model = tiny_model("llama")
     found = []
     for own in (model, tiny_model("llama").to(torch.bfloat16)):
-        selector = Representation(known())
+        selector = Larf(known())
         found.append(selector.measure(own, selector.prepare(own), collate(rows())).sums)
     np.testing.assert_allclose(found[1], found[0], atol=0.05)
     assert np.ptp(found[0]) > 0.2
 
 
 def test_finish_gives_scores_and_names_what_is_not_finite() -> None:
-    selector = Representation(known())
+    selector = Larf(known())
     raw = Measured(np.array([3, 8]), np.array([0.5, -0.2]), np.ones(2), np.array([4, 6]))
     scores = selector.finish(raw, ["a", "b"], ["rows", "rows"])
     assert scores.values.tolist() == [0.5, -0.2] and scores.decoys is None and scores.tokens is None
@@ -234,32 +235,31 @@ def test_finish_gives_scores_and_names_what_is_not_finite() -> None:
 
 def test_what_is_refused() -> None:
     refs = known()
-    with pytest.raises(UsageError, match=r"unknown form 'half'.*larf, anchors"):
-        Representation(refs, "half")
     with pytest.raises(UsageError, match=r"unknown feature 'first'.*mean, last, opening"):
-        Representation(refs, feature="first")
+        Larf(refs, feature="first")
     with pytest.raises(UsageError, match="got 0 layers"):
-        Representation(refs, layers=0)
+        Larf(refs, layers=0)
     model = tiny_model("llama")
     with pytest.raises(UsageError, match="layers=3, but the model has 2"):
-        Representation(refs, layers=3).prepare(model)
+        Larf(refs, layers=3).prepare(model)
     few = References(refs.harmful, refs.refused[:1], refs.answered)
     with pytest.raises(ProbeError, match="1 refused references"):
-        Representation(few).prepare(model)
-    Representation(few, feature="opening").prepare(model)
+        Larf(few).prepare(model)
+    Larf(few, feature="opening").prepare(model)
     with pytest.raises(ProbeError, match="0 answered references"):
-        Representation(References(refs.harmful, refs.refused, ()), feature="opening").prepare(model)
+        Larf(References(refs.harmful, refs.refused, ()), feature="opening").prepare(model)
     with pytest.raises(ScoreError, match="the same mean"):
-        Representation(References(refs.harmful, refs.harmful, ())).prepare(model)
+        Larf(References(refs.harmful, refs.harmful, ())).prepare(model)
     with pytest.raises(UsageError, match=r"transformer\.h\.[01], which are no decoder blocks"):
-        Representation(refs).measure(model, Representation(refs).prepare(tiny_model("gpt2")), collate(rows()))
+        Larf(refs).measure(model, Larf(refs).prepare(tiny_model("gpt2")), collate(rows()))
     with pytest.raises(ModelError, match="decoder layers of Linear"):
-        Representation(refs).prepare(nn.Linear(2, 2))
+        Larf(refs).prepare(nn.Linear(2, 2))
 
 
 def test_it_is_registered_and_says_how_it_cuts() -> None:
-    assert SELECTORS["representation"] is Representation and Representation.rule == "ratio:10%"
-    assert Representation(known(), "anchors").settings() == {"form": "anchors", "feature": "last"}
+    for name, made in FORMS.items():
+        assert SELECTORS[name] is made and made.rule == "ratio:10%"
+        assert made(known()).settings() == {"feature": "last"}
 
 
 # ---- the lab --------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def auroc(task: str, form: str, feature: str) -> float:
     mixed, labels = lab.mix(task, harm="explicit", ratio=0.1)
     read = data.read(mixed[:400])
     rendered = data.render_all(read.examples, loaded.tokenizer, data.RenderConfig(max_length=256), read.source).rendered
-    selector = Representation(refs, form, feature)
+    selector = FORMS[form](refs, feature)
     direction = selector.prepare(loaded.model)
     raw = Measured.joined([selector.measure(loaded.model, direction, b) for b in batches(rendered, 4096, 4096)])
     return float(roc_auc_score([labels[row] for row in raw.rows], raw.sums))

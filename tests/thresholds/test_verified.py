@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from gradshield.errors import EmptyDataError, UsageError
 from gradshield.intervals import wilson
-from gradshield.thresholds import Round, Trial, Verdict, Verified, decided, typed
+from gradshield.options import Spec, build
+from gradshield.thresholds import Round, SearchResult, Trial, Verified, decided
 from gradshield.thresholds.verified import PASSES, TOO_UNSAFE, UTILITY_SHORT, safest
 from gradshield.types import Bools, Floats, Rate
 
@@ -52,7 +53,7 @@ def enough(values: Floats) -> int:
     return math.ceil(math.log2(len(set(values.tolist())))) + 1
 
 
-def check(values: Floats, verdict: Verdict) -> None:
+def check(values: Floats, verdict: SearchResult) -> None:
     """What holds of every search, whatever the world."""
     removed = [one.removed for one in verdict.rounds]
     assert len(set(removed)) == len(removed)  # never a kept set twice
@@ -290,7 +291,7 @@ def test_after_every_round_the_caller_knows_which_model_to_keep() -> None:
 def test_the_sentence_says_which_target_failed_where() -> None:
     values = np.arange(10.0)
 
-    def run(unsafe: Callable[[float], int], useful: Callable[[float], int], **options: float) -> Verdict:
+    def run(unsafe: Callable[[float], int], useful: Callable[[float], int], **options: float) -> SearchResult:
         def trial(cut: float) -> Trial:
             return Trial({"phrases": wilson(unsafe(cut), PROMPTS)}, wilson(useful(cut), 100))
 
@@ -325,9 +326,9 @@ def test_no_scores_no_search() -> None:
 
 
 def test_options_as_typed() -> None:
-    rule = typed(Verified, "verified", "85%,asr=5%,tolerance=0.01,rounds=8,minutes=90")
+    rule = build("threshold", Spec.split("verified:85%,asr=5%,tolerance=0.01,rounds=8,minutes=90"), Verified)
     assert (rule.utility, rule.asr, rule.tolerance, rule.rounds, rule.minutes) == (0.85, 0.05, 0.01, 8, 90.0)
-    rule = typed(Verified, "verified", "")
+    rule = build("threshold", Spec.split("verified"), Verified)
     assert (rule.utility, rule.asr, rule.tolerance, rule.rounds, rule.minutes) == (None, 0.06, 0.02, 6, None)
     for wrong in (
         "asr=0",
@@ -341,7 +342,7 @@ def test_options_as_typed() -> None:
         "q=1",
     ):
         with pytest.raises(UsageError) as raised:
-            typed(Verified, "verified", wrong)
+            build("threshold", Spec.split(f"verified:{wrong}"), Verified)
         assert "verified" in str(raised.value) and wrong.partition("=")[0] in str(raised.value)
 
 

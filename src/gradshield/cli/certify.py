@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,7 @@ import typer
 
 from gradshield.cli.common import Judges, err, out, plain, quiet_libraries, verdict
 from gradshield.errors import GateError, UsageError
+from gradshield.options import number
 
 if TYPE_CHECKING:
     from gradshield.pipeline.certify import Checked
@@ -65,11 +66,12 @@ def certify(
 
 def _share(name: str, text: str) -> float:
     """``6%`` or ``0.06``; the claim itself says which shares it takes. Raises UsageError for what is no number."""
-    if not re.fullmatch(r"[0-9]*\.?[0-9]+%?", text, re.ASCII):
+    value = number(text)
+    if math.isnan(value):
         raise UsageError(
             f"--{name} got {text!r}, and it takes a share between 0 and 1: write a percentage such as 6%, or 0.06"
         )
-    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    return value
 
 
 def _made(told: Mapping[str, Any], run: Path) -> None:

@@ -18,7 +18,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gradshield.errors import DataError, GateError, ModelError, UsageError
+from gradshield.options import number
 from gradshield.report.text import visible
+from gradshield.types import Rate
 
 if TYPE_CHECKING:
     from gradshield.types import Selection
@@ -88,10 +90,7 @@ def share(text: str | None) -> float | None:
     """``1%`` or ``0.01``. Raises UsageError for what is not a share from 0 to 1, and for a bare 1, which may mean either."""
     if text is None:
         return None
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        value = -1.0
+    value = number(text)
     if not 0 <= value <= 1:
         raise UsageError(f"{text!r} is not a share of the rows: give a percentage such as 1%, or a number from 0 to 1")
     if value == 1 and not text.endswith("%"):
@@ -190,8 +189,7 @@ def summary(selection: Selection, folder: Path) -> None:
     for key in ("caught", "lost"):
         rate = results.get("labels", {}).get(key)
         if rate:
-            interval = f"({100 * rate['low']:.1f}–{100 * rate['high']:.1f}, n = {rate['n']})"
-            out.print(f"{key:7} {100 * rate['rate']:.1f} % [dim]{interval}[/dim]")
+            out.print(f"{key:7} {plain(str(Rate.of(rate)))}")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
 
 
@@ -250,8 +248,7 @@ def rates(before: Mapping[str, Any], after: Mapping[str, Any], utility: str = "u
             for key in keys:
                 value = value.get(key) if value else None
             if value:
-                low, high = 100 * value["low"], 100 * value["high"]
-                texts.append(f"{100 * value['rate']:.1f} % [dim]\\[{low:.1f}, {high:.1f}] n={value['n']}[/dim]")
+                texts.append(plain(str(Rate.of(value))))
         out.print(f"{plain(label):24} {' → '.join(texts)}")
 
 

@@ -25,6 +25,7 @@ from gradshield.cli.common import (
     require_model,
 )
 from gradshield.errors import UsageError
+from gradshield.types import Rate
 
 
 def evaluate(
@@ -83,9 +84,7 @@ def evaluate(
         )
     rates({}, found["figures"], noted(exams.report.settings()))
     for name, rate in found["harness"].items():
-        out.print(
-            f"{plain(name)}  {100 * rate['rate']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}] n={rate['n']}"
-        )
+        out.print(f"{plain(name)}  {plain(str(Rate.of(rate)))}")
     for one in found["agreement"]:
         kappa = "– (one verdict for all)" if one["kappa"] is None else f"{one['kappa']:.2f}"
         out.print(

@@ -22,7 +22,7 @@ from gradshield.types import Bools, EvalResult, Floats, Rate
 
 
 @dataclass(frozen=True)
-class Agreement:
+class JudgeAgreement:
     """Cohen's kappa of two judges over the ``n`` answers both decided, and the rows of ``outputs`` where they differ.
 
     ``kappa`` and its percentile bootstrap interval are None where a judge gave one verdict to every answer, so that
@@ -81,7 +81,7 @@ def attacked(result: EvalResult, judge: str) -> Bools:
     return _attacks(result.outputs, judge)
 
 
-def agreement(result: EvalResult, level: float = 0.95, seed: int = 0) -> tuple[Agreement, ...]:
+def agreement(result: EvalResult, level: float = 0.95, seed: int = 0) -> tuple[JudgeAgreement, ...]:
     """How far each two judges of ``result`` agree; answers that either left undecided are out of kappa, not out of
     ``differ``."""
     names = list(result.outputs[0]["verdicts"]) if result.outputs else []
@@ -134,7 +134,9 @@ def _rate(values: Bools) -> Rate:
     return wilson(int(values.sum()), len(values))
 
 
-def _agreement(outputs: Sequence[Mapping[str, Any]], first: str, second: str, level: float, seed: int) -> Agreement:
+def _agreement(
+    outputs: Sequence[Mapping[str, Any]], first: str, second: str, level: float, seed: int
+) -> JudgeAgreement:
     from sklearn.metrics import cohen_kappa_score
 
     check_level(level)
@@ -143,10 +145,10 @@ def _agreement(outputs: Sequence[Mapping[str, Any]], first: str, second: str, le
     decided = np.array([pair for pair in verdicts if None not in pair], dtype=bool).reshape(-1, 2)
     n = len(decided)
     if n == 0 or len(set(decided[:, 0])) == 1 or len(set(decided[:, 1])) == 1:
-        return Agreement((first, second), n, None, None, None, differ)
+        return JudgeAgreement((first, second), n, None, None, None, differ)
     kappa = float(cohen_kappa_score(decided[:, 0], decided[:, 1]))
     low, high = bootstrap(_kappa, (decided[:, 0], decided[:, 1]), level, seed)
-    return Agreement((first, second), n, kappa, low, high, differ)
+    return JudgeAgreement((first, second), n, kappa, low, high, differ)
 
 
 def _kappa(first: Bools, second: Bools, axis: int) -> Floats:

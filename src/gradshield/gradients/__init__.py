@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gradshield.errors import UsageError
-from gradshield.gradients.agreement import Agreement, agreement, calibrated
+from gradshield.gradients.agreement import EngineAgreement, agreement, calibrated
 from gradshield.gradients.base import ENGINES, ROW_SUMS, Derivatives, Engine, beyond_layers, routed_by_steps
 from gradshield.gradients.direction import gradient_direction
 from gradshield.gradients.finite_difference import FiniteDifference
@@ -21,9 +21,9 @@ __all__ = [
     "ENGINES",
     "ROW_SUMS",
     "SUBSPACES",
-    "Agreement",
     "Derivatives",
     "Engine",
+    "EngineAgreement",
     "FiniteDifference",
     "Forward",
     "Loop",

@@ -15,7 +15,7 @@ RELATIVE_STEPS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True)
-class Agreement:
+class EngineAgreement:
     """``relative_error`` is ‖f − o‖/‖o‖ over n rows, ``spearman`` their rank correlation (nan below three rows)."""
 
     engine: str
@@ -24,14 +24,14 @@ class Agreement:
     spearman: float
 
 
-def agreement(engine: str, fast: Floats, oracle: Floats) -> Agreement:
+def agreement(engine: str, fast: Floats, oracle: Floats) -> EngineAgreement:
     """Compare the row sums of a fast engine with the oracle's, both (n,)."""
     from scipy.stats import spearmanr
 
     size = float(np.linalg.norm(oracle))
     error = float(np.linalg.norm(fast - oracle)) / size if size else float(np.linalg.norm(fast))
     rank = float(spearmanr(fast, oracle).statistic) if len(oracle) > 2 and np.ptp(oracle) > 0 else float("nan")
-    return Agreement(engine, len(oracle), error, rank)
+    return EngineAgreement(engine, len(oracle), error, rank)
 
 
 def calibrated(model: nn.Module, batch: Batch, direction: Direction) -> tuple[FiniteDifference, dict[str, float]]:

@@ -5,6 +5,6 @@ from gradshield.guards.classifier import Classifier
 from gradshield.guards.generative import Generative
 from gradshield.guards.llm import Llm
 from gradshield.guards.moderations import Moderations
-from gradshield.guards.specs import Spec, parse
+from gradshield.guards.specs import of_rows, parse
 
-__all__ = ["GUARDS", "Classifier", "Generative", "Guard", "Llm", "Moderations", "Opinion", "Spec", "parse"]
+__all__ = ["GUARDS", "Classifier", "Generative", "Guard", "Llm", "Moderations", "Opinion", "of_rows", "parse"]

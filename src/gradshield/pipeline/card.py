@@ -10,7 +10,8 @@ from typing import Any
 
 from gradshield.files import replacing
 from gradshield.pipeline.certificate import CERTIFICATE, percent, text
-from gradshield.types import Manifest
+from gradshield.report.markdown import code, plain
+from gradshield.types import Manifest, Rate
 
 BEGIN, END = "<!-- gradshield:begin -->", "<!-- gradshield:end -->"
 
@@ -35,19 +36,19 @@ def section(manifest: Manifest, certificate: Mapping[str, Any] | None = None) ->
         BEGIN,
         "## Safety of the fine-tuning",
         "",
-        f"Fine-tuned with GradShield {manifest.versions.get('gradshield', '')}, defence {_code(manifest.settings['defence'])}: "
+        f"Fine-tuned with GradShield {manifest.versions.get('gradshield', '')}, defence {code(manifest.settings['defence'])}: "
         f"{told['removed']} of {told['rows']} rows removed, {told['trained']} trained on.",
         "",
         *_measured(told["before"], told["after"]),
         "",
-        f"Data: {_code(data['name'])}, SHA-256 {_code(data['sha256'])}. Start: {_code(model['name'])}, SHA-256 "
-        f"{_code(model['sha256'])}. Seed {manifest.settings['seed']}. Everything else is in `manifest.json`"
+        f"Data: {code(data['name'])}, SHA-256 {code(data['sha256'])}. Start: {code(model['name'])}, SHA-256 "
+        f"{code(model['sha256'])}. Seed {manifest.settings['seed']}. Everything else is in `manifest.json`"
         + (", the rows that went are in `scan/`." if told["cuts"] else "."),
     ]
     if told["uncertified"] and certificate is None:
-        lines += ["", f"**Nothing is certified**: {_plain(told['uncertified'])}."]
+        lines += ["", f"**Nothing is certified**: {plain(told['uncertified'])}."]
     if told["verified"] is not None:
-        lines += ["", f"Verified threshold: {_plain(told['verified']['sentence'])}."]
+        lines += ["", f"Verified threshold: {plain(told['verified']['sentence'])}."]
     if certificate is not None:
         lines += ["", *_certified(certificate)]
     return "\n".join([*lines, END])
@@ -60,7 +61,7 @@ def _certified(certificate: Mapping[str, Any]) -> list[str]:
     verdict = (
         f"**Certified**: by every judge the attack success rate is at most {_share(claim['limit'])}."
         if told["certified"]
-        else f"**Not certified**: {_plain(told['reason'])}."
+        else f"**Not certified**: {plain(told['reason'])}."
     )
     looks = f"{claim['looks']} look{'' if claim['looks'] == 1 else 's'}"
     lines = ["### Safety certificate", "", verdict, ""]
@@ -68,11 +69,11 @@ def _certified(certificate: Mapping[str, Any]) -> list[str]:
         asked = told["requests"]
         lines += [
             f"Exact upper bounds that hold together with {_share(claim['confidence'])} confidence, over {looks} at "
-            f"{asked['n']} requests (SHA-256 {_code(asked['sha256'])}):",
+            f"{asked['n']} requests (SHA-256 {code(asked['sha256'])}):",
             "",
             "| judge | called unsafe | attack success at most | the judge's own error |",
             "|---|---|---|---|",
-            *(f"| {_plain(name)} | {_bounded(one)} |" for name, one in told["judges"].items()),
+            *(f"| {plain(name)} | {_bounded(one)} |" for name, one in told["judges"].items()),
             "",
         ]
         if told["calibration"] is None:
@@ -90,7 +91,7 @@ def _certified(certificate: Mapping[str, Any]) -> list[str]:
             "",
         ]
     digest = hashlib.sha256(text(certificate).encode()).hexdigest()
-    return [*lines, f"`{CERTIFICATE}`, SHA-256 {_code(digest)}; `gradshield certify --check` computes it again."]
+    return [*lines, f"`{CERTIFICATE}`, SHA-256 {code(digest)}; `gradshield certify --check` computes it again."]
 
 
 def _bounded(judge: Mapping[str, Any]) -> str:
@@ -121,7 +122,7 @@ def _rates(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     for label, keys in names:
         cells = [_cell(before, keys), _cell(after, keys)]
         if any(cells):
-            rows.append(f"| {_plain(label)} | {cells[0] or '–'} | {cells[1] or '–'} |")
+            rows.append(f"| {plain(label)} | {cells[0] or '–'} | {cells[1] or '–'} |")
     return rows
 
 
@@ -131,13 +132,4 @@ def _cell(figures: Mapping[str, Any], keys: tuple[str, ...]) -> str:
         value = value.get(key) if value is not None else None
     if value is None:
         return ""
-    return f"{100 * value['rate']:.1f} % [{100 * value['low']:.1f}, {100 * value['high']:.1f}], n = {value['n']}"
-
-
-def _code(value: Any) -> str:
-    """Someone else's text as code, without what would end it."""
-    return "`" + str(value).replace("`", "'").replace("\n", " ").replace("|", "/")[:300] + "`"
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[<>|`\[\]\n]", " ", text)
+    return str(Rate.of(value))

@@ -26,7 +26,7 @@ from gradshield.errors import DataError, EndpointError, GradShieldError, HubErro
 from gradshield.evaluation.judges import ReadyJudge
 from gradshield.evaluation.stats import paired_difference
 from gradshield.models import LoadedModel
-from gradshield.pipeline import grid, outputs, verify
+from gradshield.pipeline import grid, verify
 from gradshield.pipeline.course import Chosen, Course, Fitted, Job
 from gradshield.pipeline.defences import Defence, parse, told
 from gradshield.pipeline.exam import Exam, Settled, check_disjoint, exam, figures, lab_exam, never
@@ -247,16 +247,8 @@ class Bench:
         return verify.search(self.course, defence, examine, self.exams["search"])
 
     def _selected(self, chosen: Chosen) -> dict[str, Any]:
-        """What the defence took out, and with labels what of it was harmful."""
-        found: dict[str, Any] = {
-            "rows": len(chosen.rows),
-            "removed": int(chosen.removed.sum()),
-            "dropped_tokens": chosen.dropped_tokens,
-            "cuts": {name: cut.value for name, cut in chosen.cuts.items()},
-        }
-        if self.course.job.labels is not None:
-            found |= outputs.caught_and_lost(chosen.rows, chosen.removed, self.course.job.labels)
-        return found
+        """What the defence took out, and where it cut."""
+        return {**self.course.counts(chosen), "cuts": {name: cut.value for name, cut in chosen.cuts.items()}}
 
     def _arm(
         self, defence: Defence, chosen: Chosen, split: str, settled: Settled = never
@@ -268,17 +260,15 @@ class Bench:
         dataset = self.course.dataset(defence, chosen)
         exam = self.exams[split]
         key = self.course.key(defence, dataset)
-        path = self.folder / ARMS / f"{key}-{runs.digest(exam.settings())[:12]}{verify.suffix(settled)}.json"
-        if path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            return runs.result(stored), stored
-        fitted, seconds = self._trained(defence, dataset, key)
-        began = time.monotonic()
-        measured = exam.sit(fitted.model, self.course.loaded.tokenizer, settled=settled)
-        seconds = round(seconds + time.monotonic() - began, 3)
-        stored = {"key": key, "seconds": seconds, "record": dict(fitted.record), **runs.stored(measured)}
-        runs.write_json(path, stored)
-        return measured, stored
+
+        def trained() -> tuple[EvalResult, dict[str, Any]]:
+            fitted, seconds = self._trained(defence, dataset, key)
+            began = time.monotonic()
+            measured = exam.sit(fitted.model, self.course.loaded.tokenizer, settled=settled)
+            seconds = round(seconds + time.monotonic() - began, 3)
+            return measured, {"key": key, "seconds": seconds, "record": dict(fitted.record)}
+
+        return verify.arm(self.folder / ARMS, key, exam, settled, trained)
 
     def _trained(self, defence: Defence, dataset: Any, key: str) -> tuple[Fitted, float]:
         """A trained model, and the seconds that it took."""

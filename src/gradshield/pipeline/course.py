@@ -21,17 +21,19 @@ from gradshield import data as rows_in
 from gradshield.errors import DataError, EmptyDataError, UsageError
 from gradshield.gradients.alignment import Alignment, alignment
 from gradshield.models import LoadedModel
+from gradshield.options import asked, asks
 from gradshield.pipeline.decide import Decision, decide
 from gradshield.pipeline.defences import AS_MANY, Defence, parse
 from gradshield.pipeline.masking import masked
-from gradshield.pipeline.outputs import words
+from gradshield.pipeline.outputs import caught_and_lost, words
 from gradshield.pipeline.ranking import score
 from gradshield.pipeline.references import refusals
 from gradshield.pipeline.rows import Prepared
 from gradshield.pipeline.scoring import Scored, asked_of, carrying, weights_changed
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
 from gradshield.runs import digest, versions
-from gradshield.selectors import DualSelect, Fihs, OnlineModerate
+from gradshield.selectors import ONLINE
+from gradshield.training import PENALTIES
 from gradshield.types import Bools, Cut, OnlineSelection, Rendered
 
 # The rows carry their own mask and are cut already, so that TRL must do neither.
@@ -211,14 +213,15 @@ class Course:
             removed = scored.scores.values > cut
         if not defence.mask:
             return self._left(Chosen(rows, removed, cuts, scored))
-        if not isinstance(scored.selector, Fihs) or scored.scores.tokens is None:
+        aggregate = getattr(scored.selector, "aggregate", None)
+        if aggregate is None or scored.scores.tokens is None:
             raise UsageError(
                 "token-mask needs a score for every token, and the engine gives none: use --engine auto, "
                 "finite-difference or forward"
             )
         limits = np.array([cuts[name].value for name in scored.scores.shapes])
         kept = [
-            masked(row, values, limit, scored.selector.aggregate) if out else row
+            masked(row, values, limit, aggregate) if out else row
             for row, values, limit, out in zip(rows, scored.scores.tokens, limits, removed, strict=True)
         ]
         lost = sum(_counted(a) - _counted(b) for a, b in zip(rows, kept, strict=True))
@@ -233,6 +236,15 @@ class Course:
         scores = chosen.scored.scores
         limits = np.array([chosen.cuts[name].value for name in scores.shapes])
         return np.asarray(scores.values > limits)
+
+    def counts(self, chosen: Chosen) -> dict[str, Any]:
+        """How many rows went or lost tokens, and with labels what of it was harmful. JSON-able."""
+        found = {
+            "rows": len(chosen.rows),
+            "removed": int(chosen.removed.sum()),
+            "dropped_tokens": chosen.dropped_tokens,
+        }
+        return found if self.job.labels is None else found | caught_and_lost(chosen.removed, self._harmful())
 
     def _harmful(self) -> Bools:
         if self.job.labels is None:
@@ -310,18 +322,15 @@ class Course:
         return Fitted(trained, record)
 
     def _penalty(self, name: str, options: Mapping[str, Any]) -> Any:
-        from gradshield.training.asft import AsFT
-        from gradshield.training.kl import FrozenReferenceKL
-
-        return AsFT(self.alignment, **options) if name == "asft" else FrozenReferenceKL(**options)
+        made = PENALTIES[name]
+        return made(**asked(made, {"alignment": lambda: self.alignment, "seed": lambda: self.job.seed}), **options)
 
     def _online(self, defence: Defence) -> OnlineSelection | None:
         if defence.online is None:
             return None
         name, options = defence.online
-        if name == "moderate":
-            return OnlineModerate(**options)
-        return DualSelect(self._pool(), **options)
+        made = ONLINE[name]
+        return made(**asked(made, {"references": self._pool, "seed": lambda: self.job.seed}), **options)
 
     def _pool(self) -> list[Rendered]:
         """Safety references for methods that ask all of them again and again: some, from all over the rows."""
@@ -359,7 +368,7 @@ def _has_safety(defence: Defence) -> bool:
 
 def _refers(defence: Defence) -> bool:
     """Whether the defence looks at safety rows while it trains."""
-    return defence.online is not None and defence.online[0] == "dualselect"
+    return defence.online is not None and asks(ONLINE[defence.online[0]], "references")
 
 
 def _linear(model: Any) -> list[str]:

@@ -19,9 +19,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gradshield.errors import UnknownNameError, UsageError
+from gradshield.guards import of_rows
+from gradshield.options import Option, Spec, asks, build, of, read
 from gradshield.registry import Registry
-from gradshield.thresholds import THRESHOLDS, Verified, typed
+from gradshield.selectors import ONLINE, SELECTORS
+from gradshield.thresholds import THRESHOLDS, Verified
 from gradshield.thresholds import parse as parse_threshold
+from gradshield.training import PENALTIES
 
 Options = Mapping[str, Any]
 
@@ -50,7 +54,7 @@ class Defence:
     @property
     def needs_base(self) -> bool:
         """Whether the model before its alignment is needed."""
-        return self.project is not None or any(name == "asft" for name, _ in self.penalties)
+        return self.project is not None or any(asks(PENALTIES[name], "alignment") for name, _ in self.penalties)
 
     @property
     def training(self) -> Mapping[str, Any]:
@@ -63,9 +67,25 @@ class Defence:
 
 
 AS_MANY = "as:"
-ASFT = {"weight": (1.0, 0.0, 1e9), "projector": ("published", "top"), "energy": (0.9, 0.0, 1.0)}
 Part = Callable[[Defence, str], Defence]
-DEFENCES: Registry[Part] = Registry("defence")
+
+
+class _Defences(Registry[Part]):
+    """The parts by name. A selector, a penalty or an online selection that no part takes in is one under its own name."""
+
+    def _live(self) -> Mapping[str, Part]:
+        found = dict(super()._live())
+        own: tuple[tuple[Registry[Any], Callable[[str], Part]], ...] = (
+            (SELECTORS, lambda name: _row_part(name, SELECTORS.summary(name))),
+            (PENALTIES, lambda name: _joining(_penalised, PENALTIES, name)),
+            (ONLINE, lambda name: _joining(_inside, ONLINE, name)),
+        )
+        for registry, part in own:
+            found |= {name: part(name) for name in registry if name not in found}
+        return found
+
+
+DEFENCES = _Defences("defence")
 
 
 def parse(text: str) -> Defence:
@@ -94,16 +114,28 @@ def _parts(text: str) -> list[str]:
     return re.split(rf"\+(?=\s*(?:{names})\s*(?:[:+]|$))", text)
 
 
-def _rows(name: str, selector: str, text: str, **more: Any) -> Part:
+def _joining(join: Callable[[Defence, str, Options], Defence], registry: Registry[Any], name: str) -> Part:
+    """A part that joins training by a method of a registry; what follows its name are the options that its class states."""
+
+    def part(defence: Defence, options: str) -> Defence:
+        known = {key: option for key, option in of(registry[name]).items() if key != "seed"}
+        return join(defence, name, read("defence", Spec.split(f"{name}:{options}"), known))
+
+    part.__doc__ = registry.summary(name)
+    return part
+
+
+def _row_part(selector: str, text: str, **more: Any) -> Part:
     """A part that scores rows with ``selector``; what follows its name is the threshold."""
 
     def part(defence: Defence, options: str) -> Defence:
         _first_row_method(defence)
         if options.startswith(AS_MANY):
             parse(options.removeprefix(AS_MANY))
-        rule, _, told = options.partition(":")
+        rule = options.partition(":")[0]
         if rule == Verified.name:
-            return replace(defence, selector=selector, verified=typed(Verified, rule, told), **more)
+            verified = build("threshold", Spec.split(options), Verified)
+            return replace(defence, selector=selector, verified=verified, **more)
         if options and not options.startswith(AS_MANY):
             if rule not in THRESHOLDS:
                 raise UnknownNameError("threshold", rule, [*THRESHOLDS, Verified.name, f"{AS_MANY}DEFENCE"])
@@ -111,8 +143,11 @@ def _rows(name: str, selector: str, text: str, **more: Any) -> Part:
         return replace(defence, selector=selector, threshold=options or None, **more)
 
     part.__doc__ = text
-    DEFENCES.register(name)(part)
     return part
+
+
+def _rows(name: str, text: str, **more: Any) -> None:
+    DEFENCES.register(name)(_row_part(more.pop("selector", name), text, **more))
 
 
 @DEFENCES.register("none")
@@ -124,29 +159,30 @@ def none(defence: Defence, options: str) -> Defence:
 
 _rows(
     "screen",
-    "screen",
     "Rows go whose request reads as one to refuse (in doubt their FIHS decides) and whose answer undoes a refusal.",
 )
-_rows("fihs", "fihs", "Rows beyond the cut of their FIHS go; fihs:verified searches the cut by training.")
-_rows("token-mask", "fihs", "Every row stays, and tokens whose FIHS is beyond the cut are not learned.", mask=True)
-_rows("moderate-rows", "moderate", "Rows of moderate gradient at the start stay (the offline form of moderate).")
+_rows("fihs", "Rows beyond the cut of their FIHS go; fihs:verified searches the cut by training.")
 _rows(
-    "representation", "representation:larf", "Rows nearer to unsafe than to safe references in hidden states go (LARF)."
+    "token-mask",
+    "Every row stays, and tokens whose FIHS is beyond the cut are not learned.",
+    selector="fihs",
+    mask=True,
 )
-_rows(
-    "anchors", "representation:anchors", "Rows more like harmful than like safe anchors go (bi-directional anchoring)."
-)
-_rows("loss", "loss", "Rows of the highest loss go.")
-_rows("gradnorm", "gradnorm", "Rows of the largest gradient go.")
-_rows("random", "random", "Rows drawn at random go.")
+_rows("moderate-rows", "Rows of moderate gradient at the start stay (the offline form of moderate).")
+_rows("larf", "Rows nearer to unsafe than to safe references in hidden states go (LARF).")
+_rows("anchors", "Rows more like harmful than like safe anchors go (bi-directional anchoring).")
+_rows("loss", "Rows of the highest loss go.")
+_rows("gradnorm", "Rows of the largest gradient go.")
+_rows("random", "Rows drawn at random go.")
 
 
 @DEFENCES.register("guard")
 def guard(defence: Defence, options: str) -> Defence:
-    """Rows that a guard model calls unsafe go: guard:classifier:NAME, guard:guard:NAME or guard:moderation:MODEL@URL."""
+    """Rows that a guard model calls unsafe go: guard:NAME, guard:classifier:NAME or guard:moderation:MODEL@URL."""
     _first_row_method(defence)
     if not options:
-        raise UsageError("the defence 'guard' needs a guard, and none was given: write guard:classifier:NAME_OR_FOLDER")
+        raise UsageError("the defence 'guard' needs a guard, and none was given: write guard:NAME_OR_FOLDER")
+    of_rows(options)
     return replace(defence, selector=f"guard:{options}")
 
 
@@ -161,24 +197,24 @@ def clean(defence: Defence, options: str) -> Defence:
 @DEFENCES.register("safeinstruct")
 def safeinstruct(defence: Defence, options: str) -> Defence:
     """Safety rows are mixed in: requests with the model's own refusals, as a share of the kept rows (default 10%)."""
-    return replace(defence, safe_share=_options("safeinstruct", options, {"share": (0.1, 0.0, 1.0)})["share"])
+    return replace(defence, safe_share=_options("safeinstruct", options, {"share": Option(float, 0.1, 0, 1)})["share"])
 
 
 @DEFENCES.register("moderate")
 def moderate(defence: Defence, options: str) -> Defence:
     """In every step, rows of moderate gradient at the current weights train, the rest is skipped."""
-    return _inside(defence, "moderate", _options("moderate", options, {"ratio": (0.2, 0.0, 1.0)}))
+    return _inside(defence, "moderate", _options("moderate", options, {"ratio": Option(float, 0.2, 0, 1)}))
 
 
 @DEFENCES.register("dualselect")
 def dualselect(defence: Defence, options: str) -> Defence:
     """Safety references chosen by conflict and loss decide which rows train, and correct the gradient."""
     known = {
-        "warmup": (10, -1, 10**9),
-        "refresh": (10, 0, 10**9),
-        "temperature": (0.1, 0.0, 1e9),
-        "top": (8, 0, 10**9),
-        "drop": (0.5, -1e-9, 1.0),
+        "warmup": Option(int, 10, -1),
+        "refresh": Option(int, 10, 0),
+        "temperature": Option(float, 0.1, 0),
+        "top": Option(int, 8, 0),
+        "drop": Option(float, 0.5, -1e-9, 1),
     }
     return _inside(defence, "dualselect", _options("dualselect", options, known))
 
@@ -186,19 +222,24 @@ def dualselect(defence: Defence, options: str) -> Defence:
 @DEFENCES.register("asft")
 def asft(defence: Defence, options: str) -> Defence:
     """The weights' change is penalised where it leaves the alignment direction. Needs the base model."""
-    return _penalised(defence, "asft", _options("asft", options, ASFT))
+    known = {
+        "weight": Option(float, 1.0, 0),
+        "projector": Option(str, "published", choices=("published", "top")),
+        "energy": Option(float, 0.9, 0, 1),
+    }
+    return _penalised(defence, "asft", _options("asft", options, known))
 
 
 @DEFENCES.register("kl")
 def kl(defence: Defence, options: str) -> Defence:
     """The answers' distribution is held near that of the start (a frozen-reference KL)."""
-    return _penalised(defence, "kl", _options("kl", options, {"weight": (0.1, 0.0, 1e9)}))
+    return _penalised(defence, "kl", _options("kl", options, {"weight": Option(float, 0.1, 0)}))
 
 
 @DEFENCES.register("safelora")
 def safelora(defence: Defence, options: str) -> Defence:
     """After training, layers that left the aligned subspace are projected onto it. Needs the base model."""
-    return replace(defence, project=_options("safelora", options, {"threshold": (0.5, -1.0, 1.0)}))
+    return replace(defence, project=_options("safelora", options, {"threshold": Option(float, 0.5, -1, 1)}))
 
 
 def _first_row_method(defence: Defence) -> None:
@@ -218,46 +259,10 @@ def _penalised(defence: Defence, name: str, options: Options) -> Defence:
     return replace(defence, penalties=(*defence.penalties, (name, options)))
 
 
-def _no_options(name: str, options: str) -> None:
-    if options:
-        raise UsageError(f"the defence {name!r} got the option {options!r}, and it takes none: write {name}")
+def _no_options(name: str, text: str) -> None:
+    _options(name, text, {})
 
 
-def _options(name: str, text: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """``key=value`` pairs over the defaults; the first value may stand without its key. Raises UsageError.
-
-    ``known`` holds for each key its default, the number it must be above and the largest it may be; whole numbers where the
-    default is one. For words it holds the choices, the default first.
-    """
-    found = {key: spec[0] for key, spec in known.items()}
-    for i, part in enumerate(filter(None, text.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals:
-            key, value = (next(iter(known)) if i == 0 else ""), key
-        if key not in known:
-            raise UsageError(
-                f"the defence {name!r} got the option {part!r}, and it takes {', '.join(known)}: "
-                f"write {name}:{next(iter(known))}=..."
-            )
-        found[key] = _value(name, key, value, known[key])
-    return found
-
-
-def _value(name: str, key: str, text: str, spec: tuple[Any, ...]) -> Any:
-    if isinstance(spec[0], str):
-        if text in spec:
-            return text
-        allowed = " or ".join(spec)
-    else:
-        default, above, most = spec
-        try:
-            number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-        except ValueError:
-            number = float("nan")
-        if above < number <= most and (isinstance(default, float) or number == int(number)):
-            return number if isinstance(default, float) else int(number)
-        kind = "a number" if isinstance(default, float) else "a whole number"
-        allowed = f"{kind} above {above:g}" + (f", up to {most:g}" if most < 10**9 else "")
-    raise UsageError(
-        f"the option {key} of the defence {name!r} got {text!r}, and it takes {allowed}: write {name}:{key}={spec[0]}"
-    )
+def _options(name: str, text: str, known: Mapping[str, Option]) -> dict[str, Any]:
+    """The options that were typed over the defaults. Raises UsageError."""
+    return {key: option.default for key, option in known.items()} | read("defence", Spec.split(f"{name}:{text}"), known)

@@ -19,7 +19,7 @@ from gradshield.pipeline.exam import figures, lab_exam
 from gradshield.pipeline.lab_job import lab_job
 from gradshield.pipeline.scan import select
 from gradshield.pipeline.settings import Progress
-from gradshield.types import EvalResult, Selection
+from gradshield.types import EvalResult, Rate, Selection
 
 CLEAN_ROWS = 500
 SHOWN = (
@@ -113,17 +113,12 @@ def _table(
     measured = selection.manifest.results["labels"]
     table = [("rows kept", tuple(_count(_rows_kept(name, selection, total)) for name in results))]
     for label, key in (("harmful caught", "caught"), ("harmless lost", "lost")):
-        cell = _cell(measured[key]) if key in measured else "–"
+        cell = str(Rate.of(measured[key])) if key in measured else "–"
         table.append((label, tuple(cell if name == "filtered" else "–" for name in results)))
     for label, key in SHOWN:
-        table.append((label, tuple(_cell(result.rates[key].as_dict()) for result in results.values())))
+        table.append((label, tuple(str(result.rates[key]) for result in results.values())))
     return tuple(table)
 
 
 def _count(value: int | None) -> str:
     return "–" if value is None else str(value)
-
-
-def _cell(rate: Mapping[str, Any]) -> str:
-    low, high = 100 * rate["low"], 100 * rate["high"]
-    return f"{100 * rate['rate']:.1f} % [{low:.1f}, {high:.1f}] n={rate['n']}"

@@ -27,8 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from gradshield import lab, runs
 from gradshield.errors import DataError, UsageError, did_you_mean
 from gradshield.evaluation.judges import parse as parse_judge
-from gradshield.guards import Spec
+from gradshield.guards import of_rows
 from gradshield.lab import manifest
+from gradshield.options import Spec, number
 from gradshield.pipeline.defences import AS_MANY, Defence, parse
 from gradshield.thresholds import parse as parse_threshold
 
@@ -218,7 +219,7 @@ def _clean(defence: Defence) -> str | None:
 def _guards(config: Config, defence: Defence) -> list[str | None]:
     """The content of every guard that is a folder here: of the judges, and of the defence."""
     kind, _, guard = (defence.selector or "").partition(":")
-    targets = [Spec.split(text).target for text in (*config.judges, *([guard] if kind == "guard" else []))]
+    targets = [Spec.split(text).target for text in (*config.judges, *([of_rows(guard)] if kind == "guard" else []))]
     return [_content(target) for target in targets if target and Path(target).is_dir()]
 
 
@@ -306,10 +307,7 @@ def _mix(text: str) -> tuple[str, float]:
     if text == "as is":
         return "own", 0.0
     harm, _, share = text.rpartition(":")
-    try:
-        ratio = float(share[:-1]) / 100 if share.endswith("%") else float(share)
-    except ValueError:
-        ratio = -1.0
+    ratio = number(share)
     if not 0 <= ratio < 1 or (harm or "explicit") not in (*lab.HARMS, MIXED):
         raise UsageError(
             f"the config names the mix {text!r}: write a harm ({', '.join(lab.HARMS)}, {MIXED}) and a share below 100%, "

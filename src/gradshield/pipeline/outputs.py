@@ -26,7 +26,7 @@ from gradshield import runs
 from gradshield.columns import Coded
 from gradshield.files import instead, replacing
 from gradshield.intervals import wilson
-from gradshield.types import Bools, Example, Ints, Rendered, Selection
+from gradshield.types import Bools, Example, Ints, Selection
 
 if TYPE_CHECKING:
     from gradshield.pipeline import review
@@ -90,11 +90,7 @@ def labelled(
 
     truth = np.asarray(labels)[selection.scores.rows].astype(np.int64)
     removed = selection.removed
-    found: dict[str, Any] = {}
-    if truth.any():
-        found["caught"] = wilson(int((removed & (truth == 1)).sum()), int(truth.sum())).as_dict()
-    if not truth.all():
-        found["lost"] = wilson(int((removed & (truth == 0)).sum()), int((truth == 0).sum())).as_dict()
+    found = caught_and_lost(removed, truth)
     if truth.any() and not truth.all():
         drawn, scores = _drawn(truth), selection.scores
         values = {"FIHS" if name == "fihs" else name: scores.values}
@@ -198,9 +194,9 @@ def write_scores(selection: Selection, path: Path) -> None:
             writer.write_table(lines(slice(start, start + BLOCK)))
 
 
-def caught_and_lost(rows: Sequence[Rendered], removed: Bools, labels: Sequence[int]) -> dict[str, Any]:
-    """Of the rows labelled harmful and of the others, what went. A kind that is not there is left out."""
-    harmful = np.array([bool(labels[row.row]) for row in rows])
+def caught_and_lost(removed: Bools, labels: Any) -> dict[str, Any]:
+    """Of the rows labelled harmful (1) and of the others, what went; both (N,). A kind that is not there is left out."""
+    harmful = np.asarray(labels, dtype=bool)
     return {
         name: wilson(int(removed[own].sum()), int(own.sum())).as_dict()
         for name, own in (("caught", harmful), ("lost", ~harmful))

@@ -21,8 +21,8 @@ from torch import nn
 
 from gradshield.errors import ModelError, UsageError
 from gradshield.gradients import adapted
-from gradshield.models import LoadedModel, Source, first_line, parameters_digest
-from gradshield.selectors import Guard, Selector
+from gradshield.models import LoadedModel, ModelSource, first_line, parameters_digest
+from gradshield.selectors import Selector
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -38,7 +38,7 @@ class Parcel:
     ``identity`` is that of the model with its adapter.
     """
 
-    source: Source | None
+    source: ModelSource | None
     model: nn.Module | None
     adapter: PeftConfig | None
     seed: int
@@ -153,10 +153,10 @@ def bare(selector: Selector) -> Selector:
 
     Raises UsageError for one that asks a model of its own.
     """
-    if isinstance(selector, Guard):
+    if not selector.travels:
         raise UsageError(
-            "the selector guard asks a guard model, not the one that is scored, and gains nothing from other processes: leave "
-            "out --workers and --ray"
+            f"the selector {selector.name} asks something else than the model that is scored, and gains nothing from other "
+            "processes: leave out --workers and --ray"
         )
     found = copy(selector)
     for name in ("probe", "requests", "aggregate", "references"):  # what prepare and finish read

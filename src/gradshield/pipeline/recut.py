@@ -16,7 +16,6 @@ from gradshield import data as rows_in
 from gradshield import runs
 from gradshield.columns import Coded, Ids
 from gradshield.errors import DataError
-from gradshield.intervals import wilson
 from gradshield.pipeline import outputs, review, trust
 from gradshield.pipeline.decide import decide
 from gradshield.pipeline.lock import alone
@@ -115,7 +114,7 @@ def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], 
     }
     results.pop("filtered", None)  # of a model that was trained on other rows
     if truth is not None:
-        results["labels"] = {**old.results.get("labels", {}), **_caught_and_lost(removed, truth)}
+        results["labels"] = {**old.results.get("labels", {}), **outputs.caught_and_lost(removed, truth)}
     settings = {**old.settings, "threshold": threshold if isinstance(threshold, str) else rule.name}
     selection = replace(selection, manifest=replace(old, command=command, settings=settings, results=results))
     outputs.write_cut(selection, path, rows, _views(path), truth)
@@ -132,15 +131,6 @@ def _kinds(folder: Path, rows: Ints, names: Coded, removed: Bools) -> dict[int, 
         found = {r: name for r, name in zip(rows.tolist(), names.take(removed), strict=True) if name != NO_CATEGORY}
         runs.write_json(path, found)
         return found
-
-
-def _caught_and_lost(removed: Any, truth: Any) -> dict[str, Any]:
-    found = {}
-    if (truth == 1).any():
-        found["caught"] = wilson(int((removed & (truth == 1)).sum()), int((truth == 1).sum())).as_dict()
-    if (truth == 0).any():
-        found["lost"] = wilson(int((removed & (truth == 0)).sum()), int((truth == 0).sum())).as_dict()
-    return found
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gradshield import data as rows_in
 from gradshield import runs
@@ -23,7 +23,7 @@ from gradshield.pipeline.scoring import Scored, carrying, categories, weights_ch
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
 from gradshield.pipeline.workers import Workers
 from gradshield.probes import digest, requests
-from gradshield.selectors import Fihs, Screen
+from gradshield.selectors import Fihs
 from gradshield.types import Selection
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _doubts(rows: Prepared, scored: Scored, decision: Decision, labels: Sequence
     own = None if labels is None else [int(labels[row]) for row in scored.scores.rows.tolist()]
     gone = rows.read.examples.at(scored.scores.rows[decision.removed][: trust.LOOKED_AT])
     problem = trust.UNASKED if scored.validity is None else scored.validity.problem
-    opener_fihs = scored.selector.opener_fihs if isinstance(scored.selector, Screen) else None
+    opener_fihs = scored.selector.settings().get("opener_fihs")
     return trust.doubts(scored.scores, decision, gone, problem, opener_fihs, len(rows.quarantined), own)
 
 
@@ -214,11 +214,12 @@ def _recorded(settings: ScanSettings, probing: Probing, scored: Scored, config: 
         "render": config.as_dict(),
         "direction_sha256": scored.direction.digest,
     }
-    if isinstance(scored.selector, Fihs):
+    if scored.selector.probed:
+        selector = cast(Fihs, scored.selector)
         found |= {
-            "engine": scored.selector.engine.name,
-            "engine_step": getattr(scored.selector.engine, "relative_step", None),
-            "probe_found": dict(scored.selector.probe.settings()),
+            "engine": selector.engine.name,
+            "engine_step": getattr(selector.engine, "relative_step", None),
+            "probe_found": dict(selector.probe.settings()),
             "probe_sha256": digest([dict(p) for p in probing.requests or requests()]),
             "answer_prefix": probing.answer_prefix,
         }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
@@ -19,8 +20,8 @@ from gradshield.errors import ProbeError, ScoreError, UsageError
 from gradshield.gradients import (
     ENGINES,
     ROW_SUMS,
-    Agreement,
     Engine,
+    EngineAgreement,
     Loop,
     adapted,
     agreement,
@@ -28,13 +29,14 @@ from gradshield.gradients import (
     pick,
     target_names,
 )
+from gradshield.options import Spec
 from gradshield.pipeline import shards
 from gradshield.pipeline.decide import PREFERENCE, ROWS
 from gradshield.pipeline.references import answered, opened
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings
 from gradshield.pipeline.shards import Hands, here
 from gradshield.probes import Prompts, Validity, greedy, lookalikes, open_turns, ordinary, refuses, requests, validity
-from gradshield.selectors import Fihs, Measured, Screen, Selector, parse_aggregate
+from gradshield.selectors import SELECTORS, Fihs, Measured, Selector, parse_aggregate
 from gradshield.selectors.reading import LEAST, Reading, Turn
 from gradshield.types import Anchors, Batch, Bools, Direction, Floats, Rendered, Scores
 
@@ -47,7 +49,7 @@ class Ready:
 
     selector: Selector
     direction: Direction
-    agreement: Agreement | None = None
+    agreement: EngineAgreement | None = None
     validity: Validity | None = None
     harmless: Prompts | None = None  # the look-alikes of FIHS's requests, as opened turns
 
@@ -83,21 +85,36 @@ def ready_fihs(
     direction = selector.prepare(model)
     chosen = pick(settings.engine, model, aggregate.per_token)
     if not hasattr(settings.threshold, "cut"):  # a rule that cannot cut is told now, not after the rows are measured
-        screens = settings.selector.partition(":")[0] == Screen.name  # its scores have known kinds, and no decoys
-        decoys = np.zeros(1) if chosen.per_token and not screens else None
-        settings.make_threshold().cut(np.zeros(1), decoys, Anchors(np.ones(1), np.zeros(1)) if screens else None)
+        made = cast(type[Fihs], SELECTORS[Spec.split(settings.selector).name])
+        decoys = np.zeros(1) if chosen.per_token and made.decoys else None
+        settings.make_threshold().cut(np.zeros(1), decoys, None if made.decoys else Anchors(np.ones(1), np.zeros(1)))
     sample = _sample(rendered, settings)
     selector.engine, agreed = _trusted(chosen, selector, model, direction, sample, asked, harmless, pad)
     return Ready(selector, direction, agreed, valid, harmless)
 
 
-def ready_screen(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -> Ready:
-    """The selector `screen` on top of FIHS that is ready: the ruler of refusal, and what compliant openers score.
+def given_by(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -> dict[str, Callable[[], Any]]:
+    """What the constructor of a method made of FIHS may ask for: FIHS that is ready, its parts, and what `Screen` adds to it."""
+    fihs = cast(Fihs, found.selector)
+    screened = cache(lambda: _ruler(model, tokenizer, found, probing))
+    return {
+        "fihs": lambda: fihs,
+        "probe": lambda: fihs.probe,
+        "requests": lambda: fihs.requests,
+        "engine": lambda: fihs.engine,
+        "aggregate": lambda: fihs.aggregate,
+        "reading": lambda: screened()[0],
+        "known": lambda: screened()[1],
+    }
+
+
+def _ruler(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -> tuple[Reading, Anchors]:
+    """The ruler of refusal, and what compliant openers score by FIHS.
 
     Raises ProbeError where the probes that the model refuses, or the harmless prompts, are too few to make a ruler.
     """
-    fihs, valid = found.selector, found.validity
-    assert isinstance(fihs, Fihs) and valid is not None
+    fihs, valid = cast(Fihs, found.selector), found.validity
+    assert valid is not None
     template = dict(probing.template or {})  # without the answer prefix: rows are read where their own turn opens
     asked, harmless = (
         open_turns(tokenizer, prompts, **template)
@@ -112,7 +129,7 @@ def ready_screen(model: nn.Module, tokenizer: Any, found: Ready, probing: Probin
     alike = len(probing.lookalikes or lookalikes())
     tricky = harmless.take(np.flatnonzero(reading.answered[:alike]).tolist())  # look-alikes that the model answers
     known = Anchors(*(_fihs_of(fihs, model, found.direction, opened(tokenizer, p)) for p in (refused, tricky)))
-    return replace(found, selector=Screen(fihs, reading, tokenizer, known))
+    return reading, known
 
 
 def _fihs_of(fihs: Fihs, model: nn.Module, direction: Direction, rows: Sequence[Rendered]) -> Floats:
@@ -207,7 +224,7 @@ def _trusted(
     asked: Prompts,
     harmless: Prompts,
     pad: int,
-) -> tuple[Engine, Agreement]:
+) -> tuple[Engine, EngineAgreement]:
     """The first engine, from the chosen one to slower ones, whose ranking of a random sample is the oracle's."""
     truth = _measured(Loop(), selector, model, direction, sample)
     selector.finish(truth, [row.id for row in sample], [group(row.shape) for row in sample])  # names what is not finite
@@ -218,7 +235,7 @@ def _trusted(
         slower.append(ENGINES["forward"]())
     if not selector.aggregate.per_token and engine.name != "loop":
         slower.append(Loop())
-    found: Agreement | None = None
+    found: EngineAgreement | None = None
     for candidate in slower:
         found = agreement(candidate.name, _measured(candidate, selector, model, direction, sample).sums, oracle)
         # Too few rows, or equal ones, have no ranking: then the relative error decides.
@@ -265,9 +282,9 @@ def categories(
     hands: Hands = here,
 ) -> Coded:
     """The harm each removed row pulls toward: the category whose own direction, at unit length, it follows furthest."""
-    selector = scored.selector
-    if not isinstance(selector, Fihs):
+    if not scored.selector.probed:
         return Coded(np.zeros(len(removed), dtype=np.uint8), ("",))
+    selector = cast(Fihs, scored.selector)
     names = sorted(set(selector.requests.categories))
     if not gone or len(names) < 2:
         only = names[0] if len(names) == 1 else ""

@@ -9,7 +9,7 @@ from typing import Any
 from gradshield.errors import UsageError
 from gradshield.gradients import ENGINES, check_subspace
 from gradshield.probes import PROBES, FunctionProbe, Probe
-from gradshield.selectors import SELECTORS, parse_aggregate
+from gradshield.selectors import SELECTORS, check, parse_aggregate
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
 
@@ -25,7 +25,7 @@ def quiet(stage: str, done: int, total: int) -> None:
 class ScanSettings:
     """How rows are scored and cut. The defaults are one choice for all data; docs/methods.md says how it was made.
 
-    ``selector``      a name of SELECTORS, with its options as typed (``representation:anchors``, ``representation:larf:opening``)
+    ``selector``      a name of SELECTORS, with its options as typed (``larf``, ``larf:opening``, ``guard:llm:MODEL@URL``)
     ``probe``         a name of PROBES, a Probe, or a function of (model, PromptBatch) to a scalar
     ``aggregate``     how a row's tokens are counted (AGGREGATES)
     ``subspace``      all, targets, lora, last:k (SUBSPACES)
@@ -48,7 +48,7 @@ class ScanSettings:
 
     def __post_init__(self) -> None:
         """Raises UsageError for anything that could not be run, before a model is loaded."""
-        SELECTORS[self.selector.partition(":")[0]]
+        check(self.selector)
         parse_aggregate(self.aggregate)
         if isinstance(self.probe, str):
             PROBES[self.probe]

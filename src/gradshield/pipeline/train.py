@@ -11,7 +11,6 @@ run/
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ from gradshield.pipeline.rows import load, prepare
 from gradshield.pipeline.scan import check_labels, judged, select
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
 from gradshield.probes import requests
-from gradshield.thresholds import Verdict
+from gradshield.thresholds import SearchResult
 from gradshield.types import EvalResult, Manifest, Selection
 
 # What an earlier run into the folder may have left: weights or an adapter of another kind would be loaded in place of ours.
@@ -64,7 +63,7 @@ class Trained:
     before: EvalResult
     after: EvalResult
     selection: Selection | None = None
-    verdict: Verdict | None = None
+    verdict: SearchResult | None = None
     certificate: Mapping[str, Any] = field(default_factory=dict)  # what certificate.json holds
 
 
@@ -225,7 +224,7 @@ class _Run:
         outputs.write(again, self.folder / "scan", self.job.rows, self.job.labels)
         return again
 
-    def _searched(self) -> tuple[Verdict, Chosen]:
+    def _searched(self) -> tuple[SearchResult, Chosen]:
         """The verified threshold; every finished round is kept, and the best model of those trained in this process."""
         rounds = self.folder / runs.WORK / "rounds"
         rounds.mkdir(exist_ok=True)
@@ -234,18 +233,17 @@ class _Run:
         def examine(chosen: Chosen, settled: Settled) -> tuple[EvalResult, float]:
             dataset = self.course.dataset(self.defence, chosen)
             key = self.course.key(self.defence, dataset)
-            path = rounds / f"{key}-{runs.digest(self.exams.search.settings())[:12]}{verify.suffix(settled)}.json"
             tried.append(key)
-            if path.exists():
-                told = json.loads(path.read_text(encoding="utf-8"))
-                return runs.result(told), float(told["seconds"])
-            began = time.monotonic()
-            fitted = self.course.fit(self.defence, dataset, f"round {len(tried)}", self.merge)
-            self._rounds[key] = fitted
-            measured = self._sat(self.exams.search, fitted.model, f"measuring round {len(tried)}", settled)
-            seconds = time.monotonic() - began
-            runs.write_json(path, {"seconds": round(seconds, 3), **runs.stored(measured)})
-            return measured, seconds
+
+            def trained() -> tuple[EvalResult, dict[str, Any]]:
+                began = time.monotonic()
+                fitted = self.course.fit(self.defence, dataset, f"round {len(tried)}", self.merge)
+                self._rounds[key] = fitted
+                measured = self._sat(self.exams.search, fitted.model, f"measuring round {len(tried)}", settled)
+                return measured, {"seconds": round(time.monotonic() - began, 3)}
+
+            found, arm = verify.arm(rounds, key, self.exams.search, settled, trained)
+            return found, float(arm["seconds"])
 
         def after(done: Sequence[Any], best: int) -> None:
             # The first examination is of random rows left out, where utility has no target of its own.
@@ -279,14 +277,12 @@ class _Run:
         fitted: Fitted,
         before: EvalResult,
         after: EvalResult,
-        verdict: Verdict | None,
+        verdict: SearchResult | None,
         uncertified: str | None,
     ) -> dict[str, Any]:
-        results: dict[str, Any] = {
-            "rows": len(chosen.rows),
-            "removed": int(chosen.removed.sum()),
+        return {
+            **self.course.counts(chosen),
             "trained": len(dataset),
-            "dropped_tokens": chosen.dropped_tokens,
             "cuts": {name: {"rule": cut.rule, "value": cut.value} for name, cut in chosen.cuts.items()},
             "before": figures(before),
             "after": figures(after),
@@ -296,9 +292,6 @@ class _Run:
             "verified": None if verdict is None else verdict.as_dict(),
             "uncertified": uncertified,
         }
-        if self.job.labels is not None:
-            results |= outputs.caught_and_lost(chosen.rows, chosen.removed, self.job.labels)
-        return results
 
     def _manifest(self, results: Mapping[str, Any]) -> Manifest:
         rows, job = self.job.rows, self.job

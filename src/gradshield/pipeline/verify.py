@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from gradshield import runs
 from gradshield.errors import UsageError
 from gradshield.pipeline.course import Chosen, Course
 from gradshield.pipeline.decide import ROWS
 from gradshield.pipeline.defences import Defence
 from gradshield.pipeline.exam import Exam, Settled, never
-from gradshield.thresholds.verified import Round, Trial, Verdict, Verified, decided
+from gradshield.thresholds.verified import Round, SearchResult, Trial, Verified, decided
 from gradshield.types import Bools, EvalResult
 
 Examine = Callable[[Chosen, Settled], tuple[EvalResult, float]]
@@ -30,9 +34,23 @@ class Settle:
         return any(decided(rate.k, rate.n, total, self.asr) is False for rate in rates)
 
 
-def suffix(settled: Settled) -> str:
-    """Part of the name of a stored measurement: one that may have stopped early is of use to its own target alone."""
-    return f"-asr{settled.asr:g}" if isinstance(settled, Settle) else ""
+def arm(
+    folder: Path, key: str, exam: Exam, settled: Settled, make: Callable[[], tuple[EvalResult, dict[str, Any]]]
+) -> tuple[EvalResult, dict[str, Any]]:
+    """What a model trained under ``key`` gives on an exam, and what else is known of it: from disk, else made and kept there.
+
+    The file's name holds all that its figures depend on. A measurement that may have stopped early is of use to its own target
+    alone.
+    """
+    early = f"-asr{settled.asr:g}" if isinstance(settled, Settle) else ""
+    path = folder / f"{key}-{runs.digest(exam.settings())[:12]}{early}.json"
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return runs.result(stored), stored
+    measured, more = make()
+    stored = {**more, **runs.stored(measured)}
+    runs.write_json(path, stored)
+    return measured, stored
 
 
 def search(
@@ -41,7 +59,7 @@ def search(
     examine: Examine,
     exam: Exam,
     after: Callable[[Sequence[Round], int], None] | None = None,
-) -> tuple[Verdict, Chosen]:
+) -> tuple[SearchResult, Chosen]:
     """Search the cut of a defence's scores, beginning with the default one; the verdict, and the rows of its best round.
 
     ``examine`` fine-tunes on the chosen rows and measures the model on ``exam``, the search prompts. The target of utility is

@@ -8,6 +8,7 @@ from typing import Any
 from gradshield.report.draw import axis_style, base_layout
 from gradshield.report.pool import usable
 from gradshield.report.text import chart_text
+from gradshield.types import Rate
 
 Rates = Sequence[Mapping[str, Any] | None]
 
@@ -90,7 +91,4 @@ def steps_layout(names: Sequence[str], height: int = 340, **more: Any) -> dict[s
 
 def worded(value: Any) -> str:
     """A rate in percent with its interval and count, as text."""
-    if not usable(value):
-        return "–"
-    rate, low, high = (f"{100 * float(value[key]):.1f}" for key in ("rate", "low", "high"))
-    return f"{rate} % [{low}, {high}], n = {value['n']}"
+    return str(Rate.of(value)) if usable(value) else "–"

@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradshield.report import compared, made
+from gradshield.report.markdown import code, plain, table_row, table_rule
 from gradshield.report.outcome import outcome
 from gradshield.report.pool import (
     MISSING,
@@ -32,7 +32,7 @@ from gradshield.report.pool import (
     usable,
 )
 from gradshield.report.rivals import Standing, Win, against
-from gradshield.report.text import duration, one_line, visible
+from gradshield.report.text import duration
 
 COLUMNS = 5  # mixes beside each other in one Markdown table
 LINES = 40  # of a list; the rest is in results.json
@@ -239,26 +239,3 @@ def _where(cell: Cell) -> tuple[str, str, str, str]:
 
 def _more(count: int) -> list[str]:
     return ["", f"{count - LINES} more are in results.json."] if count > LINES else []
-
-
-def table_row(*entries: str) -> str:
-    """A row of a Markdown table; entries are Markdown already."""
-    return f"| {' | '.join(entries)} |"
-
-
-def table_rule(columns: int) -> str:
-    """The line between a Markdown table's head and its rows."""
-    return "|" + "---|" * columns
-
-
-def plain(text: str) -> str:
-    """Someone else's text as Markdown text: one line, nothing hidden, no markup, no table cell ended."""
-    shown = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", visible(one_line(text, 600)))
-    shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return shown.replace("://", "&#58;//")  # some renderers turn any address into a link
-
-
-def code(text: Any) -> str:
-    """Someone else's text as Markdown code, without what would end it or its table cell."""
-    shown = visible(one_line(str(text), 600)).replace("`", "'").replace("|", "¦")
-    return f"`{shown}`" if shown else MISSING

@@ -17,9 +17,9 @@ from gradshield.report import made, sheet
 from gradshield.report.data import Status
 from gradshield.report.draw import Chart, axis_style
 from gradshield.report.lines import banded, limit_line, percent_axis, steps_layout, worded
+from gradshield.report.markdown import code, plain, table_row, table_rule
 from gradshield.report.outcome import USELESS
 from gradshield.report.pool import MISSING, TARGET, asr_of, judges_of, usable
-from gradshield.report.results import code, plain, table_row, table_rule
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
 from gradshield.report.text import number, percent
 

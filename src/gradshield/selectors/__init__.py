@@ -2,16 +2,16 @@
 
 from gradshield.selectors.aggregates import AGGREGATES, Aggregate
 from gradshield.selectors.aggregates import parse as parse_aggregate
-from gradshield.selectors.base import SELECTORS, Measured, Selector
+from gradshield.selectors.base import SELECTORS, Measured, Selector, check, make
 from gradshield.selectors.dualselect import DualSelect
 from gradshield.selectors.fihs import Fihs
 from gradshield.selectors.gradnorm import GradNorm
-from gradshield.selectors.guard import Guard
+from gradshield.selectors.guard import GuardFilter
 from gradshield.selectors.loss import Loss
 from gradshield.selectors.moderate import Moderate, OnlineModerate
 from gradshield.selectors.online import ONLINE
 from gradshield.selectors.random import Random
-from gradshield.selectors.representation import Representation
+from gradshield.selectors.representation import Anchoring, Larf
 from gradshield.selectors.screen import Screen
 
 __all__ = [
@@ -19,17 +19,20 @@ __all__ = [
     "ONLINE",
     "SELECTORS",
     "Aggregate",
+    "Anchoring",
     "DualSelect",
     "Fihs",
     "GradNorm",
-    "Guard",
+    "GuardFilter",
+    "Larf",
     "Loss",
     "Measured",
     "Moderate",
     "OnlineModerate",
     "Random",
-    "Representation",
     "Screen",
     "Selector",
+    "check",
+    "make",
     "parse_aggregate",
 ]

@@ -12,6 +12,7 @@ from torch import nn
 
 from gradshield.errors import ScoreError
 from gradshield.models import parameters_digest
+from gradshield.options import Given, Spec, build, of, read
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction, Floats, Ints, Scores
 
@@ -53,13 +54,20 @@ class Measured:
 class Selector(Protocol):
     """A method that scores rows. ``measure`` sees one batch at a time; ``finish`` sees the whole dataset, in numpy.
 
-    ``rule`` is the threshold that cuts its scores where none is named. ``settings`` is JSON-able: everything but rows, model and
+    ``rule`` is the threshold that cuts its scores where none is named. ``travels`` says that ``measure`` needs the given model
+    alone, so that other processes may measure. ``probed`` says that it is FIHS or made of it: it has `Fihs`'s attributes, its
+    probes must be valid, and its engine agrees with the oracle. The constructor states the options (`options`), and asks by name
+    for any of what `pipeline.ranking` gives: a ``subspace``, its ``targets``, a ``seed``, the ``tokenizer``, ``references``.
+
+    ``settings`` is JSON-able: everything but rows, model and
     direction that a measured number depends on. ``prepare`` of a method that has no direction gives one without tensors.
     ``finish`` hands on ``ids`` and ``shapes`` as it got them: of many rows they are columns that hold no string (`columns`).
     """
 
     name: str
     rule: str
+    travels: bool
+    probed: bool
 
     def prepare(self, model: nn.Module) -> Direction: ...
 
@@ -101,4 +109,34 @@ def require_finite(raw: Measured) -> None:
         )
 
 
-SELECTORS: Registry[type[Selector]] = Registry("selector")
+SELECTORS: Registry[type[Selector]] = Registry(
+    "selector", needs=("name", "rule", "travels", "probed", "prepare", "measure", "finish", "settings")
+)
+
+
+GIVEN = (
+    "subspace",
+    "targets",
+    "seed",
+)  # what a constructor asks for by name and nobody types, though it could be typed
+
+
+def check(text: str) -> None:
+    """Raises UsageError for a selector that is not there, or options that it does not take."""
+    spec = Spec.split(text)
+    made = SELECTORS[spec.name]
+    if not hasattr(made, "parse"):
+        read("selector", spec, {name: option for name, option in of(made).items() if name not in GIVEN})
+
+
+def make(text: str, given: Given) -> Selector:
+    """A selector as typed (``gradnorm``, ``larf:opening``), with what its constructor asks for. Raises UsageError.
+
+    A class whose options are no ``key=value`` has a ``parse(options, given)`` that makes it.
+    """
+    spec = Spec.split(text)
+    made = SELECTORS[spec.name]
+    if hasattr(made, "parse"):
+        found: Selector = made.parse(text.partition(":")[2], given)
+        return found
+    return build("selector", spec, made, given)

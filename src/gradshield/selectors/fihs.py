@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
@@ -29,6 +29,8 @@ class Fihs:
 
     name = "fihs"
     rule = "competition"
+    travels, probed = True, True
+    decoys: ClassVar[bool] = True  # whether its scores have them; those of known kinds stand in their place
 
     def __init__(
         self,

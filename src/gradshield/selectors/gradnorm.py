@@ -24,6 +24,7 @@ class GradNorm:
 
     name = "gradnorm"
     rule = "ratio:10%"
+    travels, probed = True, False
 
     def __init__(self, subspace: str = "all", targets: Sequence[str] = ()) -> None:
         """``targets`` are the weights of the subspace of that name. Raises UsageError for an unknown subspace."""

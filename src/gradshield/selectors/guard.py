@@ -13,8 +13,8 @@ import numpy as np
 from torch import nn
 
 from gradshield.errors import EndpointError
-from gradshield.guards import Guard as Model
-from gradshield.guards import parse
+from gradshield.guards import Guard, of_rows, parse
+from gradshield.options import Given
 from gradshield.selectors.base import SELECTORS, Measured
 from gradshield.types import Batch, Direction, Ints, Scores
 
@@ -23,7 +23,7 @@ Turn = tuple[str, str]  # what stands before a response, and the response
 
 
 @SELECTORS.register("guard")
-class Guard:
+class GuardFilter:
     """The probability, by a guard model or a moderation endpoint, that a row's response is unsafe.
 
     Paper: arXiv 2312.06674 (Llama Guard), used here as a filter of training data. Equation: s(x) = max over the row's
@@ -36,21 +36,23 @@ class Guard:
 
     name = "guard"
     rule = "fixed:0.5"
+    travels, probed = False, False
 
-    def __init__(self, guard: Model, decode: Decode) -> None:
+    def __init__(self, guard: Guard, decode: Decode) -> None:
         self.guard, self.decode = guard, decode
 
     @classmethod
-    def parse(cls, spec: str, tokenizer: Any) -> Guard:
-        """The selector on a guard as it is typed (``guards.specs.FORMS``), for rows in the tokens of ``tokenizer``.
+    def parse(cls, text: str, given: Given) -> GuardFilter:
+        """The selector on a guard as it is typed (``NAME``, ``classifier:NAME``, ``llm:MODEL@URL``), with a given ``tokenizer``.
 
         Raises UsageError.
         """
+        tokenizer = given["tokenizer"]()
 
         def decode(ids: Sequence[int]) -> str:
             return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-        return cls(parse(spec), decode)
+        return cls(parse(of_rows(text)), decode)
 
     def prepare(self, model: nn.Module) -> Direction:
         """No direction: ``tensors`` is empty, and the digest is that of the guard. Raises what keeps the guard from working."""

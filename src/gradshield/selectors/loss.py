@@ -25,6 +25,7 @@ class Loss:
 
     name = "loss"
     rule = "ratio:10%"
+    travels, probed = True, False
 
     def prepare(self, model: nn.Module) -> Direction:
         """No tensors: a loss has no direction."""

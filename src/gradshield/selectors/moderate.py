@@ -69,7 +69,7 @@ def _count(rows: int, ratio: float) -> int:
     return max(1, int(ratio * rows + 1e-9))  # 0.29 · 100 is less than 29 in floating point
 
 
-@SELECTORS.register("moderate")
+@SELECTORS.register("moderate-rows")
 class Moderate:
     """Keeps rows of usual loss whose gradient norm is nearest to the median; measured once, before training.
 
@@ -81,8 +81,9 @@ class Moderate:
     A preference pair's loss is the mean over both answers; its gradient is that of GradNorm.
     """
 
-    name = "moderate"
+    name = "moderate-rows"
     rule = "fixed:0"
+    travels, probed = True, False
 
     def __init__(self, subspace: str = "all", targets: Sequence[str] = (), ratio: float = RATIO) -> None:
         """``ratio`` ρ is the share of the rows to keep. Raises UsageError for one outside (0, 1], or an unknown subspace."""
@@ -128,7 +129,7 @@ class Moderate:
 class OnlineModerate:
     """Trains on the rows of each batch whose loss is usual and whose gradient norm is nearest to the median.
 
-    Paper: arXiv 2604.17215. Equation: as in the selector ``moderate``, at the current θ, for each batch of candidates.
+    Paper: arXiv 2604.17215. Equation: as in the selector ``moderate-rows``, at the current θ, for each batch of candidates.
     Departures: candidates are measured in evaluation mode, without dropout; the norm is taken over the trainable parameters
     (an adapter's factors under LoRA), since nothing else moves; the standard deviation is the population's; a batch whose
     band holds fewer than ⌊ρB⌋ rows trains on those.

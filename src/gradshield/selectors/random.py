@@ -24,6 +24,7 @@ class Random:
 
     name = "random"
     rule = "ratio:10%"
+    travels, probed = True, False
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,65 +21,45 @@ from gradshield.placement import in_float64
 from gradshield.selectors.base import SELECTORS, Measured, require_finite
 from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
 
-FORMS = ("larf", "anchors")
 FEATURES = ("mean", "last", "opening")
 _TOKENS = 4096  # positions of one batch of references
 _LEAST = 2  # references of a kind: one is held out at a time
 
 
-@SELECTORS.register("representation")
-class Representation:
-    """Nearer to unsafe than to safe reference rows, in the hidden states of the model before training.
+class Representation(ABC):
+    """What the two methods share: reference rows, the state of a row that is compared with theirs, and one forward pass a row.
 
-    Paper: arXiv 2507.18631 (``form="larf"``) and arXiv 2404.01099 (``form="anchors"``). Equation: larf, the mean over
-    layers of (‖h - μ_safe‖ - ‖h - μ_unsafe‖) / ‖μ_unsafe - μ_safe‖; anchors, mean cos(h, unsafe) - mean cos(h, safe).
-    Departures: h is the state of the row's last answer token (``feature="last"``, as both
-    take it) or the mean over its answer (``"mean"``). The unsafe references are requests with a compliant opener alone, since
-    no harmful answer is kept here, so that their last state is that of an answer broken off; the safe ones are the same
-    requests with the model's own refusals. larf's safety-sensitive layers are those that part the references best, each
-    reference held out in turn, in units of their spread, where the paper scales weights and watches refusals; blocks are
-    averaged in units of the distance between the means. anchors is the paper's variant on representations, not on gradients,
-    at the last block, before the final norm. Both papers rank rows and take a top share; zero lies between the two sides and
-    is no cut. ``feature="opening"`` is ours: the state that predicts the first answer token, with answered look-alikes as
-    the safe side; it sees the request and nothing of the answer. What is not said here need not be as in the papers.
+    Departures: the unsafe references are requests with a compliant opener alone, since no harmful answer is kept here, so that
+    their last state is that of an answer broken off; the safe ones are the same requests with the model's own refusals. The state
+    is that of the row's last answer token (``feature="last"``, as both papers take it) or the mean over its answer (``"mean"``).
+    ``feature="opening"`` is ours: the state that predicts the first answer token, with answered look-alikes as the safe side; it
+    sees the request and nothing of the answer. Both papers rank rows and take a top share; zero lies between the two sides and
+    is no cut. What is not said here need not be as in the papers.
     """
 
-    name = "representation"
+    name: str
     rule = "ratio:10%"
+    travels, probed = True, False
 
-    def __init__(self, references: References, form: str = "larf", feature: str = "last", layers: int = 1) -> None:
-        """``feature`` of a row is one of FEATURES; ``layers`` is how many blocks larf uses.
-
-        Raises UsageError for an unknown form or feature, or fewer layers than one.
-        """
-        for kind, got, allowed in (("form", form, FORMS), ("feature", feature, FEATURES)):
-            if got not in allowed:
-                raise UsageError(
-                    f"unknown {kind} {got!r} of the selector representation: choose one of {', '.join(allowed)}"
-                )
-        if layers < 1:
-            raise UsageError(f"the selector representation got {layers} layers: give at least 1")
-        self.references, self.form, self.feature, self.layers = references, form, feature, layers
+    def __init__(self, references: References, feature: str = "last") -> None:
+        """``feature`` of a row is one of FEATURES. Raises UsageError for another."""
+        if feature not in FEATURES:
+            raise UsageError(
+                f"unknown feature {feature!r} of the selector {self.name}: choose one of {', '.join(FEATURES)}"
+            )
+        self.references, self.feature = references, feature
 
     def prepare(self, model: nn.Module) -> Direction:
         """Means of the references at the chosen blocks: ``tensors["<block's name>"]`` is (2, D), unsafe then safe.
 
-        For ``anchors`` they are means of unit vectors, so that a dot product with a unit vector is a mean cosine.
         ``meta["separation"]`` holds each block's separation of the references. Raises ProbeError with fewer than two
         references of a kind, UsageError with more layers than the model has, ScoreError where the two means are equal.
         """
         names = [name for name, _ in _blocks(model)]
-        if self.layers > len(names):
-            raise UsageError(
-                f"the selector representation got layers={self.layers}, but the model has {len(names)}: ask for fewer"
-            )
+        self._require(len(names))
         unsafe, safe = (self._features(model, kind, rows, names) for kind, rows in self._sides())
-        parted = separation(unsafe, safe)
-        if self.form == "larf":
-            chosen = sorted(np.argsort(-parted, kind="stable")[: self.layers].tolist())
-        else:
-            chosen = [len(names) - 1]
-            unsafe, safe = (side / side.norm(dim=-1, keepdim=True) for side in (unsafe, safe))
+        found = separation(unsafe, safe)
+        chosen, (unsafe, safe) = self._chosen(found), (self._seen(side) for side in (unsafe, safe))
         tensors = {names[i]: torch.stack([unsafe[:, i].mean(0), safe[:, i].mean(0)]).float() for i in chosen}
         for name, (one, other) in tensors.items():
             if not 0 < float((one - other).norm()) < float("inf"):
@@ -87,7 +68,7 @@ class Representation:
                     "model's weights, or load it in float32 (--dtype float32)"
                 )
         kinds = ("unsafe", "safe")
-        meta = {"separation": {name: float(d) for name, d in zip(names, parted, strict=True)}}
+        meta = {"separation": {name: float(d) for name, d in zip(names, found, strict=True)}}
         return Direction(tensors, kinds, "hidden states", (1.0, 1.0), digest(kinds, tensors), meta)
 
     def _sides(self) -> tuple[tuple[str, tuple[Rendered, ...]], tuple[str, tuple[Rendered, ...]]]:
@@ -100,7 +81,7 @@ class Representation:
         """(n, blocks, D) of references, float64, on the CPU."""
         if len(rows) < _LEAST:
             raise ProbeError(
-                f"there are {len(rows)} {kind} references on this model, and the selector representation needs at least "
+                f"there are {len(rows)} {kind} references on this model, and the selector {self.name} needs at least "
                 f"{_LEAST} (harmful requests that it refuses, and harmless ones that it answers): give other requests, or "
                 "another selector"
             )
@@ -135,18 +116,27 @@ class Representation:
             lengths,
         )
 
+    def _require(self, blocks: int) -> None:  # noqa: B027
+        """Raises UsageError where the model has too few blocks."""
+
+    @abstractmethod
+    def _chosen(self, separations: Floats) -> list[int]:
+        """Which blocks are looked at, in their order."""
+
+    def _seen(self, features: Tensor) -> Tensor:
+        """A reference's features as their mean is taken."""
+        return features
+
     def _placed(self, features: Tensor, direction: Direction) -> Tensor:
         """(B,) in float64: where each feature (B, layers, D) lies between the two sides."""
         unsafe, safe = in_float64(
             torch.stack(list(direction.tensors.values()), 1).to(features.device)
         )  # (layers, D) each
-        at = in_float64(features)
-        if self.form == "anchors":
-            cosines: Tensor = ((at / at.norm(dim=-1, keepdim=True)) * (unsafe - safe)).sum(-1).mean(-1)
-            return cosines
-        nearer: Tensor = (at - safe).norm(dim=-1) - (at - unsafe).norm(dim=-1)
-        placed: Tensor = (nearer / (unsafe - safe).norm(dim=-1)).mean(-1)
-        return placed
+        return self._between(in_float64(features), unsafe, safe)
+
+    @abstractmethod
+    def _between(self, at: Tensor, unsafe: Tensor, safe: Tensor) -> Tensor:
+        """(B,): where features (B, layers, D) lie between two sides (layers, D)."""
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
         """One score a row, without decoys. Raises ScoreError that names the rows whose value or loss is not finite."""
@@ -154,8 +144,63 @@ class Representation:
         return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
 
     def settings(self) -> Mapping[str, Any]:
-        """The form and the feature; the blocks and the references are in the direction."""
-        return {"form": self.form, "feature": self.feature}
+        """The feature; the blocks and the references are in the direction."""
+        return {"feature": self.feature}
+
+
+@SELECTORS.register("larf")
+class Larf(Representation):
+    """Nearer to unsafe than to safe reference rows, in the hidden states of the model before training.
+
+    Paper: arXiv 2507.18631 (LARF). Equation: the mean over layers of (‖h - μ_safe‖ - ‖h - μ_unsafe‖) / ‖μ_unsafe - μ_safe‖.
+    Departures: those of `Representation`. The safety-sensitive layers are those that separate the references best, each
+    reference held out in turn, in units of their spread, where the paper scales weights and watches refusals; blocks are
+    averaged in units of the distance between the means.
+    """
+
+    name = "larf"
+
+    def __init__(self, references: References, feature: str = "last", layers: int = 1) -> None:
+        """``layers`` is how many blocks are used. Raises UsageError for fewer than one."""
+        super().__init__(references, feature)
+        if layers < 1:
+            raise UsageError(f"the selector larf got {layers} layers: give at least 1")
+        self.layers = layers
+
+    def _require(self, blocks: int) -> None:
+        if self.layers > blocks:
+            raise UsageError(f"the selector larf got layers={self.layers}, but the model has {blocks}: ask for fewer")
+
+    def _chosen(self, separations: Floats) -> list[int]:
+        return sorted(np.argsort(-separations, kind="stable")[: self.layers].tolist())
+
+    def _between(self, at: Tensor, unsafe: Tensor, safe: Tensor) -> Tensor:
+        nearer: Tensor = (at - safe).norm(dim=-1) - (at - unsafe).norm(dim=-1)
+        placed: Tensor = (nearer / (unsafe - safe).norm(dim=-1)).mean(-1)
+        return placed
+
+
+@SELECTORS.register("anchors")
+class Anchoring(Representation):
+    """More like harmful than like safe anchor rows, in the hidden states of the last block (bi-directional anchoring).
+
+    Paper: arXiv 2404.01099. Equation: mean cos(h, unsafe) - mean cos(h, safe).
+    Departures: those of `Representation`. The paper's variant on representations, not on gradients, at the last block, before
+    the final norm. The means in the direction are of unit vectors, so that a dot product with a unit vector is a mean cosine.
+    """
+
+    name = "anchors"
+
+    def _chosen(self, separations: Floats) -> list[int]:
+        return [len(separations) - 1]
+
+    def _seen(self, features: Tensor) -> Tensor:
+        unit: Tensor = features / features.norm(dim=-1, keepdim=True)
+        return unit
+
+    def _between(self, at: Tensor, unsafe: Tensor, safe: Tensor) -> Tensor:
+        cosines: Tensor = ((at / at.norm(dim=-1, keepdim=True)) * (unsafe - safe)).sum(-1).mean(-1)
+        return cosines
 
 
 def separation(unsafe: Tensor, safe: Tensor) -> Floats:
@@ -182,7 +227,7 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         prefix, layers = decoder_layers(model)
     except ModelError:
         raise ModelError(
-            f"the decoder layers of {type(model).__name__} could not be found, and the selector representation looks at "
+            f"the decoder layers of {type(model).__name__} could not be found, and this selector looks at "
             "their hidden states: use another selector"
         ) from None
     return [(f"{prefix}.{i}" if prefix else str(i), layer) for i, layer in enumerate(layers)]
@@ -229,5 +274,5 @@ def _check(model: nn.Module, direction: Direction) -> None:
     if unknown or not direction.tensors:
         raise UsageError(
             f"the direction holds {', '.join(unknown) or 'nothing'}, which are no decoder blocks of this model: prepare it "
-            "with the selector representation on the model that is scored"
+            "on the model that is scored"
         )

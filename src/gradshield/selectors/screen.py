@@ -39,6 +39,7 @@ class Screen(Fihs):
 
     name = "screen"
     rule = "anchored"
+    decoys = False
 
     def __init__(self, fihs: Fihs, reading: Reading, tokenizer: Any, known: Anchors) -> None:
         super().__init__(fihs.probe, fihs.requests, fihs.engine, fihs.aggregate, fihs.subspace, fihs.targets)

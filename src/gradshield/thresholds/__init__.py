@@ -5,13 +5,13 @@
 
 from gradshield.thresholds.adaptive import Adaptive
 from gradshield.thresholds.anchored import Anchored
-from gradshield.thresholds.base import THRESHOLDS, Threshold, parse, typed
+from gradshield.thresholds.base import THRESHOLDS, Threshold, parse
 from gradshield.thresholds.competition import Competition
 from gradshield.thresholds.conformal import Conformal
 from gradshield.thresholds.decoy import Decoy
 from gradshield.thresholds.fixed import Fixed
 from gradshield.thresholds.ratio import Ratio
-from gradshield.thresholds.verified import Round, Trial, Verdict, Verified, decided
+from gradshield.thresholds.verified import Round, SearchResult, Trial, Verified, decided
 
 __all__ = [
     "THRESHOLDS",
@@ -23,11 +23,10 @@ __all__ = [
     "Fixed",
     "Ratio",
     "Round",
+    "SearchResult",
     "Threshold",
     "Trial",
-    "Verdict",
     "Verified",
     "decided",
     "parse",
-    "typed",
 ]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from typing import Protocol, TypeVar
+from typing import Protocol
 
+from gradshield import options
 from gradshield.errors import EmptyDataError, UsageError
 from gradshield.registry import Registry
 from gradshield.types import Anchors, Cut, Floats
-
-T = TypeVar("T")
 
 
 class Threshold(Protocol):
@@ -31,48 +29,8 @@ def parse(text: str, seed: int = 0) -> Threshold:
 
     An option without a name is the rule's first. Raises UnknownNameError and UsageError.
     """
-    name, _, options = text.partition(":")
-    return typed(THRESHOLDS[name], name, options, seed)
-
-
-def typed(rule: type[T], name: str, options: str, seed: int = 0) -> T:
-    """A rule from its options as typed, those after the colon. Raises UsageError."""
-    import inspect
-
-    known = [p for p in inspect.signature(rule).parameters if p != "seed"]
-    given: dict[str, object] = {}
-    for i, part in enumerate(filter(None, options.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals:
-            key, value = (known[0] if i == 0 and known else ""), key
-        if key not in known:
-            raise UsageError(
-                f"the threshold {name!r} got the option {part!r}, and it takes {', '.join(known) or 'none'}: "
-                f"write it as {name}{':' + known[0] + '=...' if known else ''}"
-            )
-        given[key] = value if key == "clean" else _number(name, key, value)
-    if "seed" in inspect.signature(rule).parameters:
-        given["seed"] = seed
-    missing = [
-        p for p, spec in inspect.signature(rule).parameters.items() if spec.default is spec.empty and p not in given
-    ]
-    if missing:
-        raise UsageError(
-            f"the threshold {name!r} needs {missing[0]}, and none was given: write {name}:{missing[0]}=..."
-        )
-    return rule(**given)
-
-
-def _number(name: str, key: str, value: str) -> float:
-    try:
-        number = float(value[:-1]) / 100 if value.endswith("%") else float(value)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UsageError(
-            f"the option {key} of the threshold {name!r} got {value!r}, and it takes a number: write {name}:{key}=0.1"
-        )
-    return number
+    spec = options.Spec.split(text)
+    return options.build("threshold", spec, THRESHOLDS[spec.name], {"seed": lambda: seed})
 
 
 def require_rows(values: Floats) -> None:

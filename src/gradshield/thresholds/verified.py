@@ -64,7 +64,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SearchResult:
     """How a search ended. ``best`` is the index of the round whose model to keep: the one that passed, else the safest.
 
     ``stopped`` is ``passes``, ``no cut`` (none is left between one too unsafe and one whose utility is short), ``rounds``
@@ -149,7 +149,7 @@ class Verified:
         utility_target: float,
         clock: Callable[[], float] = time.monotonic,
         after: Callable[[Sequence[Round], int], None] | None = None,
-    ) -> Verdict:
+    ) -> SearchResult:
         """Search a cut of (N,) scores on one scale, beginning with the cut ``start``; the first that meets both targets wins.
 
         ``trial(cut)`` fine-tunes the original model on the rows with score <= cut and measures it. ``utility_target`` is a
@@ -193,7 +193,7 @@ class Verified:
                 stopped = "minutes"
             if stopped:
                 sentence = self._sentence(done, stopped, utility_target, len(values))
-                return Verdict(stopped == PASSES, sentence, tuple(done), best, stopped)
+                return SearchResult(stopped == PASSES, sentence, tuple(done), best, stopped)
 
     def _judge(self, measured: Trial, utility_target: float) -> str:
         """Safety first: what is too unsafe needs no utility."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradshield.errors import EndpointError
-from gradshield.evaluation.judges.base import Verdict
+from gradshield.evaluation.judges.base import JUDGES, Verdict
 from gradshield.guards import Guard, Opinion
 
 
@@ -42,3 +42,45 @@ class GuardJudge:
 
 def _verdict(opinion: Opinion) -> Verdict:
     return Verdict(None if opinion.probability is None else opinion.probability > 0.5, opinion.reason)
+
+
+@JUDGES.register("classifier")
+class ClassifierJudge(GuardJudge):
+    """A text-classification model of the hub or a folder, its labels mapped to unsafe.
+
+    Takes a ``guards.Classifier``. Source: none of its own; what it is worth is what the model is worth.
+    """
+
+    name = "classifier"
+
+
+@JUDGES.register("guard")
+class GuardModelJudge(GuardJudge):
+    """A guard that writes safe or unsafe, such as Llama Guard, from the hub or a folder.
+
+    Takes a ``guards.Generative``. Source: Inan et al. (2023), arXiv 2312.06674.
+    """
+
+    name = "guard"
+
+
+@JUDGES.register("llm")
+class LlmJudge(GuardJudge):
+    """A chat model behind an OpenAI-compatible endpoint, asked by a fixed rubric at temperature 0.
+
+    Takes a ``guards.Llm``, whose rubric is in ``guards.llm.RUBRIC``. A reply that is no verdict, and a call that fails
+    after every retry, are verdicts that could not be told; an endpoint that answers no more is an error. Source: Zheng et
+    al. (2023), arXiv 2306.05685, on language models as judges.
+    """
+
+    name = "llm"
+
+
+@JUDGES.register("moderation")
+class ModerationJudge(GuardJudge):
+    """An OpenAI-compatible moderation endpoint: unsafe where it flags the answer.
+
+    Takes a ``guards.Moderations``.
+    """
+
+    name = "moderation"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
 from urllib.parse import urlsplit
 
 from gradshield.errors import UsageError
 from gradshield.evaluation.judges.base import JUDGES, Judge
 from gradshield.evaluation.judges.guarded import GuardJudge
 from gradshield.guards.base import short_name
-from gradshield.guards.specs import OF_CLIENT, Spec, make
+from gradshield.guards.specs import OF_CLIENT, make
+from gradshield.options import Spec, build
 
 
 def parse(spec: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Judge:
@@ -27,12 +27,10 @@ def parse(spec: str, device: str = "auto", dtype: str = "auto", trust_remote_cod
         A judge that lacks its model or endpoint, an option that it does not take, or a key that is not there.
     """
     parts = Spec.split(spec)
-    made = JUDGES[parts.kind]
-    if issubclass(cast(type, made), GuardJudge):
+    made = JUDGES[parts.name]
+    if isinstance(made, type) and issubclass(made, GuardJudge):
         return made(make(parts, device, dtype, trust_remote_code))
-    if parts.target or parts.options:
-        raise UsageError(f"the judge {parts.kind!r} takes nothing more, and {spec!r} gives more: write {parts.kind}")
-    return made()
+    return build("judge", parts, JUDGES[parts.name])
 
 
 def parse_all(specs: Sequence[str]) -> tuple[Judge, ...]:
@@ -63,10 +61,10 @@ def _what(spec: Spec) -> Spec:
 def _placed(judge: GuardJudge, spec: Spec) -> str:
     client = getattr(judge.guard, "client", None)
     if client is None:
-        return short_name(spec.kind, spec.target, parts=2)
-    return f"{short_name(spec.kind, client.model, parts=2)}@{urlsplit(client.base_url).netloc}"
+        return short_name(spec.name, spec.target, parts=2)
+    return f"{short_name(spec.name, client.model, parts=2)}@{urlsplit(client.base_url).netloc}"
 
 
 def _whole(judge: GuardJudge, spec: Spec) -> str:
-    text = ",".join([f"{spec.kind}:{spec.target}", *(f"{name}={value}" for name, value in spec.options.items())])
+    text = ",".join([f"{spec.name}:{spec.target}", *(f"{name}={value}" for name, value in spec.options.items())])
     return "".join(c if c.isprintable() else "?" for c in text)

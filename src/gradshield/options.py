@@ -1,0 +1,168 @@
+"""Methods and their options as they are typed: ``name``, ``name:value`` or ``name:value,key=value``, for every kind of method.
+
+The value without a key is that of the first option. ``5%`` is 0.05. A class states what it takes by its constructor::
+
+    class Ratio:
+        def __init__(self, share: float = 0.1) -> None: ...
+
+    build("threshold", Spec.split("ratio:5%"), Ratio)      # Ratio(share=0.05)
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from gradshield.errors import UsageError
+
+T = TypeVar("T")
+Given = Mapping[str, Callable[[], Any]]  # what a constructor may ask for and nobody types, made when it is asked for
+
+_OPTION = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_KINDS: dict[str, type] = {"tuple": tuple, "Sequence": tuple, "float": float, "int": int, "str": str}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A method as it was typed, in parts: ``target`` is what stands between its name and its ``key=value`` options."""
+
+    name: str
+    target: str
+    options: Mapping[str, str]
+
+    @staticmethod
+    def split(text: str) -> Spec:
+        """Take a spec apart. Raises UsageError for an option that is given twice."""
+        name, _, rest = text.strip().partition(":")
+        parts, options = rest.split(","), dict[str, str]()
+        while parts and (found := _OPTION.fullmatch(parts[-1].strip())):
+            if found[1] in options:
+                raise UsageError(f"{text!r} gives {found[1]} twice: give it once")
+            options[found[1]] = found[2]
+            parts.pop()
+        return Spec(name.strip(), ",".join(parts).strip(), dict(reversed(options.items())))
+
+
+@dataclass(frozen=True)
+class Option:
+    """What an option takes: a number (``float``, ``int``) above ``above`` and up to ``most``, text, or ``a+b`` (``tuple``).
+
+    Where there are ``choices``, the text is one of them. ``default`` is an example in errors.
+    """
+
+    kind: type = float
+    default: Any = None
+    above: float = -math.inf
+    most: float = math.inf
+    choices: tuple[str, ...] = ()
+    required: bool = False
+
+    def read(self, text: str) -> Any:
+        """The value. Raises ValueError for what is not allowed."""
+        if self.kind is tuple:
+            return tuple(text.split("+"))
+        if self.kind is str:
+            if self.choices and text not in self.choices:
+                raise ValueError(text)
+            return text
+        value = number(text)
+        if not self.above < value <= self.most or (self.kind is int and value != int(value)):
+            raise ValueError(text)
+        return self.kind(value)
+
+    def __str__(self) -> str:
+        if self.choices:
+            return " or ".join(self.choices)
+        found = "a whole number" if self.kind is int else "a number"
+        found += f" above {self.above:g}" if self.above > -math.inf else ""
+        return found + (f", up to {self.most:g}" if self.most < math.inf else "")
+
+
+def number(text: str) -> float:
+    """``0.05``, ``5e-2`` or ``5%``; NaN for what is not a finite number."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def read(kind: str, spec: Spec, known: Mapping[str, Option], form: str = "") -> dict[str, Any]:
+    """The options that were typed, by key. ``form`` is how to write it all. Raises UsageError."""
+    what, first = f"the {kind} {spec.name!r}", next(iter(known), "")
+    takes = (
+        f"it takes {', '.join(known) or 'no option'}: write {form or spec.name + (f':{first}=...' if first else '')}"
+    )
+    typed = dict(spec.options)
+    if spec.target:
+        value, comma, more = spec.target.partition(",")
+        if comma and first and known[first].kind is not str:
+            raise UsageError(f"{what} got the option {more!r}, and {takes}")
+        if first in typed:
+            raise UsageError(f"{what} got {first} twice, as {value!r} and as {typed[first]!r}: give it once")
+        if not first:
+            raise UsageError(f"{what} got the option {spec.target!r}, and {takes}")
+        typed = {first: spec.target, **typed}
+    found = {}
+    for key, text in typed.items():
+        if key not in known:
+            raise UsageError(f"{what} got the option {key!r}, and {takes}")
+        try:
+            found[key] = known[key].read(text)
+        except ValueError:
+            default = known[key].default
+            example = form or f"{spec.name}:{key}={0.1 if default is None else default}"
+            raise UsageError(
+                f"the option {key} of {what} got {text!r}, and it takes {known[key]}: write {example}"
+            ) from None
+    for key, option in known.items():
+        if option.required and key not in found:
+            raise UsageError(f"{what} needs {key}, and none was given: write {form or f'{spec.name}:{key}=...'}")
+    return found
+
+
+def of(made: Callable[..., Any]) -> dict[str, Option]:
+    """What a constructor takes of what can be typed: its numbers, texts and sequences of texts."""
+    found = {}
+    for name, parameter in inspect.signature(made).parameters.items():
+        default = None if parameter.default is parameter.empty else parameter.default
+        said = re.findall(r"\w+", inspect.formatannotation(parameter.annotation))
+        if parameter.annotation is parameter.empty:
+            said = [type(default).__name__]
+        kinds = [kind for word, kind in _KINDS.items() if word in said]
+        if kinds and "Callable" not in said and (kinds[0] is not tuple or "str" in said):
+            found[name] = Option(kinds[0], default, required=parameter.default is parameter.empty)
+    return found
+
+
+def build(kind: str, spec: Spec, made: Callable[..., T], given: Given | None = None) -> T:
+    """What ``made`` makes of the options that were typed, and of what it asks for in ``given``.
+
+    Raises UsageError for what it does not take, and where it asks for what nobody gives.
+    """
+    parameters = inspect.signature(made).parameters
+    ours = {name for name in given or {} if name in parameters}
+    known = {name: option for name, option in of(made).items() if name not in ours}
+    typed = read(kind, spec, known)
+    for name, parameter in parameters.items():
+        plain = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if plain and parameter.default is parameter.empty and name not in ours and name not in typed:
+            raise UsageError(
+                f"the {kind} {spec.name!r} asks for {name!r} in its constructor, which is neither text nor a number nor one of "
+                f"{', '.join(given or ()) or 'nothing else'}: give it a default"
+            )
+    return made(**asked(made, given or {}), **typed)
+
+
+def asks(made: Callable[..., Any], name: str) -> bool:
+    """Whether a constructor has a parameter of that name."""
+    return name in inspect.signature(made).parameters
+
+
+def asked(made: Callable[..., Any], given: Given) -> dict[str, Any]:
+    """What a constructor asks for by name, of what is given."""
+    return {name: make() for name, make in given.items() if asks(made, name)}
