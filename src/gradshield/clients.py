@@ -165,6 +165,8 @@ class Client:
         except openai.APIConnectionError as error:
             cause = error.__cause__
             raised = self._gave_up(path, f"{type(cause).__name__}{self._said(str(cause))}")
+        except UnicodeEncodeError:
+            raised = EndpointError("the text to judge holds half a character, which cannot be sent: take it out")
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raised = self._gave_up(path, f"a reply that is not as the protocol says{self._said(str(error))}")
         else:
