@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import gradshield
 from gradshield import lab
+from gradshield.cli.app import app
 from tests.pipeline.common import command, jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +80,22 @@ def blocks(document: str) -> list[tuple[str, str]]:
     )
 
 
+def commands(document: str) -> list[str]:
+    """The lines of its shell blocks, those that go on after a backslash put together."""
+    text = "".join(text for kind, text in blocks(document) if kind == "sh")
+    return [line.strip() for line in text.replace("\\\n", " ").splitlines()]
+
+
+@pytest.mark.parametrize("document", sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+def test_the_parser_takes_every_command(document: str) -> None:
+    """Of the documents whose commands need endpoints, clusters or hours: each option is there, and each value is of its type."""
+    parser = typer.main.get_command(app)
+    for line in commands(document):
+        if line.startswith("gradshield "):
+            name, *arguments = shlex.split(line, comments=True)[1:]
+            parser.commands[name].make_context(name, arguments)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("document", GUIDES)
@@ -118,7 +136,7 @@ def test_examples_in_docstrings_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """In one folder, so that what one example has measured the next one finds."""
     monkeypatch.chdir(tmp_path)
     runner, finder = doctest.DocTestRunner(), doctest.DocTestFinder(recurse=False)
-    for name in ("scan", "recut", "estimate"):
+    for name in ("scan", "recut", "estimate", "train"):
         for test in finder.find(getattr(gradshield, name), f"gradshield.{name}"):
             assert test.examples, name
             assert not runner.run(test).failed, name

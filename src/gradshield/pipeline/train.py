@@ -98,19 +98,42 @@ def train(
 
     Parameters
     ----------
-    training
-        Options of TRL's ``SFTConfig``, passed through; those about rendering decide how rows are scored and trained.
+    output
+        The folder for the model, the scan, the report, the model card and the manifest.
+    defence
+        As typed after ``--defence``: one of ``gradshield methods``, or several joined by ``+``.
     base
         The model before its alignment, for ``asft`` and ``safelora``.
     origin
         The aligned model itself, where ``model`` is what earlier training has made of it: the direction from ``base`` is its.
+    training
+        Options of TRL's ``SFTConfig``, passed through; those about rendering decide how rows are scored and trained.
+    exams
+        What is measured before and after, and what a verified threshold decides on. Without it nothing is measured.
+    safety_rows
+        Rows for ``safeinstruct`` and ``dualselect``; without them the model's own refusals.
     merge
         Save the plain model with the adapter folded in, instead of the adapter.
+    seed
+        Of the adapter, the order of rows and, without ``settings``, the scan.
+
+    All others are those of `gradshield.scan`.
 
     Raises
     ------
     UsageError, DataError, ModelError
         As in `gradshield.errors`, before anything is trained where that can be known.
+
+    Examples
+    --------
+    >>> import gradshield as gs
+    >>> from gradshield import lab
+    >>> rows, _ = lab.mix("dialogue", harm="explicit", ratio=0.05, n=36)
+    >>> probing = gs.Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
+    >>> options = {**lab.recipe("dialogue"), "max_steps": 2}
+    >>> done = gs.train(rows, model=lab.checkpoint("aligned"), output="run", training=options, probing=probing)
+    >>> len(done.selection.removed_rows)
+    2
     """
     began = time.monotonic()
     wanted, exams, options = parse(defence), exams or Exams(), dict(training or {})
