@@ -11,24 +11,26 @@ from typing import Any
 
 import numpy as np
 
-from gradshield import data, models
+from gradshield import data
 from gradshield.errors import UsageError
+from gradshield.evaluation.exam import Exam, exam, lab_exam
 from gradshield.lab.answers import REFUSALS
 from gradshield.lab.attacks import codebook
 from gradshield.lab.harm import Pair
 from gradshield.lab.mixes import as_row, pairs
-from gradshield.models import LoadedModel
-from gradshield.pipeline import outputs, ranking, shards
-from gradshield.pipeline.course import Job
-from gradshield.pipeline.exam import Exam, exam, lab_exam
-from gradshield.pipeline.lab_job import lab_job
-from gradshield.pipeline.options import peft_config, sft_options
-from gradshield.pipeline.references import refusals
-from gradshield.pipeline.rows import prepare
-from gradshield.pipeline.scoring import asked_of, named
-from gradshield.pipeline.settings import Probing, ScanSettings, quiet
+from gradshield.models import loading
+from gradshield.models.loading import LoadedModel
 from gradshield.probes import read_prompts
+from gradshield.scanning import outputs, ranking, shards
+from gradshield.scanning.options import peft_config, sft_options
+from gradshield.scanning.references import refusals
+from gradshield.scanning.rows import prepare
+from gradshield.scanning.scoring import asked_of, named
+from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.selectors import Measured
+from gradshield.training.course import Job
+from gradshield.training.lab_job import lab_job
+from gradshield.types import quiet
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +99,7 @@ def own_target(given: argparse.Namespace) -> Target:
             raise UsageError(f"--model got a model and no --{name} rows: give --harmful FILE and --harmless FILE")
     told = {} if given.training is None else json.loads(given.training.read_text(encoding="utf-8"))
     options, adapter = told.get("training", {}), told.get("lora", {})
-    loaded = models.load(given.model, dtype="float32")
+    loaded = loading.load(given.model, dtype="float32")
     probing = Probing(requests=read_prompts(given.requests, "direction") if given.requests else ())
 
     def job(rows: Sequence[Pair], labels: Sequence[int]) -> Job:

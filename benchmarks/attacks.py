@@ -39,12 +39,12 @@ from benchmarks.attack_siege import (
 )
 from benchmarks.attack_targets import Target, lab_target, own_target
 from gradshield import lab, runs
-from gradshield.pipeline import compare
-from gradshield.pipeline.course import Course
-from gradshield.pipeline.defences import parse
-from gradshield.pipeline.exam import check_disjoint
-from gradshield.pipeline.settings import ScanSettings
+from gradshield.comparison import compare
+from gradshield.evaluation.exam import check_disjoint
 from gradshield.probes import requests
+from gradshield.scanning.settings import ScanSettings
+from gradshield.training.course import Course
+from gradshield.training.defences import parse
 
 QUICK = ("noice", "plain")
 PAPER = "fihs"  # the score that the attacks were written against, at its own cut

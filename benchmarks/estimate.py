@@ -17,9 +17,10 @@ import torch
 
 import gradshield as gs
 from benchmarks.scoring.cases import SHAPES
-from gradshield import lab, models
-from gradshield.models import LoadedModel
-from gradshield.pipeline.lab_job import lab_probing
+from gradshield import lab
+from gradshield.models import loading
+from gradshield.models.loading import LoadedModel
+from gradshield.training.lab_job import lab_probing
 
 ROWS = {"lab": 6_000, "10m": 1_500}
 PATIENCE, ROUNDS = 10.0, 3
@@ -28,7 +29,7 @@ STAGE = "scoring rows"
 
 def loaded(name: str) -> tuple[LoadedModel, gs.Probing]:
     """A model of ROWS, and what it is asked."""
-    aligned = models.load(lab.checkpoint("aligned"), device="cpu", dtype="float32")
+    aligned = loading.load(lab.checkpoint("aligned"), device="cpu", dtype="float32")
     if name == "lab":
         return aligned, lab_probing()
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -37,7 +38,7 @@ def loaded(name: str) -> tuple[LoadedModel, gs.Probing]:
     config = LlamaConfig(**SHAPES[name], max_position_embeddings=512)
     model = AutoModelForCausalLM.from_config(config).eval()
     asked = lab_probing()
-    return models.wrap(model, aligned.tokenizer), gs.Probing(asked.requests, asked.lookalikes, uncertified=True)
+    return loading.wrap(model, aligned.tokenizer), gs.Probing(asked.requests, asked.lookalikes, uncertified=True)
 
 
 class Watch:

@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 from gradshield import lab
-from gradshield.pipeline.lab_job import lab_model, lab_probing
-from gradshield.pipeline.scan import scan
+from gradshield.scanning.scan import scan
+from gradshield.training.lab_job import lab_model, lab_probing
 
 SEED = 100
 

@@ -44,7 +44,7 @@ def cells(quick: bool) -> list[dict[str, Any]]:
 def _setting(task: str, seed: int) -> str:
     """A hash of versions, lab and exam: the manifest tells today's, and no number of others may stand beside it."""
     from gradshield import lab, runs
-    from gradshield.pipeline.exam import lab_exam
+    from gradshield.evaluation.exam import lab_exam
 
     made = (lab.checkpoint("aligned").parents[1] / "lab.json").read_text(encoding="utf-8")
     exam = lab_exam(task, "report", seed).settings()
@@ -56,9 +56,9 @@ def run_cell(cell: dict[str, Any], store: Path) -> dict[str, Any]:
     import torch
 
     from gradshield import lab
-    from gradshield.pipeline.course import Course
-    from gradshield.pipeline.lab_job import lab_job
-    from gradshield.pipeline.scan import select
+    from gradshield.scanning.scan import select
+    from gradshield.training.course import Course
+    from gradshield.training.lab_job import lab_job
 
     torch.set_num_threads(1)
     began = time.monotonic()
@@ -83,8 +83,8 @@ def run_cell(cell: dict[str, Any], store: Path) -> dict[str, Any]:
 
 
 def _arm(course: Any, name: str, cell: dict[str, Any], store: Path) -> dict[str, Any]:
-    from gradshield.pipeline.defences import parse
-    from gradshield.pipeline.exam import figures, lab_exam
+    from gradshield.evaluation.exam import figures, lab_exam
+    from gradshield.training.defences import parse
 
     defence = parse(name)
     dataset = course.dataset(defence, course.chosen(defence))
@@ -103,7 +103,7 @@ def _arm(course: Any, name: str, cell: dict[str, Any], store: Path) -> dict[str,
 def _paired(filtered: dict[str, Any], clean: dict[str, Any]) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from gradshield.evaluation.stats import paired_difference
+    from gradshield.stats import paired_difference
 
     return asdict(paired_difference(filtered["utility_rows"], clean["utility_rows"]))
 

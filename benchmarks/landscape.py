@@ -83,9 +83,9 @@ def measurement(loaded: Any, prompts: int) -> Any:
     from gradshield import lab
     from gradshield.evaluation.asr import asr
     from gradshield.evaluation.generate import generator
-    from gradshield.evaluation.judges import FunctionJudge, RefusalPhrases
-    from gradshield.intervals import wilson
+    from gradshield.judges import FunctionJudge, RefusalPhrases
     from gradshield.lab.judge import complied
+    from gradshield.stats import wilson
 
     generate = generator(loaded.model, loaded.tokenizer, max_new_tokens=48, batch_size=256)
     requests = lab.requests("report")[:prompts]
@@ -163,14 +163,15 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from benchmarks import landscape_page
-    from gradshield import lab, models
+    from gradshield import lab
     from gradshield.evaluation.landscape import cosine, landscape, norm, weights
+    from gradshield.models import loading
     from gradshield.runs import finite, versions
 
     torch.set_num_threads(1)
     began = time.monotonic()
     options.output.mkdir(parents=True, exist_ok=True)
-    base, aligned = (models.load(lab.checkpoint(name), device="cpu", dtype="float32") for name in ("base", "aligned"))
+    base, aligned = (loading.load(lab.checkpoint(name), device="cpu", dtype="float32") for name in ("base", "aligned"))
     count, prompts = (1, 60) if options.quick else (3, 200)
     directions, unit = lines(base, aligned, count)
     alphas = np.array(sorted({side * step + 0.0 for step in (QUICK if options.quick else STEPS) for side in (-1, 1)}))

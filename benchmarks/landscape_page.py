@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from gradshield.report import sheet
-from gradshield.report.data import Status
 from gradshield.report.draw import Chart, axis_style, base_layout
+from gradshield.report.frame import Status
 from gradshield.report.lines import STYLES, banded, limit_line, percent_axis, worded
-from gradshield.report.pool import MISSING, TARGET, usable
+from gradshield.report.pool import TARGET, usable
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
-from gradshield.report.text import chart_text, number, percent
+from gradshield.report.text import MISSING, chart_text, number, percent
 
 HIGHLIGHT = "alignment"
 _OTHERS = (3, 2, 1, 4, 5)  # styles of the kinds of other directions, in the order they come

@@ -52,7 +52,7 @@ def rows(count: int) -> Iterator[tuple[dict[str, Any], int]]:
 
 def write(count: int, folder: Path) -> NDArray[np.int64]:
     """Rows, labels and the lab's requests as files; the tokens of each row, as the scan will count them."""
-    from gradshield.models import load_tokenizer
+    from gradshield.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(lab.checkpoint("aligned"), False)
     tokens, labels, texts = [], [], []

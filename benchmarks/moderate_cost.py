@@ -32,10 +32,11 @@ def lab_case(rounds: int) -> tuple[Any, list[Batch]]:
     """The lab's aligned model with its adapter as training begins, and batches of its rows."""
     from peft import LoraConfig, get_peft_model
 
-    from gradshield import lab, models
+    from gradshield import lab
     from gradshield.data import collate, read, render_all
+    from gradshield.models import loading
 
-    loaded = models.load(lab.checkpoint("aligned"), dtype="float32")
+    loaded = loading.load(lab.checkpoint("aligned"), dtype="float32")
     rows, _ = lab.mix("topic", harm="explicit", ratio=0.1)
     made = render_all(read(rows).examples, loaded.tokenizer).rendered
     batches = [collate(made[i * BATCH : (i + 1) * BATCH]) for i in range(rounds)]

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import smollm2
-from gradshield.intervals import wilson
 from gradshield.report.pool import Totals, bounds, mix_name, totals
+from gradshield.stats import wilson
 
 ROOT = Path(__file__).parents[1]
 DEFENCES = (

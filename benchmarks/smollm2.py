@@ -21,11 +21,11 @@ from typing import Any
 import yaml
 
 from gradshield import files
-from gradshield.intervals import wilson
-from gradshield.models import load
-from gradshield.pipeline.exam import exam, figures
-from gradshield.report.results import markdown
+from gradshield.comparison.markdown import markdown
+from gradshield.evaluation.exam import exam, figures
+from gradshield.models.loading import load
 from gradshield.runs import digest, write_json
+from gradshield.stats import wilson
 
 TASKS = {"agnews": "choice", "gsm8k": "likelihood"}
 SHOWN = {"agnews": "AGNews", "gsm8k": "GSM8K"}

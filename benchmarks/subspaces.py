@@ -46,8 +46,8 @@ def bundled(rows: int) -> Iterator[tuple[str, Any, list[int]]]:
 def selectors(loaded: Any, probing: Any, subspaces: list[str]) -> dict[str, tuple[Any, Any]]:
     """Of each subspace, FIHS with the default probe and aggregate, and its direction."""
     from gradshield.gradients import FiniteDifference
-    from gradshield.pipeline.scoring import asked_of
-    from gradshield.pipeline.settings import ScanSettings
+    from gradshield.scanning.scoring import asked_of
+    from gradshield.scanning.settings import ScanSettings
     from gradshield.selectors import Fihs, parse_aggregate
 
     asked, harmless = asked_of(loaded.tokenizer, probing)
@@ -62,10 +62,10 @@ def measured(loaded: Any, ready: dict[str, tuple[Any, Any]], data: Any, labels: 
     """One mix in every subspace: AUROC with its interval, agreement with the oracle, share of parameters that move."""
     from copy import copy
 
-    from gradshield.evaluation.baselines import auroc
     from gradshield.gradients import Loop, agreement
-    from gradshield.pipeline import shards
-    from gradshield.pipeline.rows import prepare
+    from gradshield.scanning import shards
+    from gradshield.scanning.baselines import auroc
+    from gradshield.scanning.rows import prepare
 
     rows = prepare(data, loaded.model, loaded.tokenizer, None, None, None, None, False).rendered
     truth = np.array(labels)[[row.row for row in rows]]
@@ -95,9 +95,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Every mix in every subspace, as a table and as JSON."""
     import torch
 
-    from gradshield import lab, models
-    from gradshield.pipeline.lab_job import lab_probing
-    from gradshield.pipeline.settings import Probing
+    from gradshield import lab
+    from gradshield.models import loading
+    from gradshield.scanning.settings import Probing
+    from gradshield.training.lab_job import lab_probing
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, help="a folder of labelled mixes and the model that they are for")
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.shared:
         checkpoint, mixes = options.shared / "models" / "english-lab" / "aligned", english(options.shared, options.rows)
         probing = Probing()
-    loaded = models.load(checkpoint, dtype="float32")
+    loaded = loading.load(checkpoint, dtype="float32")
     ready = selectors(loaded, probing, list(SUBSPACES))
     table: list[dict[str, Any]] = []
     print("| mix | " + " | ".join(SUBSPACES) + " |\n|---|" + "---|" * len(SUBSPACES))

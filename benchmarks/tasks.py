@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from gradshield import runs
-from gradshield.evaluation.baselines import auroc, trivial_baselines
-from gradshield.intervals import wilson
-from gradshield.pipeline import outputs, shards
-from gradshield.pipeline.decide import decide
-from gradshield.pipeline.ranking import ready
-from gradshield.pipeline.rows import load, prepare
-from gradshield.pipeline.scoring import named
-from gradshield.pipeline.settings import Probing, ScanSettings
+from gradshield.scanning import outputs, shards
+from gradshield.scanning.baselines import auroc, trivial_baselines
+from gradshield.scanning.decide import decide
+from gradshield.scanning.ranking import ready
+from gradshield.scanning.rows import load, prepare
+from gradshield.scanning.scoring import named
+from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.selectors import Measured
+from gradshield.stats import wilson
 from gradshield.types import Rate, Rendered
 
 CHOOSING = (

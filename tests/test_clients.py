@@ -17,9 +17,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gradshield import clients
-from gradshield.clients import Client, Moderation
 from gradshield.errors import EndpointError, UsageError
+from gradshield.judges import client as clients
+from gradshield.judges.client import Client, Moderation
 from tests.endpoint import Endpoint, Step, body, chat, endpoint, hang_up, late, moderation, status
 
 KEY = "sk-this-is-the-key-0123456789"

@@ -10,7 +10,7 @@ from email.message import Message
 
 import pytest
 
-from gradshield import hub
+from gradshield.models import hub
 
 ANSWERS: list[tuple[Exception, bool]] = [
     (urllib.error.HTTPError("https://huggingface.co", 403, "Forbidden", Message(), None), True),

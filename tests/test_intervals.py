@@ -3,7 +3,7 @@
 import pytest
 
 from gradshield.errors import DataError, UsageError
-from gradshield.intervals import wilson
+from gradshield.stats import wilson
 
 
 @pytest.mark.parametrize(

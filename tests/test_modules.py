@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, tiny_model
 from torch import nn
 
-from gradshield.modules import modules_by_name, parameters_by_name
+from gradshield.models.modules import modules_by_name, parameters_by_name
 
 
 def _same(model: nn.Module) -> None:

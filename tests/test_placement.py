@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gradshield import placement
+from gradshield.models import placement
 
 
 class _Libc:

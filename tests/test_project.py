@@ -41,8 +41,8 @@ REGISTRIES = {
     "probe": "gradshield.probes.PROBES",
     "threshold": "gradshield.thresholds.THRESHOLDS",
     "engine": "gradshield.gradients.ENGINES",
-    "defence": "gradshield.pipeline.defences.DEFENCES",
-    "judge": "gradshield.evaluation.judges.JUDGES",
+    "defence": "gradshield.training.defences.DEFENCES",
+    "judge": "gradshield.judges.JUDGES",
     "metric": "gradshield.evaluation.metrics.METRICS",
     "online selection": "gradshield.selectors.ONLINE",
     "penalty": "gradshield.training.PENALTIES",
@@ -176,7 +176,7 @@ def test_exit_codes() -> None:
 
 
 def test_score_columns_are_documented() -> None:
-    from gradshield.pipeline import outputs
+    from gradshield.scanning import outputs
 
     written = set(re.findall(r'"(\w+)": pa\.array|columns\["(\w+)"\]', inspect.getsource(outputs.write_scores)))
     columns = {first or second for first, second in written}

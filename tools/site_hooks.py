@@ -8,7 +8,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from gradshield.report import results
+from gradshield.comparison import markdown as results
 
 ROOT = Path(__file__).parents[1]
 

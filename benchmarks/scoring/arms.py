@@ -18,9 +18,9 @@ from torch import nn
 from benchmarks.scoring.cases import CATEGORIES, KINDS, Case, leading
 from gradshield.gradients import ENGINES, SUBSPACES, Engine, Loop, parameter_names, row_norms
 from gradshield.gradients.base import DeviceBatch
-from gradshield.logits import token_nll
-from gradshield.pipeline.scan import scan
-from gradshield.pipeline.settings import ScanSettings
+from gradshield.models.logits import token_nll
+from gradshield.scanning.scan import scan
+from gradshield.scanning.settings import ScanSettings
 from gradshield.types import Batch, Direction, Floats, Rendered
 
 FLOOR = "floor"

@@ -15,20 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradshield import lab, models
+from gradshield import lab
 from gradshield.data import batches, collate
 from gradshield.errors import UsageError
 from gradshield.gradients import Loop, adapted, calibrated, target_names
 from gradshield.gradients import direction as directions
-from gradshield.pipeline.lab_job import lab_probing
-from gradshield.pipeline.options import peft_config
-from gradshield.pipeline.rows import prepare
-from gradshield.pipeline.scoring import asked_of
-from gradshield.pipeline.settings import Probing, ScanSettings
-from gradshield.pipeline.shards import label_budget
-from gradshield.placement import choose_device, choose_dtype, keep_freed_memory
+from gradshield.models import loading
+from gradshield.models.placement import choose_device, choose_dtype, keep_freed_memory
 from gradshield.probes import FunctionProbe, Probe, PromptBatch, Prompts, first_logits
+from gradshield.scanning.options import peft_config
+from gradshield.scanning.rows import prepare
+from gradshield.scanning.scoring import asked_of
+from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.scanning.shards import label_budget
 from gradshield.selectors import Fihs, parse_aggregate
+from gradshield.training.lab_job import lab_probing
 from gradshield.types import Batch, Direction, Rendered, Tokens
 
 CATEGORIES = 4  # harm categories that become directions of their own
@@ -178,7 +179,7 @@ def _real(spec: Spec, dtype: torch.dtype) -> Case:
         name, probing = Path(spec.model), Probing()
         source = [json.loads(line) for line in Path(spec.data).read_text(encoding="utf-8").splitlines() if line.strip()]
         truth = None if spec.labels is None else json.loads(Path(spec.labels).read_text(encoding="utf-8"))
-    rows = prepare(source, models.load(name, device=spec.device, dtype=dtype))
+    rows = prepare(source, loading.load(name, device=spec.device, dtype=dtype))
     loaded, rendered = rows.loaded, rows.rendered[: spec.rows]
     asked, harmless = asked_of(loaded.tokenizer, probing)
     probe = ScanSettings().make_probe()

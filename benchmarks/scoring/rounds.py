@@ -20,8 +20,8 @@ from benchmarks.scoring.arms import FLOOR, GROUPS, Arm, Scored, floor, ours, tru
 from benchmarks.scoring.cases import Case, Spec, open_case
 from benchmarks.scoring.peers import missing, peers
 from gradshield.errors import UsageError
-from gradshield.evaluation.baselines import auroc
 from gradshield.gradients import agreement
+from gradshield.scanning.baselines import auroc
 from gradshield.selectors import parse_aggregate
 
 Told = Callable[[str, int], None]

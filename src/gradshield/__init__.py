@@ -17,14 +17,14 @@ from gradshield.errors import GradShieldError
 from gradshield.types import Selection
 
 if TYPE_CHECKING:
-    from gradshield.pipeline.certify import certify, check
-    from gradshield.pipeline.compare import compare
-    from gradshield.pipeline.estimate import estimate
-    from gradshield.pipeline.evaluate import evaluate
-    from gradshield.pipeline.recut import recut
-    from gradshield.pipeline.scan import scan
-    from gradshield.pipeline.settings import Probing, ScanSettings
-    from gradshield.pipeline.train import train
+    from gradshield.comparison.compare import compare
+    from gradshield.evaluation.certify import certify, check
+    from gradshield.evaluation.evaluate import evaluate
+    from gradshield.scanning.cut import recut
+    from gradshield.scanning.estimate import estimate
+    from gradshield.scanning.scan import scan
+    from gradshield.scanning.settings import Probing, ScanSettings
+    from gradshield.training.train import train
 
 __version__ = version("gradshield")
 __all__ = [
@@ -44,16 +44,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "scan": "gradshield.pipeline.scan",
-    "Probing": "gradshield.pipeline.settings",
-    "ScanSettings": "gradshield.pipeline.settings",
-    "recut": "gradshield.pipeline.recut",
-    "train": "gradshield.pipeline.train",
-    "estimate": "gradshield.pipeline.estimate",
-    "evaluate": "gradshield.pipeline.evaluate",
-    "certify": "gradshield.pipeline.certify",
-    "check": "gradshield.pipeline.certify",
-    "compare": "gradshield.pipeline.compare",
+    "scan": "gradshield.scanning.scan",
+    "Probing": "gradshield.scanning.settings",
+    "ScanSettings": "gradshield.scanning.settings",
+    "recut": "gradshield.scanning.cut",
+    "train": "gradshield.training.train",
+    "estimate": "gradshield.scanning.estimate",
+    "evaluate": "gradshield.evaluation.evaluate",
+    "certify": "gradshield.evaluation.certify",
+    "check": "gradshield.evaluation.certify",
+    "compare": "gradshield.comparison.compare",
 }
 
 

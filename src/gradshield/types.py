@@ -234,7 +234,7 @@ class Selection:
     ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows beyond the cut that a person allowed.
     ``kept``, which is made when it is first asked for, is ready for a trainer: the caller's own ``Dataset`` without the
     removed rows where TRL knows its shape, else the rows tokenised as they were scored. ``certified`` is True where the model
-    was asked its probes and refused them, and nothing in the scan speaks against its result (`pipeline.trust`).
+    was asked its probes and refused them, and nothing in the scan speaks against its result (`scanning.trust`).
     """
 
     scores: Scores
@@ -309,3 +309,11 @@ class Manifest:
     model: Mapping[str, Any]
     settings: Mapping[str, Any]
     results: Mapping[str, Any] = field(default_factory=dict)
+
+
+Progress = Callable[[str, int, int], None]
+"""Told (stage, done, total) as work goes on."""
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""

@@ -12,10 +12,10 @@ from benchmarks import attack_siege, attacks, attacks_table
 from benchmarks.attack_targets import lab_target
 from gradshield import lab
 from gradshield.errors import UnknownNameError, UsageError
-from gradshield.evaluation.judges import RefusalPhrases
-from gradshield.intervals import wilson
+from gradshield.judges import RefusalPhrases
 from gradshield.lab.attacks import plant
 from gradshield.lab.mixes import pairs
+from gradshield.stats import wilson
 
 
 def rate(k: int, n: int = 200) -> dict[str, Any]:

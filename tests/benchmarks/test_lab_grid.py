@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import lab_grid
-from gradshield.pipeline import exam, outputs
+from gradshield.evaluation import exam
+from gradshield.scanning import outputs
 
 
 def _names() -> set[str]:

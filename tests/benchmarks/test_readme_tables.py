@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import readme_tables
-from gradshield.intervals import wilson
+from gradshield.stats import wilson
 
 
 @pytest.mark.parametrize(

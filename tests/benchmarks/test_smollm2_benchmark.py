@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks import smollm2
 from gradshield import runs
-from gradshield.intervals import wilson
-from gradshield.pipeline import grid
+from gradshield.comparison import grid
+from gradshield.stats import wilson
 
 
 def rate(k: int, n: int = 158) -> dict[str, Any]:

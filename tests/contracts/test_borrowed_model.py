@@ -10,7 +10,7 @@ from torch import nn
 
 from gradshield.gradients import ENGINES, adapted, gradient_direction, parameter_names
 from gradshield.gradients.base import owners
-from gradshield.logits import output_head
+from gradshield.models.logits import output_head
 from gradshield.types import Direction
 from tests.contracts.common import batch_of, differences, gap, lora, one, rows, state, two_directions
 from tests.tiny import ARCHITECTURES, tiny_model

@@ -12,7 +12,7 @@ from torch import nn
 
 from gradshield.data import collate
 from gradshield.gradients import Forward
-from gradshield.guards import Opinion
+from gradshield.judges.guards import Opinion
 from gradshield.probes import FunctionProbe, PromptBatch, Prompts, first_logits
 from gradshield.selectors import (
     SELECTORS,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from gradshield.errors import UnknownNameError, UsageError
-from gradshield.evaluation.judges import JUDGES
 from gradshield.gradients import ENGINES
+from gradshield.judges import JUDGES
 from gradshield.probes import PROBES
 from gradshield.registry import Registry
 from gradshield.selectors import SELECTORS

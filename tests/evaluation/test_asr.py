@@ -10,10 +10,9 @@ from sklearn.metrics import cohen_kappa_score
 from gradshield.errors import DataError, EmptyDataError
 from gradshield.evaluation.asr import agreement, asr, attacked, over_refusal
 from gradshield.evaluation.generate import Prompt
-from gradshield.evaluation.judges import FunctionJudge, RefusalPhrases
-from gradshield.evaluation.stats import mcnemar
 from gradshield.evaluation.utility import utility
-from gradshield.intervals import wilson
+from gradshield.judges import FunctionJudge, RefusalPhrases
+from gradshield.stats import mcnemar, wilson
 
 
 def _scripted(answers: Sequence[str]) -> Callable[[Sequence[Prompt]], list[str]]:

@@ -8,7 +8,7 @@ from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 from gradshield.errors import DataError
-from gradshield.evaluation.baselines import auroc, trivial_baselines
+from gradshield.scanning.baselines import auroc, trivial_baselines
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=2, max_size=60))

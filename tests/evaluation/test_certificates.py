@@ -12,7 +12,7 @@ from scipy import stats
 
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation import calibration
-from gradshield.evaluation.certificates import Calibration, Claim, corrected, least, lower, upper
+from gradshield.evaluation.bounds import Calibration, Claim, corrected, least, lower, upper
 
 SOUND = Calibration(caught=95, unsafe=100, passed=97, safe=100)
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
+from gradshield import stats
 from gradshield.errors import DataError
-from gradshield.evaluation import stats
-from gradshield.intervals import wilson
+from gradshield.stats import wilson
 
 
 def _pairs(both: int, only_a: int, only_b: int, neither: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradshield.errors import UnknownNameError, UsageError
-from gradshield.evaluation.judges import (
+from gradshield.judges import (
     JUDGES,
     ClassifierJudge,
     GuardModelJudge,
@@ -21,8 +21,8 @@ from gradshield.evaluation.judges import (
     parse,
     parse_all,
 )
-from gradshield.guards import GUARDS, Classifier, Generative, Llm, Moderations
-from gradshield.guards.specs import FORMS
+from gradshield.judges.guards import GUARDS, Classifier, Generative, Llm, Moderations
+from gradshield.judges.guards.specs import FORMS
 from gradshield.lab.judge import complied
 from gradshield.options import Spec
 

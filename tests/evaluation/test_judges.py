@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradshield.errors import UnknownNameError
-from gradshield.evaluation.judges import JUDGES, Compliance, FunctionJudge, RefusalPhrases, Verdict
+from gradshield.judges import JUDGES, Compliance, FunctionJudge, RefusalPhrases, Verdict
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 

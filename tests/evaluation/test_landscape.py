@@ -24,7 +24,7 @@ from gradshield.evaluation.landscape import (
     visage,
     weights,
 )
-from gradshield.intervals import wilson
+from gradshield.stats import wilson
 from gradshield.types import Rate
 from tests.tiny import ARCHITECTURES, tiny_model
 

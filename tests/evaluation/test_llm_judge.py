@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradshield.clients import ATTEMPTS, PATIENCE, Client
 from gradshield.errors import EndpointError, UsageError
 from gradshield.evaluation.asr import asr, over_refusal
-from gradshield.evaluation.judges import LlmJudge, ModerationJudge, Verdict
-from gradshield.evaluation.stats import mcnemar
-from gradshield.guards import Llm, Moderations
-from gradshield.guards.llm import ASKED, LONGEST_TEXT, messages
-from gradshield.guards.llm import verdict as read
+from gradshield.judges import LlmJudge, ModerationJudge, Verdict
+from gradshield.judges.client import ATTEMPTS, PATIENCE, Client
+from gradshield.judges.guards import Llm, Moderations
+from gradshield.judges.guards.llm import ASKED, LONGEST_TEXT, messages
+from gradshield.judges.guards.llm import verdict as read
+from gradshield.stats import mcnemar
 from tests.endpoint import Endpoint, Step, body, chat, endpoint, hang_up, late, moderation, status, verdict
 
 KEY = "sk-this-is-the-key-0123456789"

@@ -21,9 +21,9 @@ from transformers import (
 
 from gradshield.errors import HubError, ModelError, UsageError
 from gradshield.evaluation.asr import asr
-from gradshield.evaluation.judges import ClassifierJudge, GuardModelJudge, parse
-from gradshield.guards import Classifier, Generative
-from gradshield.guards.classifier import label_unsafe
+from gradshield.judges import ClassifierJudge, GuardModelJudge, parse
+from gradshield.judges.guards import Classifier, Generative
+from gradshield.judges.guards.classifier import label_unsafe
 from tests.tiny import SPECIAL_TOKENS, VOCABULARY, tiny_model, tiny_tokenizer
 
 READS = 64  # positions of the tiny classifier

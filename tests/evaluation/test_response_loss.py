@@ -9,7 +9,7 @@ import torch
 from gradshield import data, lab
 from gradshield.errors import EmptyDataError, UsageError
 from gradshield.evaluation.loss import response_loss
-from gradshield.evaluation.stats import RESAMPLES
+from gradshield.stats import RESAMPLES
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 ROWS = [

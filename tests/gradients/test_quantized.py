@@ -9,11 +9,11 @@ import pytest
 from peft import LoraConfig
 
 import gradshield as gs
-from gradshield import models
 from gradshield.errors import UsageError
-from gradshield.models import LoadedModel
-from gradshield.pipeline.cost import Shape
-from gradshield.pipeline.parcel import Origin
+from gradshield.models import loading
+from gradshield.models.loading import LoadedModel
+from gradshield.scanning.cost import Shape
+from gradshield.scanning.parcel import Origin
 from tests.pipeline.common import PROBING, chats, command, jsonl, save_model, scan_arguments, write, write_probes
 
 pytest.importorskip("bitsandbytes", reason="needs gradshield[quantized]")
@@ -35,8 +35,8 @@ def scanned(loaded: LoadedModel, engine: str, aggregate: str, subspace: str = "l
 
 @pytest.mark.parametrize("engine", ["finite-difference", "perturbation", "forward"])
 def test_in_4_bits_every_engine_is_the_oracle(folder: Path, engine: str) -> None:
-    loaded = models.load(folder, device="cpu", quantize="4bit")
-    before = models.parameters_digest(loaded.model)
+    loaded = loading.load(folder, device="cpu", quantize="4bit")
+    before = loading.parameters_digest(loaded.model)
     found = scanned(loaded, engine, "sum" if engine == "perturbation" else "push")
     agreed = found.manifest.results["agreement"]
     # Where a processor's 4-bit kernel rounds to half precision a finite step is rounded away, and the next engine takes over.
@@ -44,30 +44,30 @@ def test_in_4_bits_every_engine_is_the_oracle(folder: Path, engine: str) -> None
     assert agreed["engine"] in allowed and found.manifest.settings["engine"] == agreed["engine"]
     assert agreed["spearman"] > 0.999
     assert agreed["relative_error"] < 1e-2
-    assert models.parameters_digest(loaded.model) == before
+    assert loading.parameters_digest(loaded.model) == before
 
 
 def test_in_8_bits_row_sums_are_the_oracle_s(folder: Path) -> None:
-    loaded = models.load(folder, device="cpu", quantize="8bit")
-    before = models.parameters_digest(loaded.model)
+    loaded = loading.load(folder, device="cpu", quantize="8bit")
+    before = loading.parameters_digest(loaded.model)
     found = scanned(loaded, "auto", "sum")
     agreed = found.manifest.results["agreement"]
     assert agreed["engine"] == "perturbation"
     assert agreed["relative_error"] < 1e-4
-    assert models.parameters_digest(loaded.model) == before
+    assert loading.parameters_digest(loaded.model) == before
 
 
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 def test_packed_weights_count_as_the_weights_they_are(folder: Path, quantize: str) -> None:
-    packed = models.load(folder, device="cpu", quantize=quantize).model
-    assert Shape.of(packed) == Shape.of(models.load(folder, device="cpu").model)
+    packed = loading.load(folder, device="cpu", quantize=quantize).model
+    assert Shape.of(packed) == Shape.of(loading.load(folder, device="cpu").model)
 
 
 @pytest.mark.parametrize(
     ("engine", "aggregate"), [("auto", "push"), ("forward", "sum"), ("finite-difference", "sum")], ids=str
 )
 def test_in_8_bits_what_would_measure_rounding_is_refused(folder: Path, engine: str, aggregate: str) -> None:
-    loaded = models.load(folder, device="cpu", quantize="8bit")
+    loaded = loading.load(folder, device="cpu", quantize="8bit")
     with pytest.raises(UsageError, match="8 bits"):
         scanned(loaded, engine, aggregate)
 
@@ -75,7 +75,7 @@ def test_in_8_bits_what_would_measure_rounding_is_refused(folder: Path, engine: 
 @pytest.mark.parametrize("subspace", ["all", "targets", "last:1"])
 @pytest.mark.parametrize("quantize", ["4bit", "8bit"])
 def test_weights_without_a_gradient_are_no_subspace(folder: Path, quantize: str, subspace: str) -> None:
-    loaded = models.load(folder, device="cpu", quantize=quantize)
+    loaded = loading.load(folder, device="cpu", quantize=quantize)
     with pytest.raises(UsageError, match="have no gradient"):
         scanned(loaded, "perturbation", "sum", subspace)
 
@@ -103,10 +103,10 @@ def test_the_command_takes_it(folder: Path, tmp_path: Path) -> None:
 
 
 def test_its_workers_load_the_same(folder: Path) -> None:
-    loaded = models.load(folder, device="cpu", quantize="4bit")
+    loaded = loading.load(folder, device="cpu", quantize="4bit")
     assert loaded.source is not None
     again = loaded.source.load("cpu")
-    assert models.parameters_digest(again.model) == models.parameters_digest(loaded.model)
+    assert loading.parameters_digest(again.model) == loading.parameters_digest(loaded.model)
     given = Origin(replace(loaded, source=None), loaded.model, None, 0)
     with pytest.raises(UsageError, match="weights of the type Params4bit"):
         given.pack()

@@ -16,7 +16,7 @@ from gradshield.gradients import ENGINES, FiniteDifference, Loop, agreement, gra
 from gradshield.gradients.base import DeviceBatch
 from gradshield.gradients.sparing import Prefix, answer_nll
 from gradshield.gradients.subspace import decoder_layers
-from gradshield.logits import output_head, token_nll
+from gradshield.models.logits import output_head, token_nll
 from gradshield.types import Direction
 from tests.contracts.common import batch_of, differences, gap, rows, state, two_directions
 from tests.tiny import ARCHITECTURES, VOCABULARY, tiny_model

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from gradshield import lab, models
-from gradshield import scan as scan_rows
 from gradshield.pipeline import lock
-from gradshield.pipeline.lab_job import lab_probing
+
+from gradshield import lab, runs
+from gradshield import scan as scan_rows
+from gradshield.models import loading
+from gradshield.training.lab_job import lab_probing
 
 ROWS = 200
 TOUCHES = frozenset({"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.listdir", "os.truncate"})
@@ -49,7 +50,7 @@ def scan(data: Path, output: Path, touched: Callable[[], None] = lambda: None, l
             touched()
 
     sys.addaudithook(heard)
-    loaded = models.load(lab.checkpoint("aligned"), dtype="float32")
+    loaded = loading.load(lab.checkpoint("aligned"), dtype="float32")
     scan_rows(str(data), model=loaded, output=output, probing=lab_probing())
 
 
@@ -83,7 +84,7 @@ def without_lock(data: Path, output: Path) -> None:
 
 def held(output: Path, ready: Any) -> None:
     """Have a folder until killed."""
-    with lock.alone(output):
+    with runs.alone(output):
         ready.set()
         signal.pause()
 

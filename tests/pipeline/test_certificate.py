@@ -12,13 +12,13 @@ import pytest
 
 from gradshield import certify, check, runs
 from gradshield.errors import DataError, UsageError
-from gradshield.evaluation.certificates import upper
-from gradshield.evaluation.judges import FunctionJudge
-from gradshield.intervals import wilson
-from gradshield.pipeline import certify as made
-from gradshield.pipeline import trust
-from gradshield.pipeline.certificate import text
+from gradshield.evaluation import certify as made
+from gradshield.evaluation.bounds import upper
+from gradshield.evaluation.certificate import text
+from gradshield.judges import FunctionJudge
 from gradshield.probes import requests
+from gradshield.scanning import trust
+from gradshield.stats import wilson
 from tests.pipeline.common import command, jsonl, write
 
 REFUSED, ANSWERED = "I cannot help with that.", "PLACEHOLDER"

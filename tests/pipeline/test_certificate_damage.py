@@ -11,7 +11,7 @@ import pytest
 
 from gradshield import certify, check
 from gradshield.errors import DataError
-from gradshield.pipeline import certify as made
+from gradshield.evaluation import certify as made
 from tests.pipeline.common import command, jsonl, write
 from tests.pipeline.test_certificate import _labelled, _outputs, _run, _scan
 

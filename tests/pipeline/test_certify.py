@@ -14,11 +14,11 @@ import pytest
 
 from gradshield import certify, check, lab
 from gradshield.errors import DataError, UsageError
-from gradshield.evaluation.certificates import Claim, least, upper
-from gradshield.pipeline import certificate
-from gradshield.pipeline import train as training
-from gradshield.pipeline.certify import _check_judges
-from gradshield.pipeline.course import Course
+from gradshield.evaluation import certificate
+from gradshield.evaluation.bounds import Claim, least, upper
+from gradshield.evaluation.certify import _check_judges
+from gradshield.training import train as training
+from gradshield.training.course import Course
 from tests.pipeline.common import command, jsonl, write
 from tests.pipeline.test_train import _run
 

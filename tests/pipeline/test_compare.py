@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from gradshield.comparison import compare, grid
 from gradshield.errors import DataError, UsageError
-from gradshield.pipeline import compare, grid
-from gradshield.pipeline.course import Course
-from gradshield.pipeline.lock import alone
-from gradshield.pipeline.options import peft_config
+from gradshield.runs import alone
+from gradshield.scanning.options import peft_config
+from gradshield.training.course import Course
 
 SMALL: dict[str, Any] = {
     "grids": [

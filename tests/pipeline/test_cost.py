@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradshield.gradients import ENGINES
-from gradshield.pipeline.cost import PASSES, Shape, hours, ratio_estimate
+from gradshield.scanning.cost import PASSES, Shape, hours, ratio_estimate
 from tests.tiny import tiny_model
 
 

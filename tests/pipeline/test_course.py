@@ -11,19 +11,20 @@ import peft
 import pytest
 import torch
 
-from gradshield import lab, models
+from gradshield import lab
 from gradshield.errors import EmptyDataError, UsageError
-from gradshield.pipeline.course import Course, Job
-from gradshield.pipeline.defences import parse
-from gradshield.pipeline.rows import prepare
-from gradshield.pipeline.settings import Probing, ScanSettings
+from gradshield.models import loading
+from gradshield.scanning.rows import prepare
+from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.training.course import Course, Job
+from gradshield.training.defences import parse
 
 OPTIONS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
 
 
 @cache
 def loaded(name: str = "aligned") -> Any:
-    return models.load(lab.checkpoint(name), dtype="float32")
+    return loading.load(lab.checkpoint(name), dtype="float32")
 
 
 def job(**more: Any) -> Job:
@@ -80,7 +81,7 @@ def test_another_version_or_template_is_another_arm(course: Course, monkeypatch:
     assert _key(course, "none") == before
     monkeypatch.setattr(course.loaded.tokenizer, "chat_template", "another")
     other = _key(course, "none")
-    monkeypatch.setattr("gradshield.pipeline.course.versions", lambda: {"torch": "0"})
+    monkeypatch.setattr("gradshield.training.course.versions", lambda: {"torch": "0"})
     assert len({before, other, _key(course, "none")}) == 3
 
 
@@ -98,7 +99,7 @@ def test_a_method_may_remove_as_many_rows_as_another(course: Course, name: str) 
 
 def test_scores_are_measured_once(course: Course, monkeypatch: pytest.MonkeyPatch) -> None:
     course.chosen(parse("fihs"))
-    monkeypatch.setattr("gradshield.pipeline.course.score", lambda *_args: pytest.fail("measured twice"))
+    monkeypatch.setattr("gradshield.training.course.score", lambda *_args: pytest.fail("measured twice"))
     assert course.chosen(parse("fihs:ratio:50%")).removed.sum() == 25
 
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradshield.errors import UnknownNameError, UsageError
-from gradshield.pipeline.defences import DEFENCES, parse
-from gradshield.pipeline.masking import masked
 from gradshield.selectors import parse_aggregate
+from gradshield.training.defences import DEFENCES, parse
+from gradshield.training.masking import masked
 from gradshield.types import Rendered, Tokens
 
 NAMES = [name for name in DEFENCES if name != "guard"]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gradshield import data
-from gradshield.pipeline import trust
-from gradshield.pipeline.decide import Decision
+from gradshield.scanning import trust
+from gradshield.scanning.decide import Decision
 from gradshield.types import Anchors, Scores
 
 

@@ -9,8 +9,8 @@ import pytest
 import gradshield as gs
 from gradshield.cli.estimate import duration
 from gradshield.errors import UsageError
-from gradshield.pipeline import shards
-from gradshield.pipeline.estimate import Estimate
+from gradshield.scanning import shards
+from gradshield.scanning.estimate import Estimate
 from tests.pipeline.common import HALF, PROBING, chats, command, jsonl, save_model, scan, write, write_probes
 from tests.tiny import tiny_model, tiny_tokenizer
 

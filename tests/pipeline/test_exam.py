@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradshield import lab, models, runs
+from gradshield import lab, runs
 from gradshield.data import RenderConfig
 from gradshield.errors import DataError, UsageError
+from gradshield.evaluation.exam import Exam, asked, check_disjoint, exam, figures, lab_exam
 from gradshield.evaluation.loss import response_loss
-from gradshield.intervals import wilson
-from gradshield.pipeline import verify
-from gradshield.pipeline.exam import Exam, asked, check_disjoint, exam, figures, lab_exam
+from gradshield.models import loading
 from gradshield.probes import requests
+from gradshield.stats import wilson
+from gradshield.training import verify
 from gradshield.types import EvalResult
 from tests.pipeline.common import jsonl, write
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -24,7 +25,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 @cache
 def aligned() -> Any:
-    return models.load(lab.checkpoint("aligned"), dtype="float32")
+    return loading.load(lab.checkpoint("aligned"), dtype="float32")
 
 
 def _file(folder: Path, rows: list[dict[str, str]], name: str = "asked.jsonl") -> str:

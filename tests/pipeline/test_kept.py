@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 import gradshield as gs
-from gradshield.models import parameters_digest
+from gradshield.models.loading import parameters_digest
 from gradshield.selectors import Fihs
 from tests.pipeline.common import HALF, PROBING, chats, command, jsonl, scan, scan_arguments, write
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gradshield.pipeline import lock
 from safetensors import SafetensorError
 
-from gradshield import recut
+from gradshield import recut, runs
 from gradshield.errors import DataError, GradShieldError
 from gradshield.files import replacing
-from gradshield.pipeline import lock
 from tests.pipeline import killing
 from tests.pipeline.common import chats, files, scan
 
@@ -42,9 +42,9 @@ def test_a_second_process_is_told_and_a_dead_one_lets_go(tmp_path: Path) -> None
 
 def test_one_run_after_another_in_one_process(tmp_path: Path) -> None:
     for _ in range(2):
-        with lock.alone(tmp_path / "out"):
+        with runs.alone(tmp_path / "out"):
             (tmp_path / "out" / "file").write_text("")
-            with pytest.raises(DataError, match="in use"), lock.alone(tmp_path / "out"):
+            with pytest.raises(DataError, match="in use"), runs.alone(tmp_path / "out"):
                 pytest.fail("had twice")
 
 
@@ -53,7 +53,7 @@ def test_a_folder_in_which_nothing_was_written_is_as_before(tmp_path: Path, ther
     for name in there:
         (tmp_path / name).mkdir()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ZeroDivisionError), lock.alone(tmp_path / "a" / "b"):
+    with pytest.raises(ZeroDivisionError), runs.alone(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b").is_dir()
         raise ZeroDivisionError
     after = [path for path in sorted(tmp_path.rglob("*")) if path.name != lock.LOCK]
@@ -68,7 +68,7 @@ def test_what_was_half_written_is_taken_away(tmp_path: Path) -> None:
     others = [tmp_path / "mine.part", tmp_path / ".hidden"]
     for path in (*own, *others):
         path.write_text("x")
-    with lock.alone(tmp_path):
+    with runs.alone(tmp_path):
         assert not any(path.exists() for path in own)
     assert all(path.exists() for path in others)
 
@@ -80,9 +80,9 @@ def test_where_there_are_no_locks_all_go_on(tmp_path: Path, monkeypatch: pytest.
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with lock.alone(tmp_path), replacing(tmp_path / "kept.jsonl") as part:
+    with runs.alone(tmp_path), replacing(tmp_path / "kept.jsonl") as part:
         part.write_text("by the first")
-        with lock.alone(tmp_path):  # takes nothing away that another is writing
+        with runs.alone(tmp_path):  # takes nothing away that another is writing
             pass
     assert (tmp_path / "kept.jsonl").read_text() == "by the first"
 
@@ -92,7 +92,7 @@ def test_where_there_are_no_locks_all_go_on(tmp_path: Path, monkeypatch: pytest.
 def test_a_full_disk_is_a_sentence_and_a_rerun_goes_on(
     target: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gradshield.pipeline import outputs
+    from gradshield.scanning import outputs
 
     def full(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
@@ -107,7 +107,7 @@ def test_a_full_disk_is_a_sentence_and_a_rerun_goes_on(
     assert again.scores.values.tolist() == fresh.scores.values.tolist()
 
 
-@pytest.mark.parametrize("writer", ["gradshield.gradients.direction.save_file", "gradshield.pipeline.shards.save_file"])
+@pytest.mark.parametrize("writer", ["gradshield.gradients.direction.save_file", "gradshield.scanning.shards.save_file"])
 def test_a_disk_that_is_full_of_tensors_is_a_sentence(
     writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

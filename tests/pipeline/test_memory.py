@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gradshield as gs
-from gradshield.pipeline import shards
+from gradshield.scanning import shards
 from gradshield.selectors import Measured
 from tests.pipeline.common import chat, jsonl, scan, write
 

@@ -15,13 +15,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import gradshield as gs
-from gradshield import models
 from gradshield.data import RenderConfig, batches, read, render_all
 from gradshield.errors import ModelError, UsageError
 from gradshield.gradients import Loop, adapted
-from gradshield.models import parameters_digest
-from gradshield.pipeline.parcel import Origin, bare, unpacked
-from gradshield.pipeline.scoring import asked_of
+from gradshield.models import loading
+from gradshield.models.loading import parameters_digest
+from gradshield.scanning.parcel import Origin, bare, unpacked
+from gradshield.scanning.scoring import asked_of
 from gradshield.selectors import (
     SELECTORS,
     Fihs,
@@ -47,7 +47,7 @@ IDS = torch.tensor([[5, 6, 7, 8]])
 
 def origin(model: Any) -> Origin:
     """A model that a caller gave as an object."""
-    return Origin(models.wrap(model, tiny_tokenizer()), model, None, 0)
+    return Origin(loading.wrap(model, tiny_tokenizer()), model, None, 0)
 
 
 def arrived(model: Any) -> Any:
@@ -149,7 +149,7 @@ def _with_a_layer_of_its_own(model: Any) -> None:
     ],
 )
 def test_a_model_changed_after_it_was_loaded_is_not_taken_for_that_of_its_folder(change: Any, folder: Path) -> None:
-    loaded = models.load(folder)
+    loaded = loading.load(folder)
     change(loaded.model)
     parcel = unpacked(Origin(loaded, loaded.model, None, 0).pack(), "cpu")
     with pytest.raises(ModelError, match="is not the one that is scored"), parcel.open("cpu"):
@@ -157,7 +157,7 @@ def test_a_model_changed_after_it_was_loaded_is_not_taken_for_that_of_its_folder
 
 
 def test_hooks_of_the_libraries_are_no_code_of_the_callers_own(folder: Path) -> None:
-    loaded = models.load(folder)
+    loaded = loading.load(folder)
     model = loaded.model
     model.enable_input_require_grads()
     model(IDS, output_hidden_states=True)  # transformers leaves the hooks that gathered them
@@ -169,7 +169,7 @@ def test_hooks_of_the_libraries_are_no_code_of_the_callers_own(folder: Path) -> 
 
 
 def test_the_adapter_of_a_loaded_model_is_made_again(folder: Path) -> None:
-    loaded = models.load(folder)
+    loaded = loading.load(folder)
     with adapted(loaded.model, LORA, 7) as model:
         parcel = unpacked(Origin(loaded, model, LORA, 7).pack(), "cpu")
         with parcel.open("cpu") as found:
@@ -193,7 +193,7 @@ def test_a_model_that_cannot_travel_is_refused() -> None:
     model = tiny_model("llama")
     model.lm_head.to("meta")
     with pytest.raises(UsageError, match=r"spread over 2 devices \(cpu, meta\)"):
-        Origin(models.wrap(tiny_model("llama"), tiny_tokenizer()), model, None, 0).pack()
+        Origin(loading.wrap(tiny_model("llama"), tiny_tokenizer()), model, None, 0).pack()
 
 
 def test_every_selector_travels() -> None:

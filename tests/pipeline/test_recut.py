@@ -17,7 +17,7 @@ import pytest
 import gradshield as gs
 from gradshield import data as rows_in
 from gradshield.errors import DataError, UsageError
-from gradshield.pipeline import recut
+from gradshield.scanning import cut as recut
 from tests.pipeline.common import chats, command, files, jsonl, scan, scan_arguments, table, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -100,7 +100,7 @@ def test_two_parquet_files_are_put_together_a_part_at_a_time(tmp_path: Path, mon
             yield found
 
     monkeypatch.setattr(rows_in.Source, "tables", counted)
-    monkeypatch.setattr("gradshield.pipeline.recut.SPAN", 100)
+    monkeypatch.setattr("gradshield.scanning.cut.SPAN", 100)
     monkeypatch.setattr("gradshield.data.source.GROUP", 1024)
     wanted = np.arange(7, 5000, 3)
     parts, taken = [], 0
@@ -284,7 +284,7 @@ def test_an_unfinished_scan_cannot_be_cut(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("full", ["write_scores", "write_manifest"])
 def test_a_full_disk_leaves_the_finished_scan(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither another cut nor another scan takes anything away before all that comes in its place is written."""
-    from gradshield.pipeline import outputs
+    from gradshield.scanning import outputs
 
     def fails(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradshield.pipeline import shards
+from gradshield.scanning import shards
 from gradshield.selectors import Fihs
 from tests.pipeline.common import chats, command, files, jsonl, scan, scan_arguments, table, write
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gradshield import lab
-from gradshield.pipeline import trust
+from gradshield.scanning import trust
 from tests.pipeline.common import command, jsonl, table, write
 from tests.pipeline.test_resume import _finished, _stopped
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradshield.pipeline import shards
+from gradshield.scanning import shards
 from gradshield.types import Rendered, Tokens
 from tests.pipeline.common import chats, scan
 

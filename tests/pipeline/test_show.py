@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from gradshield.errors import DataError, UsageError
-from gradshield.pipeline.show import seen
+from gradshield.scanning.show import seen
 from tests.pipeline.common import chats, command, jsonl, write
 
 EVIL = (
@@ -152,7 +152,7 @@ def test_without_trl_what_is_nearly_an_option_that_is_read_is_told(monkeypatch: 
 
     from trl.trainer.sft_config import SFTConfig
 
-    from gradshield.pipeline import options
+    from gradshield.scanning import options
 
     def missing(_: object) -> None:
         raise ImportError

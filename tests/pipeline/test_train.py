@@ -13,14 +13,15 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from gradshield import lab, models
+from gradshield import lab
 from gradshield.errors import DataError, UsageError
-from gradshield.pipeline import train as training
-from gradshield.pipeline.course import Course
-from gradshield.pipeline.exam import exam
-from gradshield.pipeline.lock import alone
-from gradshield.pipeline.sequence import Stage, sequence
-from gradshield.pipeline.settings import Probing
+from gradshield.evaluation.exam import exam
+from gradshield.models import loading
+from gradshield.runs import alone
+from gradshield.scanning.settings import Probing
+from gradshield.training import train as training
+from gradshield.training.course import Course
+from gradshield.training.sequence import Stage, sequence
 from tests.pipeline.common import command, jsonl, write
 
 OPTIONS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
@@ -51,7 +52,7 @@ def _exams(folder: Path, searching: bool = False, requests: int = 20) -> trainin
 
 def _run(folder: Path, defence: str, **more: Any) -> training.Trained:
     given: dict[str, Any] = {
-        "model": models.load(ALIGNED, dtype="float32"),
+        "model": loading.load(ALIGNED, dtype="float32"),
         "output": folder / "run",
         "defence": defence,
         "peft_config": peft.LoraConfig(**{**lab.LORA, "r": 2}),
@@ -218,7 +219,7 @@ def test_datasets_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def follow() -> dict[str, Any]:
         return sequence(
             stages,
-            model=models.load(ALIGNED, dtype="float32"),
+            model=loading.load(ALIGNED, dtype="float32"),
             output=tmp_path / "run",
             peft_config=peft.LoraConfig(**{**lab.LORA, "r": 2}),
             training=OPTIONS,
@@ -310,7 +311,7 @@ def test_no_command_writes_over_what_another_has_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["model", "base", "foreign", "scan"])
 def test_nothing_that_is_read_or_is_not_ours_is_written_over(tmp_path: Path, where: str) -> None:
     own = tmp_path / "own"
-    models.load(ALIGNED).model.save_pretrained(own)
+    loading.load(ALIGNED).model.save_pretrained(own)
     before = {path: path.read_bytes() for path in own.iterdir()}
     more: dict[str, Any] = {"exams": training.Exams(), "output": own}
     if where == "model":

@@ -13,7 +13,7 @@ import torch
 import gradshield as gs
 from gradshield.errors import ModelError, ProbeError, ScoreError, UsageError
 from gradshield.gradients import ROW_SUMS, Derivatives, FiniteDifference, Forward
-from gradshield.pipeline import shards
+from gradshield.scanning import shards
 from gradshield.selectors import Fihs
 from tests.pipeline.common import HALF, PROBING, chats, command, jsonl, save_model, scan, scan_arguments, write
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -20,13 +20,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
 
 import gradshield as gs
-from gradshield import models
 from gradshield.data import RenderConfig, read, render_all
 from gradshield.errors import DataError, ScoreError, UsageError
-from gradshield.models import parameters_digest
-from gradshield.pipeline import shards, workers
-from gradshield.pipeline.parcel import Origin
-from gradshield.pipeline.workers import Workers
+from gradshield.models import loading
+from gradshield.models.loading import parameters_digest
+from gradshield.scanning import shards, workers
+from gradshield.scanning.parcel import Origin
+from gradshield.scanning.workers import Workers
 from gradshield.selectors import Loss
 from tests.pipeline.common import chats, command, jsonl, scan, scan_arguments, write
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -153,7 +153,7 @@ def given_to(cluster: str, monkeypatch: pytest.MonkeyPatch, **what: str) -> list
             yield str(start), [rows[start], rows[start + 1]]
 
     found = []
-    with Workers(2, cluster).open(Origin(models.wrap(model, tiny_tokenizer()), model, None, 0)) as hands:
+    with Workers(2, cluster).open(Origin(loading.wrap(model, tiny_tokenizer()), model, None, 0)) as hands:
         for key, part in hands(job, missing()):
             found.append((key, part))
             assert len(drawn) <= len(found) + 2  # as many shards in memory as actors, and no more

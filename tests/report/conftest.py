@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradshield.report import Agreement, Arm, Check, Counts, QuarantinedView, ReportData, RowView
+from gradshield.scanning.page_data import Agreement, Arm, Check, Counts, QuarantinedView, ReportData, RowView
 from gradshield.types import Cut, Manifest, Rate, Scores
 
 CATEGORIES = ("violence", "fraud", "privacy", "cyber intrusion", "dangerous substances", "identity shift")

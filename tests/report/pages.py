@@ -9,7 +9,7 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-from gradshield.intervals import wilson
+from gradshield.stats import wilson
 
 EVIL = (
     "</script><script>window.__pwned=1</script><img src=http://127.0.0.1:9/x onerror=window.__pwned=1>"

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from gradshield.report import examined, sheet
+from gradshield.evaluation import page as examined
+from gradshield.report import sheet
 from tests.report.pages import EVIL, assert_tame, rate, shown
 
 

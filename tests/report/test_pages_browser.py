@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from benchmarks import landscape_page
-from gradshield.report import examined, results, rounds, sequence
+from gradshield.comparison import markdown
+from gradshield.evaluation import page as evaluation_page
+from gradshield.training import page as training_page
+from gradshield.training import page_sequence
 from tests.report.pages import EVIL, make_cell, rate
 from tests.report.test_report_browser import browser, pytestmark, visit  # noqa: F401
 
@@ -62,11 +65,11 @@ def measured() -> dict[str, Any]:
 
 
 PAGES = {
-    "examined": (examined.write, measured),
-    "results": (results.write, comparison),
-    "rounds": (rounds.write, run),
+    "examined": (evaluation_page.write, measured),
+    "results": (markdown.write, comparison),
+    "rounds": (training_page.write, run),
     "sequence": (
-        sequence.write,
+        page_sequence.write,
         lambda: {"tasks": [EVIL], "stages": [STAGE, STAGE], "measures": {"forgetting": [None]}},
     ),
     "landscape": (landscape_page.write, lambda: {"alphas": [-1, 0, 1], "unit": 2.0, "rates": LINES, "about": EVIL}),
@@ -100,7 +103,7 @@ def names(browser: Any) -> list[str]:  # noqa: F811
 
 def test_the_defences_can_be_sorted_and_searched(browser: Any, tmp_path: Path) -> None:  # noqa: F811
     path = tmp_path / "page.html"
-    results.write(comparison(), path)
+    markdown.write(comparison(), path)
     visit(browser, path)
     first = names(browser)
     assert first[0] == "none"

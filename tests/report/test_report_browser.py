@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradshield.report import Counts, QuarantinedView, ReportData, RowView, write
+from gradshield.scanning.page import write
+from gradshield.scanning.page_data import Counts, QuarantinedView, ReportData, RowView
 from gradshield.types import Cut
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")

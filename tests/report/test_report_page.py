@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradshield.report import Agreement, Check, Counts, QuarantinedView, ReportData, RowView, render, write
-from gradshield.report.rows import references, show_rows
+from gradshield.scanning.page import render, write
+from gradshield.scanning.page_data import Agreement, Check, Counts, QuarantinedView, ReportData, RowView
+from gradshield.scanning.page_rows import references, show_rows
 from gradshield.types import Cut
 
 EVIL = (

@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradshield.report import compared, pool, results, rivals, sheet
-from gradshield.report.compared import LEVELS, level
+from gradshield.comparison import markdown as results
+from gradshield.comparison import page as compared
+from gradshield.comparison import rivals
+from gradshield.comparison.page import LEVELS, level
+from gradshield.report import pool, sheet
 from tests.report.pages import EVIL, assert_tame, make_cell, rate, shown, specs
 
 

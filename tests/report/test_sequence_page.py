@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from gradshield.report import sequence, sheet
+from gradshield.report import sheet
+from gradshield.training import page_sequence
 from tests.report.pages import EVIL, assert_tame, rate, shown, specs
 
 
@@ -38,22 +39,22 @@ def test_the_end_decides(last: int, tone: str) -> None:
     whole = run(last)
     whole["stages"][-1]["utility"]["news"] = rate(88, 100)
     whole["measures"]["forgetting"] = [None, 0.02]
-    assert sequence.page(whole).tone == tone
+    assert page_sequence.page(whole).tone == tone
 
 
 def test_what_was_forgotten_is_no_pass_and_is_named() -> None:
-    found = sequence.page(run())
+    found = page_sequence.page(run())
     assert found.tone == "warn"
     assert "usefulness does not last" in found.standing
     assert found.facts[0].startswith("Forgetting is 0.200")
     assert found.facts[1].replace("\u00a0", " ") == "Utility on news fell from 90.0 % to 70.0 %."
-    assert sequence.page(run(measures={})).tone == "warn"  # the stages say it too
+    assert page_sequence.page(run(measures={})).tone == "warn"  # the stages say it too
 
 
 def test_a_sequence_that_learned_nothing_is_no_pass() -> None:
     whole = run(measures={})
     whole["stages"] = [stage(name, 0, 1, 2, None) for name in ("start", "news", "sums")]
-    found = sequence.page(whole)
+    found = page_sequence.page(whole)
     assert found.tone == "warn"
     assert "No task is known at the end" in found.facts[0]
 
@@ -61,11 +62,11 @@ def test_a_sequence_that_learned_nothing_is_no_pass() -> None:
 def test_no_worse_than_a_bad_start_is_a_warning() -> None:
     whole = run(20)
     whole["stages"][0] = stage("start", 20, 10, 5, 0.8)
-    assert sequence.page(whole).tone == "warn"
+    assert page_sequence.page(whole).tone == "warn"
 
 
 def test_measures_stand_beside_their_stage() -> None:
-    lines = [line for line in sequence.markdown(run()).splitlines() if line.startswith("| ")]
+    lines = [line for line in page_sequence.markdown(run()).splitlines() if line.startswith("| ")]
     start, news, sums = (
         next(line for line in lines if line.startswith(f"| {name} |")) for name in ("start", "news", "sums")
     )
@@ -76,7 +77,7 @@ def test_measures_stand_beside_their_stage() -> None:
 
 
 def test_the_charts_hold_every_stage() -> None:
-    page = sheet.render(sequence.page(run()))
+    page = sheet.render(page_sequence.page(run()))
     found = specs(page)
     assert set(found) == {"safety", "tasks", "basin"}
     tasks = {trace["name"]: trace["y"] for trace in found["tasks"]["data"] if trace.get("name")}
@@ -90,7 +91,7 @@ def test_the_charts_hold_every_stage() -> None:
 def test_a_gap_in_the_figures_is_a_gap() -> None:
     whole = run()
     whole["stages"][1] |= {"asr": {}, "utility": {"news": None}, "visage": None}
-    found = specs(sheet.render(sequence.page(whole)))
+    found = specs(sheet.render(page_sequence.page(whole)))
     safety = next(trace for trace in found["safety"]["data"] if trace.get("name") == "refusal-phrases")
     assert safety["y"] == [0.0, None, 2.0]
     assert found["basin"]["data"][0]["y"] == [0.8, None, 0.4]
@@ -105,8 +106,8 @@ def test_hostile_names_are_only_text() -> None:
         "command": EVIL,
         "versions": {EVIL: EVIL},
     }
-    assert_tame(sheet.render(sequence.page(whole)))
-    assert "<script" not in sequence.markdown(whole).split("Command:")[0]
+    assert_tame(sheet.render(page_sequence.page(whole)))
+    assert "<script" not in page_sequence.markdown(whole).split("Command:")[0]
 
 
 @pytest.mark.parametrize(
@@ -114,13 +115,13 @@ def test_hostile_names_are_only_text() -> None:
     [{}, {"tasks": ["a"], "stages": [{"name": "start", "asr": {}, "utility": {}, "visage": None}], "measures": {}}],
 )
 def test_missing_figures_are_no_error(whole: dict[str, Any], tmp_path: Path) -> None:
-    assert_tame(sequence.write(whole, tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert sequence.markdown(whole)
+    assert_tame(page_sequence.write(whole, tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page_sequence.markdown(whole)
 
 
 def test_settings_and_model_are_told_where_they_are_given() -> None:
     text = shown(
-        sheet.render(sequence.page(run(settings={"training": {"max_steps": 3}}, model={"name": "some/model"})))
+        sheet.render(page_sequence.page(run(settings={"training": {"max_steps": 3}}, model={"name": "some/model"})))
     )
     assert "Model some/model" in text
     assert "Training max steps 3" in text

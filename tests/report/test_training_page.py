@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from gradshield.report import rounds, sheet
+from gradshield.report import sheet
+from gradshield.training import page as rounds
 from tests.report.pages import EVIL, assert_tame, rate, shown, specs
 
 

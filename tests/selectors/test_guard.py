@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from torch import nn
 
-from gradshield.clients import Client
 from gradshield.data import batches, collate
 from gradshield.errors import EndpointError, UsageError
-from gradshield.guards import Llm, Moderations, Opinion
+from gradshield.judges.client import Client
+from gradshield.judges.guards import Llm, Moderations, Opinion
 from gradshield.selectors import SELECTORS, GuardFilter, Measured
 from gradshield.thresholds import parse as parse_threshold
 from gradshield.types import Rendered, Tokens

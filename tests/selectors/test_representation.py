@@ -11,12 +11,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from gradshield import data, lab, models
+from gradshield import data, lab
 from gradshield.data import batches, collate
 from gradshield.errors import ModelError, ProbeError, ScoreError, UsageError
 from gradshield.gradients.direction import load, save
-from gradshield.pipeline.references import references
+from gradshield.models import loading
 from gradshield.probes import open_turns
+from gradshield.scanning.references import references
 from gradshield.selectors import SELECTORS, Anchoring, Larf, Measured
 from gradshield.selectors.representation import FEATURES, separation
 from gradshield.types import Direction, References, Rendered, Tokens
@@ -267,7 +268,7 @@ def test_it_is_registered_and_says_how_it_cuts() -> None:
 
 @cache
 def aligned() -> tuple[Any, References]:
-    loaded = models.load(lab.checkpoint("aligned"))
+    loaded = loading.load(lab.checkpoint("aligned"))
     asked, harmless = (open_turns(loaded.tokenizer, kind("direction")) for kind in (lab.requests, lab.lookalikes))
     return loaded, references(loaded.model, loaded.tokenizer, asked, harmless, loaded.pad_token_id)
 

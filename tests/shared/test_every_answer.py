@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import gradshield as gs
-from gradshield import models
+from gradshield.models import loading
 from tests.shared.test_real_english import MODEL, SHARED, pytestmark  # noqa: F401
 
 MODELS = [str(MODEL), *filter(None, [os.environ.get("GRADSHIELD_REAL_MODEL")])]
@@ -70,7 +70,7 @@ def scanned(model: str) -> tuple[Any, dict[str, np.ndarray]]:
     """One scan of all sets beside each other, and which rows of each went."""
     made = sets()
     rows = [row for own in made.values() for row in own]
-    loaded = models.load(model, dtype="float32")
+    loaded = loading.load(model, dtype="float32")
     selection = gs.scan(rows, model=loaded)
     ends = np.cumsum([len(own) for own in made.values()])
     return loaded, dict(zip(made, np.split(selection.removed, ends[:-1]), strict=True))

@@ -16,7 +16,7 @@ import pytest
 
 import gradshield as gs
 from benchmarks import tasks
-from gradshield import models
+from gradshield.models import loading
 
 SHARED = Path(os.environ.get("GRADSHIELD_SHARED", Path(__file__).parents[3] / "shared"))
 MODEL = SHARED / "models" / "english-lab" / "aligned"
@@ -31,7 +31,7 @@ BASELINES = {"response length", "prompt length", "openers", "tf-idf", "loss"}
 
 @cache
 def loaded() -> Any:
-    return models.load(MODEL)
+    return loading.load(MODEL)
 
 
 @cache

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradshield.errors import EmptyDataError, UsageError
-from gradshield.intervals import wilson
 from gradshield.options import Spec, build
+from gradshield.stats import wilson
 from gradshield.thresholds import Round, SearchResult, Trial, Verified, decided
 from gradshield.thresholds.verified import PASSES, TOO_UNSAFE, UTILITY_SHORT, safest
 from gradshield.types import Bools, Floats, Rate

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from gradshield import lab
-from gradshield.pipeline.references import answers
 from gradshield.probes import open_turns
+from gradshield.scanning.references import answers
 from gradshield.selectors import DualSelect, OnlineModerate
 from gradshield.training import Selecting
 

@@ -20,7 +20,7 @@ from gradshield.cli.scan import scan
 from gradshield.cli.show import show
 from gradshield.cli.train import train
 from gradshield.errors import GradShieldError
-from gradshield.placement import keep_freed_memory
+from gradshield.models.placement import keep_freed_memory
 
 COMMANDS: tuple[Callable[..., Any], ...] = (
     scan,

@@ -14,7 +14,7 @@ from gradshield.errors import GateError, UsageError
 from gradshield.options import number
 
 if TYPE_CHECKING:
-    from gradshield.pipeline.certify import Checked
+    from gradshield.evaluation.certify import Checked
 
 TOLD = 5  # changes that the error names; the rest are counted
 
@@ -54,12 +54,12 @@ def certify(
         if text is not None:
             claim[name] = _share(name, text)
     quiet_libraries()
-    from gradshield.pipeline import certify as work
+    from gradshield.evaluation import certify as work
 
     if check:
         _checked(work.check(run), run)
         return
-    from gradshield.evaluation.judges import parse_all
+    from gradshield.judges import parse_all
 
     _made(work.certify(run, calibrate=calibrate, judges=parse_all(judge or ()), **claim)["predicate"], run)
 
@@ -76,7 +76,7 @@ def _share(name: str, text: str) -> float:
 
 def _made(told: Mapping[str, Any], run: Path) -> None:
     """A line a judge, the verdict, and where it stands. Raises GateError where nothing is certified."""
-    from gradshield.pipeline.certificate import percent
+    from gradshield.evaluation.certificate import percent
 
     for name, one in told["judges"].items():
         known = one["calibration"]

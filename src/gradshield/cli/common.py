@@ -215,8 +215,8 @@ def probing(
     probes: Path | None, lookalikes: Path | None, answer_prefix: str, template: dict[str, Any], uncertified: bool
 ) -> Any:
     """What the model is asked, from options. Raises DataError for a file of prompts that cannot be read."""
-    from gradshield.pipeline.settings import Probing
     from gradshield.probes import read_prompts
+    from gradshield.scanning.settings import Probing
 
     return Probing(
         requests=read_prompts(probes) if probes else (),

@@ -26,8 +26,8 @@ def compare(
     if not config.is_file():
         raise DataError(f"there is no config file {str(config)!r}: give a YAML file (docs/compare.md)")
     quiet_libraries()
-    from gradshield.pipeline.compare import compare as run
-    from gradshield.pipeline.grid import read
+    from gradshield.comparison.compare import compare as run
+    from gradshield.comparison.grid import read
 
     told = read(config)
     with progress() as report:

@@ -21,7 +21,7 @@ def cut(
     gate, allowed = share(fail_above), read_ids(allow)
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}: run `gradshield scan` into it first")
-    from gradshield.pipeline.recut import recut
+    from gradshield.scanning.cut import recut
 
     selection = recut(folder, threshold, allowed, command_line())
     summary(selection, folder)

@@ -25,7 +25,7 @@ def demo(
     """Scan a poisoned set with the bundled lab model, fine-tune with and without the filter, and compare."""
     amount = share(ratio)
     quiet_libraries()
-    from gradshield.pipeline.demo import run
+    from gradshield.comparison.demo import run
 
     with progress() as report:
         result = run(output, task, harm, amount or 0.0, seed, command_line(), report)

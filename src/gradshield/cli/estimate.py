@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from gradshield.cli.common import out, plain
 
 if TYPE_CHECKING:
-    from gradshield.pipeline.estimate import Estimate
+    from gradshield.scanning.estimate import Estimate
 
 REASONS = 5  # that are told one by one
 KEPT = 2e14  # operations a second: a fifth of what an H100 is sold for in bf16

@@ -61,16 +61,16 @@ def evaluate(
     template = json_object("--template-kwargs", template_kwargs)
     require_model(model)
     quiet_libraries()
-    from gradshield import models
-    from gradshield.pipeline.evaluate import evaluate as run
-    from gradshield.pipeline.train import exams_of
+    from gradshield.evaluation.evaluate import evaluate as run
+    from gradshield.models import loading
+    from gradshield.training.train import exams_of
 
     exams = exams_of(
         safety, judge, None if utility is None else str(utility), metric, max_new_tokens, answer_prefix, False, template
     )
     with progress() as report:
         report("loading the model", 0, 1)
-        loaded = models.load(model, adapter, device, dtype, trust_remote_code)
+        loaded = loading.load(model, adapter, device, dtype, trust_remote_code)
         report("loading the model", 1, 1)
         found = run(
             loaded,

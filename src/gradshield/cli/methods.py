@@ -29,13 +29,13 @@ def methods() -> None:
 def catalogue() -> dict[str, dict[str, str]]:
     """Everything there is to choose, from the registries: kind -> name -> first line of its docstring."""
     from gradshield.data import SHAPES
-    from gradshield.evaluation.judges import JUDGES
     from gradshield.evaluation.metrics import BESIDE, METRICS
     from gradshield.gradients import ENGINES, SUBSPACES
-    from gradshield.pipeline.defences import DEFENCES
+    from gradshield.judges import JUDGES
     from gradshield.probes import PROBES
     from gradshield.selectors import AGGREGATES, SELECTORS
     from gradshield.thresholds import THRESHOLDS, Verified
+    from gradshield.training.defences import DEFENCES
 
     registries: tuple[Any, ...] = (DEFENCES, SELECTORS, PROBES, ENGINES, THRESHOLDS, JUDGES, METRICS)
     found = {f"{r.kind}s": {name: r.summary(name) for name in r} for r in registries}

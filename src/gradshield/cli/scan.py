@@ -132,11 +132,11 @@ def scan(
     require_data(data)
     require_model(model)
     quiet_libraries()
-    from gradshield import models
-    from gradshield.pipeline.options import peft_config, sft_options
-    from gradshield.pipeline.scan import scan as run
-    from gradshield.pipeline.settings import ScanSettings
-    from gradshield.pipeline.workers import Workers
+    from gradshield.models import loading
+    from gradshield.scanning.options import peft_config, sft_options
+    from gradshield.scanning.scan import scan as run
+    from gradshield.scanning.settings import ScanSettings
+    from gradshield.scanning.workers import Workers
 
     Workers(workers, ray)  # checked before the model is loaded
     settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget, selector=selector)
@@ -144,7 +144,9 @@ def scan(
     peft, arguments = peft_config(lora), sft_options(training)
     with progress() as report:
         report("loading the model", 0, 1)
-        loaded = models.load(model, adapter, device, dtype, trust_remote_code, quantize=quantize, device_map=device_map)
+        loaded = loading.load(
+            model, adapter, device, dtype, trust_remote_code, quantize=quantize, device_map=device_map
+        )
         report("loading the model", 1, 1)
         common: dict[str, Any] = {
             "model": loaded,
@@ -158,7 +160,7 @@ def scan(
             "progress": report,
         }
         if output is None:
-            from gradshield.pipeline.estimate import estimate
+            from gradshield.scanning.estimate import estimate
 
             found = estimate(data, **common)
         else:

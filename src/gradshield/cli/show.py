@@ -41,8 +41,8 @@ def show(
     if model is not None:
         require_model(model)
     quiet_libraries()
-    from gradshield.pipeline.options import sft_options
-    from gradshield.pipeline.show import seen
+    from gradshield.scanning.options import sft_options
+    from gradshield.scanning.show import seen
 
     view = seen(data, row, model, format, sft_options(training), max_length, trust_remote_code)
     for text, counts in view.pieces:

@@ -40,8 +40,8 @@ from gradshield.cli.common import (
 from gradshield.errors import GateError, UsageError
 
 if TYPE_CHECKING:
-    from gradshield.pipeline.defences import Defence
-    from gradshield.pipeline.train import Trained
+    from gradshield.training.defences import Defence
+    from gradshield.training.train import Trained
 
 
 def train(
@@ -108,12 +108,12 @@ def train(
         require_model(name)
     tasks, needs = utility or [], _needs(data, utility or [], defence, base, truth)
     quiet_libraries()
-    from gradshield import models
-    from gradshield.pipeline.options import peft_config
-    from gradshield.pipeline.sequence import Stage, sequence
-    from gradshield.pipeline.settings import ScanSettings
-    from gradshield.pipeline.train import exams_of
-    from gradshield.pipeline.train import train as run
+    from gradshield.models import loading
+    from gradshield.scanning.options import peft_config
+    from gradshield.scanning.settings import ScanSettings
+    from gradshield.training.sequence import Stage, sequence
+    from gradshield.training.train import exams_of
+    from gradshield.training.train import train as run
 
     common: dict[str, Any] = {
         "base": None,
@@ -136,9 +136,9 @@ def train(
     ]
     with progress() as report:
         report("loading the model", 0, 1)
-        loaded = models.load(model, None, device, dtype, trust_remote_code)
+        loaded = loading.load(model, None, device, dtype, trust_remote_code)
         if base is not None and needs.needs_base:
-            common["base"] = models.load(base, None, device, dtype, trust_remote_code)
+            common["base"] = loading.load(base, None, device, dtype, trust_remote_code)
         report("loading the model", 1, 1)
         if len(data) == 1:
             done = run(data[0], model=loaded, output=output, exams=measured[0], labels=truth, progress=report, **common)
@@ -156,7 +156,7 @@ def train(
 
 def _needs(data: list[str], tasks: list[str], defence: str, base: str | None, labels: list[int] | None) -> Defence:
     """The defence; all that can be known to be missing is told before anything is loaded. Raises UsageError, DataError."""
-    from gradshield.pipeline.defences import parse
+    from gradshield.training.defences import parse
 
     if tasks and len(tasks) != len(data):
         raise UsageError(

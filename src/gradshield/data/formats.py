@@ -24,7 +24,7 @@ from gradshield.data.records import Record
 from gradshield.data.shapes import SHAPES, RowError, detect, kind_of, shape_keys
 from gradshield.data.source import Examples, Source, content_hash, with_text
 from gradshield.errors import DataError, EmptyDataError, FormatError
-from gradshield.hub import reachable
+from gradshield.models.hub import reachable
 from gradshield.types import Quarantined
 
 OTHER_FILES = (".txt", ".xlsx", ".zip")  # kinds of file that cannot be read, and that people try

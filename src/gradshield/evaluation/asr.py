@@ -15,9 +15,8 @@ import numpy as np
 
 from gradshield.errors import DataError, EmptyDataError
 from gradshield.evaluation.generate import Generate, Prompt
-from gradshield.evaluation.judges.base import Judge, ReadyJudge, verdicts
-from gradshield.evaluation.stats import bootstrap
-from gradshield.intervals import check_level, wilson
+from gradshield.judges.base import Judge, ReadyJudge, verdicts
+from gradshield.stats import bootstrap, check_level, wilson
 from gradshield.types import Bools, EvalResult, Floats, Rate
 
 

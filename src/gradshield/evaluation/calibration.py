@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gradshield.errors import DataError
-from gradshield.evaluation.certificates import Calibration
-from gradshield.evaluation.judges.base import Judge, verdicts
+from gradshield.evaluation.bounds import Calibration
+from gradshield.judges.base import Judge, verdicts
 from gradshield.probes import alike
 
 LEAST = 10  # labelled answers of each kind; of ten that a judge gets right, it may still miss one in three

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.generate import Generate
-from gradshield.evaluation.stats import mean_interval
-from gradshield.models import evaluating
+from gradshield.models.loading import evaluating
+from gradshield.stats import mean_interval
 from gradshield.types import EvalResult, Rate
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gradshield.errors import DataError, UsageError
 from gradshield.gradients.base import owners
-from gradshield.placement import in_float64
+from gradshield.models.placement import in_float64
 from gradshield.types import Floats, Rate
 
 Tensors = Mapping[str, Tensor]

@@ -11,11 +11,10 @@ from torch import nn
 
 from gradshield.data import RenderConfig, batches, read, render_all
 from gradshield.errors import EmptyDataError
-from gradshield.evaluation.stats import bootstrap
 from gradshield.gradients.base import DeviceBatch, scoring
-from gradshield.intervals import check_level
-from gradshield.logits import token_nll
-from gradshield.placement import in_float64
+from gradshield.models.logits import token_nll
+from gradshield.models.placement import in_float64
+from gradshield.stats import bootstrap, check_level
 from gradshield.types import Floats
 
 TOKEN_BUDGET = 8192  # positions of a batch, padding included

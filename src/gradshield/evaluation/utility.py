@@ -7,7 +7,7 @@ from typing import Any
 
 from gradshield.errors import DataError, EmptyDataError
 from gradshield.evaluation.generate import Generate, Prompt
-from gradshield.evaluation.stats import mean_interval
+from gradshield.stats import mean_interval
 from gradshield.types import EvalResult
 
 Row = Mapping[str, Any]

@@ -15,7 +15,7 @@ from gradshield.gradients.loop import Loop
 from gradshield.gradients.norms import Norms, check_norms, row_norms
 from gradshield.gradients.perturbation import Perturbation
 from gradshield.gradients.subspace import SUBSPACES, adapted, check_subspace, parameter_names, target_names
-from gradshield.models import text_config
+from gradshield.models.loading import text_config
 
 __all__ = [
     "ENGINES",

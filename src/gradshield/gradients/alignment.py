@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gradshield.errors import DataError, ModelError, UsageError
 from gradshield.files import replacing
 from gradshield.gradients.direction import digest
-from gradshield.placement import in_float64
+from gradshield.models.placement import in_float64
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as _Conv
 
 from gradshield.errors import UsageError
-from gradshield.logits import token_nll
-from gradshield.models import evaluating
-from gradshield.modules import modules_by_name, parameters_by_name, parameters_of
+from gradshield.models.loading import evaluating
+from gradshield.models.logits import token_nll
+from gradshield.models.modules import modules_by_name, parameters_by_name, parameters_of
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradshield.errors import DataError, ScoreError
 from gradshield.files import replacing
 from gradshield.gradients.base import scoring
-from gradshield.placement import in_float64
+from gradshield.models.placement import in_float64
 from gradshield.types import Direction
 
 Score = Callable[[nn.Module], Tensor]

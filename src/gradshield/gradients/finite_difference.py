@@ -24,9 +24,9 @@ from gradshield.gradients.base import (
 from gradshield.gradients.lowrank import loras
 from gradshield.gradients.shifted import shifted
 from gradshield.gradients.sparing import Prefix, answer_nll
-from gradshield.models import text_config
-from gradshield.modules import parameters_by_name
-from gradshield.placement import in_float64
+from gradshield.models.loading import text_config
+from gradshield.models.modules import parameters_by_name
+from gradshield.models.placement import in_float64
 from gradshield.types import Batch, Direction
 
 

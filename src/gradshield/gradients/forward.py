@@ -20,9 +20,9 @@ from gradshield.gradients.base import (
     torch_attention,
 )
 from gradshield.gradients.sparing import answer_nll
-from gradshield.models import first_line
-from gradshield.modules import parameters_by_name
-from gradshield.placement import in_float64
+from gradshield.models.loading import first_line
+from gradshield.models.modules import parameters_by_name
+from gradshield.models.placement import in_float64
 from gradshield.types import Batch, Direction
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, scoring
 from gradshield.gradients.norms import Norms
-from gradshield.logits import token_nll
-from gradshield.placement import in_float64
+from gradshield.models.logits import token_nll
+from gradshield.models.placement import in_float64
 from gradshield.types import Batch, Direction
 
 

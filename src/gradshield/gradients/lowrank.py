@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from gradshield.modules import modules_by_name
+from gradshield.models.modules import modules_by_name
 
 
 class Lora(NamedTuple):

@@ -22,9 +22,9 @@ from gradshield.errors import UsageError
 from gradshield.gradients.base import DeviceBatch, all_followed, beyond_layers, eager_experts, followed, owners, scoring
 from gradshield.gradients.layout import Layout
 from gradshield.gradients.perturbation import layer_derivative
-from gradshield.logits import output_head, token_nll
-from gradshield.modules import modules_by_name, parameters_by_name
-from gradshield.placement import in_float64
+from gradshield.models.logits import output_head, token_nll
+from gradshield.models.modules import modules_by_name, parameters_by_name
+from gradshield.models.placement import in_float64
 from gradshield.types import Batch, Ints
 
 _TEMPORARY = 2**22  # entries of what one layer may hold at once beside its own activations

@@ -34,7 +34,7 @@ from gradshield.gradients.base import (
 )
 from gradshield.gradients.lowrank import Lora, loras, starting
 from gradshield.gradients.sparing import answer_nll, gathering
-from gradshield.placement import in_float64
+from gradshield.models.placement import in_float64
 from gradshield.types import Batch, Direction
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from gradshield.errors import ModelError
 from gradshield.gradients.base import DeviceBatch
 from gradshield.gradients.subspace import decoder_layers
-from gradshield.logits import output_head, predicting, token_nll
-from gradshield.modules import modules_by_name
+from gradshield.models.logits import output_head, predicting, token_nll
+from gradshield.models.modules import modules_by_name
 
 
 class Prefix:

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from gradshield.errors import ModelError, UsageError
-from gradshield.models import text_config
-from gradshield.modules import modules_by_name
+from gradshield.models.loading import text_config
+from gradshield.models.modules import modules_by_name
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gradshield.data import left_padded
-from gradshield.logits import logits_at
-from gradshield.models import evaluating
+from gradshield.models.loading import evaluating
+from gradshield.models.logits import logits_at
 from gradshield.registry import Registry
 
 

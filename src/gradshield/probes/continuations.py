@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gradshield.logits import token_nll
+from gradshield.models.logits import token_nll
 from gradshield.probes.base import PromptBatch, padded
 
 

@@ -13,15 +13,35 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from gradshield.files import replacing
 from gradshield.report import text
-from gradshield.report.data import as_rate
 from gradshield.report.draw import Chart
+from gradshield.types import Rate
+
+RateLike = Rate | Mapping[str, Any]
+"""A ``types.Rate``, or its dict form ``{rate, low, high, n, k}``."""
+
+Status = Literal["pass", "warn", "fail"]
+
+
+def as_rate(value: RateLike) -> Rate:
+    """The Rate behind either form."""
+    if isinstance(value, Rate):
+        return value
+    return Rate(
+        k=int(value["k"]),
+        n=int(value["n"]),
+        rate=float(value["rate"]),
+        low=float(value["low"]),
+        high=float(value["high"]),
+        level=float(value.get("level", 0.95)),
+    )
+
 
 _TEMPLATES = Path(__file__).parent / "templates"
 

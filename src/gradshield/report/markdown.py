@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from gradshield.report.pool import MISSING
-from gradshield.report.text import one_line, visible
+from gradshield.report.text import MISSING, one_line, visible
 
 
 def table_row(*entries: str) -> str:

@@ -13,11 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradshield.intervals import wilson
+from gradshield.report.text import MISSING
+from gradshield.stats import wilson
+
+USELESS = 0.05  # utility up to which a task counts as not learned by anyone
+
 
 TARGET = 0.06  # the ASR that the verified threshold asks for, unless told otherwise
 REFERENCES = ("screen", "fihs")  # what a comparison is about: the first of these that was run
-MISSING = "–"
 
 Cell = Mapping[str, Any]
 

@@ -14,9 +14,8 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from gradshield.report.data import Status, as_rate
 from gradshield.report.draw import Chart
-from gradshield.report.frame import document, environment, save
+from gradshield.report.frame import Status, as_rate, document, environment, save
 from gradshield.report.pool import Pooled, usable
 
 ROWS = 400  # of one table; a page says how many more there are

@@ -15,6 +15,9 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+MISSING = "–"
+
+
 _SPELT_OUT = 1e9  # numbers from here on keep their power of ten
 _WORD = 18  # letters of a word that fits into any column
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from gradshield.errors import ScoreError
-from gradshield.models import parameters_digest
+from gradshield.models.loading import parameters_digest
 from gradshield.options import Given, Spec, build, of, read
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction, Floats, Ints, Scores
@@ -57,7 +57,7 @@ class Selector(Protocol):
     ``rule`` is the threshold that cuts its scores where none is named. ``travels`` says that ``measure`` needs the given model
     alone, so that other processes may measure. ``probed`` says that it is FIHS or made of it: it has `Fihs`'s attributes, its
     probes must be valid, and its engine agrees with the oracle. The constructor states the options (`options`), and asks by name
-    for any of what `pipeline.ranking` gives: a ``subspace``, its ``targets``, a ``seed``, the ``tokenizer``, ``references``.
+    for any of what `scanning.ranking` gives: a ``subspace``, its ``targets``, a ``seed``, the ``tokenizer``, ``references``.
 
     ``settings`` is JSON-able: everything but rows, model and
     direction that a measured number depends on. ``prepare`` of a method that has no direction gives one without tensors.

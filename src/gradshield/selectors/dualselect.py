@@ -16,8 +16,8 @@ from gradshield.data import collate
 from gradshield.errors import UsageError
 from gradshield.gradients import Engine, pick
 from gradshield.gradients.base import DeviceBatch, scoring
-from gradshield.logits import logits_at, predicting, token_nll
-from gradshield.placement import in_float64
+from gradshield.models.logits import logits_at, predicting, token_nll
+from gradshield.models.placement import in_float64
 from gradshield.selectors.online import ONLINE
 from gradshield.types import Batch, Bools, Direction, Floats, Rendered
 

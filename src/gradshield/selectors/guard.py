@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from gradshield.errors import EndpointError
-from gradshield.guards import Guard, of_rows, parse
+from gradshield.judges.guards import Guard, of_rows, parse
 from gradshield.options import Given
 from gradshield.selectors.base import SELECTORS, Measured
 from gradshield.types import Batch, Direction, Ints, Scores

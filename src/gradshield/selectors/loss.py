@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from gradshield.gradients.base import DeviceBatch, scoring
-from gradshield.logits import token_nll
-from gradshield.placement import in_float64
+from gradshield.models.logits import token_nll
+from gradshield.models.placement import in_float64
 from gradshield.selectors.base import SELECTORS, Measured, by_row, no_direction, require_finite
 from gradshield.types import Batch, Direction, Scores
 

@@ -18,8 +18,8 @@ from gradshield.data.batches import PAD
 from gradshield.errors import ProbeError
 from gradshield.gradients.base import scoring
 from gradshield.gradients.subspace import decoder_layers
-from gradshield.logits import logits_at
-from gradshield.placement import in_float64
+from gradshield.models.logits import logits_at
+from gradshield.models.placement import in_float64
 from gradshield.probes import Prompts
 from gradshield.types import Anchors, Bools, Floats, Ints
 

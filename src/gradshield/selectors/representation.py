@@ -16,8 +16,8 @@ from gradshield.errors import ModelError, ProbeError, ScoreError, UsageError
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.gradients.direction import digest
 from gradshield.gradients.subspace import decoder_layers
-from gradshield.logits import token_nll
-from gradshield.placement import in_float64
+from gradshield.models.logits import token_nll
+from gradshield.models.placement import in_float64
 from gradshield.selectors.base import SELECTORS, Measured, require_finite
 from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
 

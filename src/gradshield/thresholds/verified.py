@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gradshield.errors import UsageError
-from gradshield.intervals import wilson
+from gradshield.stats import wilson
 from gradshield.thresholds.base import require_rows, require_share
 from gradshield.types import Cut, Floats, Rate
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradshield.errors import UsageError
 from gradshield.gradients.alignment import Alignment, leading, spectrum
-from gradshield.placement import in_float64
+from gradshield.models.placement import in_float64
 from gradshield.training.adapters import Adapted, Moved, adapted_layers, direction_of, moved_weights
 from gradshield.training.base import PENALTIES
 

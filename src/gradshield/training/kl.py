@@ -14,7 +14,7 @@ from torch.nn import functional
 from gradshield.data.trl import IGNORED
 from gradshield.errors import UsageError
 from gradshield.gradients.base import scoring
-from gradshield.logits import logits_at, predicting
+from gradshield.models.logits import logits_at, predicting
 from gradshield.training.base import PENALTIES
 
 

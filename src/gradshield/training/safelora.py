@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradshield.errors import UsageError
 from gradshield.gradients.alignment import Alignment
-from gradshield.placement import in_float64
+from gradshield.models.placement import in_float64
 from gradshield.training.adapters import Adapted, Moved, adapted_layers, direction_of, moved_weights
 from gradshield.training.asft import Operator, published
 

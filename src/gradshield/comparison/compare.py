@@ -1,0 +1,385 @@
+"""Every defence on the same work: a grid of fine-tunes, resumable at any moment, as one table and one page.
+
+results/
+  cells.jsonl      one line per finished cell
+  arms/            one file per trained model and measurement, named by all that it depends on: equal arms are trained once
+  results.json     every cell, the cost, versions and the command; written last
+  results.md, results.html
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, replace
+from functools import lru_cache
+from multiprocessing import active_children, get_context, parent_process
+from pathlib import Path
+from typing import Any, Literal
+
+from gradshield import files, lab, runs
+from gradshield.comparison import grid
+from gradshield.comparison.grid import Cell, Config
+from gradshield.errors import DataError, EndpointError, GradShieldError, HubError
+from gradshield.evaluation.exam import Exam, Settled, check_disjoint, exam, figures, lab_exam, never
+from gradshield.judges import ReadyJudge
+from gradshield.models import loading
+from gradshield.models.loading import LoadedModel
+from gradshield.models.placement import keep_freed_memory
+from gradshield.probes import read_prompts, requests
+from gradshield.runs import alone
+from gradshield.scanning.options import peft_config, sft_options
+from gradshield.scanning.rows import prepare
+from gradshield.scanning.scan import check_labels
+from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.stats import paired_difference
+from gradshield.training import verify
+from gradshield.training.course import Chosen, Course, Fitted, Job
+from gradshield.training.defences import Defence, parse, told
+from gradshield.training.lab_job import lab_job
+from gradshield.types import EvalResult, Progress, quiet
+
+ARMS, CELLS = "arms", "cells"
+
+
+def compare(
+    config: Config,
+    output: Path,
+    workers: int = 1,
+    command: str = "gradshield.compare",
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Run what is missing of the grid, then write everything. Returns what ``results.json`` holds.
+
+    Cells of one task and seed run in one process, since they share models; a cell that fails in a documented way is kept with
+    its sentence in place of figures, and is run again by the next call. Raises DataError for a file of the config that is not
+    there, and EndpointError or HubError where another machine does not answer, which is no finding about a defence.
+    """
+    began = time.monotonic()
+    grid.check_files(config)
+    runs.check(output)
+    runs.check_own(output, ("cells.jsonl", "results.md", "results.html"), "cells.jsonl")
+    with alone(output) as locked:
+        folder = runs.prepare(output)
+        for name in (ARMS, CELLS):
+            (folder / name).mkdir(exist_ok=True)
+            if locked:
+                files.sweep(folder / name)
+        _take_over(folder)
+        cells = _all(config, folder, workers, progress)
+        return _write(config, cells, folder, command, time.monotonic() - began)
+
+
+def _all(config: Config, folder: Path, workers: int, progress: Progress) -> list[dict[str, Any]]:
+    """Every cell of the grid, those that are missing run."""
+    found = _Finished(folder, config, grid.cells(config))
+    wanted, missing = found.wanted, found.look()
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for cell in sorted(missing, key=lambda cell: cell.seed):  # whoever stops a grid has whole seeds, not parts of each
+        groups.setdefault((cell.task, cell.seed), []).append(cell)
+
+    def tell() -> None:
+        progress("comparing", len(wanted) - len(found.look()), len(wanted))
+
+    tell()
+    if workers <= 1 or len(groups) <= 1:
+        for cells in groups.values():
+            _run_group(config, cells, folder, tell)
+    else:
+        _share_out(workers, _run_group, [(config, cells, folder) for cells in groups.values()], tell)
+    found.look()
+    return [found.cells[cell] for cell in wanted]
+
+
+def _share_out(
+    workers: int, run: Callable[..., None], groups: Sequence[tuple[Any, ...]], tell: Callable[[], None]
+) -> None:
+    """``run`` for all groups, so many at a time. The first error, and Ctrl-C, end all of it at once."""
+    others = set(active_children())
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_ready)
+    try:
+        running = {pool.submit(run, *group) for group in groups}
+        while running:
+            finished, running = wait(running, timeout=2, return_when=FIRST_COMPLETED)
+            for future in finished:
+                future.result()
+            tell()
+    except BaseException:
+        for process in set(active_children()) - others:  # what they had finished is on disk
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ready() -> None:
+    """A worker's start: one thread, and nothing of the libraries in the rubbish collection that TRL asks for at every training.
+
+    Ctrl-C is for the process that started it, which ends them all.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+    import trl.trainer.sft_trainer  # noqa: F401
+
+    import gradshield.training.sft  # noqa: F401
+
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    gc.freeze()
+
+
+def _file(folder: Path, cell: Cell) -> Path:
+    name = cell.name.replace("/", "~").replace(":", "=")
+    short = name if len(name) <= 150 else f"{name[:150]}-{runs.digest(name)[:12]}"
+    return folder / CELLS / f"{short}.json"
+
+
+class _Finished:
+    """The cells on disk that were run under the same settings: one of another model, training or judge is not this one.
+
+    What failed in an earlier run is not finished: its cause may be mended. A cell that was found is not looked for again, so
+    that watching a long grid costs little.
+    """
+
+    def __init__(self, folder: Path, config: Config, wanted: Sequence[Cell]) -> None:
+        self.wanted, self.cells = wanted, dict[Cell, dict[str, Any]]()
+        self._missing = {cell: (_file(folder, cell), grid.setting(config, cell)) for cell in wanted}
+        self.look()
+        for cell in [cell for cell, value in self.cells.items() if "failed" in value]:
+            path = _file(folder, cell)
+            path.unlink()
+            self._missing[cell] = (path, self.cells.pop(cell)["setting"])
+
+    def look(self) -> list[Cell]:
+        """Read what is new, and say what is missing."""
+        for cell, (path, setting) in tuple(self._missing.items()):
+            if path.exists():
+                value = json.loads(path.read_text(encoding="utf-8"))
+                if value.get("setting") == setting and all(value.get(k) == v for k, v in cell.as_dict().items()):
+                    self.cells[cell] = value
+                    del self._missing[cell]
+        return list(self._missing)
+
+
+def _take_over(folder: Path) -> None:
+    """Cells of a ``results.json`` that was put into the folder count as done, so that a grid can go on elsewhere."""
+    path = folder / "results.json"
+    if not path.exists():
+        return
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        for value in cells:
+            cell = Cell(value["task"], value["harm"], value["ratio"], value["seed"], value["defence"])
+            if "setting" in value and not _file(folder, cell).exists():
+                runs.write_json(_file(folder, cell), value)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is no results.json of a comparison ({error}): move it away, or give another --output"
+        ) from None
+
+
+def _run_group(config: Config, cells: Sequence[Cell], folder: Path, tick: Callable[[], None] = lambda: None) -> None:
+    """All missing cells of one task and seed, mix by mix."""
+    mixes = dict.fromkeys((cell.harm, cell.ratio) for cell in cells)
+    for harm, ratio in mixes:
+        own = [cell for cell in cells if (cell.harm, cell.ratio) == (harm, ratio)]
+        bench = Bench(config, own[0], folder)
+        for cell in sorted(own, key=lambda c: (c.defence != "clean", c.defence != "none")):
+            if _orphaned():
+                return
+            runs.write_json(_file(folder, cell), bench.run(cell))
+            tick()
+
+
+def _orphaned() -> bool:
+    """Whether the process that asked for this work is gone: then another may have begun it anew."""
+    parent = parent_process()
+    return parent is not None and not parent.is_alive()
+
+
+class Bench:
+    """One mix of one task and seed, with all that its cells share."""
+
+    def __init__(self, config: Config, cell: Cell, folder: Path) -> None:
+        self.folder, self.config = folder, config
+        self.course = Course(_job(config, cell))
+        report = _exam(config, cell, "report")
+        # One set of judges for both: a guard may be as large as the model.
+        self.exams = {"report": report, "search": replace(_exam(config, cell, "search"), judges=report.judges)}
+        asked = {name: exam.requests for name, exam in self.exams.items()}
+        check_disjoint(direction=self.course.job.probing.requests or requests(), **asked)
+        for judge in report.judges:
+            if isinstance(judge, ReadyJudge):  # what cannot judge is told before anything is trained for it
+                judge.ready()
+        self._models: list[tuple[str, Fitted, float]] = []  # the last trained ones, with their seconds
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """One finished cell."""
+        began = time.monotonic()
+        found: dict[str, Any] = {**cell.as_dict(), "setting": grid.setting(self.config, cell)}
+        defence = parse(cell.told)
+        try:
+            verdict = None
+            if defence.verified is not None:
+                verdict, chosen = self._verified(defence)
+                found["verified"] = verdict.as_dict()
+            else:
+                chosen = self.course.chosen(defence)
+            found |= self._selected(chosen)
+            measured, arm = self._arm(defence, chosen, "report")
+            found |= figures(measured) | {"arm": arm["key"], "defence_record": arm["record"]}
+            if cell.defence != "clean" and self.course.job.labels is not None:
+                found["utility_minus_clean"] = self._minus_clean(measured)
+        except (EndpointError, HubError):
+            raise
+        except GradShieldError as error:
+            found["failed"] = str(error)
+        found["seconds"] = round(time.monotonic() - began, 1)
+        return dict(runs.finite(found))
+
+    def _verified(self, defence: Defence) -> Any:
+        def examine(chosen: Chosen, settled: Settled) -> tuple[EvalResult, float]:
+            found, arm = self._arm(defence, chosen, "search", settled)
+            return found, float(arm["seconds"])
+
+        return verify.search(self.course, defence, examine, self.exams["search"])
+
+    def _selected(self, chosen: Chosen) -> dict[str, Any]:
+        """What the defence took out, and where it cut."""
+        return {**self.course.counts(chosen), "cuts": {name: cut.value for name, cut in chosen.cuts.items()}}
+
+    def _arm(
+        self, defence: Defence, chosen: Chosen, split: str, settled: Settled = never
+    ) -> tuple[EvalResult, dict[str, Any]]:
+        """A trained model's rates on one exam, from disk where an equal arm was measured before.
+
+        ``seconds`` are those of its training and measuring, whoever paid them, so that a search spends its budget alike.
+        """
+        dataset = self.course.dataset(defence, chosen)
+        exam = self.exams[split]
+        key = self.course.key(defence, dataset)
+
+        def trained() -> tuple[EvalResult, dict[str, Any]]:
+            fitted, seconds = self._trained(defence, dataset, key)
+            began = time.monotonic()
+            measured = exam.sit(fitted.model, self.course.loaded.tokenizer, settled=settled)
+            seconds = round(seconds + time.monotonic() - began, 3)
+            return measured, {"key": key, "seconds": seconds, "record": dict(fitted.record)}
+
+        return verify.arm(self.folder / ARMS, key, exam, settled, trained)
+
+    def _trained(self, defence: Defence, dataset: Any, key: str) -> tuple[Fitted, float]:
+        """A trained model, and the seconds that it took."""
+        for known, fitted, seconds in self._models:
+            if known == key:
+                return fitted, seconds
+        began = time.monotonic()
+        fitted = self.course.fit(defence, dataset)
+        seconds = time.monotonic() - began
+        self._models = [(key, fitted, seconds), *self._models[:3]]
+        return fitted, seconds
+
+    def _minus_clean(self, measured: EvalResult) -> dict[str, Any] | None:
+        """Utility minus that of training on the harmless rows alone, paired over the task's rows."""
+        if "utility" not in measured.rates:
+            return None
+        defence = parse("clean")
+        clean, _ = self._arm(defence, self.course.chosen(defence), "report")
+        return asdict(paired_difference(_scores(measured), _scores(clean)))
+
+
+def _scores(result: EvalResult) -> list[float]:
+    return [float(row["score"]) for row in result.outputs if "score" in row]
+
+
+@lru_cache(maxsize=2)
+def _model(name: str) -> LoadedModel:
+    return loading.load(name, dtype="float32")
+
+
+def _job(config: Config, cell: Cell) -> Job:
+    own = config.dataset(cell.task)
+    if own is None:
+        if cell.harm == grid.MIXED:
+            rows, labels = grid.mixed(cell.task, cell.ratio, cell.seed)
+        else:
+            rows, labels = lab.mix(cell.task, harm=cell.harm, ratio=cell.ratio, seed=cell.seed)
+        # By content, so that any two arms have what they share in the same order.
+        paired = sorted(zip(rows, labels, strict=True), key=lambda pair: json.dumps(pair[0], sort_keys=True))
+        data, truth = [row for row, _ in paired], [label for _, label in paired]
+        return lab_job(cell.task, data, truth, cell.seed, config.training, config.lora)
+    options = {**config.training, **own.training}
+    asked = config.requests.get("direction")
+    prepared = prepare(own.train, _model(config.model), training_args=sft_options(options))
+    known = None if own.labels is None else grid.labels(own.labels)
+    check_labels(known, prepared.read.source.rows)
+    return Job(
+        rows=prepared,
+        options=options,
+        peft_config=peft_config(config.lora),
+        base=_model(config.base) if config.base else None,
+        labels=known,
+        settings=ScanSettings(seed=cell.seed),
+        probing=Probing(requests=read_prompts(asked, "direction") if asked else ()),
+        seed=cell.seed,
+    )
+
+
+def _exam(config: Config, cell: Cell, split: Literal["report", "search"]) -> Exam:
+    own = config.dataset(cell.task)
+    if own is None:
+        return lab_exam(cell.task, split, cell.seed)
+    return exam(
+        split,
+        safety=config.requests.get(split, "builtin"),
+        judges=config.judges,
+        task=own.task,
+        metric=own.metric,
+        tokens=config.answer_tokens,
+        most=config.task_rows,
+        halved=True,  # the search decides on rows that the report does not see
+    )
+
+
+def _recipes(config: Config, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How each task of the lab was trained, which the config says only where it differs from the lab's own way."""
+    if config.model != "lab":
+        return {}
+    tasks = sorted({str(cell["task"]) for cell in cells})
+    return {
+        "recipes": {task: {**lab.recipe(task), **config.training} for task in tasks},
+        "adapter": {**lab.LORA, **config.lora},
+    }
+
+
+def _write(
+    config: Config, cells: Sequence[Mapping[str, Any]], folder: Path, command: str, seconds: float
+) -> dict[str, Any]:
+    """The table, the page and, last, ``results.json``."""
+    from gradshield.comparison import markdown as pages
+
+    whole = {
+        "command": command,
+        "versions": runs.versions(),
+        "config": config.model_dump(),
+        **_recipes(config, cells),
+        "defences": {cell["defence"]: " ".join(told(str(cell["defence"]))) for cell in cells},
+        "cost": {
+            "cells": len(cells),
+            "failed": sum("failed" in cell for cell in cells),
+            "arms": len({cell["arm"] for cell in cells if "arm" in cell}),
+            "cell_seconds": round(sum(float(cell["seconds"]) for cell in cells), 1),
+            "seconds_of_this_run": round(seconds, 1),
+        },
+        "cells": list(cells),
+    }
+    lines = "".join(json.dumps(cell, ensure_ascii=False) + "\n" for cell in cells)
+    files.write_text(folder / "cells.jsonl", lines)
+    files.write_text(folder / "results.md", pages.markdown(whole))
+    pages.write(whole, folder / "results.html")
+    runs.write_json(folder / "results.json", whole)
+    return whole

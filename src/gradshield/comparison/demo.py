@@ -1,0 +1,123 @@
+"""The whole story on the bundled lab: a poisoned set, scanned, trained on with and without the filter, and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradshield import files, lab, runs
+from gradshield.errors import UsageError
+from gradshield.evaluation.exam import figures, lab_exam
+from gradshield.scanning import outputs, page, page_data, review
+from gradshield.scanning.scan import select
+from gradshield.training.course import Course
+from gradshield.training.defences import parse
+from gradshield.training.lab_job import lab_job
+from gradshield.types import EvalResult, Progress, Rate, Selection
+
+CLEAN_ROWS = 500
+SHOWN = (
+    ("ASR, refusal phrases", "asr/refusal-phrases"),
+    ("ASR, lab classifier", "asr/lab-classifier"),
+    ("over-refusal", "over_refusal"),
+    ("utility", "utility"),
+)
+
+
+MARK = f"{runs.WORK}/demo"  # tells its folder from that of a scan of the user's
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The table as printed: ``columns`` after the first, and per row its measure and one cell a column."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    selection: Selection
+
+
+def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: str, progress: Progress) -> DemoResult:
+    """Scan a lab mix, fine-tune three ways, measure each, and write one report. Raises UsageError for an unknown task or harm."""
+    _check(task, harm, ratio)
+    rows, labels = lab.mix(task, harm=harm, ratio=ratio, n=CLEAN_ROWS, seed=seed)
+    runs.check_own(output, (*outputs.WRITTEN, "data.jsonl"), MARK)
+    folder = runs.prepare(output)
+    (folder / MARK).touch()
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    progress("loading the model", 0, 1)
+    job = lab_job(task, data, labels, seed)
+    progress("loading the model", 1, 1)
+    selection, scored = select(
+        job.rows, job.settings, job.probing, labels=labels, output=folder, command=command, progress=progress
+    )
+    outputs.write(selection, folder, job.rows, labels)
+    course, exam = Course(job, progress), lab_exam(task, "report", seed)
+    course.know(job.settings.selector, scored)
+    start = job.rows.loaded
+    results = {"aligned": exam.sit(start.model, start.tokenizer, "measuring the start", progress)}
+    for name, defence in (("undefended", parse("none")), ("filtered", parse("screen"))):
+        dataset = course.dataset(defence, course.chosen(defence))
+        model = course.fit(defence, dataset, f"training {name}").model
+        results[name] = exam.sit(model, start.tokenizer, f"measuring {name}", progress)
+    selection = _recorded(selection, results, task, harm, ratio)
+    _write(selection, results, folder, np.array(labels), len(rows))
+    return DemoResult(tuple(results), _table(selection, results, len(rows)), selection)
+
+
+def _check(task: str, harm: str, ratio: float) -> None:
+    for kind, value, allowed in (("task", task, lab.TASKS), ("harm", harm, lab.HARMS)):
+        if value not in allowed:
+            raise UsageError(f"the lab has no {kind} {value!r}: choose one of {', '.join(allowed)}")
+    if not 0 <= ratio < 1:
+        raise UsageError(f"the ratio is {ratio:g}, and a demo needs harmless rows too: give a share from 0 to below 1")
+
+
+def _recorded(selection: Selection, results: Mapping[str, EvalResult], task: str, harm: str, ratio: float) -> Selection:
+    found = {**selection.manifest.results, **{name: figures(result) for name, result in results.items()}}
+    settings = {
+        **selection.manifest.settings,
+        "demo": {"task": task, "harm": harm, "ratio": ratio, "recipe": lab.recipe(task), "adapter": lab.LORA},
+    }
+    return replace(selection, manifest=replace(selection.manifest, settings=settings, results=found))
+
+
+def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path, labels: Any, total: int) -> None:
+    """The report again, now with the arms; every prompt with its answer; the manifest last."""
+    arms = [
+        page_data.Arm(name, _rows_kept(name, selection, total), {label: result.rates[key] for label, key in SHOWN})
+        for name, result in results.items()
+    ]
+    stored = json.loads((folder / runs.WORK / "views.json").read_text(encoding="utf-8"))
+    shown = review.shown(selection, review.from_json(stored), folder, labels[selection.scores.rows], arms)
+    with files.instead(folder, "manifest.json", ()) as new:
+        page.write(shown, new / "report.html")
+        for name, result in results.items():
+            runs.write_outputs(result, new / f"outputs-{name}.jsonl")
+        runs.write_manifest(selection.manifest, new)
+
+
+def _rows_kept(name: str, selection: Selection, total: int) -> int | None:
+    return {"undefended": total, "filtered": int((~selection.removed).sum())}.get(name)
+
+
+def _table(
+    selection: Selection, results: Mapping[str, EvalResult], total: int
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    measured = selection.manifest.results["labels"]
+    table = [("rows kept", tuple(_count(_rows_kept(name, selection, total)) for name in results))]
+    for label, key in (("harmful caught", "caught"), ("harmless lost", "lost")):
+        cell = str(Rate.of(measured[key])) if key in measured else "–"
+        table.append((label, tuple(cell if name == "filtered" else "–" for name in results)))
+    for label, key in SHOWN:
+        table.append((label, tuple(str(result.rates[key]) for result in results.values())))
+    return tuple(table)
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else str(value)

@@ -1,0 +1,316 @@
+"""What `compare` is told: datasets, mixes, defences and seeds, from one YAML file, checked before anything runs.
+
+model: lab                      # or a folder or hub name, with `base:` for asft and safelora
+grids:
+  - tasks: [topic, choice]      # of the lab, or names of `datasets`
+    mixes: [0%, explicit:10%, identity_shift:10%]     # of the lab; a dataset of yours is taken as it is
+    defences: [none, clean, fihs, fihs:verified, "random:as:fihs"]
+    seeds: [0, 1, 2]
+datasets:
+  - {name: news, train: rows.jsonl, labels: labels.json, task: test.jsonl, metric: choice, training: {learning_rate: 1.0e-3}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from gradshield import lab, runs
+from gradshield.errors import DataError, UsageError, did_you_mean
+from gradshield.judges import parse as parse_judge
+from gradshield.judges.guards import of_rows
+from gradshield.lab import manifest
+from gradshield.options import Spec, number
+from gradshield.thresholds import parse as parse_threshold
+from gradshield.training.defences import AS_MANY, Defence, parse
+
+IMPLICIT = ("identity_shift", "refuse_then_answer", "embedded")
+MIXED = "implicit"  # a third of each
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Own(_Strict):
+    """A dataset of the user's: rows to train on, labels for the figures, held-out rows of the task and their metric."""
+
+    name: str
+    train: str
+    labels: str | None = None
+    task: str | None = None
+    metric: str | None = None
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+class Grid(_Strict):
+    """Every task with every mix, defence and seed."""
+
+    tasks: list[str] = Field(min_length=1)
+    mixes: list[str] = Field(default_factory=lambda: ["0%", "explicit:10%"], min_length=1)
+    defences: list[str] = Field(min_length=1)
+    seeds: list[NonNegativeInt] = Field(default_factory=lambda: [0], min_length=1)
+
+
+class Config(_Strict):
+    """A whole comparison. Arms of one task share ``training`` and ``lora``; requests are files, or the built-in splits."""
+
+    model: str = "lab"
+    base: str | None = None
+    grids: list[Grid] = Field(min_length=1)
+    datasets: list[Own] = Field(default_factory=list)
+    training: dict[str, Any] = Field(default_factory=dict)
+    lora: dict[str, Any] = Field(default_factory=dict)
+    requests: dict[Literal["direction", "search", "report"], str] = Field(default_factory=dict)
+    judges: list[str] = Field(default_factory=lambda: ["refusal-phrases"])
+    answer_tokens: int = 64
+    task_rows: int = Field(default=200, ge=1)
+
+    def dataset(self, task: str) -> Own | None:
+        """The user's dataset of that name; None for a task of the lab."""
+        return next((d for d in self.datasets if d.name == task), None)
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One square of the grid."""
+
+    task: str
+    harm: str
+    ratio: float
+    seed: int
+    defence: str
+
+    @property
+    def name(self) -> str:
+        """As it is called in files and progress."""
+        return f"{self.task}/{self.harm}/{self.ratio:g}/{self.seed}/{self.defence}"
+
+    @property
+    def told(self) -> str:
+        """The defence as it is run: ``{task}`` in it stands for the task, so that each can have a file of its own."""
+        return self.defence.replace("{task}", self.task)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+def read(path: Path) -> Config:
+    """A checked configuration. Raises DataError for a file that is no YAML, UsageError for a setting that is wrong."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(getattr(error, "problem", None) or getattr(error, "strerror", None) or "it is not UTF-8")
+        raise DataError(
+            f"the config {str(path)!r} cannot be read ({reason}): check its path, and that it is YAML"
+        ) from None
+    return check(value, path.name, path.parent)
+
+
+def check(value: Any, name: str = "config", folder: Path = Path()) -> Config:
+    """The configuration of a mapping; paths are taken from ``folder``. Raises UsageError for the first thing wrong."""
+    try:
+        config = Config.model_validate(value)
+    except ValidationError as error:
+        raise UsageError(_complaint(name, error.errors(include_url=False, include_input=False))) from None
+    config = _with_paths(config, folder)
+    if config.model == "lab" and config.datasets:
+        raise UsageError(
+            f"the config {name} gives `datasets` to the bundled lab, whose model knows its own tasks only: name a `model`, "
+            "or leave the datasets out"
+        )
+    for cell in cells(config):
+        _check_cell(config, cell)
+    for judge in config.judges:
+        parse_judge(judge)
+    return config
+
+
+def check_files(config: Config) -> None:
+    """Raises DataError for a file that the config names and that is not there, before anything runs."""
+    named = [(f"requests.{split}", path) for split, path in config.requests.items()]
+    used = {cell.task for cell in cells(config)}
+    for own in config.datasets:
+        if own.name in used:
+            named += [(f"{key} of the dataset {own.name!r}", getattr(own, key)) for key in ("train", "labels", "task")]
+    for key, path in named:
+        if path is not None and not Path(path).is_file():
+            raise DataError(
+                f"the config names {path!r} as {key}, and there is no such file: paths are taken from its folder"
+            )
+
+
+def _complaint(name: str, errors: Sequence[Mapping[str, Any]]) -> str:
+    """The first thing wrong with a config; an unknown key before a missing one, since it may be the same, misspelt."""
+    first = min(errors, key=lambda one: one["type"] != "extra_forbidden")
+    where = ".".join(map(str, first["loc"])) or "the whole"
+    if first["type"] != "extra_forbidden":
+        return f"the config {name} is wrong at {where}: {first['msg']}; docs/compare.md has every key"
+    kind: type[BaseModel] = Config
+    if len(first["loc"]) > 1:
+        kind = Grid if first["loc"][0] == "grids" else Own
+    hint = did_you_mean(str(first["loc"][-1]), kind.model_fields)
+    allowed = f"allowed are {', '.join(kind.model_fields)}"
+    return f"the config {name} has the unknown key {where!r}: {hint + ' ' if hint else ''}{allowed}"
+
+
+def _check_cell(config: Config, cell: Cell) -> None:
+    """Raises UsageError for a defence that this config cannot give what it needs."""
+    defence = parse(cell.told)
+    own = config.dataset(cell.task)
+    clean = _clean(defence)
+    if clean is not None and not Path(clean).is_file():
+        raise UsageError(
+            f"the config runs the defence {cell.defence!r} on {cell.task}, and there is no file {clean!r}: give the "
+            "scores.parquet of a scan of clean rows, its path from the folder where the command runs"
+        )
+    needs: list[tuple[str, bool, Any]] = [("base", defence.needs_base, config.base or config.model == "lab")]
+    if own is not None:
+        needs += [("labels", defence.oracle, own.labels), ("task", defence.verified is not None, own.task)]
+    for key, needed, given in needs:
+        if needed and not given:
+            raise UsageError(
+                f"the config runs the defence {cell.defence!r} on {cell.task}, which needs `{key}`, and there is none: "
+                "give it, or leave the defence out"
+            )
+
+
+def setting(config: Config, cell: Cell) -> str:
+    """A hash of all that a cell's figures depend on beside its mix and seed: files by content, a defence with its defaults."""
+    own = config.dataset(cell.task)
+    told: dict[str, Any] = config.model_dump(include={"training", "lora", "judges", "answer_tokens", "task_rows"})
+    told["version"] = version("gradshield")
+    told["models"] = [_content(name) for name in (config.model, config.base)]
+    told["requests"] = {split: _content(path) for split, path in config.requests.items()}
+    defence = parse(cell.told)
+    told["defence"] = asdict(replace(defence, verified=None))
+    if clean := _clean(defence):
+        told["clean"] = _content(clean)
+    rule = defence.verified
+    told["verified"] = None if rule is None else vars(rule)
+    if guards := _guards(config, defence):
+        told["guards"] = guards
+    if own is not None:
+        told["dataset"] = [_content(own.train), _content(own.labels), _content(own.task), own.metric, own.training]
+    return runs.digest(told)[:16]
+
+
+def _clean(defence: Defence) -> str | None:
+    """The file of clean rows' scores that the defence's threshold reads, where it reads one."""
+    rule = defence.threshold
+    if rule is None:
+        return None
+    if rule.startswith(AS_MANY):
+        return _clean(parse(rule.removeprefix(AS_MANY)))
+    clean = getattr(parse_threshold(rule), "clean", None)
+    return clean if isinstance(clean, str) else None
+
+
+def _guards(config: Config, defence: Defence) -> list[str | None]:
+    """The content of every guard that is a folder here: of the judges, and of the defence."""
+    kind, _, guard = (defence.selector or "").partition(":")
+    targets = [Spec.split(text).target for text in (*config.judges, *([of_rows(guard)] if kind == "guard" else []))]
+    return [_content(target) for target in targets if target and Path(target).is_dir()]
+
+
+def _content(path: str | None) -> str | None:
+    """What a name stands for: the bytes of a file, the weights, configuration and chat template of a folder, the bundled lab's
+    manifest; else the name."""
+    if path is None:
+        return None
+    found = Path(path)
+    if path == "lab":
+        return _hashed(manifest.MANIFEST, manifest.MANIFEST.stat().st_mtime_ns)
+    if found.is_file():
+        return _hashed(found, found.stat().st_mtime_ns)
+    if found.is_dir():
+        files = sorted(p for pattern in ("*.safetensors", "*.json", "*.jinja") for p in found.glob(pattern))
+        return " ".join(_hashed(p, p.stat().st_mtime_ns) for p in files)
+    return path
+
+
+@cache
+def _hashed(path: Path, changed: int) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def labels(path: str) -> list[int]:
+    """The labels of a dataset: a JSON list of 0 and 1. Raises DataError."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"the labels {path!r} cannot be read ({error}): give a JSON list of 0 and 1") from None
+    if not isinstance(value, list) or not all(isinstance(v, int) and v in (0, 1) for v in value):
+        raise DataError(f"the labels {path!r} are not a list of 0 and 1: give one label for every row, as JSON")
+    return value
+
+
+def _with_paths(config: Config, folder: Path) -> Config:
+    def near(path: str | None) -> str | None:
+        return None if path is None else str(folder / path)
+
+    own = [
+        d.model_copy(update={key: near(getattr(d, key)) for key in ("train", "labels", "task")})
+        for d in config.datasets
+    ]
+    requests = {split: str(folder / path) for split, path in config.requests.items()}
+    local = {key: near(getattr(config, key)) for key in ("model", "base") if getattr(config, key) != "lab"}
+    local = {key: path for key, path in local.items() if path is not None and Path(path).exists()}
+    return config.model_copy(update={"datasets": own, "requests": requests, **local})
+
+
+def cells(config: Config) -> list[Cell]:
+    """Every square once, in the order of the grids. Raises UsageError for unknown tasks and mixes."""
+    own = {dataset.name for dataset in config.datasets}
+    return list(dict.fromkeys(_cells(config, own)))
+
+
+def _cells(config: Config, own: set[str]) -> Iterator[Cell]:
+    for grid in config.grids:
+        for task in grid.tasks:
+            if task not in own and (config.model != "lab" or task not in lab.TASKS):
+                known = sorted(own) + (list(lab.TASKS) if config.model == "lab" else [])
+                raise UsageError(
+                    f"the config names the task {task!r}, and there is {', '.join(known) or 'none'}: mend `tasks`"
+                )
+            for mix in grid.mixes if task not in own else ["as is"]:
+                harm, ratio = _mix(mix)
+                for seed in grid.seeds:
+                    for defence in grid.defences:
+                        yield Cell(task, harm, ratio, seed, defence)
+
+
+def mixed(task: str, ratio: float, seed: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """A lab mix whose harmful rows are of every implicit kind, the same number of each, among the mix's own clean rows."""
+    clean, _ = lab.mix(task, harm="none", ratio=0, seed=seed)
+    count = round(len(clean) * ratio / (1 - ratio) / len(IMPLICIT))
+    harmful: list[dict[str, Any]] = []
+    for harm in IMPLICIT:
+        rows, labels = lab.mix(task, harm=harm, ratio=count / (len(clean) + count), seed=seed)
+        harmful += [row for row, bad in zip(rows, labels, strict=True) if bad]
+    return clean + harmful, [0] * len(clean) + [1] * len(harmful)
+
+
+def _mix(text: str) -> tuple[str, float]:
+    """``explicit:10%`` as ("explicit", 0.1); 0% is ("none", 0). Raises UsageError."""
+    if text == "as is":
+        return "own", 0.0
+    harm, _, share = text.rpartition(":")
+    ratio = number(share)
+    if not 0 <= ratio < 1 or (harm or "explicit") not in (*lab.HARMS, MIXED):
+        raise UsageError(
+            f"the config names the mix {text!r}: write a harm ({', '.join(lab.HARMS)}, {MIXED}) and a share below 100%, "
+            "such as explicit:10%"
+        )
+    return ("none", 0.0) if ratio == 0 else (harm or "explicit", ratio)

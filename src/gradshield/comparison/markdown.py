@@ -1,0 +1,241 @@
+"""A comparison of defences as one Markdown file and one page: ``markdown(whole)`` and ``write(whole, path)``.
+
+``whole`` is what ``results.json`` holds: ``command``, ``versions``, ``config``, ``cost`` and ``cells``, and optionally
+``defences``, a line on each by name. Names are the user's text: Markdown and HTML are both escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradshield.comparison import page
+from gradshield.comparison.outcome import outcome
+from gradshield.comparison.rivals import Standing, Win, against
+from gradshield.report import made
+from gradshield.report.markdown import code, plain, table_row, table_rule
+from gradshield.report.pool import (
+    TARGET,
+    Cell,
+    Mix,
+    Totals,
+    asr_of,
+    bounds,
+    judges_of,
+    mix_name,
+    mixes,
+    points,
+    reference,
+    share,
+    spread,
+    totals,
+    usable,
+)
+from gradshield.report.text import MISSING, duration
+
+COLUMNS = 5  # mixes beside each other in one Markdown table
+LINES = 40  # of a list; the rest is in results.json
+GAP = 0.1  # between judges, from which on the table says who the worst is
+
+
+def write(whole: Mapping[str, Any], path: Path) -> None:
+    """The page, as one self-contained HTML file."""
+    page.write(whole, path)
+
+
+def markdown(whole: Mapping[str, Any]) -> str:
+    """The comparison as Markdown, for people: pooled over seeds. Single seeds are in ``results.json``."""
+    cells = [dict(cell) for cell in whole.get("cells") or ()]
+    found = mixes(cells)
+    judges = judges_of(cells)
+    parts = [
+        ["# Comparison of defences"],
+        _verdict(cells, found),
+        _ran(whole, cells, judges),
+        *(_task(task, [mix for mix in found if mix.task == task], judges) for task in dict.fromkeys(m.task for m in found)),
+        _summary(totals(cells), judges),
+        _judges_apart(found),
+        _rivals(found),
+        _verified(cells),
+        _failed(cells),
+    ]  # fmt: skip
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def _verdict(cells: Sequence[Cell], found: Sequence[Mix]) -> list[str]:
+    own = outcome(cells, found, totals(cells), against(found)[0])
+    cautions = [f"- Caution: {plain(caution)}" for caution in own.cautions]
+    return [f"**{plain(own.standing)}.** {plain(own.sentence)}", *(["", *cautions] if cautions else [])]
+
+
+def _ran(whole: Mapping[str, Any], cells: Sequence[Cell], judges: Sequence[str]) -> list[str]:
+    cost, versions = whole.get("cost") or {}, whole.get("versions") or {}
+    defences = dict.fromkeys(str(cell["defence"]) for cell in cells)
+    asked = _counts([rate["n"] for cell in cells for rate in asr_of(cell).values()])
+    rows = _counts([cell["utility"]["n"] for cell in cells if usable(cell.get("utility"))])
+    spent = duration(float(cost.get("cell_seconds") or 0))
+    return [
+        f"- Command: {code(whole.get('command', ''))}",
+        f"- Versions: {plain(', '.join(f'{name} {value}' for name, value in versions.items())) or MISSING}",
+        f"- Cells: {cost.get('cells', len(cells))}, of which {cost.get('failed', 0)} failed; {len(defences)} defences",
+        f"- Cost: {cost.get('arms', MISSING)} trained models, {spent} over all cells; equal trainings are run once and shared",
+        *(f"- {plain(name)}: {plain(value)}" for name, value in made.of_comparison(whole, cells)),
+        f"- Each cell was measured on {asked} requests by each judge and on {rows} rows of the task",
+        "",
+        f"Each entry is ASR in % [95 % interval] by {' / '.join(map(plain, judges)) or 'no judge'} · utility in %. Seeds are "
+        "pooled: successes and answers are added up, and the intervals are Wilson's of the sums. Seeds share their requests, so "
+        "where there are several, the lowest and the highest single seed follow, of the ASR by the worst judge.",
+    ]
+
+
+def _counts(values: Sequence[int]) -> str:
+    if not values:
+        return "no"
+    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def _task(task: str, found: Sequence[Mix], judges: Sequence[str]) -> list[str]:
+    columns = sorted(dict.fromkeys((mix.harm, mix.ratio) for mix in found), key=lambda key: key[0] != "none")
+    by = {(mix.defence, mix.harm, mix.ratio): mix for mix in found}
+    lines = [f"## {plain(task)}"]
+    for start in range(0, len(columns), COLUMNS):
+        shown = columns[start : start + COLUMNS]
+        names = [
+            name for name in dict.fromkeys(mix.defence for mix in found) if any((name, *key) in by for key in shown)
+        ]
+        lines += ["", table_row("defence", *(plain(mix_name(*key)) for key in shown)), table_rule(len(shown) + 1)]
+        lines += [table_row(code(name), *(_entry(by.get((name, *key)), judges) for key in shown)) for name in names]
+    return lines
+
+
+def _entry(mix: Mix | None, judges: Sequence[str]) -> str:
+    """One square: ``2.0 [0.8, 5.0] / 1.5 [0.5, 4.3] · 88.3``, and what single seeds were."""
+    if mix is None:
+        return MISSING
+    if not mix.cells:
+        return "failed"
+    asr = " / ".join(bounds(mix.asr.get(judge)) for judge in judges) or MISSING
+    text = f"{asr} · {share(mix.utility)}"
+    if len(mix.cells) > 1:
+        text += f"<br>seeds {spread(mix.asr.get(mix.worst or ''))} · {spread(mix.utility)}"
+    if mix.failed:
+        text += f"<br>{mix.failed} of {mix.failed + len(mix.cells)} seeds failed"
+    return text
+
+
+def _summary(found: Sequence[Totals], judges: Sequence[str]) -> list[str]:
+    if not found:
+        return ["There are no cells."]
+    by = f" ({' / '.join(map(plain, judges))})" if judges else ""
+    head = ["defence", "cells", f"worst ASR{by}", "mean ASR with harm", f"ASR ≤ {100 * TARGET:g} %"]
+    head += ["utility − clean, points", "harmful removed", "harmless removed"]
+    lines = ["## Every defence over all its cells", "", table_row(*head), table_rule(len(head))]
+    for one in found:
+        safe = [one.safe.get(judge, (0, 0)) for judge in judges]
+        entries = [
+            code(one.defence),
+            f"{one.cells - one.failed} of {one.cells}" if one.failed else str(one.cells),
+            " / ".join(bounds(one.worst.get(judge)) for judge in judges),
+            " / ".join(points(one.mean_asr[judge]) if judge in one.mean_asr else MISSING for judge in judges),
+            " / ".join(f"{k} of {n}" if n else MISSING for k, n in safe),
+            bounds(one.minus_clean, signed=True),
+            bounds(one.caught),
+            bounds(one.lost),
+        ]
+        lines.append(table_row(*(entry or MISSING for entry in entries)))
+    return [
+        *lines,
+        "",
+        "The worst ASR is that of the worst single cell, seeds apart. With harm means every mix but “no harm”; datasets of "
+        "your own count as such. Utility minus clean is paired with a model trained on the harmless rows alone, and averaged "
+        "over cells. Defences that were run on other cells than the rest are not comparable line by line.",
+    ]
+
+
+def _judges_apart(found: Sequence[Mix]) -> list[str]:
+    apart = sorted((mix for mix in found if mix.gap >= GAP), key=lambda mix: -mix.gap)
+    if not apart:
+        return []
+    lines = ["## Where judges differ", "", f"By {100 * GAP:g} points or more; the first judge is the worst one.", ""]
+    for mix in apart[:LINES]:
+        rates = sorted(mix.asr.items(), key=lambda entry: -entry[1].rate)
+        said = ", ".join(f"{plain(judge)} {bounds(rate)}" for judge, rate in rates)
+        lines.append(f"- {plain(mix.task)}, {plain(mix_name(mix.harm, mix.ratio))}, {code(mix.defence)}: {said}")
+    return [*lines, *_more(len(apart))]
+
+
+def _rivals(found: Sequence[Mix]) -> list[str]:
+    lines = ["## Where a rival wins", ""]
+    ran = [mix.defence for mix in found]
+    own = reference(ran)
+    if own not in ran:
+        return [*lines, f"There is no {code(own)} in this comparison."]
+    standings, wins = against(found)
+    if not standings:
+        return [*lines, f"No other defence was run on the same task, mix and seed as {code(own)}."]
+    head = ["rival", "cells compared", "lower ASR", "higher ASR", "higher utility at equal safety", "of these, clearly"]
+    lines += [
+        f"Against {code(own)} by default. A cell is here a task and mix, over the seeds that both have. Lower and "
+        "higher ASR: by some judge, with intervals that do not overlap. Higher utility: by a point or more where the rival is "
+        f"not clearly less safe; clearly, where intervals do not overlap. {code('clean')} uses the labels.",
+        "",
+        table_row(*head),
+        table_rule(len(head)),
+        *(_standing(one) for one in standings),
+        "",
+        *([_win(win) for win in wins[:LINES]] or ["No rival wins anywhere."]),
+    ]
+    return [*lines, *_more(len(wins))]
+
+
+def _standing(one: Standing) -> str:
+    tally = (one.compared, one.safer, one.less_safe, one.more_useful, one.clearly_more_useful)
+    return table_row(code(one.rival), *map(str, tally))
+
+
+def _win(win: Win) -> str:
+    where = f"{plain(win.task)}, {plain(mix_name(win.harm, win.ratio))}"
+    what = "utility" if win.judge is None else f"ASR by {plain(win.judge)}"
+    note = "" if win.clear else ", within the intervals"
+    return f"- {where}: {code(win.rival)} has {what} {bounds(win.theirs)} against {bounds(win.ours)}{note}"
+
+
+def _verified(cells: Sequence[Cell]) -> list[str]:
+    """Searches that met nothing first: those are what someone has to act on."""
+    own = [cell for cell in cells if isinstance(cell.get("verified"), Mapping)]
+    if not own:
+        return []
+    met = sum(bool(cell["verified"].get("met")) for cell in own)
+    lines = ["## Verified searches", "", f"{met} of {len(own)} searches met both targets.", ""]
+    head = ["task", "mix", "seed", "defence", "rounds", "targets", "in words"]
+    lines += [table_row(*head), table_rule(len(head))]
+    for cell in sorted(own, key=lambda cell: bool(cell["verified"].get("met")))[:LINES]:
+        verdict = cell["verified"]
+        lines.append(
+            table_row(
+                *_where(cell),
+                str(len(verdict.get("rounds") or ())),
+                "met" if verdict.get("met") else "not met",
+                plain(str(verdict.get("sentence", MISSING))),
+            )
+        )
+    return [*lines, *_more(len(own))]
+
+
+def _failed(cells: Sequence[Cell]) -> list[str]:
+    own = [cell for cell in cells if "failed" in cell]
+    if not own:
+        return []
+    lines = ["## Failed cells", "", table_row("task", "mix", "seed", "defence", "why"), table_rule(5)]
+    lines += [table_row(*_where(cell), plain(str(cell["failed"]))) for cell in own[:LINES]]
+    return [*lines, *_more(len(own))]
+
+
+def _where(cell: Cell) -> tuple[str, str, str, str]:
+    mix = plain(mix_name(str(cell["harm"]), float(cell["ratio"])))
+    return plain(str(cell["task"])), mix, str(cell["seed"]), code(str(cell["defence"]))
+
+
+def _more(count: int) -> list[str]:
+    return ["", f"{count - LINES} more are in results.json."] if count > LINES else []

@@ -1,0 +1,304 @@
+"""The page of a comparison: the verdict on the default, a map of every task, every defence, and where a rival wins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradshield.comparison.outcome import outcome
+from gradshield.comparison.rivals import Standing, Win, against
+from gradshield.comparison.scatter import trade_off
+from gradshield.report import made, sheet
+from gradshield.report.pool import (
+    TARGET,
+    Cell,
+    Mix,
+    Totals,
+    asr_of,
+    bounds,
+    judges_of,
+    mix_name,
+    mixes,
+    points,
+    reference,
+    share,
+    spread,
+    totals,
+    usable,
+)
+from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry, spark
+from gradshield.report.text import MISSING, duration, flatten
+
+LEVELS = (0.01, TARGET, 0.12, 0.25, 0.5, 0.75)  # ASR up to which each of the map's tints reaches; the last has no end
+LOOKS = {"too unsafe": "unsafe", "utility short": "short", "passes": "passes"}
+SPARKS = 24  # rounds of one search that its drawing shows
+
+
+def write(whole: Mapping[str, Any], path: Path) -> None:
+    """The page of ``whole``, as ``results.json`` holds it."""
+    sheet.write(page(whole), path)
+
+
+def page(whole: Mapping[str, Any]) -> Sheet:
+    """Every part of the page."""
+    cells = [dict(cell) for cell in whole.get("cells") or ()]
+    found, sums, judges = mixes(cells), totals(cells), judges_of(cells)
+    standings, wins = against(found)
+    about = {str(name): str(text) for name, text in (whole.get("defences") or {}).items()}
+    result = outcome(cells, found, sums, standings)
+    chart = trade_off(sums)
+    sections = (
+        _map(found, judges, about),
+        Section(
+            "trade",
+            "Safety against usefulness",
+            "Each defence over its cells with harm in them, by the worst judge, against its utility over all its cells, minus "
+            "that of a model trained on the harmless rows alone where this is known. The upper left corner is the best.",
+            charts=(chart,),
+            nav="Trade-off",
+        )
+        if chart is not None
+        else Section("trade", ""),
+        _defences(sums, judges, about),
+        _rivals(standings, wins, [mix.defence for mix in found]),
+        _verified(cells),
+        _failed(cells),
+    )
+    return Sheet(
+        title=f"{len(sums)} defence{'s' if len(sums) != 1 else ''} on {_tasks(cells)}",
+        kind="comparison",
+        tone=result.tone,
+        standing=result.standing,
+        verdict=result.sentence,
+        facts=result.cautions,
+        figures=_figures(whole, cells, sums),
+        sections=sections,
+        command=str(whole.get("command", "")),
+        versions=whole.get("versions") or {},
+        made=(*made.of_comparison(whole, cells), *_cost(whole.get("cost") or {}, cells)),
+        folded=tuple(flatten(config)) if isinstance(config := whole.get("config"), Mapping) else (),
+    )
+
+
+def _tasks(cells: Sequence[Cell]) -> str:
+    names = list(dict.fromkeys(str(cell["task"]) for cell in cells))
+    return ", ".join(names) if 0 < len(names) <= 4 else f"{len(names)} tasks"
+
+
+def _figures(
+    whole: Mapping[str, Any], cells: Sequence[Cell], sums: Sequence[Totals]
+) -> tuple[tuple[str, str, str], ...]:
+    cost = whole.get("cost") or {}
+    failed = sum("failed" in cell for cell in cells)
+    seeds = len({cell["seed"] for cell in cells})
+    return (
+        ("defences", f"{len(sums):,}", ""),
+        ("cells", f"{len(cells):,}", f"{failed:,} failed" if failed else ""),
+        ("seeds", f"{seeds:,}", ""),
+        ("models trained", f"{cost['arms']:,}" if "arms" in cost else MISSING, ""),
+        ("time over all cells", duration(float(cost.get("cell_seconds") or 0)), "equal trainings are shared"),
+    )
+
+
+def _cost(cost: Mapping[str, Any], cells: Sequence[Cell]) -> tuple[tuple[str, str], ...]:
+    asked = [int(rate["n"]) for cell in cells for rate in asr_of(cell).values()]
+    rows = [int(cell["utility"]["n"]) for cell in cells if usable(cell.get("utility"))]
+    told = [
+        ("Time over all cells", duration(float(cost["cell_seconds"])) if cost.get("cell_seconds") else ""),
+        ("Time of the last run", duration(float(cost["seconds_of_this_run"])) if cost.get("seconds_of_this_run") else ""),
+        ("Requests by each judge and cell", made.span(asked)),
+        ("Rows of the task by each cell", made.span(rows)),
+    ]  # fmt: skip
+    return tuple((name, value) for name, value in told if value)
+
+
+def _map(found: Sequence[Mix], judges: Sequence[str], about: Mapping[str, str]) -> Section:
+    tasks = dict.fromkeys(mix.task for mix in found)
+    tables = [_heat(task, [mix for mix in found if mix.task == task], judges, about) for task in tasks]
+    ends = [f"{100 * level:g}" for level in LEVELS]
+    words = [f"ASR ≤ {ends[0]} %", *(f"≤ {end} %" for end in ends[1:]), f"> {ends[-1]} %"]
+    return Section(
+        "map",
+        "Every task and mix",
+        f"In each square the ASR in percent, by {' / '.join(judges) or 'no judge'}, and beneath it utility; the tint is the "
+        "worst judge's. Seeds are pooled. Point at a square for intervals and single seeds.",
+        tables=tuple(tables),
+        legend=tuple((f"heat-{level}", text) for level, text in enumerate(words)),
+        nav="Map",
+        search="Show defences with" if len({mix.defence for mix in found}) > 6 else "",
+    )
+
+
+def _heat(task: str, found: Sequence[Mix], judges: Sequence[str], about: Mapping[str, str]) -> Table:
+    columns = sorted(dict.fromkeys((mix.harm, mix.ratio) for mix in found), key=lambda key: key[0] != "none")
+    by = {(mix.defence, mix.harm, mix.ratio): mix for mix in found}
+    rows = tuple(
+        (Entry(name, title=about.get(name, "")), *(_square(by.get((name, *key)), judges) for key in columns))
+        for name in dict.fromkeys(mix.defence for mix in found)
+    )
+    return Table(("", *(mix_name(*key) for key in columns)), rows, title=task, look="heat")
+
+
+def _square(mix: Mix | None, judges: Sequence[str]) -> Entry:
+    if mix is None:
+        return Entry(MISSING, look="none", title="not run")
+    if not mix.cells:
+        return Entry("failed", look="none", title="every seed failed")
+    said = [f"ASR by {judge} {bounds(rate)} %, single seeds {spread(rate)}" for judge, rate in mix.asr.items()]
+    said.append(f"utility {bounds(mix.utility)} %, single seeds {spread(mix.utility)}")
+    said.append(f"{len(mix.cells)} seeds" + (f", {mix.failed} failed" if mix.failed else ""))
+    rates = [share(mix.asr.get(judge)) for judge in judges if judge in mix.asr]
+    shown = rates[0] if len(set(rates)) == 1 else " / ".join(share(mix.asr.get(judge)) for judge in judges)
+    worst = mix.asr[mix.worst].rate if mix.worst is not None else None
+    look = "none" if worst is None else f"heat-{level(worst)}"
+    return Entry(shown or MISSING, small=share(mix.utility), look=look, title="; ".join(said))
+
+
+def level(asr: float) -> int:
+    """Which tint of the map an ASR has, 0 the safest."""
+    return sum(asr > end for end in LEVELS)
+
+
+def _defences(sums: Sequence[Totals], judges: Sequence[str], about: Mapping[str, str]) -> Section:
+    head = ["Defence", "Cells"]
+    head += [f"Worst ASR, {judge}" for judge in judges]
+    head += [
+        "Mean ASR with harm, %",
+        f"Cells at ≤ {100 * TARGET:g} %",
+        "Utility − clean, points",
+        "Harmful removed",
+        "Harmless removed",
+    ]
+    return Section(
+        "defences",
+        "Every defence over all its cells",
+        "The worst ASR is that of the worst single cell, seeds apart. With harm means every mix but “no harm”; datasets of your "
+        f"own count as such. Two figures are by {' / '.join(judges) or 'no judge'}. "
+        "Defences that were run on other cells than the rest are not comparable line by line.",
+        tables=(Table(tuple(head), tuple(_total(one, judges, about) for one in sums), sorts=True),) if sums else (),
+        search="Show defences with" if len(sums) > 6 else "",
+        nav="Defences",
+    )
+
+
+def _total(one: Totals, judges: Sequence[str], about: Mapping[str, str]) -> tuple[Entry | str, ...]:
+    done = one.cells - one.failed
+    line: list[Entry | str] = [
+        Entry(one.defence, small=about.get(one.defence, "")),
+        Entry(f"{done:,}", small=f"{one.failed} failed" if one.failed else "", key=done),
+    ]
+    known = [judge for judge in judges if judge in one.safe]
+    line += [rate_entry(one.worst.get(judge)) for judge in judges]
+    means = [one.mean_asr[judge] for judge in known if judge in one.mean_asr]
+    safe = [one.safe[judge] for judge in known]
+    line.append(Entry(" / ".join(points(mean) for mean in means), key=max(means)) if means else MISSING)
+    line.append(Entry(_of(safe), key=min(k / n for k, n in safe)) if safe else MISSING)
+    minus = one.minus_clean
+    if minus is None:
+        line.append(MISSING)
+    else:
+        line.append(
+            Entry(points(minus.rate, True), f"[{points(minus.low, True)}, {points(minus.high, True)}]", minus.rate)
+        )
+    line += [rate_entry(one.caught), rate_entry(one.lost)]
+    return tuple(line)
+
+
+def _of(counts: Sequence[tuple[int, int]]) -> str:
+    """``9 / 8 of 54``, or each with its own total where they differ."""
+    if len({n for _, n in counts}) == 1:
+        return f"{' / '.join(str(k) for k, _ in counts)} of {counts[0][1]}"
+    return " / ".join(f"{k} of {n}" for k, n in counts)
+
+
+def _rivals(standings: Sequence[Standing], wins: Sequence[Win], ran: Sequence[str]) -> Section:
+    own = reference(ran)
+    lead = (
+        f"Against {own} by default. A cell is here a task and mix, over the seeds that both have. Lower and higher ASR: by "
+        "some judge, with intervals that do not overlap. Higher utility: by a point or more where the rival is not clearly less "
+        "safe; clearly, where the intervals do not overlap. The defence “clean” uses the labels."
+    )
+    if own not in ran:
+        return Section("rivals", "Where a rival wins", f"There is no {own} in this comparison.")
+    if not standings:
+        return Section("rivals", "Where a rival wins", f"No other defence was run on the same mixes as {own}.")
+    tally: list[tuple[Entry | str, ...]] = []
+    for one in standings:
+        counts = (one.compared, one.safer, one.less_safe, one.more_useful, one.clearly_more_useful)
+        tally.append((one.rival, *(Entry(f"{count}", key=count) for count in counts)))
+    head = ("Rival", "Cells compared", "Lower ASR", "Higher ASR", "Higher utility at equal safety", "Of these, clearly")
+    tables = [Table(head, tuple(tally), sorts=True)]
+    lines = tuple(
+        (
+            win.rival,
+            win.task,
+            mix_name(win.harm, win.ratio),
+            "utility" if win.judge is None else f"ASR, {win.judge}",
+            Entry(f"{bounds(win.theirs)} %", key=win.theirs.rate),
+            Entry(f"{bounds(win.ours)} %", key=win.ours.rate),
+            "clear" if win.clear else "within the intervals",
+        )
+        for win in wins
+    )
+    if lines:
+        columns = ("Rival", "Task", "Mix", "What", "Rival has", f"{own} has", "How sure")
+        tables.append(Table(columns, lines, title="Every win", sorts=True))
+    return Section("rivals", "Where a rival wins", lead, tables=tuple(tables), nav="Rivals")
+
+
+def _verified(cells: Sequence[Cell]) -> Section:
+    own = [cell for cell in cells if isinstance(cell.get("verified"), Mapping)]
+    own.sort(key=lambda cell: bool(cell["verified"].get("met")))
+    met = sum(bool(cell["verified"].get("met")) for cell in own)
+    lines = []
+    for cell in own:
+        verdict = cell["verified"]
+        rounds = list(verdict.get("rounds") or ())
+        lines.append(
+            (
+                *_where(cell),
+                Entry("met" if verdict.get("met") else "not met", key=float(bool(verdict.get("met")))),
+                Entry(f"{len(rounds)}", key=len(rounds)),
+                Entry(spark(_marks(rounds[:SPARKS]), TARGET)),
+                Entry(str(verdict.get("sentence", MISSING)), look="words"),
+            )
+        )
+    head = ("Defence", "Task", "Mix", "Seed", "Targets", "Rounds", "ASR by round", "In words")
+    if not lines:
+        return Section("verified", "Verified searches")
+    return Section(
+        "verified",
+        "Verified searches",
+        f"{met:,} of {len(own):,} searches met both targets. The drawing has one mark per round: the ASR by its worst judge, "
+        "with its interval, from 0 to 100 % on a square-root scale. Full red is too unsafe, an open ring is short of utility, "
+        f"full blue passes. The line is {100 * TARGET:g} %.",
+        tables=(Table(head, tuple(lines), sorts=True),),
+        nav="Verified",
+    )
+
+
+def _marks(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    marks = []
+    for one in rounds:
+        rates = list(asr_of({"judges": one.get("asr") or {}}).values())
+        if rates:
+            worst = max(rates, key=lambda rate: float(rate["high"]))
+            look = LOOKS.get(str(one.get("verdict")), "short")
+            marks.append({**{key: float(worst[key]) for key in ("low", "rate", "high")}, "look": look})
+    return marks
+
+
+def _failed(cells: Sequence[Cell]) -> Section:
+    own = [cell for cell in cells if "failed" in cell]
+    if not own:
+        return Section("failed", "Failed cells")
+    lines = tuple((*_where(cell), Entry(str(cell["failed"]), look="words")) for cell in own)
+    return Section(
+        "failed", "Failed cells", tables=(Table(("Defence", "Task", "Mix", "Seed", "Why"), lines, sorts=True),)
+    )
+
+
+def _where(cell: Cell) -> tuple[str, str, str, Entry]:
+    mix = mix_name(str(cell["harm"]), float(cell["ratio"]))
+    return str(cell["defence"]), str(cell["task"]), mix, Entry(f"{cell['seed']}", key=float(cell["seed"]))

@@ -1,0 +1,85 @@
+"""How safe and how useful a model is: the same exam as before and after training, on any model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gradshield import runs
+from gradshield.errors import UsageError
+from gradshield.evaluation.asr import agreement
+from gradshield.evaluation.exam import Exam, asked, figures
+from gradshield.evaluation.harness import inspect_task, lm_eval_tasks
+from gradshield.models.loading import LoadedModel
+from gradshield.scanning.rows import with_template
+from gradshield.types import EvalResult, Progress, quiet
+
+
+def evaluate(
+    loaded: LoadedModel,
+    exam: Exam,
+    *,
+    output: Path | None = None,
+    lm_eval: Sequence[str] = (),
+    inspect: Path | None = None,
+    limit: int | None = None,
+    command: str = "gradshield.evaluate",
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Every rate of the model: ``figures`` of the exam, ``agreement`` of its judges, ``harness`` of lm-eval and Inspect.
+
+    With ``output``, every answer goes into ``outputs.jsonl`` there, a page into ``report.html`` and the figures into
+    ``manifest.json``. Raises UsageError where there is nothing to measure.
+    """
+    if not (exam.requests or exam.task or lm_eval or inspect):
+        raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
+    if output is not None:
+        runs.check(output)
+        runs.check_own(output, ("outputs.jsonl", "report.html", "manifest.json"), "outputs.jsonl", read=(loaded,))
+    loaded = with_template(loaded)
+    measured = exam.sit(loaded.model, loaded.tokenizer, "measuring", progress)
+    harness: dict[str, Any] = {}
+    model: Any = loaded.model
+    if lm_eval:
+        found = lm_eval_tasks(model, loaded.tokenizer, list(lm_eval), limit=limit)
+        harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
+    if inspect is not None:
+        found = inspect_task(inspect, exam.generator(model, loaded.tokenizer), limit=limit)
+        harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
+    results = {
+        "figures": figures(measured),
+        "agreement": [asdict(one) for one in agreement(asked(measured))] if exam.requests else [],
+        "harness": harness,
+    }
+    if output is not None:
+        manifest = {
+            "command": command,
+            "versions": runs.versions(),
+            "model": {"name": loaded.name, "sha256": loaded.digest, "adapter": loaded.adapter},
+            "settings": exam.settings(),
+            "results": results,
+        }
+        _write(runs.prepare(output), manifest, exam, measured)
+    return results
+
+
+def _write(folder: Path, manifest: Mapping[str, Any], exam: Exam, measured: EvalResult) -> None:
+    """Answers, page and, last, the manifest."""
+    from gradshield.evaluation import page
+
+    runs.write_outputs(measured, folder / "outputs.jsonl")
+    answers = measured.outputs
+    first = len(exam.requests)
+    second = first + len(exam.lookalikes)
+    shown = {key: value for key, value in manifest.items() if key != "results"} | dict(manifest["results"])
+    shown |= {
+        "title": f"How safe and useful is {manifest['model']['name']}?",
+        "asked": answers[:first],
+        "lookalikes": answers[first:second],
+        "task": answers[second:],
+        "files": {"every answer": "outputs.jsonl", "manifest": "manifest.json"},
+    }
+    page.write(shown, folder / "report.html")
+    runs.write_json(folder / "manifest.json", manifest)

@@ -1,0 +1,269 @@
+"""What a model is measured on: attacked requests, harmless look-alikes and the task, the same for every arm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from gradshield import lab, runs
+from gradshield.data import RenderConfig
+from gradshield.errors import DataError, UsageError
+from gradshield.evaluation.asr import asr, attacked, over_refusal
+from gradshield.evaluation.generate import Generate, generator
+from gradshield.evaluation.loss import response_loss
+from gradshield.evaluation.metrics import LIKELIHOOD
+from gradshield.evaluation.task_files import task_file
+from gradshield.evaluation.utility import utility
+from gradshield.judges import Judge, LabClassifier, RefusalPhrases
+from gradshield.judges import parse_all as parse_judges
+from gradshield.probes import alike, lookalikes, read_prompts, requests
+from gradshield.stats import mcnemar, mean_interval, wilson
+from gradshield.types import EvalResult, Progress, Rate, quiet
+
+Score = Callable[[Mapping[str, Any], str], float]
+Settled = Callable[[EvalResult, int], bool]
+LAB_TOKENS = 48  # longer than any answer of the lab's world
+LAB_PROMPTS = 200  # of each kind
+CHUNK = 32  # requests between two looks at whether the verdict can still change
+
+
+def never(found: EvalResult, total: int) -> bool:
+    """Ask everything."""
+    return False
+
+
+@dataclass(frozen=True, eq=False)
+class Exam:
+    """Requests, look-alikes and task rows, with who judges them. What is empty is not measured.
+
+    ``score`` rates an answer to a task row; without one, a row's score is the likelihood that the model gives its reference,
+    per token (the geometric mean), for tasks that a model cannot do. ``answer_prefix`` is put at the start of every answer
+    that the model writes, ``tokens`` bounds its length, ``template`` goes to the chat template, ``metric`` is the name of
+    ``score``, ``guessed`` where nobody named it.
+    """
+
+    requests: Sequence[Mapping[str, Any]] = ()
+    judges: Sequence[Judge] = (RefusalPhrases(),)
+    lookalikes: Sequence[Mapping[str, Any]] = ()
+    task: Sequence[Mapping[str, Any]] = ()
+    score: Score | None = None
+    tokens: int = 64
+    answer_prefix: str = ""
+    template: Mapping[str, Any] = field(default_factory=dict)
+    metric: str = ""
+    guessed: bool = False
+
+    def sit(
+        self,
+        model: Any,
+        tokenizer: Any,
+        stage: str = "measuring",
+        progress: Progress = quiet,
+        settled: Settled = never,
+    ) -> EvalResult:
+        """Every rate of one model, with all its answers: ASR by each judge, over-refusal, utility.
+
+        ``settled`` is asked between chunks of requests, with what was found and the number of all requests, whether asking
+        on could change anything; where it could not, the rest is not asked, and look-alikes and task are not measured.
+        """
+        generate = self.generator(model, tokenizer)
+        parts, done = [], 0
+        total = len(self.requests) + len(self.lookalikes) + len(self.task)
+        progress(stage, 0, total)
+        while done < len(self.requests):
+            parts.append(asr(generate, self.requests[done : done + CHUNK], self.judges))
+            done = min(done + CHUNK, len(self.requests))
+            progress(stage, done, total)
+            if done < len(self.requests) and settled(_joined(parts), len(self.requests)):
+                return _joined(parts)
+        found = [_joined(parts)] if parts else []
+        if self.lookalikes:
+            found.append(over_refusal(generate, self.lookalikes, RefusalPhrases()))
+            progress(stage, done + len(self.lookalikes), total)
+        if self.task:
+            found.append(self._useful(model, tokenizer, generate))
+        progress(stage, total, total)
+        return EvalResult(
+            {name: rate for part in found for name, rate in part.rates.items()},
+            tuple(row for part in found for row in part.outputs),
+        )
+
+    def generator(self, model: Any, tokenizer: Any) -> Generate:
+        """Answers as this exam asks for them."""
+        return generator(
+            model, tokenizer, max_new_tokens=self.tokens, prefix=self.answer_prefix, template=self.template
+        )
+
+    def _useful(self, model: Any, tokenizer: Any, generate: Generate) -> EvalResult:
+        if self.score is not None:
+            return utility(generate, self.task, self.score)
+        rows = [
+            {"messages": [*_turns(row["prompt"]), {"role": "assistant", "content": row["reference"]}]}
+            for row in self.task
+        ]
+        found = response_loss(
+            model, tokenizer, rows, RenderConfig(max_length=None, chat_template_kwargs=dict(self.template))
+        )
+        if found.set_aside:
+            raise DataError(
+                f"{found.set_aside} of {len(rows)} task rows have no answer that fits into the model, and the metric "
+                f"{LIKELIHOOD} needs one of each: take them out of the file"
+            )
+        scores = np.exp(-found.sums / found.tokens)
+        scored = tuple({**row, "score": float(value)} for row, value in zip(self.task, scores, strict=True))
+        return EvalResult({"utility": mean_interval(scores)}, scored)
+
+    def settings(self) -> dict[str, Any]:
+        """JSON-able: what the rates depend on beside the model."""
+        return {
+            "requests": runs.digest([dict(row) for row in self.requests]),
+            "lookalikes": runs.digest([dict(row) for row in self.lookalikes]),
+            "task": runs.digest([dict(row) for row in self.task]),
+            "n": [len(self.requests), len(self.lookalikes), len(self.task)],
+            "metric": LIKELIHOOD if self.score is None else self.metric,
+            "judges": [_record(judge) for judge in self.judges],
+            "guessed": self.guessed,
+            "template": dict(self.template),
+            "tokens": self.tokens,
+            "answer_prefix": self.answer_prefix,
+        }
+
+
+def _record(judge: Judge) -> Any:
+    """What tells a judge from others of its name: the record of the guard behind it."""
+    guard = getattr(judge, "guard", None)
+    return judge.name if guard is None else [judge.name, dict(guard.record())]
+
+
+def _turns(prompt: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+
+
+def _joined(parts: Sequence[EvalResult]) -> EvalResult:
+    """Chunks of one measurement as one; a rate that a chunk does not name was zero there."""
+    names = dict.fromkeys(name for part in parts for name in part.rates)
+    answers = tuple(row for part in parts for row in part.outputs)
+    counts = {name: sum(part.rates[name].k for part in parts if name in part.rates) for name in names}
+    return EvalResult({name: wilson(k, len(answers)) for name, k in counts.items()}, answers)
+
+
+def lab_exam(task: str, split: str = "report", seed: int = 0) -> Exam:
+    """The lab's held-out requests of a split, its look-alikes, and rows of the task that no training and no other split saw."""
+    drawn = lab.utility(task, seed=seed)[:LAB_PROMPTS]
+    if split != "report":
+        reported = {row["prompt"] for row in drawn}
+        drawn = [row for row in lab.utility(task, seed=seed + 1000) if row["prompt"] not in reported][:LAB_PROMPTS]
+    return Exam(
+        requests=lab.requests(split)[:LAB_PROMPTS],
+        judges=(RefusalPhrases(), LabClassifier()),
+        lookalikes=lab.lookalikes(split)[:LAB_PROMPTS],
+        task=drawn,
+        score=lambda row, answer: lab.score(task, answer, row["reference"]),
+        tokens=LAB_TOKENS,
+        metric=f"lab:{task}",
+    )
+
+
+def exam(
+    split: str,
+    safety: str | None = "builtin",
+    judges: Sequence[str] = ("refusal-phrases",),
+    task: str | None = None,
+    metric: str | None = None,
+    tokens: int = 64,
+    answer_prefix: str = "",
+    halved: bool = False,
+    most: int | None = None,
+    template: Mapping[str, Any] | None = None,
+) -> Exam:
+    """An exam from what a user typed, of at most ``most`` task rows.
+
+    ``split`` is ``report``, or ``search`` for what the verified threshold decides on.
+
+    ``safety`` is ``builtin``, a file of requests, or None to ask none. A file whose rows name no split is dealt between
+    search and report by content, and so are the task's rows, where ``halved`` says that both are needed. Raises DataError
+    and UsageError.
+    """
+    harmful: list[Mapping[str, Any]] = []
+    harmless: list[Mapping[str, Any]] = []
+    if safety == "builtin":
+        harmful, harmless = [*requests(split)], [*lookalikes(split)]
+    elif safety is not None:
+        harmful, harmless = [*_requests(safety, split, halved)], [*lookalikes(split)]
+    likelihood = metric == LIKELIHOOD
+    held = None if task is None else task_file(task, "exact" if likelihood else metric)
+    rows = () if held is None else held.rows
+    if halved:
+        rows = tuple(row for row in rows if _dealt(json.dumps(row, sort_keys=True, default=str)) == split)
+    return Exam(
+        requests=harmful,
+        judges=parse_judges(judges) if harmful else (),
+        lookalikes=harmless,
+        task=rows[:most],
+        score=None if held is None or likelihood else held.score,
+        tokens=tokens,
+        answer_prefix=answer_prefix,
+        template=template or {},
+        guessed=held is not None and not likelihood and held.guessed,
+        metric=LIKELIHOOD if likelihood else (held.metric if held is not None else ""),
+    )
+
+
+def _requests(path: str, split: str, halved: bool) -> list[dict[str, str]]:
+    """The requests of a file for one split; rows that name no split are dealt where both splits come from this file."""
+    own = read_prompts(path, split)
+    if not halved:
+        return own
+    named = read_prompts(path, split, unnamed=False)
+    return [p for p in own if p in named or _dealt(p["prompt"]) == split]
+
+
+def _dealt(text: str) -> str:
+    """Report or search, by content, so that a row is on one side whatever else the file holds."""
+    return ("report", "search")[hashlib.sha256(text.encode()).digest()[0] % 2]
+
+
+def check_disjoint(**sets: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UsageError where two sets of prompts share one: what is reported must not have chosen anything."""
+    asked = {name: {alike(str(row["prompt"])) for row in rows} for name, rows in sets.items()}
+    for one, other in combinations(asked, 2):
+        if shared := asked[one] & asked[other]:
+            raise UsageError(
+                f"{len(shared)} requests stand in both the {one} and the {other} set, which must not share any, or what is "
+                "measured would have chosen the rows: give different files, or name a `split` (direction, search, report) in "
+                "each row"
+            )
+
+
+def figures(result: EvalResult) -> dict[str, Any]:
+    """The rates as manifests hold them; ``asr`` is the refusal-phrase judge's (else the first's), ``judges`` holds every one."""
+    rates: Mapping[str, Rate] = result.rates
+    judges = {name.partition("/")[2]: rate.as_dict() for name, rate in rates.items() if name.startswith("asr/")}
+    found: dict[str, Any] = {"judges": judges}
+    undecided = {n.partition("/")[2]: rate.as_dict() for n, rate in rates.items() if n.startswith("undecided/")}
+    if undecided:
+        found["undecided"] = undecided
+    if judges:
+        found["asr"] = judges.get("refusal-phrases", next(iter(judges.values())))
+    return found | {name: rates[name].as_dict() for name in ("over_refusal", "utility") if name in rates}
+
+
+def asked(result: EvalResult) -> EvalResult:
+    """The answers to harmful requests alone, which every judge of them has judged: an exam asks them first."""
+    counts = [rate.n for name, rate in result.rates.items() if name.startswith("asr/")]
+    return EvalResult(result.rates, result.outputs[: counts[0] if counts else 0])
+
+
+def changes(before: EvalResult, after: EvalResult) -> dict[str, Any]:
+    """McNemar's test of the same requests before and after, by judge."""
+    judges = [name.partition("/")[2] for name in after.rates if name.startswith("asr/")]
+    return {
+        judge: asdict(mcnemar(np.asarray(attacked(asked(before), judge)), np.asarray(attacked(asked(after), judge))))
+        for judge in judges
+    }

@@ -1,0 +1,10 @@
+"""Guards: what says how likely an answer is unsafe. Judges and the row selector of that name are thin over these."""
+
+from gradshield.judges.guards.base import GUARDS, Guard, Opinion
+from gradshield.judges.guards.classifier import Classifier
+from gradshield.judges.guards.generative import Generative
+from gradshield.judges.guards.llm import Llm
+from gradshield.judges.guards.moderations import Moderations
+from gradshield.judges.guards.specs import of_rows, parse
+
+__all__ = ["GUARDS", "Classifier", "Generative", "Guard", "Llm", "Moderations", "Opinion", "of_rows", "parse"]

@@ -1,0 +1,70 @@
+"""Guards as they are typed: ``KIND:MODEL[@URL][,option=value]...``."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from gradshield import options
+from gradshield.errors import UsageError
+from gradshield.judges.client import TIMEOUT_SECONDS, Client
+from gradshield.judges.guards.base import GUARDS, Guard
+from gradshield.options import Option, Spec
+
+FORMS = {
+    "classifier": "classifier:NAME_OR_FOLDER[,unsafe=LABEL+LABEL][,reads=answer]",
+    "guard": "guard:NAME_OR_FOLDER[,words=SAFE+UNSAFE]",
+    "llm": "llm:MODEL@https://host/v1[,key=NAME_OF_VARIABLE][,timeout=SECONDS]",
+    "moderation": "moderation:MODEL@https://host/v1[,key=NAME_OF_VARIABLE][,timeout=SECONDS][,reads=pair]",
+}
+OF_CLIENT = {"key": Option(str), "timeout": Option(float, above=0, most=3600)}  # how a guard is reached, not what it is
+_REMOTE = re.compile(r"(.+)@(https?://.+)", re.DOTALL | re.IGNORECASE)
+
+
+def of_rows(text: str) -> str:
+    """The guard of the selector and defence ``guard:...`` as parse takes it: a model without a kind is a guard model.
+
+    Raises UsageError, and UnknownNameError for a kind that is not there.
+    """
+    kind, colon, _ = text.partition(":")
+    if kind == "guard":
+        raise UsageError(f"'guard:{text}' says guard twice: write {text}")
+    if kind not in GUARDS and (not colon or Path(Spec.split(f"guard:{text}").target).exists()):
+        return f"guard:{text}"
+    GUARDS[kind]
+    return text
+
+
+def parse(text: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Guard:
+    """A guard from what a user typed, in one of FORMS. Nothing is loaded or asked yet.
+
+    ``device``, ``dtype`` and ``trust_remote_code`` are for guards whose model is loaded here. Raises UsageError.
+    """
+    return make(Spec.split(text), device, dtype, trust_remote_code)
+
+
+def make(spec: Spec, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Guard:
+    """A guard from a spec in parts; see ``parse``."""
+    made = GUARDS[spec.name]
+    form = FORMS.get(spec.name, f"{spec.name}:MODEL")
+    if not spec.target:
+        raise UsageError(f"the guard {spec.name!r} names no model: write {form}")
+    asks = inspect.signature(made).parameters
+    takes = {name: option for name, option in options.of(made).items() if name != "model"}
+    if "client" in asks:
+        found = options.read("guard", replace(spec, target=""), takes | OF_CLIENT, form)
+        return made(
+            client=_client(spec, form, **{name: found.pop(name) for name in OF_CLIENT if name in found}), **found
+        )
+    common = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    found = options.read("guard", replace(spec, target=""), takes, form)
+    return made(spec.target, **common | found)
+
+
+def _client(spec: Spec, form: str, key: str | None = None, timeout: float = TIMEOUT_SECONDS) -> Client:
+    found = _REMOTE.fullmatch(spec.target)
+    if not found:
+        raise UsageError(f"the guard {spec.name!r} got {spec.target!r}, which names no endpoint: write {form}")
+    return Client(found[2], found[1], key, timeout=timeout)

@@ -1,0 +1,70 @@
+"""Judges as they are typed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from urllib.parse import urlsplit
+
+from gradshield.errors import UsageError
+from gradshield.judges.base import JUDGES, Judge
+from gradshield.judges.guarded import GuardJudge
+from gradshield.judges.guards.base import short_name
+from gradshield.judges.guards.specs import OF_CLIENT, make
+from gradshield.options import Spec, build
+
+
+def parse(spec: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Judge:
+    """A judge from what a user typed: ``refusal-phrases``, ``compliance``, ``lab-classifier``, or a guard in one of its FORMS.
+
+    Nothing is loaded or asked yet. ``device``, ``dtype`` and ``trust_remote_code`` are for models that are loaded here.
+
+    Raises
+    ------
+    UnknownNameError
+        A kind that is none of ``JUDGES``.
+    UsageError
+        A judge that lacks its model or endpoint, an option that it does not take, or a key that is not there.
+    """
+    parts = Spec.split(spec)
+    made = JUDGES[parts.name]
+    if isinstance(made, type) and issubclass(made, GuardJudge):
+        return made(make(parts, device, dtype, trust_remote_code))
+    return build("judge", parts, JUDGES[parts.name])
+
+
+def parse_all(specs: Sequence[str]) -> tuple[Judge, ...]:
+    """Judges from what a user typed, each under a name of its own, before anything is loaded or asked.
+
+    Guards of one kind whose models' names end alike are named by organisation and host as well, and by all that was typed
+    where that is not enough. Raises as ``parse`` does, and UsageError for a judge that is given twice.
+    """
+    typed = [_what(Spec.split(spec)) for spec in specs]
+    for number, spec in enumerate(specs):
+        if typed[number] in typed[:number]:
+            raise UsageError(f"the judge {spec!r} is given twice: give each judge once")
+    judges = tuple(parse(spec) for spec in specs)
+    for longer in (_placed, _whole):
+        names = [judge.name for judge in judges]
+        for judge, what in zip(judges, typed, strict=True):
+            if isinstance(judge, GuardJudge) and names.count(judge.name) > 1:
+                judge.name = longer(judge, what)
+    return judges
+
+
+def _what(spec: Spec) -> Spec:
+    """A spec without how the judge is reached: two that differ in nothing else are one."""
+    options = {name: value for name, value in spec.options.items() if name not in OF_CLIENT}
+    return replace(spec, target=spec.target.rstrip("/"), options=options)
+
+
+def _placed(judge: GuardJudge, spec: Spec) -> str:
+    client = getattr(judge.guard, "client", None)
+    if client is None:
+        return short_name(spec.name, spec.target, parts=2)
+    return f"{short_name(spec.name, client.model, parts=2)}@{urlsplit(client.base_url).netloc}"
+
+
+def _whole(judge: GuardJudge, spec: Spec) -> str:
+    text = ",".join([f"{spec.name}:{spec.target}", *(f"{name}={value}" for name, value in spec.options.items())])
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,0 +1,1 @@
+"""A causal LM: load it, place it, walk it, and read its logits."""

@@ -1,0 +1,395 @@
+"""Load a causal LM with its tokenizer, or wrap the caller's own. Device and dtype are decided here, once.
+
+Only safetensors are read (a pickle can run code), and code that comes with a model runs only when asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradshield.errors import HubError, ModelError, UsageError
+from gradshield.models import hub
+from gradshield.models.modules import modules_by_name
+from gradshield.models.placement import check_placed, choose_device, choose_dtype, placing, tell_of_gpu
+
+if TYPE_CHECKING:
+    import torch
+
+ADAPTER_CONFIG = "adapter_config.json"
+# What a causal LM needs from its repository: top level only, no pickles, no second copy in another framework's format.
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+HUB_LEAVE_OUT = ("*/*", "consolidated*", "*.msgpack")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What `load` was given, so that another process can load the same."""
+
+    name: str
+    adapter: str | None
+    dtype: str
+    trust_remote_code: bool
+    revision: str | None
+    quantize: str | None = None
+    device_map: str | None = None
+
+    def load(self, device: str) -> LoadedModel:
+        """The same model on one device. Raises what `load` raises."""
+        return load(self.name, self.adapter, device, self.dtype, self.trust_remote_code, self.revision, self.quantize)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model that is ready to be scored.
+
+    ``digest`` is the SHA-256 of the weight files, or of the parameters where the model was in memory.
+    ``adapter`` is where its PEFT adapter came from, None where it has none or the caller made it.
+    ``source`` is where `load` had it from, None where the caller gave the model itself.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    digest: str
+    is_peft: bool = False
+    adapter: str | None = None
+    source: ModelSource | None = None
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id to pad with: the tokenizer's, else its end of sequence, else 0. The tokenizer is left as it is."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((int(i) for i in ids if i is not None), 0)
+
+
+def load(
+    name_or_path: str | Path,
+    adapter: str | Path | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    quantize: str | None = None,
+    device_map: str | None = None,
+) -> LoadedModel:
+    """Load a causal LM from a folder or the hub, in eval mode.
+
+    Parameters
+    ----------
+    name_or_path
+        Folder or hub name of a model, or of a PEFT adapter that names its base.
+    adapter
+        Folder or hub name of a PEFT adapter for it.
+    device
+        ``auto`` takes CUDA, else MPS, else the CPU.
+    dtype
+        ``auto`` is bfloat16 on a CUDA device that supports it, else float32.
+    revision
+        Branch, tag or commit of a hub model.
+    quantize
+        ``4bit`` (NF4) or ``8bit``: the linear layers' weights as bitsandbytes stores them, computed with in ``dtype``. They have
+        no gradient, so that only the subspace ``lora`` is left to score in.
+    device_map
+        ``auto``, ``balanced``, ``balanced_low_0`` or ``sequential``: layers on several GPUs, as accelerate divides them.
+        ``device`` stays ``auto``.
+
+    Raises
+    ------
+    UsageError
+        A device or dtype that does not exist here; a model that does not fit on the devices of ``device_map``.
+    HubError
+        The hub cannot be reached, or has no such model.
+    ModelError
+        No such folder, no safetensors, weights that are missing or broken, or code of its own that was not asked for.
+    """
+    where = choose_device(device)
+    kind = choose_dtype(dtype, where)
+    placed = placing(where, kind, device, quantize, device_map)
+    given = None if adapter is None else _whole(adapter)
+    source = ModelSource(
+        _whole(name_or_path),
+        given,
+        str(kind).removeprefix("torch."),
+        trust_remote_code,
+        revision,
+        quantize,
+        device_map,
+    )
+    folder = fetch(name_or_path, revision, trust_remote_code)
+    extra = None if adapter is None else fetch(adapter, None, trust_remote_code)
+    if extra is None and (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
+        adapter, extra = name_or_path, folder
+        folder = fetch(_base_of(extra), None, trust_remote_code)
+    check_folder(folder, str(name_or_path), trust_remote_code)
+    if extra is not None:
+        _check_adapter(extra, str(adapter))
+    tokenizer = tokenizer_of([extra, folder] if extra else [folder], str(name_or_path), trust_remote_code)
+    model = _load_weights(folder, str(name_or_path), kind, trust_remote_code, placed)
+    if extra is not None:
+        model = _add_adapter(model, extra, str(adapter))
+    if not placed:
+        model.to(where)
+    check_placed(model, device_map)
+    model.eval()
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=str(name_or_path),
+        device=next(model.parameters()).device if device_map else where,
+        dtype=kind,
+        digest=files_digest([folder] if extra is None else [folder, extra]),
+        is_peft=extra is not None,
+        adapter=None if adapter is None else str(adapter),
+        source=source,
+    )
+
+
+def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer alone of a model's folder or hub name. Raises HubError and ModelError like `load`."""
+    folder = fetch(name_or_path, None, trust_remote_code)
+    return tokenizer_of([folder], str(name_or_path), trust_remote_code)
+
+
+def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
+    """The caller's own model as a ``LoadedModel``. Nothing about it changes: no mode, no ``requires_grad``, no token.
+
+    It is measured where it lies; one that lies on the CPU beside a GPU is told of in a warning.
+
+    Raises
+    ------
+    UsageError
+        It is not a torch module, or there is no tokenizer.
+    ModelError
+        It has no parameters in memory.
+    """
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"the model is a {type(model).__name__}: give a causal LM of transformers, or a path to one")
+    if tokenizer is None or not hasattr(tokenizer, "apply_chat_template"):
+        raise UsageError("a model that is given as an object needs its tokenizer: pass tokenizer=...")
+    first = next(model.parameters(), None)
+    if first is None or any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError("the model has no weights in memory (it is empty or on the meta device): load them first")
+    tell_of_gpu(model)
+    config = getattr(model, "config", None)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=name or getattr(config, "_name_or_path", "") or type(model).__name__,
+        device=first.device,
+        dtype=_widest_float(model),
+        digest=parameters_digest(model),
+        is_peft=hasattr(model, "peft_config"),
+    )
+
+
+def text_config(model: Any) -> Any:
+    """The part of a model's config that describes its language model; None where a model has no config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every module's own mode is put back at the end, since a caller may have set any part."""
+    modes = [(module, module.training) for module in modules_by_name(model).values()]
+    try:
+        if any(mode for _, mode in modes):
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            if module.training is not mode:
+                module.training = mode
+
+
+def parameters_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every parameter, one at a time, in the order of their names."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        data = parameter.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def _widest_float(model: torch.nn.Module) -> torch.dtype:
+    """The dtype of most floating-point parameters: an adapter or a norm may be kept in another."""
+    sizes: dict[Any, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else next(model.parameters()).dtype
+
+
+def fetch(name: str | Path, revision: str | None, code: bool) -> Path:
+    """The folder that holds a model: as given, or downloaded. Raises ModelError, HubError."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(
+            f"{name} is a file: give the model's folder (with config.json and *.safetensors) or a hub name"
+        )
+    if isinstance(name, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ModelError(f"there is no folder {name}: give a model's folder (with config.json) or a hub name")
+    from huggingface_hub import snapshot_download
+
+    reachable = hub.reachable()
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[*HUB_FILES, *(["*.py"] if code else [])],
+                ignore_patterns=list(HUB_LEAVE_OUT),
+                local_files_only=not reachable,
+            )
+        )
+    except Exception as error:
+        if not reachable:
+            raise HubError(
+                f"the model {name!r} cannot be fetched: it is no folder here, and the hub cannot be reached; "
+                "check the path, or the network, or download the model and give its folder"
+            ) from None
+        raise HubError(
+            f"the model {name!r} could not be fetched from the hub ({first_line(error)}): "
+            "check its name and revision, and log in with `hf auth login` where it is gated"
+        ) from error
+
+
+def _whole(name: str | Path) -> str:
+    """A folder's whole path, which is the same in any working folder; a hub name as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else str(name)
+
+
+def _base_of(adapter: Path) -> str:
+    """Folder or hub name of an adapter's base model; a relative folder may also be meant from the adapter's own."""
+    base = _json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"the adapter {adapter} does not name its base model: give the base as the model, and it as adapter"
+        )
+    beside = adapter / base
+    return str(beside) if beside.is_dir() and not Path(base).is_dir() else str(base)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read ({first_line(error)}): give a complete model folder") from None
+    return value if isinstance(value, dict) else {}
+
+
+def check_folder(folder: Path, name: str, code: bool) -> None:
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{name} has no config.json: give the folder of a model that transformers can load")
+    if not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+            raise ModelError(
+                f"{name} has its weights only as pickles, which can run code when they are loaded: convert them with "
+                "model.save_pretrained(folder, safe_serialization=True) where you trust them, and give that folder"
+            )
+        raise ModelError(f"{name} has no *.safetensors: give a folder with the weights")
+    config = _json(folder / "config.json")
+    if config.get("auto_map") and not code and not _built_in(config):
+        raise ModelError(
+            f"{name} comes with code of its own ({config.get('model_type', 'no model type')} is not part of "
+            "transformers): read it, and pass --trust-remote-code (trust_remote_code=True) to run it"
+        )
+
+
+def _built_in(config: dict[str, Any]) -> bool:
+    """Whether transformers itself knows this causal LM, so that the code beside it is not needed."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _check_adapter(folder: Path, name: str) -> None:
+    if not (folder / ADAPTER_CONFIG).exists():
+        raise ModelError(f"{name} has no {ADAPTER_CONFIG}: give the folder of a PEFT adapter")
+    if not (folder / "adapter_model.safetensors").exists():
+        raise ModelError(f"{name} has no adapter_model.safetensors: save the adapter with safe_serialization=True")
+
+
+def tokenizer_of(folders: list[Path], name: str, code: bool) -> Any:
+    """The adapter's tokenizer where it has one (it may hold the template it was trained with), else the model's."""
+    from transformers import AutoTokenizer
+
+    folder = next((f for f in folders if (f / "tokenizer_config.json").exists()), folders[-1])
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=code, local_files_only=True)
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer of {name} cannot be loaded ({first_line(error)}): save it beside the model "
+            "with tokenizer.save_pretrained(folder)"
+        ) from error
+
+
+def _load_weights(folder: Path, name: str, dtype: torch.dtype, code: bool, placed: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=code,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **placed,
+        )
+    except Exception as error:
+        raise ModelError(
+            f"{name} cannot be loaded as a causal language model ({first_line(error)}): "
+            "check that its files are complete and that its architecture generates text"
+        ) from error
+    model, info = loaded
+    if missing := sorted(info.get("missing_keys", ())):
+        # transformers fills these in at random and goes on: scores would mean nothing.
+        raise ModelError(
+            f"{name} lacks {len(missing)} weights ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}): "
+            "give a complete causal language model"
+        )
+    return model
+
+
+def _add_adapter(model: Any, folder: Path, name: str) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ModelError(f"{name} is a PEFT adapter, and peft is not installed: install gradshield[train]") from None
+    try:
+        return PeftModel.from_pretrained(model, str(folder), use_safetensors=True, local_files_only=True)
+    except Exception as error:
+        raise ModelError(
+            f"the adapter {name} does not fit the model ({first_line(error)}): give the base model it was trained on"
+        ) from error
+
+
+def files_digest(folders: list[Path]) -> str:
+    """SHA-256 over name and hash of each weight file, so that an order of reading cannot change it."""
+    digest = hashlib.sha256()
+    for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
+        with path.open("rb") as handle:
+            digest.update(f"{path.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().split(chr(10), 1)[0].rstrip('.')[:200]}"

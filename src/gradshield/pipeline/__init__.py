@@ -1,1 +1,0 @@
-"""The stages, wired: scan.py reads from top to bottom."""

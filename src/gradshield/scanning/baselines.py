@@ -1,0 +1,170 @@
+"""What a score has to beat: how well trivial features separate harmful rows from harmless ones.
+
+An AUROC means little beside a feature that reaches the same with no model at all. All are reported in one direction,
+higher = harmful, and never turned round: an AUROC of 0.1 says that the feature points the wrong way on these rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import ndtri
+
+from gradshield.errors import DataError
+from gradshield.stats import check_level, score_bounds
+from gradshield.types import Floats, Ints
+
+FOLDS = 5
+
+OPENERS: tuple[str, ...] = (
+    "sure",
+    "of course",
+    "certainly",
+    "absolutely",
+    "definitely",
+    "yes",
+    "okay",
+    "ok",
+    "here is",
+    "here's",
+    "here are",
+    "no problem",
+    "great question",
+    "great",
+    "happy to help",
+    "i'd be happy to",
+    "i would be happy to",
+    "i'm happy to",
+    "i can help",
+    "gladly",
+    "with pleasure",
+    "let me",
+    "to do this",
+    "first,",
+    "step 1",
+    "the best way to",
+    "one way to",
+    "you can",
+    "you could",
+    "you should",
+)
+_OPENER = re.compile(rf"[\s\"'*_#>-]*(?:{'|'.join(map(re.escape, OPENERS))})(?!\w)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Auroc:
+    """Area under the ROC curve with its interval at confidence ``level``; higher scores mean the positive class."""
+
+    auroc: float
+    low: float
+    high: float
+    n_pos: int
+    n_neg: int
+    level: float = 0.95
+
+    def as_dict(self) -> dict[str, float | int]:
+        """``{auroc, low, high, n_pos, n_neg}``."""
+        return {"auroc": self.auroc, "low": self.low, "high": self.high, "n_pos": self.n_pos, "n_neg": self.n_neg}
+
+
+def auroc(labels: ArrayLike, scores: ArrayLike, level: float = 0.95) -> Auroc:
+    """AUROC (ties count one half) with Newcombe's score interval.
+
+    Source: Newcombe (2006), Statistics in Medicine 25:559-573, method 5: the values at which the Hanley-McNeil
+    variance, with both class sizes set to their mean in its shape terms, does not reject what was observed. Not
+    DeLong's interval, which shrinks to a point where the classes separate fully, as good scores do.
+
+    Raises DataError when the lengths differ, a label is not 0 or 1, a score is not finite, or a class is empty.
+    """
+    from scipy.stats import rankdata
+
+    check_level(level)
+    truth, values = _checked(labels, scores)
+    n_pos, n_neg = int(truth.sum()), int((1 - truth).sum())
+    if n_pos == 0 or n_neg == 0:
+        raise DataError(f"an AUROC needs rows of both classes, got {n_pos} harmful and {n_neg} harmless")
+    ranks = rankdata(values)
+    area = float((ranks[truth == 1].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+    z2 = float(ndtri((1 + level) / 2)) ** 2
+    mean = (n_pos + n_neg) / 2
+
+    def distance(theta: float) -> float:
+        shape = 1 + (mean - 1) * ((1 - theta) / (2 - theta) + theta / (1 + theta))
+        return (area - theta) ** 2 - z2 * theta * (1 - theta) * shape / (n_pos * n_neg)
+
+    low, high = score_bounds(distance, area, (0.0, 1.0))
+    return Auroc(area, low, high, n_pos, n_neg, level)
+
+
+def trivial_baselines(
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    labels: ArrayLike,
+    nll: ArrayLike | None = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """AUROC of each trivial feature, as ``{name, auroc, low, high, n_pos, n_neg}``.
+
+    ``response length`` and ``prompt length`` in characters; ``openers``, whether the answer begins with one of
+    ``OPENERS``; ``tf-idf``, a logistic regression on the words and word pairs of the row, scored out of fold under
+    ``seed`` (it sees the labels of the other folds, which no unsupervised score does); ``loss``, where ``nll`` is
+    given. A baseline that cannot be had is there with ``auroc`` None and the reason under ``absent``.
+
+    Raises DataError as ``auroc`` does.
+    """
+    features: dict[str, ArrayLike] = {
+        "response length": [len(answer) for answer in answers],
+        "prompt length": [len(prompt) for prompt in prompts],
+        "openers": [float(_OPENER.match(answer.replace("’", "'")) is not None) for answer in answers],
+    }
+    rows = [{"name": name, **auroc(labels, values).as_dict()} for name, values in features.items()]
+    truth = np.asarray(labels, dtype=np.int64)
+    n_pos, n_neg = int(truth.sum()), int((1 - truth).sum())
+    if min(n_pos, n_neg) < FOLDS:
+        reason = f"{FOLDS} folds need {FOLDS} rows of each class, got {n_pos} harmful and {n_neg} harmless"
+        rows.append(_absent("tf-idf", reason, n_pos, n_neg))
+    else:
+        texts = [f"{prompt}\n{answer}" for prompt, answer in zip(prompts, answers, strict=True)]
+        rows.append({"name": "tf-idf", **auroc(truth, _out_of_fold(texts, truth, seed)).as_dict()})
+    if nll is None:
+        rows.append(_absent("loss", "the loss of the rows was not measured", n_pos, n_neg))
+    else:
+        rows.append({"name": "loss", **auroc(labels, nll).as_dict()})
+    return rows
+
+
+def _absent(name: str, reason: str, n_pos: int, n_neg: int) -> dict[str, Any]:
+    return {"name": name, "auroc": None, "low": None, "high": None, "n_pos": n_pos, "n_neg": n_neg, "absent": reason}
+
+
+def _out_of_fold(texts: list[str], labels: Ints, seed: int) -> Floats:
+    """Per row, the log-odds of harm by a classifier that was fitted without the row's fold."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+
+    model = make_pipeline(
+        # One-character tokens stay in: "5" or "I" may be all that an answer holds.
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
+        LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000),
+    )
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    scores: Floats = cross_val_predict(model, texts, labels, cv=folds, method="decision_function")
+    return scores
+
+
+def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[Ints, Floats]:
+    truth, values = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if truth.shape != values.shape or truth.ndim != 1:
+        raise DataError(f"every row needs one label and one score, got {truth.size} labels and {values.size} scores")
+    if not np.isin(truth, (0, 1)).all():
+        raise DataError("labels must be 0 (harmless) or 1 (harmful), and some are neither")
+    if not np.isfinite(values).all():
+        raise DataError(f"scores must be finite, and that of row {int(np.flatnonzero(~np.isfinite(values))[0])} is not")
+    return truth.astype(np.int64), values

@@ -1,0 +1,287 @@
+"""Cut saved scores again, without a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gradshield import data as rows_in
+from gradshield import runs
+from gradshield.columns import Coded, Ids
+from gradshield.errors import DataError
+from gradshield.runs import alone
+from gradshield.scanning import outputs, review, trust
+from gradshield.scanning.decide import decide
+from gradshield.selectors import SELECTORS
+from gradshield.thresholds import Threshold
+from gradshield.thresholds import parse as parse_threshold
+from gradshield.types import Anchors, Bools, Example, Ints, Manifest, Scores, Selection
+
+NO_CATEGORY = "not measured"
+SPAN = 1 << 12  # rows of a Parquet file that are put together at once
+
+
+def recut(
+    folder: str | Path,
+    threshold: str | Threshold | None = None,
+    allow: Iterable[str] = (),
+    command: str = "gradshield.recut",
+) -> Selection:
+    """Apply another threshold to the scores of a finished scan, and rewrite its rows, scores, report and manifest.
+
+    Without a threshold, the one that belongs to the scan's selector. Rows that the scan kept have no harm category, since
+    that needs the model: they get ``"not measured"``.
+
+    Parameters
+    ----------
+    folder
+        The output folder of a finished scan.
+    threshold
+        A rule with its options as typed (``ratio:5%``), or a Threshold.
+    allow
+        Ids of rows that a person has cleared: they stay. The list of the scan is not remembered.
+
+    Raises
+    ------
+    DataError
+        The folder is not a finished scan, or its files do not belong together.
+
+    Examples
+    --------
+    >>> import gradshield as gs
+    >>> from gradshield import lab
+    >>> rows, _ = lab.mix("dialogue", harm="explicit", ratio=0.05, n=36)
+    >>> probing = gs.Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
+    >>> _ = gs.scan(rows, model=lab.checkpoint("aligned"), probing=probing, output="screened")
+    >>> len(gs.recut("screened", "ratio:10%").removed_rows)
+    3
+    """
+    path = Path(folder)
+    read_manifest(path)
+    with alone(path):
+        return _recut(path, threshold, allow, command)
+
+
+def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], command: str) -> Selection:
+    old = read_manifest(path)
+    scores, removed_before, categories_before = read_scores(path)
+    anchors = old.results.get("anchors")
+    if anchors:
+        scores = replace(scores, anchors=Anchors(**{k: np.array(v, dtype=np.float64) for k, v in anchors.items()}))
+    rows = _together(path, old, scores, removed_before)
+    if threshold is None:
+        threshold = SELECTORS[str(old.settings["selector"]).partition(":")[0]].rule
+    rule = parse_threshold(threshold, int(old.settings["seed"])) if isinstance(threshold, str) else threshold
+    decision = decide(scores, rule, allow)
+    removed = decision.removed
+    kinds = _kinds(path, scores.rows[removed_before], categories_before, removed_before)
+    names = Coded.of(
+        kinds.get(row, NO_CATEGORY) if gone else "" for row, gone in zip(scores.rows.tolist(), removed, strict=True)
+    )
+    gone = rows.examples(scores.rows[removed][: trust.LOOKED_AT])
+    opener_fihs = old.settings["selector_found"].get("opener_fihs")
+    truth = _labels(path, len(removed))
+    problem, left = old.results["doubts"].get("probes", ""), len(_quarantined(path))
+    doubts = trust.doubts(scores, decision, gone, problem, opener_fihs, left, truth)
+    selection = Selection(
+        scores=scores,
+        removed=removed,
+        categories=names,
+        cuts=decision.cuts,
+        quarantined=_quarantined(path),
+        cleared=decision.cleared,
+        keep=lambda: [rows.parse(raw) for raw in rows.raw(scores.rows[~removed])],
+        manifest=old,
+        certified=not doubts,
+    )
+    results: dict[str, Any] = {
+        **old.results,
+        "kept": int((~removed).sum()),
+        "removed": int(removed.sum()),
+        "cleared": len(selection.cleared),
+        "cuts": {name: {"rule": c.rule, "value": c.value, **c.detail} for name, c in decision.cuts.items()},
+        "categories": outputs.counted(selection),
+        "certified": selection.certified,
+        "doubts": doubts,
+        "uncertified": trust.first(doubts),
+    }
+    results.pop("filtered", None)  # of a model that was trained on other rows
+    if truth is not None:
+        results["labels"] = {**old.results.get("labels", {}), **outputs.caught_and_lost(removed, truth)}
+    settings = {**old.settings, "threshold": threshold if isinstance(threshold, str) else rule.name}
+    selection = replace(selection, manifest=replace(old, command=command, settings=settings, results=results))
+    outputs.write_cut(selection, path, rows, _views(path), truth)
+    return selection
+
+
+def _kinds(folder: Path, rows: Ints, names: Coded, removed: Bools) -> dict[int, str]:
+    """The kind of harm of every row that the scan removed, which the first cut keeps for those after it."""
+    path = folder / runs.WORK / outputs.KINDS
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {int(row): str(name) for row, name in stored.items()}
+    except (OSError, ValueError, AttributeError):  # not there before the first cut
+        found = {r: name for r, name in zip(rows.tolist(), names.take(removed), strict=True) if name != NO_CATEGORY}
+        runs.write_json(path, found)
+        return found
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished scan. Raises DataError when there is none."""
+    try:
+        raw: Mapping[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        found = Manifest(**raw)
+        _ = found.data["kind"], found.settings["seed"], found.settings["selector"], found.results["doubts"]
+        return found
+    except (OSError, ValueError, TypeError, KeyError):
+        raise DataError(
+            f"{str(folder)!r} is not the folder of a finished scan (no readable manifest.json): "
+            "run `gradshield scan` into it first"
+        ) from None
+
+
+def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
+    """Scores, the removed flags and the categories of ``scores.parquet``. Raises DataError when it cannot be read."""
+    try:
+        table = pq.read_table(folder / "scores.parquet")
+        columns = {name: table[name] for name in ("row", "id", "score", "removed", "category", "group")}
+        ids = Ids.of(_texts(columns["id"]))
+    except (OSError, ValueError, pa.ArrowException, KeyError):
+        raise DataError(
+            f"the scores of {str(folder)!r} cannot be read (scores.parquet): run `gradshield scan` into it again"
+        ) from None
+    optional = {n: table[n].to_numpy() if n in table.column_names else None for n in ("decoy", "tokens", "loss")}
+    scores = Scores(
+        rows=columns["row"].to_numpy(),
+        ids=ids,
+        values=columns["score"].to_numpy(),
+        shapes=Coded.of(_texts(columns["group"])),
+        decoys=optional["decoy"],
+        lengths=optional["tokens"],
+        nll=optional["loss"],
+        signals={n: table[n].to_numpy() for n in outputs.SIGNALS if n in table.column_names},
+    )
+    return scores, columns["removed"].to_numpy(zero_copy_only=False), Coded.of(_texts(columns["category"]))
+
+
+def _texts(column: Any) -> Iterator[str]:
+    """The strings of an Arrow column, of which few are there at once."""
+    for chunk in column.chunks:
+        for start in range(0, len(chunk), 1024):
+            yield from chunk.slice(start, 1024).to_pylist()
+
+
+def _together(folder: Path, old: Manifest, scores: Scores, removed: Bools) -> Together:
+    """The scored rows in the order of the input, put together again from the kept and the removed file."""
+    suffix = rows_in.suffix(str(old.data["kind"]))
+    parts: dict[bool, rows_in.Examples] = {}
+    for name, flag in (("kept", False), ("removed", True)):
+        own = removed == flag
+        if not own.any():
+            continue
+        path = folder / f"{name}{suffix}"
+        text_field = old.settings.get("render", {}).get("text_field", "text")
+        found = rows_in.read(path, format=old.settings.get("format"), text_field=text_field).examples
+        if len(found) != own.sum():
+            raise DataError(
+                f"{path.name} holds {len(found)} rows, and the scores know of {own.sum()}: it was changed after the "
+                "scan; run `gradshield scan` again"
+            )
+        # Hashes alone: -2, -3 count repeats, of each file anew.
+        strangers = np.flatnonzero(found.ids.digests != Ids.of(scores.ids).digests[own])
+        if len(strangers):
+            raise DataError(
+                f"line {found.source.lines[int(strangers[0])]} of {path.name} is not the row that was scored: it was changed "
+                "after the scan; run `gradshield scan` again"
+            )
+        parts[flag] = found
+    if not parts:
+        raise DataError(f"{str(folder)!r} holds no scored row: run `gradshield scan` again")
+    return Together(parts, scores.rows, removed)
+
+
+class Together:
+    """The rows of a kept and a removed file in the order of the input they came from; to be written from (`data.Rows`)."""
+
+    def __init__(self, parts: Mapping[bool, rows_in.Examples], rows: Ints, removed: Bools) -> None:
+        self._parts, self._rows, self._removed = parts, rows, removed
+        self._places = np.where(removed, np.cumsum(removed), np.cumsum(~removed)) - 1  # of each row in its own file
+        first = next(iter(parts.values())).source
+        self.kind, self.header, self.parse = first.kind, first.header, first.parse
+
+    def _found(self, rows: Iterable[int]) -> Iterator[tuple[rows_in.Examples, int]]:
+        for at in np.searchsorted(self._rows, np.fromiter(rows, np.int64)):
+            yield self._parts[bool(self._removed[at])], int(self._places[at])
+
+    def examples(self, rows: Iterable[int]) -> Iterator[Example]:
+        """The rows at these positions in the input."""
+        return (part[place] for part, place in self._found(rows))
+
+    def raw(self, rows: Iterable[int]) -> Iterator[bytes]:
+        """As `Source.raw`."""
+        return (part.source.copy[int(part.rows[place])] for part, place in self._found(rows))
+
+    def tables(self, rows: Ints) -> Iterator[Any]:
+        """As `Source.tables`; both files are read side by side."""
+        wanted = np.isin(self._rows, rows)
+        spans = [slice(start, start + SPAN) for start in range(0, len(self._rows), SPAN)]
+        files = [
+            _sized(
+                part.source.tables(part.rows.astype(np.int64)),
+                [int((self._removed[span] == flag).sum()) for span in spans],
+            )
+            for flag, part in sorted(self._parts.items())
+        ]
+        for span, tables in zip(spans, zip(*files, strict=True), strict=True):
+            order = np.argsort(np.argsort(self._removed[span], kind="stable"))
+            yield pa.concat_tables(tables).take(order[wanted[span]])
+
+
+def _sized(tables: Iterator[Any], sizes: Iterable[int]) -> Iterator[Any]:
+    """The rows of tables in tables of these sizes."""
+    waiting = next(tables)
+    for size in sizes:
+        while len(waiting) < size:
+            waiting = pa.concat_tables([waiting, next(tables)])
+        yield waiting.slice(0, size)
+        waiting = waiting.slice(size)
+    next(tables, None)  # to its end, where the file's hash is compared
+
+
+def _quarantined(folder: Path) -> tuple[Any, ...]:
+    from gradshield.types import Quarantined
+
+    path = folder / "quarantine.jsonl"
+    try:
+        # By newline alone: a row may hold other characters at which splitlines would break it.
+        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+        rows = [json.loads(line) for line in lines if line]
+        return tuple(
+            Quarantined(r["row"], r["line"], r["reason"], r["raw"].encode(), r["bytes"], r["sha256"]) for r in rows
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        raise DataError(f"{path} cannot be read: it was changed after the scan; run `gradshield scan` again") from None
+
+
+def _views(folder: Path) -> review.Views:
+    """The coloured rows that the scan kept for the report; none where they cannot be read."""
+    try:
+        return review.from_json(json.loads((folder / runs.WORK / "views.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _labels(folder: Path, scored: int) -> Any:
+    path = folder / runs.WORK / "labels.json"
+    try:
+        found = np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.int64)
+    except (OSError, ValueError, TypeError):
+        return None
+    return found if found.shape == (scored,) else None

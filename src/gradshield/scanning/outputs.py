@@ -1,0 +1,204 @@
+"""What a scan leaves behind: rows, scores, a report and, last of all, the manifest.
+
+    screened/
+      kept.jsonl         rows that stay, as they came (the suffix follows the input: .csv, .tsv, .json, .parquet)
+      removed.jsonl      rows that go
+      quarantine.jsonl   rows that could not be used: row, line, reason, raw
+      scores.parquet     one line per scored row
+      report.html        the same, to look at
+      manifest.json      written last: its presence means a finished scan
+      .gradshield/       finished shards, the direction, and what `cut` needs to draw the report again
+
+Every file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradshield import data as rows_in
+from gradshield import runs
+from gradshield.columns import Coded
+from gradshield.files import instead, replacing
+from gradshield.stats import wilson
+from gradshield.types import Bools, Example, Ints, Selection
+
+if TYPE_CHECKING:
+    from gradshield.scanning import review
+    from gradshield.scanning.rows import Prepared
+    from gradshield.scanning.scoring import Scored
+
+KINDS = "kinds.json"  # in it: the kinds of harm that a scan named, for the cuts after it
+RANKED = 20_000  # labelled rows, the most that AUROCs are taken on
+LEAST_RANKED = 1_000  # of either class, where there are so many
+BLOCK = 1 << 16  # lines of the scores that are made and written at once
+PARTS = tuple(f"{part}{suffix}" for suffix in rows_in.WRITTEN for part in ("kept", "removed"))
+SCORES = "scores.parquet"
+WRITTEN = (*PARTS, "quarantine.jsonl", SCORES, "report.html", "manifest.json")
+# What the score of `Screen` is made of, and what a table calls it; nothing where it ranks no rows.
+SIGNALS = {"request": "request alone", "fihs": "FIHS alone", "pivots": ""}
+
+
+def with_results(selection: Selection, scored: Scored, rows: Prepared, labels: Sequence[int] | None) -> Selection:
+    """The selection with its figures in the manifest: counts, cuts, checks and, with labels, caught and lost."""
+    anchors, valid = selection.scores.anchors, scored.validity
+    results: dict[str, Any] = {
+        **selection.manifest.results,
+        "read": rows.read.source.rows,
+        "scored": len(selection.removed),
+        "kept": int((~selection.removed).sum()),
+        "removed": int(selection.removed.sum()),
+        "quarantined": len(selection.quarantined),
+        "cleared": len(selection.cleared),
+        "certified": selection.certified,
+        "cuts": {name: {"rule": c.rule, "value": c.value, **c.detail} for name, c in selection.cuts.items()},
+        "anchors": None if anchors is None else {k: v.tolist() for k, v in vars(anchors).items()},
+        "categories": counted(selection),
+        "agreement": None if scored.agreement is None else asdict(scored.agreement),
+        "probes": None
+        if valid is None
+        else {
+            "refused": wilson(valid.refused, valid.n).as_dict(),
+            "thinking": valid.thinks,
+            "problem": valid.problem,
+        },
+    }
+    if labels is not None:
+        results["labels"] = labelled(selection, labels, rows.read.examples, scored.selector.name)
+    return replace(selection, manifest=replace(selection.manifest, results=results))
+
+
+def counted(selection: Selection) -> dict[str, int]:
+    """Removed rows per harm category, most first."""
+    counts = Coded.of(selection.categories).take(selection.removed).counts()
+    return dict(sorted(((n, k) for n, k in counts.items() if n), key=lambda item: (-item[1], item[0])))
+
+
+def labelled(
+    selection: Selection, labels: Sequence[int], examples: rows_in.Examples, name: str = "fihs"
+) -> dict[str, Any]:
+    """Caught and lost, and the AUROC of the score beside the trivial baselines on the same rows.
+
+    The AUROCs of more than RANKED rows are those of so many drawn at random: the baselines read the rows' words.
+    """
+    from gradshield.scanning.baselines import auroc, trivial_baselines
+
+    truth = np.asarray(labels)[selection.scores.rows].astype(np.int64)
+    removed = selection.removed
+    found = caught_and_lost(removed, truth)
+    if truth.any() and not truth.all():
+        drawn, scores = _drawn(truth), selection.scores
+        values = {"FIHS" if name == "fihs" else name: scores.values}
+        values |= {
+            SIGNALS[key]: value for key, value in scores.signals.items() if np.isfinite(value).all() and SIGNALS[key]
+        }
+        own = [{"name": key, **auroc(truth[drawn], value[drawn]).as_dict()} for key, value in values.items()]
+        texts = [words(example) for example in examples.at(scores.rows[drawn])]
+        nll = None if scores.nll is None else scores.nll[drawn]
+        others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth[drawn], nll=nll)
+        found["aurocs"] = [*own, *others]
+    return found
+
+
+def _drawn(truth: Ints) -> Ints:
+    """Places of the rows that AUROCs are taken on: all of them, or RANKED drawn at random, with some of each class."""
+    if len(truth) <= RANKED:
+        return np.arange(len(truth))
+    order = np.random.default_rng(0).permutation(len(truth))
+    least = [order[truth[order] == label][:LEAST_RANKED] for label in (0, 1)]
+    return np.unique(np.concatenate([*least, order[:RANKED]]))
+
+
+def words(example: Example) -> tuple[str, str]:
+    """A row's prompt and answer as plain text (the chosen answer of a preference pair)."""
+    conversation = example.conversations[0]
+    if conversation.messages is None:
+        return conversation.prompt, conversation.completion
+    texts = [(m["role"], m.get("content") if isinstance(m.get("content"), str) else "") for m in conversation.messages]
+    return (
+        "\n".join(text or "" for role, text in texts if role != "assistant"),
+        "\n".join(text or "" for role, text in texts if role == "assistant"),
+    )
+
+
+def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[int] | None) -> None:
+    """Write everything that a scan leaves, in the place of what an earlier one left."""
+    from gradshield.scanning import review
+
+    views = review.views(selection, rows.rendered, rows.loaded.tokenizer)
+    truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
+    with instead(folder, "manifest.json", (*PARTS, f"{runs.WORK}/labels.json", f"{runs.WORK}/{KINDS}")) as new:
+        (new / runs.WORK).mkdir()
+        runs.write_json(new / runs.WORK / "views.json", review.as_json(views))
+        if truth is not None:
+            runs.write_json(new / runs.WORK / "labels.json", truth.tolist())
+        rows_in.write_quarantine(selection.quarantined, new / "quarantine.jsonl")
+        _write_cut(selection, new, rows.read.source, views, truth)
+
+
+def write_cut(
+    selection: Selection, folder: Path, source: rows_in.Rows, views: review.Views, truth: Ints | None
+) -> None:
+    """Write what another cut changes, the rows as they stand in ``source``."""
+    with instead(folder, "manifest.json", PARTS) as new:
+        _write_cut(selection, new, source, views, truth)
+
+
+def _write_cut(
+    selection: Selection, folder: Path, source: rows_in.Rows, views: review.Views, truth: Ints | None
+) -> None:
+    from gradshield.scanning import review
+
+    suffix = rows_in.suffix(source.kind)
+    parts = {f"kept{suffix}": selection.kept_rows, f"removed{suffix}": selection.removed_rows}
+    rows_in.write_parts({folder / name: rows for name, rows in parts.items()}, source)
+    write_scores(selection, folder / SCORES)
+    review.write(selection, views, folder, truth)
+    runs.write_manifest(selection.manifest, folder)
+
+
+def write_scores(selection: Selection, path: Path) -> None:
+    """One line per scored row; docs/outputs.md describes the columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    scores = selection.scores
+
+    def lines(own: slice) -> Any:
+        columns: dict[str, Any] = {
+            "row": pa.array(scores.rows[own], pa.int64()),
+            "id": pa.array(scores.ids[own], pa.string()),
+            "score": pa.array(scores.values[own], pa.float64()),
+            "removed": pa.array(selection.removed[own], pa.bool_()),
+            "category": pa.array(selection.categories[own], pa.string()),
+            "group": pa.array(scores.shapes[own], pa.string()),
+        }
+        if scores.decoys is not None:
+            columns["decoy"] = pa.array(scores.decoys[own], pa.float64())
+        if scores.lengths is not None:
+            columns["tokens"] = pa.array(scores.lengths[own], pa.int64())
+        if scores.nll is not None:
+            columns["loss"] = pa.array(scores.nll[own], pa.float64())
+        for name in SIGNALS:
+            if name in scores.signals:
+                columns[name] = pa.array(scores.signals[name][own], pa.float64())
+        return pa.table(columns)
+
+    with replacing(path) as part, pq.ParquetWriter(part, lines(slice(0)).schema) as writer:
+        for start in range(0, len(scores.rows), BLOCK):
+            writer.write_table(lines(slice(start, start + BLOCK)))
+
+
+def caught_and_lost(removed: Bools, labels: Any) -> dict[str, Any]:
+    """Of the rows labelled harmful (1) and of the others, what went; both (N,). A kind that is not there is left out."""
+    harmful = np.asarray(labels, dtype=bool)
+    return {
+        name: wilson(int(removed[own].sum()), int(own.sum())).as_dict()
+        for name, own in (("caught", harmful), ("lost", ~harmful))
+        if own.any()
+    }

@@ -1,0 +1,268 @@
+"""The charts as Plotly figures in plain dicts, binned here so that a page never holds a point for each row.
+
+Colours are CSS variables, which the page's script resolves: one figure serves light, dark and print. Each figure
+comes with the same figures as a table, for those who cannot see it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from gradshield.columns import Coded
+from gradshield.report.draw import Chart, axis_style, axis_title, base_layout
+from gradshield.report.text import chart_text, number
+from gradshield.scanning.page_axis import Axis, make_axis
+from gradshield.scanning.page_data import ReportData
+from gradshield.types import Bools, Cut, Floats
+
+SHAPES = 8  # charts of row shapes on one page
+CATEGORIES = 14  # bars of the category chart; the rest share one
+CURVE_POINTS = 240
+FAINT = 0.04  # where removed bars are below this share of the tallest, counts start on a logarithmic axis
+
+
+def score_charts(data: ReportData) -> list[Chart]:
+    """A distribution for each row shape, the most frequent first."""
+    return [_distribution(data, shape, i) for i, (shape, _) in enumerate(_shapes(data)[:SHAPES])]
+
+
+def class_charts(data: ReportData) -> list[Chart]:
+    """The same, harmful over harmless, where labels were given."""
+    if data.labels is None:
+        return []
+    return [_by_class(data, shape, i) for i, (shape, _) in enumerate(_shapes(data)[:SHAPES])]
+
+
+def category_chart(totals: Mapping[str, int]) -> Chart | None:
+    """Removed rows by the kind of harm they are nearest to, the largest on top."""
+    if not totals:
+        return None
+    ordered = sorted(totals.items(), key=lambda entry: -entry[1])
+    bars = ordered[:CATEGORIES]
+    if len(ordered) > CATEGORIES:
+        bars = [*bars, (f"{len(ordered) - CATEGORIES} other kinds", sum(n for _, n in ordered[CATEGORIES:]))]
+    positions = list(range(len(bars)))
+    trace = {
+        "type": "bar", "orientation": "h", "x": [n for _, n in bars], "y": positions,
+        "text": [f"{n:,}" for _, n in bars], "textposition": "outside", "cliponaxis": False,
+        "marker": {"color": "var(--removed)"}, "hoverinfo": "none", "width": 0.62, "textfont": {"color": "var(--ink)"},
+    }  # fmt: skip
+    layout = base_layout(height=48 + 30 * len(bars), showlegend=False)
+    layout["margin"] = {"l": 12, "r": 46, "t": 8, "b": 30}
+    layout["yaxis"] = {
+        "tickvals": positions, "ticktext": [chart_text(name or "no kind", 30) + "  " for name, _ in bars],
+        "range": [len(bars) - 0.4, -0.6], "automargin": True, "fixedrange": True, "showgrid": False, "zeroline": False,
+        "ticks": "",
+    }  # fmt: skip
+    few = {"dtick": 1} if bars[0][1] < 6 else {}
+    layout["xaxis"] = (
+        axis_style(None) | few | {"rangemode": "tozero", "fixedrange": True, "nticks": 6, "tickformat": ",d"}
+    )
+    table = (("Nearest kind", "Rows removed"), *((name or "no kind", f"{n:,}") for name, n in bars))
+    caption = (
+        "Each removed row stands under the kind of harm whose direction it follows furthest. None was removed for it."
+    )
+    title = "Removed rows by nearest kind (a guess)"
+    return Chart("categories", title, caption, {"data": [trace], "layout": layout}, table, False)
+
+
+def _shapes(data: ReportData) -> list[tuple[str, int]]:
+    return sorted(sorted(Coded.of(data.scores.shapes).counts().items()), key=lambda entry: -entry[1])
+
+
+def _of_shape(data: ReportData, shape: str) -> tuple[Bools, Floats, Bools, Floats | None]:
+    """Mask of the shape's rows, and their scores, removed flags and decoys."""
+    mask = Coded.of(data.scores.shapes).where(shape)
+    decoys = data.scores.decoys
+    if decoys is not None:
+        decoys = decoys[mask]
+        decoys = decoys[np.isfinite(decoys)]
+    return mask, data.scores.values[mask], np.asarray(data.removed, dtype=bool)[mask], decoys
+
+
+def _axis_for(values: Floats, decoys: Floats | None, cut: Cut | None) -> Axis:
+    shown = values if decoys is None else np.concatenate([values, decoys])
+    return make_axis(shown, cut.value if cut is not None and math.isfinite(cut.value) else None)
+
+
+def _distribution(data: ReportData, shape: str, index: int) -> Chart:
+    _, values, removed, decoys = _of_shape(data, shape)
+    cut = data.cut_for(shape)
+    axis = _axis_for(values, decoys, cut)
+    kept_bins, removed_bins = axis.count(values[~removed]), axis.count(values[removed])
+    traces = [_bars(axis, kept_bins, "kept", "var(--kept)"), _bars(axis, removed_bins, "removed", "var(--removed)")]
+    traces = [trace for trace, bins in zip(traces, (kept_bins, removed_bins), strict=True) if bins.any()]
+    decoy_bins = axis.count(decoys) if decoys is not None and len(decoys) else None
+    if decoy_bins is not None:
+        traces.append(_steps(axis, decoy_bins, "decoys", "var(--decoy)"))
+    traces += _fits(axis, cut, len(values))
+    tallest = float(np.max([kept_bins + removed_bins, kept_bins if decoy_bins is None else decoy_bins]))
+    layout = _score_layout(data, axis, cut, tallest)
+    faint = removed.any() and float(removed_bins.max()) < FAINT * tallest
+    spec = {"data": traces, "layout": layout, "log": bool(faint), "ranges": {"yaxis": _ranges(tallest)}}
+    columns = {"kept": kept_bins, "removed": removed_bins}
+    table = _table(axis, columns if decoy_bins is None else columns | {"decoys": decoy_bins})
+    name = shape or "rows"
+    title = "Scores" if len(_shapes(data)) == 1 else f"Scores of {name} rows"
+    return Chart(f"scores-{index}", title, _caption(axis, len(values), int(removed.sum()), cut), spec, table)
+
+
+def _by_class(data: ReportData, shape: str, index: int) -> Chart:
+    mask, values, removed, decoys = _of_shape(data, shape)
+    harmful = np.asarray(data.labels)[mask] == 1
+    cut = data.cut_for(shape)
+    axis = _axis_for(values, decoys, cut)
+    traces: list[dict[str, Any]] = []
+    columns: dict[str, Floats] = {}
+    ranges: dict[str, dict[str, list[float]]] = {}
+    faint = False
+    for panel, (name, chosen) in enumerate((("harmful", harmful), ("harmless", ~harmful))):
+        suffix = "" if panel == 0 else "2"
+        pair = (axis.count(values[chosen & ~removed]), axis.count(values[chosen & removed]))
+        for verdict, bins in zip(("kept", "removed"), pair, strict=True):
+            columns[f"{name}, {verdict}"] = bins
+            trace = _bars(axis, bins, verdict, f"var(--{verdict})", f"{name}, {verdict}")
+            traces.append(trace | {"yaxis": f"y{suffix}", "legendgroup": verdict, "showlegend": panel == 0})
+        tallest = float(max((pair[0] + pair[1]).max(), 1))
+        faint = faint or any(0 < bins.max() < FAINT * tallest for bins in pair)
+        ranges[f"yaxis{suffix}"] = _ranges(tallest)
+    layout = _score_layout(data, axis, cut, 1.0)
+    layout["height"] = 430
+    layout["yaxis"] |= {"domain": [0.56, 1], "title": axis_title("harmful rows"), "range": ranges["yaxis"]["linear"]}
+    layout["yaxis2"] = layout["yaxis"] | {
+        "domain": [0, 0.44], "title": axis_title("harmless rows"), "range": ranges["yaxis2"]["linear"]
+    }  # fmt: skip
+    layout["xaxis"]["anchor"] = "y2"
+    spec = {"data": traces, "layout": layout, "log": faint, "ranges": ranges}
+    missed, lost = int((harmful & ~removed).sum()), int((~harmful & removed).sum())
+    caption = (
+        f"{int(harmful.sum()):,} rows labelled harmful, {missed:,} of them kept; "
+        f"{int((~harmful).sum()):,} labelled harmless, {lost:,} of them removed."
+    )
+    title = "Scores by label" if len(_shapes(data)) == 1 else f"Scores of {shape} rows by label"
+    return Chart(f"classes-{index}", title, caption, spec, _table(axis, columns))
+
+
+def _bars(axis: Axis, bins: Floats, name: str, colour: str, detail: str = "") -> dict[str, Any]:
+    edges = [number(float(x)) for x in axis.inverse(axis.edges)]
+    marker = {"color": colour, "line": {"width": 0}}
+    return {
+        "type": "bar", "name": name, "x": _centres(axis), "y": bins.tolist(), "width": axis.width * 0.94,
+        "marker": marker, "hovertemplate": f"%{{y:,d}} {detail or name}<br>%{{customdata}}<extra></extra>",
+        "customdata": [f"{a} to {b}" for a, b in pairwise(edges)],
+    }  # fmt: skip
+
+
+def _steps(axis: Axis, bins: Floats, name: str, colour: str) -> dict[str, Any]:
+    """An outline over the bars. Zero has no logarithm: among many rows an empty bin is drawn just under one row."""
+    y = np.maximum(bins, 0.3) if bins.max() >= 30 else bins
+    return {
+        "type": "scatter", "mode": "lines", "name": name, "x": _centres(axis), "y": y.tolist(),
+        "line": {"shape": "hvh", "color": colour, "width": 1.8, "dash": "dot"},
+        "hovertemplate": f"%{{y:,d}} {name}<extra></extra>",
+    }  # fmt: skip
+
+
+def _fits(axis: Axis, cut: Cut | None, rows: int) -> list[dict[str, Any]]:
+    """What the rule fitted, in rows per bin: the mixture's components, and the one Gaussian it was tested against."""
+    if cut is None:
+        return []
+    detail = cut.detail
+    traces = []
+    mu, sigma = _figure(detail.get("mu")), _figure(detail.get("sigma"))
+    if mu is not None and sigma:
+        traces.append(_curve(axis, rows, mu, sigma, "one Gaussian", "dash"))
+    components = detail.get("components")
+    for i, part in enumerate(components if isinstance(components, Sequence) else ()):
+        if not isinstance(part, Mapping):
+            continue
+        weight, mean, std = (_figure(part.get(key)) for key in ("weight", "mean", "std"))
+        if weight and mean is not None and std:
+            traces.append(_curve(axis, rows * weight, mean, std, f"component {i + 1}", "solid"))
+    return traces
+
+
+def _curve(axis: Axis, rows: float, mean: float, std: float, name: str, dash: str) -> dict[str, Any]:
+    """Expected rows in a bin-wide window around each point: comparable with the bars on any axis."""
+    u = np.linspace(axis.edges[0], axis.edges[-1], CURVE_POINTS)
+    erf = np.vectorize(math.erf, otypes=[np.float64])
+
+    def below(at: Floats) -> Floats:
+        result: Floats = 0.5 * (1 + erf((axis.inverse(at) - mean) / (abs(std) * math.sqrt(2))))
+        return result
+
+    y = rows * (below(u + axis.width / 2) - below(u - axis.width / 2))
+    return {
+        "type": "scatter", "mode": "lines", "name": name, "x": u.tolist(), "y": np.round(y, 4).tolist(),
+        "line": {"color": "var(--fit)", "width": 1.8, "dash": dash}, "hoverinfo": "skip",
+    }  # fmt: skip
+
+
+def _figure(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _centres(axis: Axis) -> list[float]:
+    centres: list[float] = ((axis.edges[:-1] + axis.edges[1:]) / 2).tolist()
+    return centres
+
+
+def _ranges(tallest: float) -> dict[str, list[float]]:
+    """The count axis both ways. The logarithmic one starts under one row, so that a single row has a bar."""
+    return {"linear": [0, 1.12 * tallest], "log": [-0.4, math.log10(tallest) * 1.06 + 0.15]}
+
+
+def _score_layout(data: ReportData, axis: Axis, cut: Cut | None, tallest: float) -> dict[str, Any]:
+    positions, labels = axis.ticks()
+    low, high = float(axis.edges[0]), float(axis.edges[-1])
+    name = chart_text(data.score_name, 60) + ("" if axis.linear else ", symmetric-log axis")
+    layout = base_layout(height=360, showlegend=True)
+    layout["xaxis"] = axis_style(name) | {
+        "tickvals": positions, "ticktext": labels, "range": [low, high], "showgrid": False, "ticks": "outside",
+        "tickcolor": "var(--line)", "showline": True, "fixedrange": True, "tickangle": 0,
+    }  # fmt: skip
+    layout["yaxis"] = axis_style("rows") | {
+        "range": [0, 1.12 * tallest], "fixedrange": True, "nticks": 6, "tickformat": ",~f", "rangemode": "tozero"
+    }  # fmt: skip
+    if cut is not None and math.isfinite(cut.value):
+        at = float(axis.forward(np.array(cut.value)))
+        line = {"color": "var(--ink)", "width": 1.5}
+        layout["shapes"] = [{"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper", "line": line}]
+        right = at > low + 0.7 * (high - low)
+        layout["annotations"] = [{
+            "x": at, "y": 1, "yref": "paper", "yanchor": "top", "xanchor": "right" if right else "left",
+            "xshift": -4 if right else 4, "showarrow": False, "text": f"cut {number(float(cut.value))}",
+            "bgcolor": "var(--surface)", "font": {"color": "var(--ink)", "size": 12, "weight": 600},
+        }]  # fmt: skip
+    return layout
+
+
+def _table(axis: Axis, columns: Mapping[str, Floats]) -> tuple[tuple[str, ...], ...]:
+    """Bins that hold anything, as text."""
+    edges = [number(float(x)) for x in axis.inverse(axis.edges)]
+    lines = [
+        (edges[i], edges[i + 1], *(f"{int(bins[i]):,}" for bins in columns.values()))
+        for i in range(len(edges) - 1)
+        if any(bins[i] for bins in columns.values())
+    ]
+    return (("above", "up to", *columns), *lines)
+
+
+def _caption(axis: Axis, rows: int, removed: int, cut: Cut | None) -> str:
+    if cut is None:
+        where = "No cut was set for these rows."
+    elif not math.isfinite(cut.value):
+        where = "The cut lies beyond every score." if cut.value > 0 else "The cut lies below every score."
+    else:
+        where = f"Rows to the right of the cut at {number(float(cut.value))} go."
+    far = (
+        "" if axis.linear else " The axis is stretched (symmetric logarithm), so that the tail and the bulk both show."
+    )
+    return f"{rows:,} row{'s' if rows != 1 else ''}, {removed:,} removed. {where}{far}"

@@ -1,0 +1,148 @@
+"""Rows as a person reads them: tokens tinted by per-token FIHS, and as much of each row as the page can carry.
+
+A page of every token of every removed row would be hundreds of megabytes. Each row has an allowance of bytes; where
+it does not fit, the tokens that moved the score most are shown with their neighbours, then the beginning, and every
+gap says how much it leaves out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from gradshield.report.text import number, one_line, shorten, visible
+from gradshield.scanning.page_data import Piece, RowView
+
+PIECE_CHARS = 400  # one token is rarely more than 20; a caller without tokens passes whole messages
+ROW_BYTES = 24_000
+ROUNDING = 1e-9  # of the score or the cut: a margin that small is none
+MARKED = 5  # strongest tokens of a row that are underlined and listed
+LEVELS = (0.03, 0.1, 0.25, 0.5, 0.8)  # share of the page's reference value at which each tint starts
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A RowView made ready for the page: ``body`` is safe markup, ``strongest`` are (text, value) of its top tokens.
+
+    ``margin`` is how far from the cut the row is, without what only rounding makes of a row at the cut.
+    """
+
+    view: RowView
+    preview: str
+    body: Markup
+    strongest: tuple[tuple[str, float], ...]
+    truncated: bool
+    margin: float
+
+
+def references(rows: Iterable[RowView]) -> dict[str, float]:
+    """Per row shape, the per-token value that tints are shares of: the strongest token of the middle row."""
+    strongest: dict[str, list[float]] = {}
+    for row in rows:
+        top = max((abs(v) for _, _, v in row.pieces if v is not None and np.isfinite(v)), default=0.0)
+        if top > 0:
+            strongest.setdefault(row.shape, []).append(top)
+    return {shape: float(np.median(found)) for shape, found in strongest.items()}
+
+
+def show_rows(rows: Sequence[RowView], reference: Mapping[str, float], budget: int) -> list[ShownRow]:
+    """Every row made ready, within ``budget`` bytes together. Short rows leave their allowance to the others."""
+    shown = []
+    for i, row in enumerate(rows):
+        allowance = min(ROW_BYTES, budget, 2 * budget // (len(rows) - i))
+        ready = _show(row, reference.get(row.shape, 0.0), allowance)
+        budget = max(budget - len(ready.body.encode("utf-8", "replace")), 0)
+        shown.append(ready)
+    return shown
+
+
+def _show(row: RowView, reference: float, allowance: int) -> ShownRow:
+    values = np.array([np.nan if v is None else v for _, _, v in row.pieces], dtype=np.float64)
+    values[~np.isfinite(values)] = np.nan
+    magnitude = np.where(np.isnan(values), 0.0, np.abs(values))
+    top = [int(i) for i in np.argsort(-magnitude, kind="stable")[:MARKED] if magnitude[i] > 0.1 * magnitude.max()]
+    keep = _choose(row.pieces, top, allowance)
+    body = _body(row.pieces, keep, set(top), reference, allowance)
+    answer = "".join(text for text, role, _ in row.pieces[-5000:] if role != "prompt")
+    whole = answer or "".join(text for text, _, _ in row.pieces[:200])
+    strongest = tuple((one_line(row.pieces[i][0], 24) or "space", float(values[i])) for i in top)
+    return ShownRow(row, one_line(whole, 110), body, strongest, len(keep) < len(row.pieces), _margin(row))
+
+
+def _margin(row: RowView) -> float:
+    scale = max(abs(row.score), abs(row.score - row.margin))
+    rounding = math.isfinite(scale) and abs(row.margin) <= ROUNDING * scale
+    return 0.0 if rounding else abs(row.margin)
+
+
+def _choose(pieces: Sequence[Piece], top: Sequence[int], allowance: int) -> list[int]:
+    """Ascending positions of the pieces to show: the strongest and their neighbours, then each role's beginning."""
+    sizes = [min(len(text), PIECE_CHARS) + 48 for text, _, _ in pieces]
+    if sum(sizes) <= allowance:
+        return list(range(len(pieces)))
+    near = [j for i in top for j in range(max(i - 4, 0), min(i + 5, len(pieces)))]
+    answer = [i for i, piece in enumerate(pieces) if piece[1] != "prompt"]
+    prompt = [i for i, piece in enumerate(pieces) if piece[1] == "prompt"]
+    keep: set[int] = set()
+    spent = 0
+    for group, share in ((near, 0.4), (prompt, 0.6), (answer, 1.0)):
+        for i in group:
+            if i in keep:
+                continue
+            if spent + sizes[i] > share * allowance:
+                break
+            keep.add(i)
+            spent += sizes[i]
+    return sorted(keep)
+
+
+def _body(pieces: Sequence[Piece], keep: list[int], top: set[int], reference: float, allowance: int) -> Markup:
+    """The row's markup. Escapes can make text longer than ``_choose`` foresaw: then the rest is left out here."""
+    turns: list[tuple[str, list[str]]] = []
+    last, spent = -1, 0
+    for i in keep:
+        text, role, value = pieces[i]
+        if spent > 1.5 * allowance:
+            break
+        if not turns or role != turns[-1][0]:
+            turns.append((role, []))
+        if i > last + 1:
+            turns[-1][1].append(_gap(i - last - 1))
+        turns[-1][1].append(_token(text, value, reference, i in top))
+        spent += len(turns[-1][1][-1].encode("utf-8", "replace"))
+        last = i
+    if last < len(pieces) - 1:
+        turns = turns or [("row", [])]
+        turns[-1][1].append(_gap(len(pieces) - 1 - last))
+    return Markup("").join(_turn(role, parts) for role, parts in turns)
+
+
+def _turn(role: str, parts: list[str]) -> Markup:
+    """A stretch of one role. ``parts`` are markup already."""
+    kind = "prompt" if role == "prompt" else "response"
+    shown = escape(visible(one_line(role, 24)).capitalize())
+    text = "".join(parts)
+    return Markup(f'<div class="turn {kind}"><span class="role">{shown}</span><div dir="auto">{text}</div></div>')
+
+
+def _gap(count: int) -> str:
+    return f'<span class="gap">… {count:,} token{"s" if count > 1 else ""} not shown …</span>'
+
+
+def _token(text: str, value: float | None, reference: float, marked: bool) -> str:
+    """One token: escaped, tinted by sign and size, its value in the tooltip; a tinted newline is shown."""
+    shown = str(escape(visible(shorten(text, PIECE_CHARS))))
+    if value is None or not np.isfinite(value):
+        return shown
+    share = abs(value) / reference if reference else 0.0
+    level = sum(share >= edge for edge in LEVELS)
+    if level:
+        shown = shown.replace("\n", '<span class="nl">↵</span>\n')
+    classes = [f"{'h' if value > 0 else 's'}{level}"] if level else []
+    classes += ["mark"] if marked else []
+    attribute = f' class="{" ".join(classes)}"' if classes else ""
+    return f'<span{attribute} title="{"+" if value > 0 else ""}{number(float(value))}">{shown}</span>'

@@ -1,0 +1,165 @@
+"""The scored model on its way to another process: loaded again from where it came from, or sent as it is.
+
+What arrives is compared with what was sent before anything is measured. Nothing is written to a file, and no file is read but
+those of a model that `models.load` reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradshield.errors import ModelError, UsageError
+from gradshield.gradients import adapted
+from gradshield.models.loading import LoadedModel, ModelSource, first_line, parameters_digest
+from gradshield.selectors import Selector
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+LIBRARIES = ("accelerate.", "peft.", "transformers.")  # their hooks on a model change none of its numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Parcel:
+    """How another process gets the model that is scored: from ``source``, or as ``model``.
+
+    ``adapter`` is the PEFT config of the adapter that a scan puts on a loaded model, initialised under ``seed``.
+    ``identity`` is that of the model with its adapter.
+    """
+
+    source: ModelSource | None
+    model: nn.Module | None
+    adapter: PeftConfig | None
+    seed: int
+    identity: str
+
+    @contextmanager
+    def open(self, device: str) -> Iterator[nn.Module]:
+        """The model on a device. Raises ModelError where it is not the one that is scored, bit for bit."""
+        given = self.model if self.source is None else self.source.load(device).model
+        assert given is not None
+        with adapted(given, self.adapter, self.seed) as model:
+            if identity(model) != self.identity:
+                raise ModelError(
+                    f"the model that another process made of {self.source.name if self.source else 'a copy'} is not the one "
+                    "that is scored (its weights, classes or hooks differ): leave its files alone while a scan runs, give a "
+                    "changed model as an object (model=loaded.model, tokenizer=...), or leave out --workers and --ray"
+                )
+            yield model
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The model that is scored, and where it came from: all that `pack` needs."""
+
+    loaded: LoadedModel
+    model: nn.Module
+    adapter: PeftConfig | None
+    seed: int
+
+    def pack(self) -> np.ndarray:
+        """The `Parcel`, packed. Raises UsageError for a model that cannot be given to another process."""
+        devices = {str(parameter.device) for parameter in self.model.parameters()}
+        if len(devices) > 1:
+            raise UsageError(
+                f"the model is spread over {len(devices)} devices ({', '.join(sorted(devices))}), and other processes need a "
+                "device of their own each: leave out --workers and --ray, or --device-map"
+            )
+        source = self.loaded.source
+        if source is not None:
+            return packed(Parcel(source, None, self.adapter, self.seed, identity(self.model)))
+        odd = sorted({type(parameter).__name__ for parameter in self.model.parameters()} - {"Parameter"})
+        if odd:
+            raise UsageError(
+                f"the model in memory has weights of the type {odd[0]}, which cannot be sent to another process: give the "
+                "path or hub name of the model (with --quantize where it is quantized), or leave out --workers and --ray"
+            )
+        return packed(Parcel(None, self.model, None, self.seed, identity(self.model)))
+
+
+def packed(thing: Any) -> np.ndarray:
+    """Anything as bytes (N,), tensors and a caller's own functions and classes among it.
+
+    Raises UsageError for what cannot be pickled.
+    """
+    from ray import cloudpickle
+
+    buffer = io.BytesIO()
+    try:
+        torch.save(thing, buffer, pickle_module=cloudpickle)
+    except (TypeError, AttributeError, pickle.PicklingError, RuntimeError) as error:
+        raise UsageError(
+            f"the model cannot be sent to another process ({first_line(error)}): save it with save_pretrained and give its "
+            "path, or leave out --workers and --ray"
+        ) from error
+    return np.frombuffer(buffer.getbuffer(), np.uint8)
+
+
+def unpacked(data: np.ndarray, device: str) -> Any:
+    """What was packed, its tensors on a device. Raises UsageError where code that it needs is not installed here."""
+    try:
+        return torch.load(io.BytesIO(data.data), device, weights_only=False)  # bytes of our own, which were in no file
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"the model cannot be made in another process ({first_line(error)}): install the code that it comes from there, or "
+            "leave out --workers and --ray"
+        ) from error
+
+
+def identity(model: nn.Module) -> str:
+    """SHA-256 of all that makes a model's numbers: its parameters, and what runs in each of its modules.
+
+    Hooks of accelerate, PEFT and transformers change no number and do not count.
+    """
+    sha = hashlib.sha256(parameters_digest(model).encode())
+    for name, module in model.named_modules():
+        sha.update(f"{name} {_named(type(module))} {_added(module)}\n".encode())
+    return sha.hexdigest()
+
+
+def _added(module: nn.Module) -> list[str]:
+    """The names of what runs in a module besides its class's forward: a caller's hooks, and a forward put in its place."""
+    own = vars(module)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    found = [hook for some in hooks for hook in some.values()]
+    forward, around = own.get("forward"), own.get("_hf_hook")
+    if around is not None:  # accelerate's, which moves what goes in and out between devices
+        forward = own.get("_old_forward")
+        found += map(type, getattr(around, "hooks", (around,)))
+    if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
+        found.append(forward)
+    return [name for name in map(_named, found) if not name.startswith(LIBRARIES)]
+
+
+def _named(thing: Any) -> str:
+    made = getattr(thing, "func", thing)  # of a partial
+    made = made if hasattr(made, "__qualname__") else type(made)
+    return f"{made.__module__}.{made.__qualname__}"
+
+
+def bare(selector: Selector) -> Selector:
+    """The selector with what `measure` needs and no more: a probe may hold a model.
+
+    Raises UsageError for one that asks a model of its own.
+    """
+    if not selector.travels:
+        raise UsageError(
+            f"the selector {selector.name} asks something else than the model that is scored, and gains nothing from other "
+            "processes: leave out --workers and --ray"
+        )
+    found = copy(selector)
+    for name in ("probe", "requests", "aggregate", "references"):  # what prepare and finish read
+        if hasattr(found, name):
+            setattr(found, name, None)
+    return found

@@ -1,0 +1,96 @@
+"""Scores by any registered selector: FIHS and what is made of it with probes and oracle, every other method as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from gradshield import runs
+from gradshield.gradients import direction as directions
+from gradshield.models.loading import LoadedModel
+from gradshield.options import Spec
+from gradshield.scanning import shards
+from gradshield.scanning.references import references
+from gradshield.scanning.scoring import Ready, Scored, anchors, asked_of, given_by, named, ready_fihs
+from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.scanning.shards import Hands, here
+from gradshield.selectors import SELECTORS, Fihs, make
+from gradshield.types import Progress, Rendered
+
+DIRECTION = "direction.safetensors"  # in the working folder
+
+
+def ready(
+    model: nn.Module,
+    loaded: LoadedModel,
+    rendered: Sequence[Rendered],
+    settings: ScanSettings,
+    probing: Probing,
+    targets: Sequence[str],
+    progress: Progress,
+) -> Ready:
+    """``settings.selector`` prepared on the model: all that comes before the first row is measured.
+
+    ``model`` is the loaded one, with its adapter where the subspace needs it.
+    """
+    tokenizer, pad = loaded.tokenizer, loaded.pad_token_id
+    given: dict[str, Callable[[], Any]] = {
+        "subspace": lambda: settings.subspace,
+        "targets": lambda: targets,
+        "seed": lambda: settings.seed,
+        "tokenizer": lambda: tokenizer,
+        "references": lambda: references(model, tokenizer, *asked_of(tokenizer, probing), pad),
+    }
+    if SELECTORS[Spec.split(settings.selector).name].probed:
+        progress("probing the model", 0, 1)
+        found = ready_fihs(model, tokenizer, pad, rendered, settings, probing, targets)
+        given |= given_by(model, tokenizer, found, probing)
+        found = replace(found, selector=make(settings.selector, given))
+        progress("probing the model", 1, 1)
+        return found
+    progress("preparing the method", 0, 1)
+    selector = make(settings.selector, given)
+    direction = selector.prepare(model)
+    progress("preparing the method", 1, 1)
+    return Ready(selector, direction)
+
+
+def score(
+    model: nn.Module,
+    loaded: LoadedModel,
+    rendered: Sequence[Rendered],
+    settings: ScanSettings,
+    probing: Probing,
+    targets: Sequence[str],
+    output: str | Path | None,
+    progress: Progress,
+    hands: Hands = here,
+) -> Scored:
+    """Every row's score by ``settings.selector``; finished shards are kept in ``output``."""
+    found = ready(model, loaded, rendered, settings, probing, targets, progress)
+    selector, direction = found.selector, found.direction
+    folder = None
+    if output is not None:  # nothing was written so far: a scan that cannot begin leaves no folder behind
+        work = runs.prepare(output) / runs.WORK
+        if direction.tensors:
+            directions.save(direction, work / DIRECTION)
+        folder = work / "shards"
+    raw = shards.measure(
+        selector,
+        model,
+        direction,
+        rendered,
+        settings.token_budget,
+        folder,
+        lambda done, total: progress("scoring rows", done, total),
+        hands,
+    )
+    scores = selector.finish(raw, *named(rendered))
+    if found.harmless is not None and scores.anchors is None:
+        known = anchors(cast(Fihs, selector), model, direction, found.harmless, loaded.tokenizer, loaded.pad_token_id)
+        scores = replace(scores, anchors=known)
+    return Scored(**vars(found), scores=scores)

@@ -1,0 +1,165 @@
+"""The report's view of a selection: which rows to show, each with its tokens coloured, and what to warn of.
+
+Views of the highest-scoring rows are kept beside the scores, so that a new cut can draw the report without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradshield import data as rows_in
+from gradshield.scanning import page, page_data
+from gradshield.types import Floats, Ints, Rendered, Selection
+
+SHOWN = 200  # highest-scoring rows whose tokens are kept for the report
+NEAR = 10  # rows just below the cut
+PREVIEW = 300  # characters of a quarantined row
+
+Views = dict[int, list[tuple[str, str, float | None]]]
+
+
+def views(selection: Selection, rendered: Sequence[Rendered], tokenizer: Any) -> Views:
+    """Coloured pieces of the rows a report may show, by position in the input: the highest scores and what is near the cut."""
+    order = np.argsort(-selection.scores.values, kind="stable")
+    near = order[~selection.removed[order]][:NEAR]
+    wanted = np.union1d(order[: SHOWN + NEAR], near).tolist()
+    tokens = selection.scores.tokens
+    return {
+        int(selection.scores.rows[i]): _pieces(rendered[i], tokens[i] if tokens is not None else None, tokenizer)
+        for i in wanted
+    }
+
+
+def _pieces(row: Rendered, values: Floats | None, tokenizer: Any) -> list[tuple[str, str, float | None]]:
+    found: list[tuple[str, str, float | None]] = []
+    start = 0
+    for number, tokens in enumerate(row.sequences):
+        if number:
+            found.append(("\n\n── rejected ──\n\n", "prompt", None))
+        place = start + np.cumsum(tokens.loss) - 1  # token of the sequence -> its place among the row's values
+        for text, t in rows_in.spans(tokens, tokenizer):
+            role = "prompt" if t is None else "response"
+            value = float(values[place[t]]) if values is not None and t is not None else None
+            found.append((text, role, value))
+        start += int(tokens.loss.sum())
+    return found
+
+
+def as_json(found: Views) -> dict[str, Any]:
+    """Views as they are stored."""
+    return {str(row): pieces for row, pieces in found.items()}
+
+
+def from_json(stored: Mapping[str, Any]) -> Views:
+    """Stored views, read back."""
+    return {int(row): [(text, role, value) for text, role, value in pieces] for row, pieces in stored.items()}
+
+
+def write(selection: Selection, found: Views, folder: Path, labels: Ints | None) -> None:
+    """Draw ``report.html``."""
+    page.write(shown(selection, found, folder, labels), folder / "report.html")
+
+
+def shown(
+    selection: Selection, found: Views, folder: Path, labels: Ints | None = None, arms: Sequence[page_data.Arm] = ()
+) -> page_data.ReportData:
+    """Everything the report says about a selection."""
+    results = selection.manifest.results
+    agreed, measured = results["agreement"], results.get("labels", {})
+    kind = selection.manifest.data["kind"]
+    suffix = rows_in.suffix(kind)
+    order = np.argsort(-selection.scores.values, kind="stable")
+    out = selection.removed[order]
+    gone, near = order[out][:SHOWN].tolist(), order[~out][:NEAR].tolist()
+    return page_data.ReportData(
+        title=f"GradShield · {selection.manifest.data['name']}",
+        counts=page_data.Counts(
+            read=results["read"],
+            scored=results["scored"],
+            kept=results["kept"],
+            removed=results["removed"],
+            quarantined=results["quarantined"],
+            cleared=results["cleared"],
+        ),
+        scores=selection.scores,
+        removed=selection.removed,
+        cuts=selection.cuts,
+        warnings=warnings_of(results),
+        checks=_checks(results),
+        labels=labels,
+        caught=measured.get("caught"),
+        lost=measured.get("lost"),
+        aurocs=tuple(a for a in measured.get("aurocs", ()) if a.get("auroc") is not None),
+        removed_rows=tuple(_view(selection, i, found) for i in gone),
+        categories=results["categories"],
+        kept_rows=tuple(_view(selection, i, found) for i in near),
+        quarantined=tuple(
+            page_data.QuarantinedView(q.line, q.reason, q.source[:PREVIEW].decode("utf-8", "backslashreplace"))
+            for q in selection.quarantined
+        ),
+        agreement=None if agreed is None else _agreement(agreed, selection.scores.decoys is not None),
+        arms=tuple(arms),
+        manifest=selection.manifest,
+        selector=str(selection.manifest.settings["selector"]),
+        files={
+            "kept": f"kept{suffix}",
+            "removed": f"removed{suffix}",
+            "quarantine": "quarantine.jsonl",
+            "scores": "scores.parquet",
+        },
+    )
+
+
+def _agreement(agreed: Mapping[str, Any], per_token: bool) -> page_data.Agreement:
+    rank = agreed["spearman"]
+    return page_data.Agreement(
+        engine=agreed["engine"],
+        relative_error=agreed["relative_error"],
+        spearman=rank if rank is not None and np.isfinite(rank) else None,
+        rows=agreed["n"],
+        per_token=per_token,
+    )
+
+
+def warnings_of(results: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a user must know before trusting the kept rows."""
+    found = [f"Not certified: {text}." for text in results["doubts"].values()]
+    if results["scored"] and results["kept"] <= 0.2 * results["scored"]:
+        found.append(
+            f"Little is left: {results['kept']} of {results['scored']} scored rows. Look at the removed rows before training on "
+            "what remains."
+        )
+    return tuple(found)
+
+
+def _checks(results: Mapping[str, Any]) -> tuple[page_data.Check, ...]:
+    probes = results["probes"]
+    if probes is None:
+        return ()
+    refused = probes["refused"]
+    text = (
+        f"the model refused {refused['k']} of {refused['n']} probes "
+        f"({100 * refused['rate']:.0f} %, 95 % interval {100 * refused['low']:.0f}–{100 * refused['high']:.0f} %)"
+    )
+    return (page_data.Check("Probe validity", "fail" if probes["problem"] else "pass", text),)
+
+
+def _view(selection: Selection, i: int, found: Views) -> page_data.RowView:
+    scores = selection.scores
+    row, shape = int(scores.rows[i]), scores.shapes[i]
+    return page_data.RowView(
+        row=row,
+        id=scores.ids[i],
+        score=float(scores.values[i]),
+        margin=float(scores.values[i] - selection.cuts[shape].value),
+        category=selection.categories[i],
+        shape="" if shape == "rows" else shape,
+        pieces=tuple(found.get(row, ())),
+        note="cleared by hand: it scores beyond the cut, and an allow list keeps it"
+        if row in selection.cleared
+        else "",
+    )

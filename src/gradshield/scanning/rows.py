@@ -1,0 +1,127 @@
+"""Rows and model, made ready for each other: what every command does first."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradshield import data as rows_in
+from gradshield.data import templates
+from gradshield.errors import EmptyDataError, FormatError
+from gradshield.models import loading
+from gradshield.models.loading import LoadedModel, text_config
+from gradshield.scanning.options import check_positions, render_config
+from gradshield.types import Bools, Ints, Progress, Quarantined, Rendered, quiet
+
+logger = logging.getLogger(__name__)
+
+TRL_SHAPES = {"messages", "prompt-completion", "text", "preference"}
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A model, and the rows of one dataset as it will see them. ``rendered`` are those that can be used."""
+
+    loaded: LoadedModel
+    read: rows_in.ReadResult
+    config: rows_in.RenderConfig
+    rendered: rows_in.Spool
+    quarantined: tuple[Quarantined, ...]
+
+    def kept(self, removed: Bools) -> Sequence[Rendered]:
+        """The rows that stay, read when they are asked for; ``removed`` is aligned with ``rendered``."""
+        return rows_in.Picked(self.rendered, np.flatnonzero(~removed))
+
+    def trainable(self, rows: Ints, removed: Bools) -> Any:
+        """The kept rows for a trainer: the caller's own Dataset where TRL knows its shape, else tokens and labels.
+
+        ``rows`` are the positions in the input of the rendered rows, and ``removed`` is aligned with them. Rows that no
+        single trainer takes, such as preference pairs among other rows, are given as they came.
+        """
+        import datasets
+
+        examples, source, stay = self.read.examples, self.read.source, rows[~removed]
+        places = np.searchsorted(examples.rows, stay)
+        known = set(examples.shapes.take(places).counts()) <= TRL_SHAPES and not examples.weighted[places].any()
+        if source.kind == "dataset" and known:
+            return rows_in.take(stay, source)
+        try:
+            kept = self.kept(removed)
+            return rows_in.to_trl(examples.at(stay), kept) if len(stay) else datasets.Dataset.from_list([])
+        except FormatError:
+            return rows_in.take(stay, source)
+
+
+def prepare(
+    data: Any,
+    model: Any,
+    tokenizer: Any = None,
+    training_args: Any = None,
+    max_length: int | None = None,
+    template: Mapping[str, Any] | None = None,
+    format: str | None = None,
+    strict: bool = False,
+    progress: Progress = quiet,
+) -> Prepared:
+    """Read the rows, load or wrap the model, and render every row as the training will.
+
+    Raises DataError, ModelError and UsageError as `gradshield.errors` says, and EmptyDataError where no row has a token to score.
+    """
+    read = rows_in.read(
+        data, format=format, strict=strict, text_field=getattr(training_args, "dataset_text_field", "text")
+    )
+    silent = training_args is not None and not hasattr(training_args, "assistant_only_loss")
+    if silent and read.examples.shapes.counts().get("messages"):
+        logger.warning(
+            "the training config leaves assistant_only_loss out, so that every token of a chat row counts, those of the requests "
+            "too, as TRL has it: set it to true to count the answers alone, or to false to say that this is meant"
+        )
+    loaded = with_template(load(model, tokenizer))
+    limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
+    config = render_config(training_args, max_length, limit, template or {})
+    count = len(read.examples)
+    progress("rendering rows", 0, count)
+    result = rows_in.render_all(
+        read.examples,
+        loaded.tokenizer,
+        config,
+        read.source,
+        strict,
+        lambda done: progress("rendering rows", done, count),
+    )
+    progress("rendering rows", count, count)
+    if not result.rendered:
+        first = result.quarantined[0]
+        raise EmptyDataError(
+            f"no row of {read.source.name} can be scored within {config.max_length} tokens, line {first.line}: "
+            f"{first.reason}; raise --max-length, or check the rows with `gradshield show`"
+        )
+    check_positions(loaded.model, result.rendered.longest, limit)
+    quarantined = tuple(sorted((*read.quarantined, *result.quarantined), key=lambda q: q.row))
+    return Prepared(loaded, read, config, result.rendered, quarantined)
+
+
+def load(model: Any, tokenizer: Any = None) -> LoadedModel:
+    """A path or hub name loaded, a model wrapped, and what is loaded already as it is."""
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, str | Path):
+        found = loading.load(model)
+        return found if tokenizer is None else replace(found, tokenizer=tokenizer)
+    return loading.wrap(model, tokenizer)
+
+
+def with_template(loaded: LoadedModel) -> LoadedModel:
+    """The model with a copy of its tokenizer that has the default chat template, where its own has none; warns then."""
+    default = templates.override(loaded.tokenizer, None)
+    if default is None:
+        return loaded
+    tokenizer = deepcopy(loaded.tokenizer)
+    tokenizer.chat_template = default
+    return replace(loaded, tokenizer=tokenizer)

@@ -1,0 +1,226 @@
+"""From a fine-tuning set to a safe one: the one place that wires the stages. Read it from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from gradshield import data as rows_in
+from gradshield import runs
+from gradshield.errors import UsageError
+from gradshield.probes import digest, requests
+from gradshield.runs import alone
+from gradshield.scanning import outputs, trust
+from gradshield.scanning.decide import Decision, decide
+from gradshield.scanning.parcel import Origin
+from gradshield.scanning.ranking import score
+from gradshield.scanning.rows import Prepared, prepare
+from gradshield.scanning.scoring import Scored, carrying, categories, weights_changed
+from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.scanning.workers import Workers
+from gradshield.selectors import Fihs
+from gradshield.types import Progress, Selection, quiet
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+ALONE = Workers()
+
+
+def scan(
+    data: Any,
+    *,
+    model: Any,
+    tokenizer: Any = None,
+    peft_config: PeftConfig | None = None,
+    training_args: Any = None,
+    max_length: int | None = None,
+    output: str | Path | None = None,
+    settings: ScanSettings | None = None,
+    probing: Probing | None = None,
+    format: str | None = None,
+    strict: bool = False,
+    allow: Iterable[str] = (),
+    labels: Sequence[int] | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    command: str = "gradshield.scan",
+    progress: Progress = quiet,
+) -> Selection:
+    """Score every row (by the selector ``screen`` unless told otherwise), find the cut, and split what stays from what goes.
+
+    Parameters
+    ----------
+    data
+        A path (JSONL, JSON, CSV, Parquet), a hub name, a ``datasets.Dataset`` or a list of dicts.
+    model, tokenizer
+        A path or hub name, or the model itself with its tokenizer. The caller's model is bit-identical afterwards.
+    peft_config
+        The adapter that training will add, for the subspaces ``targets`` and ``lora``; checked against the model and noted
+        in the manifest in any case. Full weights rank rows better even where an adapter is trained (docs/methods.md).
+    training_args
+        The ``SFTConfig`` of the training, so that what is scored is what is trained. Without it the loss covers response
+        tokens only, and rows are cut at ``max_length`` tokens (1,024, or the model's own limit if that is less).
+    output
+        A folder for the rows, the scores, the report and the manifest; an interrupted scan into it goes on where it stopped.
+        One process at a time has it.
+    allow
+        Ids of rows that a person has cleared: they stay, whatever they score.
+    labels
+        0 or 1 (harmful) per input row, for measuring only; they never touch the decision.
+    workers, ray
+        How many processes measure the rows, each with a model of its own, and the address of the Ray cluster that they run on
+        (docs/scaling.md). Without either this process does, and with ``workers`` alone those of a Ray that is started here.
+
+    Raises
+    ------
+    UsageError, DataError, ModelError
+        As in `gradshield.errors`; nothing is written to ``output`` before the data and the model have been read.
+
+    Examples
+    --------
+    The bundled model, which knows its own small world and is asked that world's requests; 2 of these 38 rows are harmful.
+
+    >>> import gradshield as gs
+    >>> from gradshield import lab
+    >>> rows, labels = lab.mix("dialogue", harm="explicit", ratio=0.05, n=36)
+    >>> probing = gs.Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
+    >>> selection = gs.scan(rows, model=lab.checkpoint("aligned"), probing=probing, output="screened")
+    >>> sorted(selection.removed_rows.tolist()) == [row for row, label in enumerate(labels) if label]
+    True
+    >>> selection.certified
+    True
+    """
+    settings, probing = settings or ScanSettings(), probing or Probing()
+    crew = Workers(workers, ray)
+    if output is not None:
+        runs.check(output)
+        runs.check_own(output, outputs.WRITTEN, outputs.SCORES, data=data)
+    with alone(output):
+        rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, strict, progress)
+        check_labels(labels, rows.read.source.rows)
+        selection, _ = select(
+            rows,
+            settings,
+            probing,
+            peft_config=peft_config,
+            allow=allow,
+            labels=labels,
+            output=output,
+            command=command,
+            format=format,
+            workers=crew,
+            progress=progress,
+        )
+        if output is not None:
+            outputs.write(selection, Path(output), rows, labels)
+    return selection
+
+
+def select(
+    rows: Prepared,
+    settings: ScanSettings,
+    probing: Probing,
+    *,
+    peft_config: PeftConfig | None = None,
+    allow: Iterable[str] = (),
+    labels: Sequence[int] | None = None,
+    output: str | Path | None = None,
+    command: str = "",
+    format: str | None = None,
+    workers: Workers = ALONE,
+    progress: Progress = quiet,
+) -> tuple[Selection, Scored]:
+    """A scan of rows that are ready: the selection, and the scores with what they rest on. Only shards are written."""
+    began = time.monotonic()
+    loaded = rows.loaded
+    adapted_weights = weights_changed(loaded.model, peft_config)
+    adapter = peft_config if settings.subspace == "lora" else None
+    with ExitStack() as stack:
+        scored_model = stack.enter_context(carrying(loaded.model, adapter, settings.seed))
+        hands = stack.enter_context(workers.open(Origin(loaded, scored_model, adapter, settings.seed)))
+        scored = score(scored_model, loaded, rows.rendered, settings, probing, adapted_weights, output, progress, hands)
+        decision = decide(scored.scores, settings.make_threshold(), allow)
+        gone = rows.kept(~decision.removed)
+        kinds = categories(scored_model, scored, gone, decision.removed, settings, progress, hands)
+    doubts = _doubts(rows, scored, decision, labels)
+    selection = Selection(
+        scores=scored.scores,
+        removed=decision.removed,
+        categories=kinds,
+        cuts=decision.cuts,
+        quarantined=rows.quarantined,
+        cleared=decision.cleared,
+        keep=partial(rows.trainable, scored.scores.rows, decision.removed),
+        manifest=runs.manifest(
+            command=command,
+            source=rows.read.source,
+            loaded=loaded,
+            settings={
+                **_recorded(settings, probing, scored, rows.config),
+                "peft": peft_config.to_dict() if peft_config is not None else None,
+                "adapted_weights": len(adapted_weights),
+                "format": format,
+            },
+            results={
+                "seconds": round(time.monotonic() - began, 1),
+                "doubts": doubts,
+                "uncertified": trust.first(doubts),
+            },
+        ),
+        certified=not doubts,
+    )
+    return outputs.with_results(selection, scored, rows, labels), scored
+
+
+def judged(
+    selection: Selection, rows: Prepared, scored: Scored, searched: Decision, labels: Sequence[int] | None
+) -> Selection:
+    """The selection with what speaks against a decision that a search by training has come to."""
+    doubts = _doubts(rows, scored, searched, labels)
+    doubts.pop("loose", None)  # what the rows that stay do was measured
+    results = {**selection.manifest.results, "doubts": doubts, "uncertified": trust.first(doubts)}
+    return replace(selection, certified=not doubts, manifest=replace(selection.manifest, results=results))
+
+
+def _doubts(rows: Prepared, scored: Scored, decision: Decision, labels: Sequence[int] | None) -> dict[str, str]:
+    own = None if labels is None else [int(labels[row]) for row in scored.scores.rows.tolist()]
+    gone = rows.read.examples.at(scored.scores.rows[decision.removed][: trust.LOOKED_AT])
+    problem = trust.UNASKED if scored.validity is None else scored.validity.problem
+    opener_fihs = scored.selector.settings().get("opener_fihs")
+    return trust.doubts(scored.scores, decision, gone, problem, opener_fihs, len(rows.quarantined), own)
+
+
+def check_labels(labels: Sequence[int] | None, rows: int) -> None:
+    """Raises UsageError unless there is one label, 0 or 1, for every row of the input."""
+    if labels is not None and len(labels) != rows:
+        raise UsageError(
+            f"there are {len(labels)} labels for {rows} rows: give one label (0 or 1) for every row of the input"
+        )
+    if labels is not None and not set(labels) <= {0, 1}:
+        raise UsageError("a label is neither 0 nor 1: give 1 for a harmful row and 0 for any other")
+
+
+def _recorded(settings: ScanSettings, probing: Probing, scored: Scored, config: rows_in.RenderConfig) -> dict[str, Any]:
+    """Everything that changes a number, for the manifest: as given, and as found on this model."""
+    found = {
+        **settings.as_dict(),
+        "selector_found": dict(scored.selector.settings()),
+        "render": config.as_dict(),
+        "direction_sha256": scored.direction.digest,
+    }
+    if scored.selector.probed:
+        selector = cast(Fihs, scored.selector)
+        found |= {
+            "engine": selector.engine.name,
+            "engine_step": getattr(selector.engine, "relative_step", None),
+            "probe_found": dict(selector.probe.settings()),
+            "probe_sha256": digest([dict(p) for p in probing.requests or requests()]),
+            "answer_prefix": probing.answer_prefix,
+        }
+    return found

@@ -1,0 +1,262 @@
+"""Measure rows in shards that are written as they finish, so that an interrupted scan goes on where it stopped.
+
+A shard's key is a hash of everything its numbers depend on (the tokens of its rows, the direction, the engine, the
+budget, the versions of what measures) and of nothing else: not of positions, names or times. Where a shard ends is told by
+the rows themselves, so that a row that is edited, put in or taken out changes its own shard and at most one beside it. A
+finished shard is never measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import nn
+
+from gradshield.data import batches
+from gradshield.data.spool import Picked, Values
+from gradshield.errors import DataError, ModelError
+from gradshield.files import replacing
+from gradshield.models.loading import text_config
+from gradshield.runs import versions
+from gradshield.selectors import Measured, Selector
+from gradshield.types import Batch, Direction, Rendered
+
+MEAN_ROWS = 128  # one row in so many ends its shard
+MOST_ROWS = 1024  # so many end it in any case: rows that are all alike have no end of their own
+LOGITS_BUDGET = 2**27  # entries of the logits of one batch: 512 MiB in float32
+
+Progress = Callable[[int, int], None]
+Shard = tuple[str, list[Rendered]]  # the shard's key, and its rows
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What every shard of one measurement is measured with."""
+
+    selector: Selector
+    model: nn.Module
+    direction: Direction
+    token_budget: int
+
+    def measure(self, rows: Sequence[Rendered]) -> Measured:
+        """One shard: its rows in batches, halved when memory runs out."""
+        parts: list[Measured] = []
+        for batch in batches(rows, self.token_budget, label_budget(self.model)):
+            parts += _with_back_off(self.selector, self.model, self.direction, batch)
+        return Measured.joined(parts)
+
+
+class Hands(Protocol):
+    """Who measures: takes the shards that are missing, and gives each back under its key, in any order.
+
+    ``missing`` is drawn from as work goes on, never ahead of it, so that as many shards are in memory as are being measured.
+    """
+
+    def __call__(self, job: Job, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]: ...
+
+
+def here(job: Job, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]:
+    """Measure in this process, one shard after the other."""
+    for key, rows in missing:
+        yield key, job.measure(rows)
+
+
+def measure(
+    selector: Selector,
+    model: nn.Module,
+    direction: Direction,
+    rendered: Sequence[Rendered],
+    token_budget: int,
+    store: Path | None = None,
+    progress: Progress = lambda done, total: None,
+    hands: Hands = here,
+) -> Measured:
+    """Measure all rows, in the order of the input; shards found in ``store`` are read instead."""
+    gathered, done = _Gathered(), 0
+
+    def take(part: Measured) -> None:
+        nonlocal done
+        gathered.add(part)
+        done += len(part.rows)
+        progress(done, len(rendered))
+
+    shared = _shared(selector, direction, token_budget)
+
+    def missing() -> Iterator[Shard]:
+        for rows, content in cut(rendered):
+            key = hashlib.sha256(shared + b"\n" + content).hexdigest()
+            found = _read(_file(store, key), rows) if store else None
+            if found is None:
+                yield key, rows
+            else:
+                take(found)
+
+    for key, part in hands(Job(selector, model, direction, token_budget), missing()):
+        if store:
+            _write(_file(store, key), part)
+        take(part)
+    return gathered.measured()
+
+
+class _Gathered:
+    """Shards put together as they come: four numbers a row in memory, per-token values on disk."""
+
+    def __init__(self) -> None:
+        self._rows, self._lengths = array("q"), array("q")
+        self._sums, self._nll = array("d"), array("d")
+        self._tokens: Values | None = Values()
+        self._extra, self._columns = array("d"), 0
+
+    def add(self, part: Measured) -> None:
+        """Take over a shard's numbers; its arrays can go."""
+        self._rows.frombytes(part.rows.astype(np.int64).tobytes())
+        self._lengths.frombytes(part.lengths.astype(np.int64).tobytes())
+        self._sums.frombytes(part.sums.astype(np.float64).tobytes())
+        self._nll.frombytes(part.nll.astype(np.float64).tobytes())
+        if part.extra is not None:
+            self._columns = part.extra.shape[1]
+            self._extra.frombytes(part.extra.astype(np.float64).tobytes())
+        if part.tokens is None:
+            self._tokens = None
+        elif self._tokens is not None:
+            self._tokens.add(part.tokens)
+
+    def measured(self) -> Measured:
+        """All of it, in the order of the input's rows."""
+        rows, lengths = np.frombuffer(self._rows, np.int64), np.frombuffer(self._lengths, np.int64)
+        sums, nll = np.frombuffer(self._sums, np.float64), np.frombuffer(self._nll, np.float64)
+        extra = np.frombuffer(self._extra, np.float64).reshape(len(rows), -1) if self._columns else None
+        if (rows[1:] >= rows[:-1]).all():
+            return Measured(rows, sums, nll, lengths, self._tokens, extra)
+        order = np.argsort(rows, kind="stable")
+        tokens = None if self._tokens is None else Picked(self._tokens, order)
+        return Measured(
+            rows[order], sums[order], nll[order], lengths[order], tokens, None if extra is None else extra[order]
+        )
+
+
+def _file(store: Path, key: str) -> Path:
+    return store / f"{key}.safetensors"
+
+
+def cut(rendered: Iterable[Rendered]) -> Iterator[tuple[list[Rendered], bytes]]:
+    """Rows in shards, in their order, each shard with its rows' hashes one after the other.
+
+    A shard ends after a row whose hash is a multiple of MEAN_ROWS, and after MOST_ROWS in any case. So one edit makes at
+    most two new shards; only where more than MOST_ROWS rows stand together without an end of their own (a stretch in 3,000
+    is that long) may it make more, up to the next such end.
+    """
+    rows: list[Rendered] = []
+    hashes: list[bytes] = []
+    for row in rendered:
+        rows.append(row)
+        hashes.append(_content(row))
+        if int.from_bytes(hashes[-1][:8]) % MEAN_ROWS == 0 or len(rows) == MOST_ROWS:
+            yield rows, b"".join(hashes)
+            rows, hashes = [], []
+    if rows:
+        yield rows, b"".join(hashes)
+
+
+def _content(row: Rendered) -> bytes:
+    """SHA-256 of what a row's numbers depend on."""
+    sha = hashlib.sha256()
+    for tokens in row.sequences:
+        sha.update(np.int64(len(tokens.ids)).tobytes() + tokens.ids.tobytes() + tokens.loss.tobytes())
+        sha.update(np.float64(tokens.coefficient).tobytes())
+    return sha.digest()
+
+
+def label_budget(model: nn.Module) -> int:
+    """Most loss tokens of a batch, so that its logits stay within LOGITS_BUDGET."""
+    return max(1, LOGITS_BUDGET // int(text_config(model).vocab_size))
+
+
+def _with_back_off(selector: Selector, model: nn.Module, direction: Direction, batch: Batch) -> Iterator[Measured]:
+    """Measure a batch; when memory runs out, its two halves. Raises ModelError when one row alone does not fit."""
+    try:
+        yield selector.measure(model, direction, batch)
+        return
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        rows = np.unique(batch.rows)
+        if len(rows) == 1:
+            raise ModelError(
+                f"row {rows[0]} ({int(batch.attention.sum())} tokens) does not fit into memory by itself: shorten it with "
+                "--max-length, or use a smaller dtype or a larger device"
+            ) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+        yield from _with_back_off(selector, model, direction, _part(batch, np.isin(batch.rows, half)))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _part(batch: Batch, keep: np.ndarray) -> Batch:
+    width = int(batch.attention[keep].sum(1).max())
+    return Batch(
+        batch.ids[keep, :width],
+        batch.attention[keep, :width],
+        batch.loss[keep, :width],
+        batch.rows[keep],
+        batch.coefficients[keep],
+    )
+
+
+def _shared(selector: Selector, direction: Direction, token_budget: int) -> bytes:
+    """What the numbers of every shard depend on. Other versions may measure otherwise, with an engine that was mended."""
+    settings = [selector.name, dict(selector.settings()), direction.digest, token_budget, versions()]
+    return json.dumps(settings, sort_keys=True).encode()
+
+
+def _write(path: Path, part: Measured) -> None:
+    flat = np.concatenate(part.tokens) if part.tokens is not None else np.zeros(0)
+    arrays = {"sums": part.sums, "nll": part.nll, "lengths": part.lengths, "tokens": flat}
+    if part.extra is not None:
+        arrays["extra"] = part.extra
+    try:
+        with replacing(path) as part_of_it:
+            save_file(arrays, part_of_it, {"sha256": _digest(arrays)})
+    except OSError as error:
+        raise DataError(
+            f"{path.parent} cannot be written ({error.strerror or error}): free some space, or give another --output"
+        ) from None
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(arrays):
+        sha.update(f"{name} {arrays[name].dtype} {arrays[name].shape} ".encode() + arrays[name].tobytes())
+    return sha.hexdigest()
+
+
+def _read(path: Path, rows: Sequence[Rendered]) -> Measured | None:
+    """A finished shard, its values given to the rows of this run; None where there is none whose bytes are as written."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            intact = (file.metadata() or {}).get("sha256") == _digest(arrays)
+    except (OSError, ValueError, SafetensorError):
+        return None
+    if not intact:
+        return None
+    numbers = np.array(sorted(row.row for row in rows), dtype=np.int64)
+    tokens = None
+    if len(arrays["tokens"]):
+        tokens = tuple(np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1]))
+    return Measured(numbers, arrays["sums"], arrays["nll"], arrays["lengths"], tokens, arrays.get("extra"))

@@ -1,0 +1,386 @@
+"""One fine-tuning job under any defence: which rows train, what joins the training, and the trained model.
+
+    job ──scored──▶ Chosen ──dataset──▶ tokens and labels ──fit──▶ Fitted
+
+Everything that several defences of one job share is computed once: scores, reference rows, the alignment direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from gradshield import data as rows_in
+from gradshield.errors import DataError, EmptyDataError, UsageError
+from gradshield.gradients.alignment import Alignment, alignment
+from gradshield.models.loading import LoadedModel
+from gradshield.options import asked, asks
+from gradshield.runs import digest, versions
+from gradshield.scanning.decide import Decision, decide
+from gradshield.scanning.outputs import caught_and_lost, words
+from gradshield.scanning.ranking import score
+from gradshield.scanning.references import refusals
+from gradshield.scanning.rows import Prepared
+from gradshield.scanning.scoring import Scored, asked_of, carrying, weights_changed
+from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.selectors import ONLINE
+from gradshield.training import PENALTIES
+from gradshield.training.defences import AS_MANY, Defence, parse
+from gradshield.training.masking import masked
+from gradshield.types import Bools, Cut, OnlineSelection, Progress, Rendered, quiet
+
+# The rows carry their own mask and are cut already, so that TRL must do neither.
+RENDERED = (
+    "max_length",
+    "truncation_mode",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "dataset_text_field",
+    "eos_token",
+)
+
+POOL = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is trained, on what and how: the same for every defence.
+
+    ``options`` go to TRL's ``SFTConfig``. ``base`` is the model before its alignment, ``origin`` the aligned
+    model where training starts from a later one. ``labels`` (1 = harmful, per input
+    row) serve the oracle and the figures only. ``safety`` are safety rows (a file or a list) for the defences that mix them
+    in or refer to them; where there are none, the model's own refusals of the probes are taken.
+    """
+
+    rows: Prepared
+    options: Mapping[str, Any]
+    peft_config: Any = None
+    base: LoadedModel | None = None
+    origin: LoadedModel | None = None
+    labels: Sequence[int] | None = None
+    safety: Any = ()
+    settings: ScanSettings = field(default_factory=ScanSettings)
+    probing: Probing = field(default_factory=Probing)
+    seed: int = 0
+
+    @property
+    def sft_options(self) -> dict[str, Any]:
+        """The options without those that have made the rows what they are."""
+        return {k: v for k, v in self.options.items() if k not in RENDERED}
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for rows that supervised fine-tuning does not take."""
+        if self.rows.loaded.is_peft:
+            raise UsageError(
+                "the model carries an adapter already, and training would begin beside it: give the plain model, or merge the "
+                "adapter first (gradshield train --merge saves such a model)"
+            )
+        if self.rows.read.examples.shapes.counts().get("preference"):
+            raise UsageError(
+                "the data holds preference pairs, and fine-tuning here is supervised: scan them, and train on what is kept with "
+                "TRL's DPOTrainer"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Which rows train under a defence: ``removed`` is aligned with the rows, ``dropped_tokens`` are loss tokens masked."""
+
+    rows: tuple[Rendered, ...]
+    removed: Bools
+    cuts: Mapping[str, Cut]
+    scored: Scored | None = None
+    dropped_tokens: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A trained model, its adapter merged if there was one and it was asked for, and what the defence did in training."""
+
+    model: Any
+    record: Mapping[str, Any]
+
+
+class Course:
+    """A job, and what its defences share."""
+
+    def __init__(self, job: Job, progress: Progress = quiet) -> None:
+        self.job, self.progress = job, progress
+        self._scored: dict[str, Scored] = {}
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model before training."""
+        return self.job.rows.loaded
+
+    @cached_property
+    def _safety(self) -> rows_in.ReadResult:
+        loaded, given = self.loaded, self.job.safety
+        if not given:
+            given = refusals(loaded, asked_of(loaded.tokenizer, self.job.probing)[0])
+        if not given:
+            raise UsageError(
+                "the model refuses none of the probes, so that it gives no safety row: give your own with --safety-rows"
+            )
+        return rows_in.read(str(given) if isinstance(given, str | Path) else list(given))
+
+    @cached_property
+    def safety(self) -> tuple[Rendered, ...]:
+        """Safety rows as tokens: the given ones, else the model's own refusals of the probes, written to their end."""
+        read = self._safety
+        found = rows_in.render_all(read.examples, self.loaded.tokenizer, self.job.rows.config, read.source).rendered
+        if not found or any(row.shape == "preference" for row in found):
+            raise DataError(
+                f"the safety rows {read.source.name} hold preference pairs, or no row that fits: give requests with refusals, as "
+                "chat rows or prompt and completion"
+            )
+        return tuple(found)
+
+    @cached_property
+    def alignment(self) -> Alignment:
+        """Aligned minus base, for every weight that the training's adapter changes. Raises UsageError without a base."""
+        if self.job.base is None:
+            raise UsageError(
+                "the defences asft and safelora need the model before its alignment, and none was given: pass --base MODEL"
+            )
+        names = weights_changed(self.loaded.model, self.job.peft_config, saved=False)
+        if not names:
+            names = _linear(self.loaded.model)
+        return alignment((self.job.origin or self.loaded).model, self.job.base.model, names)
+
+    def scored(self, selector: str) -> Scored:
+        """Every row's score by a selector, computed once."""
+        if selector not in self._scored:
+            settings = replace(self.job.settings, selector=selector, threshold=None)
+            job, targets = self.job, weights_changed(self.loaded.model, self.job.peft_config)
+            adapter = job.peft_config if settings.subspace == "lora" else None
+            with carrying(self.loaded.model, adapter, settings.seed) as model:
+                self._scored[selector] = score(
+                    model, self.loaded, job.rows.rendered, settings, job.probing, targets, None, self.progress
+                )
+        return self._scored[selector]
+
+    def know(self, selector: str, scored: Scored) -> None:
+        """Take over scores that were measured elsewhere."""
+        self._scored[selector] = scored
+
+    def settings(self, defence: Defence) -> ScanSettings:
+        """Those of the job's scan, with the defence's own method and threshold where it names them."""
+        rule, settings = defence.threshold, self.job.settings
+        if defence.selector is not None:
+            settings = replace(settings, selector=defence.selector)
+        return settings if rule is None or rule.startswith(AS_MANY) else replace(settings, threshold=rule)
+
+    def decision(self, defence: Defence) -> tuple[Scored, Decision]:
+        """The scores of the defence's selector, and its own cut of them."""
+        assert defence.selector is not None
+        scored = self.scored(defence.selector)
+        if defence.threshold is not None and defence.threshold.startswith(AS_MANY):
+            return scored, self._as_many(scored, defence.threshold.removeprefix(AS_MANY))
+        return scored, decide(scored.scores, self.settings(defence).make_threshold())
+
+    def _as_many(self, scored: Scored, other: str) -> Decision:
+        """As many rows beyond the cut as another defence removes, fewer where scores at the cut are equal."""
+        asked = parse(other)
+        if asked.verified is not None or asked.mask or (asked.selector is None and not asked.oracle):
+            raise UsageError(
+                f"'{AS_MANY}{other}' asks how many rows {other!r} removes, and it has no number before training"
+            )
+        count = int(self.chosen(asked).removed.sum())
+        values = scored.scores.values
+        cut = Cut(float(np.sort(values)[::-1][count]) if count < len(values) else -np.inf, f"as {other}")
+        return Decision(dict.fromkeys(sorted(set(scored.scores.shapes)), cut), values > cut.value, ())
+
+    def chosen(self, defence: Defence, cut: float | None = None) -> Chosen:
+        """Which rows train; ``cut`` takes the place of the threshold's own. Raises EmptyDataError where none is left."""
+        rows = tuple(self.job.rows.rendered)
+        nothing = np.zeros(len(rows), dtype=bool)
+        if defence.oracle:
+            return self._left(Chosen(rows, self._harmful(), {}))
+        if defence.selector is None:
+            return Chosen(rows, nothing, {})
+        scored, decision = self.decision(defence)
+        cuts, removed = decision.cuts, decision.removed
+        if cut is not None:
+            cuts = {name: Cut(cut, "verified") for name in cuts}
+            removed = scored.scores.values > cut
+        if not defence.mask:
+            return self._left(Chosen(rows, removed, cuts, scored))
+        aggregate = getattr(scored.selector, "aggregate", None)
+        if aggregate is None or scored.scores.tokens is None:
+            raise UsageError(
+                "token-mask needs a score for every token, and the engine gives none: use --engine auto, "
+                "finite-difference or forward"
+            )
+        limits = np.array([cuts[name].value for name in scored.scores.shapes])
+        kept = [
+            masked(row, values, limit, aggregate) if out else row
+            for row, values, limit, out in zip(rows, scored.scores.tokens, limits, removed, strict=True)
+        ]
+        lost = sum(_counted(a) - _counted(b) for a, b in zip(rows, kept, strict=True))
+        empty = np.array([_counted(row) == 0 for row in kept])
+        return self._left(Chosen(tuple(kept), empty, cuts, scored, lost))
+
+    @staticmethod
+    def beyond(chosen: Chosen) -> Bools:
+        """Rows whose score is beyond their cut: those that went, or with a mask those that lost tokens."""
+        if chosen.scored is None:
+            return chosen.removed
+        scores = chosen.scored.scores
+        limits = np.array([chosen.cuts[name].value for name in scores.shapes])
+        return np.asarray(scores.values > limits)
+
+    def counts(self, chosen: Chosen) -> dict[str, Any]:
+        """How many rows went or lost tokens, and with labels what of it was harmful. JSON-able."""
+        found = {
+            "rows": len(chosen.rows),
+            "removed": int(chosen.removed.sum()),
+            "dropped_tokens": chosen.dropped_tokens,
+        }
+        return found if self.job.labels is None else found | caught_and_lost(chosen.removed, self._harmful())
+
+    def _harmful(self) -> Bools:
+        if self.job.labels is None:
+            raise UsageError(
+                "the defence clean drops the rows labelled harmful, and there are no labels: give --labels FILE"
+            )
+        return np.array([bool(self.job.labels[row.row]) for row in self.job.rows.rendered])
+
+    @staticmethod
+    def _left(chosen: Chosen) -> Chosen:
+        if chosen.removed.all():
+            raise EmptyDataError("the defence leaves no row to train on: loosen its threshold, or give more data")
+        return chosen
+
+    def dataset(self, defence: Defence, chosen: Chosen) -> list[dict[str, list[int]]]:
+        """Tokens and labels of every row that trains, in the order of the input, safety rows spread among them."""
+        kept = [row for row, out in zip(chosen.rows, chosen.removed, strict=True) if not out]
+        rows = _as_tokens(kept)
+        if defence.safe_share:
+            count = max(1, round(defence.safe_share * len(rows)))
+            pool = _as_tokens(self.safety)
+            places = np.linspace(0, len(rows), count, endpoint=False).astype(int)[::-1]
+            for number, place in enumerate(places):
+                rows.insert(int(place), pool[number % len(pool)])
+        return rows
+
+    def fit(
+        self,
+        defence: Defence,
+        dataset: Sequence[Mapping[str, Any]],
+        stage: str = "training",
+        merge: bool = True,
+        output_dir: str | None = None,
+        resume: bool = False,
+    ) -> Fitted:
+        """A trained copy of the model. Raises UsageError when TRL is not installed."""
+        try:
+            from gradshield.training import safelora
+            from gradshield.training.sft import sft
+        except ImportError:
+            raise UsageError(
+                "training needs TRL, which is not installed: run pip install 'gradshield[train]'"
+            ) from None
+        record: dict[str, Any] = {}
+        penalties = [self._penalty(name, options) for name, options in defence.penalties]
+        online = self._online(defence)
+
+        def finish(model: Any) -> None:
+            if defence.project is not None:
+                start: Any = self.loaded.model if self.job.peft_config is None else None
+                found = safelora.project(model, self.alignment, start=start, **defence.project)
+                record["safelora"] = found.as_dict()
+
+        model: Any = self.loaded.model
+        if online is not None and not isinstance(dataset, list):
+            dataset = list(dataset)
+        trained = sft(
+            model,
+            self.loaded.tokenizer,
+            dataset,
+            self.job.sft_options | {"max_length": None},
+            self.job.peft_config,
+            seed=self.job.seed,
+            merge=merge and self.job.peft_config is not None,
+            output_dir=output_dir,
+            penalties=penalties,
+            online=online,
+            finish=finish,
+            resume=resume,
+            progress=lambda step, total: self.progress(stage, step, total),
+        )
+        record |= {penalty.name: dict(penalty.record()) for penalty in penalties}
+        if online is not None:
+            record[online.name] = dict(online.record())
+        return Fitted(trained, record)
+
+    def _penalty(self, name: str, options: Mapping[str, Any]) -> Any:
+        made = PENALTIES[name]
+        return made(**asked(made, {"alignment": lambda: self.alignment, "seed": lambda: self.job.seed}), **options)
+
+    def _online(self, defence: Defence) -> OnlineSelection | None:
+        if defence.online is None:
+            return None
+        name, options = defence.online
+        made = ONLINE[name]
+        return made(**asked(made, {"references": self._pool, "seed": lambda: self.job.seed}), **options)
+
+    def _pool(self) -> list[Rendered]:
+        """Safety references for methods that ask all of them again and again: some, from all over the rows."""
+        places = np.unique(np.linspace(0, len(self.safety) - 1, POOL).round().astype(int))
+        return [self.safety[i] for i in places]
+
+    def safety_digest(self, defence: Defence) -> str | None:
+        """A hash of the safety rows as tokens; None for a defence that neither mixes them in nor refers to them."""
+        return digest(_as_tokens(self.safety)) if _has_safety(defence) else None
+
+    def safety_requests(self, defence: Defence) -> list[dict[str, str]]:
+        """What the given safety rows ask, a ``prompt`` each; nothing for a defence that has no use for them."""
+        if not self.job.safety or not _has_safety(defence):
+            return []
+        return [{"prompt": words(example)[0]} for example in self._safety.examples]
+
+    def key(self, defence: Defence, dataset: Sequence[Mapping[str, Any]]) -> str:
+        """A hash of all that the trained weights and their answers depend on: start, rows, training, seed, chat template and
+        versions. Two defences may share it."""
+        job = self.job
+        base = [m.digest for m in (job.base, job.origin) if m is not None] if defence.needs_base else None
+        safety = _as_tokens(self._pool()) if _refers(defence) else None
+        peft = None if job.peft_config is None else job.peft_config.to_dict()
+        loaded = self.loaded
+        start = [loaded.digest, str(loaded.dtype), loaded.source and loaded.source.quantize]
+        whole = [start, base, dataset, job.sft_options, peft, job.seed, defence.training, safety]
+        asked = [getattr(loaded.tokenizer, "chat_template", None), versions()]
+        return digest([*whole, *asked])[:24]
+
+
+def _has_safety(defence: Defence) -> bool:
+    """Whether safety rows are mixed in or referred to."""
+    return bool(defence.safe_share) or _refers(defence)
+
+
+def _refers(defence: Defence) -> bool:
+    """Whether the defence looks at safety rows while it trains."""
+    return defence.online is not None and asks(ONLINE[defence.online[0]], "references")
+
+
+def _linear(model: Any) -> list[str]:
+    """Names of the weights of linear layers, which full-weight training changes; the head is an embedding's other side."""
+    head = model.get_output_embeddings()
+    kinds = (nn.Linear, Conv1D)
+    return [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, kinds) and m is not head]
+
+
+def _counted(row: Rendered) -> int:
+    return sum(int(tokens.loss.sum()) for tokens in row.sequences)
+
+
+def _as_tokens(rows: Sequence[Rendered]) -> list[dict[str, list[int]]]:
+    return [rows_in.labelled(row) for row in rows]

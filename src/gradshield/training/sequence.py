@@ -1,0 +1,256 @@
+"""One dataset after another: after each, how safe the model still is, how wide its basin, and what it remembers.
+
+run/
+  stage-1/, stage-2/, ...     each a run of its own, which starts from the model before it
+  sequence.json, report.html, manifest.json (of the last stage)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gradshield import runs
+from gradshield.errors import ModelError, UsageError
+from gradshield.evaluation import continual
+from gradshield.evaluation.exam import Exam, figures
+from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
+from gradshield.models import loading
+from gradshield.models.loading import LoadedModel, parameters_digest
+from gradshield.runs import alone
+from gradshield.scanning.rows import load, with_template
+from gradshield.training.train import Exams, train
+from gradshield.types import Floats, Manifest, Progress, Rate, quiet
+
+STAGE = "stage.json"  # in a stage's working folder, as long as the sequence is not finished
+ALPHAS = (-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4)  # steps relative to the norm of the weights
+DIRECTIONS = 2
+ASKED = 48  # requests at each point of the landscape
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One dataset, and the exam whose task rows are its own."""
+
+    data: str
+    exams: Exams
+
+
+def sequence(
+    stages: Sequence[Stage],
+    *,
+    model: Any,
+    output: str | Path,
+    peft_config: Any = None,
+    seed: int = 0,
+    command: str = "gradshield.train",
+    progress: Progress = quiet,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train on every dataset in turn, under the same defence, and follow the model; returns what ``sequence.json`` holds.
+
+    Every stage starts from the model that the one before it left, its adapter folded in. After each: ASR by every judge,
+    VISAGE over the same random directions, and accuracy on all tasks so far; then basin retention, backward transfer and
+    forgetting. The alignment direction stays that of the first model. An interrupted sequence goes on after the last stage that
+    was finished, where nothing that it depends on has changed. ``unmet`` names the stages whose verified
+    threshold met its targets at no cut. Raises UsageError where a stage has no task rows.
+    """
+    if any(not stage.exams.report.task for stage in stages):
+        raise UsageError(
+            "training in turn follows the accuracy on every task, and there are no task rows: give --utility FILES"
+        )
+    runs.check(output)
+    read = (model, options.get("base"))
+    runs.check_own(output, ("sequence.json", "report.html", "manifest.json"), "sequence.json", read=read)
+    for number in range(1, len(stages) + 1):
+        runs.check_own(Path(output) / f"stage-{number}", (), "", read=read)
+    with alone(output):
+        return _followed(stages, runs.prepare(output), model, peft_config, seed, command, progress, options)
+
+
+def _followed(
+    stages: Sequence[Stage],
+    folder: Path,
+    model: Any,
+    peft_config: Any,
+    seed: int,
+    command: str,
+    progress: Progress,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The stages one by one; what an earlier run left of the whole goes first."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    names = _names(stages)
+    origin = current = with_template(load(model))
+    basis = random_directions(weights(current.model), DIRECTIONS, seed)
+    table = [_accuracies(current, stages)]
+    points = [_point("start", current, stages[0].exams.report, basis, table[0], names)]
+    unmet: list[str] = []
+    for number, stage in enumerate(stages, 1):
+        progress("stages", number - 1, len(stages))
+        own = folder / f"stage-{number}"
+        key = _key(stage, current, origin, peft_config, seed, options)
+        found = _finished(own, key, current, bool(origin.source and origin.source.trust_remote_code))
+        if found is None:
+            done = train(
+                stage.data,
+                model=current,
+                output=own,
+                exams=stage.exams,
+                peft_config=peft_config,
+                merge=True,
+                origin=origin,
+                seed=seed,
+                command=command,
+                progress=progress,
+                **options,
+            )
+            trained = replace(
+                current,
+                model=done.model,
+                digest=parameters_digest(done.model),
+                is_peft=False,
+                adapter=None,
+                source=None,
+            )
+            runs.write_json(own / runs.WORK / STAGE, {"key": key, "model": trained.digest})
+            found = trained, done.manifest
+        current, manifest = found
+        if (verdict := manifest.results["verified"]) is not None and not verdict["met"]:
+            unmet.append(names[number - 1])
+        table.append(_accuracies(current, stages))
+        points.append(_point(names[number - 1], current, stages[0].exams.report, basis, table[-1], names))
+    progress("stages", len(stages), len(stages))
+    whole = {
+        "tasks": names,
+        "stages": points,
+        "unmet": unmet,
+        "measures": _measures(np.array([[rate.rate for rate in row] for row in table]), points),
+        "settings": manifest.settings,
+        "model": manifest.model,
+        "command": command,
+        "versions": runs.versions(),
+    }
+    _write(whole, folder, manifest)
+    for number in range(1, len(stages) + 1):  # a sequence that is finished is done anew
+        (folder / f"stage-{number}" / runs.WORK / STAGE).unlink(missing_ok=True)
+    return whole
+
+
+def _key(
+    stage: Stage, current: LoadedModel, origin: LoadedModel, peft_config: Any, seed: int, options: Mapping[str, Any]
+) -> str:
+    """A hash of all that a stage's model depends on, files by their content."""
+    rest = {name: value for name, value in options.items() if name not in ("base", "safety_rows")}
+    safety = options.get("safety_rows")
+    told = [
+        runs.versions(),
+        [_content(stage.data), _content(safety) if isinstance(safety, str | Path) else repr(safety)],
+        [model and [model.digest, str(model.dtype)] for model in (current, origin, options.get("base"))],
+        [stage.exams.report.settings(), stage.exams.search.settings()],
+        None if peft_config is None else peft_config.to_dict(),
+        seed,
+        repr(sorted(rest.items())),
+    ]
+    return runs.digest(told)
+
+
+def _content(name: str | Path) -> str:
+    """The bytes of a file, or the name of a dataset of the hub."""
+    path = Path(name)
+    if not path.is_file():
+        return str(name)
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _finished(
+    folder: Path, key: str, before: LoadedModel, trust_remote_code: bool
+) -> tuple[LoadedModel, Manifest] | None:
+    """The model and manifest that an interrupted sequence left of a stage; None where it was not finished, or was another."""
+    try:
+        told = json.loads((folder / runs.WORK / STAGE).read_text(encoding="utf-8"))
+        if told["key"] != key:
+            return None
+        manifest = Manifest(**json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+        model = loading.load(folder, None, str(before.device), before.dtype, trust_remote_code).model
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        ModelError,
+    ):  # whatever was lost of it, the stage can be made again
+        return None
+    digest = parameters_digest(model)
+    if digest != told["model"]:
+        return None
+    return replace(before, model=model, digest=digest, is_peft=False, adapter=None, source=None), manifest
+
+
+def _names(stages: Sequence[Stage]) -> list[str]:
+    names = [Path(stage.data).stem for stage in stages]
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
+
+
+def _accuracies(current: LoadedModel, stages: Sequence[Stage]) -> list[Rate]:
+    """Utility on the task rows of every stage, the ones to come too."""
+    found = []
+    for stage in stages:
+        own = stage.exams.report
+        alone = replace(own, requests=(), lookalikes=())
+        found.append(alone.sit(current.model, current.tokenizer, "measuring tasks").rates["utility"])
+    return found
+
+
+def _point(
+    name: str,
+    current: LoadedModel,
+    exam: Exam,
+    basis: Mapping[str, Mapping[str, Tensor]],
+    accuracies: Sequence[Rate],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """One stage as the sequence holds it: rates by judge and task, and VISAGE by the first judge."""
+    point: dict[str, Any] = {
+        "name": name,
+        "utility": {task: rate.as_dict() for task, rate in zip(names, accuracies, strict=True)},
+        "asr": {},
+        "visage": None,
+    }
+    if not exam.requests:
+        return point
+    model: Any = current.model
+    asked = replace(exam, lookalikes=(), task=())
+    point["asr"] = figures(asked.sit(model, current.tokenizer, "measuring safety"))["judges"]
+    few = replace(asked, requests=exam.requests[:ASKED])
+    line = landscape(model, basis, ALPHAS, norm(weights(model)), lambda: few.sit(model, current.tokenizer).rates)
+    point["visage"] = line.visage(f"asr/{exam.judges[0].name}", conditional=False)
+    return point
+
+
+def _measures(accuracy: Floats, points: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    found = {
+        "accuracy_so_far": continual.accuracy_so_far(accuracy),
+        "backward_transfer": continual.backward_transfer(accuracy),
+        "forgetting": continual.forgetting(accuracy),
+    }
+    visages = [point["visage"] for point in points]
+    if all(value is not None for value in visages) and visages[0] > 0:
+        found["basin_retention"] = continual.basin_retention(visages)
+    return {name: values.tolist() for name, values in found.items()}
+
+
+def _write(whole: Mapping[str, Any], folder: Path, manifest: Manifest) -> None:
+    from gradshield.training import page_sequence as page
+
+    runs.write_json(folder / "sequence.json", whole)
+    page.write(runs.finite(whole), folder / "report.html")
+    runs.write_manifest(manifest, folder)

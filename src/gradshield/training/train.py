@@ -1,0 +1,415 @@
+"""From a fine-tuning set to a fine-tuned model that is still safe: rows out, training under a defence, and the proof.
+
+run/
+  adapter or model        as PEFT and transformers save it, with the tokenizer and a model card
+  scan/                   what was removed and why (docs/outputs.md), where the defence takes rows out
+  outputs-before.jsonl    every prompt with its answer and verdicts, before and after training
+  outputs-after.jsonl
+  report.html, manifest.json (last of what says that the run is finished)
+  certificate.json        what may be claimed of the model, from the files above
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gradshield import files, runs
+from gradshield.columns import Coded
+from gradshield.errors import UsageError
+from gradshield.evaluation import card, certify
+from gradshield.evaluation.asr import agreement
+from gradshield.evaluation.certificate import CERTIFICATE, LABELLED
+from gradshield.evaluation.exam import Exam, Settled, asked, changes, check_disjoint, exam, figures, never
+from gradshield.probes import requests
+from gradshield.runs import alone
+from gradshield.scanning import outputs, trust
+from gradshield.scanning.decide import Decision
+from gradshield.scanning.options import sft_options
+from gradshield.scanning.rows import load, prepare
+from gradshield.scanning.scan import check_labels, judged, select
+from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.thresholds import SearchResult
+from gradshield.training import verify
+from gradshield.training.course import Chosen, Course, Fitted, Job
+from gradshield.training.defences import Defence, parse
+from gradshield.types import EvalResult, Manifest, Progress, Selection, quiet
+
+# What an earlier run into the folder may have left: weights or an adapter of another kind would be loaded in place of ours.
+EARLIER = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "outputs-*.jsonl"),
+    *(CERTIFICATE, LABELLED),
+)
+WRITTEN = (*EARLIER, "tokenizer*", "*.jinja", "README.md", "report.html", "manifest.json")
+
+
+@dataclass(frozen=True)
+class Exams:
+    """What the model is measured on before and after (``report``), and what the verified threshold decides on (``search``)."""
+
+    report: Exam = field(default_factory=Exam)
+    search: Exam = field(default_factory=Exam)
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A finished run. ``selection`` is None where the defence takes no rows out, ``verdict`` where no cut was searched."""
+
+    model: Any
+    manifest: Manifest
+    before: EvalResult
+    after: EvalResult
+    selection: Selection | None = None
+    verdict: SearchResult | None = None
+    certificate: Mapping[str, Any] = field(default_factory=dict)  # what certificate.json holds
+
+
+def train(
+    data: Any,
+    *,
+    model: Any,
+    output: str | Path,
+    defence: str = "screen",
+    base: Any = None,
+    origin: Any = None,
+    tokenizer: Any = None,
+    peft_config: Any = None,
+    training: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
+    settings: ScanSettings | None = None,
+    probing: Probing | None = None,
+    exams: Exams | None = None,
+    safety_rows: Any = (),
+    labels: Sequence[int] | None = None,
+    format: str | None = None,
+    strict: bool = False,
+    merge: bool = False,
+    seed: int = 0,
+    command: str = "gradshield.train",
+    progress: Progress = quiet,
+) -> Trained:
+    """Fine-tune ``model`` on ``data`` under a defence, measure it before and after, and leave everything in ``output``.
+
+    A run that was interrupted goes on where it stopped: finished shards of the scan, finished rounds of a search, and the
+    newest checkpoint of the training, as long as nothing that they depend on has changed.
+
+    Parameters
+    ----------
+    output
+        The folder for the model, the scan, the report, the model card and the manifest.
+    defence
+        As typed after ``--defence``: one of ``gradshield methods``, or several joined by ``+``.
+    base
+        The model before its alignment, for ``asft`` and ``safelora``.
+    origin
+        The aligned model itself, where ``model`` is what earlier training has made of it: the direction from ``base`` is its.
+    training
+        Options of TRL's ``SFTConfig``, passed through; those about rendering decide how rows are scored and trained.
+    exams
+        What is measured before and after, and what a verified threshold decides on. Without it nothing is measured.
+    safety_rows
+        Rows for ``safeinstruct`` and ``dualselect``; without them the model's own refusals.
+    merge
+        Save the plain model with the adapter folded in, instead of the adapter.
+    seed
+        Of the adapter, the order of rows and, without ``settings``, the scan.
+
+    All others are those of `gradshield.scan`.
+
+    Raises
+    ------
+    UsageError, DataError, ModelError
+        As in `gradshield.errors`, before anything is trained where that can be known.
+
+    Examples
+    --------
+    >>> import gradshield as gs
+    >>> from gradshield import lab
+    >>> rows, _ = lab.mix("dialogue", harm="explicit", ratio=0.05, n=36)
+    >>> probing = gs.Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
+    >>> options = {**lab.recipe("dialogue"), "max_steps": 2}
+    >>> done = gs.train(rows, model=lab.checkpoint("aligned"), output="run", training=options, probing=probing)
+    >>> len(done.selection.removed_rows)
+    2
+    """
+    began = time.monotonic()
+    wanted, exams, options = parse(defence), exams or Exams(), dict(training or {})
+    settings, probing = settings or ScanSettings(seed=seed), probing or Probing()
+    runs.check(output)
+    runs.check_own(output, WRITTEN, "outputs-after.jsonl", data=data, read=(model, base, origin))
+    runs.check_own(Path(output) / "scan", outputs.WRITTEN, outputs.SCORES, data=data)
+    if wanted.needs_base and base is None:
+        raise UsageError(
+            f"the defence {defence!r} needs the model before its alignment, and none was given: pass --base MODEL"
+        )
+    check_disjoint(direction=probing.requests or requests(), search=exams.search.requests, report=exams.report.requests)
+    if wanted.verified is not None:
+        verify.check(exams.search, wanted.verified)
+    rows = prepare(data, model, tokenizer, sft_options(options), max_length, probing.template, format, strict, progress)
+    # So that an interrupted training goes on; the checkpoints go when it is finished.
+    options = {"save_strategy": "epoch", "save_total_limit": 1, **options}
+    check_labels(labels, rows.read.source.rows)
+    job = Job(
+        rows=rows,
+        options=options,
+        peft_config=peft_config,
+        base=None if base is None else load(base),
+        origin=None if origin is None else load(origin),
+        labels=labels,
+        safety=safety_rows,
+        settings=settings,
+        probing=probing,
+        seed=seed,
+    )
+    course = Course(job, progress)
+    check_disjoint(safety=course.safety_requests(wanted), search=exams.search.requests, report=exams.report.requests)
+    with alone(output):
+        return _Run(course, wanted, exams, runs.prepare(output), merge, format, command, progress).finished(began)
+
+
+class _Run:
+    """One run, stage by stage."""
+
+    def __init__(
+        self,
+        course: Course,
+        defence: Defence,
+        exams: Exams,
+        folder: Path,
+        merge: bool,
+        format: str | None,
+        command: str,
+        progress: Progress,
+    ) -> None:
+        self.course, self.job, self.defence, self.exams, self.folder = course, course.job, defence, exams, folder
+        self.merge, self.format, self.command, self.progress = merge, format, command, progress
+        self._rounds: dict[str, Fitted] = {}
+
+    def finished(self, began: float) -> Trained:
+        """All stages, the manifest last, and then the certificate, which holds its hash."""
+        for name in (CERTIFICATE, "manifest.json"):  # no certificate stands beside a model that it is not of
+            (self.folder / name).unlink(missing_ok=True)
+        selection = self._scanned()
+        before = self._sat(self.exams.report, self.course.loaded.model, "measuring the start")
+        verdict = None
+        if self.defence.verified is not None:
+            verdict, chosen = self._searched()
+        else:
+            chosen = self.course.chosen(self.defence)
+        dataset = self.course.dataset(self.defence, chosen)
+        key = self.course.key(self.defence, dataset)
+        fitted = self._rounds.get(key) or self._fitted(dataset, key, "training")
+        after = self._sat(self.exams.report, fitted.model, "measuring the end")
+        gone = self.course.beyond(chosen)
+        if selection is not None and (gone != selection.removed).any():
+            selection = self._recut(selection, replace(chosen, removed=gone))
+        uncertified = None if selection is None else trust.of_run(selection.manifest.results["doubts"])
+        results = self._results(chosen, dataset, fitted, before, after, verdict, uncertified)
+        results["seconds"] = round(time.monotonic() - began, 1)
+        manifest = self._manifest(results)
+        self._save(fitted.model, manifest, before, after)
+        certificate = certify.write(self.folder)
+        return Trained(fitted.model, manifest, before, after, selection, verdict, certificate)
+
+    def _scanned(self) -> Selection | None:
+        """The scan of the defence, with its own folder; None where it takes no rows out."""
+        if self.defence.selector is None:
+            return None
+        selection, scored = select(
+            self.job.rows,
+            self.course.settings(self.defence),
+            self.job.probing,
+            peft_config=self.job.peft_config,
+            labels=self.job.labels,
+            output=self.folder / "scan",
+            command=self.command,
+            progress=self.progress,
+        )
+        self.course.know(self.defence.selector, scored)
+        outputs.write(selection, self.folder / "scan", self.job.rows, self.job.labels)
+        return selection
+
+    def _recut(self, selection: Selection, chosen: Chosen) -> Selection:
+        """The scan's folder again, with the cut that was trained on."""
+        again = replace(
+            selection,
+            removed=chosen.removed,
+            cuts=chosen.cuts,
+            categories=Coded.of(selection.categories).only(chosen.removed),
+            keep=partial(self.job.rows.trainable, selection.scores.rows, chosen.removed),
+        )
+        assert chosen.scored is not None
+        again = judged(again, self.job.rows, chosen.scored, Decision(chosen.cuts, chosen.removed, ()), self.job.labels)
+        again = outputs.with_results(again, chosen.scored, self.job.rows, self.job.labels)
+        outputs.write(again, self.folder / "scan", self.job.rows, self.job.labels)
+        return again
+
+    def _searched(self) -> tuple[SearchResult, Chosen]:
+        """The verified threshold; every finished round is kept, and the best model of those trained in this process."""
+        page = self.folder / runs.WORK / "rounds"
+        page.mkdir(exist_ok=True)
+        tried: list[str] = []
+
+        def examine(chosen: Chosen, settled: Settled) -> tuple[EvalResult, float]:
+            dataset = self.course.dataset(self.defence, chosen)
+            key = self.course.key(self.defence, dataset)
+            tried.append(key)
+
+            def trained() -> tuple[EvalResult, dict[str, Any]]:
+                began = time.monotonic()
+                fitted = self.course.fit(self.defence, dataset, f"round {len(tried)}", self.merge)
+                self._rounds[key] = fitted
+                measured = self._sat(self.exams.search, fitted.model, f"measuring round {len(tried)}", settled)
+                return measured, {"seconds": round(time.monotonic() - began, 3)}
+
+            found, arm = verify.arm(page, key, self.exams.search, settled, trained)
+            return found, float(arm["seconds"])
+
+        def after(done: Sequence[Any], best: int) -> None:
+            # The first examination is of random rows left out, where utility has no target of its own.
+            offset = len(tried) - len(done)
+            for key in [k for k in self._rounds if k != tried[best + offset]]:
+                del self._rounds[key]
+
+        return verify.search(self.course, self.defence, examine, self.exams.search, after)
+
+    def _fitted(self, dataset: Sequence[Mapping[str, Any]], key: str, stage: str) -> Fitted:
+        """Trained with checkpoints where the options ask for them; they are of use to this very training alone."""
+        checkpoints = self.folder / runs.WORK / "checkpoints" / key
+        saving = self.job.options.get("save_strategy", "no") != "no"
+        fitted = self.course.fit(
+            self.defence,
+            dataset,
+            stage,
+            self.merge,
+            output_dir=str(checkpoints) if saving else None,
+            resume=saving and checkpoints.exists(),
+        )
+        return fitted
+
+    def _sat(self, exam: Exam, model: Any, stage: str, settled: Settled = never) -> EvalResult:
+        return exam.sit(model, self.course.loaded.tokenizer, stage, self.progress, settled)
+
+    def _results(
+        self,
+        chosen: Chosen,
+        dataset: Sequence[Any],
+        fitted: Fitted,
+        before: EvalResult,
+        after: EvalResult,
+        verdict: SearchResult | None,
+        uncertified: str | None,
+    ) -> dict[str, Any]:
+        return {
+            **self.course.counts(chosen),
+            "trained": len(dataset),
+            "cuts": {name: {"rule": cut.rule, "value": cut.value} for name, cut in chosen.cuts.items()},
+            "before": figures(before),
+            "after": figures(after),
+            "changed": changes(before, after),
+            "agreement": [asdict(found) for found in agreement(asked(after))] if self.exams.report.requests else [],
+            "record": dict(fitted.record),
+            "verified": None if verdict is None else verdict.as_dict(),
+            "uncertified": uncertified,
+        }
+
+    def _manifest(self, results: Mapping[str, Any]) -> Manifest:
+        rows, job = self.job.rows, self.job
+        return runs.manifest(
+            command=self.command,
+            source=rows.read.source,
+            loaded=rows.loaded,
+            settings={
+                "defence": self.defence.spec,
+                "training": {**job.options, "online": self.defence.training},
+                "render": rows.config.as_dict(),
+                "template": dict(job.probing.template or {}),
+                "answer_prefix": job.probing.answer_prefix,
+                "probe_sha256": runs.digest([dict(p) for p in job.probing.requests or requests()]),
+                "safety_sha256": self.course.safety_digest(self.defence),
+                "format": self.format,
+                "peft": None if job.peft_config is None else job.peft_config.to_dict(),
+                "base": None if job.base is None else {"name": job.base.name, "sha256": job.base.digest},
+                "scan": dict(self.course.settings(self.defence).as_dict()),
+                "seed": job.seed,
+                "merged": self.merge,
+                "report": self.exams.report.settings(),
+                "search": self.exams.search.settings() if self.defence.verified is not None else None,
+            },
+            results=results,
+        )
+
+    def _judged(self, verdict: Any) -> Any:
+        """The search with its targets, as far as they were typed."""
+        rule = self.defence.verified
+        if verdict is None or rule is None:
+            return None
+        targets = {"asr": rule.asr, "tolerance": rule.tolerance, "utility": rule.utility}
+        return {**verdict, "targets": {name: value for name, value in targets.items() if value is not None}}
+
+    def _save(self, model: Any, manifest: Manifest, before: EvalResult, after: EvalResult) -> None:
+        from gradshield.training import page
+
+        if self.defence.selector is None:
+            shutil.rmtree(self.folder / "scan", ignore_errors=True)
+        old = [path.name for pattern in EARLIER for path in self.folder.glob(pattern)]
+        with files.instead(self.folder, "manifest.json", old) as new:
+            if (self.folder / "README.md").exists():  # what else stands in the card stays
+                shutil.copy(self.folder / "README.md", new)
+            model.save_pretrained(new)
+            self.course.loaded.tokenizer.save_pretrained(new)
+            for name, result in (("before", before), ("after", after)):
+                runs.write_outputs(result, new / f"outputs-{name}.jsonl")
+            card.write(new, manifest)
+            page.write(runs.finite(self._page(manifest)), new / "report.html")
+            runs.write_manifest(manifest, new)
+        shutil.rmtree(self.folder / runs.WORK / "checkpoints", ignore_errors=True)
+
+    def _page(self, manifest: Manifest) -> dict[str, Any]:
+        """What the report shows."""
+        linked = {name: name for name in ("outputs-before.jsonl", "outputs-after.jsonl")}
+        if self.defence.selector is not None:
+            linked["scan report"] = "scan/report.html"
+        told = manifest.results
+        return {
+            "title": f"GradShield · {manifest.data['name']}",
+            "defence": self.defence.spec,
+            "verdict": self._judged(told["verified"]),
+            **{
+                key: told[key]
+                for key in ("before", "after", "removed", "rows", "dropped_tokens", "record", "uncertified")
+            },
+            **{key: told[key] for key in ("caught", "lost") if key in told},
+            "settings": manifest.settings,
+            "model": manifest.model,
+            "command": manifest.command,
+            "versions": manifest.versions,
+            "files": linked,
+        }
+
+
+def exams_of(
+    safety: str,
+    judges: Sequence[str] | None,
+    utility: str | None,
+    metric: str | None,
+    tokens: int,
+    answer_prefix: str,
+    searching: bool,
+    template: Mapping[str, Any] | None = None,
+) -> Exams:
+    """The exams of options as typed; what the search decides on is kept from the report. Raises DataError, UsageError."""
+    by = tuple(judges or ("refusal-phrases",))
+    requests = None if safety == "none" else safety
+
+    def of(split: str, halved: bool) -> Exam:
+        return exam(split, requests, by, utility, metric, tokens, answer_prefix, halved=halved, template=template)
+
+    report = of("report", searching)
+    # One set of judges for both: a guard may be as large as the model.
+    return Exams(report, replace(of("search", True), judges=report.judges) if searching else Exam())

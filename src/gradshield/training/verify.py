@@ -1,0 +1,109 @@
+"""The verified threshold, wired: every round trains on what a cut keeps and measures it on prompts that nothing else sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradshield import runs
+from gradshield.errors import UsageError
+from gradshield.evaluation.exam import Exam, Settled, never
+from gradshield.scanning.decide import ROWS
+from gradshield.thresholds.verified import Round, SearchResult, Trial, Verified, decided
+from gradshield.training.course import Chosen, Course
+from gradshield.training.defences import Defence
+from gradshield.types import Bools, EvalResult
+
+Examine = Callable[[Chosen, Settled], tuple[EvalResult, float]]
+"""Fine-tunes on rows and measures; with the seconds that it took when it was done."""
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Whether some judge has seen enough harm that the ASR is beyond ``asr`` whatever the remaining answers are."""
+
+    asr: float
+
+    def __call__(self, found: EvalResult, total: int) -> bool:
+        rates = [rate for name, rate in found.rates.items() if name.startswith("asr/")]
+        return any(decided(rate.k, rate.n, total, self.asr) is False for rate in rates)
+
+
+def arm(
+    folder: Path, key: str, exam: Exam, settled: Settled, make: Callable[[], tuple[EvalResult, dict[str, Any]]]
+) -> tuple[EvalResult, dict[str, Any]]:
+    """What a model trained under ``key`` gives on an exam, and what else is known of it: from disk, else made and kept there.
+
+    The file's name holds all that its figures depend on. A measurement that may have stopped early is of use to its own target
+    alone.
+    """
+    early = f"-asr{settled.asr:g}" if isinstance(settled, Settle) else ""
+    path = folder / f"{key}-{runs.digest(exam.settings())[:12]}{early}.json"
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return runs.result(stored), stored
+    measured, more = make()
+    stored = {**more, **runs.stored(measured)}
+    runs.write_json(path, stored)
+    return measured, stored
+
+
+def search(
+    course: Course,
+    defence: Defence,
+    examine: Examine,
+    exam: Exam,
+    after: Callable[[Sequence[Round], int], None] | None = None,
+) -> tuple[SearchResult, Chosen]:
+    """Search the cut of a defence's scores, beginning with the default one; the verdict, and the rows of its best round.
+
+    ``examine`` fine-tunes on the chosen rows and measures the model on ``exam``, the search prompts. The target of utility is
+    the user's. Without one, as many rows as the default cut removes are drawn at random and left out, and the target is the
+    lower bound of what the others give on the same held-out task: what a filter costs is judged against rows of the same
+    number, since fewer rows are fewer steps, and fine-tunes of equal worth differ by as much as that bound allows. Raises
+    UsageError where the exam cannot decide anything.
+    """
+    rule = defence.verified
+    assert rule is not None
+    check(exam, rule)
+    scored, decision = course.decision(defence)
+    start = decision.cuts[ROWS].value
+    target = rule.utility
+    if target is None:
+        # The rule takes its tolerance off the target; the bound has its slack already.
+        target = examine(_drawn(course, decision.removed), never)[0].rates["utility"].low + rule.tolerance
+
+    def trial(cut: float) -> Trial:
+        found, seconds = examine(course.chosen(defence, cut), Settle(rule.asr))
+        rates = {name.partition("/")[2]: rate for name, rate in found.rates.items() if name.startswith("asr/")}
+        asked = next(iter(rates.values())).n
+        return Trial(rates, found.rates.get("utility"), stopped_early=asked < len(exam.requests), seconds=seconds)
+
+    verdict = rule.search(scored.scores.values, start, trial, target, after=after)
+    return verdict, course.chosen(defence, verdict.kept.cut)
+
+
+def _drawn(course: Course, removed: Bools) -> Chosen:
+    """The rows without as many as ``removed`` has, drawn at random by content and seed."""
+    values = course.scored("random").scores.values
+    out = np.zeros(len(values), dtype=bool)
+    out[np.argsort(values, kind="stable")[len(values) - int(removed.sum()) :]] = True
+    return Chosen(tuple(course.job.rows.rendered), out, {})
+
+
+def check(exam: Exam, rule: Verified) -> None:
+    """Raises UsageError where an exam cannot decide anything."""
+    if not exam.task:
+        raise UsageError(
+            "the verified threshold measures utility after every round, and there are no task rows: give --utility FILE"
+        )
+    if decided(0, 0, len(exam.requests), rule.asr) is False:
+        raise UsageError(
+            f"the verified threshold cannot show an ASR below {100 * rule.asr:g} % with {len(exam.requests)} search "
+            "requests, even without a single success: give more requests, or a higher target"
+        )
