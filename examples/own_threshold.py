@@ -43,7 +43,7 @@ def main() -> None:
         first = gs.scan(rows, model=lab.checkpoint("aligned"), settings=settings, probing=probing, output=folder)
         print("mad:k=6", len(first.removed_rows), "removed")
         for rule in ("mad:k=10", "decoy", "adaptive", "ratio:5%"):  # saved scores are cut again without the model
-            print(rule, len(gs.recut(folder, rule).removed_rows), "removed")
+            print(rule, len(gs.cut(folder, rule).removed_rows), "removed")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,39 @@
-"""One thread: on models this small a second one saves nothing, and on a busy machine the two wait for each other."""
+"""What every test has: one thread, no network, and one folder with a tiny model."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from threadpoolctl import threadpool_limits
 
+from tests.common import save_model, write_probes
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
+    """On models this small a second thread saves nothing, and on a busy machine the two wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with threadpool_limits(1):
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with its tokenizer."""
+    return save_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six requests in two categories."""
+    return write_probes(tmp_path_factory.mktemp("probes") / "probes.jsonl")

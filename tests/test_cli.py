@@ -22,7 +22,7 @@ from gradshield.gradients import ENGINES
 from gradshield.probes import PROBES
 from gradshield.selectors import AGGREGATES, SELECTORS
 from gradshield.thresholds import THRESHOLDS
-from tests.pipeline.common import chats, command, files, jsonl, save_model, scan_arguments, table, write, write_probes
+from tests.common import chats, command, files, jsonl, save_model, scan_arguments, table, write, write_probes
 from tests.tiny import tiny_tokenizer
 
 COMMANDS = ("scan", "cut", "show", "methods", "demo")
@@ -421,7 +421,7 @@ def test_importing_stays_cheap() -> None:
         ["train", "no.jsonl", "--model", "lab/model", "--output", "out"],
         ["train", __file__, "--model", "/no/model", "--output", "out"],
         ["train", __file__, "--model", "lab/model", "--base", "~/no-base", "--output", "out"],
-        ["eval", "some/where/else"],
+        ["evaluate", "some/where/else"],
         ["show", "no.jsonl"],
         ["compare", "no.yaml", "--output", "out"],
         ["cut", "no-folder"],

@@ -23,7 +23,7 @@ import typer
 import gradshield
 from gradshield import lab
 from gradshield.cli.app import app
-from tests.pipeline.common import command, jsonl
+from tests.common import command, jsonl
 
 ROOT = Path(__file__).parents[1]
 GUIDES = [
@@ -136,7 +136,7 @@ def test_examples_in_docstrings_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """In one folder, so that what one example has measured the next one finds."""
     monkeypatch.chdir(tmp_path)
     runner, finder = doctest.DocTestRunner(), doctest.DocTestFinder(recurse=False)
-    for name in ("scan", "recut", "estimate", "train"):
+    for name in ("scan", "cut", "estimate", "train"):
         for test in finder.find(getattr(gradshield, name), f"gradshield.{name}"):
             assert test.examples, name
             assert not runner.run(test).failed, name

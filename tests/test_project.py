@@ -32,7 +32,7 @@ PUBLIC = {
     "compare",
     "estimate",
     "evaluate",
-    "recut",
+    "cut",
     "scan",
     "train",
 }

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from gradshield.comparison.compare import compare
     from gradshield.evaluation.certify import certify, check
     from gradshield.evaluation.evaluate import evaluate
-    from gradshield.scanning.cut import recut
+    from gradshield.scanning.cut import cut
     from gradshield.scanning.estimate import estimate
     from gradshield.scanning.scan import scan
     from gradshield.scanning.settings import Probing, ScanSettings
+    from gradshield.scanning.show import show
     from gradshield.training.train import train
 
 __version__ = version("gradshield")
@@ -36,10 +37,11 @@ __all__ = [
     "certify",
     "check",
     "compare",
+    "cut",
     "estimate",
     "evaluate",
-    "recut",
     "scan",
+    "show",
     "train",
 ]
 
@@ -47,7 +49,8 @@ _HOMES = {
     "scan": "gradshield.scanning.scan",
     "Probing": "gradshield.scanning.settings",
     "ScanSettings": "gradshield.scanning.settings",
-    "recut": "gradshield.scanning.cut",
+    "cut": "gradshield.scanning.cut",
+    "show": "gradshield.scanning.show",
     "train": "gradshield.training.train",
     "estimate": "gradshield.scanning.estimate",
     "evaluate": "gradshield.evaluation.evaluate",

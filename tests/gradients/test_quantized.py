@@ -14,7 +14,7 @@ from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.scanning.cost import Shape
 from gradshield.scanning.parcel import Origin
-from tests.pipeline.common import PROBING, chats, command, jsonl, save_model, scan_arguments, write, write_probes
+from tests.common import PROBING, chats, command, jsonl, save_model, scan_arguments, write, write_probes
 
 pytest.importorskip("bitsandbytes", reason="needs gradshield[quantized]")
 

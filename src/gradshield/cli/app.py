@@ -62,7 +62,7 @@ def gradshield(
 
 
 for command in COMMANDS:
-    app.command({"evaluate": "eval"}.get(command.__name__))(command)
+    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,8 +21,8 @@ def cut(
     gate, allowed = share(fail_above), read_ids(allow)
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}: run `gradshield scan` into it first")
-    from gradshield.scanning.cut import recut
+    from gradshield.scanning.cut import cut as cut_again
 
-    selection = recut(folder, threshold, allowed, command_line())
+    selection = cut_again(folder, threshold, allowed, command_line())
     summary(selection, folder)
     check_gate(selection, gate)

@@ -1,4 +1,4 @@
-"""``gradshield eval``: how safe and how useful a model is, measured the same way as after training."""
+"""``gradshield evaluate``: how safe and how useful a model is, measured the same way as after training."""
 
 from __future__ import annotations
 

@@ -42,9 +42,17 @@ def show(
         require_model(model)
     quiet_libraries()
     from gradshield.scanning.options import sft_options
-    from gradshield.scanning.show import seen
+    from gradshield.scanning.show import show as seen
 
-    view = seen(data, row, model, format, sft_options(training), max_length, trust_remote_code)
+    view = seen(
+        data,
+        row,
+        model=model,
+        format=format,
+        training_args=sft_options(training),
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
+    )
     for text, counts in view.pieces:
         out.print(Text(visible(text), style="bold green" if counts else "dim"), end="")
     out.print()

@@ -28,11 +28,11 @@ NO_CATEGORY = "not measured"
 SPAN = 1 << 12  # rows of a Parquet file that are put together at once
 
 
-def recut(
+def cut(
     folder: str | Path,
     threshold: str | Threshold | None = None,
     allow: Iterable[str] = (),
-    command: str = "gradshield.recut",
+    command: str = "gradshield.cut",
 ) -> Selection:
     """Apply another threshold to the scores of a finished scan, and rewrite its rows, scores, report and manifest.
 
@@ -60,16 +60,16 @@ def recut(
     >>> rows, _ = lab.mix("dialogue", harm="explicit", ratio=0.05, n=36)
     >>> probing = gs.Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
     >>> _ = gs.scan(rows, model=lab.checkpoint("aligned"), probing=probing, output="screened")
-    >>> len(gs.recut("screened", "ratio:10%").removed_rows)
+    >>> len(gs.cut("screened", "ratio:10%").removed_rows)
     3
     """
     path = Path(folder)
     read_manifest(path)
     with alone(path):
-        return _recut(path, threshold, allow, command)
+        return _cut(path, threshold, allow, command)
 
 
-def _recut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], command: str) -> Selection:
+def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], command: str) -> Selection:
     old = read_manifest(path)
     scores, removed_before, categories_before = read_scores(path)
     anchors = old.results.get("anchors")

@@ -1,8 +1,9 @@
-"""One row as the model sees it."""
+"""One row as the model sees it: its tokens, and which of them count in the loss."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from gradshield import data as rows_in
 from gradshield import lab
 from gradshield.errors import DataError, UsageError
 from gradshield.models import loading
+from gradshield.models.loading import LoadedModel
 from gradshield.scanning.options import render_config
 
 
@@ -24,18 +26,46 @@ class Seen:
     counted: int
 
 
-def seen(
+def show(
     data: Any,
-    row: int,
-    model: str | None,
-    format: str | None,
-    training_args: Any,
-    max_length: int | None,
-    trust: bool = False,
+    row: int = 0,
+    *,
+    model: str | Path | LoadedModel | None = None,
+    format: str | None = None,
+    training_args: Any = None,
+    max_length: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Seen:
-    """Render one row. Raises UsageError for a position that is not there, and DataError when the row cannot be used."""
+    """Render one row as training will.
+
+    Parameters
+    ----------
+    data
+        A file, a ``datasets.Dataset`` or a list of rows.
+    row
+        Position in ``data``, from 0.
+    model
+        A folder, a hub name (only the tokenizer is loaded) or a loaded model; None is the bundled lab's.
+
+    Raises
+    ------
+    UsageError
+        ``data`` has no row at this position.
+    DataError
+        The row cannot be used.
+
+    Examples
+    --------
+    >>> import gradshield as gs
+    >>> seen = gs.show([{"prompt": "Name a colour.", "completion": "blue"}])
+    >>> "".join(text for text, counts in seen.pieces if counts)
+    'blue<|end|>'
+    """
     read = rows_in.read(data, format=format)
-    tokenizer = loading.load_tokenizer(model or lab.checkpoint("aligned"), trust)
+    if isinstance(model, LoadedModel):
+        tokenizer = model.tokenizer
+    else:
+        tokenizer = loading.load_tokenizer(model or lab.checkpoint("aligned"), trust_remote_code)
     for bad in read.quarantined:
         if bad.row == row:
             raise DataError(f"row {row} (line {bad.line}) of {read.source.name} cannot be used, {bad.reason}: mend it")

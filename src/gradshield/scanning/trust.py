@@ -159,7 +159,7 @@ def _signals(scores: Scores, removed: Bools, opener_fihs: float) -> dict[str, st
     if turned >= min(max(least, share * total), most):
         found["pivots"] = (
             f"{turned:,} rows that stay decline in their first sentence and then answer, which can teach a model to do so with "
-            "any request: read them, and measure the trained model (gradshield eval)"
+            "any request: read them, and measure the trained model (gradshield evaluate)"
         )
     if unread:
         found["unread"] = (

@@ -36,7 +36,7 @@ from gradshield.selectors import (
 )
 from gradshield.selectors.reading import Reading, Turn
 from gradshield.types import Anchors, References
-from tests.pipeline.common import PROBING, chats
+from tests.common import PROBING, chats
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 pytest.importorskip("ray", reason="needs gradshield[ray]")

@@ -11,7 +11,7 @@ from gradshield.cli.estimate import duration
 from gradshield.errors import UsageError
 from gradshield.scanning import shards
 from gradshield.scanning.estimate import Estimate
-from tests.pipeline.common import HALF, PROBING, chats, command, jsonl, save_model, scan, write, write_probes
+from tests.common import HALF, PROBING, chats, command, jsonl, save_model, scan, write, write_probes
 from tests.tiny import tiny_model, tiny_tokenizer
 
 BAD = [{"messages": []}, {"messages": [{"role": "user", "content": "Alone?"}]}, {"unknown": 1}, {"unknown": 2}]

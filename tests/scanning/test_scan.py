@@ -16,7 +16,7 @@ import pytest
 
 import gradshield as gs
 from gradshield.errors import DataError
-from tests.pipeline.common import HALF, PROBING, chat, chats, command, files, jsonl, scan, scan_arguments, table, write
+from tests.common import HALF, PROBING, chat, chats, command, files, jsonl, scan, scan_arguments, table, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
 FILES = {"quarantine.jsonl", "scores.parquet", "report.html", "manifest.json"}
@@ -313,7 +313,7 @@ def test_an_earlier_scan_into_the_folder_leaves_nothing_behind(tmp_path: Path) -
     assert "kept.jsonl" in report
     assert "kept.csv" not in report
     assert set(files(output)) == FILES | {"kept.jsonl", "removed.jsonl"}
-    assert gs.recut(output, "ratio:25%").manifest.results["scored"] == 4
+    assert gs.cut(output, "ratio:25%").manifest.results["scored"] == 4
 
 
 @pytest.mark.parametrize("name", ["kept.csv", "scores.parquet", "manifest.json"])

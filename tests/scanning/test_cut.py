@@ -17,8 +17,8 @@ import pytest
 import gradshield as gs
 from gradshield import data as rows_in
 from gradshield.errors import DataError, UsageError
-from gradshield.scanning import cut as recut
-from tests.pipeline.common import chats, command, files, jsonl, scan, scan_arguments, table, write
+from gradshield.scanning import cut as cutting
+from tests.common import chats, command, files, jsonl, scan, scan_arguments, table, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = [*chats(9), chats(1)[0]]
@@ -65,7 +65,7 @@ def test_cutting_again_equals_a_scan_with_that_rule(kind: str, tmp_path: Path) -
     first = scan(data, output=again, settings=_settings("ratio:20%"))
     assert len(first.quarantined) == 1
     for rule in RULES:
-        cut = gs.recut(again, rule)
+        cut = gs.cut(again, rule)
         direct = scan(data, output=fresh, settings=_settings(rule))
         _same_rows(again, fresh)
         assert np.array_equal(cut.removed, direct.removed)
@@ -104,7 +104,7 @@ def test_two_parquet_files_are_put_together_a_part_at_a_time(tmp_path: Path, mon
     monkeypatch.setattr("gradshield.data.source.GROUP", 1024)
     wanted = np.arange(7, 5000, 3)
     parts, taken = [], 0
-    for part in recut.Together(examples, np.arange(5000), removed).tables(wanted):
+    for part in cutting.Together(examples, np.arange(5000), removed).tables(wanted):
         parts.append(part)
         taken += len(part)
         assert given[0] <= 3 * taken + 2 * 1024 + 200
@@ -114,17 +114,17 @@ def test_two_parquet_files_are_put_together_a_part_at_a_time(tmp_path: Path, mon
 def test_categories_are_kept_and_new_rows_have_none(tmp_path: Path) -> None:
     scan(ROWS, output=tmp_path, settings=_settings("ratio:20%"))
     before = table(tmp_path)["category"].to_pylist()
-    cut = gs.recut(tmp_path, "ratio:50%")
+    cut = gs.cut(tmp_path, "ratio:50%")
     known = {c for c, out in zip(before, cut.removed, strict=True) if out and c}
     assert known
     for was, now, out in zip(before, cut.categories, cut.removed, strict=True):
         assert now == ((was or "not measured") if out else "")
     assert "not measured" in cut.manifest.results["categories"]
-    gs.recut(tmp_path, "fixed:1e9")  # nothing is removed, and what the scan named is not forgotten
-    again = gs.recut(tmp_path, "ratio:50%")
+    gs.cut(tmp_path, "fixed:1e9")  # nothing is removed, and what the scan named is not forgotten
+    again = gs.cut(tmp_path, "ratio:50%")
     assert list(again.categories) == list(cut.categories)
     fresh = scan(ROWS, output=tmp_path, settings=_settings("ratio:50%"))
-    assert list(gs.recut(tmp_path, "ratio:50%").categories) == list(fresh.categories)
+    assert list(gs.cut(tmp_path, "ratio:50%").categories) == list(fresh.categories)
 
 
 def test_an_allow_list_keeps_rows(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_an_allow_list_keeps_rows(tmp_path: Path) -> None:
     direct = scan(ROWS, output=tmp_path / "direct", settings=_settings("ratio:50%"), allow=[gone[0], gone[2]])
     _same_rows(tmp_path / "out", tmp_path / "direct")
     assert direct.cleared == tuple(sorted(direct.scores.ids.index(gone[n]) for n in (0, 2)))
-    gs.recut(tmp_path / "out", "ratio:50%")  # an allow list has to be given again
+    gs.cut(tmp_path / "out", "ratio:50%")  # an allow list has to be given again
     assert [i for i, out in zip(*_flags(tmp_path / "out"), strict=True) if out] == gone
 
 
@@ -149,7 +149,7 @@ def _flags(output: Path) -> tuple[list[str], list[bool]]:
 def test_an_id_numbered_for_a_repeat_is_one_row(tmp_path: Path) -> None:
     rows = [chats(1)[0]] * 3
     plain = scan(rows, output=tmp_path, settings=_settings("fixed:-1e9"))
-    cut = gs.recut(tmp_path, "fixed:-1e9", allow=[plain.scores.ids[1]])
+    cut = gs.cut(tmp_path, "fixed:-1e9", allow=[plain.scores.ids[1]])
     assert cut.removed.tolist() == [True, False, True]
     assert cut.cleared == (1,)
 
@@ -157,7 +157,7 @@ def test_an_id_numbered_for_a_repeat_is_one_row(tmp_path: Path) -> None:
 def test_labels_are_measured_again(tmp_path: Path) -> None:
     labels = [1, 0] * 5
     scan(ROWS, output=tmp_path / "a", settings=_settings("ratio:20%"), labels=labels)
-    cut = gs.recut(tmp_path / "a", "ratio:50%")
+    cut = gs.cut(tmp_path / "a", "ratio:50%")
     direct = scan(ROWS, output=tmp_path / "b", settings=_settings("ratio:50%"), labels=labels)
     assert cut.manifest.results["labels"] == json.loads(json.dumps(direct.manifest.results["labels"]))
 
@@ -182,9 +182,9 @@ def test_scores_without_decoys_say_which_rules_there_are(tmp_path: Path) -> None
     before = files(tmp_path)
     for rule in ("decoy", "competition"):
         with pytest.raises(UsageError, match="these scores have none"):
-            gs.recut(tmp_path, rule)
+            gs.cut(tmp_path, rule)
     assert files(tmp_path) == before
-    gs.recut(tmp_path, "adaptive")
+    gs.cut(tmp_path, "adaptive")
     with pytest.raises(UsageError, match="these scores have none"):  # told before the rows are measured
         scan(
             ROWS,
@@ -278,7 +278,7 @@ def test_an_unfinished_scan_cannot_be_cut(tmp_path: Path, monkeypatch: pytest.Mo
         scan(ROWS, output=tmp_path, model=tiny_model("llama"), tokenizer=tiny_tokenizer())
     assert [path.name for path in tmp_path.iterdir()] == [".gradshield"]
     with pytest.raises(DataError, match="not the folder of a finished scan"):
-        gs.recut(tmp_path, "ratio:20%")
+        gs.cut(tmp_path, "ratio:20%")
 
 
 @pytest.mark.parametrize("full", ["write_scores", "write_manifest"])
@@ -296,13 +296,13 @@ def test_a_full_disk_leaves_the_finished_scan(full: str, tmp_path: Path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(outputs, full, fails)
         for what in (
-            lambda: gs.recut(tmp_path / "out", "ratio:50%"),
+            lambda: gs.cut(tmp_path / "out", "ratio:50%"),
             lambda: scan(ROWS[:5], output=tmp_path / "out", settings=_settings("ratio:20%")),
         ):
             with pytest.raises(DataError, match="free some space"):
                 what()
             assert files(tmp_path / "out") == before and views.read_bytes() == coloured
-    gs.recut(tmp_path / "out", "ratio:50%")
+    gs.cut(tmp_path / "out", "ratio:50%")
     assert files(tmp_path / "out") != before and not list(tmp_path.rglob("*.part"))
 
 

@@ -15,7 +15,7 @@ from gradshield.errors import ModelError, ProbeError, ScoreError, UsageError
 from gradshield.gradients import ROW_SUMS, Derivatives, FiniteDifference, Forward
 from gradshield.scanning import shards
 from gradshield.selectors import Fihs
-from tests.pipeline.common import HALF, PROBING, chats, command, jsonl, save_model, scan, scan_arguments, write
+from tests.common import HALF, PROBING, chats, command, jsonl, save_model, scan, scan_arguments, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROWS = chats(12)

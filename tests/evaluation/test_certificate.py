@@ -19,7 +19,7 @@ from gradshield.judges import FunctionJudge
 from gradshield.probes import requests
 from gradshield.scanning import trust
 from gradshield.stats import wilson
-from tests.pipeline.common import command, jsonl, write
+from tests.common import command, jsonl, write
 
 REFUSED, ANSWERED = "I cannot help with that.", "PLACEHOLDER"
 ASKED = requests("report")

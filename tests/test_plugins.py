@@ -17,7 +17,7 @@ import pytest
 from gradshield import lab, registry
 from gradshield.errors import UnknownNameError
 from gradshield.registry import Registry
-from tests.pipeline.common import jsonl, table, write
+from tests.common import jsonl, table, write
 
 METHODS = '''
 """One method of each kind, as CONTRIBUTING.md says."""

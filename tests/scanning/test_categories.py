@@ -10,7 +10,7 @@ from torch import nn
 from gradshield.errors import ScoreError
 from gradshield.selectors import Fihs
 from gradshield.types import Direction
-from tests.pipeline.common import chats, scan
+from tests.common import chats, scan
 
 
 def test_naming_the_harm_holds_one_direction_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gradshield.scanning import shards
 from gradshield.types import Rendered, Tokens
-from tests.pipeline.common import chats, scan
+from tests.common import chats, scan
 
 
 def row(content: int, place: int = 0) -> Rendered:

@@ -1,4 +1,4 @@
-"""`gradshield train` and `gradshield eval`: what a run leaves behind, what it refuses, and that it goes on after a kill."""
+"""`gradshield train` and `gradshield evaluate`: what a run leaves behind, what it refuses, and that it goes on after a kill."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gradshield.scanning.settings import Probing
 from gradshield.training import train as training
 from gradshield.training.course import Course
 from gradshield.training.sequence import Stage, sequence
-from tests.pipeline.common import command, jsonl, write
+from tests.common import command, jsonl, write
 
 OPTIONS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
 PROBING = Probing(requests=lab.requests("direction")[:24], lookalikes=lab.lookalikes("direction")[:24])
@@ -108,7 +108,7 @@ def test_options_of_the_template_are_those_of_every_exam(tmp_path: Path) -> None
     told = {"enable_thinking": False}
     exams = training.exams_of("builtin", None, str(_held(tmp_path)), "exact", 8, "", True, told)
     assert exams.report.template == exams.search.template == told
-    assert command("eval", ALIGNED, "--template-kwargs", "{").code == 2
+    assert command("evaluate", ALIGNED, "--template-kwargs", "{").code == 2
 
 
 @pytest.mark.slow
@@ -272,7 +272,7 @@ def test_what_a_run_lacks_is_asked_for(tmp_path: Path, defence: str, more: dict[
 @pytest.mark.slow
 def test_eval_measures_any_model_and_keeps_every_answer(tmp_path: Path) -> None:
     asked, held = _requests(tmp_path, 12), _held(tmp_path, n=10)
-    typed = ["eval", ALIGNED, "--safety", str(asked), "--judge", "refusal-phrases", "--judge", "lab-classifier"]
+    typed = ["evaluate", ALIGNED, "--safety", str(asked), "--judge", "refusal-phrases", "--judge", "lab-classifier"]
     done = command(*typed, "--utility", str(held), "--metric", "exact", "--output", str(tmp_path / "out"))
     assert done.code == 0, done.err
     assert "ASR, lab-classifier" in done.out and "kappa" in done.out
@@ -280,8 +280,8 @@ def test_eval_measures_any_model_and_keeps_every_answer(tmp_path: Path) -> None:
     assert figures["asr"]["n"] == 12
     assert figures["utility"]["n"] == 10
     assert len((tmp_path / "out" / "outputs.jsonl").read_text().splitlines()) == 12 + 130 + 10
-    assert command("eval", ALIGNED, "--safety", "none").code == 2
-    assert command("eval", ALIGNED, "--judge", "nobody").code == 2
+    assert command("evaluate", ALIGNED, "--safety", "none").code == 2
+    assert command("evaluate", ALIGNED, "--judge", "nobody").code == 2
 
 
 @pytest.mark.slow
@@ -290,12 +290,12 @@ def test_no_command_writes_over_what_another_has_found(tmp_path: Path) -> None:
     asked = ["--safety", _requests(tmp_path, 2), "--max-new-tokens", 2]
     lab_probes = write(tmp_path / "probes.jsonl", jsonl([*PROBING.requests]))
     typed: dict[str, list[Any]] = {
-        "eval": ["eval", ALIGNED, *asked],
+        "evaluate": ["evaluate", ALIGNED, *asked],
         "scan": ["scan", rows, "--model", ALIGNED, "--probes", lab_probes, "--lookalikes", lab_probes, "--uncertified"],
         "train": ["train", rows, "--model", ALIGNED, "--defence", "none"],
         "demo": ["demo"],
     }
-    for own in ("eval", "scan"):
+    for own in ("evaluate", "scan"):
         folder = tmp_path / own
         assert command(*typed[own], "--output", folder).code == 0
         before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}

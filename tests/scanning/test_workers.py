@@ -28,7 +28,7 @@ from gradshield.scanning import shards, workers
 from gradshield.scanning.parcel import Origin
 from gradshield.scanning.workers import Workers
 from gradshield.selectors import Loss
-from tests.pipeline.common import chats, command, jsonl, scan, scan_arguments, write
+from tests.common import chats, command, jsonl, scan, scan_arguments, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ray = pytest.importorskip("ray", reason="needs gradshield[ray]")

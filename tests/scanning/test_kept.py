@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 import gradshield as gs
 from gradshield.models.loading import parameters_digest
 from gradshield.selectors import Fihs
-from tests.pipeline.common import HALF, PROBING, chats, command, jsonl, scan, scan_arguments, write
+from tests.common import HALF, PROBING, chats, command, jsonl, scan, scan_arguments, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}

@@ -26,7 +26,7 @@ TOUCHES = frozenset({"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "
 def context() -> Any:
     """Processes that begin with everything imported, so that a scan takes the time of a scan."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.pipeline.killing"])
+    found.set_forkserver_preload(["tests.killing"])
     return found
 
 

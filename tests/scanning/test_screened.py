@@ -12,8 +12,8 @@ import pytest
 
 from gradshield import lab
 from gradshield.scanning import trust
-from tests.pipeline.common import command, jsonl, table, write
-from tests.pipeline.test_resume import _finished, _stopped
+from tests.common import command, jsonl, table, write
+from tests.scanning.test_resume import _finished, _stopped
 
 pytestmark = pytest.mark.slow
 SIGNALS = ("request", "fihs", "pivots")

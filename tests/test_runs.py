@@ -12,11 +12,11 @@ import pytest
 from gradshield.pipeline import lock
 from safetensors import SafetensorError
 
-from gradshield import recut, runs
+from gradshield import cut, runs
 from gradshield.errors import DataError, GradShieldError
 from gradshield.files import replacing
-from tests.pipeline import killing
-from tests.pipeline.common import chats, files, scan
+from tests import killing
+from tests.common import chats, files, scan
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_a_second_process_is_told_and_a_dead_one_lets_go(tmp_path: Path) -> None
     holder.start()
     try:
         assert ready.wait(120)
-        for what in (lambda: scan(chats(6), output=tmp_path), lambda: recut(tmp_path, "ratio:20%")):
+        for what in (lambda: scan(chats(6), output=tmp_path), lambda: cut(tmp_path, "ratio:20%")):
             with pytest.raises(DataError, match=rf"in use by another run.*process {holder.pid} on ") as raised:
                 what()
             assert "wait until it has ended, or give another --output" in str(raised.value)

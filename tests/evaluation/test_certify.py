@@ -19,8 +19,8 @@ from gradshield.evaluation.bounds import Claim, least, upper
 from gradshield.evaluation.certify import _check_judges
 from gradshield.training import train as training
 from gradshield.training.course import Course
-from tests.pipeline.common import command, jsonl, write
-from tests.pipeline.test_train import _run
+from tests.common import command, jsonl, write
+from tests.training.test_train import _run
 
 pytestmark = pytest.mark.slow
 

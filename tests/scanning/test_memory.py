@@ -12,7 +12,7 @@ import pytest
 import gradshield as gs
 from gradshield.scanning import shards
 from gradshield.selectors import Measured
-from tests.pipeline.common import chat, jsonl, scan, write
+from tests.common import chat, jsonl, scan, write
 
 HELD, AT_PEAK = 110, 250  # bytes a row; an `Example` with its words took 1,660, and its tokens and values 800 more
 FEW, MANY = 1500, 4500

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.pipeline import killing
+from tests import killing
 
 KILLS = 21
 PATIENCE = 120  # seconds for one scan of a second or two, on a machine that does other things too

@@ -19,7 +19,7 @@ from gradshield.probes import requests
 from gradshield.stats import wilson
 from gradshield.training import verify
 from gradshield.types import EvalResult
-from tests.pipeline.common import jsonl, write
+from tests.common import jsonl, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from gradshield.scanning import shards
 from gradshield.selectors import Fihs
-from tests.pipeline.common import chats, command, files, jsonl, scan, scan_arguments, table, write
+from tests.common import chats, command, files, jsonl, scan, scan_arguments, table, write
 
 ROWS = 640
 RULE = ("-t", "ratio:5%")

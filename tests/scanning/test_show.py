@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from gradshield.errors import DataError, UsageError
-from gradshield.scanning.show import seen
-from tests.pipeline.common import chats, command, jsonl, write
+from gradshield.scanning.show import show
+from tests.common import chats, command, jsonl, write
 
 EVIL = (
     "<script>alert(1)</script> [bold]x[/bold] [/] :smile: \x1b[31mred\x1b]0;title\x07 \u202eevil\u2066 \x9b2J \r back\\"
@@ -26,7 +26,7 @@ def _data(tmp_path: Path, *rows: Any) -> Path:
 
 def test_the_pieces_are_the_row_and_only_answers_count(folder: Path, tmp_path: Path) -> None:
     data = _data(tmp_path, *chats(3))
-    view = seen(str(data), 1, str(folder), None, None, None)
+    view = show(str(data), 1, model=str(folder))
     assert "".join(text for text, _ in view.pieces).endswith("Question 1?<|assistant|>The answer is 7, and so on.</s>")
     counted = "".join(text for text, counts in view.pieces if counts)
     assert counted == "The answer is 7, and so on.</s>"
@@ -124,11 +124,11 @@ def test_hostile_warnings_and_categories(folder: Path, tmp_path: Path) -> None:
 def test_rows_that_are_not_there_or_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", jsonl(chats(2)) + b"{broken\n")
     with pytest.raises(UsageError, match="give a position from 0 to 2"):
-        seen(str(data), 3, str(folder), None, None, None)
+        show(str(data), 3, model=str(folder))
     with pytest.raises(DataError, match=r"row 2 \(line 3\).*not valid JSON"):
-        seen(str(data), 2, str(folder), None, None, None)
+        show(str(data), 2, model=str(folder))
     with pytest.raises(DataError, match="no response token is left"):
-        seen(str(data), 0, str(folder), None, None, 4)
+        show(str(data), 0, model=str(folder), max_length=4)
     assert command("show", data, "--row", 9, "--model", folder).code == 2
     assert command("show", data, "--row", -1, "--model", folder).code == 2
     assert command("show", tmp_path / "none.jsonl").code == 3

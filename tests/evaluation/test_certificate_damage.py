@@ -12,8 +12,8 @@ import pytest
 from gradshield import certify, check
 from gradshield.errors import DataError
 from gradshield.evaluation import certify as made
-from tests.pipeline.common import command, jsonl, write
-from tests.pipeline.test_certificate import _labelled, _outputs, _run, _scan
+from tests.common import command, jsonl, write
+from tests.evaluation.test_certificate import _labelled, _outputs, _run, _scan
 
 
 def test_the_labs_judge_certifies_nothing_that_was_asked_elsewhere(tmp_path: Path) -> None:
