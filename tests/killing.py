@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradshield.pipeline import lock
 
 from gradshield import lab, runs
 from gradshield import scan as scan_rows
@@ -42,7 +41,7 @@ def scan(data: Path, output: Path, touched: Callable[[], None] = lambda: None, l
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not locked:
-        lock._locked = lambda lock, path: False
+        runs._locked = lambda lock, path: False
     own = str(output)
 
     def heard(event: str, arguments: tuple[Any, ...]) -> None:

@@ -24,8 +24,8 @@ METHODS = '''
 
 import numpy as np
 
-from gradshield.evaluation.judges import JUDGES, Verdict
-from gradshield.pipeline.defences import DEFENCES
+from gradshield.judges import JUDGES, Verdict
+from gradshield.training.defences import DEFENCES
 from gradshield.probes import PROBES, first_logits
 from gradshield.selectors import SELECTORS, Measured
 from gradshield.selectors.base import by_row, no_direction

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gradshield.pipeline import lock
 from safetensors import SafetensorError
 
 from gradshield import cut, runs
@@ -56,7 +55,7 @@ def test_a_folder_in_which_nothing_was_written_is_as_before(tmp_path: Path, ther
     with pytest.raises(ZeroDivisionError), runs.alone(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b").is_dir()
         raise ZeroDivisionError
-    after = [path for path in sorted(tmp_path.rglob("*")) if path.name != lock.LOCK]
+    after = [path for path in sorted(tmp_path.rglob("*")) if path.name != runs.LOCK]
     assert after == before
 
 
