@@ -17,7 +17,6 @@ import pytest
 import gradshield as gs
 from gradshield import data as rows_in
 from gradshield.errors import DataError, UsageError
-from gradshield.scanning import cut as cutting
 from tests.common import chats, command, files, jsonl, scan, scan_arguments, table, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -100,11 +99,11 @@ def test_two_parquet_files_are_put_together_a_part_at_a_time(tmp_path: Path, mon
             yield found
 
     monkeypatch.setattr(rows_in.Source, "tables", counted)
-    monkeypatch.setattr("gradshield.scanning.cut.SPAN", 100)
+    monkeypatch.setattr("gradshield.data.source.SPAN", 100)
     monkeypatch.setattr("gradshield.data.source.GROUP", 1024)
     wanted = np.arange(7, 5000, 3)
     parts, taken = [], 0
-    for part in cutting.Together(examples, np.arange(5000), removed).tables(wanted):
+    for part in rows_in.Together(examples, np.arange(5000), removed).tables(wanted):
         parts.append(part)
         taken += len(part)
         assert given[0] <= 3 * taken + 2 * 1024 + 200

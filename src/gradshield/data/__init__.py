@@ -21,11 +21,11 @@ from gradshield.data.formats import ReadResult, read
 from gradshield.data.pieces import spans
 from gradshield.data.render import RenderConfig, Renderer, RenderResult, render, render_all
 from gradshield.data.shapes import SHAPES
-from gradshield.data.source import Examples, Source
+from gradshield.data.source import Examples, Source, Together
 from gradshield.data.spool import Picked, Spool
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
 from gradshield.data.trl import labelled, to_trl
-from gradshield.data.writing import WRITTEN, Rows, suffix, take, write, write_parts, write_quarantine
+from gradshield.data.writing import WRITTEN, suffix, take, write, write_parts, write_quarantine
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
@@ -37,9 +37,9 @@ __all__ = [
     "RenderConfig",
     "RenderResult",
     "Renderer",
-    "Rows",
     "Source",
     "Spool",
+    "Together",
     "batches",
     "collate",
     "labelled",

@@ -23,6 +23,7 @@ from gradshield.errors import DataError
 from gradshield.types import Bools, Conversation, Example, Ints
 
 GROUP = 1 << 14  # rows of a Parquet file that are copied at once
+SPAN = 1 << 12  # rows of two Parquet files that are put together at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +108,58 @@ class Examples(OnDemand[Example]):
         row, shape = int(self.rows[index]), self.shapes[index]
         raw = self.source.copy[row]
         return Example(row, self.ids[index], shape, raw, convert(self.source.parse(raw), shape, self._text_field))
+
+
+class Together:
+    """The rows of a kept and a removed file in the order of the input they came from."""
+
+    def __init__(self, parts: Mapping[bool, Examples], rows: Ints, removed: Bools) -> None:
+        self._parts, self._rows, self._removed = parts, rows, removed
+        self._places = np.where(removed, np.cumsum(removed), np.cumsum(~removed)) - 1  # of each row in its own file
+        first = next(iter(parts.values())).source
+        self.kind, self.header, self.parse = first.kind, first.header, first.parse
+
+    def _found(self, rows: Iterable[int]) -> Iterator[tuple[Examples, int]]:
+        for at in np.searchsorted(self._rows, np.fromiter(rows, np.int64)):
+            yield self._parts[bool(self._removed[at])], int(self._places[at])
+
+    def examples(self, rows: Iterable[int]) -> Iterator[Example]:
+        """The rows at these positions in the input."""
+        return (part[place] for part, place in self._found(rows))
+
+    def raw(self, rows: Iterable[int]) -> Iterator[bytes]:
+        """As `Source.raw`."""
+        return (part.source.copy[int(part.rows[place])] for part, place in self._found(rows))
+
+    def tables(self, rows: Ints) -> Iterator[Any]:
+        """As `Source.tables`; both files are read side by side."""
+        import pyarrow as pa
+
+        wanted = np.isin(self._rows, rows)
+        spans = [slice(start, start + SPAN) for start in range(0, len(self._rows), SPAN)]
+        files = [
+            _sized(
+                part.source.tables(part.rows.astype(np.int64)),
+                [int((self._removed[span] == flag).sum()) for span in spans],
+            )
+            for flag, part in sorted(self._parts.items())
+        ]
+        for span, tables in zip(spans, zip(*files, strict=True), strict=True):
+            order = np.argsort(np.argsort(self._removed[span], kind="stable"))
+            yield pa.concat_tables(tables).take(order[wanted[span]])
+
+
+def _sized(tables: Iterator[Any], sizes: Iterable[int]) -> Iterator[Any]:
+    """The rows of tables in tables of these sizes."""
+    import pyarrow as pa
+
+    waiting = next(tables)
+    for size in sizes:
+        while len(waiting) < size:
+            waiting = pa.concat_tables([waiting, next(tables)])
+        yield waiting.slice(0, size)
+        waiting = waiting.slice(size)
+    next(tables, None)  # to its end, where the file's hash is compared
 
 
 def content_hash(content: bytes) -> int:

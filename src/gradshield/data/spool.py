@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import weakref
@@ -113,30 +114,23 @@ class Spool(_OnDisk[Rendered]):
 
     def add(self, row: Rendered) -> None:
         """Put a row after the others."""
-        name, shape = row.id.encode(), row.shape.encode()
-        parts = [np.array([row.row, len(name), len(shape), len(row.sequences)], np.int64).tobytes(), name, shape]
+        head = [row.row, row.id, row.shape, [(len(tokens.ids), tokens.coefficient) for tokens in row.sequences]]
+        parts = [json.dumps(head).encode(), b"\n"]
         for tokens in row.sequences:
-            parts += [np.int64(len(tokens.ids)).tobytes(), np.float64(tokens.coefficient).tobytes()]
             parts += [tokens.ids.astype(IDS).tobytes(), tokens.loss.tobytes()]
             self.longest = max(self.longest, len(tokens.ids))
         self._scratch.add(b"".join(parts))
 
     def _made(self, data: bytes) -> Rendered:
-        row, name, shape, count = np.frombuffer(data, np.int64, 4).tolist()
-        at = 32 + name + shape
-        return Rendered(row, data[32 : 32 + name].decode(), data[32 + name : at].decode(), _sequences(data, at, count))
-
-
-def _sequences(data: bytes, at: int, count: int) -> tuple[Tokens, ...]:
-    found = []
-    for _ in range(count):
-        length = int(np.frombuffer(data, np.int64, 1, at)[0])
-        coefficient = float(np.frombuffer(data, np.float64, 1, at + 8)[0])
-        ids = np.frombuffer(data, IDS, length, at + 16).astype(np.int64)
-        at += 16 + IDS.itemsize * length
-        found.append(Tokens(ids, np.frombuffer(data, np.bool_, length, at).copy(), coefficient))
-        at += length
-    return tuple(found)
+        head, _, body = data.partition(b"\n")
+        row, name, shape, sequences = json.loads(head)
+        found, at = [], 0
+        for length, coefficient in sequences:
+            ids = np.frombuffer(body, IDS, length, at).astype(np.int64)
+            at += IDS.itemsize * length
+            found.append(Tokens(ids, np.frombuffer(body, np.bool_, length, at).copy(), coefficient))
+            at += length
+        return Rendered(row, name, shape, tuple(found))
 
 
 class Values(_OnDisk[Floats]):

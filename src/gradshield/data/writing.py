@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from gradshield.data.source import Source
+from gradshield.data.source import Source, Together
 from gradshield.errors import DataError
 from gradshield.files import replacing
 from gradshield.types import Ints, Quarantined
@@ -19,31 +19,17 @@ from gradshield.types import Ints, Quarantined
 WRITTEN = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
-class Rows(Protocol):
-    """What rows can be written from: a `Source`, or several put together again."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def header(self) -> bytes: ...
-
-    def raw(self, rows: Iterable[int]) -> Iterator[bytes]: ...
-
-    def tables(self, rows: Ints) -> Iterator[Any]: ...
-
-
 def suffix(kind: str) -> str:
     """Suffix of the files that rows of this kind of input are written to: those of a ``Dataset`` or a list become JSON lines."""
     return f".{kind}" if f".{kind}" in WRITTEN else ".jsonl"
 
 
-def write(rows: Sequence[int] | Ints, source: Rows, path: str | Path) -> None:
+def write(rows: Sequence[int] | Ints, source: Source | Together, path: str | Path) -> None:
     """Write some rows of ``source`` by their positions, which increase, in the kind of file they came in (`suffix`)."""
     write_parts({Path(path): rows}, source)
 
 
-def write_parts(parts: Mapping[Path, Sequence[int] | Ints], source: Rows) -> None:
+def write_parts(parts: Mapping[Path, Sequence[int] | Ints], source: Source | Together) -> None:
     """Several files at once, none of which is put in its place before all are whole.
 
     A newline is added only after a row that ended the input without one and is not the last here. Raises DataError where a file
@@ -55,7 +41,8 @@ def write_parts(parts: Mapping[Path, Sequence[int] | Ints], source: Rows) -> Non
             if source.kind == "parquet":
                 _write_tables(part, source.tables(places))
             else:
-                _write_chunks(part, _chunks(source.raw(places), source, len(places)))
+                with part.open("wb") as handle:
+                    handle.writelines(_chunks(source.raw(places), source, len(places)))
 
 
 def take(rows: Sequence[int] | Ints, source: Source) -> Any:
@@ -73,14 +60,11 @@ def write_quarantine(quarantined: Iterable[Quarantined], path: str | Path) -> No
     ``raw`` is the row as text, bytes that are not UTF-8 escaped with a backslash, at most 1 MiB of it; ``bytes`` and
     ``sha256`` are of the whole row. Raises DataError where the file cannot be written.
     """
-    with _replacing(Path(path)) as part:
-        _write_chunks(part, map(_quarantine_line, quarantined))
-
-
-def _quarantine_line(bad: Quarantined) -> bytes:
-    entry = {**vars(bad), "raw": bad.source.decode(errors="backslashreplace"), "bytes": bad.size}
     names = ("row", "line", "reason", "raw", "bytes", "sha256")
-    return json.dumps({name: entry[name] for name in names}, ensure_ascii=False).encode() + b"\n"
+    with _replacing(Path(path)) as part, part.open("w", encoding="utf-8", newline="\n") as handle:
+        for bad in quarantined:
+            found = {**vars(bad), "raw": bad.source.decode(errors="backslashreplace"), "bytes": bad.size}
+            handle.write(json.dumps({name: found[name] for name in names}, ensure_ascii=False) + "\n")
 
 
 def _write_tables(part: Path, tables: Iterator[Any]) -> None:
@@ -93,7 +77,7 @@ def _write_tables(part: Path, tables: Iterator[Any]) -> None:
                 writer.write_table(table)
 
 
-def _chunks(rows: Iterable[bytes], source: Rows, count: int) -> Iterator[bytes]:
+def _chunks(rows: Iterable[bytes], source: Source | Together, count: int) -> Iterator[bytes]:
     if source.kind == "json":
         yield b"[\n" if count else b"[]\n"
         for number, row in enumerate(rows, 1):
@@ -105,11 +89,6 @@ def _chunks(rows: Iterable[bytes], source: Rows, count: int) -> Iterator[bytes]:
         yield row
         if not row.endswith(b"\n") and number < count:
             yield b"\n"
-
-
-def _write_chunks(part: Path, chunks: Iterable[bytes]) -> None:
-    with part.open("wb") as handle:
-        handle.writelines(chunks)
 
 
 @contextmanager

@@ -22,10 +22,9 @@ from gradshield.scanning.decide import decide
 from gradshield.selectors import SELECTORS
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
-from gradshield.types import Anchors, Bools, Example, Ints, Manifest, Scores, Selection
+from gradshield.types import Anchors, Bools, Ints, Manifest, Scores, Selection
 
 NO_CATEGORY = "not measured"
-SPAN = 1 << 12  # rows of a Parquet file that are put together at once
 
 
 def cut(
@@ -178,7 +177,7 @@ def _texts(column: Any) -> Iterator[str]:
             yield from chunk.slice(start, 1024).to_pylist()
 
 
-def _together(folder: Path, old: Manifest, scores: Scores, removed: Bools) -> Together:
+def _together(folder: Path, old: Manifest, scores: Scores, removed: Bools) -> rows_in.Together:
     """The scored rows in the order of the input, put together again from the kept and the removed file."""
     suffix = rows_in.suffix(str(old.data["kind"]))
     parts: dict[bool, rows_in.Examples] = {}
@@ -204,55 +203,7 @@ def _together(folder: Path, old: Manifest, scores: Scores, removed: Bools) -> To
         parts[flag] = found
     if not parts:
         raise DataError(f"{str(folder)!r} holds no scored row: run `gradshield scan` again")
-    return Together(parts, scores.rows, removed)
-
-
-class Together:
-    """The rows of a kept and a removed file in the order of the input they came from; to be written from (`data.Rows`)."""
-
-    def __init__(self, parts: Mapping[bool, rows_in.Examples], rows: Ints, removed: Bools) -> None:
-        self._parts, self._rows, self._removed = parts, rows, removed
-        self._places = np.where(removed, np.cumsum(removed), np.cumsum(~removed)) - 1  # of each row in its own file
-        first = next(iter(parts.values())).source
-        self.kind, self.header, self.parse = first.kind, first.header, first.parse
-
-    def _found(self, rows: Iterable[int]) -> Iterator[tuple[rows_in.Examples, int]]:
-        for at in np.searchsorted(self._rows, np.fromiter(rows, np.int64)):
-            yield self._parts[bool(self._removed[at])], int(self._places[at])
-
-    def examples(self, rows: Iterable[int]) -> Iterator[Example]:
-        """The rows at these positions in the input."""
-        return (part[place] for part, place in self._found(rows))
-
-    def raw(self, rows: Iterable[int]) -> Iterator[bytes]:
-        """As `Source.raw`."""
-        return (part.source.copy[int(part.rows[place])] for part, place in self._found(rows))
-
-    def tables(self, rows: Ints) -> Iterator[Any]:
-        """As `Source.tables`; both files are read side by side."""
-        wanted = np.isin(self._rows, rows)
-        spans = [slice(start, start + SPAN) for start in range(0, len(self._rows), SPAN)]
-        files = [
-            _sized(
-                part.source.tables(part.rows.astype(np.int64)),
-                [int((self._removed[span] == flag).sum()) for span in spans],
-            )
-            for flag, part in sorted(self._parts.items())
-        ]
-        for span, tables in zip(spans, zip(*files, strict=True), strict=True):
-            order = np.argsort(np.argsort(self._removed[span], kind="stable"))
-            yield pa.concat_tables(tables).take(order[wanted[span]])
-
-
-def _sized(tables: Iterator[Any], sizes: Iterable[int]) -> Iterator[Any]:
-    """The rows of tables in tables of these sizes."""
-    waiting = next(tables)
-    for size in sizes:
-        while len(waiting) < size:
-            waiting = pa.concat_tables([waiting, next(tables)])
-        yield waiting.slice(0, size)
-        waiting = waiting.slice(size)
-    next(tables, None)  # to its end, where the file's hash is compared
+    return rows_in.Together(parts, scores.rows, removed)
 
 
 def _quarantined(folder: Path) -> tuple[Any, ...]:
