@@ -30,10 +30,11 @@ PUBLIC = {
     "certify",
     "check",
     "compare",
+    "cut",
     "estimate",
     "evaluate",
-    "cut",
     "scan",
+    "show",
     "train",
 }
 REGISTRIES = {
@@ -57,20 +58,6 @@ def registry(kind: str) -> Registry:
 
 def entries(*kinds: str) -> list[tuple[str, str]]:
     return [(kind, name) for kind in kinds for name in registry(kind)]
-
-
-def tree(document: str) -> dict[str, str]:
-    """Paths of the document's tree of ``src/gradshield/`` with what is said of each; two spaces deeper is one level."""
-    text = (ROOT / document).read_text(encoding="utf-8")
-    block = re.search(r"```text\nsrc/gradshield/\n(.*?)```", text, re.DOTALL)
-    assert block, f"{document} has no tree that begins with src/gradshield/"
-    found, parents = {}, []
-    for line in block[1].splitlines():
-        name, _, about = line.strip().partition(" ")
-        depth = (len(line) - len(line.lstrip())) // 2 - 1
-        parents[depth:] = [name.rstrip("/")]
-        found["/".join(parents) + ("/" if name.endswith("/") else "")] = about.strip()
-    return found
 
 
 # ---- layers and names -----------------------------------------------------------------------------------------------
@@ -121,7 +108,7 @@ def test_no_docstring_holds_the_quotes_of_a_string_that_was_wrapped() -> None:
     assert not broken
 
 
-@pytest.mark.parametrize("room", ["gradients", "probes", "selectors", "guards", "training", "evaluation"])
+@pytest.mark.parametrize("room", ["gradients", "probes", "selectors", "judges", "training", "evaluation"])
 def test_float64_is_asked_of_a_device_by_one_function_alone(room: str) -> None:
     for path in (PACKAGE / room).rglob("*.py"):
         calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
@@ -133,11 +120,10 @@ def test_float64_is_asked_of_a_device_by_one_function_alone(room: str) -> None:
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 
-def test_architecture_tree_names_every_room() -> None:
-    said = tree("docs/architecture.md")
-    real = {p.name + "/" if p.is_dir() else p.name for p in PACKAGE.iterdir() if p.is_dir() or p.suffix == ".py"}
-    assert set(said) == real - {"__pycache__/"}
-    assert all(said.values())
+def test_architecture_names_every_room() -> None:
+    said = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = [path.parent.name for path in PACKAGE.glob("*/__init__.py")]
+    assert [room for room in rooms if f"\n  {room}/ " not in said] == []
 
 
 @pytest.mark.parametrize(("kind", "name"), entries(*PUBLISHED))
