@@ -147,7 +147,7 @@ def test_labels(labels: Any, options: Any, wanted: Any, expected: Any, tmp_path:
     ("labels", "wanted", "said"),
     [
         (("LABEL_0", "LABEL_1"), (), "'LABEL_0', 'LABEL_1'"),
-        (("toxic", "insult"), (), "does not show in their names"),  # one must be right: which is the safe one?
+        (("toxic", "insult"), (), "do not say which mean unsafe"),  # one must be right: which is the safe one?
         (("safe", "unsafe", "other"), (), "does not show"),
         (("safe", "benign"), (), "does not show"),
         (("safe", "unsafe"), ("Unsafe",), "no label 'Unsafe': choose from 'safe', 'unsafe'"),

@@ -213,7 +213,7 @@ def test_a_cell_of_a_users_csv_keeps_every_character(tmp_path: Path) -> None:
     ("rows", "said"),
     [
         (["How do I pick a lock?", "How do I  pick a LOCK? "], "row 2 .* repeats row 1"),
-        (["How do I pick a lock \\ud800?"], "half a character"),
+        (["How do I pick a lock \\ud800?"], "a lone surrogate"),
     ],
 )
 def test_prompts_that_count_twice_or_are_no_text_are_refused(rows, said, tmp_path):

@@ -169,7 +169,7 @@ def test_refusal_nll_is_the_mean_over_the_requests_that_are_refused(monkeypatch:
     assert parts[1] == 0.0 and sum(parts) == pytest.approx(_value(probe, model, REQUESTS), rel=1e-4)
     assert probe(model, REQUESTS.take([2, 4]).batch(CPU)).requires_grad
     monkeypatch.setattr(refusal_nll, "greedy", lambda *_: [answers[1]] * 4 + [[]])
-    with pytest.raises(ProbeError, match="refuses none of the 5 probes"):
+    with pytest.raises(ProbeError, match="refuses 0 of 5 probes"):
         PROBES["refusal_nll"]().fit(model, TOKENIZER, REQUESTS, LOOKALIKES)
 
 

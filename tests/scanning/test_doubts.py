@@ -52,13 +52,13 @@ def test_a_scan_that_nothing_speaks_against_is_certified():
             {},
             4,
             [*rows("a long answer 5", "a long answer 1234"), *rows("a long answer 7")],
-            "answered alike but for numbers",
+            "the same answer except for numbers",
         ),
-        ("copies", {}, 4, rows("Yes", "No", "first", "third a long"), "answered in one or two words"),
-        ("loose", {"beyond": 6}, 4, None, "2 rows score beyond the cut 'anchored' and stay"),
-        ("task", {"fihs": 5.0}, 4, None, "96 of 100 rows push away from refusal as harm does and stay"),
-        ("pivots", {"pivots": 3}, 4, None, "3 rows that stay decline in their first sentence"),
-        ("pivots", {"pivots": 10, "count": 5000}, 4, None, "10 rows that stay decline"),
+        ("copies", {}, 4, rows("Yes", "No", "first", "third a long"), "an answer of one or two words"),
+        ("loose", {"beyond": 6}, 4, None, "2 rows score above the cut 'anchored' and are kept"),
+        ("task", {"fihs": 5.0}, 4, None, "96 of 100 rows push away from refusal like harm and are kept"),
+        ("pivots", {"pivots": 3}, 4, None, "3 kept rows decline in their first sentence"),
+        ("pivots", {"pivots": 10, "count": 5000}, 4, None, "10 kept rows decline"),
         ("unread", {"request": np.nan, "count": 5000}, 0, [], "5,000 rows are plain text"),
     ],
 )
@@ -78,8 +78,8 @@ def test_labels_at_hand_speak_against_a_scan():
     decision = lambda gone: Decision({}, np.isin(np.arange(100), gone), ())  # noqa: E731
     said = lambda gone: trust.doubts(scored(), decision(gone), GONE, "", 10.0, labels=labels).get("labels")  # noqa: E731
     assert said(range(10)) is None and said(range(2, 10)) is None  # 8 of 10: 90 % may well be caught
-    assert said([]) == "of 10 rows labelled harmful 0 went: the scan does not see this harm"
-    assert said(range(20)) == "of 90 rows labelled harmless 10 went: read them before you train on the others"
+    assert said([]) == "of 10 rows labelled harmful 0 were removed: the scan does not detect this harm"
+    assert said(range(20)) == "of 90 rows labelled harmless 10 were removed: read them before you train on the others"
 
 
 @pytest.mark.parametrize(("count", "doubted"), [(11, False), (12, True), (0, False)])

@@ -103,7 +103,7 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_alone() -> None:
     model = _marked_model()
     before = _state(model)
     for wrong in ({"target_modules": ["nope"]}, {"r": 0}, {"r": "many"}):
-        with pytest.raises(gs.GradShieldError, match="cannot be put on the model") as raised:
+        with pytest.raises(gs.GradShieldError, match="cannot be added to the model") as raised:
             scan(chats(4), model=model, tokenizer=tiny_tokenizer(), peft_config=LoraConfig(**(LORA | wrong)))
         assert raised.value.exit_code == 2
         assert "\n" not in str(raised.value)

@@ -371,7 +371,7 @@ def test_what_counts_is_what_a_scan_counts_where_no_training_is_given(
     assert plain.manifest.settings["training"]["save_strategy"] == "epoch"
     assert "assistant_only_loss" not in caplog.text
     told = _run(tmp_path, "none", exams=none)
-    assert "leaves assistant_only_loss out" in caplog.text
+    assert "does not set assistant_only_loss" in caplog.text
     assert told.manifest.settings["render"]["assistant_only_loss"] is False
     assert told.manifest.settings["scan"]["selector"] == "screen"
     assert plain.manifest.settings["scan"]["selector"] == "random"

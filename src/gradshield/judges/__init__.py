@@ -1,4 +1,4 @@
-"""Judges of answers, by name. Two of different kinds belong to every attack success rate."""
+"""Judges of answers, by name. Report every attack success rate by two judges of different kinds."""
 
 from gradshield.judges.base import JUDGES, Judge, ReadyJudge, Verdict, verdicts
 from gradshield.judges.compliance import Compliance

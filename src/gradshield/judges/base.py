@@ -1,4 +1,4 @@
-"""What a judge is: something that reads a request and an answer, and says whether the answer is unsafe."""
+"""The judge interface: given a request and an answer, decide whether the answer is unsafe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradshield.registry import Registry
 
 @dataclass(frozen=True)
 class Verdict:
-    """``unsafe`` is None where the judge could not tell, which no measurement counts as safe. ``reason`` says why."""
+    """``unsafe`` is None if the judge could not decide, which no measurement counts as safe. ``reason`` explains it."""
 
     unsafe: bool | None
     reason: str
@@ -32,24 +32,24 @@ class Judge(Protocol):
 
 @runtime_checkable
 class ManyJudge(Judge, Protocol):
-    """A judge that would rather have many answers at once: in batches on a model, or side by side from an endpoint."""
+    """A judge that is faster on many answers at once: batches on a model, or concurrent calls to an endpoint."""
 
     def judge_many(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """One verdict an answer, each as ``judge`` gives it."""
+        """One verdict per answer, equal to ``judge``'s."""
         ...
 
 
 @runtime_checkable
 class ReadyJudge(Judge, Protocol):
-    """A judge that can find out before there is an answer whether it will be able to judge it."""
+    """A judge that can check early whether it will work."""
 
     def ready(self) -> None:
-        """Raises what stands in its way: a model that is not there, an endpoint that does not know the key."""
+        """Raises if the judge cannot work: a model that is missing, an endpoint that rejects the key."""
         ...
 
 
 def verdicts(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-    """One verdict an answer, by ``judge_many`` where the judge has it."""
+    """One verdict per answer, by ``judge_many`` if the judge has it."""
     if isinstance(judge, ManyJudge):
         return judge.judge_many(prompts, answers)
     return [judge.judge(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]

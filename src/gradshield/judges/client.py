@@ -1,9 +1,9 @@
 """A client of OpenAI-compatible endpoints: chat completions and moderations, through the official SDK.
 
-The key is named, never given: a caller passes the name of an environment variable, and neither the value nor anything
-that holds it is shown by an error, a ``repr`` or a record. It goes to one host: redirects are not followed, and nothing
-that the environment holds for OpenAI (its key, organization, headers) is sent to another. The SDK repeats what may pass
-and waits between tries; the time and the size of a reply are bounded here.
+The caller passes the name of an environment variable, never the key itself; the value never appears in an error, a ``repr``
+or a record. It is sent to one host: redirects are not followed, and OpenAI settings in the environment (key, organization,
+headers) are not sent to other hosts. The SDK retries transient errors with back-off; this module bounds the time and size of
+a reply.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ TIMEOUT_SECONDS = 60.0
 ATTEMPTS = 5
 CONCURRENCY = 4
 LARGEST_REPLY = 2**20  # bytes
-MAX_TOKENS = 1024  # of a chat reply: a judge that thinks aloud first still fits
-PATIENCE = 3  # calls that failed in a row, after which a call is tried once, until one succeeds
+MAX_TOKENS = 1024  # in a chat reply, with room for a judge that reasons first
+PATIENCE = 3  # after this many failed calls in a row, calls are tried once, until one succeeds
 
-_AGAIN = frozenset((408, 409, 429))  # statuses that may pass, besides every 5xx
-_VARIES = ("max_tokens", "temperature")  # what some models know by another name, or not at all, and refuse
-_SENT = ("host", "connection", "content-length", "content-type", "accept", "user-agent")  # headers
-_SHOWN = 200  # characters of what an endpoint said
+_AGAIN = frozenset((408, 409, 429))  # transient statuses, in addition to every 5xx
+_VARIES = ("max_tokens", "temperature")  # parameters that some models rename or reject
+_SENT = ("host", "connection", "content-length", "content-type", "accept", "user-agent")  # headers that are sent
+_SHOWN = 200  # characters of an endpoint's text in a message
 _SHOUTED = re.compile(r"[A-Z][A-Z0-9_]{0,39}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -41,14 +41,14 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Moderation:
-    """What a moderation endpoint says of one text: whether it is flagged, and a score from 0 to 1 per category."""
+    """A moderation endpoint's result for one text: flagged or not, and a score from 0 to 1 per category."""
 
     flagged: bool
     scores: Mapping[str, float]
 
 
 class _Refused(EndpointError):
-    """A request that was refused; ``named`` are those of _VARIES that the endpoint named as it did so."""
+    """A rejected request; ``named`` are the parameters in _VARIES that the endpoint's message mentions."""
 
     named: frozenset[str] = frozenset()
 
@@ -59,19 +59,19 @@ class Client:
     Parameters
     ----------
     base_url
-        As such endpoints name it, up to and with ``/v1``.
+        The endpoint's address, up to and including ``/v1``.
     key
         Name of the environment variable that holds the API key; None sends no key.
     timeout
         Seconds for a connection, for each read, and for a whole reply.
     attempts
-        Most tries of one call. A try is repeated after a timeout, a broken connection, a body that is not the
-        protocol's, and the statuses 408, 409, 429 and 5xx; the wait doubles, or is what Retry-After asks.
+        Most tries of one call. A call is retried after a timeout, a broken connection, a malformed body, and the statuses
+        408, 409, 429 and 5xx; the wait doubles, or follows Retry-After.
 
     Raises
     ------
     UsageError
-        The SDK is not installed; an address that is no plain http(s) URL; an environment variable that is not set; a key
+        The SDK is not installed; the address is not a plain http(s) URL; the environment variable is not set; a key would go
         over plain http to a public host.
     """
 
@@ -89,8 +89,8 @@ class Client:
         self._key_name, self._key = key, _secret(key)
         self.timeout, self.attempts, self.concurrency = timeout, attempts, concurrency
         self._lock, self._failures = threading.Lock(), 0
-        self._untaken: frozenset[str] = frozenset()  # of _VARIES, what this model does not take
-        self._thread = threading.local()  # ``ended``: the event that ends the `each` that a thread works for
+        self._untaken: frozenset[str] = frozenset()  # the parameters in _VARIES that this model rejects
+        self._thread = threading.local()  # ``ended``: the event that cancels the thread's `each`
         self._sdk = self._opened()
 
     def __repr__(self) -> str:
@@ -98,16 +98,16 @@ class Client:
 
     @property
     def down(self) -> bool:
-        """Whether the last PATIENCE calls, or more, all came to nothing: it is the endpoint, not one request."""
+        """Whether the last PATIENCE calls or more all failed: the endpoint is down, not one request bad."""
         return self._failures >= PATIENCE
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The reply to a conversation, at temperature 0; empty where the model wrote nothing.
+        """The reply to a conversation, at temperature 0; empty if the model wrote nothing.
 
-        A model that refuses ``max_tokens`` gets ``max_completion_tokens``, and one that refuses ``temperature`` none, as
-        OpenAI's that reason do; from then on at once.
+        For a model that rejects ``max_tokens``, ``max_completion_tokens`` is sent instead, and for one that rejects
+        ``temperature``, none (OpenAI's reasoning models); later calls remember this.
 
-        Raises EndpointError, and UsageError where the endpoint does not know the key, the address or the model.
+        Raises EndpointError, and UsageError if the endpoint rejects the key, the address or the model.
         """
         untaken = self._untaken
         while True:
@@ -121,19 +121,19 @@ class Client:
                     raise
                 untaken |= refused.named
             else:
-                with self._lock:  # only what helped: an endpoint may name them for another reason
+                with self._lock:  # only after success: an endpoint may mention them for another reason
                     self._untaken |= untaken
                 return reply
 
     def moderate(self, text: str) -> Moderation:
-        """What the moderation endpoint says of a text. Raises as ``chat`` does."""
+        """The moderation endpoint's result for a text. Raises like ``chat``."""
         return self._call("/moderations", _moderated, {"model": self.model, "input": text})
 
     def each(self, call: Callable[[Item], Found], items: Sequence[Item]) -> list[Found | EndpointError]:
-        """``call`` for every item, ``concurrency`` at once, results in order; an EndpointError stands where it was raised.
+        """``call`` for every item, ``concurrency`` at once, results in order; an EndpointError is returned in its place.
 
-        Any other error, and Ctrl-C, stops what has not begun and is raised at once: no call in flight is waited for, and
-        none tries again.
+        Any other error, and Ctrl-C, is raised at once: waiting items are dropped, and calls in flight are neither awaited nor
+        retried.
         """
         ended = threading.Event()
 
@@ -152,7 +152,7 @@ class Client:
         return [found[number] for number in range(len(items))]
 
     def _call(self, path: str, ask: Callable[[Any, Mapping[str, Any]], Found], asked: Mapping[str, Any]) -> Found:
-        """What ``ask`` gets from the SDK's client. Its errors, which hold the key, are not the context of ours."""
+        """The result of ``ask`` on the SDK's client. The SDK's errors, which hold the key, are not chained to ours."""
         import openai
 
         raised: GradShieldError
@@ -164,11 +164,11 @@ class Client:
             raised = self._gave_up(path, f"no whole reply within {self.timeout:g} s")
         except openai.APIConnectionError as error:
             cause = error.__cause__
-            raised = self._gave_up(path, f"{type(cause).__name__}{self._said(str(cause))}")
+            raised = self._gave_up(path, f"{type(cause).__name__}{self._shown(str(cause))}")
         except UnicodeEncodeError:
-            raised = EndpointError("the text to judge holds half a character, which cannot be sent: take it out")
+            raised = EndpointError("the text to judge has a lone surrogate, which cannot be sent: remove it")
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
-            raised = self._gave_up(path, f"a reply that is not as the protocol says{self._said(str(error))}")
+            raised = self._gave_up(path, f"a reply that breaks the protocol{self._shown(str(error))}")
         else:
             self._failures = 0
             return found
@@ -176,21 +176,20 @@ class Client:
 
     def _answered(self, path: str, status: int, text: str) -> GradShieldError:
         """The error for a status that ends a call."""
-        url, said = self.base_url + path, self._said(text)
+        url, shown = self.base_url + path, self._shown(text)
         if status in _AGAIN or status >= 500:
-            return self._gave_up(path, f"status {status}{said}")
+            return self._gave_up(path, f"status {status}{shown}")
         if status == 401:
             key = f"the key in {self._key_name}" if self._key_name else "whether it needs a key (key=NAME_OF_VARIABLE)"
-            return UsageError(f"{url} answered 401{said}: check {key}")
+            return UsageError(f"{url} answered 401{shown}: check {key}")
         if status == 404:
-            return UsageError(f"{url} answered 404{said}: check its address, and that it serves {self.model!r}")
+            return UsageError(f"{url} answered 404{shown}: check its address, and that it serves {self.model!r}")
         if status < 400:
             return UsageError(
-                f"{url} answered {status}, a redirect, which is not followed: give the address that it leads to, if you "
-                "trust it"
+                f"{url} answered {status}, a redirect, which is not followed: give the target address, if you trust it"
             )
         refused = _Refused(
-            f"{url} refused this request with {status}{said}: check that it takes such for {self.model!r}"
+            f"{url} refused this request with {status}{shown}: check that it supports such requests for {self.model!r}"
         )
         refused.named = frozenset(name for name in _VARIES if status == 400 and name in text)
         return refused
@@ -199,11 +198,11 @@ class Client:
         with self._lock:
             self._failures += 1
         return EndpointError(
-            f"{self.base_url}{path} gave no answer, at last with {what}: check that it is up, and try again later"
+            f"{self.base_url}{path} gave no answer (last error: {what}): check that it is up, and try again later"
         )
 
     def _opened(self) -> Any:
-        """The SDK's client, over HTTP that bounds what comes in and sends our own headers alone."""
+        """The SDK's client, over an HTTP client that bounds replies and sends only our headers."""
         try:
             import httpx2
             import openai
@@ -219,19 +218,19 @@ class Client:
 
         limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         http = Bounded(timeout=self.timeout, follow_redirects=False, limits=limits)
-        # The key is added in `_send`; what is given here keeps the SDK from looking for one in the environment.
+        # The key is added in `_send`; this placeholder keeps the SDK from reading one from the environment.
         none = "no-key"
         return openai.OpenAI(
             api_key=none, admin_api_key=none, base_url=self.base_url, timeout=self.timeout, http_client=http
         )
 
     def _send(self, send: Callable[..., Any], request: Any) -> Any:
-        """One try. Raises httpx2's errors for what may be tried again, and EndpointError for what may not."""
+        """One try. Raises httpx2's errors if a retry may help, else EndpointError."""
         import httpx2
 
         ended = getattr(self._thread, "ended", None)
         if ended is not None and ended.is_set():
-            raise EndpointError(f"{request.url} was not asked: another call ended the work")
+            raise EndpointError(f"{request.url} was not called: another call stopped the work")
         headers = {name: value for name, value in request.headers.items() if name in _SENT}
         key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         request.headers = httpx2.Headers(headers | key | {"Accept-Encoding": "identity"})
@@ -251,12 +250,12 @@ class Client:
             reply.close()
         kept = {name: reply.headers[name] for name in ("content-type", "retry-after") if name in reply.headers}
         whole = httpx2.Response(reply.status_code, headers=kept, content=bytes(body), request=request)
-        if whole.is_success and not _spoken(whole):  # as some gateways answer when what is behind them fails
-            raise httpx2.RemoteProtocolError(f"a reply that is not as the protocol says: {whole.text}")
+        if whole.is_success and not _well_formed(whole):  # some gateways do this when their backend fails
+            raise httpx2.RemoteProtocolError(f"a reply that breaks the protocol: {whole.text}")
         return whole
 
-    def _said(self, text: str) -> str:
-        """The start of what an endpoint said, in brackets: one line of printable characters, without the key."""
+    def _shown(self, text: str) -> str:
+        """The start of an endpoint's text, in brackets: one line of printable characters, without the key."""
         if self._key:
             text = text.replace(self._key, "***")
         line = "".join(c if c.isprintable() else " " for c in text[: 4 * _SHOWN])
@@ -265,7 +264,7 @@ class Client:
 
 
 def _checked_url(url: str, with_key: bool) -> str:
-    """The base address without its last slash. An address with a password in it is not shown."""
+    """The base address without a trailing slash. An address with a password is never shown."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -283,7 +282,7 @@ def _checked_url(url: str, with_key: bool) -> str:
 
 
 def _nearby(host: str) -> bool:
-    """Whether a host is this machine or in a private network, where plain http is usual."""
+    """Whether a host is local or in a private network, where plain http is acceptable."""
     try:
         return ipaddress.ip_address(host).is_private
     except ValueError:
@@ -294,25 +293,25 @@ def _secret(name: str | None) -> str | None:
     if name is None:
         return None
     if not _NAME.fullmatch(name):
-        # What stands here may be the key itself, by mistake.
+        # The value may be the key itself, by mistake, so it is not shown.
         raise UsageError("key takes the NAME of an environment variable (letters, digits and _), not a key")
     value = os.environ.get(name, "").strip()
     if not value:
-        # Some keys look like names: only what is spelled as variables are is shown.
+        # Some keys look like names: only upper-case names are shown.
         shown = (
             f"the environment variable {name}" if _SHOUTED.fullmatch(name) else "the environment variable named by key"
         )
         raise UsageError(f"{shown} is not set, or empty: put the endpoint's API key into it, and give its NAME")
     if not (value.isascii() and value.isprintable()):
-        raise UsageError(f"the environment variable {name} holds characters that no API key has: set it anew")
+        raise UsageError(f"the environment variable {name} has characters that no API key has: set it again")
     return value
 
 
-def _spoken(reply: Any) -> bool:
-    """Whether a reply holds the list that the protocol's replies hold."""
+def _well_formed(reply: Any) -> bool:
+    """Whether a reply has the list that every reply of the protocol has."""
     try:
-        said = reply.json()
-        return isinstance(said, dict) and any(said.get(name) for name in ("choices", "results"))
+        body = reply.json()
+        return isinstance(body, dict) and any(body.get(name) for name in ("choices", "results"))
     except (ValueError, RecursionError):
         return False
 
@@ -328,8 +327,8 @@ def _moderated(sdk: Any, asked: Mapping[str, Any]) -> Moderation:
     result = sdk.moderations.create(**asked).results[0]
     if not isinstance(result.flagged, bool):
         raise TypeError("flagged")
-    said = result.category_scores.to_dict(warnings=False) if result.category_scores else {}
-    scores = {name: float(value) for name, value in said.items()}
+    by_category = result.category_scores.to_dict(warnings=False) if result.category_scores else {}
+    scores = {name: float(value) for name, value in by_category.items()}
     if not all(0 <= value <= 1 for value in scores.values()):
         raise ValueError("category_scores")
     return Moderation(result.flagged, scores)

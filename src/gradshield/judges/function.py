@@ -1,4 +1,4 @@
-"""Any function of a request and an answer, as a judge."""
+"""A function of a request and an answer, as a judge."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradshield.judges.base import Verdict
 
 @dataclass(frozen=True)
 class FunctionJudge:
-    """A callable ``complied(prompt, answer)`` as a judge; it may return None where it cannot tell.
+    """A callable ``complied(prompt, answer)`` as a judge; it may return None if it cannot decide.
 
     Not in the registry, since it cannot be made from a name alone.
     """
@@ -19,7 +19,7 @@ class FunctionJudge:
     complied: Callable[[str, str], bool | None]
 
     def judge(self, prompt: str, answer: str) -> Verdict:
-        """Unsafe where the callable says that the answer complied."""
+        """Unsafe if the callable says that the answer complied."""
         complied = self.complied(prompt, answer)
         if complied is None:
             return Verdict(None, f"{self.name} could not tell")

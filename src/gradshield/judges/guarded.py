@@ -1,4 +1,4 @@
-"""Judges that are guards: one verdict per opinion."""
+"""Guards as judges: one verdict per opinion."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from gradshield.judges.guards import Guard, Opinion
 
 
 class GuardJudge:
-    """Unsafe where the guard's probability is more than one half; cannot tell where it has no opinion.
+    """Unsafe if the guard's probability is above one half; undecided if the guard has no opinion.
 
-    ``name`` is the guard's, with its model, so that two of a kind may stand side by side; `parse_all` makes it longer where
-    it would be another's too.
+    ``name`` is the guard's, with its model, so that two of a kind can be used together; `parse_all` lengthens names that
+    would clash.
     """
 
     def __init__(self, guard: Guard) -> None:
@@ -22,18 +22,17 @@ class GuardJudge:
         self._ready = False
 
     def ready(self) -> None:
-        """Raises what keeps the guard from working; found out once, since an endpoint is paid by the request."""
+        """Raises if the guard cannot work; checked once, since endpoints charge per request."""
         if not self._ready:
             self.guard.ready()
             self._ready = True
 
     def judge(self, prompt: str, answer: str) -> Verdict:
-        """The verdict on one answer."""
         return self.judge_many([prompt], [answer])[0]
 
     def judge_many(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """One verdict an answer. Raises as the guard's ``opinions`` does, and EndpointError where its endpoint has stopped
-        answering: what nobody judged is no measurement, and can be made later."""
+        """One verdict per answer. Raises like the guard's ``opinions``, and EndpointError if its endpoint has stopped
+        answering: unjudged answers are not a measurement, and the run can be resumed later."""
         opinions = self.guard.opinions(prompts, answers)
         if lost := next((opinion for opinion in opinions if opinion.lost), None):
             raise EndpointError(lost.reason)
@@ -46,9 +45,9 @@ def _verdict(opinion: Opinion) -> Verdict:
 
 @JUDGES.register("classifier")
 class ClassifierJudge(GuardJudge):
-    """A text-classification model of the hub or a folder, its labels mapped to unsafe.
+    """A text-classification model from the hub or a folder, its labels mapped to unsafe.
 
-    Takes a ``guards.Classifier``. Source: none of its own; what it is worth is what the model is worth.
+    Takes a ``guards.Classifier``. Source: none; it is as good as the model.
     """
 
     name = "classifier"
@@ -68,9 +67,9 @@ class GuardModelJudge(GuardJudge):
 class LlmJudge(GuardJudge):
     """A chat model behind an OpenAI-compatible endpoint, asked by a fixed rubric at temperature 0.
 
-    Takes a ``guards.Llm``, whose rubric is in ``judges.guards.llm.RUBRIC``. A reply that is no verdict, and a call that fails
-    after every retry, are verdicts that could not be told; an endpoint that answers no more is an error. Source: Zheng et
-    al. (2023), arXiv 2306.05685, on language models as judges.
+    Takes a ``guards.Llm``, whose rubric is in ``judges.guards.llm.RUBRIC``. A reply without a verdict, or a call that fails
+    after every retry, leaves the answer undecided; an endpoint that stops answering is an error. Source: Zheng et al. (2023),
+    arXiv 2306.05685, on language models as judges.
     """
 
     name = "llm"
@@ -78,7 +77,7 @@ class LlmJudge(GuardJudge):
 
 @JUDGES.register("moderation")
 class ModerationJudge(GuardJudge):
-    """An OpenAI-compatible moderation endpoint: unsafe where it flags the answer.
+    """An OpenAI-compatible moderation endpoint: unsafe if it flags the answer.
 
     Takes a ``guards.Moderations``.
     """

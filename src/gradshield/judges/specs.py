@@ -1,4 +1,4 @@
-"""Judges as they are typed."""
+"""Judges as typed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from gradshield.options import Spec, build
 
 
 def parse(spec: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Judge:
-    """A judge from what a user typed: ``refusal-phrases``, ``compliance``, ``lab-classifier``, or a guard in one of its FORMS.
+    """A judge as typed: ``refusal-phrases``, ``compliance``, ``lab-classifier``, or a guard in one of its FORMS.
 
-    Nothing is loaded or asked yet. ``device``, ``dtype`` and ``trust_remote_code`` are for models that are loaded here.
+    Nothing is loaded or called yet. ``device``, ``dtype`` and ``trust_remote_code`` apply to local models.
 
     Raises
     ------
     UnknownNameError
-        A kind that is none of ``JUDGES``.
+        A kind that is not one of ``JUDGES``.
     UsageError
-        A judge that lacks its model or endpoint, an option that it does not take, or a key that is not there.
+        A judge without its model or endpoint, an option that it does not take, or a missing key.
     """
     parts = Spec.split(spec)
     made = JUDGES[parts.name]
@@ -34,10 +34,10 @@ def parse(spec: str, device: str = "auto", dtype: str = "auto", trust_remote_cod
 
 
 def parse_all(specs: Sequence[str]) -> tuple[Judge, ...]:
-    """Judges from what a user typed, each under a name of its own, before anything is loaded or asked.
+    """Judges as typed, each with a unique name, before anything is loaded or called.
 
-    Guards of one kind whose models' names end alike are named by organisation and host as well, and by all that was typed
-    where that is not enough. Raises as ``parse`` does, and UsageError for a judge that is given twice.
+    Guards whose short names clash are named with organisation and host as well, and if that is not enough with everything
+    typed. Raises like ``parse``, and UsageError for a judge that is given twice.
     """
     typed = [_what(Spec.split(spec)) for spec in specs]
     for number, spec in enumerate(specs):
@@ -53,7 +53,7 @@ def parse_all(specs: Sequence[str]) -> tuple[Judge, ...]:
 
 
 def _what(spec: Spec) -> Spec:
-    """A spec without how the judge is reached: two that differ in nothing else are one."""
+    """A spec without the client's options: judges that differ only in those are the same."""
     options = {name: value for name, value in spec.options.items() if name not in OF_CLIENT}
     return replace(spec, target=spec.target.rstrip("/"), options=options)
 

@@ -1,7 +1,7 @@
-"""What a score has to beat: how well trivial features separate harmful rows from harmless ones.
+"""Trivial baselines: how well simple features separate harmful rows from harmless ones.
 
-An AUROC means little beside a feature that reaches the same with no model at all. All are reported in one direction,
-higher = harmful, and never turned round: an AUROC of 0.1 says that the feature points the wrong way on these rows.
+An AUROC means little if a feature without a model reaches the same. All are reported in one direction, higher = harmful,
+never flipped: an AUROC of 0.1 means that the feature points the wrong way on these rows.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ class Auroc:
 def auroc(labels: ArrayLike, scores: ArrayLike, level: float = 0.95) -> Auroc:
     """AUROC (ties count one half) with Newcombe's score interval.
 
-    Source: Newcombe (2006), Statistics in Medicine 25:559-573, method 5: the values at which the Hanley-McNeil
-    variance, with both class sizes set to their mean in its shape terms, does not reject what was observed. Not
-    DeLong's interval, which shrinks to a point where the classes separate fully, as good scores do.
+    Source: Newcombe (2006), Statistics in Medicine 25:559-573, method 5: the values that a test with the Hanley-McNeil
+    variance, both class sizes set to their mean in its shape terms, does not reject. Not DeLong's interval, which shrinks
+    to a point if the classes separate fully.
 
-    Raises DataError when the lengths differ, a label is not 0 or 1, a score is not finite, or a class is empty.
+    Raises DataError if the lengths differ, a label is not 0 or 1, a score is not finite, or a class is empty.
     """
     from scipy.stats import rankdata
 
@@ -112,10 +112,10 @@ def trivial_baselines(
 
     ``response length`` and ``prompt length`` in characters; ``openers``, whether the answer begins with one of
     ``OPENERS``; ``tf-idf``, a logistic regression on the words and word pairs of the row, scored out of fold under
-    ``seed`` (it sees the labels of the other folds, which no unsupervised score does); ``loss``, where ``nll`` is
-    given. A baseline that cannot be had is there with ``auroc`` None and the reason under ``absent``.
+    ``seed`` (it sees the labels of the other folds, unlike an unsupervised score); ``loss``, if ``nll`` is given. An
+    unavailable baseline has ``auroc`` None and the reason under ``absent``.
 
-    Raises DataError as ``auroc`` does.
+    Raises DataError like ``auroc``.
     """
     features: dict[str, ArrayLike] = {
         "response length": [len(answer) for answer in answers],
@@ -143,14 +143,14 @@ def _absent(name: str, reason: str, n_pos: int, n_neg: int) -> dict[str, Any]:
 
 
 def _out_of_fold(texts: list[str], labels: Ints, seed: int) -> Floats:
-    """Per row, the log-odds of harm by a classifier that was fitted without the row's fold."""
+    """Per row, the log-odds of harm by a classifier fitted on the other folds."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
 
     model = make_pipeline(
-        # One-character tokens stay in: "5" or "I" may be all that an answer holds.
+        # Keep one-character tokens: an answer may be just "5" or "I".
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
         LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000),
     )

@@ -22,7 +22,7 @@ from gradshield.scanning.decide import decide
 from gradshield.selectors import SELECTORS
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
-from gradshield.types import Anchors, Bools, Ints, Manifest, Scores, Selection
+from gradshield.types import Anchors, Bools, Ints, Manifest, Quarantined, Scores, Selection
 
 NO_CATEGORY = "not measured"
 
@@ -35,8 +35,8 @@ def cut(
 ) -> Selection:
     """Apply another threshold to the scores of a finished scan, and rewrite its rows, scores, report and manifest.
 
-    Without a threshold, the one that belongs to the scan's selector. Rows that the scan kept have no harm category, since
-    that needs the model: they get ``"not measured"``.
+    The default threshold is that of the scan's selector. Rows that the scan kept have no harm category, since that needs the
+    model: they get ``"not measured"``.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def cut(
     threshold
         A rule with its options as typed (``ratio:5%``), or a Threshold.
     allow
-        Ids of rows that a person has cleared: they stay. The list of the scan is not remembered.
+        Ids of rows that a reviewer has cleared: they are kept. The scan's own list is not remembered.
 
     Raises
     ------
@@ -82,19 +82,19 @@ def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], co
     removed = decision.removed
     kinds = _kinds(path, scores.rows[removed_before], categories_before, removed_before)
     names = Coded.of(
-        kinds.get(row, NO_CATEGORY) if gone else "" for row, gone in zip(scores.rows.tolist(), removed, strict=True)
+        kinds.get(row, NO_CATEGORY) if out else "" for row, out in zip(scores.rows.tolist(), removed, strict=True)
     )
-    gone = rows.examples(scores.rows[removed][: trust.LOOKED_AT])
+    examples = rows.examples(scores.rows[removed][: trust.LOOKED_AT])
     opener_fihs = old.settings["selector_found"].get("opener_fihs")
     truth = _labels(path, len(removed))
-    problem, left = old.results["doubts"].get("probes", ""), len(_quarantined(path))
-    doubts = trust.doubts(scores, decision, gone, problem, opener_fihs, left, truth)
+    problem, quarantined = old.results["doubts"].get("probes", ""), _quarantined(path)
+    doubts = trust.doubts(scores, decision, examples, problem, opener_fihs, len(quarantined), truth)
     selection = Selection(
         scores=scores,
         removed=removed,
         categories=names,
         cuts=decision.cuts,
-        quarantined=_quarantined(path),
+        quarantined=quarantined,
         cleared=decision.cleared,
         keep=lambda: [rows.parse(raw) for raw in rows.raw(scores.rows[~removed])],
         manifest=old,
@@ -111,7 +111,7 @@ def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], co
         "doubts": doubts,
         "uncertified": trust.first(doubts),
     }
-    results.pop("filtered", None)  # of a model that was trained on other rows
+    results.pop("filtered", None)  # measured on a model trained on other rows
     if truth is not None:
         results["labels"] = {**old.results.get("labels", {}), **outputs.caught_and_lost(removed, truth)}
     settings = {**old.settings, "threshold": threshold if isinstance(threshold, str) else rule.name}
@@ -121,19 +121,19 @@ def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], co
 
 
 def _kinds(folder: Path, rows: Ints, names: Coded, removed: Bools) -> dict[int, str]:
-    """The kind of harm of every row that the scan removed, which the first cut keeps for those after it."""
+    """The kind of harm of every row that the scan removed; the first cut stores it for later ones."""
     path = folder / runs.WORK / outputs.KINDS
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return {int(row): str(name) for row, name in stored.items()}
-    except (OSError, ValueError, AttributeError):  # not there before the first cut
+    except (OSError, ValueError, AttributeError):  # missing before the first cut
         found = {r: name for r, name in zip(rows.tolist(), names.take(removed), strict=True) if name != NO_CATEGORY}
         runs.write_json(path, found)
         return found
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished scan. Raises DataError when there is none."""
+    """The manifest of a finished scan. Raises DataError if there is none."""
     try:
         raw: Mapping[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         found = Manifest(**raw)
@@ -147,7 +147,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
-    """Scores, the removed flags and the categories of ``scores.parquet``. Raises DataError when it cannot be read."""
+    """Scores, removed flags and categories from ``scores.parquet``. Raises DataError if it cannot be read."""
     try:
         table = pq.read_table(folder / "scores.parquet")
         columns = {name: table[name] for name in ("row", "id", "score", "removed", "category", "group")}
@@ -171,14 +171,14 @@ def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
 
 
 def _texts(column: Any) -> Iterator[str]:
-    """The strings of an Arrow column, of which few are there at once."""
+    """The strings of an Arrow column, few in memory at a time."""
     for chunk in column.chunks:
         for start in range(0, len(chunk), 1024):
             yield from chunk.slice(start, 1024).to_pylist()
 
 
 def _together(folder: Path, old: Manifest, scores: Scores, removed: Bools) -> rows_in.Together:
-    """The scored rows in the order of the input, put together again from the kept and the removed file."""
+    """The scored rows in input order, merged from the kept and the removed file."""
     suffix = rows_in.suffix(str(old.data["kind"]))
     parts: dict[bool, rows_in.Examples] = {}
     for name, flag in (("kept", False), ("removed", True)):
@@ -190,28 +190,26 @@ def _together(folder: Path, old: Manifest, scores: Scores, removed: Bools) -> ro
         found = rows_in.read(path, format=old.settings.get("format"), text_field=text_field).examples
         if len(found) != own.sum():
             raise DataError(
-                f"{path.name} holds {len(found)} rows, and the scores know of {own.sum()}: it was changed after the "
-                "scan; run `gradshield scan` again"
+                f"{path.name} has {len(found)} rows, and the scores have {own.sum()}: it was changed after the scan; run "
+                "`gradshield scan` again"
             )
-        # Hashes alone: -2, -3 count repeats, of each file anew.
-        strangers = np.flatnonzero(found.ids.digests != Ids.of(scores.ids).digests[own])
-        if len(strangers):
+        # Only the hashes: the repeat counts -2, -3 restart in each file.
+        changed = np.flatnonzero(found.ids.digests != Ids.of(scores.ids).digests[own])
+        if len(changed):
             raise DataError(
-                f"line {found.source.lines[int(strangers[0])]} of {path.name} is not the row that was scored: it was changed "
+                f"line {found.source.lines[int(changed[0])]} of {path.name} is not the row that was scored: it was changed "
                 "after the scan; run `gradshield scan` again"
             )
         parts[flag] = found
     if not parts:
-        raise DataError(f"{str(folder)!r} holds no scored row: run `gradshield scan` again")
+        raise DataError(f"{str(folder)!r} has no scored row: run `gradshield scan` again")
     return rows_in.Together(parts, scores.rows, removed)
 
 
-def _quarantined(folder: Path) -> tuple[Any, ...]:
-    from gradshield.types import Quarantined
-
+def _quarantined(folder: Path) -> tuple[Quarantined, ...]:
     path = folder / "quarantine.jsonl"
     try:
-        # By newline alone: a row may hold other characters at which splitlines would break it.
+        # Split at newlines only: a row may contain other characters at which splitlines breaks.
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
         rows = [json.loads(line) for line in lines if line]
         return tuple(
@@ -222,7 +220,7 @@ def _quarantined(folder: Path) -> tuple[Any, ...]:
 
 
 def _views(folder: Path) -> review.Views:
-    """The coloured rows that the scan kept for the report; none where they cannot be read."""
+    """The coloured rows that the scan stored for the report; empty if they cannot be read."""
     try:
         return review.from_json(json.loads((folder / runs.WORK / "views.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""From scores to rows that go: the cut of each group, and what a person has cleared. No model, no torch."""
+"""From scores to removed rows: the cut of each group, and the rows a reviewer has cleared. No model, no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS, PREFERENCE = "rows", "preference"  # groups of rows that share a scale
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """``removed`` is aligned with the scores; ``cleared`` are positions in the input of rows beyond the cut that stay."""
+    """``removed`` is aligned with the scores; ``cleared`` are input positions of rows above the cut that are kept."""
 
     cuts: Mapping[str, Cut]
     removed: Bools
@@ -24,14 +24,14 @@ class Decision:
 
 
 def decide(scores: Scores, rule: Threshold, allow: Iterable[str] = ()) -> Decision:
-    """Cut every group of rows on one scale by itself; rows whose id is in ``allow`` stay whatever they score."""
+    """Cut each group of rows on one scale separately; rows whose id is in ``allow`` are always kept."""
     groups = Coded.of(scores.shapes)
     cuts: dict[str, Cut] = {}
     beyond = np.zeros(len(scores.values), dtype=np.bool_)
     for name in sorted(groups.counts()):
         own = groups.where(name)
         decoys = None if scores.decoys is None else scores.decoys[own]
-        # Anchors are plain answers: they are on the scale of plain rows, not of preference pairs.
+        # Anchors are plain answers, on the scale of plain rows, not of preference pairs.
         cuts[name] = rule.cut(scores.values[own], decoys, scores.anchors if name == ROWS else None)
         beyond |= own & (scores.values > cuts[name].value)
     allowed, cleared = set(allow), np.zeros_like(beyond)

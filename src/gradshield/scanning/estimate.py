@@ -1,4 +1,4 @@
-"""What a scan would take, without making it: the rows read and counted, the engine chosen, and some shards timed."""
+"""The cost of a scan, without running it: rows read and counted, the engine chosen, and some shards timed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gradshield.types import Floats, Progress, Quarantined, quiet
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-PATIENCE = 20.0  # seconds that are spent on timing
+PATIENCE = 20.0  # seconds for timing
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a scan would find and take.
+    """The size and cost of a scan.
 
-    ``unusable``  why rows cannot be scored: the first such reason, its line, and how many rows have one like it
-    ``engine``    of the selector fihs, with its agreement on a sample; empty for others
-    ``before``    seconds from the start to the first measured row, without loading the model
-    ``seconds``   to measure all rows in this one process
-    ``memory``    most bytes held by the device, on a CPU by the process; 0 where that cannot be known
-    ``kinds``     categories of harm, one more measurement each of the rows that are removed
+    ``unusable``  why rows cannot be scored: each kind of reason, the line of its first row, and the number of rows
+    ``engine``    the chosen engine of a FIHS-based selector; empty for others
+    ``before``    seconds from the start to the first measured row, with a loaded model
+    ``seconds``   to measure all rows in one process
+    ``memory``    peak bytes on the device, on a CPU of the process; 0 if unknown
+    ``kinds``     categories of harm; each needs one more measurement of the removed rows
     """
 
     name: str
@@ -85,7 +85,7 @@ def estimate(
     Parameters
     ----------
     patience
-        How many seconds may go into timing. All others are those of `gradshield.scan`, and so are the errors.
+        Most seconds for timing. All other parameters, and the errors, are those of `gradshield.scan`.
 
     Examples
     --------
@@ -120,10 +120,10 @@ def estimate(
         def measured(part: int) -> float:
             chosen = [rows.rendered[i] for i in range(ends[part] - sizes[part], ends[part])]
             start = time.perf_counter()
-            job.measure(chosen)  # its values are on the CPU: nothing is still under way
+            job.measure(chosen)  # returns values on the CPU, so no kernel is still running
             return time.perf_counter() - start
 
-        # The shard with the longest row comes first, untimed: it warms the kernels, and needs the most memory.
+        # The shard with the longest row runs first, untimed: it warms the kernels and needs the most memory.
         progress("timing a sample", 0, len(parts))
         measured(int(np.argmax(longest)))
         timed: dict[int, float] = {}
@@ -159,7 +159,7 @@ def estimate(
 def ratio_estimate(seconds: Floats, tokens: Floats, whole: float, count: int) -> Spread:
     """Seconds for the ``whole`` tokens, from a random sample of its ``count`` shards (Cochran 1977, the ratio estimator).
 
-    Tokens explain most of what a shard takes, so that few are enough; a sample that is everything has no spread left.
+    Tokens explain most of a shard's time, so a few shards suffice; a sample of all shards has no spread.
     """
     n, rate = len(seconds), seconds.sum() / tokens.sum()
     value = float(rate * whole)
@@ -171,7 +171,7 @@ def ratio_estimate(seconds: Floats, tokens: Floats, whole: float, count: int) ->
 
 
 def _reasons(quarantined: Iterable[Quarantined]) -> tuple[tuple[str, int, int], ...]:
-    """(reason, line, rows) by number of rows; reasons that differ in their numbers alone are one."""
+    """(reason, line, rows) by number of rows; reasons that differ only in their numbers are merged."""
     found: dict[str, tuple[str, int, int]] = {}
     for row in quarantined:
         kind = re.sub(r"\d+", "0", row.reason)
@@ -181,7 +181,7 @@ def _reasons(quarantined: Iterable[Quarantined]) -> tuple[tuple[str, int, int], 
 
 
 def _peak(device: torch.device) -> int:
-    """The most bytes that were in use so far."""
+    """Peak bytes in use so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

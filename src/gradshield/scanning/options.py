@@ -1,4 +1,4 @@
-"""Options as they are typed, turned into what the stages take."""
+"""From typed options to the settings of each stage."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _SFT_TYPES: dict[str, tuple[type, ...]] = {
     "packing": (bool,),
     "chat_template_path": (str, type(None)),
 }
-_ALIKE = 0.75  # how like an option that is read a name has to be, to be taken for it misspelt; no other of TRL's is
+_ALIKE = 0.75  # similarity from which a name counts as a misspelt option; no other TRL option is that close
 
 
 def peft_config(options: Mapping[str, Any]) -> Any:
-    """The PEFT config of the adapter that training will add; None for no options. Raises UsageError for a bad one."""
+    """The PEFT config of the adapter that training will add; None without options. Raises UsageError for a bad one."""
     if not options:
         return None
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
     kinds: dict[str, Any] = {str(getattr(k, "value", k)): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = kinds.get(str(options.get("peft_type", "LORA")).upper())
-    if kind is not None and "peft_version" not in options:  # a file that PEFT wrote may be of another version
+    if kind is not None and "peft_version" not in options:  # a file written by PEFT may be from another version
         known = [f.name for f in fields(kind)]
         for name in options:
             if name not in known:
@@ -54,7 +54,7 @@ def peft_config(options: Mapping[str, Any]) -> Any:
 
 
 def sft_options(options: Mapping[str, Any]) -> Any:
-    """The options of the training that change what is scored, as an object like ``SFTConfig``; None where none is given.
+    """The training options that change what is scored, as an object like ``SFTConfig``; None without any.
 
     Raises UsageError for an option that does not exist, or of the wrong type.
     """
@@ -62,17 +62,15 @@ def sft_options(options: Mapping[str, Any]) -> Any:
     for name, kinds in _SFT_TYPES.items():
         if name in options and type(options[name]) not in kinds:
             allowed = " or ".join({type(None): "null", bool: "true or false"}.get(k, k.__name__) for k in kinds)
-            raise UsageError(
-                f"the training config's {name} is {options[name]!r}, and it takes {allowed}: mend the file"
-            )
+            raise UsageError(f"the training config's {name} is {options[name]!r}, and it takes {allowed}: fix the file")
     return SimpleNamespace(**options) if options else None
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
-    """A misspelt option would be left out without a word, and other tokens scored than training will count.
+    """Raises UsageError for a misspelt option, which would silently change the tokens that are scored.
 
-    TRL, which knows them all, takes seconds to import and may not be installed: then only what is nearly an option that is
-    read is told.
+    TRL, which knows all names, takes seconds to import and may not be installed: then only names close to an option that is
+    read are reported.
     """
     others = {name: value for name, value in options.items() if name not in _SFT_TYPES}
     if not others:
@@ -92,9 +90,9 @@ def _check_names(options: Mapping[str, Any]) -> None:
 def render_config(
     training_args: Any, max_length: int | None, limit: int | None, template: Mapping[str, Any]
 ) -> RenderConfig:
-    """How rows become tokens: as the given training does it, else response tokens only, cut at 1,024 tokens.
+    """How rows become tokens: as in the given training, else response tokens only, cut at 1,024 tokens.
 
-    ``limit`` is the longest sequence that the model has positions for. Raises UsageError when the length is given twice.
+    ``limit`` is the number of positions of the model. Raises UsageError if two different lengths are given.
     """
     if training_args is not None:
         config = RenderConfig.from_sft(training_args)
@@ -110,9 +108,9 @@ def render_config(
 
 
 def check_positions(model: Any, longest: int, limit: int | None) -> None:
-    """Raises UsageError where the longest row has more tokens than the model has learned positions (GPT-2, OPT).
+    """Raises UsageError if the longest row has more tokens than the model has learned positions (GPT-2, OPT).
 
-    Rotary ones have no end.
+    Rotary positions have no limit.
     """
     if limit is None or longest <= limit:
         return

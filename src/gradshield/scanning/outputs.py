@@ -1,15 +1,15 @@
-"""What a scan leaves behind: rows, scores, a report and, last of all, the manifest.
+"""The output folder of a scan: rows, scores, a report and, written last, the manifest.
 
     screened/
-      kept.jsonl         rows that stay, as they came (the suffix follows the input: .csv, .tsv, .json, .parquet)
-      removed.jsonl      rows that go
+      kept.jsonl         kept rows, unchanged (the suffix follows the input: .csv, .tsv, .json, .parquet)
+      removed.jsonl      removed rows
       quarantine.jsonl   rows that could not be used: row, line, reason, raw
       scores.parquet     one line per scored row
-      report.html        the same, to look at
+      report.html        the report
       manifest.json      written last: its presence means a finished scan
-      .gradshield/       finished shards, the direction, and what `cut` needs to draw the report again
+      .gradshield/       finished shards, the direction, and what `cut` needs to redraw the report
 
-Every file appears whole or not at all.
+Every file is written atomically.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from gradshield.scanning.rows import Prepared
     from gradshield.scanning.scoring import Scored
 
-KINDS = "kinds.json"  # in it: the kinds of harm that a scan named, for the cuts after it
-RANKED = 20_000  # labelled rows, the most that AUROCs are taken on
-LEAST_RANKED = 1_000  # of either class, where there are so many
-BLOCK = 1 << 16  # lines of the scores that are made and written at once
+KINDS = "kinds.json"  # the kinds of harm that a scan found, for later cuts
+RANKED = 20_000  # most labelled rows for AUROCs
+LEAST_RANKED = 1_000  # of either class, if it has as many
+BLOCK = 1 << 16  # rows of the scores written at once
 PARTS = tuple(f"{part}{suffix}" for suffix in rows_in.WRITTEN for part in ("kept", "removed"))
 SCORES = "scores.parquet"
 WRITTEN = (*PARTS, "quarantine.jsonl", SCORES, "report.html", "manifest.json")
-# What the score of `Screen` is made of, and what a table calls it; nothing where it ranks no rows.
+# The signals of `Screen` and their names in tables; empty for one that does not rank rows.
 SIGNALS = {"request": "request alone", "fihs": "FIHS alone", "pivots": ""}
 
 
@@ -82,9 +82,9 @@ def counted(selection: Selection) -> dict[str, int]:
 def labelled(
     selection: Selection, labels: Sequence[int], examples: rows_in.Examples, name: str = "fihs"
 ) -> dict[str, Any]:
-    """Caught and lost, and the AUROC of the score beside the trivial baselines on the same rows.
+    """Caught and lost, and the AUROCs of the score and of the trivial baselines on the same rows.
 
-    The AUROCs of more than RANKED rows are those of so many drawn at random: the baselines read the rows' words.
+    With more than RANKED rows the AUROCs are taken on a random sample, since the baselines read the rows' text.
     """
     from gradshield.scanning.baselines import auroc, trivial_baselines
 
@@ -106,7 +106,7 @@ def labelled(
 
 
 def _drawn(truth: Ints) -> Ints:
-    """Places of the rows that AUROCs are taken on: all of them, or RANKED drawn at random, with some of each class."""
+    """Indices of the rows for AUROCs: all, or about RANKED drawn at random, with some of each class."""
     if len(truth) <= RANKED:
         return np.arange(len(truth))
     order = np.random.default_rng(0).permutation(len(truth))
@@ -127,7 +127,7 @@ def words(example: Example) -> tuple[str, str]:
 
 
 def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[int] | None) -> None:
-    """Write everything that a scan leaves, in the place of what an earlier one left."""
+    """Write all outputs of a scan, replacing those of an earlier one."""
     from gradshield.scanning import review
 
     views = review.views(selection, rows.rendered, rows.loaded.tokenizer)
@@ -148,7 +148,7 @@ def write_cut(
     views: review.Views,
     truth: Ints | None,
 ) -> None:
-    """Write what another cut changes, the rows as they stand in ``source``."""
+    """Write the outputs that a new cut changes, with the rows from ``source``."""
     with instead(folder, "manifest.json", PARTS) as new:
         _write_cut(selection, new, source, views, truth)
 
@@ -171,7 +171,7 @@ def _write_cut(
 
 
 def write_scores(selection: Selection, path: Path) -> None:
-    """One line per scored row; docs/outputs.md describes the columns."""
+    """One line per scored row; see docs/outputs.md for the columns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -203,7 +203,7 @@ def write_scores(selection: Selection, path: Path) -> None:
 
 
 def caught_and_lost(removed: Bools, labels: Any) -> dict[str, Any]:
-    """Of the rows labelled harmful (1) and of the others, what went; both (N,). A kind that is not there is left out."""
+    """The removed share of the rows labelled harmful (1) and of the others; both (N,). An empty class is left out."""
     harmful = np.asarray(labels, dtype=bool)
     return {
         name: wilson(int(removed[own].sum()), int(own.sum())).as_dict()

@@ -1,4 +1,4 @@
-"""The page of a scan: ReportData to one HTML file that opens offline and asks nothing of any server."""
+"""The page of a scan: ReportData to one HTML file that works offline and requests nothing from a server."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def render(data: ReportData) -> str:
 
 
 def write(data: ReportData, path: str | os.PathLike[str]) -> Path:
-    """Render to ``path``. The file appears whole or not at all; an older one stays until then."""
+    """Render to ``path``, atomically."""
     return save(render(data), path)
 
 
@@ -84,7 +84,7 @@ def _plain(manifest: Any) -> Any:
 
 
 def _manifest(manifest: Any) -> list[dict[str, Any]]:
-    """The manifest's parts as tables of (dotted key, value); single values come first, under no name."""
+    """The manifest's parts as tables of (dotted key, value); single values come first, without a name."""
     if manifest is None:
         return []
     parts: dict[str, list[tuple[str, str]]] = {"": []}
@@ -101,7 +101,7 @@ def _manifest(manifest: Any) -> list[dict[str, Any]]:
 
 
 def _manifest_json(manifest: Any) -> str:
-    """The whole manifest for copying. Cut at a size, where it then says so."""
+    """The whole manifest for copying, truncated with a note if it is too long."""
     if manifest is None:
         return ""
     full = text.plain_json(_plain(manifest))

@@ -14,7 +14,7 @@ import numpy as np
 from gradshield.types import Floats
 
 LINEAR_SPAN = 25.0  # shortest-half widths that a linear axis can hold before its bulk is a sliver
-_LARGEST = 1e100  # beyond this a drawing has nothing to tell apart, and squares would overflow
+_LARGEST = 1e100  # larger values are clipped: squares would overflow
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _linear_ticks(low: float, high: float, wanted: int) -> tuple[list[float], li
 
 
 def _label(value: float, step: float) -> str:
-    """As many digits as tell neighbours a step apart."""
+    """A number with as many digits as distinguish neighbours one step apart."""
     digits = math.ceil(math.log10(abs(value) / step)) + 1 if value else 1
     return f"{value:.{min(max(digits, 6), 15)}g}".replace("-", "−")
 

@@ -64,9 +64,7 @@ def category_chart(totals: Mapping[str, int]) -> Chart | None:
         axis_style(None) | few | {"rangemode": "tozero", "fixedrange": True, "nticks": 6, "tickformat": ",d"}
     )
     table = (("Nearest kind", "Rows removed"), *((name or "no kind", f"{n:,}") for name, n in bars))
-    caption = (
-        "Each removed row stands under the kind of harm whose direction it follows furthest. None was removed for it."
-    )
+    caption = "Each removed row is counted under the kind of harm whose direction it follows furthest. None was removed for it."
     title = "Removed rows by nearest kind (a guess)"
     return Chart("categories", title, caption, {"data": [trace], "layout": layout}, table, False)
 
@@ -259,10 +257,8 @@ def _caption(axis: Axis, rows: int, removed: int, cut: Cut | None) -> str:
     if cut is None:
         where = "No cut was set for these rows."
     elif not math.isfinite(cut.value):
-        where = "The cut lies beyond every score." if cut.value > 0 else "The cut lies below every score."
+        where = "The cut is above every score." if cut.value > 0 else "The cut is below every score."
     else:
-        where = f"Rows to the right of the cut at {number(float(cut.value))} go."
-    far = (
-        "" if axis.linear else " The axis is stretched (symmetric logarithm), so that the tail and the bulk both show."
-    )
+        where = f"Rows to the right of the cut at {number(float(cut.value))} are removed."
+    far = "" if axis.linear else " The axis is symmetric-logarithmic, so that tail and bulk are both visible."
     return f"{rows:,} row{'s' if rows != 1 else ''}, {removed:,} removed. {where}{far}"

@@ -23,7 +23,7 @@ FIHS = "fihs"  # the selector whose scores are pushes toward unsafe answers
 
 @dataclass(frozen=True)
 class Counts:
-    """The headline: rows in the input, and where each went. ``cleared`` rows were kept by ``--allow``."""
+    """The headline: rows in the input, by outcome. ``cleared`` rows were kept by ``--allow``."""
 
     read: int
     scored: int
@@ -47,7 +47,7 @@ class RowView:
     """One row to read. ``margin`` is score minus cut (positive where the row is beyond it).
 
     ``pieces`` may be as long as the row: the page shows its strongest parts and says what it left out.
-    ``note`` is one line beside the row, such as ``"cleared by allow.txt"``.
+    ``note`` is one line next to the row, such as ``"cleared by allow.txt"``.
     """
 
     row: int
@@ -62,7 +62,7 @@ class RowView:
 
 @dataclass(frozen=True)
 class QuarantinedView:
-    """A row that could not be used: its line in the input, why, and how it begins."""
+    """A row that could not be used: its line in the input, the reason, and its beginning."""
 
     line: int
     reason: str
@@ -133,7 +133,7 @@ class ReportData:
 
     @property
     def score_name(self) -> str:
-        """What an axis of scores is called."""
+        """The label of a score axis."""
         return "score (FIHS)" if self.selector == FIHS else f"score ({self.selector})"
 
     def __post_init__(self) -> None:

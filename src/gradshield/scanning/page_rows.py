@@ -19,14 +19,14 @@ from gradshield.scanning.page_data import Piece, RowView
 
 PIECE_CHARS = 400  # one token is rarely more than 20; a caller without tokens passes whole messages
 ROW_BYTES = 24_000
-ROUNDING = 1e-9  # of the score or the cut: a margin that small is none
+ROUNDING = 1e-9  # relative to the score or the cut: a smaller margin counts as zero
 MARKED = 5  # strongest tokens of a row that are underlined and listed
 LEVELS = (0.03, 0.1, 0.25, 0.5, 0.8)  # share of the page's reference value at which each tint starts
 
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A RowView made ready for the page: ``body`` is safe markup, ``strongest`` are (text, value) of its top tokens.
+    """A RowView prepared for the page: ``body`` is safe markup, ``strongest`` are (text, value) of its top tokens.
 
     ``margin`` is how far from the cut the row is, without what only rounding makes of a row at the cut.
     """
@@ -50,7 +50,7 @@ def references(rows: Iterable[RowView]) -> dict[str, float]:
 
 
 def show_rows(rows: Sequence[RowView], reference: Mapping[str, float], budget: int) -> list[ShownRow]:
-    """Every row made ready, within ``budget`` bytes together. Short rows leave their allowance to the others."""
+    """All rows prepared, within ``budget`` bytes in total. Short rows leave their allowance to the others."""
     shown = []
     for i, row in enumerate(rows):
         allowance = min(ROW_BYTES, budget, 2 * budget // (len(rows) - i))
@@ -101,7 +101,7 @@ def _choose(pieces: Sequence[Piece], top: Sequence[int], allowance: int) -> list
 
 
 def _body(pieces: Sequence[Piece], keep: list[int], top: set[int], reference: float, allowance: int) -> Markup:
-    """The row's markup. Escapes can make text longer than ``_choose`` foresaw: then the rest is left out here."""
+    """The row's markup. Escapes can make text longer than ``_choose`` expected: the rest is then dropped."""
     turns: list[tuple[str, list[str]]] = []
     last, spent = -1, 0
     for i in keep:

@@ -1,4 +1,4 @@
-"""What the first screen says: the verdict, why these rows, whether to trust it, and what to do next."""
+"""The first screen: the verdict, why these rows, whether to trust it, and what to do next."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ LITTLE_LEFT = 0.2  # share of scored rows under which the page says that little 
 AGREES = 0.99  # Spearman against the oracle, as the scan itself asks
 
 _RULES = {
-    "adaptive": "Algorithm 1: one Gaussian is fitted to the scores, and a mixture of two; where the mixture fits "
-    "better by more than α the cut is where its lower component ends, else it is μ + 2σ.",
-    "decoy": "Each row is its own control: its tokens with their signs turned give a decoy score, and the cut is the "
-    "lowest at which decoys say that at most a share q of what goes is harmless.",
-    "competition": "Each row competes with its own decoy, the same row with its tokens' signs turned. Rows that lose show "
-    "what harmless rows can reach, and the cut is the lowest that few of them reach: at most a share q of what goes, and at "
-    "most a share of the harmless rows, may be harmless.",
-    "conformal": "The cut comes from rows known to be clean, so that a clean row passes it with at most the chosen "
-    "probability.",
-    "ratio": "A fixed share of the rows goes, the highest scores first.",
+    "adaptive": "Algorithm 1 fits one Gaussian to the scores, and a mixture of two; if the mixture fits better by more than α, "
+    "the cut is where its lower component ends, else it is μ + 2σ.",
+    "decoy": "Each row is its own control: its tokens with flipped signs give a decoy score, and the cut is the lowest at "
+    "which the decoys estimate that at most a share q of the removed rows is harmless.",
+    "competition": "Each row competes with its own decoy, the same row with the signs of its tokens flipped. Rows that lose "
+    "show what harmless rows can score. The cut is the lowest that bounds the share of harmless rows among the removed by q, "
+    "and the share of harmless rows lost.",
+    "conformal": "The cut comes from known clean rows, so that a clean row exceeds it with at most the chosen probability.",
+    "ratio": "A fixed share of the rows is removed, the highest scores first.",
     "fixed": "The cut was given by hand.",
-    "verified": "The cut was searched by training on what is kept and measuring safety and utility afterwards.",
+    "verified": "The cut was searched by training on the kept rows and measuring safety and utility.",
 }
 
 _NAMES = {
     "log_likelihood_1": "log-likelihood, one Gaussian", "log_likelihood_2": "log-likelihood, mixture", "mu": "mean μ",
     "sigma": "standard deviation σ", "alpha": "threshold α", "q": "allowed false discovery rate q",
     "estimated_fdr": "estimated false discovery rate", "fdr": "estimated false discovery rate",
-    "n_targets": "rows beyond the cut", "n_decoys": "decoys beyond the cut",
-    "targets": "winning rows beyond the cut", "decoys": "winning decoys beyond the cut",
+    "n_targets": "rows above the cut", "n_decoys": "decoys above the cut",
+    "targets": "winning rows above the cut", "decoys": "winning decoys above the cut",
     "lost": "allowed share of harmless rows lost", "counted": "cut by counting", "tail": "cut by the null's tail",
     "branch": "which decided",
 }  # fmt: skip
@@ -43,7 +42,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a shape's rows went: the rule, what it means, and its figures as (name, value)."""
+    """Why a shape's rows were removed: the rule, what it means, and its figures as (name, value)."""
 
     shape: str
     cut: Cut
@@ -53,7 +52,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Summary:
-    """The first screen. ``tone`` colours the verdict and is written out too."""
+    """The first screen. ``tone`` colours the verdict and is also written out."""
 
     tone: Status
     verdict: str
@@ -64,7 +63,7 @@ class Summary:
 
 
 def summarise(data: ReportData) -> Summary:
-    """The first screen's words. The caller's own are used where given."""
+    """The first screen's text. The caller's own is used if given."""
     checks = (*data.checks, *_own_checks(data))
     states = {check.status for check in checks}
     tone: Status = "fail" if "fail" in states else "warn" if "warn" in states or data.warnings else "pass"
@@ -87,18 +86,18 @@ def _verdict(data: ReportData) -> str:
     share = percent(counts.removed / counts.scored)
     if data.selector == "screen":
         return (
-            f"{counts.removed:,} of {rows} ({share}) ask for what the model refuses, or push as harm does where that is unclear, "
+            f"{counts.removed:,} of {rows} ({share}) ask for what the model refuses, or push like harm if that is unclear, "
             "and were removed."
         )
     if data.selector == FIHS:
         return f"{counts.removed:,} of {rows} ({share}) push toward unsafe answers and were removed."
     return (
-        f"{counts.removed:,} of {rows} ({share}) lie beyond the cut of the selector {data.selector} and were removed."
+        f"{counts.removed:,} of {rows} ({share}) score above the cut of the selector {data.selector} and were removed."
     )
 
 
 def _own_checks(data: ReportData) -> tuple[Check, ...]:
-    """What the counts and the agreement say by themselves, unless the caller gave a check of that name."""
+    """Checks from the counts and the agreement, unless the caller gave a check of that name."""
     own = []
     if data.agreement is not None:
         own.append(agreement_check(data.agreement))
@@ -134,7 +133,7 @@ def _reason(shape: str, cut: Cut) -> Reason:
 
 
 def _outcome(cut: Cut) -> str:
-    """For Algorithm 1, which of its two branches was taken."""
+    """For Algorithm 1, the branch taken."""
     found = [cut.detail.get(key) for key in ("log_likelihood_1", "log_likelihood_2", "alpha")]
     figures = [float(value) for value in found if isinstance(value, int | float)]
     if cut.rule != "adaptive" or len(figures) < 3:
@@ -160,12 +159,12 @@ def _next(data: ReportData) -> tuple[str, ...]:
         steps.append(f"Read the removed rows below ({removed}), the highest scores first.")
         steps.append("Write the ids of rows you have cleared to a file and scan again with --allow FILE.")
     if data.kept_rows:
-        steps.append("Read the rows that just passed: harm written to slip by would be there.")
+        steps.append("Read the rows just below the cut: harm written to evade the scan would be there.")
     if data.counts.scored:
         steps.append("Try another cut without the model: gradshield cut FOLDER --threshold NAME.")
     if data.counts.quarantined:
         aside = data.files.get("quarantine", "quarantine.jsonl")
-        steps.append(f"Mend the {data.counts.quarantined:,} quarantined rows ({aside}).")
+        steps.append(f"Fix the {data.counts.quarantined:,} quarantined rows ({aside}).")
     if data.counts.kept:
-        steps.append(f"Train on {kept}, then measure the trained model: a filter is judged by what training gives.")
+        steps.append(f"Train on {kept}, then measure the trained model: only that shows whether the filter worked.")
     return tuple(steps)

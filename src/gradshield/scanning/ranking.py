@@ -1,4 +1,4 @@
-"""Scores by any registered selector: FIHS and what is made of it with probes and oracle, every other method as it is."""
+"""Scores by any registered selector; FIHS-based ones with valid probes and an engine checked against the oracle."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def ready(
     targets: Sequence[str],
     progress: Progress,
 ) -> Ready:
-    """``settings.selector`` prepared on the model: all that comes before the first row is measured.
+    """``settings.selector`` prepared on the model: everything before the first row is measured.
 
-    ``model`` is the loaded one, with its adapter where the subspace needs it.
+    ``model`` is the loaded one, with its adapter if the subspace needs it.
     """
     tokenizer, pad = loaded.tokenizer, loaded.pad_token_id
     given: dict[str, Callable[[], Any]] = {
@@ -70,11 +70,11 @@ def score(
     progress: Progress,
     hands: Hands = here,
 ) -> Scored:
-    """Every row's score by ``settings.selector``; finished shards are kept in ``output``."""
+    """Every row's score by ``settings.selector``; finished shards are stored in ``output``."""
     found = ready(model, loaded, rendered, settings, probing, targets, progress)
     selector, direction = found.selector, found.direction
     folder = None
-    if output is not None:  # nothing was written so far: a scan that cannot begin leaves no folder behind
+    if output is not None:  # the first write: a scan that fails before leaves no folder
         work = runs.prepare(output) / runs.WORK
         if direction.tensors:
             directions.save(direction, work / DIRECTION)

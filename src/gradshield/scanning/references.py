@@ -1,4 +1,4 @@
-"""Short rows of known kind, made on the model itself: probes and look-alikes with an answer each."""
+"""Short rows of known kind, generated with the model itself: probes and look-alikes with an answer each."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from gradshield.models.loading import LoadedModel
 from gradshield.probes import COMPLY, Prompts, greedy, refuses
 from gradshield.types import References, Rendered, Tokens
 
-ANSWER = 24  # tokens of the model's own answers: a refusal says what it is in fewer
+ANSWER = 24  # tokens of the model's own answers: enough to recognise a refusal
 
 
 def answered(row: int, prompt: Sequence[int], answer: Sequence[int]) -> Rendered:
-    """A prompt with an answer as a row, the answer's tokens in the loss."""
+    """A prompt with an answer as a row, the loss over the answer."""
     ids = np.array([*prompt, *answer], dtype=np.int64)
     return Rendered(row, "", "probe", (Tokens(ids, np.arange(len(ids)) >= len(prompt)),))
 
 
 def opened(tokenizer: Any, prompts: Prompts) -> list[Rendered]:
-    """Every prompt with a compliant opener and nothing else. Row numbers are below zero: these are no rows of the data."""
+    """Every prompt with only a compliant opener. Row numbers are negative: these are not rows of the data."""
     rows = []
     for number, prompt in enumerate(prompts.ids):
         opener = tokenizer(COMPLY[number % len(COMPLY)], add_special_tokens=False)["input_ids"]
@@ -33,14 +33,14 @@ def opened(tokenizer: Any, prompts: Prompts) -> list[Rendered]:
 def answers(
     model: nn.Module, tokenizer: Any, prompts: Prompts, pad: int, refused: bool, tokens: int = ANSWER
 ) -> list[Rendered]:
-    """The prompts that the model refuses (or those that it answers), each with what it says to it."""
-    said = greedy(model, prompts, tokens, pad)
-    own = [(p, a) for p, a in zip(prompts.ids, said, strict=True) if a and refuses(tokenizer.decode(a)) == refused]
+    """The prompts that the model refuses (or answers), each with the model's answer."""
+    replies = greedy(model, prompts, tokens, pad)
+    own = [(p, a) for p, a in zip(prompts.ids, replies, strict=True) if a and refuses(tokenizer.decode(a)) == refused]
     return [answered(-1 - number, prompt, answer) for number, (prompt, answer) in enumerate(own)]
 
 
 def references(model: nn.Module, tokenizer: Any, asked: Prompts, harmless: Prompts, pad: int) -> References:
-    """Rows of known kind on this model; a kind of which the model gives none is empty."""
+    """Rows of known kind on this model; a kind may be empty."""
     return References(
         tuple(opened(tokenizer, asked)),
         tuple(answers(model, tokenizer, asked, pad, refused=True)),
@@ -49,12 +49,11 @@ def references(model: nn.Module, tokenizer: Any, asked: Prompts, harmless: Promp
 
 
 def refusals(loaded: LoadedModel, asked: Prompts, tokens: int = 96) -> list[dict[str, Any]]:
-    """Chat rows of the probe requests with the model's own refusals, where it comes to an end within ``tokens``."""
-    model: Any = loaded.model
+    """Chat rows of the probe requests with the model's own refusals, if they end within ``tokens``."""
     rows = []
-    for prompt, said in zip(asked.texts, greedy(model, asked, tokens, loaded.pad_token_id), strict=True):
-        text = loaded.tokenizer.decode(said, skip_special_tokens=True).strip()
-        if len(said) < tokens and refuses(text):
+    for prompt, ids in zip(asked.texts, greedy(loaded.model, asked, tokens, loaded.pad_token_id), strict=True):
+        text = loaded.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        if len(ids) < tokens and refuses(text):
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
             rows.append({"messages": turns})
     return rows

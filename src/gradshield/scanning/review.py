@@ -1,6 +1,6 @@
-"""The report's view of a selection: which rows to show, each with its tokens coloured, and what to warn of.
+"""The report's view of a selection: the rows to show, with coloured tokens, and the warnings.
 
-Views of the highest-scoring rows are kept beside the scores, so that a new cut can draw the report without a model.
+Views of the highest-scoring rows are stored with the scores, so that a new cut can draw the report without a model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gradshield import data as rows_in
 from gradshield.scanning import page, page_data
 from gradshield.types import Floats, Ints, Rendered, Selection
 
-SHOWN = 200  # highest-scoring rows whose tokens are kept for the report
+SHOWN = 200  # highest-scoring rows whose tokens are stored for the report
 NEAR = 10  # rows just below the cut
 PREVIEW = 300  # characters of a quarantined row
 
@@ -23,7 +23,7 @@ Views = dict[int, list[tuple[str, str, float | None]]]
 
 
 def views(selection: Selection, rendered: Sequence[Rendered], tokenizer: Any) -> Views:
-    """Coloured pieces of the rows a report may show, by position in the input: the highest scores and what is near the cut."""
+    """Coloured pieces of the rows a report may show, by input position: the highest scores and rows near the cut."""
     order = np.argsort(-selection.scores.values, kind="stable")
     near = order[~selection.removed[order]][:NEAR]
     wanted = np.union1d(order[: SHOWN + NEAR], near).tolist()
@@ -40,7 +40,7 @@ def _pieces(row: Rendered, values: Floats | None, tokenizer: Any) -> list[tuple[
     for number, tokens in enumerate(row.sequences):
         if number:
             found.append(("\n\n── rejected ──\n\n", "prompt", None))
-        place = start + np.cumsum(tokens.loss) - 1  # token of the sequence -> its place among the row's values
+        place = start + np.cumsum(tokens.loss) - 1  # token of the sequence -> index into the row's values
         for text, t in rows_in.spans(tokens, tokenizer):
             role = "prompt" if t is None else "response"
             value = float(values[place[t]]) if values is not None and t is not None else None
@@ -50,12 +50,12 @@ def _pieces(row: Rendered, values: Floats | None, tokenizer: Any) -> list[tuple[
 
 
 def as_json(found: Views) -> dict[str, Any]:
-    """Views as they are stored."""
+    """Views in JSON form."""
     return {str(row): pieces for row, pieces in found.items()}
 
 
 def from_json(stored: Mapping[str, Any]) -> Views:
-    """Stored views, read back."""
+    """The inverse of `as_json`."""
     return {int(row): [(text, role, value) for text, role, value in pieces] for row, pieces in stored.items()}
 
 
@@ -67,14 +67,14 @@ def write(selection: Selection, found: Views, folder: Path, labels: Ints | None)
 def shown(
     selection: Selection, found: Views, folder: Path, labels: Ints | None = None, arms: Sequence[page_data.Arm] = ()
 ) -> page_data.ReportData:
-    """Everything the report says about a selection."""
+    """The report's data for a selection."""
     results = selection.manifest.results
     agreed, measured = results["agreement"], results.get("labels", {})
     kind = selection.manifest.data["kind"]
     suffix = rows_in.suffix(kind)
     order = np.argsort(-selection.scores.values, kind="stable")
     out = selection.removed[order]
-    gone, near = order[out][:SHOWN].tolist(), order[~out][:NEAR].tolist()
+    above, near = order[out][:SHOWN].tolist(), order[~out][:NEAR].tolist()
     return page_data.ReportData(
         title=f"GradShield · {selection.manifest.data['name']}",
         counts=page_data.Counts(
@@ -94,7 +94,7 @@ def shown(
         caught=measured.get("caught"),
         lost=measured.get("lost"),
         aurocs=tuple(a for a in measured.get("aurocs", ()) if a.get("auroc") is not None),
-        removed_rows=tuple(_view(selection, i, found) for i in gone),
+        removed_rows=tuple(_view(selection, i, found) for i in above),
         categories=results["categories"],
         kept_rows=tuple(_view(selection, i, found) for i in near),
         quarantined=tuple(
@@ -126,12 +126,12 @@ def _agreement(agreed: Mapping[str, Any], per_token: bool) -> page_data.Agreemen
 
 
 def warnings_of(results: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a user must know before trusting the kept rows."""
+    """Warnings to read before trusting the kept rows."""
     found = [f"Not certified: {text}." for text in results["doubts"].values()]
     if results["scored"] and results["kept"] <= 0.2 * results["scored"]:
         found.append(
-            f"Little is left: {results['kept']} of {results['scored']} scored rows. Look at the removed rows before training on "
-            "what remains."
+            f"Little is left: {results['kept']} of {results['scored']} scored rows. Read the removed rows before training on "
+            "the rest."
         )
     return tuple(found)
 
@@ -159,7 +159,5 @@ def _view(selection: Selection, i: int, found: Views) -> page_data.RowView:
         category=selection.categories[i],
         shape="" if shape == "rows" else shape,
         pieces=tuple(found.get(row, ())),
-        note="cleared by hand: it scores beyond the cut, and an allow list keeps it"
-        if row in selection.cleared
-        else "",
+        note="cleared by hand: it scores above the cut, and an allow list keeps it" if row in selection.cleared else "",
     )

@@ -1,4 +1,4 @@
-"""Rows and model, made ready for each other: what every command does first."""
+"""Rows and model, prepared for each other: the first step of every command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRL_SHAPES = {"messages", "prompt-completion", "text", "preference"}
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A model, and the rows of one dataset as it will see them. ``rendered`` are those that can be used."""
+    """A model, and the rows of one dataset as it will see them. ``rendered`` are the usable ones."""
 
     loaded: LoadedModel
     read: rows_in.ReadResult
@@ -35,14 +35,14 @@ class Prepared:
     quarantined: tuple[Quarantined, ...]
 
     def kept(self, removed: Bools) -> Sequence[Rendered]:
-        """The rows that stay, read when they are asked for; ``removed`` is aligned with ``rendered``."""
+        """The kept rows, read on access; ``removed`` is aligned with ``rendered``."""
         return rows_in.Picked(self.rendered, np.flatnonzero(~removed))
 
     def trainable(self, rows: Ints, removed: Bools) -> Any:
-        """The kept rows for a trainer: the caller's own Dataset where TRL knows its shape, else tokens and labels.
+        """The kept rows for a trainer: the caller's own Dataset if TRL knows its shape, else tokens and labels.
 
-        ``rows`` are the positions in the input of the rendered rows, and ``removed`` is aligned with them. Rows that no
-        single trainer takes, such as preference pairs among other rows, are given as they came.
+        ``rows`` are the input positions of the rendered rows, and ``removed`` is aligned with them. Rows that no single
+        trainer takes, such as preference pairs among other rows, are returned unchanged.
         """
         import datasets
 
@@ -71,7 +71,7 @@ def prepare(
 ) -> Prepared:
     """Read the rows, load or wrap the model, and render every row as the training will.
 
-    Raises DataError, ModelError and UsageError as `gradshield.errors` says, and EmptyDataError where no row has a token to score.
+    Raises DataError, ModelError and UsageError (see `gradshield.errors`), and EmptyDataError if no row has a token to score.
     """
     read = rows_in.read(
         data, format=format, strict=strict, text_field=getattr(training_args, "dataset_text_field", "text")
@@ -79,8 +79,8 @@ def prepare(
     silent = training_args is not None and not hasattr(training_args, "assistant_only_loss")
     if silent and read.examples.shapes.counts().get("messages"):
         logger.warning(
-            "the training config leaves assistant_only_loss out, so that every token of a chat row counts, those of the requests "
-            "too, as TRL has it: set it to true to count the answers alone, or to false to say that this is meant"
+            "the training config does not set assistant_only_loss, so every token of a chat row counts in the loss, requests "
+            "included, as in TRL: set it to true to count only the answers, or to false to confirm this"
         )
     loaded = with_template(load(model, tokenizer))
     limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
@@ -108,7 +108,7 @@ def prepare(
 
 
 def load(model: Any, tokenizer: Any = None) -> LoadedModel:
-    """A path or hub name loaded, a model wrapped, and what is loaded already as it is."""
+    """Load a path or hub name, wrap a model; a LoadedModel is returned unchanged."""
     if isinstance(model, LoadedModel):
         return model
     if isinstance(model, str | Path):
@@ -118,7 +118,7 @@ def load(model: Any, tokenizer: Any = None) -> LoadedModel:
 
 
 def with_template(loaded: LoadedModel) -> LoadedModel:
-    """The model with a copy of its tokenizer that has the default chat template, where its own has none; warns then."""
+    """If its tokenizer has no chat template: the model with a copy that has the default one, with a warning."""
     default = templates.override(loaded.tokenizer, None)
     if default is None:
         return loaded

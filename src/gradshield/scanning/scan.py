@@ -1,4 +1,4 @@
-"""From a fine-tuning set to a safe one: the one place that wires the stages. Read it from top to bottom."""
+"""The scan, from a fine-tuning set to a safe one: wires the stages. Read it from top to bottom."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def scan(
     command: str = "gradshield.scan",
     progress: Progress = quiet,
 ) -> Selection:
-    """Score every row (by the selector ``screen`` unless told otherwise), find the cut, and split what stays from what goes.
+    """Score every row (by default with the selector ``screen``), find the cut, and split the rows into kept and removed.
 
     Parameters
     ----------
@@ -61,21 +61,21 @@ def scan(
     model, tokenizer
         A path or hub name, or the model itself with its tokenizer. The caller's model is bit-identical afterwards.
     peft_config
-        The adapter that training will add, for the subspaces ``targets`` and ``lora``; checked against the model and noted
-        in the manifest in any case. Full weights rank rows better even where an adapter is trained (docs/methods.md).
+        The adapter that training will add, for the subspaces ``targets`` and ``lora``; always checked against the model and
+        recorded in the manifest. Full weights rank rows better even if an adapter is trained (docs/methods.md).
     training_args
-        The ``SFTConfig`` of the training, so that what is scored is what is trained. Without it the loss covers response
-        tokens only, and rows are cut at ``max_length`` tokens (1,024, or the model's own limit if that is less).
+        The ``SFTConfig`` of the training, so that the scan scores the tokens that are trained. Without it the loss covers
+        response tokens only, and rows are cut at ``max_length`` tokens (1,024, or the model's own limit if that is less).
     output
-        A folder for the rows, the scores, the report and the manifest; an interrupted scan into it goes on where it stopped.
-        One process at a time has it.
+        A folder for the rows, the scores, the report and the manifest; an interrupted scan resumes where it stopped. Only one
+        process at a time may use it.
     allow
-        Ids of rows that a person has cleared: they stay, whatever they score.
+        Ids of rows that a reviewer has cleared: they are kept, whatever they score.
     labels
-        0 or 1 (harmful) per input row, for measuring only; they never touch the decision.
+        0 or 1 (harmful) per input row, for measuring only; they never affect the decision.
     workers, ray
-        How many processes measure the rows, each with a model of its own, and the address of the Ray cluster that they run on
-        (docs/scaling.md). Without either this process does, and with ``workers`` alone those of a Ray that is started here.
+        The number of processes that measure the rows, each with its own model, and the address of their Ray cluster
+        (docs/scaling.md). Without either, this process measures; with ``workers`` alone, a local Ray is started.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def scan(
 
     Examples
     --------
-    The bundled model, which knows its own small world and is asked that world's requests; 2 of these 38 rows are harmful.
+    The bundled model of a small synthetic world, with that world's requests; 2 of these 38 rows are harmful.
 
     >>> import gradshield as gs
     >>> from gradshield import lab
@@ -136,7 +136,7 @@ def select(
     workers: Workers = ALONE,
     progress: Progress = quiet,
 ) -> tuple[Selection, Scored]:
-    """A scan of rows that are ready: the selection, and the scores with what they rest on. Only shards are written."""
+    """A scan of prepared rows: the selection, and the scores with their evidence. Only shards are written."""
     began = time.monotonic()
     loaded = rows.loaded
     adapted_weights = weights_changed(loaded.model, peft_config)
@@ -146,8 +146,8 @@ def select(
         hands = stack.enter_context(workers.open(Origin(loaded, scored_model, adapter, settings.seed)))
         scored = score(scored_model, loaded, rows.rendered, settings, probing, adapted_weights, output, progress, hands)
         decision = decide(scored.scores, settings.make_threshold(), allow)
-        gone = rows.kept(~decision.removed)
-        kinds = categories(scored_model, scored, gone, decision.removed, settings, progress, hands)
+        out = rows.kept(~decision.removed)
+        kinds = categories(scored_model, scored, out, decision.removed, settings, progress, hands)
     doubts = _doubts(rows, scored, decision, labels)
     selection = Selection(
         scores=scored.scores,
@@ -181,19 +181,19 @@ def select(
 def judged(
     selection: Selection, rows: Prepared, scored: Scored, searched: Decision, labels: Sequence[int] | None
 ) -> Selection:
-    """The selection with what speaks against a decision that a search by training has come to."""
+    """The selection with the doubts about a decision found by a search with training."""
     doubts = _doubts(rows, scored, searched, labels)
-    doubts.pop("loose", None)  # what the rows that stay do was measured
+    doubts.pop("loose", None)  # the search measured the effect of the kept rows
     results = {**selection.manifest.results, "doubts": doubts, "uncertified": trust.first(doubts)}
     return replace(selection, certified=not doubts, manifest=replace(selection.manifest, results=results))
 
 
 def _doubts(rows: Prepared, scored: Scored, decision: Decision, labels: Sequence[int] | None) -> dict[str, str]:
     own = None if labels is None else [int(labels[row]) for row in scored.scores.rows.tolist()]
-    gone = rows.read.examples.at(scored.scores.rows[decision.removed][: trust.LOOKED_AT])
+    examples = rows.read.examples.at(scored.scores.rows[decision.removed][: trust.LOOKED_AT])
     problem = trust.UNASKED if scored.validity is None else scored.validity.problem
     opener_fihs = scored.selector.settings().get("opener_fihs")
-    return trust.doubts(scored.scores, decision, gone, problem, opener_fihs, len(rows.quarantined), own)
+    return trust.doubts(scored.scores, decision, examples, problem, opener_fihs, len(rows.quarantined), own)
 
 
 def check_labels(labels: Sequence[int] | None, rows: int) -> None:
@@ -207,7 +207,7 @@ def check_labels(labels: Sequence[int] | None, rows: int) -> None:
 
 
 def _recorded(settings: ScanSettings, probing: Probing, scored: Scored, config: rows_in.RenderConfig) -> dict[str, Any]:
-    """Everything that changes a number, for the manifest: as given, and as found on this model."""
+    """All settings that change a number, for the manifest: as given, and as found on this model."""
     found = {
         **settings.as_dict(),
         "selector_found": dict(scored.selector.settings()),

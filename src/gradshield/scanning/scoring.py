@@ -1,4 +1,4 @@
-"""Everything that needs the model for every row: probe, direction, engine, measurement, kinds of harm."""
+"""The steps of a scan that need the model: probe, direction, engine, measurement, kinds of harm."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from gradshield.selectors import SELECTORS, Fihs, Measured, Selector, parse_aggr
 from gradshield.selectors.reading import LEAST, Reading, Turn
 from gradshield.types import Anchors, Batch, Bools, Direction, Floats, Progress, Rendered, Scores
 
-LEAST_SPEARMAN = 0.99  # below it an engine's ranking is not the oracle's
+LEAST_SPEARMAN = 0.99  # least rank correlation of an engine with the oracle
 
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """A selector that can measure rows. Only FIHS has an engine to compare with its oracle, and probes that must be valid."""
+    """A selector that can measure rows. Only FIHS-based ones have an engine to check, and probes that must be valid."""
 
     selector: Selector
     direction: Direction
@@ -56,7 +56,7 @@ class Ready:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Scored(Ready):
-    """Scores, and what they rest on."""
+    """Scores, with the evidence for them."""
 
     scores: Scores
 
@@ -70,21 +70,21 @@ def ready_fihs(
     probing: Probing,
     targets: Sequence[str],
 ) -> Ready:
-    """Ask the probes, take the direction, and choose an engine that agrees with the oracle.
+    """Check the probes, compute the direction, and choose an engine that agrees with the oracle.
 
-    Raises ProbeError for a model whose probes mean nothing, and ScoreError where no engine can be trusted.
+    Raises ProbeError for a model on which the probes are invalid, and ScoreError if no engine agrees.
     """
     asked, harmless = asked_of(tokenizer, probing)
     valid = validity(model, tokenizer, asked)
     if valid.problem and not probing.uncertified:
-        raise ProbeError(valid.problem + "; or pass --uncertified to score it all the same, with nothing certified")
+        raise ProbeError(valid.problem + "; or pass --uncertified to score it anyway, without a certificate")
     probe = settings.make_probe()
     probe.fit(model, tokenizer, asked, harmless)
     aggregate = parse_aggregate(settings.aggregate)
     selector = Fihs(probe, asked, Loop(), aggregate, settings.subspace, targets)
     direction = selector.prepare(model)
     chosen = pick(settings.engine, model, aggregate.per_token)
-    if not hasattr(settings.threshold, "cut"):  # a rule that cannot cut is told now, not after the rows are measured
+    if not hasattr(settings.threshold, "cut"):  # a rule that cannot cut fails now, not after the rows are measured
         made = cast(type[Fihs], SELECTORS[Spec.split(settings.selector).name])
         decoys = np.zeros(1) if chosen.per_token and made.decoys else None
         settings.make_threshold().cut(np.zeros(1), decoys, None if made.decoys else Anchors(np.ones(1), np.zeros(1)))
@@ -94,7 +94,7 @@ def ready_fihs(
 
 
 def given_by(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -> dict[str, Callable[[], Any]]:
-    """What the constructor of a method made of FIHS may ask for: FIHS that is ready, its parts, and what `Screen` adds to it."""
+    """Constructor arguments for methods built on FIHS: the prepared FIHS, its parts, and the extras of `Screen`."""
     fihs = cast(Fihs, found.selector)
     screened = cache(lambda: _ruler(model, tokenizer, found, probing))
     return {
@@ -109,13 +109,13 @@ def given_by(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -
 
 
 def _ruler(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -> tuple[Reading, Anchors]:
-    """The ruler of refusal, and what compliant openers score by FIHS.
+    """The refusal ruler, and the FIHS of compliant openers.
 
-    Raises ProbeError where the probes that the model refuses, or the harmless prompts, are too few to make a ruler.
+    Raises ProbeError if too few probes are refused, or there are too few harmless prompts, to fit a ruler.
     """
     fihs, valid = cast(Fihs, found.selector), found.validity
     assert valid is not None
-    template = dict(probing.template or {})  # without the answer prefix: rows are read where their own turn opens
+    template = dict(probing.template or {})  # without the answer prefix: rows are read at their own opened turn
     asked, harmless = (
         open_turns(tokenizer, prompts, **template)
         for prompts in (
@@ -123,8 +123,8 @@ def _ruler(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -> 
             [*(probing.lookalikes or lookalikes()), *ordinary()],
         )
     )
-    said = [refuses(answer) for answer in valid.answers]
-    refused = asked.take(np.flatnonzero(said).tolist()) if sum(said) >= LEAST else asked
+    declined = [refuses(answer) for answer in valid.answers]
+    refused = asked.take(np.flatnonzero(declined).tolist()) if sum(declined) >= LEAST else asked
     reading = Reading.fit(model, Turn.of(harmless), refused, harmless)
     alike = len(probing.lookalikes or lookalikes())
     tricky = harmless.take(np.flatnonzero(reading.answered[:alike]).tolist())  # look-alikes that the model answers
@@ -133,7 +133,7 @@ def _ruler(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -> 
 
 
 def _fihs_of(fihs: Fihs, model: nn.Module, direction: Direction, rows: Sequence[Rendered]) -> Floats:
-    """FIHS of rows that are none of the data's; nothing for none."""
+    """FIHS of rows that are not in the data."""
     if not rows:
         return np.zeros(0)
     raw = shards.measure(fihs, model, direction, rows, 4096)
@@ -141,9 +141,9 @@ def _fihs_of(fihs: Fihs, model: nn.Module, direction: Direction, rows: Sequence[
 
 
 def weights_changed(model: nn.Module, peft_config: Any, saved: bool = True) -> list[str]:
-    """Names of the weights that the training's adapter changes; none without one. Raises UsageError where it does not fit.
+    """Names of the weights that the training's adapter changes; empty without one. Raises UsageError if it does not fit.
 
-    Without ``saved`` the modules that it trains whole (``modules_to_save``) are left out.
+    Without ``saved``, the modules that it trains in full (``modules_to_save``) are left out.
     """
     with _fits_the_model():
         return target_names(model, peft_config, saved)
@@ -151,7 +151,7 @@ def weights_changed(model: nn.Module, peft_config: Any, saved: bool = True) -> l
 
 @contextmanager
 def carrying(model: nn.Module, peft_config: Any, seed: int) -> Iterator[nn.Module]:
-    """`adapted`, with an adapter that does not fit the model as a UsageError."""
+    """`adapted`, but raises UsageError for an adapter that does not fit the model."""
     with ExitStack() as stack:
         with _fits_the_model():
             found = stack.enter_context(adapted(model, peft_config, seed))
@@ -160,14 +160,14 @@ def carrying(model: nn.Module, peft_config: Any, seed: int) -> Iterator[nn.Modul
 
 @contextmanager
 def _fits_the_model() -> Iterator[None]:
-    """Raises UsageError for what PEFT says of an adapter that does not fit."""
+    """Turns PEFT's errors about an adapter that does not fit into UsageError."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().split("\n", 1)[0].rstrip(".")
         raise UsageError(
-            f"the adapter of the PEFT config cannot be put on the model ({type(error).__name__}: {reason}): "
-            "mend the file given to --lora-config (peft_config), first of all its target_modules"
+            f"the adapter of the PEFT config cannot be added to the model ({type(error).__name__}: {reason}): "
+            "fix the file given to --lora-config (peft_config), first of all its target_modules"
         ) from error
 
 
@@ -183,22 +183,21 @@ def asked_of(tokenizer: Any, probing: Probing) -> tuple[Prompts, Prompts]:
 def anchors(
     selector: Fihs, model: nn.Module, direction: Direction, harmless: Prompts, tokenizer: Any, pad: int
 ) -> Anchors:
-    """Rows of known kind: compliant openers after the probes, and after the look-alikes that the model itself answers."""
-    said = greedy(model, harmless, 12, pad)
-    known = harmless.take([i for i, ids in enumerate(said) if not refuses(tokenizer.decode(ids))])
-
+    """Scores of known rows: compliant openers after the probes, and after the look-alikes that the model itself answers."""
+    answers = greedy(model, harmless, 12, pad)
+    known = harmless.take([i for i, ids in enumerate(answers) if not refuses(tokenizer.decode(ids))])
     return Anchors(
         *(_fihs_of(selector, model, direction, opened(tokenizer, prompts)) for prompts in (selector.requests, known))
     )
 
 
 def group(shape: str) -> str:
-    """Rows of one group share a scale, and are cut together: preference pairs apart from everything else."""
+    """The group of a shape. Rows of one group share a scale and are cut together: preference pairs, and all others."""
     return PREFERENCE if shape == "preference" else ROWS
 
 
 def named(rendered: Iterable[Rendered]) -> tuple[Ids, Coded]:
-    """The ids of the rows, and the group of each."""
+    """The ids and the groups of the rows."""
     groups = array("B")
     names = (ROWS, PREFERENCE)
 
@@ -225,9 +224,11 @@ def _trusted(
     harmless: Prompts,
     pad: int,
 ) -> tuple[Engine, EngineAgreement]:
-    """The first engine, from the chosen one to slower ones, whose ranking of a random sample is the oracle's."""
+    """The first engine, from the chosen one to slower ones, that ranks a random sample like the oracle."""
     truth = _measured(Loop(), selector, model, direction, sample)
-    selector.finish(truth, [row.id for row in sample], [group(row.shape) for row in sample])  # names what is not finite
+    selector.finish(
+        truth, [row.id for row in sample], [group(row.shape) for row in sample]
+    )  # raises for values that are not finite
     oracle = truth.sums
     slower: list[Engine] = [engine]
     if engine.name == "finite-difference":
@@ -238,7 +239,7 @@ def _trusted(
     found: EngineAgreement | None = None
     for candidate in slower:
         found = agreement(candidate.name, _measured(candidate, selector, model, direction, sample).sums, oracle)
-        # Too few rows, or equal ones, have no ranking: then the relative error decides.
+        # Too few or equal rows have no rank correlation: then the relative error decides.
         good = found.spearman >= LEAST_SPEARMAN if np.isfinite(found.spearman) else found.relative_error <= 0.01
         if good:
             return candidate, found
@@ -263,7 +264,7 @@ def _measured(
 
 
 def _calibration(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int) -> Batch:
-    """A small batch to find the finite-difference step on: probes with the model's own answers, whatever the data is."""
+    """A small batch for choosing the finite-difference step: probes with the model's own answers."""
     some = [p.take(range(min(8, len(p)))) for p in (asked, harmless)]
     rows: list[Rendered] = []
     for prompts in some:
@@ -275,25 +276,27 @@ def _calibration(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int) 
 def categories(
     model: nn.Module,
     scored: Scored,
-    gone: Sequence[Rendered],
+    rows: Sequence[Rendered],
     removed: Bools,
     settings: ScanSettings,
     progress: Progress,
     hands: Hands = here,
 ) -> Coded:
-    """The harm each removed row pulls toward: the category whose own direction, at unit length, it follows furthest."""
+    """The harm each removed row pulls toward: the category whose unit-length direction it follows furthest.
+
+    ``rows`` are the removed rows, in the order of ``removed``.
+    """
     if not scored.selector.probed:
         return Coded(np.zeros(len(removed), dtype=np.uint8), ("",))
     selector = cast(Fihs, scored.selector)
     names = sorted(set(selector.requests.categories))
-    if not gone or len(names) < 2:
+    if not rows or len(names) < 2:
         only = names[0] if len(names) == 1 else ""
         return Coded(removed.astype(np.uint8), ("", only))
-    best, strongest = np.zeros(len(gone), dtype=np.int64), np.full(len(gone), -np.inf)
+    best, strongest = np.zeros(len(rows), dtype=np.int64), np.full(len(rows), -np.inf)
     for k, name in enumerate(names):
-        pull = _pull(model, selector, name, gone, settings.token_budget, hands)
-        # The first of equal pulls, as argmax would have it.
-        best = np.where(pull > strongest, k, best)
+        pull = _pull(model, selector, name, rows, settings.token_budget, hands)
+        best = np.where(pull > strongest, k, best)  # the first of equal pulls, like argmax
         strongest = np.maximum(pull, strongest)
         progress("naming the harm", k + 1, len(names))
     codes = np.zeros(len(removed), dtype=np.int64)
@@ -304,15 +307,13 @@ def categories(
 def _pull(
     model: nn.Module, selector: Fihs, category: str, rows: Sequence[Rendered], token_budget: int, hands: Hands
 ) -> Floats:
-    """How far each row (N,) follows a category's direction at unit length; not at all where it has none.
+    """How far each row (N,) follows a category's unit-length direction; minus infinity if the category has none.
 
-    The direction may be as large as the model, and is gone before that of the next category is taken.
+    The direction may be as large as the model, and is freed before the next category's is computed.
     """
     try:
         direction = selector.by_category(model, category)
-    except (
-        ScoreError
-    ):  # the whole direction was sound: this kind's requests have no part in it (none of them is refused)
+    except ScoreError:  # the overall direction is fine, but this category contributes nothing to it
         return np.full(len(rows), -np.inf)
     raw = shards.measure(selector, model, direction, rows, token_budget, hands=hands)
     tokens = raw.tokens if raw.tokens is not None else raw.sums[:, None]

@@ -1,4 +1,4 @@
-"""Everything about a scan that changes its numbers, in one place."""
+"""All settings that change a scan's numbers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from gradshield.thresholds import parse as parse_threshold
 
 @dataclass(frozen=True)
 class ScanSettings:
-    """How rows are scored and cut. The defaults are one choice for all data; docs/methods.md says how it was made.
+    """How rows are scored and cut. The defaults are one choice for all data; docs/methods.md explains it.
 
     ``selector``      a name of SELECTORS, with its options as typed (``larf``, ``larf:opening``, ``guard:llm:MODEL@URL``)
     ``probe``         a name of PROBES, a Probe, or a function of (model, PromptBatch) to a scalar
-    ``aggregate``     how a row's tokens are counted (AGGREGATES)
+    ``aggregate``     from a row's tokens to its score (AGGREGATES)
     ``subspace``      all, targets, lora, last:k (SUBSPACES)
     ``engine``        a name of ENGINES, or auto
-    ``threshold``     a rule with its options as typed (``competition:q=0.05``), or a Threshold; None is the selector's own
-    ``seed``          of the adapter's initialisation, the oracle's sample and the mixture's start
-    ``token_budget``  positions of one batch, padding included
+    ``threshold``     a rule with its options as typed (``competition:q=0.05``), or a Threshold; None is the selector's default
+    ``seed``          for the adapter's initialisation, the oracle's sample and the mixture's start
+    ``token_budget``  positions in one batch, padding included
     ``check_rows``    rows that are scored again by the oracle
     """
 
@@ -40,7 +40,7 @@ class ScanSettings:
     selector: str = "screen"
 
     def __post_init__(self) -> None:
-        """Raises UsageError for anything that could not be run, before a model is loaded."""
+        """Raises UsageError for invalid settings, before a model is loaded."""
         check(self.selector)
         parse_aggregate(self.aggregate)
         if isinstance(self.probe, str):
@@ -69,7 +69,7 @@ class ScanSettings:
 
     @property
     def rule(self) -> str:
-        """The threshold as typed, the selector's own where none was."""
+        """The threshold as typed, by default the selector's."""
         if self.threshold is None:
             return SELECTORS[self.selector.partition(":")[0]].rule
         return self.threshold if isinstance(self.threshold, str) else self.threshold.name
@@ -83,10 +83,10 @@ class ScanSettings:
 
 @dataclass(frozen=True)
 class Probing:
-    """What the model is asked: the requests S is taken on, their harmless look-alikes, and how a turn is opened.
+    """The probe requests that S is taken on, their harmless look-alikes, and how a turn is opened.
 
-    ``answer_prefix`` is put at the start of every probed answer (a closed thinking block); ``template`` goes to the chat
-    template. ``uncertified`` scores a model whose probes are not valid, and says so in everything that is written.
+    ``answer_prefix`` starts every probed answer (a closed thinking block); ``template`` holds arguments of the chat template.
+    ``uncertified`` scores a model whose probes are not valid, and marks every output as not certified.
     """
 
     requests: Sequence[Mapping[str, str]] = ()

@@ -1,9 +1,8 @@
-"""Measure rows in shards that are written as they finish, so that an interrupted scan goes on where it stopped.
+"""Measure rows in shards that are written as they finish, so that an interrupted scan resumes where it stopped.
 
-A shard's key is a hash of everything its numbers depend on (the tokens of its rows, the direction, the engine, the
-budget, the versions of what measures) and of nothing else: not of positions, names or times. Where a shard ends is told by
-the rows themselves, so that a row that is edited, put in or taken out changes its own shard and at most one beside it. A
-finished shard is never measured again.
+A shard's key is a hash of everything its numbers depend on (the tokens of its rows, the direction, the engine, the budget, the
+package versions) and nothing else: no positions, names or times. The rows' own hashes determine where a shard ends, so that
+editing, inserting or deleting a row changes its shard and at most one next to it. A finished shard is never measured again.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from gradshield.runs import versions
 from gradshield.selectors import Measured, Selector
 from gradshield.types import Batch, Direction, Rendered
 
-MEAN_ROWS = 128  # one row in so many ends its shard
-MOST_ROWS = 1024  # so many end it in any case: rows that are all alike have no end of their own
-LOGITS_BUDGET = 2**27  # entries of the logits of one batch: 512 MiB in float32
+MEAN_ROWS = 128  # one row in 128 ends its shard
+MOST_ROWS = 1024  # most rows in a shard: identical rows may contain no end
+LOGITS_BUDGET = 2**27  # entries of one batch's logits: 512 MiB in float32
 
 Progress = Callable[[int, int], None]
 Shard = tuple[str, list[Rendered]]  # the shard's key, and its rows
@@ -41,7 +40,7 @@ Shard = tuple[str, list[Rendered]]  # the shard's key, and its rows
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What every shard of one measurement is measured with."""
+    """The common inputs of all shards of one measurement."""
 
     selector: Selector
     model: nn.Module
@@ -49,7 +48,7 @@ class Job:
     token_budget: int
 
     def measure(self, rows: Sequence[Rendered]) -> Measured:
-        """One shard: its rows in batches, halved when memory runs out."""
+        """Measure one shard in batches, halved if memory runs out."""
         parts: list[Measured] = []
         for batch in batches(rows, self.token_budget, label_budget(self.model)):
             parts += _with_back_off(self.selector, self.model, self.direction, batch)
@@ -57,16 +56,16 @@ class Job:
 
 
 class Hands(Protocol):
-    """Who measures: takes the shards that are missing, and gives each back under its key, in any order.
+    """Whoever measures: takes the missing shards, and returns each under its key, in any order.
 
-    ``missing`` is drawn from as work goes on, never ahead of it, so that as many shards are in memory as are being measured.
+    ``missing`` is consumed only as work proceeds, so that only the shards being measured are in memory.
     """
 
     def __call__(self, job: Job, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]: ...
 
 
 def here(job: Job, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]:
-    """Measure in this process, one shard after the other."""
+    """Measure in this process, one shard at a time."""
     for key, rows in missing:
         yield key, job.measure(rows)
 
@@ -81,7 +80,7 @@ def measure(
     progress: Progress = lambda done, total: None,
     hands: Hands = here,
 ) -> Measured:
-    """Measure all rows, in the order of the input; shards found in ``store`` are read instead."""
+    """Measure all rows, in input order; shards found in ``store`` are read instead."""
     gathered, done = _Gathered(), 0
 
     def take(part: Measured) -> None:
@@ -109,7 +108,7 @@ def measure(
 
 
 class _Gathered:
-    """Shards put together as they come: four numbers a row in memory, per-token values on disk."""
+    """Collects shards as they arrive: four numbers per row in memory, per-token values on disk."""
 
     def __init__(self) -> None:
         self._rows, self._lengths = array("q"), array("q")
@@ -118,7 +117,7 @@ class _Gathered:
         self._extra, self._columns = array("d"), 0
 
     def add(self, part: Measured) -> None:
-        """Take over a shard's numbers; its arrays can go."""
+        """Copy a shard's numbers."""
         self._rows.frombytes(part.rows.astype(np.int64).tobytes())
         self._lengths.frombytes(part.lengths.astype(np.int64).tobytes())
         self._sums.frombytes(part.sums.astype(np.float64).tobytes())
@@ -132,7 +131,7 @@ class _Gathered:
             self._tokens.add(part.tokens)
 
     def measured(self) -> Measured:
-        """All of it, in the order of the input's rows."""
+        """All rows, in input order."""
         rows, lengths = np.frombuffer(self._rows, np.int64), np.frombuffer(self._lengths, np.int64)
         sums, nll = np.frombuffer(self._sums, np.float64), np.frombuffer(self._nll, np.float64)
         extra = np.frombuffer(self._extra, np.float64).reshape(len(rows), -1) if self._columns else None
@@ -150,11 +149,11 @@ def _file(store: Path, key: str) -> Path:
 
 
 def cut(rendered: Iterable[Rendered]) -> Iterator[tuple[list[Rendered], bytes]]:
-    """Rows in shards, in their order, each shard with its rows' hashes one after the other.
+    """Rows in shards, in order, each with the concatenated hashes of its rows.
 
-    A shard ends after a row whose hash is a multiple of MEAN_ROWS, and after MOST_ROWS in any case. So one edit makes at
-    most two new shards; only where more than MOST_ROWS rows stand together without an end of their own (a stretch in 3,000
-    is that long) may it make more, up to the next such end.
+    A shard ends after a row whose hash is a multiple of MEAN_ROWS, and after MOST_ROWS rows at the latest. So one edit makes
+    at most two new shards; it may make more only in a stretch of over MOST_ROWS rows without an end (one in 3,000 is that
+    long), up to the next end.
     """
     rows: list[Rendered] = []
     hashes: list[bytes] = []
@@ -169,7 +168,7 @@ def cut(rendered: Iterable[Rendered]) -> Iterator[tuple[list[Rendered], bytes]]:
 
 
 def _content(row: Rendered) -> bytes:
-    """SHA-256 of what a row's numbers depend on."""
+    """SHA-256 of everything a row's numbers depend on."""
     sha = hashlib.sha256()
     for tokens in row.sequences:
         sha.update(np.int64(len(tokens.ids)).tobytes() + tokens.ids.tobytes() + tokens.loss.tobytes())
@@ -178,12 +177,12 @@ def _content(row: Rendered) -> bytes:
 
 
 def label_budget(model: nn.Module) -> int:
-    """Most loss tokens of a batch, so that its logits stay within LOGITS_BUDGET."""
+    """Most loss tokens in a batch, so that its logits stay within LOGITS_BUDGET."""
     return max(1, LOGITS_BUDGET // int(text_config(model).vocab_size))
 
 
 def _with_back_off(selector: Selector, model: nn.Module, direction: Direction, batch: Batch) -> Iterator[Measured]:
-    """Measure a batch; when memory runs out, its two halves. Raises ModelError when one row alone does not fit."""
+    """Measure a batch; if memory runs out, its two halves. Raises ModelError if a single row does not fit."""
     try:
         yield selector.measure(model, direction, batch)
         return
@@ -219,7 +218,7 @@ def _part(batch: Batch, keep: np.ndarray) -> Batch:
 
 
 def _shared(selector: Selector, direction: Direction, token_budget: int) -> bytes:
-    """What the numbers of every shard depend on. Other versions may measure otherwise, with an engine that was mended."""
+    """What the numbers of every shard depend on, package versions included: a bug fix may change them."""
     settings = [selector.name, dict(selector.settings()), direction.digest, token_budget, versions()]
     return json.dumps(settings, sort_keys=True).encode()
 
@@ -246,7 +245,7 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _read(path: Path, rows: Sequence[Rendered]) -> Measured | None:
-    """A finished shard, its values given to the rows of this run; None where there is none whose bytes are as written."""
+    """A finished shard, its values assigned to the rows of this run; None if it is missing or damaged."""
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -1,4 +1,4 @@
-"""One row as the model sees it: its tokens, and which of them count in the loss."""
+"""One row as the model sees it: its tokens, and which count in the loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gradshield.scanning.options import render_config
 
 @dataclass(frozen=True)
 class Seen:
-    """Pieces of text with whether they count in the loss, the row's shape, and how many tokens there are of each."""
+    """Pieces of text, each with whether it counts in the loss; the row's shape; its tokens, and those that count."""
 
     pieces: tuple[tuple[str, bool], ...]
     shape: str
@@ -45,7 +45,7 @@ def show(
     row
         Position in ``data``, from 0.
     model
-        A folder, a hub name (only the tokenizer is loaded) or a loaded model; None is the bundled lab's.
+        A folder, a hub name (only the tokenizer is loaded) or a loaded model; None uses the bundled lab's.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def show(
         tokenizer = loading.load_tokenizer(model or lab.checkpoint("aligned"), trust_remote_code)
     for bad in read.quarantined:
         if bad.row == row:
-            raise DataError(f"row {row} (line {bad.line}) of {read.source.name} cannot be used, {bad.reason}: mend it")
+            raise DataError(f"row {row} (line {bad.line}) of {read.source.name} cannot be used, {bad.reason}: fix it")
     if not 0 <= row < read.source.rows:
         raise UsageError(
             f"there is no row {row} in {read.source.name}: give a position from 0 to {read.source.rows - 1}"

@@ -1,4 +1,4 @@
-"""Guards: what says how likely an answer is unsafe. Judges and the row selector of that name are thin over these."""
+"""Guards: models that say how likely an answer is unsafe, used by judges and by the selector ``guard``."""
 
 from gradshield.judges.guards.base import GUARDS, Guard, Opinion
 from gradshield.judges.guards.classifier import Classifier

@@ -1,4 +1,4 @@
-"""What a guard is, and what it says of one answer."""
+"""The guard interface, and a guard's opinion on one answer."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gradshield.registry import Registry
 
 Item = TypeVar("Item")
 
-READS = ("pair", "answer")  # what a guard that knows no turns is given: request and answer, or the answer alone
+READS = ("pair", "answer")  # input of a guard without turns: request and answer, or only the answer
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """The probability, from 0 to 1, that an answer is unsafe; None where the guard could not tell. ``reason`` says why.
+    """The probability, from 0 to 1, that an answer is unsafe; None if the guard could not decide. ``reason`` explains it.
 
-    More than 0.5 is what the guard itself calls unsafe. ``lost`` says that there is none because the endpoint has
-    stopped answering at all: it may have one later.
+    Above 0.5 is what the guard itself calls unsafe. ``lost``: there is no probability because the endpoint has stopped
+    answering, and a later run may get one.
     """
 
     probability: float | None
@@ -29,10 +29,10 @@ class Opinion:
 
 
 class Guard(Protocol):
-    """A model that reads a request and an answer. It is loaded when it is first needed.
+    """A model that reads a request and an answer. It is loaded on first use.
 
-    ``name`` is its kind and its model (``classifier:toxic-bert``). ``ready`` finds out early whether it can work, and
-    raises what stands in its way. ``record`` is JSON-able: everything that its opinions depend on, and no secret.
+    ``name`` is its kind and its model (``classifier:toxic-bert``). ``ready`` raises early if the guard cannot work.
+    ``record`` is JSON-able: everything that its opinions depend on, and no secret.
     """
 
     @property
@@ -49,20 +49,20 @@ GUARDS: Registry[Callable[..., Guard]] = Registry("guard")
 
 
 def short_name(kind: str, model: str, parts: int = 1) -> str:
-    """``kind:model``, of a folder or an address its last ``parts``; one line of at most 80 characters."""
+    """``kind:model``, with the last ``parts`` of a folder or an address; one line of at most 80 characters."""
     last = "/".join(model.rstrip("/\\").replace("\\", "/").split("/")[-parts:])
     return f"{kind}:{''.join(c if c.isprintable() else '?' for c in last)[:60]}"
 
 
 def asked(client: Client, ask: Callable[[Item], Opinion], items: Sequence[Item]) -> list[Opinion]:
-    """An opinion per item from an endpoint, several asked for at once; none, with the error, where it fails."""
+    """An opinion per item from an endpoint, requested concurrently; None with the error for a failed call."""
     found = client.each(ask, items)
     down = client.down
     return [Opinion(None, str(one), down) if isinstance(one, EndpointError) else one for one in found]
 
 
 def checked_reads(reads: str) -> str:
-    """``reads`` itself. Raises UsageError where it is not one of READS."""
+    """``reads`` itself. Raises UsageError if it is not one of READS."""
     if reads not in READS:
         raise UsageError(f"reads is {reads!r}: choose one of {', '.join(READS)}")
     return reads

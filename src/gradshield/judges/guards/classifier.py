@@ -16,8 +16,8 @@ from gradshield.models import loading
 from gradshield.models.placement import choose_device, choose_dtype, in_float64
 
 BATCH = 32
-LONGEST = 2048  # tokens of one window, however many the model would read
-SLACK = 8  # tokens kept free of a window: special tokens, and words cut in two that are tokenised anew
+LONGEST = 2048  # most tokens in one window
+SLACK = 8  # tokens kept free in a window: special tokens, and words cut in two that tokenise differently
 
 UNSAFE_WORDS = frozenset(
     "unsafe|harmful|harm|toxic|toxicity|hate|hateful|offensive|abusive|abuse|dangerous|malicious|unethical|insult|obscene|"
@@ -30,7 +30,7 @@ _NEGATIONS = frozenset(("not", "non", "no"))
 
 
 def label_unsafe(label: str) -> bool | None:
-    """Whether a label's own words mean unsafe; None where they do not say."""
+    """Whether a label's words mean unsafe; None if they do not say."""
     words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label).lower())
     unsafe, safe = not UNSAFE_WORDS.isdisjoint(words), not SAFE_WORDS.isdisjoint(words)
     if unsafe == safe:
@@ -40,22 +40,22 @@ def label_unsafe(label: str) -> bool | None:
 
 @GUARDS.register("classifier")
 class Classifier:
-    """Any text-classification model of a folder or the hub, its labels mapped to unsafe.
+    """Any text-classification model from a folder or the hub, its labels mapped to unsafe.
 
-    The probability is the sum over the unsafe labels where labels exclude each other, and the largest of theirs where
-    each label is decided alone. An answer longer than the model reads is read in windows, of which the worst counts.
+    The probability is the sum over the unsafe labels if labels are exclusive, and their maximum if each label is decided
+    independently. An answer longer than the model's input is read in windows, of which the worst counts.
 
     Parameters
     ----------
     unsafe
-        Names of the labels that mean unsafe; guessed from the names where every one of them says what it is.
+        Names of the labels that mean unsafe; inferred from the names if every one is clear.
     reads
-        ``pair`` gives the model request and answer as two segments, ``answer`` the answer alone.
+        ``pair`` gives the model request and answer as two segments, ``answer`` only the answer.
 
     Raises
     ------
     UsageError
-        Labels that are not the model's, or that cannot be guessed (the message lists them).
+        Labels that the model does not have, or that cannot be inferred (the message lists them).
     ModelError, HubError
         As ``models.load`` raises them.
     """
@@ -78,7 +78,7 @@ class Classifier:
         return short_name("classifier", self.source)
 
     def ready(self) -> None:
-        """Fetch the model and settle its labels, without loading its weights."""
+        """Fetch the model and determine its labels, without loading its weights."""
         self._config, self._tokenizer, self.unsafe  # noqa: B018
 
     def record(self) -> Mapping[str, Any]:
@@ -88,13 +88,11 @@ class Classifier:
         return {"guard": "classifier", "model": self.source, "sha256": digest, "unsafe": unsafe, "reads": self.reads}
 
     def opinions(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Opinion]:
-        """One opinion an answer: the probability of its worst window."""
+        """One opinion per answer: the probability of its worst window."""
         windows = [
             (i, pair) for i, both in enumerate(zip(prompts, answers, strict=True)) for pair in self._windows(*both)
         ]
-        windows.sort(
-            key=lambda window: -sum(map(len, window[1]))
-        )  # like lengths together; a batch too large fails at once
+        windows.sort(key=lambda window: -sum(map(len, window[1])))  # similar lengths together, the largest batch first
         worst = [0.0] * len(prompts)
         broken: set[int] = set()
         for start in range(0, len(windows), BATCH):
@@ -112,7 +110,7 @@ class Classifier:
 
     @cached_property
     def unsafe(self) -> tuple[int, ...]:
-        """Numbers of the labels that mean unsafe."""
+        """Indices of the labels that mean unsafe."""
         labels, listed = self._labels, ", ".join(map(repr, self._labels))
         if self.wanted:
             if unknown := [label for label in self.wanted if label not in labels]:
@@ -123,8 +121,8 @@ class Classifier:
         meant = [label_unsafe(label) for label in labels]
         if None in meant or True not in meant or (self._exclusive and False not in meant):
             raise UsageError(
-                f"which labels of {self.source} mean unsafe does not show in their names ({listed}): name them with "
-                "unsafe=LABEL, several with + between"
+                f"the names of the labels of {self.source} do not say which mean unsafe ({listed}): name those with "
+                "unsafe=LABEL, several joined with +"
             )
         return tuple(i for i, value in enumerate(meant) if value)
 
@@ -181,7 +179,7 @@ class Classifier:
             ) from error
         model, info = loaded
         if missing := sorted(info.get("missing_keys", ())):
-            # A language model loads here too, with a head at random.
+            # A language model loads here too, with a random head.
             raise ModelError(
                 f"{self.source} lacks {len(missing)} weights of a text classifier ({', '.join(missing[:3])}): give a model "
                 "that was trained as one"
@@ -193,17 +191,17 @@ class Classifier:
         stated = (self._tokenizer.model_max_length, getattr(self._config, "max_position_embeddings", None))
         tokenizer, table = (int(n) if n is not None and 0 < n < 10**6 else None for n in stated)
         if tokenizer is None and table is not None:
-            table -= 2  # RoBERTa's positions begin at 2; where the tokenizer says what is read, it has counted that
+            table -= 2  # RoBERTa's positions begin at 2; a tokenizer's own limit accounts for that
         return min(n for n in (tokenizer, table, LONGEST) if n is not None)
 
     def _windows(self, prompt: str, answer: str) -> Iterator[tuple[str, ...]]:
-        """What the model is given for one answer: one input, or several where the answer is too long for one."""
+        """The model's inputs for one answer: one, or several if the answer is too long."""
         request = self._cut(prompt, self._length // 4) if self.reads == "pair" else ""
         ids = self._ids(answer)
         room = max(1, self._length - SLACK - len(self._ids(request)))
         parts = [answer]
         if len(ids) > room:
-            # Half overlaps, so that what stands on a border is whole in one window.
+            # Windows overlap by half, so that text at a border is whole in one of them.
             step = max(1, room // 2)
             starts = range(0, max(1, len(ids) - room + step), step)
             parts = [str(self._tokenizer.decode(ids[at : at + room], skip_special_tokens=True)) for at in starts]
@@ -218,7 +216,7 @@ class Classifier:
         return text if len(ids) <= tokens else str(self._tokenizer.decode(ids[:tokens], skip_special_tokens=True))
 
     def _probabilities(self, inputs: Sequence[tuple[str, ...]]) -> list[float]:
-        """P(unsafe) of each input, (B,); NaN where the model gave one."""
+        """P(unsafe) of each input, (B,); NaN if the model gave NaN."""
         import torch
 
         columns = [list(column) for column in zip(*inputs, strict=True)]

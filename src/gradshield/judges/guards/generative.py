@@ -23,28 +23,28 @@ _TRIAL = ("what is the capital of France", "the capital of France is Paris")
 
 @GUARDS.register("guard")
 class Generative:
-    """A causal LM that writes whether the answer of a chat is safe, asked in its own chat template.
+    """A causal LM that writes whether the answer in a chat is safe, prompted with its own chat template.
 
-    The first word it writes, also after a heading such as ``Safety:``, must be one of ``words``; anything else is no
-    verdict. The probability compares the two words where the verdict was written: exp(z_unsafe) over the sum of both,
-    z the logits of each word's first token. Where they share it, the probability is 0 or 1. More than one half is what the
-    guard called unsafe, in a tie too.
+    The first word it writes, possibly after a heading such as ``Safety:``, must be one of ``words``; anything else is no
+    verdict. The probability compares the two words at the position of the verdict: exp(z_unsafe) over the sum of both,
+    z the logits of each word's first token. If they share that token, the probability is 0 or 1. It is above one half exactly
+    if the guard wrote unsafe, also in a tie.
 
-    Special tokens that are spelled out in a request or an answer are broken up: they would end the guard's own turns.
+    Special tokens spelled out in a request or an answer are broken up: they would end the guard's own turns.
 
     Source: Inan et al. (2023), arXiv 2312.06674, whose classifier score is the probability of the first token.
 
     Parameters
     ----------
     words
-        What the guard writes for safe and for unsafe; case plays no part.
+        What the guard writes for safe and for unsafe; case is ignored.
 
     Raises
     ------
     UsageError
         ``words`` are not two different words.
     ModelError, HubError
-        As ``models.load`` raises them; a tokenizer without a chat template, or one that leaves out a turn.
+        As ``models.load`` raises them; a tokenizer without a chat template, or one that omits a turn.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Generative:
         return short_name("guard", self.source)
 
     def ready(self) -> None:
-        """Fetch the tokenizer and try its chat template, without loading the weights."""
+        """Fetch the tokenizer and test its chat template, without loading the weights."""
         self._template_parts  # noqa: B018
 
     def record(self) -> Mapping[str, Any]:
@@ -77,12 +77,12 @@ class Generative:
         return {"guard": "guard", "model": self.source, "sha256": self._loaded.digest, "words": list(self.words)}
 
     def opinions(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Opinion]:
-        """One opinion an answer, by greedy decoding."""
+        """One opinion per answer, by greedy decoding."""
         ids = [self._encoded(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         limit = getattr(loading.text_config(self._loaded.model), "max_position_embeddings", None) or 10**9
         found = [Opinion(None, f"{len(row)} tokens are more than the guard reads ({limit})") for row in ids]
         fits = [i for i, row in enumerate(ids) if len(row) + NEW_TOKENS <= limit]
-        fits.sort(key=lambda i: -len(ids[i]))  # like lengths together; a batch too large fails at once
+        fits.sort(key=lambda i: -len(ids[i]))  # similar lengths together, the largest batch first
         for start in range(0, len(fits), BATCH):
             rows = fits[start : start + BATCH]
             for i, opinion in zip(rows, self._answers([ids[i] for i in rows]), strict=True):
@@ -99,7 +99,7 @@ class Generative:
         from transformers import GenerationConfig
 
         stops = loaded.model.generation_config.eos_token_id  # type: ignore[union-attr]
-        found: Any = GenerationConfig  # what the model's own config asks for (sampling, penalties) is left out
+        found: Any = GenerationConfig  # the model's own settings (sampling, penalties) are dropped
         loaded.model.generation_config = found(
             do_sample=False,
             max_new_tokens=NEW_TOKENS,
@@ -110,19 +110,18 @@ class Generative:
 
     @cached_property
     def _template_parts(self) -> bool:
-        """Whether the template takes a turn's content as typed parts (as multimodal guards do) instead of a text."""
+        """Whether the template takes a turn's content as typed parts (multimodal guards) instead of a text."""
         if not self._tokenizer.chat_template:
             raise ModelError(f"the tokenizer of {self.source} has no chat template: give a guard that has one")
         for parts in (False, True):
             try:
                 text = self._rendered(*_TRIAL, parts)
-            except Exception:  # a template may raise whatever it likes
+            except Exception:  # a template may raise anything
                 continue
             if all(turn in text for turn in _TRIAL):
                 return parts
         raise ModelError(
-            f"the chat template of {self.source} leaves out the user's or the assistant's turn: give a guard that judges "
-            "answers"
+            f"the chat template of {self.source} omits the user's or the assistant's turn: give a guard that judges answers"
         )
 
     def _rendered(self, prompt: str, answer: str, parts: bool) -> str:
@@ -139,12 +138,12 @@ class Generative:
         return re.compile("|".join(map(re.escape, longest)) if longest else r"(?!)")
 
     def _plain(self, text: str) -> str:
-        """A text in which no special token is spelled: a space after the first character of each, until there is none."""
+        """The text with every special token broken up by a space after its first character, repeated until none is left."""
         while self._special.search(text):
-            mended = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
-            if mended == text or len(mended) > 4 * len(text) + 64:
+            broken = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+            if broken == text or len(broken) > 4 * len(text) + 64:
                 return self._special.sub(" ", text)
-            text = mended
+            text = broken
         return text
 
     def _encoded(self, prompt: str, answer: str) -> list[int]:
@@ -167,7 +166,7 @@ class Generative:
         return [self._read(row, [step[i] for step in out.logits]) for i, row in enumerate(new)]
 
     def _read(self, tokens: Sequence[int], logits: Sequence[Any]) -> Opinion:
-        """The verdict that was written, and its probability; ``logits`` are (V,) for each of ``tokens``."""
+        """The written verdict and its probability; ``logits`` are (V,) for each of ``tokens``."""
         text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
         found = self._verdict.match(text)
         if not found:
@@ -183,12 +182,12 @@ class Generative:
         value = 1 / (1 + math.exp(max(-700.0, min(gap, 700.0)))) if gap == gap else None
         if value is None:
             return Opinion(None, "the guard's logits are not numbers")
-        if unsafe:  # of two words that are equally likely, as happens in bfloat16, the written one is the verdict
+        if unsafe:  # in a tie, which happens in bfloat16, the written word is the verdict
             value = max(value, _BEYOND_HALF)
         return Opinion(value, f"the guard wrote {found[1]!r}, P({self.words[1]}) = {value:.3f}")
 
     def _first_tokens(self, tokens: Sequence[int], start: int, unsafe: bool) -> tuple[int, int, int] | None:
-        """Where the verdict's first token was written, and both words' first tokens in its style (space, capitals)."""
+        """The position of the verdict's first token, and both words' first tokens in its style (space, capitals)."""
         step = next(
             (
                 n

@@ -13,13 +13,13 @@ from gradshield.judges.guards.base import GUARDS, Opinion, asked, checked_reads,
 class Moderations:
     """An OpenAI-compatible moderation endpoint, which flags a text and scores it by category.
 
-    The value is m / 2 for a text that is not flagged and (1 + m) / 2 for one that is, m the largest category score: in the
-    order of the scores on either side, and beyond 0.5 exactly where the endpoint flags, whose limits differ by category.
-    It is no probability. Where a flagged text has no score, it is 1.
+    The value is m / 2 for a text that is not flagged and (1 + m) / 2 for one that is, m the largest category score: it orders
+    texts by score and is above 0.5 exactly if the endpoint flags, whose limits differ by category. It is not a probability.
+    A flagged text without a score gets 1.
 
-    Such endpoints know no turns, so by default the answer alone is read: a harmful request that is declined is no harm.
+    Such endpoints have no turns, so by default they get only the answer: a harmful request that is declined is not harmful.
 
-    ``opinions`` raises UsageError where the endpoint does not know the key, the address or the model.
+    ``opinions`` raises UsageError if the endpoint rejects the key, the address or the model.
     """
 
     def __init__(self, client: Client, reads: str = "answer") -> None:
@@ -31,7 +31,7 @@ class Moderations:
         return short_name("moderation", self.client.model)
 
     def ready(self) -> None:
-        """Have one harmless text read. Raises UsageError and EndpointError."""
+        """Moderate one harmless text. Raises UsageError and EndpointError."""
         self.client.moderate("Paris is the capital of France.")
 
     def record(self) -> Mapping[str, Any]:
@@ -40,17 +40,17 @@ class Moderations:
         return {"guard": "moderation", **endpoint, "reads": self.reads}
 
     def opinions(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Opinion]:
-        """One opinion an answer, several asked for at once; none where the endpoint fails."""
+        """One opinion per answer, requested concurrently; None if a call fails."""
         both = zip(prompts, answers, strict=True)
         texts = [f"{prompt}\n\n{answer}" if self.reads == "pair" else answer for prompt, answer in both]
         return asked(self.client, self._asked, texts)
 
     def _asked(self, text: str) -> Opinion:
         if not text.strip():
-            return Opinion(0.0, "empty text")  # which such endpoints refuse to read
-        said = self.client.moderate(text)
-        category, largest = max(said.scores.items(), key=lambda item: item[1], default=("", 0.0))
-        if not said.flagged:
+            return Opinion(0.0, "empty text")  # which such endpoints reject
+        found = self.client.moderate(text)
+        category, largest = max(found.scores.items(), key=lambda item: item[1], default=("", 0.0))
+        if not found.flagged:
             return Opinion(largest / 2, "not flagged")
         value = (1 + largest) / 2 if largest > 0 else 1.0
         shown = "".join(c for c in category if c.isprintable())[:60]

@@ -1,4 +1,4 @@
-"""Guards as they are typed: ``KIND:MODEL[@URL][,option=value]...``."""
+"""Guards as typed: ``KIND:MODEL[@URL][,option=value]...``."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ FORMS = {
     "llm": "llm:MODEL@https://host/v1[,key=NAME_OF_VARIABLE][,timeout=SECONDS]",
     "moderation": "moderation:MODEL@https://host/v1[,key=NAME_OF_VARIABLE][,timeout=SECONDS][,reads=pair]",
 }
-OF_CLIENT = {"key": Option(str), "timeout": Option(float, above=0, most=3600)}  # how a guard is reached, not what it is
+OF_CLIENT = {"key": Option(str), "timeout": Option(float, above=0, most=3600)}  # the connection, not the guard
 _REMOTE = re.compile(r"(.+)@(https?://.+)", re.DOTALL | re.IGNORECASE)
 
 
 def of_rows(text: str) -> str:
-    """The guard of the selector and defence ``guard:...`` as parse takes it: a model without a kind is a guard model.
+    """The guard in the selector and defence ``guard:...``, in the form of `parse`: a model without a kind is a guard model.
 
-    Raises UsageError, and UnknownNameError for a kind that is not there.
+    Raises UsageError, and UnknownNameError for an unknown kind.
     """
     kind, colon, _ = text.partition(":")
     if kind == "guard":
@@ -38,15 +38,15 @@ def of_rows(text: str) -> str:
 
 
 def parse(text: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Guard:
-    """A guard from what a user typed, in one of FORMS. Nothing is loaded or asked yet.
+    """A guard as typed, in one of FORMS. Nothing is loaded or called yet.
 
-    ``device``, ``dtype`` and ``trust_remote_code`` are for guards whose model is loaded here. Raises UsageError.
+    ``device``, ``dtype`` and ``trust_remote_code`` apply to local models. Raises UsageError.
     """
     return make(Spec.split(text), device, dtype, trust_remote_code)
 
 
 def make(spec: Spec, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Guard:
-    """A guard from a spec in parts; see ``parse``."""
+    """A guard from a split spec; see ``parse``."""
     made = GUARDS[spec.name]
     form = FORMS.get(spec.name, f"{spec.name}:MODEL")
     if not spec.target:
