@@ -55,22 +55,22 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "empty file": ("a.jsonl", b"", "has no rows"),
     "blank lines": ("a.jsonl", b"\n\r\n  \n", "has no rows"),
-    "all broken": ("a.jsonl", b"{\n[1\n", "none of the 2 rows"),
+    "all broken": ("a.jsonl", b"{\n[1\n", "0 of 2 rows"),
     "no rows in an array": ("a.json", b"[]", "has no rows"),
     "broken array": ("a.json", b'[{"text": "a"}, ', "not valid JSON"),
     "not UTF-8": ("a.jsonl", b'{"text": "caf\xe9"}\n', "not UTF-8"),
     "UTF-16": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "UTF-16"),
     "NUL bytes": ("a.jsonl", b'{"text": "a\0"}\n', "NUL bytes"),
     "NUL characters": ("a.jsonl", b'{"text": "a\\u0000"}\n', "NUL characters"),
-    "wrong types": ("a.jsonl", b'{"messages": 3}\n{"text": []}\n"text"\n7\nnull\n', "none of the 5 rows"),
+    "wrong types": ("a.jsonl", b'{"messages": 3}\n{"text": []}\n"text"\n7\nnull\n', "0 of 5 rows"),
     "empty answers": ("a.jsonl", b'{"prompt": "a", "completion": " "}\n', "completion is empty"),
     "unknown keys": ("a.jsonl", b'{"question": "a", "reply": "b"}\n', "known formats and their keys"),
     "two shapes": ("a.jsonl", b'{"text": "a", "messages": []}\n' + GOOD, "fits 2 formats, messages and text"),
     "nested": ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "nested too deeply"),
     "header only": ("a.csv", b"instruction,output\n", "has no rows"),
     "column twice": ("a.csv", b"text,text\na,b\n", "names a column twice"),
-    "no parquet": ("a.parquet", b"PAR1 or so", "not a Parquet file"),
-    "unknown kind": ("a.xlsx", b"PK\x03\x04", "not a kind of file"),
+    "no parquet": ("a.parquet", b"PAR1 or so", "not a readable Parquet file"),
+    "unknown kind": ("a.xlsx", b"PK\x03\x04", "of an unknown kind"),
 }
 
 

@@ -54,7 +54,7 @@ def test_coded_strings_are_the_strings(names: list[str], data: st.DataObject) ->
     assert column[part] == names[part]
 
 
-def test_few_names_are_a_byte_each_and_many_are_still_told_apart() -> None:
+def test_few_names_are_a_byte_each_and_many_still_differ() -> None:
     many = [str(n) for n in range(300)]
     assert Coded.of(many[:256]).codes.itemsize == 1 and Coded.of(many).codes.itemsize == 2
     assert Coded.of(many) == many and Coded.of(["a"]) != ["b"] and Coded.of(["a"]) != 3

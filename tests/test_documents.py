@@ -114,7 +114,7 @@ def test_commands_and_scripts_run(document: str, desk: Path) -> None:
 
 
 def run(line: str, document: str) -> bool:
-    """Run a line of a shell block, if it is a command of ours; its exit code is the one that the document speaks of."""
+    """Run a line of a shell block, if it is a GradShield command; its exit code is the one that the document speaks of."""
     words = line.partition("#")[0].strip()
     if not words.startswith("gradshield "):
         assert words.startswith(ELSEWHERE), f"{document}: {words}"

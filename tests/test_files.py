@@ -34,7 +34,7 @@ with files.replacing(Path(sys.argv[1])) as part:
 
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """The system refuses to let a file grow beyond so many bytes."""
+    """The system refuses to let a file grow beyond N bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -88,7 +88,7 @@ class Largest:
 
 @JUDGES.register("long-answer")
 class LongAnswer:
-    """Unsafe where the answer is longer than so many characters."""
+    """Unsafe where the answer is longer than N characters."""
 
     def __init__(self, most: int = 20):
         self.name, self.most = "long-answer", most

@@ -87,17 +87,15 @@ def test_where_there_are_no_locks_all_go_on(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("target", ["write_scores", "write_json"])
+@pytest.mark.parametrize("target", ["gradshield.scanning.outputs.write_scores", "gradshield.runs.write_json"])
 def test_a_full_disk_is_a_sentence_and_a_rerun_goes_on(
     target: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gradshield.scanning import outputs
-
     def full(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patched:
-        patched.setattr(outputs, target, full)
+        patched.setattr(target, full)
         with pytest.raises(GradShieldError, match=r"cannot be written to .*free some space") as raised:
             scan(chats(12), output=tmp_path)
     assert raised.value.exit_code == 3

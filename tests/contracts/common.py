@@ -123,7 +123,7 @@ def _bytes(tensor: Tensor | None) -> Any:
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """Everything of a model, and of torch beside it, that must be what it was: compare two of these with ==."""
+    """Everything of a model, and of torch, that must not change: compare two of these with ==."""
     found: dict[str, Any] = {"grad enabled": torch.is_grad_enabled(), "random": torch.get_rng_state().numpy().tobytes()}
     for name, module in model.named_modules():
         found[f"{name}: module"] = (id(module), type(module), module.training, sorted(module.__dict__))

@@ -152,7 +152,7 @@ def test_selector(name: str) -> None:
     assert differences(before, state(model)) == []
 
     assert expected.values.shape == (len(made),) and np.isfinite(expected.values).all()
-    assert len(set(expected.values.tolist())) > len(made) // 2  # rows are told apart
+    assert len(set(expected.values.tolist())) > len(made) // 2  # rows get different scores
     assert list(expected.ids) == [r.id for r in sorted(made, key=lambda r: r.row)]
     assert isinstance(parse(selector.rule).cut(expected.values, expected.decoys, expected.anchors).value, float)
     assert json.loads(json.dumps(selector.settings())) == dict(selector.settings())

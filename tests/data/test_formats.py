@@ -222,7 +222,7 @@ def test_what_is_wrong_with_a_whole_file(tmp_path: Path) -> None:
         read(str(tmp_path / "missing"))
     with pytest.raises(DataError, match="is a folder"):
         read(tmp_path)
-    with pytest.raises(FormatError, match="not a kind of file"):
+    with pytest.raises(FormatError, match="of an unknown kind"):
         read(_file(tmp_path, b"junk", "data.zip"))
     with pytest.raises(FormatError, match="UTF-16"):
         read(_file(tmp_path, '{"text": "a"}'.encode("utf-16")))
@@ -284,7 +284,7 @@ def test_parquet_rows_are_taken_from_the_table(tmp_path: Path) -> None:
     assert result.quarantined[0].line == 2
     write(result.examples.rows, result.source, tmp_path / "out.parquet")
     assert pq.read_table(tmp_path / "out.parquet").equals(table.take([0, 2]))
-    with pytest.raises(FormatError, match="not a Parquet file"):
+    with pytest.raises(FormatError, match="not a readable Parquet file"):
         read(_file(tmp_path, b"PAR1 junk", "bad.parquet"))
 
 
@@ -325,7 +325,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.Monkey
     with pytest.raises(DataError, match="'owner/name' cannot be fetched") as raised:
         read("owner/name")
     _sentence(raised.value)
-    for name in ("owner/name.txt", "name.jsonl.gz", "name.csv.zst"):  # nobody asks the hub for a file that is missing
+    for name in ("owner/name.txt", "name.jsonl.gz", "name.csv.zst"):  # a missing file is not looked up on the hub
         with pytest.raises(DataError, match="give a file that exists"):
             read(name)
 

@@ -98,5 +98,5 @@ def test_what_is_packed_badly_is_an_error(ending: str, codec: str, tmp_path: Pat
         with pytest.raises(DataError, match="cannot be read") as raised:
             read(_file(tmp_path, content, f"data.jsonl{ending}"))
         _sentence(raised.value)
-    with pytest.raises(FormatError, match="unpack it"):
+    with pytest.raises(FormatError, match="decompress it"):
         read(_file(tmp_path, whole, f"data.parquet{ending}"))

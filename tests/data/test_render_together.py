@@ -69,6 +69,6 @@ def test_rows_are_tokenised_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes"}]}
         for n in range(300)
     ]
-    told: list[int] = []
-    assert len(render_all(read(rows).examples, tiny_tokenizer(), progress=told.append).rendered) == 300
-    assert calls == [256, 44] and told == [256, 300]
+    done: list[int] = []
+    assert len(render_all(read(rows).examples, tiny_tokenizer(), progress=done.append).rendered) == 300
+    assert calls == [256, 44] and done == [256, 300]

@@ -178,7 +178,7 @@ def test_pairs_keep_tools_that_not_every_row_has(model: Any, tmp_path: Any) -> N
         assert row.sequences[0].ids.tolist() == prepared["prompt_ids"] + prepared["chosen_ids"]
 
 
-def test_pairs_of_different_template_options_are_told() -> None:
+def test_pairs_of_different_template_options_are_reported() -> None:
     pair = {"prompt": TURNS[1:2], "chosen": TURNS[2:3], "rejected": TURNS[2:3]}
     rows: list[dict[str, Any]] = [{**pair, "chat_template_kwargs": {"short": short}} for short in (True, False)]
     read_rows = read(rows)

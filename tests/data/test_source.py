@@ -83,7 +83,7 @@ def test_some_rows_are_written_and_taken(kind: str, tmp_path: Path) -> None:
 
 def _changed(path: Path, change: str) -> None:
     content = path.read_bytes()
-    if change == "gone":
+    if change == "deleted":
         os.remove(path)
         return
     changed = {
@@ -96,7 +96,7 @@ def _changed(path: Path, change: str) -> None:
     path.write_bytes(changed)
 
 
-CHANGES = ["word", "longer", "shorter", "gone", "end"]
+CHANGES = ["word", "longer", "shorter", "deleted", "end"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "jsonl.gz", "csv.zst"])
@@ -116,13 +116,13 @@ def test_a_file_that_changes_meanwhile_changes_nothing(kind: str, change: str, t
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_parquet_file_that_changes_meanwhile_is_told_and_nothing_is_written(change: str, tmp_path: Path) -> None:
+def test_a_parquet_file_that_changes_meanwhile_is_reported_and_nothing_is_written(change: str, tmp_path: Path) -> None:
     path = made("parquet", tmp_path)
     result = read(path)
     whole = list(result.examples)
     (tmp_path / "old").write_text("as it was")
     _changed(path, change)
-    with pytest.raises(DataError, match="was changed while its rows were being used") as raised:
+    with pytest.raises(DataError, match="was changed while its rows were in use") as raised:
         write_parts({tmp_path / "old": [1, 2], tmp_path / "new": [3]}, result.source)
     assert "\n" not in str(raised.value)
     assert (tmp_path / "old").read_text() == "as it was"

@@ -178,7 +178,7 @@ def test_a_file_that_is_none_is_refused(direction: Alignment, tmp_path: Path) ->
     with pytest.raises(DataError, match="could not be read"):
         load(tmp_path / "text.safetensors")
     save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
-    with pytest.raises(DataError, match="is no alignment direction"):
+    with pytest.raises(DataError, match="is not an alignment direction"):
         load(tmp_path / "other.safetensors")
     header = {"kind": "alignment", "digest": direction.digest, "meta": "{"}
     save_file(dict(direction.tensors), tmp_path / "meta.safetensors", header)
@@ -232,5 +232,5 @@ def test_all_the_energy_is_the_rank_and_no_more() -> None:
     v = torch.randn(12, 3, generator=generator) @ torch.randn(3, 9, generator=generator)
     assert leading(v.double(), 1.0).shape == (12, 3)  # in float32 the rounding of the product has directions of its own
     assert leading(torch.zeros(4, 5), 1.0).shape == (4, 0)
-    with pytest.raises(UsageError, match=r"energy 1\.5 is not a share"):
+    with pytest.raises(UsageError, match=r"energy is 1\.5"):
         leading(v, 1.5)

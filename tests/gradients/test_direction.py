@@ -43,7 +43,7 @@ def test_parts_of_a_score_add_up() -> None:
         torch.testing.assert_close(parts.tensors[name], whole.tensors[name])
 
 
-def test_a_score_alone_has_the_bits_it_has_beside_others_and_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_alone_has_the_bits_it_has_next_to_others_and_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     together = make()
     monkeypatch.setattr(torch, "stack", None)
     for k, (name, score) in enumerate((("gap", gap), ("reluctance", reluctance))):
@@ -78,7 +78,7 @@ def test_a_direction_comes_back_from_its_file(tmp_path: Path) -> None:
     assert all(torch.equal(found.tensors[n], direction.tensors[n]) for n in found.tensors)
 
 
-def test_other_bytes_are_told_by_the_digest(tmp_path: Path) -> None:
+def test_other_bytes_do_not_match_the_digest(tmp_path: Path) -> None:
     direction = make()
     name = NAMES[0]
     one_bit = {**direction.tensors, name: direction.tensors[name].clone()}

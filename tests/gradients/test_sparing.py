@@ -41,7 +41,7 @@ def whole_pass(_self: Prefix, _reached: Any = None) -> Iterator[bool]:
 
 
 def routed(arch: str) -> int:
-    """Passes over a batch beside the two of each direction: one that records the experts' choice."""
+    """Passes over a batch in addition to the two of each direction: one that records the experts' choice."""
     return int(arch in ("mixtral", "qwen2_moe"))
 
 

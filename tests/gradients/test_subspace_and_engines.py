@@ -263,11 +263,11 @@ def test_forward_mode_takes_attention_that_has_one_and_puts_the_models_own_back(
     assert used == ["sdpa"] and model.config._attn_implementation == "fused"
 
 
-def test_a_kernel_without_a_forward_mode_is_told() -> None:
+def test_a_kernel_without_a_forward_mode_is_reported() -> None:
     model = tiny_model("llama")
     direction, batch = two_directions(model, "all"), batch_of(rows())
     model.model.norm.register_forward_hook(lambda module, args, output: _Backward.apply(output))
-    with pytest.raises(UsageError, match="no forward-mode derivative"):
+    with pytest.raises(UsageError, match="without a forward-mode derivative"):
         ENGINES["forward"]().directional(model, batch, direction)
     Loop().directional(model, batch, direction)
 
@@ -302,7 +302,7 @@ def test_targets_have_the_modules_that_an_adapter_trains_whole() -> None:
         assert set(found) < {name for name, _ in carrying.named_parameters()}
 
 
-def test_weights_that_are_read_past_their_layer_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_read_past_their_layer_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:  # as Mamba's kernels read a layer's weight
         return self.down_proj(self.act_fn(self.gate_proj(x)) * torch.nn.functional.linear(x, self.up_proj.weight))
 

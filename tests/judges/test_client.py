@@ -145,9 +145,9 @@ def test_a_reply_without_end_is_not_read(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_nobody_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    gone = Client(f"http://127.0.0.1:{port}/v1", "m", key="TEST_KEY")
+    down = Client(f"http://127.0.0.1:{port}/v1", "m", key="TEST_KEY")
     with pytest.raises(EndpointError, match="gave no answer, at last with ConnectError") as caught:
-        gone.chat(TURN)
+        down.chat(TURN)
     assert caught.value.exit_code == 4
     assert KEY not in str(caught.value)
 

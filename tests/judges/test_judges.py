@@ -83,7 +83,7 @@ def test_a_function_is_a_judge_and_may_not_know() -> None:
     judge = FunctionJudge("echo", lambda prompt, answer: None if not answer else prompt == answer)
     assert judge.judge("a", "a") == Verdict(True, "echo says complied")
     assert judge.judge("a", "b") == Verdict(False, "echo says did not comply")
-    assert judge.judge("a", "") == Verdict(None, "echo could not tell")
+    assert judge.judge("a", "") == Verdict(None, "echo could not decide")
 
 
 def test_judges_are_found_by_name() -> None:

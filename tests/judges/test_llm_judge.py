@@ -277,7 +277,7 @@ def test_batches_and_single_answers_are_judged_alike() -> None:
     assert mcnemar(unsafe, ["harm" in answer for answer in answers]).only_before == 0 and sum(unsafe) == 4
 
 
-def test_what_cannot_judge_is_told_before_answers_are_made() -> None:
+def test_what_cannot_judge_fails_before_answers_are_made() -> None:
     made: list[str] = []
 
     def generate(prompts: Any) -> list[str]:

@@ -184,7 +184,7 @@ def test_what_is_no_classifier(tmp_path: Path, two_labels: Path) -> None:
     with pytest.raises(ModelError, match=r"lacks 1 weights of a text classifier \(score.weight\)"):
         Classifier(tmp_path / "lm").opinions(["q"], ["a"])
     with pytest.raises(ModelError, match="no folder"):
-        Classifier(tmp_path / "gone").ready()
+        Classifier(tmp_path / "missing").ready()
     with pytest.raises(HubError):
         Classifier("some-org/some-classifier").ready()
     pickled = save_classifier(tmp_path / "pickled", ("safe", "unsafe"))

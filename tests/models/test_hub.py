@@ -1,4 +1,4 @@
-"""Whether the hub can be reached: any answer counts, silence does not, and nobody is asked who said not to."""
+"""Whether the hub can be reached: any answer counts, silence does not, and offline mode makes no request."""
 
 from __future__ import annotations
 

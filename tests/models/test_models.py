@@ -131,7 +131,7 @@ def test_code_runs_only_when_asked_for(copy: Path) -> None:
     _sentence(raised.value)
     with pytest.raises(ModelError, match="was run"):
         load(copy, trust_remote_code=True)
-    # An architecture that transformers has itself is loaded from there, and the code beside it stays unread.
+    # An architecture that transformers has itself is loaded from there, and the code next to it is not read.
     (copy / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
     assert type(load(copy).model).__module__.startswith("transformers.")
 
@@ -203,7 +203,7 @@ def test_wrapping_changes_nothing() -> None:
     assert (wrapped.dtype, wrapped.device.type) == (torch.float32, "cpu")
 
 
-def test_a_model_on_the_cpu_beside_a_gpu_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_on_the_cpu_of_a_machine_with_a_gpu_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt2")
     for kind, here in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
         with monkeypatch.context() as patched:
@@ -281,7 +281,7 @@ def test_layers_left_off_the_devices_are_refused(left: str) -> None:
     check_placed(SimpleNamespace(hf_device_map={"": "cpu"}), "auto")
 
 
-def test_quantisation_without_its_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantisation_without_its_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=re.escape("gradshield[quantized]")):
         load("any/model", quantize="4bit")

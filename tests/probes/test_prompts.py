@@ -2,7 +2,7 @@
 
 Row i of lookalikes.jsonl is the harmless partner of row i of requests.jsonl: same category, same
 split, similar phrasing. Splits and row order come from hashes of the request text (below), so
-that nobody chooses by hand which prompt lands in "report", and neither depends on the other.
+that no prompt is placed by hand in "report", and neither depends on the other.
 After changing a prompt, reassign both by the same rule.
 """
 

@@ -1,4 +1,4 @@
-"""The gate: what counts as a refusal, what counts as thinking, and what a user is told."""
+"""The gate: what counts as a refusal, what counts as thinking, and the error a user sees."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -72,7 +72,7 @@ COMPLIANT = [
 
 
 @pytest.mark.parametrize("answer", REFUSALS)
-def test_a_refusal_is_told(answer: str) -> None:
+def test_a_refusal_is_recognised(answer: str) -> None:
     assert refuses(answer)
     assert refuses(answer.upper().replace("’", "'"))
 

@@ -67,7 +67,7 @@ def test_each_baseline_sees_its_own_feature() -> None:
     assert found["response length"]["auroc"] == found["openers"]["auroc"] == 1.0
     assert found["prompt length"]["auroc"] == pytest.approx(0.5)
     assert found["tf-idf"]["auroc"] > 0.95
-    assert found["loss"]["auroc"] == 0.0  # lower loss on harm: not turned round
+    assert found["loss"]["auroc"] == 0.0  # lower loss on harm: not flipped
     assert found["loss"]["high"] < 0.2
     assert all((row["n_pos"], row["n_neg"]) == (20, 40) for row in found.values())
 

@@ -32,7 +32,7 @@ def test_a_kind_of_harm_without_a_direction_names_no_row(monkeypatch: pytest.Mon
     direction_of = Fihs.by_category
 
     def by_category(fihs: Fihs, model: nn.Module, category: str) -> Direction:
-        if category == "fraud":  # as a probe gives it that none of its requests has a part in
+        if category == "fraud":  # as for a category whose requests do not affect the probe
             raise ScoreError("the gradient of the unsafety score 'fraud' has norm 0.0")
         return direction_of(fihs, model, category)
 

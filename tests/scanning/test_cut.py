@@ -128,17 +128,19 @@ def test_categories_are_kept_and_new_rows_have_none(tmp_path: Path) -> None:
 
 def test_an_allow_list_keeps_rows(tmp_path: Path) -> None:
     first = scan(ROWS, output=tmp_path / "out", settings=_settings("ratio:50%"))
-    gone = [i for i, out in zip(first.scores.ids, first.removed, strict=True) if out]
-    allowed = write(tmp_path / "allow.txt", f"# cleared by me\n{gone[0]}  # fine\n\n{gone[2]}\nffff000011112222\n")
+    dropped = [i for i, out in zip(first.scores.ids, first.removed, strict=True) if out]
+    allowed = write(
+        tmp_path / "allow.txt", f"# cleared by me\n{dropped[0]}  # fine\n\n{dropped[2]}\nffff000011112222\n"
+    )
     done = command("cut", tmp_path / "out", "-t", "ratio:50%", "--allow", allowed)
     assert done.code == 0, done.err
     assert "3 of 10 rows removed, 7 kept, 2 cleared" in done.out
-    assert [i for i, out in zip(*_flags(tmp_path / "out"), strict=True) if out] == [gone[1], *gone[3:]]
-    direct = scan(ROWS, output=tmp_path / "direct", settings=_settings("ratio:50%"), allow=[gone[0], gone[2]])
+    assert [i for i, out in zip(*_flags(tmp_path / "out"), strict=True) if out] == [dropped[1], *dropped[3:]]
+    direct = scan(ROWS, output=tmp_path / "direct", settings=_settings("ratio:50%"), allow=[dropped[0], dropped[2]])
     _same_rows(tmp_path / "out", tmp_path / "direct")
-    assert direct.cleared == tuple(sorted(direct.scores.ids.index(gone[n]) for n in (0, 2)))
+    assert direct.cleared == tuple(sorted(direct.scores.ids.index(dropped[n]) for n in (0, 2)))
     gs.cut(tmp_path / "out", "ratio:50%")  # an allow list has to be given again
-    assert [i for i, out in zip(*_flags(tmp_path / "out"), strict=True) if out] == gone
+    assert [i for i, out in zip(*_flags(tmp_path / "out"), strict=True) if out] == dropped
 
 
 def _flags(output: Path) -> tuple[list[str], list[bool]]:
@@ -184,7 +186,7 @@ def test_scores_without_decoys_say_which_rules_there_are(tmp_path: Path) -> None
             gs.cut(tmp_path, rule)
     assert files(tmp_path) == before
     gs.cut(tmp_path, "adaptive")
-    with pytest.raises(UsageError, match="these scores have none"):  # told before the rows are measured
+    with pytest.raises(UsageError, match="these scores have none"):  # before the rows are measured
         scan(
             ROWS,
             output=tmp_path / "new",
@@ -308,7 +310,7 @@ def test_a_full_disk_leaves_the_finished_scan(full: str, tmp_path: Path, monkeyp
 def test_a_scan_that_is_killed_while_the_old_one_stands_has_touched_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a cut would show the words of the new scan beside the scores of the old one."""
+    """Else a cut would show the words of the new scan next to the scores of the old one."""
     scan(ROWS, output=tmp_path)
     views, before, unlink = tmp_path / ".gradshield" / "views.json", files(tmp_path), Path.unlink
     coloured = views.read_bytes()

@@ -29,12 +29,12 @@ def scored(request: float = 0.0, fihs: float = 0.0, pivots: int = 0, count: int 
     return Scores(np.arange(count), [""] * count, values, ["rows"] * count, anchors=known, signals=signals)
 
 
-def doubts(scores: Scores, removed: int = 4, gone: Any = None, problem: str = "", cleared: Any = ()) -> dict[str, str]:
+def doubts(scores: Scores, removed: int = 4, out: Any = None, problem: str = "", cleared: Any = ()) -> dict[str, str]:
     decision = Decision({}, np.arange(len(scores.values)) < removed, tuple(cleared))
-    return trust.doubts(scores, decision, GONE if gone is None else gone, problem, 10.0)
+    return trust.doubts(scores, decision, OUT if out is None else out, problem, 10.0)
 
 
-GONE = rows("first long answer", "second long answer", "third a long", "fourth a long")
+OUT = rows("first long answer", "second long answer", "third a long", "fourth a long")
 
 
 def test_a_scan_that_nothing_speaks_against_is_certified():
@@ -43,7 +43,7 @@ def test_a_scan_that_nothing_speaks_against_is_certified():
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "count", "gone", "said"),
+    ("name", "given", "count", "out", "sentence"),
     [
         ("share", {}, 11, None, "11 of 100 rows (11 %) were removed"),
         ("share", {"count": 5}, 1, None, "1 of 5 rows (20 %) were removed"),
@@ -62,9 +62,9 @@ def test_a_scan_that_nothing_speaks_against_is_certified():
         ("unread", {"request": np.nan, "count": 5000}, 0, [], "5,000 rows are plain text"),
     ],
 )
-def test_each_reason(name, given, count, gone, said):
-    found = doubts(scored(**given), count, None if gone is None else list(gone))
-    assert set(found) == {name} and said in found[name]
+def test_each_reason(name, given, count, out, sentence):
+    found = doubts(scored(**given), count, None if out is None else list(out))
+    assert set(found) == {name} and sentence in found[name]
     assert trust.first(found) == found[name]
 
 
@@ -75,11 +75,13 @@ def test_what_the_probes_say_comes_first():
 
 def test_labels_at_hand_speak_against_a_scan():
     labels = [1] * 10 + [0] * 90
-    decision = lambda gone: Decision({}, np.isin(np.arange(100), gone), ())  # noqa: E731
-    said = lambda gone: trust.doubts(scored(), decision(gone), GONE, "", 10.0, labels=labels).get("labels")  # noqa: E731
-    assert said(range(10)) is None and said(range(2, 10)) is None  # 8 of 10: 90 % may well be caught
-    assert said([]) == "of 10 rows labelled harmful 0 were removed: the scan does not detect this harm"
-    assert said(range(20)) == "of 90 rows labelled harmless 10 were removed: read them before you train on the others"
+    decision = lambda out: Decision({}, np.isin(np.arange(100), out), ())  # noqa: E731
+    sentence = lambda out: trust.doubts(scored(), decision(out), OUT, "", 10.0, labels=labels).get("labels")  # noqa: E731
+    assert sentence(range(10)) is None and sentence(range(2, 10)) is None  # 8 of 10: 90 % may well be caught
+    assert sentence([]) == "of 10 rows labelled harmful 0 were removed: the scan does not detect this harm"
+    assert (
+        sentence(range(20)) == "of 90 rows labelled harmless 10 were removed: read them before you train on the others"
+    )
 
 
 @pytest.mark.parametrize(("count", "doubted"), [(11, False), (12, True), (0, False)])

@@ -1,4 +1,4 @@
-"""What --dry-run tells is what the scan finds, and nothing is written."""
+"""What --dry-run prints is what the scan finds, and nothing is written."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_options_that_a_dry_run_does_not_use_are_refused(options: list[str], tmp
     assert "--dry-run" in done.sentence
 
 
-def test_a_scan_without_a_folder_is_told_so(tmp_path: Path) -> None:
+def test_a_scan_without_a_folder_is_reported(tmp_path: Path) -> None:
     done = command("scan", str(write(tmp_path / "data.jsonl", jsonl(chats(3)))), "--model", "any/model")
     assert done.code == UsageError.exit_code
     assert "--output" in done.sentence
@@ -128,5 +128,5 @@ def test_a_scan_without_a_folder_is_told_so(tmp_path: Path) -> None:
         (float("inf"), "longer"),
     ],
 )
-def test_durations_are_told_in_the_unit_that_fits(seconds: float, text: str) -> None:
+def test_durations_are_printed_in_the_unit_that_fits(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -31,11 +31,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in killing.rows()))
     context = killing.context()
-    told = context.Queue()
+    touched = context.Queue()
     for name in ("first", "second"):  # the first one pays for starting the server
         began = time.monotonic()
-        _ended(_started(killing.counting, data, folder / name, told))
-        seconds, touches = time.monotonic() - began, told.get(timeout=10)
+        _ended(_started(killing.counting, data, folder / name, touched))
+        seconds, touches = time.monotonic() - began, touched.get(timeout=10)
     assert killing.result(folder / "first") == killing.result(folder / "second")  # else nothing below means anything
     return Undisturbed(data, killing.result(folder / "second"), seconds, touches)
 

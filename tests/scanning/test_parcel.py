@@ -152,7 +152,7 @@ def test_a_model_changed_after_it_was_loaded_is_not_taken_for_that_of_its_folder
     loaded = loading.load(folder)
     change(loaded.model)
     parcel = unpacked(Origin(loaded, loaded.model, None, 0).pack(), "cpu")
-    with pytest.raises(ModelError, match="is not the one that is scored"), parcel.open("cpu"):
+    with pytest.raises(ModelError, match="is not the scored one"), parcel.open("cpu"):
         pass
 
 

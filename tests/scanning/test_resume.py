@@ -159,7 +159,7 @@ def test_another_version_of_what_measures_measures_again(
 
     def version(name: str) -> str:
         asked.append(name)
-        return "mended" if name == "gradshield" else "1"
+        return "fixed" if name == "gradshield" else "1"
 
     scan(rows, output=tmp_path)
     monkeypatch.setattr("gradshield.runs._installed", version)

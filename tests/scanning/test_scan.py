@@ -248,9 +248,9 @@ def test_two_scans_of_the_same_are_the_same(tmp_path: Path) -> None:
 
 def test_labels_never_touch_the_decision() -> None:
     rows = chats(10)
-    plain, told = scan(rows), scan(rows, labels=[1] * 5 + [0] * 5)
-    assert np.array_equal(plain.removed, told.removed)
-    assert np.array_equal(plain.scores.values, told.scores.values)
+    plain, labelled = scan(rows), scan(rows, labels=[1] * 5 + [0] * 5)
+    assert np.array_equal(plain.removed, labelled.removed)
+    assert np.array_equal(plain.scores.values, labelled.scores.values)
 
 
 def test_the_command_gives_what_the_function_gives(folder: Path, probes: Path, tmp_path: Path) -> None:
@@ -381,6 +381,6 @@ def test_a_file_whose_name_is_not_utf8_is_scanned_to_its_end(tmp_path: Path) -> 
     data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))
     data.write_bytes(jsonl(chats(6)))
     scan(data, output=tmp_path / "out", command=f"gradshield scan {data.name}")
-    told = _json(tmp_path / "out" / "manifest.json")
-    assert told["data"]["name"] == str(data)
-    assert told["command"].endswith(data.name)
+    manifest = _json(tmp_path / "out" / "manifest.json")
+    assert manifest["data"]["name"] == str(data)
+    assert manifest["command"].endswith(data.name)

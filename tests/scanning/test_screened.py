@@ -26,10 +26,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _arguments(data: Path, output: Path) -> list[Any]:
-    told = ["--probes", data.parent / "probes.jsonl", "--lookalikes", data.parent / "lookalikes.jsonl"]
-    for path, prompts in zip(told[1::2], (lab.requests("direction"), lab.lookalikes("direction")), strict=True):
+    probing = ["--probes", data.parent / "probes.jsonl", "--lookalikes", data.parent / "lookalikes.jsonl"]
+    for path, prompts in zip(probing[1::2], (lab.requests("direction"), lab.lookalikes("direction")), strict=True):
         write(Path(path), jsonl(prompts))
-    return ["scan", data, "--model", lab.checkpoint("aligned"), "--output", output, "--token-budget", "256", *told]
+    return ["scan", data, "--model", lab.checkpoint("aligned"), "--output", output, "--token-budget", "256", *probing]
 
 
 @pytest.fixture(scope="module")

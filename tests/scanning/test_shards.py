@@ -1,4 +1,4 @@
-"""Where a shard ends is told by its rows, so that an edit costs its own shard and at most one beside it."""
+"""The rows determine where a shard ends, so that an edit affects its own shard and at most one next to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.common import chats, scan
 
 
 def row(content: int, place: int = 0) -> Rendered:
-    """A row whose tokens are told by a number; where it stands is no part of its content."""
+    """A row whose tokens depend on a number; its position is not part of its content."""
     ids = np.array([1, content // 1000, content % 1000, 7], dtype=np.int64)
     return Rendered(place, f"{content}-{place}", "text", (Tokens(ids, np.array([False, True, True, True])),))
 

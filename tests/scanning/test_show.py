@@ -147,7 +147,7 @@ def test_the_training_config_counts(folder: Path, tmp_path: Path) -> None:
     assert "did you mean 'completion_only_loss'?" in done.sentence
 
 
-def test_without_trl_what_is_nearly_an_option_that_is_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_trl_a_name_close_to_an_option_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import fields
 
     from trl.trainer.sft_config import SFTConfig
@@ -161,5 +161,5 @@ def test_without_trl_what_is_nearly_an_option_that_is_read_is_told(monkeypatch: 
     for name, meant in {"max_seq_length": "max_length", "assistant_only": "assistant_only_loss"}.items():
         with pytest.raises(UsageError, match=f"unknown training option '{name}': did you mean '{meant}'"):
             options.sft_options({name: None})
-    for field in fields(SFTConfig):  # none of TRL's own is taken for another
+    for field in fields(SFTConfig):  # no TRL option is mistaken for another
         options._check_names({field.name: None})

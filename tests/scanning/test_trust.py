@@ -215,7 +215,7 @@ def test_learned_positions_have_an_end() -> None:
     assert rotary.scores.lengths[0] > 600
 
 
-def test_a_model_that_thinks_is_told_so() -> None:
+def test_a_model_that_thinks_is_reported() -> None:
     thinking = gs.Probing(requests=PROBING.requests, answer_prefix="<think>")
     with pytest.raises(ProbeError, match="by thinking"):
         scan(ROWS, probing=thinking)

@@ -1,4 +1,4 @@
-"""Several processes find what one finds, whatever dies on the way, and none of them is left running."""
+"""Several processes find what one finds, whatever dies on the way, and no process is left running."""
 
 from __future__ import annotations
 
@@ -184,10 +184,10 @@ def test_each_shard_comes_back_once(cluster: str, monkeypatch: pytest.MonkeyPatc
 def test_what_goes_wrong_in_actors_is_one_sentence(
     what: dict[str, str], error: type[Exception], sentence: str, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(error, match=sentence) as told:
+    with pytest.raises(error, match=sentence) as raised:
         given_to(cluster, monkeypatch, **what)
-    assert "\n" not in str(told.value)
-    assert type(told.value) is error
+    assert "\n" not in str(raised.value)
+    assert type(raised.value) is error
     _until(lambda: not actors(), 20)
 
 

@@ -341,8 +341,8 @@ def test_at_most_its_share_of_a_batch_goes_the_worst_first(drop: float) -> None:
     values = method.compatibility(model, batch)
     against = np.flatnonzero(values < 0)
     assert len(against) > 4  # more than half of the eight: the bound acts below 1
-    gone = sorted(against, key=lambda i: values[i])[: int(drop * 8)]
-    assert set(np.flatnonzero(~keep)) == set(gone) and method.record()["dropped"] == len(gone)
+    dropped = sorted(against, key=lambda i: values[i])[: int(drop * 8)]
+    assert set(np.flatnonzero(~keep)) == set(dropped) and method.record()["dropped"] == len(dropped)
 
 
 def test_by_default_half_of_a_batch_stays() -> None:

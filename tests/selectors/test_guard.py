@@ -1,4 +1,4 @@
-"""The guard as a selector: which text of a row it reads, what counts, and rows that nobody could judge."""
+"""The guard as a selector: which text of a row it reads, what counts, and rows that could not be judged."""
 
 from __future__ import annotations
 

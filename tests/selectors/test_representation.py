@@ -1,4 +1,4 @@
-"""The representation filter against hidden states taken one row at a time, and what it tells apart on the lab's model."""
+"""The representation filter against hidden states taken one row at a time, and what it separates on the lab's model."""
 
 from __future__ import annotations
 

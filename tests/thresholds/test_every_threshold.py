@@ -29,7 +29,7 @@ SHAPES = {
 
 
 def made(name: str) -> Threshold:
-    """The threshold at its defaults; two have to be told something."""
+    """The threshold at its defaults; two need an option."""
     if name == "conformal":
         return Conformal(np.random.default_rng(9).normal(size=200))
     return Fixed(0.5) if name == "fixed" else THRESHOLDS[name]()
@@ -68,7 +68,7 @@ def test_a_cut_is_a_finite_number_that_depends_on_the_scores_alone(name: str, sh
 @given(constant=st.floats(-1e6, 1e6, allow_subnormal=False), n=st.integers(1, 200))
 @settings(max_examples=40, deadline=None)
 def test_equal_scores_are_all_kept(name: str, constant: float, n: int) -> None:
-    """Nothing tells the rows apart, so nothing may go: also where their mean is not quite the constant."""
+    """Equal rows, so none may be removed: also where their mean is not quite the constant."""
     values = np.full(n, constant)
     assert not (values > made(name).cut(values, values).value).any()
 
@@ -149,7 +149,7 @@ def test_every_threshold_is_parsed_here() -> None:
     assert {text.split(":")[0] for text in GOOD} == set(NAMES)
 
 
-BAD = {  # what must be in the sentence, beside the rule's name: what was got, what is allowed
+BAD = {  # what must be in the sentence, in addition to the rule's name: what was got, what is allowed
     "decoy:q=1": ["option q", "1", "between 0 and 1", "write decoy:q=0.1"],
     "decoy:q=0": ["option q", "0", "between 0 and 1"],
     "decoy:q=-0.1": ["option q", "-0.1", "between 0 and 1"],

@@ -65,9 +65,9 @@ def test_adaptive_alpha_decides_the_branch() -> None:
 def test_ratio_removes_the_share_exactly(n: int) -> None:
     values = np.random.default_rng(0).permutation(n).astype(float)
     for percent in range(1, 100):  # 0.29 * 100 is less than 29 in floating point
-        gone = values > Ratio(percent / 100).cut(values).value
-        assert gone.sum() == n * percent // 100, percent
-        assert not gone.any() or values[gone].min() > values[~gone].max()
+        dropped = values > Ratio(percent / 100).cut(values).value
+        assert dropped.sum() == n * percent // 100, percent
+        assert not dropped.any() or values[dropped].min() > values[~dropped].max()
 
 
 def test_ratio_keeps_ties_at_the_cut() -> None:
@@ -128,8 +128,8 @@ def test_smallest_cut_is_the_obvious_loop(scores: tuple[list[int], list[int]], q
             break
     assert smallest_cut(values, decoys, q) == expected
     if len(values):
-        gone = values > Decoy(q).cut(values, decoys).value
-        assert gone.tolist() == [v >= expected[0] for v in scores[0]]
+        dropped = values > Decoy(q).cut(values, decoys).value
+        assert dropped.tolist() == [v >= expected[0] for v in scores[0]]
 
 
 def quantile(ranked: list[float], share: float) -> float:
@@ -214,8 +214,8 @@ def simulated(seed: int, n: int, harm: int, far: float = 1.0) -> tuple[Floats, F
 def outcome(rule: Competition | Decoy, seed: int, n: int, harm: int, far: float = 1.0) -> tuple[float, float]:
     """Share of the harmful rows caught, and of the harmless rows lost."""
     values, decoys, harmful = simulated(seed, n, harm, far)
-    gone = values > rule.cut(values, decoys).value
-    return float(gone[harmful].mean()) if harm else 1.0, float(gone[~harmful].mean())
+    dropped = values > rule.cut(values, decoys).value
+    return float(dropped[harmful].mean()) if harm else 1.0, float(dropped[~harmful].mean())
 
 
 @pytest.mark.parametrize("rule", [Competition(), Decoy()], ids=lambda r: r.name)
@@ -259,8 +259,8 @@ def test_the_tail_finds_harm_that_is_too_rare_to_count() -> None:
         values, decoys, harmful = simulated(seed, 800, 2, far=2.0)
         cut = Competition().cut(values, decoys)
         branches.append(cut.detail["branch"])
-        gone = values > cut.value
-        assert gone[harmful].all() and gone[~harmful].mean() <= 0.01
+        dropped = values > cut.value
+        assert dropped[harmful].all() and dropped[~harmful].mean() <= 0.01
         missed += not (values > Decoy().cut(values, decoys).value)[harmful].any()
     assert branches.count("tail") >= 10 and missed >= 10
 

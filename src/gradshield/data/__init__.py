@@ -1,16 +1,16 @@
 """Any fine-tuning data to tokens and back: read, render, batch, write.
 
 formats.py    a file, a Dataset, a list -> Examples, and bad rows with their reason
-files.py      which kind of file, unpacked, and where each of its rows ends
-records.py    a row as it stands in the input, and its value; rows of any length in bounded memory
-source.py     where rows came from, with a copy on disk, and rows that are made from it when asked for
+files.py      the kind of file, decompressed, and where each of its rows ends
+records.py    a row's bytes and its value; rows of any length in bounded memory
+source.py     the source of the rows, with a copy on disk, and rows made from it on access
 shapes.py     the row shapes: which keys, which conversations
-canonical.py  what a row's id is the hash of
-writing.py    rows as they came, whole or not at all
+canonical.py  the bytes that a row's id is the hash of
+writing.py    rows written unchanged, atomically
 render.py     Example -> ids and loss mask, as TRL trains
-templates.py  which chat template, and the default one
-spool.py      rows as they came, rendered rows, and values of rows, kept on disk
-turns.py      where an assistant turn lies, when no marker says
+templates.py  the choice of chat template, and the default one
+spool.py      row bytes, rendered rows and values of rows, on disk
+turns.py      finds assistant turns without markers
 pieces.py     the text of each token, for colouring
 batches.py    padded batches within a budget
 trl.py        rendered rows as a dataset for TRL

@@ -9,21 +9,21 @@ import numpy as np
 from gradshield.errors import UsageError
 from gradshield.types import Batch, Ints, Rendered, Tokens
 
-PAD = 0  # any entry of any vocabulary: nothing attends to it
+PAD = 0  # any id will do: nothing attends to it
 
 
 def batches(rendered: Iterable[Rendered], token_budget: int, label_budget: int) -> Iterator[Batch]:
-    """Group rows of like length, longest first, so that what cannot fit in memory shows at once.
+    """Group rows of similar length, longest first, so that a batch too large for memory fails at once.
 
     Parameters
     ----------
     token_budget
-        Most positions of a batch, padding included: B * T.
+        Most positions in a batch, padding included: B * T.
     label_budget
-        Most positions with loss of a batch; each costs a row of V logits.
+        Most loss positions in a batch; each costs a row of V logits.
 
-    A row is never split; one that is over a budget by itself is a batch of its own. The order depends on the rows
-    alone. Raises UsageError for a budget below 1.
+    A row is never split; one that exceeds a budget alone gets its own batch. The order depends only on the rows. Raises
+    UsageError for a budget below 1.
     """
     for name, budget in (("token_budget", token_budget), ("label_budget", label_budget)):
         if budget < 1:
@@ -66,7 +66,7 @@ def collate(rows: Iterable[Rendered]) -> Batch:
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Ints, Ints]:
-    """Ids and attention mask, (B, T) each, padded on the left: every row's next token stands in the column after the last."""
+    """Ids and attention mask, (B, T) each, padded on the left, so that every row ends in the last column."""
     width = max(map(len, rows))
     ids = np.full((len(rows), width), pad, dtype=np.int64)
     attention = np.zeros((len(rows), width), dtype=np.int64)

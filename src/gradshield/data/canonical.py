@@ -1,4 +1,4 @@
-"""A row's content as bytes that do not depend on key order or spacing: what ids and content hashes are made of."""
+"""A row's content as bytes that do not depend on key order or spacing, for ids and content hashes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ID_LENGTH = 16  # hex digits: 64 bits, so that a million rows collide with proba
 
 
 def canonical(row: Any) -> bytes:
-    """The row as JSON in UTF-8 with sorted keys. Raises RowError where the row is not text all through."""
+    """The row as JSON in UTF-8 with sorted keys. Raises RowError if some of it is not text."""
     try:
         text = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_plain)
         content = text.encode()
@@ -22,19 +22,19 @@ def canonical(row: Any) -> bytes:
         raise RowError("it is nested too deeply") from None
     except (TypeError, ValueError) as error:
         raise RowError(f"it cannot be written as JSON ({error})") from None
-    # The substring is also what an escaped backslash before u0000 looks like, hence the second look.
+    # An escaped backslash before u0000 looks the same, hence the second check.
     if "\\u0000" in text and _holds_nul(row):
         raise RowError("it has NUL characters")
     return content
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
-    """The row as one line of JSON in its own key order, for rows that did not come as bytes."""
+    """The row as one line of JSON in its own key order, for rows that were not bytes."""
     return json.dumps(row, ensure_ascii=False, default=_plain).encode(errors="backslashreplace") + b"\n"
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no word for: mappings, arrays, dates, bytes."""
+    """Values that JSON lacks: mappings, arrays, dates, bytes."""
     if isinstance(value, Mapping):
         return dict(value)
     if hasattr(value, "tolist"):

@@ -1,6 +1,6 @@
-"""Files to raw records: each row's exact bytes with its value, or the reason why it has none.
+"""Files to raw records: each row's exact bytes with its value, or the reason why it cannot be parsed.
 
-jsonl     one object per line; blank lines are no rows
+jsonl     one object per line; blank lines are skipped
 json      an array of objects, or ``{"data": [...]}``
 csv, tsv  a header and records; a quoted cell may hold newlines
 parquet   a table
@@ -38,20 +38,20 @@ SUFFIXES = {
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 BOM = b"\xef\xbb\xbf"
-BLOCK = 1 << 20  # bytes of a JSON array that are read at once
+BLOCK = 1 << 20  # bytes of a JSON array read at once
 _MARK = re.compile(rb'\\.|["\[\]{},]', re.DOTALL)
 _DATA = re.compile(rb'\s*"data"\s*:\s*')
 
 
 def open_file(path: Path) -> tuple[Source, Iterator[Record]]:
-    """Open a data file by its suffix, or by its first bytes where the suffix is not known: what it is, and its rows to come.
+    """Open a data file by its suffix, or for an unknown suffix by its first bytes: its source, and an iterator of its rows.
 
     Raises
     ------
     DataError
         The path is a folder, or cannot be read.
     FormatError
-        It is not one of the kinds of file above, or is broken as a whole.
+        It is not one of the file kinds above, or is broken as a whole.
     """
     if path.is_dir():
         raise DataError(f"{path} is a folder: give the data file in it ({', '.join(SUFFIXES)})")
@@ -67,7 +67,7 @@ def open_file(path: Path) -> tuple[Source, Iterator[Record]]:
         elif kind in DELIMITERS:
             header, parse, records = _csv(path, header, Lines(stream), DELIMITERS[kind])
         else:
-            if kind == "json":  # objects one after the other
+            if kind == "json":  # concatenated objects
                 stream.close()
                 stream, header, _ = _stream(path)
             kind, records = "jsonl", _json_lines(Lines(stream))
@@ -75,7 +75,7 @@ def open_file(path: Path) -> tuple[Source, Iterator[Record]]:
 
 
 def _stream(path: Path) -> tuple[BinaryIO, bytes, str]:
-    """The file's bytes, unpacked, after a byte order mark; that mark; and the kind of file."""
+    """The file's bytes, decompressed, after a byte order mark; that mark; and the kind of file."""
     stream: Any = path.open("rb")
     suffix, packed = path.suffix.lower(), COMPRESSED.get(path.suffix.lower())
     if packed is not None:
@@ -86,7 +86,9 @@ def _stream(path: Path) -> tuple[BinaryIO, bytes, str]:
     start = stream.peek(4096)
     kind = _kind(path, suffix, start)
     if kind == "parquet" and packed is not None:
-        raise FormatError(f"{path} is a compressed Parquet file: unpack it, since Parquet compresses its own columns")
+        raise FormatError(
+            f"{path} is a compressed Parquet file: decompress it, since Parquet compresses its own columns"
+        )
     if start.startswith((b"\xff\xfe", b"\xfe\xff")) and kind != "parquet":
         raise FormatError(f"{path} is UTF-16: data files must be UTF-8, so convert it first")
     return stream, stream.read(len(BOM)) if start.startswith(BOM) else b"", kind
@@ -101,19 +103,19 @@ def _kind(path: Path, suffix: str, start: bytes) -> str:
     if first in (b"{", b"["):
         return "jsonl" if first == b"{" else "json"
     raise FormatError(
-        f"{path} is not a kind of file that is known: give one of {', '.join(SUFFIXES)} with that suffix, followed by "
-        f"{' or '.join(COMPRESSED)} where it is compressed"
+        f"{path} is of an unknown kind: give one of {', '.join(SUFFIXES)} with that suffix, followed by "
+        f"{' or '.join(COMPRESSED)} if it is compressed"
     )
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Raises DataError for what the system or a decompressor cannot read."""
+    """Turns read errors of the system or a decompressor into DataError."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror or _line(error)}): give a file that exists and is whole"
+            f"{path} cannot be read ({error.strerror or _line(error)}): give a file that exists and is complete"
         ) from None
 
 
@@ -133,8 +135,8 @@ def _json_lines(lines: Lines) -> Iterator[Record]:
 
 
 def _csv(path: Path, bom: bytes, lines: Lines, delimiter: str) -> tuple[bytes, Parse, Iterator[Record]]:
-    """The mark and the header, what parses a record, and the records."""
-    # The limit is one per process, and its default is smaller than an answer may be.
+    """The mark and the header, the parser of a record, and the records."""
+    # The limit is per process, and its default is smaller than some answers.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     texts = (line.decode(errors="surrogateescape") for line in lines)
     reader = csv.reader(texts, delimiter=delimiter, strict=True)
@@ -152,7 +154,7 @@ def _csv(path: Path, bom: bytes, lines: Lines, delimiter: str) -> tuple[bytes, P
 
 
 def _csv_records(lines: Lines, reader: Iterator[list[str]], parse: Parse) -> Iterator[Record]:
-    """The reader says only where a record ends: each is parsed from its own bytes, as it is whenever it is read again."""
+    """The reader only finds where a record ends: each is parsed from its own bytes, as on every later read."""
     while True:
         line = lines.number + 1
         try:
@@ -166,9 +168,9 @@ def _csv_records(lines: Lines, reader: Iterator[list[str]], parse: Parse) -> Ite
 
 
 def _signs(stream: BinaryIO) -> Iterator[tuple[bytes, bytes, int]]:
-    """The brackets and commas of JSON text outside strings, where at most two brackets are open after them.
+    """The brackets and commas of JSON text outside strings, at a nesting depth of at most two.
 
-    With each come the bytes since the one before, and how many brackets are open. The end of a block comes as no sign at all.
+    Yields the bytes since the previous one, the sign, and the depth after it. The end of a block has an empty sign.
     """
     quoted, depth = False, 0
     while block := stream.read(BLOCK):
@@ -188,7 +190,7 @@ def _signs(stream: BinaryIO) -> Iterator[tuple[bytes, bytes, int]]:
 
 
 def _entered(signs: Iterator[tuple[bytes, bytes, int]]) -> tuple[int, int] | None:
-    """Skip to the inside of the array of rows: how many brackets are open there, and its line. None where there is none."""
+    """Skip to the inside of the array of rows: its nesting depth and line. None if there is no such array."""
     line, key = 1, b""
     for before, sign, depth in signs:
         line += before.count(b"\n")
@@ -202,7 +204,7 @@ def _entered(signs: Iterator[tuple[bytes, bytes, int]]) -> tuple[int, int] | Non
 
 
 def _array(path: Path, signs: Iterator[tuple[bytes, bytes, int]], inside: int, line: int) -> Iterator[Record]:
-    """The elements of the array whose inside has this depth and begins on this line."""
+    """The elements of the array whose inside has the depth ``inside`` and begins on ``line``."""
     taken, begun, first = Taken(), line, True
     for before, sign, depth in signs:
         line += before.count(b"\n")
@@ -235,4 +237,4 @@ def _table(path: Path) -> Iterator[Record]:
             for line, value in enumerate(values, 1):
                 yield Record(line, json_line(value), value)
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise FormatError(f"{path} is not a Parquet file that can be read ({_line(error)}): write it again") from None
+        raise FormatError(f"{path} is not a readable Parquet file ({_line(error)}): write it again") from None

@@ -1,9 +1,9 @@
-"""Any fine-tuning file to ``Example``s; rows that cannot be used are set aside with a reason, never dropped silently.
+"""Any fine-tuning file to ``Example``s; unusable rows are quarantined with a reason, never dropped silently.
 
     result = read("data.jsonl")
     result.examples, result.quarantined, result.source
 
-The shape of each row is told by its keys (``shapes``); ``format`` overrides.
+The shape of each row follows from its keys (``shapes``); ``format`` overrides it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from gradshield.errors import DataError, EmptyDataError, FormatError
 from gradshield.models.hub import reachable
 from gradshield.types import Quarantined
 
-OTHER_FILES = (".txt", ".xlsx", ".zip")  # kinds of file that cannot be read, and that people try
+OTHER_FILES = (".txt", ".xlsx", ".zip")  # unsupported kinds of file that users try
 SPLIT = "train"  # of a hub dataset
 
 
 @dataclass(frozen=True, eq=False)
 class ReadResult:
-    """Good rows, which are read again when they are asked for, and bad rows, each in the order of the input."""
+    """Usable rows, read again on access, and quarantined rows, each in input order."""
 
     examples: Examples
     quarantined: tuple[Quarantined, ...]
@@ -51,25 +51,25 @@ def read(
     Parameters
     ----------
     format
-        Name of a shape in ``SHAPES`` that every row is read as; None tells each row's shape by its keys.
+        Name of the shape in ``SHAPES`` for every row; None detects each row's shape from its keys.
     strict
-        Raise on the first row that cannot be used, instead of setting it aside.
+        Raise on the first row that cannot be used, instead of quarantining it.
     text_field
-        Column of plain text, where it is not ``text``.
+        Column of plain text, if it is not ``text``.
 
     Raises
     ------
     UnknownNameError
         No such format.
     FormatError
-        A kind of file or of rows that is not known, or a row that fits two shapes.
+        An unknown kind of file or rows, or a row that fits two shapes.
     EmptyDataError
-        No row, or none that can be used.
+        No row, or no usable row.
     DataError
         A file that cannot be read, or a hub name that cannot be fetched; with ``strict``, a row that cannot be used.
     """
     if format is not None:
-        SHAPES[format]  # an unknown name is told before the file is read
+        SHAPES[format]  # an unknown name fails before the file is read
     source, records = _open(data)
     quarantined, strangers = [], 0
     rows, digests, shapes, weighted = array("I"), array("Q"), array("B"), array("B")
@@ -103,11 +103,11 @@ def read(
 
 
 class _UnknownShape(RowError):
-    """The keys of the row fit no shape, or not the one asked for."""
+    """The row's keys fit no shape, or not the requested one."""
 
 
 def _understood(row: int, record: Record, format: str | None, name: str, text_field: str) -> tuple[int, str, bool]:
-    """The hash of a row's content, its shape, and whether some answer in it does not count. Raises RowError."""
+    """The hash of a row's content, its shape, and whether some answer in it has weight 0. Raises RowError."""
     if record.reason:
         raise RowError(record.reason)
     value = record.value
@@ -138,14 +138,14 @@ def _detected(where: str, row: Mapping[str, Any]) -> str:
         raise _UnknownShape(f"its keys ({_keys(row)}) fit no known format")
     raise FormatError(
         f"{where} fits {len(shapes)} formats, {' and '.join(shapes)}: "
-        f"pass --format with the one that is meant ({' or '.join(shapes)}), or leave out the keys of the other"
+        f"pass --format with the intended one ({' or '.join(shapes)}), or remove the keys of the other"
     )
 
 
 def _strict_message(name: str, bad: Quarantined) -> str:
     return (
-        f"line {bad.line} of {name} cannot be used, {bad.reason}: mend it, or read without strict "
-        "(--strict) to set such rows aside"
+        f"line {bad.line} of {name} cannot be used, {bad.reason}: fix it, or read without strict (--strict) to quarantine "
+        "such rows"
     )
 
 
@@ -159,7 +159,7 @@ def _nothing_usable(name: str, quarantined: Sequence[Quarantined], strangers: in
             f"known formats and their keys are {shape_keys()}; rename the columns to those of one"
         )
     return EmptyDataError(
-        f"none of the {len(quarantined)} rows of {name} can be used, line {first.line}: {first.reason}; mend the file"
+        f"0 of {len(quarantined)} rows of {name} can be used, line {first.line}: {first.reason}; fix the file"
     )
 
 
@@ -169,7 +169,7 @@ def _keys(row: Mapping[str, Any]) -> str:
 
 
 def _open(data: Any) -> tuple[Source, Iterator[Record]]:
-    """What the user gave, and its rows to come. Raises what ``read`` documents."""
+    """The source of the user's data, and an iterator of its rows. Raises like ``read``."""
     if isinstance(data, Path):
         return open_file(data)
     if isinstance(data, str):
@@ -177,7 +177,7 @@ def _open(data: Any) -> tuple[Source, Iterator[Record]]:
         if _exists(path) or not may_be_hub_name(data):
             return open_file(path)
         return _open_rows(_load_dataset(data), "dataset", data)
-    # Told by its module, since importing datasets to ask takes seconds.
+    # Recognised by its module, since importing datasets takes seconds.
     module, kind = type(data).__module__.partition(".")[0], type(data).__name__
     if module == "datasets" and kind == "Dataset":
         return _open_rows(data.with_format(None), "dataset", "the dataset")
@@ -191,12 +191,12 @@ def _open(data: Any) -> tuple[Source, Iterator[Record]]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name too long for a path, or with a NUL in it
+    except (OSError, ValueError):  # too long for a path, or with a NUL
         return False
 
 
 def may_be_hub_name(name: str) -> bool:
-    """Whether a string that is no path here reads as ``dataset`` or ``owner/dataset``, and not as a file that is missing."""
+    """Whether a string that is not a path reads as ``dataset`` or ``owner/dataset``, not as a missing file."""
     parts = name.split("/")
     known = Path(name).suffix.lower() in (*SUFFIXES, *COMPRESSED, *OTHER_FILES)
     return not known and len(parts) <= 2 and all(part and part[0].isalnum() and "\\" not in part for part in parts)
@@ -206,15 +206,15 @@ def _load_dataset(name: str) -> Any:
     """The ``train`` split of a hub dataset, as a ``datasets.Dataset``. Raises DataError."""
     if not reachable():
         raise DataError(
-            f"the dataset {name!r} cannot be fetched: it is no file here, and the hub cannot be reached; "
-            "check the path, or the network, or save the data as a file and give that"
+            f"the dataset {name!r} cannot be fetched: there is no such file, and the hub cannot be reached; "
+            "check the path or the network, or save the data as a file and give that"
         )
     import datasets
 
     try:
         return datasets.load_dataset(name, split=SPLIT)
     except Exception as error:
-        # Whatever goes wrong in there (no such name, no such split, gated, broken), the user's remedy is the same.
+        # Whatever fails (no such name or split, gated, broken), the user's remedy is the same.
         detail = str(error).strip().split("\n", 1)[0].rstrip(".")
         raise DataError(
             f"the dataset {name!r} could not be loaded from the hub ({type(error).__name__}: {detail}): "

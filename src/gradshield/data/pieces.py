@@ -1,4 +1,4 @@
-"""The text of each token, for colouring: pieces that put together are the decoded sequence."""
+"""The text of each token, for colouring: the pieces concatenate to the decoded sequence."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 from gradshield.types import Tokens
 
-# Decoders look at neighbours (a leading space is dropped at the very start), so a token is decoded after a few others.
+# Decoders depend on neighbours (a leading space is dropped at the very start), so a token is decoded after a few others.
 CONTEXT = 4
-# Longest run of byte tokens that may have to wait for one another: a UTF-8 character has four bytes.
+# Longest run of byte tokens that form one piece: a UTF-8 character has up to four bytes.
 LONGEST = 8
 BROKEN = "\ufffd"
 
@@ -16,7 +16,7 @@ BROKEN = "\ufffd"
 def spans(tokens: Tokens, tokenizer: Any) -> list[tuple[str, int | None]]:
     """Pieces ``(text, t)`` of a rendered sequence; ``t`` is the token whose value colours it, None outside the loss.
 
-    Tokens that spell one character between them share a piece, with the first of them that is in the loss.
+    Tokens that together spell one character share a piece, with the first of them that is in the loss.
     """
     ids = [int(token) for token in tokens.ids]
     groups = _groups(ids, tokenizer)
@@ -32,7 +32,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _groups(ids: list[int], tokenizer: Any) -> list[tuple[str, int, int]]:
-    """``(text, first, end)``, each token decoded after the few before it: fast, and right for most decoders."""
+    """``(text, first, end)``, each token decoded after the few before it: fast, and correct for most decoders."""
     groups = []
     begin, end = 0, 1
     while begin < len(ids):
@@ -48,7 +48,7 @@ def _groups(ids: list[int], tokenizer: Any) -> list[tuple[str, int, int]]:
 
 
 def _by_prefix(ids: list[int], tokenizer: Any, whole: str) -> list[tuple[str, int, int]]:
-    """The same, each prefix decoded from its start: slow, and right wherever a prefix decodes to a prefix."""
+    """The same by decoding every prefix: slow, and correct if a prefix of ids decodes to a prefix of the text."""
     groups = []
     begin = shown = 0
     for end in range(1, len(ids) + 1):

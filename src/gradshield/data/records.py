@@ -1,6 +1,6 @@
-"""A row as it stands in the input, and rows of any length in bounded memory.
+"""A row's bytes in the input, with rows of any length in bounded memory.
 
-Of a row past ``MAX_ROW_BYTES`` only the head, the size and the hash are kept.
+Of a row longer than ``MAX_ROW_BYTES`` only the head, the size and the hash are kept.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from gradshield.data.shapes import RowError
 from gradshield.types import Quarantined
 
 MAX_ROW_BYTES = 8 << 20
-HEAD_BYTES = 1 << 20  # what is held of a row that cannot be used
-# Cells of a CSV that never hold plain text, so that a JSON text in them is meant as JSON.
+HEAD_BYTES = 1 << 20  # kept of a row that cannot be used
+# CSV columns that never hold plain text, so that JSON in them is parsed.
 JSON_COLUMNS = ("messages", "conversations", "tools", "chat_template_kwargs")
 
 Parse = Callable[[bytes], Any]
@@ -26,9 +26,9 @@ Parse = Callable[[bytes], Any]
 
 @dataclass(frozen=True)
 class Record:
-    """One row as it stands in the input, parsed but not yet understood, or the ``reason`` why it cannot be.
+    """One row of the input, parsed but not yet converted, or the ``reason`` why it cannot be parsed.
 
-    ``line`` is 1-based. Where ``source`` is the head of a longer row, ``whole`` has the size and the SHA-256 of all of it.
+    ``line`` is 1-based. If ``source`` is only the head of a longer row, ``whole`` has the size and SHA-256 of all of it.
     """
 
     line: int
@@ -38,20 +38,19 @@ class Record:
     whole: tuple[int, str] | None = None
 
     def set_aside(self, row: int, reason: str = "") -> Quarantined:
-        """The row as one that cannot be used, with its head alone where it is long: bad rows stay in memory."""
+        """The row as quarantined, only its head if it is long, since quarantined rows stay in memory."""
         size, sha256 = self.whole or (len(self.source), hashlib.sha256(self.source).hexdigest())
         return Quarantined(row, self.line, reason or self.reason, self.source[:HEAD_BYTES], size, sha256)
 
 
 class Taken:
-    """The bytes of one row as they come: all of them, or of too many the head, the size and the hash."""
+    """Collects the bytes of one row; of too long a row only the head, the size and the hash."""
 
     def __init__(self) -> None:
         self.data, self.size = bytearray(), 0
         self._digest: Any = None
 
     def add(self, data: bytes) -> None:
-        """Put some bytes after the others."""
         self.size += len(data)
         if self._digest is not None:
             self._digest.update(data)
@@ -62,7 +61,7 @@ class Taken:
             del self.data[HEAD_BYTES:]
 
     def record(self, line: int, parse: Parse) -> Record:
-        """The row that these bytes are. ``parse`` gives its value, or raises RowError."""
+        """The collected row. ``parse`` gives its value, or raises RowError."""
         data = bytes(self.data)
         if self._digest is not None:
             reason = f"it has {self.size:,} bytes, more than the {MAX_ROW_BYTES:,} that a row may have"
@@ -74,18 +73,18 @@ class Taken:
 
 
 class Lines:
-    """The lines of a stream, counted and bounded; ``take`` gives the bytes of those that were read since it was last called."""
+    """The lines of a stream, counted and bounded; ``take`` returns the bytes read since its last call."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._taken, self.number = stream, Taken(), 0
 
     def take(self) -> Taken:
-        """The lines that were read since, as one row."""
+        """The lines read since the last call, as one row."""
         taken, self._taken = self._taken, Taken()
         return taken
 
     def __iter__(self) -> Iterator[bytes]:
-        """Each line; in place of one that is too long a line that opens or closes a quoted cell of a CSV as it does."""
+        """Each line; one that is too long is replaced by a line with the same effect on CSV quoting."""
         while data := self._stream.readline(MAX_ROW_BYTES + 1):
             self.number += 1
             self._taken.add(data)
@@ -106,12 +105,12 @@ def json_value(data: bytes) -> Any:
         raise RowError("it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise RowError(f"it is not valid JSON ({error.msg} at character {error.pos + 1})") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         raise RowError(f"it is not valid JSON ({str(error).split(';')[0]})") from None
 
 
 def csv_value(columns: Sequence[str], delimiter: str, data: bytes) -> dict[str, Any]:
-    """The value of one record of a CSV, every cell as text but those of JSON. Raises RowError."""
+    """The value of one CSV record, every cell as text except JSON columns. Raises RowError."""
     try:
         (cells,) = csv.reader(io.StringIO(data.decode()), delimiter=delimiter, strict=True)
     except csv.Error as error:
@@ -131,7 +130,7 @@ def _cell(column: str, text: str) -> Any:
 
 
 def _text_only(data: bytes) -> bool:
-    """Raises RowError for what is not text."""
+    """True; raises RowError for bytes that are not text."""
     if b"\0" in data:
         raise RowError("it has NUL bytes")
     try:

@@ -1,7 +1,7 @@
-"""An ``Example`` as the model will see it in training: token ids, and which of them count in the loss.
+"""An ``Example`` as the model sees it in training: token ids, and which of them count in the loss.
 
 Without training arguments the loss covers response tokens only. With those of a TRL ``SFTTrainer`` the ids and labels
-are the ones it trains on; ``tests/data/test_render_trl.py`` holds the two against each other.
+are the ones it trains on; ``tests/data/test_render_trl.py`` compares the two.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from gradshield.types import Conversation, Example, Quarantined, Rendered, Token
 
 logger = logging.getLogger(__name__)
 TRUNCATION_MODES = ("keep_start", "keep_end")
-TOGETHER = 256  # rows that are tokenised at once
-MOST_TURNS = 1024  # answers of one row that are found by difference
+TOGETHER = 256  # rows tokenised at once
+MOST_TURNS = 1024  # most answers of one row to find by difference
 Mask = list[bool]
 
 
@@ -38,9 +38,9 @@ class RenderConfig:
 
     ``max_length`` None keeps every token. ``assistant_only_loss`` None counts response tokens only, by the template's
     ``{% generation %}`` markers or else by difference; False counts every token of a conversation; True is TRL's, by
-    markers alone. ``completion_only_loss`` None leaves the prompt of a prompt/completion row out of the loss.
-    ``chat_template_kwargs`` go to the template of every row (a row's own win). ``text_field`` is the column of plain
-    text, for ``read``. ``eos_token`` replaces the tokenizer's. ``packing`` is only noted: rows are scored one by one.
+    markers only. ``completion_only_loss`` None leaves the prompt of a prompt/completion row out of the loss.
+    ``chat_template_kwargs`` are passed to the template for every row (a row's own override them). ``text_field`` is the column
+    of plain text, for ``read``. ``eos_token`` replaces the tokenizer's. ``packing`` has no effect: rows are scored one by one.
     """
 
     max_length: int | None = 1024
@@ -63,12 +63,12 @@ class RenderConfig:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """All that decides which tokens a row has, as manifests record it."""
+        """The settings that determine a row's tokens, for manifests."""
         return {name: value for name, value in asdict(self).items() if name != "packing"}
 
     @classmethod
     def from_sft(cls, args: Any) -> RenderConfig:
-        """The rendering that TRL's ``SFTTrainer`` does with these arguments (an ``SFTConfig``, or alike).
+        """The rendering of TRL's ``SFTTrainer`` with these arguments (an ``SFTConfig``, or similar).
 
         Raises UsageError for a ``chat_template_path``, which changes the tokenizer itself.
         """
@@ -93,14 +93,14 @@ class RenderConfig:
 
 @dataclass(frozen=True, eq=False)
 class RenderResult:
-    """Rows rendered, which are kept on disk, and rows that leave nothing to score."""
+    """Rendered rows, on disk, and quarantined rows without a token to score."""
 
     rendered: Spool
     quarantined: tuple[Quarantined, ...]
 
 
 def render(example: Example, tokenizer: Any, config: RenderConfig | None = None) -> Rendered | str:
-    """One row as the model sees it, or the reason why it cannot be scored. For many rows use ``render_all``."""
+    """One row as the model sees it, or the reason why it cannot be scored. ``render_all`` renders many."""
     return Renderer(tokenizer, config).render(example)
 
 
@@ -112,10 +112,10 @@ def render_all(
     strict: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> RenderResult:
-    """Render rows; those with nothing to score are set aside with a reason.
+    """Render rows; those without a token to score are quarantined with a reason.
 
-    ``source`` gives the line numbers of the rows, ``progress`` is told now and then how many are done. Raises DataError on the
-    first bad row with ``strict``, and ModelError where the chat template cannot do what the configuration asks.
+    ``source`` gives the rows' line numbers; ``progress`` is called with the number of rows done. Raises DataError on the first
+    bad row with ``strict``, and ModelError if the chat template does not support the configuration.
     """
     renderer = Renderer(tokenizer, config)
     rendered = Spool()
@@ -130,23 +130,21 @@ def render_all(
                 continue
             line = source.lines[example.row] if source is not None else example.row + 1
             if strict:
-                raise DataError(f"line {line} cannot be scored, {result}: mend it, or leave out strict (--strict)")
+                raise DataError(f"line {line} cannot be scored, {result}: fix it, or leave out strict (--strict)")
             quarantined.append(Record(line, example.source).set_aside(example.row, result))
         progress(len(rendered) + len(quarantined))
     return RenderResult(rendered, tuple(quarantined))
 
 
 class Renderer:
-    """Renders rows with one tokenizer, which it leaves as it is. Raises ModelError as ``templates.override`` does."""
+    """Renders rows with one tokenizer, which it does not change. Raises ModelError like ``templates.override``."""
 
     def __init__(self, tokenizer: Any, config: RenderConfig | None = None) -> None:
         self.tokenizer = tokenizer
         self.config = config or RenderConfig()
         self._template: str | None = None
-        self._template_known = False  # looked for when the first conversation comes: plain text needs none
-        self._ready: dict[
-            int, tuple[list[int], list[int]]
-        ] = {}  # by conversation: its ids, its mask where it is marked
+        self._template_known = False  # looked up at the first conversation: plain text needs none
+        self._ready: dict[int, tuple[list[int], list[int]]] = {}  # by conversation: its ids, and its mask if marked
         self._ends = "|".join(re.escape(token) for token in _special_tokens(tokenizer))
 
     def render(self, example: Example) -> Rendered | str:
@@ -156,11 +154,11 @@ class Renderer:
             parts = [self._sequence(conversation, example.shape) for conversation in example.conversations]
         except _CannotRender as error:
             return str(error)
-        except Exception as error:  # a chat template is a program that comes with the model
+        except Exception as error:  # a chat template is the model's own program
             detail = str(error).strip().split("\n", 1)[0].rstrip(".")[:200]
             return f"the chat template refuses it ({type(error).__name__}: {detail})"
         if len(parts) > 1:
-            # As in DPO, the answers begin where the earlier of the two begins.
+            # As in DPO, both answers begin where the earlier one begins.
             begin = min(_first(mask) for _, mask in parts)
             for _, mask in parts:
                 mask[begin : _first(mask)] = [True] * (_first(mask) - begin)
@@ -173,9 +171,9 @@ class Renderer:
         return Rendered(example.row, example.id, example.shape, tuple(sequences))
 
     def tokenise(self, examples: Sequence[Example]) -> None:
-        """Tokenise the conversations of some rows in one call: `render` of these very rows then finds them done.
+        """Tokenise the conversations of some rows in one call, for later calls of `render` with the same rows.
 
-        Optional, and of no consequence but for speed: what cannot be done together is left to `render`.
+        Optional, for speed only: rows that cannot be batched are left to `render`.
         """
         self._ready = {}
         groups: dict[bool, list[Conversation]] = {}
@@ -192,7 +190,7 @@ class Renderer:
             messages, kwargs = [c.messages or () for c in own], self._template_kwargs(own[0])
             try:
                 output = self._apply(messages, kwargs, return_assistant_tokens_mask=marked)
-            except Exception:  # a template may fail on one row: which, and why, is seen when each is rendered by itself
+            except Exception:  # a template may fail on one row: `render` then reports which, and why
                 continue
             masks = output["assistant_masks"] if marked else [[]] * len(own)
             for conversation, ids, mask in zip(own, output["input_ids"], masks, strict=True):
@@ -204,7 +202,7 @@ class Renderer:
             self._template_known = True
 
     def _cut(self, ids: list[int], mask: Mask, coefficient: float) -> Tokens | str:
-        """Truncate, and take the first token out of the loss: nothing predicts it."""
+        """Truncate, and exclude the first token from the loss: nothing predicts it."""
         limit = self.config.max_length
         part = slice(None) if limit is None else slice(None, limit)
         if limit is not None and self.config.truncation_mode == "keep_end":
@@ -286,14 +284,14 @@ class Renderer:
         }
 
     def _has_markers(self, conversation: Conversation) -> bool:
-        """Whether the template of this row (some tokenizers have one more for tools) marks the answers usably."""
-        if not self.tokenizer.is_fast:  # markers are places in the text, which only fast tokenizers map to tokens
+        """Whether the row's template (some tokenizers have another for tools) marks the answers usably."""
+        if not self.tokenizer.is_fast:  # markers are text positions, which only fast tokenizers map to tokens
             return False
         kwargs = self._template_kwargs(conversation)
         return templates.has_markers(self.tokenizer.get_chat_template(kwargs["chat_template"], kwargs["tools"]))
 
     def _apply(self, messages: Sequence[Any], kwargs: Mapping[str, Any], **more: Any) -> Any:
-        # Not verbose: that a row is longer than the model can take is no news here, it is cut at max_length.
+        # Not verbose: rows longer than the model's limit are cut at max_length anyway.
         return self.tokenizer.apply_chat_template(
             list(messages), tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False}, **kwargs, **more
         )
@@ -311,15 +309,15 @@ class Renderer:
         ids: list[int],
         completion: Mask | None,
     ) -> Mask:
-        """Tokens of some assistant turns, found by difference. Raises _CannotRender where the template hides a turn."""
+        """Tokens of some assistant turns, found by difference. Raises _CannotRender if a turn cannot be found."""
 
         def text_of(part: Sequence[Mapping[str, Any]], **more: Any) -> str:
             return str(self.tokenizer.apply_chat_template(list(part), tokenize=False, **kwargs, **more))
 
-        if len(turns) > MOST_TURNS:  # each is found by rendering the conversation anew
+        if len(turns) > MOST_TURNS:  # each needs another rendering of the conversation
             raise _CannotRender(
                 f"it has {len(turns)} answers, and of a template that does not mark them with {{% generation %}} at most "
-                f"{MOST_TURNS} are told apart"
+                f"{MOST_TURNS} can be found"
             )
         text = text_of(messages)
         mask = [False] * len(ids)
@@ -338,9 +336,9 @@ class Renderer:
         return mask
 
     def _token_bounds(self, text: str, ids: list[int]) -> tuple[list[int], list[int]]:
-        """Where each token begins and ends in the text, both in order.
+        """The start and end of each token in the text, in order.
 
-        Slow tokenizers do not say, so there it is counted by decoding prefixes, of the tokens that are kept.
+        Slow tokenizers do not give them, so prefixes are decoded, only of the tokens within max_length.
         """
         if self.tokenizer.is_fast:
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -354,11 +352,11 @@ class Renderer:
 
 
 class _CannotRender(ValueError):
-    """The text is the reason why the row cannot be scored."""
+    """Its text is the reason why the row cannot be scored."""
 
 
 def _after(prompt: Sequence[int], ids: Sequence[int]) -> Mask:
-    """The tokens of ``ids`` from where it parts from ``prompt``: not always its end, for tokens may merge there."""
+    """The tokens of ``ids`` from where they differ from ``prompt``: tokens may merge at its end."""
     shared = common(prompt, ids)
     return [False] * shared + [True] * (len(ids) - shared)
 

@@ -1,7 +1,7 @@
 """The row shapes: which keys a row has, and how it becomes conversations.
 
-A shape is recognised by its keys alone; a row that has the keys but the wrong types is a bad row of that shape, and is
-told so, rather than a row of no shape. Everything downstream sees only ``Conversation``.
+A shape is recognised by its keys alone; a row with the keys but the wrong types is reported as a bad row of that shape, not as
+a row of no shape. Everything downstream sees only ``Conversation``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gradshield.types import Conversation
 Row = Mapping[str, Any]
 Messages = tuple[Mapping[str, Any], ...]
 
-# What ``apply_chat_template`` takes itself: not the template's variables, but how and how much is rendered.
+# Arguments of ``apply_chat_template`` itself, not variables of the template.
 RENDERING = (
     "chat_template",
     "conversation",
@@ -34,7 +34,7 @@ RENDERING = (
     "tokenizer_kwargs",
 )
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-# ShareGPT and its descendants name the same roles in many ways.
+# Role names in ShareGPT and its variants.
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -55,7 +55,7 @@ SHAREGPT_ROLES = {
 
 
 class RowError(ValueError):
-    """A row that has the keys of its shape but cannot be used; the text is the reason, one clause."""
+    """A row with the keys of its shape that cannot be used; the text is the reason, one clause."""
 
 
 class Shape:
@@ -65,7 +65,7 @@ class Shape:
 
     @classmethod
     def fits(cls, row: Row) -> bool:
-        """Whether the row has the keys of this shape. A None is an absent value: tables pad rows with them."""
+        """Whether the row has the keys of this shape. None counts as missing: tables pad rows with it."""
         return all(row.get(key) is not None for key in cls.keys)
 
     @classmethod
@@ -110,7 +110,7 @@ class PromptCompletionShape(Shape):
 
 @SHAPES.register("alpaca")
 class AlpacaShape(Shape):
-    """Instruction: `instruction`, `output`, and `input` and `system` where a row has them (Alpaca)."""
+    """Instruction: `instruction`, `output`, and optionally `input` and `system` (Alpaca)."""
 
     keys = ("instruction", "output")
 
@@ -171,7 +171,7 @@ class TextShape(Shape):
 
 @SHAPES.register("preference")
 class PreferenceShape(Shape):
-    """Preference pair: `chosen` and `rejected`, strings or messages, with `prompt` or with the prompt they share."""
+    """Preference pair: `chosen` and `rejected`, strings or messages, with `prompt` or a common beginning."""
 
     keys = ("chosen", "rejected")
 
@@ -190,7 +190,7 @@ class PreferenceShape(Shape):
             good, bad = _messages(chosen, "chosen"), _messages(rejected, "rejected")
             if isinstance(prompt, list):
                 asked = _messages(prompt, "prompt")
-            else:  # no prompt, or a string that repeats the first turn: the prompt is what the two share
+            else:  # no prompt, or a string that repeats the first turn: the prompt is the common beginning
                 asked, good, bad = _split_messages(good, bad)
             return (_answered(asked, good, row), _answered(asked, bad, row, coefficient=-1.0))
         raise RowError(
@@ -218,7 +218,7 @@ def _answered(prompt: Messages, answer: Messages, row: Row, coefficient: float =
 
 
 def _conversation(messages: Messages, prompt_turns: int | None, row: Row, coefficient: float) -> Conversation:
-    """Check that there is an answer to train on, and gather what the template takes beside the messages."""
+    """Check that there is an answer to train on, and collect the template's other arguments."""
     answers = [n for n in range(prompt_turns or 0, len(messages)) if messages[n]["role"] == "assistant"]
     if not answers:
         raise RowError("there is no assistant turn to train on")
@@ -239,7 +239,7 @@ def _conversation(messages: Messages, prompt_turns: int | None, row: Row, coeffi
 
 
 def _messages(value: Any, field: str) -> Messages:
-    """The messages as they are, once each is known to be one. Raises RowError."""
+    """The messages, unchanged, after checking each. Raises RowError."""
     if not isinstance(value, list) or not value:
         raise RowError(f"{field} must be a list of messages that is not empty, got {kind_of(value)}")
     for number, message in enumerate(value, 1):
@@ -321,7 +321,7 @@ def _answer(value: Any, field: str) -> str:
 
 
 def _split_strings(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The text both share, and what each has of its own. A space at the seam belongs to the answers."""
+    """The common prefix, and the rest of each. A space at the boundary belongs to the answers."""
     shared = common(chosen, rejected)
     if shared and chosen[shared - 1] == " ":
         shared -= 1
@@ -346,7 +346,7 @@ def _own(rest: Any, field: str) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in words for a reason."""
+    """A value's type in words, for a reason."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     if isinstance(value, list):
         return "a list" if value else "an empty list"

@@ -1,6 +1,6 @@
-"""Where rows came from, with a copy of each on disk; and rows that are made from it when asked for.
+"""The source of the rows, with a copy of each on disk, and rows made from it on access.
 
-What stays in memory of a row is some 30 bytes: where it begins in the copy, its line, a hash of its content and its shape.
+A row takes about 30 bytes in memory: its offset in the copy, its line, a hash of its content and its shape.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from gradshield.data.spool import OnDemand, Scratch
 from gradshield.errors import DataError
 from gradshield.types import Bools, Conversation, Example, Ints
 
-GROUP = 1 << 14  # rows of a Parquet file that are copied at once
-SPAN = 1 << 12  # rows of two Parquet files that are put together at once
+GROUP = 1 << 14  # rows of a Parquet file copied at once
+SPAN = 1 << 12  # rows of two Parquet files merged at once
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where the rows came from, and what is needed to write some of them as they came.
+    """The source of the rows, with everything needed to write some of them unchanged.
 
     ``kind`` is ``jsonl``, ``json``, ``csv``, ``tsv``, ``parquet``, ``dataset`` or ``list``. ``digest`` is the SHA-256 of the
-    file's bytes, or of the rows' canonical JSON where there was no file. ``parse`` gives the value of a row's bytes; ``header``
-    is a byte order mark and a CSV's first line; ``table`` is the ``Dataset`` or the list. As the rows are read, ``lines`` gets
-    the line of each, and ``copy`` the bytes of those that are good: a table's as a line of JSON.
+    file's bytes, or without a file of the rows' canonical JSON. ``parse`` gives the value of a row's bytes; ``header`` is the
+    byte order mark and a CSV's first line; ``table`` is the ``Dataset`` or the list. Reading fills ``lines`` with the line of
+    each row, and ``copy`` with the bytes of the usable ones: for a table, as a line of JSON.
     """
 
     kind: str
@@ -47,22 +47,21 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """The digest in hex digits."""
         return str(self.digest.hexdigest())
 
     @property
     def rows(self) -> int:
-        """How many rows there are, good and bad."""
+        """The number of rows, quarantined ones included."""
         return len(self.lines)
 
     def raw(self, rows: Iterable[int]) -> Iterator[bytes]:
-        """Some good rows as they came."""
+        """The unchanged bytes of some usable rows."""
         return (self.copy[int(row)] for row in rows)
 
     def tables(self, rows: Ints) -> Iterator[Any]:
-        """Some rows of a Parquet file, in increasing order, as Arrow tables, some of them empty; the file is read to its end.
+        """Some rows of a Parquet file, in increasing order, as Arrow tables, possibly empty; the file is read to its end.
 
-        Raises DataError where it is no longer the file that was read.
+        Raises DataError if the file has changed since it was first read.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -80,15 +79,15 @@ class Source:
             same = False
         if not same:
             raise DataError(
-                f"{self.name} was changed while its rows were being used: leave it as it is, and run the same command again"
+                f"{self.name} was changed while its rows were in use: do not change it, and run the same command again"
             )
 
 
 class Examples(OnDemand[Example]):
-    """The good rows of a source, in its order; each is made when it is asked for.
+    """The usable rows of a source, in order, each made on access.
 
-    ``rows`` are their positions in the input, ``ids`` and ``shapes`` as in `Example`, ``weighted`` says of which rows some
-    assistant turn does not count.
+    ``rows`` are their input positions, ``ids`` and ``shapes`` as in `Example`; ``weighted`` marks rows with an assistant turn
+    of weight 0.
     """
 
     def __init__(
@@ -111,11 +110,13 @@ class Examples(OnDemand[Example]):
 
 
 class Together:
-    """The rows of a kept and a removed file in the order of the input they came from."""
+    """The rows of a kept and a removed file, in the order of the original input."""
 
     def __init__(self, parts: Mapping[bool, Examples], rows: Ints, removed: Bools) -> None:
         self._parts, self._rows, self._removed = parts, rows, removed
-        self._places = np.where(removed, np.cumsum(removed), np.cumsum(~removed)) - 1  # of each row in its own file
+        self._places = (
+            np.where(removed, np.cumsum(removed), np.cumsum(~removed)) - 1
+        )  # index of each row in its own file
         first = next(iter(parts.values())).source
         self.kind, self.header, self.parse = first.kind, first.header, first.parse
 
@@ -132,7 +133,7 @@ class Together:
         return (part.source.copy[int(part.rows[place])] for part, place in self._found(rows))
 
     def tables(self, rows: Ints) -> Iterator[Any]:
-        """As `Source.tables`; both files are read side by side."""
+        """As `Source.tables`; both files are read in parallel."""
         import pyarrow as pa
 
         wanted = np.isin(self._rows, rows)
@@ -150,7 +151,7 @@ class Together:
 
 
 def _sized(tables: Iterator[Any], sizes: Iterable[int]) -> Iterator[Any]:
-    """The rows of tables in tables of these sizes."""
+    """The rows of tables, regrouped into tables of these sizes."""
     import pyarrow as pa
 
     waiting = next(tables)
@@ -159,16 +160,16 @@ def _sized(tables: Iterator[Any], sizes: Iterable[int]) -> Iterator[Any]:
             waiting = pa.concat_tables([waiting, next(tables)])
         yield waiting.slice(0, size)
         waiting = waiting.slice(size)
-    next(tables, None)  # to its end, where the file's hash is compared
+    next(tables, None)  # reads to the end, where the file's hash is compared
 
 
 def content_hash(content: bytes) -> int:
-    """The number that a row's id is made of."""
+    """The integer behind a row's id."""
     return int.from_bytes(hashlib.sha256(content).digest()[: ID_LENGTH // 2])
 
 
 def convert(value: Mapping[str, Any], shape: str, text_field: str) -> tuple[Conversation, ...]:
-    """The sequences of a row that is read as ``shape``. Raises RowError."""
+    """The sequences of a row of shape ``shape``. Raises RowError."""
     return SHAPES[shape].convert(with_text(value, text_field))
 
 

@@ -1,4 +1,4 @@
-"""Rows and their values kept on disk, so that memory does not grow with what they say: each is read back when asked for."""
+"""Rows and their values on disk, read back on access, so that memory does not grow with their size."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ IDS = np.dtype(np.int32)  # no vocabulary is larger
 
 
 class OnDemand(Sequence[T]):
-    """A sequence of which each entry is made when it is asked for."""
+    """A sequence whose entries are made on access."""
 
     @abstractmethod
     def _at(self, index: int) -> T:
-        """The entry at a place from 0."""
+        """The entry at an index from 0."""
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -41,22 +41,21 @@ class OnDemand(Sequence[T]):
 
 
 class Scratch(OnDemand[bytes]):
-    """Pieces of bytes one after the other in a nameless temporary file that goes with this object; 8 bytes each in memory.
+    """Byte strings in an unnamed temporary file that is deleted with this object; 8 bytes each in memory.
 
-    Raises DataError where the folder of temporary files (``TMPDIR``) is full.
+    Raises DataError if the folder of temporary files (``TMPDIR``) is full.
     """
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="gradshield-")  # noqa: SIM115 (closed with this object)
         weakref.finalize(self, self._file.close)
         self._lock = Lock()
-        self._starts = array("Q", [0])  # where each piece begins, and where the next one will
+        self._starts = array("Q", [0])  # the start of each piece, and of the next one
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def add(self, data: bytes) -> None:
-        """Put a piece after the others."""
         with room():
             self._file.write(data)
         self._starts.append(self._starts[-1] + len(data))
@@ -66,7 +65,7 @@ class Scratch(OnDemand[bytes]):
         with self._lock:
             with room():
                 self._file.flush()
-            if hasattr(os, "pread"):  # moves no position that a forked process may share
+            if hasattr(os, "pread"):  # does not move a file position shared with a forked process
                 return os.pread(self._file.fileno(), end - start, start)
             self._file.seek(start)
             data: bytes = self._file.read(end - start)
@@ -76,18 +75,18 @@ class Scratch(OnDemand[bytes]):
 
 @contextmanager
 def room() -> Iterator[None]:
-    """Raises DataError where the folder of temporary files cannot be written to."""
+    """Raises DataError if the folder of temporary files cannot be written to."""
     try:
         yield
     except OSError as error:
         raise DataError(
             f"the folder of temporary files {tempfile.gettempdir()!r} cannot be written to ({error.strerror}): free some space, "
-            "or set TMPDIR to a folder that has some"
+            "or set TMPDIR to a folder with space"
         ) from None
 
 
 class _OnDisk(OnDemand[T]):
-    """A sequence of which each entry is made from its bytes in a `Scratch`."""
+    """A sequence whose entries are made from their bytes in a `Scratch`."""
 
     def __init__(self) -> None:
         self._scratch = Scratch()
@@ -103,7 +102,7 @@ class _OnDisk(OnDemand[T]):
 
 
 class Spool(_OnDisk[Rendered]):
-    """Rendered rows in the order in which they were added. On disk a row takes 5 bytes a token and some 60 more.
+    """Rendered rows in the order they were added. A row takes 5 bytes per token and about 60 more on disk.
 
     ``longest`` is the number of tokens of the longest sequence so far.
     """
@@ -113,7 +112,6 @@ class Spool(_OnDisk[Rendered]):
         self.longest = 0
 
     def add(self, row: Rendered) -> None:
-        """Put a row after the others."""
         head = [row.row, row.id, row.shape, [(len(tokens.ids), tokens.coefficient) for tokens in row.sequences]]
         parts = [json.dumps(head).encode(), b"\n"]
         for tokens in row.sequences:
@@ -134,10 +132,9 @@ class Spool(_OnDisk[Rendered]):
 
 
 class Values(_OnDisk[Floats]):
-    """One array of numbers a row, in the order in which they were added: 8 bytes a number on disk."""
+    """One array of numbers per row, in the order they were added: 8 bytes per number on disk."""
 
     def add(self, rows: Iterable[Floats]) -> None:
-        """Put the arrays of some rows after the others."""
         for values in rows:
             self._scratch.add(np.asarray(values, dtype=np.float64).tobytes())
 
@@ -146,7 +143,7 @@ class Values(_OnDisk[Floats]):
 
 
 class Picked(OnDemand[T]):
-    """Entries of a sequence by their places (n,), read from it when they are asked for."""
+    """Entries of a sequence by their indices (n,), read on access."""
 
     def __init__(self, whole: Sequence[T], places: Ints) -> None:
         self._whole, self._places = whole, places

@@ -1,4 +1,4 @@
-"""Which chat template a row is rendered with, and the one for tokenizers that bring none."""
+"""The choice of chat template, and the default for tokenizers without one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradshield.errors import ModelError
 #     <|assistant|>
 #     Paris.</s>
 #
-# Tool calls follow the content as JSON. Newlines around the content keep it apart from the header when it is tokenised.
+# Tool calls follow the content as JSON. Newlines keep the content's tokens separate from the header's.
 DEFAULT_CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% if tools %}{{ '<|tools|>\\n' + tools | tojson + '\\n' }}{% endif %}"
@@ -39,10 +39,9 @@ def has_markers(template: str) -> bool:
 
 
 def override(tokenizer: Any, assistant_only_loss: bool | None) -> str | None:
-    """The template to use in place of the tokenizer's own, None to use its own. Warns where it has none.
+    """The template to use instead of the tokenizer's own, None to use its own. Warns if it has none.
 
-    ``assistant_only_loss=True`` needs markers; TRL then swaps in its own marked copy of a template that it knows, and
-    so does this.
+    ``assistant_only_loss=True`` needs markers; as in TRL, a template that TRL knows is replaced by its marked copy.
 
     Raises
     ------
@@ -52,7 +51,7 @@ def override(tokenizer: Any, assistant_only_loss: bool | None) -> str | None:
     if not tokenizer.chat_template:
         warnings.warn(
             "the tokenizer has no chat template, so messages are rendered with GradShield's default one "
-            "(<|role|>, newline, content, end of sequence): set tokenizer.chat_template where you train with another",
+            "(<|role|>, newline, content, end of sequence): set tokenizer.chat_template if you train with another",
             UserWarning,
             stacklevel=4,
         )
@@ -72,5 +71,5 @@ def override(tokenizer: Any, assistant_only_loss: bool | None) -> str | None:
 
 
 def default_variant(template: str | dict[str, str]) -> str:
-    """The template itself, or the variant named ``default`` where a tokenizer ships several."""
+    """The template itself, or the variant named ``default`` if a tokenizer has several."""
     return template if isinstance(template, str) else template.get("default", next(iter(template.values())))

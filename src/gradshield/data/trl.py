@@ -1,4 +1,4 @@
-"""What TRL takes: rendered rows as its dataset, so that what is trained is what was scored, and the names of its options."""
+"""For TRL: rendered rows as a dataset, so that training uses the scored tokens; and a check of option names."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ import numpy as np
 from gradshield.errors import EmptyDataError, FormatError, UsageError, did_you_mean
 from gradshield.types import Conversation, Example, Rendered
 
-WRITTEN = 1000  # rows that are made and written at once
+WRITTEN = 1000  # rows written at once
 IGNORED = -100  # the label that PyTorch's cross entropy skips
 
 
 def to_trl(examples: Iterable[Example], rendered: Sequence[Rendered]) -> Any:
-    """A ``datasets.Dataset`` of the rendered rows, in their order; ``examples`` has these rows, and may have others.
+    """A ``datasets.Dataset`` of the rendered rows, in order; ``examples`` contains these rows, and may contain others.
 
-    Tokens lie in a temporary Arrow file, which goes with the dataset.
+    Tokens are in a temporary Arrow file, which is deleted with the dataset.
 
     Preference pairs become ``prompt``, ``chosen``, ``rejected`` for ``DPOTrainer``, with ``tools`` (as JSON, None for a row
-    without) and ``chat_template_kwargs`` where there are any. All other rows become ``input_ids``
-    and ``labels``, which ``SFTTrainer`` takes as they are; since they carry their mask, leave ``assistant_only_loss``
-    False there (TRL refuses it for rows that are tokens).
+    without) and ``chat_template_kwargs`` if there are any. All other rows become ``input_ids`` and ``labels``, which
+    ``SFTTrainer`` uses unchanged; since the labels are the mask, leave ``assistant_only_loss`` False there (TRL rejects it for
+    tokenised rows).
 
     Raises
     ------
     FormatError
-        Preference pairs among other rows, or pairs of strings among pairs of messages: no trainer takes both. Pairs of which
-        some have ``chat_template_kwargs`` that others have not.
+        Preference pairs among other rows, or pairs of strings among pairs of messages: no trainer takes both. Pairs with
+        different keys in ``chat_template_kwargs``.
     EmptyDataError
         There is no row.
     """
@@ -55,13 +55,13 @@ def to_trl(examples: Iterable[Example], rendered: Sequence[Rendered]) -> Any:
     if len({type(pair["chosen"]) for pair in pairs}) > 1:
         raise FormatError("the data mixes pairs of strings with pairs of messages: put them in separate files")
     options = {tuple(sorted(pair.get("chat_template_kwargs", ()))) for pair in pairs}
-    if len(options) > 1:  # a column of dicts has every key in every row, and a template tells None from no value
+    if len(options) > 1:  # a column of dicts has every key in every row, and templates distinguish None from missing
         raise FormatError(
             "the pairs give different chat_template_kwargs ("
-            f"{'; '.join(', '.join(keys) or 'none' for keys in sorted(options))}), and a dataset for DPOTrainer has the same in "
-            "every row: give every pair the same keys, or put them in separate files"
+            f"{'; '.join(', '.join(keys) or 'none' for keys in sorted(options))}), and a dataset for DPOTrainer needs the same "
+            "keys in every row: give every pair the same keys, or put them in separate files"
         )
-    # The first row alone would name the columns, and drop what only later ones have.
+    # Collect the columns of all rows: datasets would take only the first row's.
     columns = dict.fromkeys(key for pair in pairs for key in pair)
     return datasets.Dataset.from_dict({key: [pair.get(key) for pair in pairs] for key in columns})
 
@@ -84,7 +84,7 @@ def _on_disk(rendered: Iterable[Rendered]) -> Any:
 
 
 def labelled(row: Rendered) -> dict[str, list[int]]:
-    """The tokens of a row that is no pair, with their labels: `IGNORED` for those that do not count in the loss."""
+    """The tokens of a row with one sequence, and their labels: `IGNORED` for tokens outside the loss."""
     (tokens,) = row.sequences
     return {"input_ids": tokens.ids.tolist(), "labels": np.where(tokens.loss, tokens.ids, IGNORED).tolist()}
 
@@ -95,7 +95,7 @@ def _pair(example: Example) -> dict[str, Any]:
         return {"prompt": good.prompt, "chosen": good.completion, "rejected": bad.completion}
     pair: dict[str, Any] = {"prompt": _part(good, True), "chosen": _part(good, False), "rejected": _part(bad, False)}
     if good.tools is not None:
-        # As dicts, every tool would get the arguments of all the others. TRL reads JSON as it was.
+        # As dicts, every tool would get the arguments of all the others. TRL reads JSON unchanged.
         pair["tools"] = json.dumps([dict(tool) for tool in good.tools])
     if good.template_kwargs:
         pair["chat_template_kwargs"] = dict(good.template_kwargs)
@@ -108,7 +108,7 @@ def _part(conversation: Conversation, prompt: bool) -> list[dict[str, Any]]:
 
 
 def check_names(options: Mapping[str, Any]) -> None:
-    """Raises UsageError for an option that SFTConfig does not have, and ImportError where TRL is not installed."""
+    """Raises UsageError for an option that SFTConfig does not have, and ImportError if TRL is not installed."""
     from trl.trainer.sft_config import SFTConfig
 
     known = {field.name for field in fields(SFTConfig) if field.init}

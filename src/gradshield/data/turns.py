@@ -1,6 +1,6 @@
-"""Where each assistant turn lies in a rendered conversation, found by difference: no markers needed.
+"""Finds each assistant turn in a rendered conversation by difference, without markers.
 
-A turn's span runs from where the model begins to write to the token that ends its turn, that token included.
+A turn's span runs from the first character that the model writes to the token that ends its turn, inclusive.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from gradshield.data.shapes import common
 Span = tuple[int, int]
 RenderText = Callable[..., str]  # render(messages, add_generation_prompt=False)
 
-# Two answers that share neither their first nor their last character, so that all two renderings have in common
-# before and after them is the template's.
+# Two answers that share neither their first nor their last character, so that the common prefix and suffix of two
+# renderings belong to the template.
 _STAND_INS = ("qzx7Ajk", "Bvw3mQz9")
 
 
 def turn_span(
     messages: Sequence[Mapping[str, Any]], turn: int, text: str, render: RenderText, ends: str
 ) -> Span | None:
-    """Characters of ``text`` (the rendered ``messages``) that the model writes in a turn; None if it cannot be told.
+    """Span in ``text`` (the rendered ``messages``) that the model writes in a turn; None if it cannot be found.
 
     Parameters
     ----------
     render
-        Renders messages to text; whatever it raises means that these messages cannot be rendered.
+        Renders messages to text; any exception means that these messages cannot be rendered.
     ends
-        Regular expression of the special tokens, of which one may end a turn; empty where there are none.
+        Regular expression of the special tokens, one of which may end a turn; empty without any.
     """
     before = _try(render, messages[:turn], add_generation_prompt=True)
     bare = _try(render, messages[:turn])
@@ -37,8 +37,8 @@ def turn_span(
     until = _try(render, messages[: turn + 1])
     if opening and until and before and text.startswith(before) and text.startswith(until) and len(until) > len(before):
         return len(before), _close(text, len(before), len(until), ends)
-    # The template has no generation prompt, or writes earlier turns differently once later ones follow (reasoning
-    # models drop old thoughts): see what changes when only the content of this turn does.
+    # The template has no generation prompt, or renders earlier turns differently once later ones follow (reasoning models
+    # drop old reasoning): change only the content of this turn and compare.
     return _by_substitution(messages, turn, text, render, ends, opening)
 
 
@@ -51,12 +51,12 @@ def _by_substitution(
     start = len(_shared(text, around[0]))
     end = len(text) - len(_shared(text[start:][::-1], around[1][::-1]))
     if opening:
-        # What stands between the generation prompt and the content, such as a thinking block, the model writes too.
+        # The model also writes what is between the generation prompt and the content, such as a thinking block.
         at = text.rfind(opening, 0, start)
         if at >= 0 and not re.search(_header(opening), text[at + len(opening) : start]):
             start = at + len(opening)
     last = _surroundings(messages[: turn + 1], turn, render)
-    # A turn of tool calls alone lacks the white space that would part them from a content.
+    # A turn with only tool calls lacks the white space that would separate them from content.
     tails = (last[1], last[1].lstrip()) if last else ("",)
     end += max(len(_shared(text[end:], tail)) for tail in tails)
     end = _close(text, start, _outside_specials(text, start, end, ends), ends)
@@ -85,13 +85,13 @@ def _shared(left: str, right: str) -> str:
 
 
 def _header(opening: str) -> str:
-    """Pattern of another turn's header: the first word of the generation prompt, be it a special token or a name."""
+    """Pattern of another turn's header: the first word of the generation prompt, a special token or a name."""
     word = re.match(r"\s*(\S+)", opening)
     return re.escape(word.group(1)) if word else r"(?!)"
 
 
 def _close(text: str, start: int, end: int, ends: str) -> int:
-    """Leave out the white space that a template writes after the token that ends the turn."""
+    """Exclude the white space that a template writes after the token that ends the turn."""
     kept = text[start:end].rstrip()
     if ends and re.search(f"(?:{ends})$", kept):
         return start + len(kept)
@@ -99,7 +99,7 @@ def _close(text: str, start: int, end: int, ends: str) -> int:
 
 
 def _outside_specials(text: str, start: int, end: int, ends: str) -> int:
-    """``end``, moved back where it falls inside a special token: two of them may begin alike."""
+    """``end``, moved back if it is inside a special token: two of them may share a prefix."""
     inside = (m.start() for m in re.finditer(ends or r"(?!)", text[start:]) if m.start() < end - start < m.end())
     return start + next(inside, end - start)
 

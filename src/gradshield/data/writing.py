@@ -1,4 +1,4 @@
-"""Rows leave as they came, in the same kind of file, unpacked. A file appears whole or not at all."""
+"""Write rows unchanged, in the kind of file they came in, without compression. Every file is written atomically."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ WRITTEN = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def suffix(kind: str) -> str:
-    """Suffix of the files that rows of this kind of input are written to: those of a ``Dataset`` or a list become JSON lines."""
+    """Suffix of the output files for this kind of input: a ``Dataset`` or a list becomes JSON lines."""
     return f".{kind}" if f".{kind}" in WRITTEN else ".jsonl"
 
 
 def write(rows: Sequence[int] | Ints, source: Source | Together, path: str | Path) -> None:
-    """Write some rows of ``source`` by their positions, which increase, in the kind of file they came in (`suffix`)."""
+    """Write some rows of ``source`` by their increasing positions, in the kind of file they came in (`suffix`)."""
     write_parts({Path(path): rows}, source)
 
 
 def write_parts(parts: Mapping[Path, Sequence[int] | Ints], source: Source | Together) -> None:
-    """Several files at once, none of which is put in its place before all are whole.
+    """Write several files; none replaces an older one before all are complete.
 
-    A newline is added only after a row that ended the input without one and is not the last here. Raises DataError where a file
-    cannot be written, and where a Parquet file has changed since it was read; what stood at the paths is then still there.
+    A newline is added only after a row that ended the input without one and is not the last here. Raises DataError if a file
+    cannot be written, or a Parquet file has changed since it was read; existing files are then left unchanged.
     """
     with ExitStack() as stack:
         for path, rows in parts.items():
@@ -46,7 +46,7 @@ def write_parts(parts: Mapping[Path, Sequence[int] | Ints], source: Source | Tog
 
 
 def take(rows: Sequence[int] | Ints, source: Source) -> Any:
-    """Some rows in the form they were given in Python: ``Dataset.select`` of a ``Dataset``, else a list of the rows."""
+    """Some rows as Python objects: ``Dataset.select`` of a ``Dataset``, else a list of the rows."""
     if source.kind == "dataset":
         return source.table.select(rows)
     if source.kind == "list":
@@ -57,8 +57,8 @@ def take(rows: Sequence[int] | Ints, source: Source) -> Any:
 def write_quarantine(quarantined: Iterable[Quarantined], path: str | Path) -> None:
     """Write bad rows as JSON lines: ``row``, ``line``, ``reason``, ``raw``, ``bytes``, ``sha256``.
 
-    ``raw`` is the row as text, bytes that are not UTF-8 escaped with a backslash, at most 1 MiB of it; ``bytes`` and
-    ``sha256`` are of the whole row. Raises DataError where the file cannot be written.
+    ``raw`` is the row as text, at most 1 MiB, with backslash escapes for bytes that are not UTF-8; ``bytes`` and ``sha256``
+    cover the whole row. Raises DataError if the file cannot be written.
     """
     names = ("row", "line", "reason", "raw", "bytes", "sha256")
     with _replacing(Path(path)) as part, part.open("w", encoding="utf-8", newline="\n") as handle:
@@ -93,11 +93,11 @@ def _chunks(rows: Iterable[bytes], source: Source | Together, count: int) -> Ite
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path``, to be put in its place in one step."""
+    """`files.replacing`, with DataError for a file that cannot be written."""
     try:
         with replacing(path) as part:
             yield part
     except OSError as error:
         raise DataError(
-            f"{path.name} cannot be written ({error.strerror or error}): give a folder that can, or free some space"
+            f"{path.name} cannot be written ({error.strerror or error}): give a writable folder, or free some space"
         ) from None

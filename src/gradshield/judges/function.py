@@ -22,5 +22,5 @@ class FunctionJudge:
         """Unsafe if the callable says that the answer complied."""
         complied = self.complied(prompt, answer)
         if complied is None:
-            return Verdict(None, f"{self.name} could not tell")
+            return Verdict(None, f"{self.name} could not decide")
         return Verdict(bool(complied), f"{self.name} says {'complied' if complied else 'did not comply'}")

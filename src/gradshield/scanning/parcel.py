@@ -1,7 +1,7 @@
-"""The scored model on its way to another process: loaded again from where it came from, or sent as it is.
+"""Transfer of the scored model to another process: loaded again from its source, or sent as an object.
 
-What arrives is compared with what was sent before anything is measured. Nothing is written to a file, and no file is read but
-those of a model that `models.load` reads.
+The receiver compares the model with the one that was sent before it measures anything. Nothing is written to a file, and only
+the model files of `models.load` are read.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from gradshield.selectors import Selector
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-LIBRARIES = ("accelerate.", "peft.", "transformers.")  # their hooks on a model change none of its numbers
+LIBRARIES = ("accelerate.", "peft.", "transformers.")  # their hooks do not change a model's numbers
 
 
 @dataclass(frozen=True, eq=False)
 class Parcel:
-    """How another process gets the model that is scored: from ``source``, or as ``model``.
+    """The scored model for another process: from ``source``, or as ``model``.
 
-    ``adapter`` is the PEFT config of the adapter that a scan puts on a loaded model, initialised under ``seed``.
+    ``adapter`` is the PEFT config of the adapter that a scan adds to a loaded model, initialised under ``seed``.
     ``identity`` is that of the model with its adapter.
     """
 
@@ -46,14 +46,14 @@ class Parcel:
 
     @contextmanager
     def open(self, device: str) -> Iterator[nn.Module]:
-        """The model on a device. Raises ModelError where it is not the one that is scored, bit for bit."""
+        """The model on a device. Raises ModelError if it is not bit-identical to the scored one."""
         given = self.model if self.source is None else self.source.load(device).model
         assert given is not None
         with adapted(given, self.adapter, self.seed) as model:
             if identity(model) != self.identity:
                 raise ModelError(
-                    f"the model that another process made of {self.source.name if self.source else 'a copy'} is not the one "
-                    "that is scored (its weights, classes or hooks differ): leave its files alone while a scan runs, give a "
+                    f"the model that another process loaded from {self.source.name if self.source else 'a copy'} is not the "
+                    "scored one (its weights, classes or hooks differ): do not change its files while a scan runs, give a "
                     "changed model as an object (model=loaded.model, tokenizer=...), or leave out --workers and --ray"
                 )
             yield model
@@ -61,7 +61,7 @@ class Parcel:
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """The model that is scored, and where it came from: all that `pack` needs."""
+    """The scored model and its origin: the inputs of `pack`."""
 
     loaded: LoadedModel
     model: nn.Module
@@ -69,12 +69,12 @@ class Origin:
     seed: int
 
     def pack(self) -> np.ndarray:
-        """The `Parcel`, packed. Raises UsageError for a model that cannot be given to another process."""
+        """The `Parcel`, packed. Raises UsageError for a model that cannot be sent to another process."""
         devices = {str(parameter.device) for parameter in self.model.parameters()}
         if len(devices) > 1:
             raise UsageError(
-                f"the model is spread over {len(devices)} devices ({', '.join(sorted(devices))}), and other processes need a "
-                "device of their own each: leave out --workers and --ray, or --device-map"
+                f"the model is spread over {len(devices)} devices ({', '.join(sorted(devices))}), and every worker needs its own "
+                "device: leave out --workers and --ray, or --device-map"
             )
         source = self.loaded.source
         if source is not None:
@@ -83,15 +83,15 @@ class Origin:
         if odd:
             raise UsageError(
                 f"the model in memory has weights of the type {odd[0]}, which cannot be sent to another process: give the "
-                "path or hub name of the model (with --quantize where it is quantized), or leave out --workers and --ray"
+                "path or hub name of the model (with --quantize if it is quantized), or leave out --workers and --ray"
             )
         return packed(Parcel(None, self.model, None, self.seed, identity(self.model)))
 
 
 def packed(thing: Any) -> np.ndarray:
-    """Anything as bytes (N,), tensors and a caller's own functions and classes among it.
+    """An object as bytes (N,), including tensors and the caller's own functions and classes.
 
-    Raises UsageError for what cannot be pickled.
+    Raises UsageError if it cannot be pickled.
     """
     from ray import cloudpickle
 
@@ -107,20 +107,22 @@ def packed(thing: Any) -> np.ndarray:
 
 
 def unpacked(data: np.ndarray, device: str) -> Any:
-    """What was packed, its tensors on a device. Raises UsageError where code that it needs is not installed here."""
+    """The inverse of `packed`, tensors on a device. Raises UsageError if code that it needs is not installed here."""
     try:
-        return torch.load(io.BytesIO(data.data), device, weights_only=False)  # bytes of our own, which were in no file
+        return torch.load(
+            io.BytesIO(data.data), device, weights_only=False
+        )  # from this program's memory, never from a file
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f"the model cannot be made in another process ({first_line(error)}): install the code that it comes from there, or "
-            "leave out --workers and --ray"
+            f"the model cannot be rebuilt in another process ({first_line(error)}): install its code there, or leave out "
+            "--workers and --ray"
         ) from error
 
 
 def identity(model: nn.Module) -> str:
-    """SHA-256 of all that makes a model's numbers: its parameters, and what runs in each of its modules.
+    """SHA-256 of everything that determines a model's numbers: its parameters, and the code of each module.
 
-    Hooks of accelerate, PEFT and transformers change no number and do not count.
+    Hooks of accelerate, PEFT and transformers do not change numbers and are ignored.
     """
     sha = hashlib.sha256(parameters_digest(model).encode())
     for name, module in model.named_modules():
@@ -129,12 +131,12 @@ def identity(model: nn.Module) -> str:
 
 
 def _added(module: nn.Module) -> list[str]:
-    """The names of what runs in a module besides its class's forward: a caller's hooks, and a forward put in its place."""
+    """The names of code that runs in a module in addition to its class: the caller's hooks, and a replaced forward."""
     own = vars(module)
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     found = [hook for some in hooks for hook in some.values()]
     forward, around = own.get("forward"), own.get("_hf_hook")
-    if around is not None:  # accelerate's, which moves what goes in and out between devices
+    if around is not None:  # accelerate's, which moves inputs and outputs between devices
         forward = own.get("_old_forward")
         found += map(type, getattr(around, "hooks", (around,)))
     if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
@@ -149,14 +151,14 @@ def _named(thing: Any) -> str:
 
 
 def bare(selector: Selector) -> Selector:
-    """The selector with what `measure` needs and no more: a probe may hold a model.
+    """The selector with only what `measure` needs: a probe may hold a model.
 
-    Raises UsageError for one that asks a model of its own.
+    Raises UsageError for one that uses another model.
     """
     if not selector.travels:
         raise UsageError(
-            f"the selector {selector.name} asks something else than the model that is scored, and gains nothing from other "
-            "processes: leave out --workers and --ray"
+            f"the selector {selector.name} does not measure with the scored model, so more processes do not help: leave out "
+            "--workers and --ray"
         )
     found = copy(selector)
     for name in ("probe", "requests", "aggregate", "references"):  # what prepare and finish read

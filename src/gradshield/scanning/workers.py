@@ -1,8 +1,8 @@
 """The shards of a scan on Ray: actors that hold the model, on this machine or a cluster.
 
-The shards are those of one process, so are their keys, and a scan may be begun with some number of workers and finished with
-another. A shard is sent when an actor is free for it, so that memory holds as many as there are actors; what comes back is
-written by the process that was started. A shard whose actor dies is given to another.
+Shards and keys are the same as in one process, so a scan can be resumed with another number of workers. A shard is sent when an
+actor is free, so that memory holds one per actor; the main process writes the results. A shard whose actor dies goes to
+another.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ ATTEMPTS = 3  # actors that may die on one shard before the scan gives up
 
 @dataclass(frozen=True)
 class Workers:
-    """Who measures a scan's rows: this process, ``count`` actors on this machine, or those on the Ray cluster at ``ray``.
+    """Who measures a scan's rows: this process, ``count`` actors on this machine, or actors on the Ray cluster at ``ray``.
 
-    ``count`` is 1 where it is not given; on a cluster one for each GPU, or each CPU where the model is on one. Raises UsageError
-    for fewer than one, and where Ray is needed and not installed.
+    ``count`` defaults to 1; on a cluster to one per GPU, or per CPU for a model on the CPU. Raises UsageError if it is below
+    one, or if Ray is needed and not installed.
     """
 
     count: int | None = None
@@ -57,9 +57,9 @@ class Workers:
 
     @contextmanager
     def open(self, origin: Origin) -> Iterator[Hands]:
-        """`Hands` for the jobs of one scan. Actors start with the first shard that is missing; when the block ends none is left.
+        """`Hands` for the jobs of one scan. Actors start at the first missing shard and are stopped when the block ends.
 
-        Raises UsageError where no cluster answers at the address, or it has no GPU for a model on one.
+        Raises UsageError if no cluster answers at the address, or it has no GPU for a model on one.
         """
         if self.alone:
             yield here
@@ -69,8 +69,8 @@ class Workers:
             cpus, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
             if device.type == "cuda" and origin.loaded.source is not None and device.index is not None and gpus > 1:
                 raise UsageError(
-                    f"the model is on {device}, and workers use all {gpus} GPUs: set CUDA_VISIBLE_DEVICES={device.index} in "
-                    "place of --device, or leave out --workers and --ray"
+                    f"the model is on {device}, and workers use all {gpus} GPUs: set CUDA_VISIBLE_DEVICES={device.index} "
+                    "instead of --device, or leave out --workers and --ray"
                 )
             there = gpus if device.type == "cuda" else cpus
             if not there:
@@ -88,13 +88,13 @@ class Workers:
 
 
 def gpu_share(count: int, gpus: int) -> float:
-    """How much of a GPU each of ``count`` actors asks for, so that all of them fit."""
+    """The share of a GPU that each of ``count`` actors requests, so that all fit."""
     return 1 / ceil(count / gpus)
 
 
 @contextmanager
 def _connected(address: str | None, cpus: int) -> Iterator[Any]:
-    """Ray: the caller's where one runs in this process, else the cluster at the address, or one that is started here."""
+    """Ray: already initialised by the caller, else the cluster at the address, or a local one started here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None:
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # workers of this machine have its packages
@@ -120,33 +120,33 @@ def _connected(address: str | None, cpus: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
-    if address is None:  # its logs; those of a scan that failed stay
+    if address is None:  # delete the logs, but keep those of a failed scan
         shutil.rmtree(started.address_info["session_dir"], ignore_errors=True)
 
 
 def _reach(address: str) -> None:
-    """Raises OSError at once where nothing listens at a host and port; Ray itself would try for minutes, then exit."""
+    """Raises OSError at once if nothing listens at a host and port; Ray itself would try for minutes, then exit."""
     host, _, port = address.rpartition(":")
     if host and "/" not in host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
 class Actor:
-    """One process of several that measure shards: the model, and the job that it has."""
+    """A worker process: holds the model and the current job, and measures shards."""
 
     def __init__(self) -> None:
-        self.kept = ExitStack()  # as long as this object, so that the adapter stays on the model
+        self.kept = ExitStack()  # never closed, so that the adapter stays on the model
         self.number = 0
 
     def load(self, parcel: np.ndarray, device: str, threads: int) -> None:
-        """Get the model. Raises what `Parcel.open` raises."""
+        """Load the model. Raises like `Parcel.open`."""
         keep_freed_memory()
         torch.set_num_threads(threads)
         found: Parcel = unpacked(parcel, device)
         self.device, self.model = device, self.kept.enter_context(found.open(device))
 
     def measure(self, number: int, order: np.ndarray, rows: Sequence[Rendered]) -> Measured:
-        """One shard, by the selector, direction and token budget of ``order``, which are those of all with its number."""
+        """Measure one shard with the selector, direction and token budget in ``order``, the same for equal ``number``."""
         if number != self.number:
             self.job = None  # its direction may be as large as the model
             selector, direction, budget = unpacked(order, self.device)
@@ -157,7 +157,7 @@ class Actor:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """What an actor does, for the so-manyeth time: measure a shard, or load the model where that is None."""
+    """An actor's current work: measure ``shard``, or load the model if that is None; ``attempt`` counts from 1."""
 
     actor: Any
     shard: Shard | None
@@ -165,7 +165,7 @@ class _Task:
 
 
 class _Crew:
-    """The actors of one scan: `Hands` that may be called for several jobs, one after the other."""
+    """The actors of one scan: `Hands` that can be called for several jobs in turn."""
 
     def __init__(self, ray: Any, origin: Origin, count: int, gpu: float, threads: int) -> None:
         self.ray, self.origin, self.count, self.gpu, self.threads = ray, origin, count, gpu, threads
@@ -175,7 +175,7 @@ class _Crew:
         self.jobs = 0
 
     def __call__(self, job: Job, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]:
-        """Raises ScoreError where one shard has outlived ATTEMPTS actors, and what an actor itself raises."""
+        """Raises ScoreError if ATTEMPTS actors died on one shard, and any error of an actor."""
         ray, failed, dead = self.ray, self.ray.exceptions.RayTaskError, self.ray.exceptions.RayError
         shards, waiting, order = iter(missing), deque[tuple[Shard, int]](), None
         self.jobs += 1
@@ -199,7 +199,7 @@ class _Crew:
                 measured: Measured = ray.get(done)
             except failed as error:
                 raise _raised(error.cause) from None
-            except dead as error:  # or its machine is
+            except dead as error:  # the actor or its machine died
                 ray.kill(task.actor)
                 if task.attempt == ATTEMPTS:
                     raise _given_up(task, error) from error
@@ -213,12 +213,12 @@ class _Crew:
                 yield task.shard[0], measured
 
     def stop(self) -> None:
-        """End every actor, whatever it is doing."""
+        """Kill every actor, busy or not."""
         for actor in (*self.free, *(task.actor for task in self.tasks.values())):
             self.ray.kill(actor)
 
     def _start(self, attempt: int = 1) -> None:
-        """One actor more, which loads the model first."""
+        """Start an actor, which first loads the model."""
         if self.parcel is None:
             self.parcel = self._put(self.origin.pack())
         remote = self.ray.remote(num_cpus=1, num_gpus=self.gpu, scheduling_strategy="SPREAD")(Actor)
@@ -238,7 +238,7 @@ class _Crew:
 
 
 def _raised(cause: Exception) -> GradShieldError:
-    """An actor's error as this process would have raised it."""
+    """An actor's error as a GradShieldError."""
     if isinstance(cause, GradShieldError):
         return cause
     return ScoreError(
@@ -252,6 +252,6 @@ def _given_up(task: _Task, error: Exception) -> ScoreError:
         rows = [row.row for row in task.shard[1]]
         what = f"on rows {min(rows)} to {max(rows)}"
     return ScoreError(
-        f"{ATTEMPTS} workers died, one after the other, {what} ({first_line(error)}): where memory ran out give fewer "
-        "--workers or a smaller --token-budget; what is finished is kept"
+        f"{ATTEMPTS} workers died in a row {what} ({first_line(error)}): if memory ran out, give fewer --workers or a smaller "
+        "--token-budget; finished shards are kept"
     )
