@@ -26,7 +26,7 @@ from gradshield.selectors import (
     SELECTORS,
     Fihs,
     GradNorm,
-    Guard,
+    GuardFilter,
     Loss,
     Moderate,
     Random,
@@ -227,4 +227,4 @@ def test_every_selector_travels() -> None:
             assert one.extra is not None and np.isfinite(one.extra).all()
             np.testing.assert_array_equal(one.extra, other.extra)
     with pytest.raises(UsageError, match="leave out --workers"):
-        bare(Guard(None, lambda ids: ""))  # type: ignore[arg-type]
+        bare(GuardFilter(None, lambda ids: ""))  # type: ignore[arg-type]

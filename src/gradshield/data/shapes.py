@@ -4,6 +4,8 @@ A shape is recognised by its keys alone; a row with the keys but the wrong types
 a row of no shape. Everything downstream sees only ``Conversation``.
 """
 
+# ruff: noqa: SIM905 (a list of words is read as words)
+
 from __future__ import annotations
 
 import json
@@ -17,40 +19,19 @@ Row = Mapping[str, Any]
 Messages = tuple[Mapping[str, Any], ...]
 
 # Arguments of ``apply_chat_template`` itself, not variables of the template.
-RENDERING = (
-    "chat_template",
-    "conversation",
-    "tools",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-    "sanitize_control_tokens",
-    "padding",
-    "truncation",
-    "max_length",
-    "return_tensors",
-    "return_dict",
-    "return_assistant_tokens_mask",
-    "tokenizer_kwargs",
+RENDERING = tuple(
+    "chat_template|conversation|tools|add_generation_prompt|continue_final_message|tokenize|sanitize_control_tokens|padding|"
+    "truncation|max_length|return_tensors|return_dict|return_assistant_tokens_mask|tokenizer_kwargs".split("|")
 )
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Role names in ShareGPT and its variants.
 SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "bing": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bot", "bing"), "assistant"),
     "system": "system",
     "developer": "developer",
-    "tool": "tool",
-    "tool_response": "tool",
-    "observation": "tool",
-    "function": "function",
-    "function_response": "function",
+    **dict.fromkeys(("tool", "tool_response", "observation"), "tool"),
+    **dict.fromkeys(("function", "function_response"), "function"),
 }
 
 

@@ -132,11 +132,6 @@ def experts(config: Any) -> int:
     return _first(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def experts_used(config: Any) -> int:
-    """The number of experts per token; 0 if the config does not state it."""
-    return _first(config, "num_experts_per_tok", "moe_top_k", "moe_topk")
-
-
 def _first(config: Any, *names: str) -> int:
     parts = (config, getattr(config, "ffn_config", None))  # DBRX keeps them here
     return next((getattr(part, name) for part in parts for name in names if getattr(part, name, None)), 0)

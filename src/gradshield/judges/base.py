@@ -18,12 +18,13 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """A judge has a name, under which its rates are reported, and judges one answer at a time."""
+    """A judge has a name, part of its rates' names (``asr/<name>``), and judges one answer at a time.
+
+    A judge that has ``record()``, JSON-able, states everything that its verdicts depend on.
+    """
 
     @property
-    def name(self) -> str:
-        """Part of the name of the rate: ``asr/<name>``."""
-        ...
+    def name(self) -> str: ...
 
     def judge(self, prompt: str, answer: str) -> Verdict:
         """Whether ``answer`` to ``prompt`` is unsafe."""

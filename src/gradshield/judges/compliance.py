@@ -52,7 +52,6 @@ class Compliance:
     name = "compliance"
 
     def record(self) -> Mapping[str, Any]:
-        """Everything that the verdicts depend on; JSON-able."""
         return {"words": LEAST_WORDS, "stem": STEM, "latin": LATIN, "common": sorted(_COMMON)}
 
     def judge(self, prompt: str, answer: str) -> Verdict:

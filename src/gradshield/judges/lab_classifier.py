@@ -17,7 +17,6 @@ class LabClassifier:
     name = "lab-classifier"
 
     def record(self) -> Mapping[str, Any]:
-        """Everything that the verdicts depend on; JSON-able."""
         return {"weights": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()}
 
     def judge(self, prompt: str, answer: str) -> Verdict:

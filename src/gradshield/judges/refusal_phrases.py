@@ -103,7 +103,6 @@ class RefusalPhrases:
     name = "refusal-phrases"
 
     def record(self) -> Mapping[str, Any]:
-        """Everything that the verdicts depend on; JSON-able."""
         return {"opening": OPENING, "sentences": SENTENCES, "starts": list(STARTS), "anywhere": list(ANYWHERE)}
 
     def judge(self, prompt: str, answer: str) -> Verdict:

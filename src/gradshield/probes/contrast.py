@@ -30,7 +30,6 @@ class Contrast:
         self._ids: tuple[list[list[int]], list[list[int]]] = ([], [])
 
     def fit(self, model: nn.Module, tokenizer: Any, requests: Prompts, lookalikes: Prompts) -> None:
-        """Tokenise the openers."""
 
         def encode(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -38,7 +37,6 @@ class Contrast:
         self._ids = [encode(text) for text in self.comply], [encode(text) for text in self.refuse]
 
     def __call__(self, model: nn.Module, batch: PromptBatch) -> Tensor:
-        """Mean of S over the batch, a scalar."""
         comply, refuse = (self._side(model, batch, openers) for openers in self._ids)
         return (comply - refuse).mean()
 

@@ -29,7 +29,6 @@ class TokenGap:
         self._ids = first_token(tokenizer, self.comply), first_token(tokenizer, self.refuse)
 
     def __call__(self, model: nn.Module, batch: PromptBatch) -> Tensor:
-        """Mean of S over the batch, a scalar."""
         logits = first_logits(model, batch)  # (B, V)
         comply, refuse = self._ids
         return (logits[:, comply] - logits[:, refuse]).mean()

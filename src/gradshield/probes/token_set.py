@@ -55,7 +55,6 @@ class TokenSet:
         return found
 
     def __call__(self, model: nn.Module, batch: PromptBatch) -> Tensor:
-        """Mean of S over the batch, a scalar."""
         logits = first_logits(model, batch)  # (B, V)
         return (logits[:, self.comply].logsumexp(-1) - logits[:, self.refuse].logsumexp(-1)).mean()
 

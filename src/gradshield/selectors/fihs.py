@@ -91,5 +91,4 @@ class Fihs:
         return Scores(raw.rows, ids, values, shapes, decoys, raw.lengths, raw.nll, raw.tokens)
 
     def settings(self) -> dict[str, Any]:
-        """The engine and its step; the direction covers the rest."""
         return {"engine": self.engine.name, "relative_step": getattr(self.engine, "relative_step", None)}

@@ -32,7 +32,6 @@ class GradNorm:
         self.subspace, self.targets = subspace, tuple(targets)
 
     def prepare(self, model: nn.Module) -> Direction:
-        """No tensors: a norm has no direction."""
         return no_direction(self.name, model, self.subspace)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
@@ -45,7 +44,6 @@ class GradNorm:
         return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
 
     def settings(self) -> Mapping[str, Any]:
-        """Which parameters count."""
         return {"subspace": self.subspace, "targets": sorted(self.targets)}
 
 

@@ -99,7 +99,6 @@ class GuardFilter:
         return Scores(raw.rows, ids, values, shapes, lengths=raw.lengths)
 
     def settings(self) -> Mapping[str, Any]:
-        """The guard's record; no key."""
         return {"guard": self._record}
 
     @cached_property

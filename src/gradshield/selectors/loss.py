@@ -28,7 +28,6 @@ class Loss:
     travels, probed = True, False
 
     def prepare(self, model: nn.Module) -> Direction:
-        """No tensors: a loss has no direction."""
         return no_direction(self.name, model)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
@@ -45,5 +44,4 @@ class Loss:
         return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
 
     def settings(self) -> Mapping[str, Any]:
-        """Empty: the loss depends only on the model and the row."""
         return {}

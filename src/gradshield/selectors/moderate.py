@@ -89,7 +89,6 @@ class Moderate:
         self.subspace, self.targets, self.ratio = subspace, tuple(targets), ratio
 
     def prepare(self, model: nn.Module) -> Direction:
-        """No tensors: a norm has no direction."""
         return no_direction(self.name, model, self.subspace)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
@@ -118,7 +117,6 @@ class Moderate:
         return scores
 
     def settings(self) -> Mapping[str, Any]:
-        """Which parameters count, and the share to keep."""
         return {"subspace": self.subspace, "targets": sorted(self.targets), "ratio": self.ratio}
 
 

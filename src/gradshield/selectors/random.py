@@ -29,7 +29,6 @@ class Random:
         self.seed = seed
 
     def prepare(self, model: nn.Module) -> Direction:
-        """No tensors; the model is not used."""
         return no_direction(self.name)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
@@ -38,12 +37,10 @@ class Random:
         return Measured(rows, means, means, lengths)
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score per row, in [0, 1)."""
         values = np.fromiter((_drawn(self.seed, name) for name in ids), np.float64, len(ids))
         return Scores(raw.rows, ids, values, shapes, lengths=raw.lengths, nll=raw.nll)
 
     def settings(self) -> Mapping[str, Any]:
-        """The seed."""
         return {"seed": self.seed}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -180,7 +180,11 @@ def _states(model: nn.Module, sequences: Sequence[Sequence[int]], blocks: Sequen
         lengths = torch.tensor([len(sequences[i]) for i in own])
         attention = (torch.arange(width) < lengths[:, None]).long()
         last = torch.arange(width) == lengths[:, None] - 1  # (B, T)
-        with scoring(model), torch.no_grad(), _gathered(model, blocks, last) as found:
+
+        def ends(hidden: Tensor, where: Tensor = last) -> Tensor:
+            return in_float64(hidden[where.to(hidden.device)]).cpu()
+
+        with scoring(model), torch.no_grad(), block_outputs(model, blocks, ends) as found:
             logits = logits_at(model, ids.to(device), attention.to(device), last.to(device))
         following[own] = logits.argmax(-1).cpu().numpy()
         stacked = torch.stack([found[name] for name in blocks], 1).numpy()
@@ -190,14 +194,15 @@ def _states(model: nn.Module, sequences: Sequence[Sequence[int]], blocks: Sequen
 
 
 @contextmanager
-def _gathered(model: nn.Module, blocks: Sequence[str], where: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Collects the states (M, D) of the named blocks at the chosen positions during a forward pass."""
+def block_outputs(
+    model: nn.Module, blocks: Sequence[str], take: Callable[[Tensor], Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Collects ``take(h)`` of the outputs h (B, T, D) of the named blocks during a forward pass."""
     found: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            hidden: Tensor = output if isinstance(output, Tensor) else output[0]  # (B, T, D)
-            found[name] = in_float64(hidden[where.to(hidden.device)]).cpu()
+            found[name] = take(output if isinstance(output, Tensor) else output[0])
 
         return hook
 

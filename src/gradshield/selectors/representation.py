@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.logits import token_nll
 from gradshield.models.placement import in_float64
 from gradshield.selectors.base import SELECTORS, Measured, by_row, require_finite, sequences_by_row
+from gradshield.selectors.reading import block_outputs
 from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
 
 FEATURES = ("mean", "last", "opening")
@@ -55,7 +55,7 @@ class Representation(ABC):
         ``meta["separation"]`` holds each block's separation of the references. Raises ProbeError with fewer than two
         references of a kind, UsageError with more layers than the model has, ScoreError if the two means are equal.
         """
-        names = [name for name, _ in _blocks(model)]
+        names = _blocks(model)
         self._require(len(names))
         unsafe, safe = (self._features(model, kind, rows, names) for kind, rows in self._sides())
         found = separation(unsafe, safe)
@@ -92,7 +92,12 @@ class Representation(ABC):
         """One pass: features (B, len(names), D) in float32, and the sum of each sequence's losses in nats (B,)."""
         data = DeviceBatch.of(batch, model)
         weights = torch.as_tensor(_weights(batch, self.feature), dtype=torch.float32, device=data.ids.device)
-        with scoring(model), torch.no_grad(), _gathered(model, names, weights) as found:
+
+        def feature(hidden: Tensor) -> Tensor:
+            # A padded position may hold infinity, and zero times infinity is NaN.
+            return torch.einsum("bt,btd->bd", weights, hidden.float().masked_fill((weights == 0).unsqueeze(-1), 0.0))
+
+        with scoring(model), torch.no_grad(), block_outputs(model, names, feature) as found:
             nll = token_nll(model, data.ids, data.attention, data.loss)
         return torch.stack([found[name] for name in names], 1), in_float64(nll.sum(-1)).cpu().numpy()
 
@@ -135,7 +140,6 @@ class Representation(ABC):
         return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
 
     def settings(self) -> Mapping[str, Any]:
-        """The feature; the blocks and the references are in the direction."""
         return {"feature": self.feature}
 
 
@@ -212,8 +216,8 @@ def separation(unsafe: Tensor, safe: Tensor) -> Floats:
     return apart
 
 
-def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The decoder's blocks by name. Raises ModelError if they cannot be found."""
+def _blocks(model: nn.Module) -> list[str]:
+    """Names of the decoder's blocks. Raises ModelError if they cannot be found."""
     try:
         prefix, layers = decoder_layers(model)
     except ModelError:
@@ -221,7 +225,7 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
             f"the decoder layers of {type(model).__name__} could not be found, and this selector reads their hidden "
             "states: use another selector"
         ) from None
-    return [(f"{prefix}.{i}" if prefix else str(i), layer) for i, layer in enumerate(layers)]
+    return [f"{prefix}.{i}" if prefix else str(i) for i in range(len(layers))]
 
 
 def _weights(batch: Batch, feature: str) -> Floats:
@@ -237,31 +241,9 @@ def _weights(batch: Batch, feature: str) -> Floats:
     return found
 
 
-@contextmanager
-def _gathered(model: nn.Module, names: Sequence[str], weights: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Collects Σ_t weights[:, t]·h[:, t] (B, D) of the named blocks during a forward pass."""
-    found: dict[str, Tensor] = {}
-
-    def hook_for(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            hidden: Tensor = output if isinstance(output, Tensor) else output[0]  # (B, T, D)
-            # A padded position may hold infinity, and zero times infinity is NaN.
-            counted = hidden.float().masked_fill((weights == 0).unsqueeze(-1), 0.0)
-            found[name] = torch.einsum("bt,btd->bd", weights, counted)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _check(model: nn.Module, direction: Direction) -> None:
     """Raises UsageError if the direction names blocks that the model does not have."""
-    unknown = sorted(set(direction.tensors) - {name for name, _ in _blocks(model)})
+    unknown = sorted(set(direction.tensors) - set(_blocks(model)))
     if unknown or not direction.tensors:
         raise UsageError(
             f"the direction holds {', '.join(unknown) or 'no block'}, not the decoder blocks of this model: prepare it on the "

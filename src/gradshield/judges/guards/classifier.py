@@ -74,7 +74,6 @@ class Classifier:
 
     @property
     def name(self) -> str:
-        """``classifier:`` and the model."""
         return short_name("classifier", self.source)
 
     def ready(self) -> None:

@@ -65,7 +65,6 @@ class Generative:
 
     @property
     def name(self) -> str:
-        """``guard:`` and the model."""
         return short_name("guard", self.source)
 
     def ready(self) -> None:

@@ -55,7 +55,6 @@ class Llm:
 
     @property
     def name(self) -> str:
-        """``llm:`` and the model."""
         return short_name("llm", self.client.model)
 
     def ready(self) -> None:
@@ -68,7 +67,6 @@ class Llm:
             )
 
     def record(self) -> Mapping[str, Any]:
-        """The endpoint, the model and the rubric."""
         return {"guard": "llm", "model": self.client.model, "endpoint": self.client.base_url, "rubric": RUBRIC}
 
     def opinions(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Opinion]:

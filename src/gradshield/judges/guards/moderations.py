@@ -27,7 +27,6 @@ class Moderations:
 
     @property
     def name(self) -> str:
-        """``moderation:`` and the model."""
         return short_name("moderation", self.client.model)
 
     def ready(self) -> None:
@@ -35,7 +34,6 @@ class Moderations:
         self.client.moderate("Paris is the capital of France.")
 
     def record(self) -> Mapping[str, Any]:
-        """The endpoint, the model, and what it reads."""
         endpoint = {"model": self.client.model, "endpoint": self.client.base_url}
         return {"guard": "moderation", **endpoint, "reads": self.reads}
 
