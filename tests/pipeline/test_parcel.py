@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,7 +19,7 @@ from gradshield.data import RenderConfig, batches, read, render_all
 from gradshield.errors import ModelError, UsageError
 from gradshield.gradients import Loop, adapted
 from gradshield.models import parameters_digest
-from gradshield.pipeline.parcel import Origin, bare, unpacked
+from gradshield.pipeline.parcel import Origin, bare, packed, unpacked
 from gradshield.pipeline.scoring import asked_of
 from gradshield.selectors import (
     SELECTORS,
@@ -219,7 +218,7 @@ def test_every_selector_travels() -> None:
     (batch,) = batches(rows, 10**6, 10**6)
     for selector in made:
         direction = selector.prepare(model)
-        travelled = pickle.loads(pickle.dumps(bare(selector)))
+        travelled = unpacked(packed(bare(selector)), "cpu")
         assert dict(travelled.settings()) == dict(selector.settings())
         one, other = selector.measure(model, direction, batch), travelled.measure(model, direction, batch)
         np.testing.assert_array_equal(one.sums, other.sums)

@@ -100,8 +100,8 @@ def packed(thing: Any) -> np.ndarray:
         torch.save(thing, buffer, pickle_module=cloudpickle)
     except (TypeError, AttributeError, pickle.PicklingError, RuntimeError) as error:
         raise UsageError(
-            f"the model cannot be sent to another process ({first_line(error)}): save it with save_pretrained and give its "
-            "path, or leave out --workers and --ray"
+            f"the model or the selector cannot be sent to another process ({first_line(error)}): save the model with "
+            "save_pretrained and give its path, or leave out --workers and --ray"
         ) from error
     return np.frombuffer(buffer.getbuffer(), np.uint8)
 
@@ -112,8 +112,8 @@ def unpacked(data: np.ndarray, device: str) -> Any:
         return torch.load(io.BytesIO(data.data), device, weights_only=False)  # bytes of our own, which were in no file
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f"the model cannot be made in another process ({first_line(error)}): install the code that it comes from there, or "
-            "leave out --workers and --ray"
+            f"the model or the selector needs code that another process does not have ({first_line(error)}): install it on "
+            "every node, or leave out --workers and --ray"
         ) from error
 
 
