@@ -101,6 +101,10 @@ def _moved(model: Any) -> None:
     next(model.parameters()).data.add_(0.5)
 
 
+def _with_other_attention(model: Any) -> None:
+    model.set_attn_implementation("eager")
+
+
 def _hooked(model: Any) -> None:
     model.model.layers[1].register_forward_hook(lambda module, given, found: found)
 
@@ -138,6 +142,7 @@ def _with_a_layer_of_its_own(model: Any) -> None:
     "change",
     [
         _moved,
+        _with_other_attention,
         _hooked,
         _hooked_before,
         _patched,
