@@ -51,10 +51,11 @@ class Parcel:
         assert given is not None
         with adapted(given, self.adapter, self.seed) as model:
             if identity(model) != self.identity:
+                origin = self.source.name if self.source else "a copy"
                 raise ModelError(
-                    f"the model that another process made of {self.source.name if self.source else 'a copy'} is not the one "
-                    "that is scored (its weights, classes or hooks differ): leave its files alone while a scan runs, give a "
-                    "changed model as an object (model=loaded.model, tokenizer=...), or leave out --workers and --ray"
+                    f"the model that another process made of {origin} is not the one that is scored (its weights, attention, "
+                    "classes or hooks differ): leave its files alone while a scan runs, give a changed model as an object "
+                    "(model=loaded.model, tokenizer=...), or leave out --workers and --ray"
                 )
             yield model
 
@@ -100,8 +101,8 @@ def packed(thing: Any) -> np.ndarray:
         torch.save(thing, buffer, pickle_module=cloudpickle)
     except (TypeError, AttributeError, pickle.PicklingError, RuntimeError) as error:
         raise UsageError(
-            f"the model cannot be sent to another process ({first_line(error)}): save it with save_pretrained and give its "
-            "path, or leave out --workers and --ray"
+            f"the model or the selector cannot be sent to another process ({first_line(error)}): save the model with "
+            "save_pretrained and give its path, or leave out --workers and --ray"
         ) from error
     return np.frombuffer(buffer.getbuffer(), np.uint8)
 
@@ -112,17 +113,18 @@ def unpacked(data: np.ndarray, device: str) -> Any:
         return torch.load(io.BytesIO(data.data), device, weights_only=False)  # bytes of our own, which were in no file
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f"the model cannot be made in another process ({first_line(error)}): install the code that it comes from there, or "
-            "leave out --workers and --ray"
+            f"the model or the selector needs code that another process does not have ({first_line(error)}): install it on "
+            "every node, or leave out --workers and --ray"
         ) from error
 
 
 def identity(model: nn.Module) -> str:
-    """SHA-256 of all that makes a model's numbers: its parameters, and what runs in each of its modules.
+    """SHA-256 of all that makes a model's numbers: its parameters, its attention, and what runs in each of its modules.
 
     Hooks of accelerate, PEFT and transformers change no number and do not count.
     """
-    sha = hashlib.sha256(parameters_digest(model).encode())
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    sha = hashlib.sha256(f"{parameters_digest(model)} {attention}\n".encode())
     for name, module in model.named_modules():
         sha.update(f"{name} {_named(type(module))} {_added(module)}\n".encode())
     return sha.hexdigest()
