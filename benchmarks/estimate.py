@@ -1,10 +1,10 @@
-"""Whether `gradshield scan --dry-run` tells the truth: what it predicts, beside what the scan then takes.
+"""Whether `gradshield scan --dry-run` tells the truth: what it predicts, next to what the scan then takes.
 
     python -m benchmarks.estimate                 the lab's model, and a Llama of 10 M random weights
     python -m benchmarks.estimate --patience 5
 
 Rows of the lab's topic task, a hundredth of them harmful. Each model is estimated and scanned in turn, `--rounds` times; the
-scan's seconds are those of its stage "scoring rows" alone, and its operations a second are the engine's forward passes over them.
+scan's seconds are those of its stage "scoring rows" alone.
 """
 
 from __future__ import annotations
@@ -62,11 +62,10 @@ def compare(name: str, rows: int, patience: float) -> str:
     gs.scan(data, **given, progress=watch)
     measured = watch.ended - watch.began
     low, value, high = found.seconds.low, found.seconds.value, found.seconds.high
-    speed = found.passes * found.operations / measured / 1e9
     return (
         f"{name:5} {found.scored:6,} rows {found.tokens:8,} tokens   {found.sampled:3} of {found.shards:3} shards timed   "
         f"predicted {value:6.2f} s [{low:.2f}, {high:.2f}]   measured {measured:6.2f} s   "
-        f"ratio {measured / value:.2f}   {speed:.1f} GFLOP/s"
+        f"ratio {measured / value:.2f}"
     )
 
 

@@ -9,8 +9,7 @@ from gradshield.cli.common import out, plain
 if TYPE_CHECKING:
     from gradshield.pipeline.estimate import Estimate
 
-REASONS = 5  # that are told one by one
-KEPT = 2e14  # operations a second: a fifth of what an H100 is sold for in bf16
+REASONS = 5  # that are printed one by one
 
 
 def told(found: Estimate) -> None:
@@ -38,12 +37,6 @@ def told(found: Estimate) -> None:
         )
     if found.memory:
         out.print(f"memory     {found.memory / 2**30:.1f} GiB at most")
-    if found.passes:
-        out.print(
-            f"elsewhere  {found.operations:.1e} operations a pass over all rows, and over all weights the engine takes about "
-            f"{found.passes:g}: "
-            f"{duration(3600 * found.hours(KEPT))} on a GPU that keeps {KEPT / 1e12:.0f} TFLOP/s"
-        )
 
 
 def duration(seconds: float) -> str:

@@ -1,11 +1,11 @@
-"""What a scan would take, without making it: the rows told and counted, the engine chosen, and some shards timed."""
+"""What a scan would take, without making it: the rows read and counted, the engine chosen, and some shards timed."""
 
 from __future__ import annotations
 
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,12 @@ import numpy as np
 import torch
 
 from gradshield.pipeline import shards
-from gradshield.pipeline.cost import PASSES, Shape, Spread, hours, ratio_estimate
 from gradshield.pipeline.ranking import ready
 from gradshield.pipeline.rows import prepare
-from gradshield.pipeline.scoring import Ready, carrying, weights_changed
+from gradshield.pipeline.scoring import carrying, weights_changed
 from gradshield.pipeline.settings import Probing, Progress, ScanSettings, quiet
 from gradshield.selectors import Fihs
-from gradshield.types import Quarantined, Rendered
+from gradshield.types import Floats, Quarantined
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -29,15 +28,23 @@ PATIENCE = 20.0  # seconds that are spent on timing
 
 
 @dataclass(frozen=True)
+class Spread:
+    """An estimate and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a scan would find and take.
 
     ``unusable``  why rows cannot be scored: the first such reason, its line, and how many rows have one like it
     ``engine``    of the selector fihs, with its agreement on a sample; empty for others
-    ``operations``  of one forward pass over all rows
     ``before``    seconds from the start to the first measured row, without loading the model
     ``seconds``   to measure all rows in this one process
-    ``memory``    most bytes held by the device, on a CPU by the process; 0 where that cannot be told
+    ``memory``    most bytes held by the device, on a CPU by the process; 0 where that cannot be known
     ``kinds``     categories of harm, one more measurement each of the rows that are removed
     """
 
@@ -49,8 +56,6 @@ class Estimate:
     loss_tokens: int
     longest: int
     engine: str
-    shape: Shape
-    operations: float
     shards: int
     sampled: int
     sampled_rows: int
@@ -58,15 +63,6 @@ class Estimate:
     seconds: Spread
     memory: int
     kinds: int
-
-    @property
-    def passes(self) -> float:
-        """Forward passes that the engine comes to over all weights; 0 where it is none of the fast ones."""
-        return PASSES.get(self.engine, 0.0)
-
-    def hours(self, kept: float) -> float:
-        """Hours of one device that keeps ``kept`` operations a second, with this engine over all weights."""
-        return hours(self.operations, kept, self.passes)
 
 
 def estimate(
@@ -99,79 +95,66 @@ def estimate(
         found = ready(scored_model, loaded, rows.rendered, settings, probing, targets, progress)
         before = time.monotonic() - began
         job = shards.Job(found.selector, scored_model, found.direction, settings.token_budget)
-        shape = Shape.of(loaded.model)
-        parts = _Parts(rows.rendered, shape)
-        seconds = _timed(job, rows.rendered, parts, settings.seed, patience, progress)
+        parts, loss = [], 0
+        for of_shard, _ in shards.cut(rows.rendered):
+            sequences = [sequence for row in of_shard for sequence in row.sequences]
+            lengths = [len(sequence.ids) for sequence in sequences]
+            loss += sum(int(sequence.loss.sum()) for sequence in sequences)
+            parts.append((len(of_shard), sum(lengths), max(lengths)))
+        sizes, tokens, longest = np.array(parts).T
+        ends = np.cumsum(sizes)
+
+        def measured(part: int) -> float:
+            chosen = [rows.rendered[i] for i in range(ends[part] - sizes[part], ends[part])]
+            start = time.perf_counter()
+            job.measure(chosen)  # its values are on the CPU: nothing is still under way
+            return time.perf_counter() - start
+
+        # The shard with the longest row comes first, untimed: it warms the kernels, and needs the most memory.
+        progress("timing a sample", 0, len(parts))
+        measured(int(np.argmax(longest)))
+        timed: dict[int, float] = {}
+        end = time.monotonic() + patience
+        for part in np.random.default_rng(settings.seed).permutation(len(parts)).tolist():
+            if len(timed) >= 3 and time.monotonic() > end:
+                break
+            timed[part] = measured(part)
+            progress("timing a sample", len(timed), len(parts))
+        progress("timing a sample", len(parts), len(parts))
         memory = _peak(loaded.device)
-    chosen = np.array(list(seconds))
+    fihs = found.selector if isinstance(found.selector, Fihs) else None
+    sample = list(timed)
     return Estimate(
         name=rows.read.source.name,
         rows=rows.read.source.rows,
         scored=len(rows.rendered),
         unusable=_reasons(rows.quarantined),
-        tokens=parts.tokens,
-        loss_tokens=parts.loss,
+        tokens=int(tokens.sum()),
+        loss_tokens=loss,
         longest=rows.rendered.longest,
-        engine=_engine(found),
-        shape=shape,
-        operations=float(parts.work.sum()),
-        shards=len(parts.work),
-        sampled=len(chosen),
-        sampled_rows=int(parts.sizes[chosen].sum()),
+        engine=fihs.engine.name if fihs else "",
+        shards=len(parts),
+        sampled=len(sample),
+        sampled_rows=int(sizes[sample].sum()),
         before=before,
-        seconds=ratio_estimate(
-            np.array(list(seconds.values())), parts.work[chosen], float(parts.work.sum()), len(parts.work)
-        ),
+        seconds=ratio_estimate(np.array(list(timed.values())), tokens[sample], float(tokens.sum()), len(parts)),
         memory=memory,
-        kinds=_kinds(found),
+        kinds=len(set(fihs.requests.categories)) if fihs else 0,
     )
 
 
-class _Parts:
-    """The shards of a scan by their sizes: where each ends, its work, and which holds the longest row."""
+def ratio_estimate(seconds: Floats, tokens: Floats, whole: float, count: int) -> Spread:
+    """Seconds for the ``whole`` tokens, from a random sample of its ``count`` shards (Cochran 1977, the ratio estimator).
 
-    def __init__(self, rendered: Iterable[Rendered], shape: Shape) -> None:
-        sizes, work, longest = [], [], []
-        self.tokens = self.loss = 0
-        for rows, _ in shards.cut(rendered):
-            lengths = np.array([len(tokens.ids) for row in rows for tokens in row.sequences])
-            loss = np.array([int(tokens.loss.sum()) for row in rows for tokens in row.sequences])
-            self.tokens, self.loss = self.tokens + int(lengths.sum()), self.loss + int(loss.sum())
-            sizes.append(len(rows))
-            work.append(shape.forward(lengths, loss).sum())
-            longest.append(lengths.max())
-        self.sizes, self.work = np.array(sizes), np.array(work)
-        self.ends = np.cumsum(self.sizes)
-        self.widest = int(np.argmax(longest))
-
-    def rows(self, part: int, rendered: Sequence[Rendered]) -> list[Rendered]:
-        """The rows of one shard."""
-        end = int(self.ends[part])
-        return [rendered[i] for i in range(end - int(self.sizes[part]), end)]
-
-
-def _timed(
-    job: shards.Job, rendered: Sequence[Rendered], parts: _Parts, seed: int, patience: float, progress: Progress
-) -> dict[int, float]:
-    """Seconds of shards in random order, as many as patience has; at least three where there are as many.
-
-    The shard with the longest row comes first, untimed: it warms the kernels, and needs the most memory.
+    Tokens explain most of what a shard takes, so that few are enough; a sample that is everything has no spread left.
     """
-    order = np.random.default_rng(seed).permutation(len(parts.work))
-    progress("timing a sample", 0, len(order))
-    job.measure(parts.rows(parts.widest, rendered))
-    seconds: dict[int, float] = {}
-    end = time.monotonic() + patience
-    for part in order.tolist():
-        if len(seconds) >= 3 and time.monotonic() > end:
-            break
-        rows = parts.rows(part, rendered)
-        began = time.perf_counter()
-        job.measure(rows)  # its values are on the CPU: nothing is still under way
-        seconds[part] = time.perf_counter() - began
-        progress("timing a sample", len(seconds), len(order))
-    progress("timing a sample", len(order), len(order))
-    return seconds
+    n, rate = len(seconds), seconds.sum() / tokens.sum()
+    value = float(rate * whole)
+    if n < 2:
+        return Spread(value, value if n == count else 0.0, value if n == count else float("inf"))
+    left = seconds - rate * tokens
+    error = np.sqrt((1 - n / count) * (left**2).sum() / (n * (n - 1))) / tokens.mean() * whole
+    return Spread(value, max(0.0, float(value - 1.96 * error)), float(value + 1.96 * error))
 
 
 def _reasons(quarantined: Iterable[Quarantined]) -> tuple[tuple[str, int, int], ...]:
@@ -182,14 +165,6 @@ def _reasons(quarantined: Iterable[Quarantined]) -> tuple[tuple[str, int, int], 
         reason, line, count = found.get(kind, (row.reason, row.line, 0))
         found[kind] = (reason, line, count + 1)
     return tuple(sorted(found.values(), key=lambda reason: (-reason[2], reason[1])))
-
-
-def _engine(found: Ready) -> str:
-    return found.selector.engine.name if isinstance(found.selector, Fihs) else ""
-
-
-def _kinds(found: Ready) -> int:
-    return len(set(found.selector.requests.categories)) if isinstance(found.selector, Fihs) else 0
 
 
 def _peak(device: torch.device) -> int:
