@@ -39,7 +39,7 @@ def client(server: Endpoint, **options: Any) -> Client:
 
 def test_without_the_sdk_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UsageError, match=r"pip install 'gradshield\[endpoint\]'"):
+    with pytest.raises(UsageError, match=r"'gradshield\[endpoint\]'"):
         Client("https://host/v1", "m")
 
 
@@ -148,8 +148,7 @@ def test_nobody_there() -> None:
     gone = Client(f"http://127.0.0.1:{port}/v1", "m", key="TEST_KEY")
     with pytest.raises(EndpointError, match="gave no answer, at last with ConnectError") as caught:
         gone.chat(TURN)
-    assert caught.value.exit_code == 4
-    assert KEY not in str(caught.value)
+    assert caught.value.exit_code == 4 and KEY not in str(caught.value)
 
 
 def test_an_endpoint_that_is_down_is_not_waited_for_again_and_again() -> None:
@@ -307,6 +306,7 @@ def test_many_threads_share_a_client() -> None:
         ("https://host/v1?a=b", "plain URL"),
         ("https://host/v1#a", "plain URL"),
         ("https://host/\nv1", "plain URL"),
+        ("https://×/v1", "plain URL"),
         ("https://host:port/v1", "not a URL"),
         ("https://[::1/v1", "not a URL"),
         ("https://me:secret@host/v1", "user or password"),

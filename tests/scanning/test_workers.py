@@ -246,7 +246,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from gradshield.pipeline.workers import Workers
+from gradshield.scanning.workers import Workers
 with Workers(2).open(SimpleNamespace(loaded=SimpleNamespace(device=torch.device("cpu"), source=None))):
     Path(sys.argv[1]).touch()
     time.sleep(600)

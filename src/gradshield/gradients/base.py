@@ -129,15 +129,7 @@ def _configured(model: nn.Module, attribute: str, value: Callable[[Any], Any]) -
 
 def experts(config: Any) -> int:
     """How many experts a layer has, as the config of its language model tells; 0 for a model without."""
-    return _first(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
-def experts_used(config: Any) -> int:
-    """How many of them a token goes through; 0 where the config does not tell."""
-    return _first(config, "num_experts_per_tok", "moe_top_k", "moe_topk")
-
-
-def _first(config: Any, *names: str) -> int:
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     parts = (config, getattr(config, "ffn_config", None))  # DBRX has its own place for them
     return next((getattr(part, name) for part in parts for name in names if getattr(part, name, None)), 0)
 

@@ -221,9 +221,14 @@ class Client:
         http = Bounded(timeout=self.timeout, follow_redirects=False, limits=limits)
         # The key is added in `_send`; what is given here keeps the SDK from looking for one in the environment.
         none = "no-key"
-        return openai.OpenAI(
-            api_key=none, admin_api_key=none, base_url=self.base_url, timeout=self.timeout, http_client=http
-        )
+        try:
+            return openai.OpenAI(
+                api_key=none, admin_api_key=none, base_url=self.base_url, timeout=self.timeout, http_client=http
+            )
+        except httpx2.InvalidURL:  # such as a host that no name can be
+            raise UsageError(
+                f"the endpoint's address is {self.base_url[:_SHOWN]!r}: give a plain URL like https://host/v1"
+            ) from None
 
     def _send(self, send: Callable[..., Any], request: Any) -> Any:
         """One try. Raises httpx2's errors for what may be tried again, and EndpointError for what may not."""
