@@ -162,10 +162,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     import torch
 
+    from benchmarks import landscape_page as report
     from gradshield import lab, models
     from gradshield.evaluation.landscape import cosine, landscape, norm, weights
     from gradshield.pipeline.outputs import finite, versions
-    from gradshield.report import landscape as report
 
     torch.set_num_threads(1)
     began = time.monotonic()
