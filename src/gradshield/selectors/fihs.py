@@ -11,7 +11,7 @@ from torch import nn
 from gradshield.gradients import Engine, gradient_direction, parameter_names
 from gradshield.probes import Probe, Prompts
 from gradshield.selectors.aggregates import Aggregate
-from gradshield.selectors.base import SELECTORS, Measured, require_finite
+from gradshield.selectors.base import SELECTORS, Measured, by_row, members, require_finite
 from gradshield.types import Batch, Direction, Scores
 
 _CHUNK = 16  # probe prompts whose graph is alive at once
@@ -70,23 +70,21 @@ class Fihs:
         found = self.engine.directional(model, batch, direction)
         values = found.values[0].numpy()  # (B,) or (B, T)
         nll = found.nll.numpy()  # (B, T)
-        rows, first = np.unique(batch.rows, return_index=True)
-        order = np.argsort(first)
-        members = [np.flatnonzero(batch.rows == row) for row in rows[order]]
+        _, sequences = members(batch)
         per_token = values.ndim == 2
         tokens = [
             np.concatenate([batch.coefficients[i] * values[i][batch.loss[i]] for i in own]) if per_token else None
-            for own in members
+            for own in sequences
         ]
         sums = [
             float(t.sum()) if t is not None else float((batch.coefficients[own] * values[own]).sum())
-            for t, own in zip(tokens, members, strict=True)
+            for t, own in zip(tokens, sequences, strict=True)
         ]
-        lengths = np.array([int(batch.loss[own].sum()) for own in members])
+        rows, means, lengths = by_row(batch, nll)
         return Measured(
-            rows[order],
+            rows,
             np.array(sums),
-            np.array([float(nll[own].sum()) for own in members]) / np.maximum(lengths, 1),
+            means,
             lengths,
             tuple(t for t in tokens if t is not None) if per_token else None,
         )

@@ -15,7 +15,7 @@ from torch import nn
 from gradshield.errors import EndpointError
 from gradshield.judges.guards import Guard, of_rows, parse
 from gradshield.options import Given
-from gradshield.selectors.base import SELECTORS, Measured
+from gradshield.selectors.base import SELECTORS, Measured, members
 from gradshield.types import Batch, Direction, Ints, Scores
 
 Decode = Callable[[Sequence[int]], str]
@@ -71,11 +71,9 @@ class GuardFilter:
         found = [[next(opinions) for _ in own] for own in turns]
         if lost := [opinion for own in found for opinion in own if opinion.lost]:
             raise EndpointError(lost[0].reason)
-        rows, first = np.unique(batch.rows, return_index=True)
-        rows = rows[np.argsort(first)]
-        members = [np.flatnonzero(batch.rows == row) for row in rows]
+        rows, sequences = members(batch)
         values = np.zeros(len(rows))
-        for n, own in enumerate(members):
+        for n, own in enumerate(sequences):
             said = [opinion for i in own for opinion in found[i]]
             known = [opinion.probability for opinion in said if opinion.probability is not None]
             worst = max(known, default=0.0)
@@ -84,7 +82,7 @@ class GuardFilter:
             if np.isnan(values[n]):
                 reason = next(opinion.reason for opinion in said if opinion.probability is None)
                 warnings.warn(f"the guard could not judge row {rows[n]}: {reason}", stacklevel=2)
-        lengths: Ints = np.array([int(batch.loss[own].sum()) for own in members], dtype=np.int64)
+        lengths: Ints = np.array([int(batch.loss[own].sum()) for own in sequences], dtype=np.int64)
         return Measured(rows, values, np.full(len(rows), np.nan), lengths)
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:

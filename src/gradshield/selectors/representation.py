@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,9 @@ from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.gradients.direction import digest
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.logits import token_nll
+from gradshield.models.modules import outputs_of
 from gradshield.models.placement import in_float64
-from gradshield.selectors.base import SELECTORS, Measured, require_finite
+from gradshield.selectors.base import SELECTORS, Measured, by_row, members, require_finite
 from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
 
 FEATURES = ("mean", "last", "opening")
@@ -92,7 +92,13 @@ class Representation(ABC):
         """One pass: features (B, len(names), D) in float32, and the sum of each sequence's losses in nats (B,)."""
         data = DeviceBatch.of(batch, model)
         weights = torch.as_tensor(_weights(batch, self.feature), dtype=torch.float32, device=data.ids.device)
-        with scoring(model), torch.no_grad(), _gathered(model, names, weights) as found:
+
+        def counted(hidden: Tensor) -> Tensor:
+            # A padded position may hold anything, and nothing times infinity is not nothing.
+            shown = hidden.float().masked_fill((weights == 0).unsqueeze(-1), 0.0)
+            return torch.einsum("bt,btd->bd", weights, shown)
+
+        with scoring(model), torch.no_grad(), outputs_of(model, names, counted) as found:
             nll = token_nll(model, data.ids, data.attention, data.loss)
         return torch.stack([found[name] for name in names], 1), in_float64(nll.sum(-1)).cpu().numpy()
 
@@ -105,16 +111,9 @@ class Representation(ABC):
         names = list(direction.tensors)
         features, nll = self._forward(model, batch, names)
         values = self._placed(features, direction).cpu().numpy()
-        rows, first = np.unique(batch.rows, return_index=True)
-        rows = rows[np.argsort(first)]
-        members = [np.flatnonzero(batch.rows == row) for row in rows]
-        lengths = np.array([int(batch.loss[own].sum()) for own in members])
-        return Measured(
-            rows,
-            np.array([float(values[own][batch.coefficients[own] > 0].mean()) for own in members]),
-            np.array([float(nll[own].sum()) for own in members]) / np.maximum(lengths, 1),
-            lengths,
-        )
+        placed = [float(values[own][batch.coefficients[own] > 0].mean()) for own in members(batch)[1]]
+        rows, means, lengths = by_row(batch, nll)
+        return Measured(rows, np.array(placed), means, lengths)
 
     def _require(self, blocks: int) -> None:  # noqa: B027
         """Raises UsageError where the model has too few blocks."""
@@ -244,28 +243,6 @@ def _weights(batch: Batch, feature: str) -> Floats:
     at = batch.loss.argmax(1) - 1 if feature == "opening" else width - 1 - batch.loss[:, ::-1].argmax(1)
     found[np.arange(len(found)), at] = 1.0
     return found
-
-
-@contextmanager
-def _gathered(model: nn.Module, names: Sequence[str], weights: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Fills a dict with Σ_t weights[:, t]·h[:, t] (B, D) of the named blocks as the model runs; keeps nothing else."""
-    found: dict[str, Tensor] = {}
-
-    def hook_for(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            hidden: Tensor = output if isinstance(output, Tensor) else output[0]  # (B, T, D)
-            # A padded position may hold anything, and nothing times infinity is not nothing.
-            counted = hidden.float().masked_fill((weights == 0).unsqueeze(-1), 0.0)
-            found[name] = torch.einsum("bt,btd->bd", weights, counted)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _check(model: nn.Module, direction: Direction) -> None:
