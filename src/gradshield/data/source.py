@@ -159,7 +159,8 @@ def _sized(tables: Iterator[Any], sizes: Iterable[int]) -> Iterator[Any]:
             waiting = pa.concat_tables([waiting, next(tables)])
         yield waiting.slice(0, size)
         waiting = waiting.slice(size)
-    next(tables, None)  # to its end, where the file's hash is compared
+    for _ in tables:  # to its end, where the file's hash is compared
+        pass
 
 
 def content_hash(content: bytes) -> int:
