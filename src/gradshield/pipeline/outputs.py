@@ -280,11 +280,7 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
 
 
 def write_cut(
-    selection: Selection,
-    folder: Path,
-    source: rows_in.Source | rows_in.Together,
-    views: review.Views,
-    truth: Ints | None,
+    selection: Selection, folder: Path, source: rows_in.Rows, views: review.Views, truth: Ints | None
 ) -> None:
     """Write what another cut changes, the rows as they stand in ``source``."""
     with instead(folder, "manifest.json", PARTS) as new:
@@ -292,11 +288,7 @@ def write_cut(
 
 
 def _write_cut(
-    selection: Selection,
-    folder: Path,
-    source: rows_in.Source | rows_in.Together,
-    views: review.Views,
-    truth: Ints | None,
+    selection: Selection, folder: Path, source: rows_in.Rows, views: review.Views, truth: Ints | None
 ) -> None:
     from gradshield.pipeline import review
 
