@@ -163,6 +163,9 @@ def _sized(tables: Iterator[Any], sizes: Iterable[int]) -> Iterator[Any]:
         pass
 
 
+Rows = Source | Together
+
+
 def content_hash(content: bytes) -> int:
     """The number that a row's id is made of."""
     return int.from_bytes(hashlib.sha256(content).digest()[: ID_LENGTH // 2])
