@@ -34,7 +34,7 @@ def test_ids_are_numbered_where_content_comes_again(digests: list[int], data: st
 
 @pytest.mark.parametrize("text", ["", "x", "0" * 15, "0" * 17, "0" * 16 + "-1", "0" * 16 + "-02", "A" * 16])
 def test_what_is_no_id_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no row id"):
+    with pytest.raises(ValueError, match="is not a row id"):
         Ids.of([text])
 
 

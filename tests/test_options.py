@@ -61,7 +61,7 @@ def test_what_is_no_number(text: str) -> None:
     st.booleans(),
 )
 def test_a_method_gets_what_was_typed(share: float, count: int, word: str, words: list[str], named: bool) -> None:
-    """In any order, the first without its key or with it, and what it asks for beside them."""
+    """In any order, the first without its key or with it, and what its constructor asks for next to them."""
     first = f"share={share!r}" if named else repr(share)
     spec = Spec.split(f"method:{first},words={'+'.join(words)},count={count},word={word}")
     found = build("method", spec, Method, {"seed": lambda: 7, "unused": lambda: 1 / 0}).found
@@ -106,7 +106,7 @@ def test_what_is_missing_is_named() -> None:
     class Needs:
         def __init__(self, model: object) -> None: ...
 
-    with pytest.raises(UsageError, match=r"asks for 'model' in its constructor, .* nor one of seed"):
+    with pytest.raises(UsageError, match=r"requires 'model', .* or one of seed"):
         build("method", Spec.split("m"), Needs, {"seed": lambda: 0})
     with pytest.raises(UsageError, match=r"'m' got the option '1', and it takes no option: write m$"):
         read("method", Spec.split("m:1"), {})

@@ -267,8 +267,8 @@ def test_a_broken_plugin_is_one_warning_that_names_its_package(
     with pytest.warns(UserWarning) as caught:
         assert list(things) == ["ours"]
     assert [str(one.message) for one in caught] == [
-        "the plugin own-pack 0.3 could not be loaded from own_broken (RuntimeError: no), and its methods are missing: repair "
-        "it, or uninstall it"
+        "the plugin own-pack 0.3 could not be loaded from own_broken (RuntimeError: no), so its methods are missing: fix it, "
+        "or uninstall it"
     ]
     with pytest.raises(UnknownNameError, match=r"choose one of ours$"):
         things["theirs"]  # without a second warning: it was looked for once

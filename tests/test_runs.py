@@ -19,7 +19,7 @@ from tests.common import chats, files, scan
 
 
 @pytest.mark.slow
-def test_a_second_process_is_told_and_a_dead_one_lets_go(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_and_a_dead_one_releases_the_lock(tmp_path: Path) -> None:
     scan(chats(6), output=tmp_path)
     before = files(tmp_path)
     context = killing.context()
@@ -31,7 +31,7 @@ def test_a_second_process_is_told_and_a_dead_one_lets_go(tmp_path: Path) -> None
         for what in (lambda: scan(chats(6), output=tmp_path), lambda: cut(tmp_path, "ratio:20%")):
             with pytest.raises(DataError, match=rf"in use by another run.*process {holder.pid} on ") as raised:
                 what()
-            assert "wait until it has ended, or give another --output" in str(raised.value)
+            assert "wait until it ends, or give another --output" in str(raised.value)
         assert files(tmp_path) == before
     finally:
         os.kill(holder.pid, signal.SIGKILL)

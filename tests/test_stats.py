@@ -82,7 +82,7 @@ def test_paired_real_scores_repeat_under_their_seed_and_agree_with_t() -> None:
 
 
 def test_pairs_must_be_pairs() -> None:
-    with pytest.raises(DataError, match="one length, got 2 and 1"):
+    with pytest.raises(DataError, match="same length, got 2 and 1"):
         stats.paired_difference([1, 0], [1])
     with pytest.raises(DataError, match="0 pairs"):
         stats.mcnemar([], [])

@@ -1,4 +1,4 @@
-"""Columns of short strings in a few bytes a row, so that a million rows are a few arrays and no Python object each."""
+"""Columns of short strings at a few bytes a row, so that a million rows are a few arrays, not a million Python objects."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _ID = re.compile(r"[0-9a-f]{16}(?:-([2-9]|[1-9][0-9]+))?")
 
 
 class _Column(Sequence[str]):
-    """Strings that are made when they are asked for. Equal to any sequence of the same strings."""
+    """Strings built on access. Equal to any sequence of the same strings."""
 
     @abstractmethod
     def _at(self, index: int) -> str: ...
 
     @abstractmethod
     def take(self, where: Any) -> Any:
-        """The strings at these places, or where a mask is set, as a column of the same kind."""
+        """The strings at these indices, or where a mask is set, as a column of the same kind."""
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -40,7 +40,7 @@ class _Column(Sequence[str]):
             return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]  # arrays may be written to
+    __hash__ = None  # type: ignore[assignment]  # the arrays are mutable
 
     def __repr__(self) -> str:
         shown = ", ".join(map(repr, self[:4])) + (", …" if len(self) > 4 else "")
@@ -48,7 +48,7 @@ class _Column(Sequence[str]):
 
 
 class Coded(_Column):
-    """Strings of which few differ (row shapes, groups, kinds of harm): ``names[codes[i]]``, mostly one byte each."""
+    """Strings with few distinct values (row shapes, groups, kinds of harm): ``names[codes[i]]``, usually one byte each."""
 
     def __init__(self, codes: NDArray[Any], names: Sequence[str]) -> None:
         self.names = tuple(names)
@@ -56,7 +56,7 @@ class Coded(_Column):
 
     @classmethod
     def of(cls, values: Iterable[str]) -> Coded:
-        """Any strings as a column; a column as it is."""
+        """Any strings as a column; a column is returned unchanged."""
         if isinstance(values, Coded):
             return values
         known: dict[str, int] = {}
@@ -64,21 +64,21 @@ class Coded(_Column):
         return cls(np.array(codes), tuple(known))
 
     def where(self, name: str) -> Bools:
-        """(N,) which of the strings are this one."""
+        """(N,) which strings equal ``name``."""
         return self.codes == self.names.index(name) if name in self.names else np.zeros(len(self), dtype=np.bool_)
 
     def counts(self) -> dict[str, int]:
-        """How often each string occurs, those that do."""
+        """How often each string occurs; strings that never occur are left out."""
         found = np.bincount(self.codes, minlength=len(self.names)).tolist()
         return {name: count for name, count in zip(self.names, found, strict=True) if count}
 
     def renamed(self, names: Sequence[str]) -> Coded:
-        """The same with ``names[i]`` in place of the i-th name; several may become one."""
+        """The same column with the i-th name replaced by ``names[i]``; several may become one."""
         fresh = tuple(dict.fromkeys(names))
         return Coded(np.array([fresh.index(name) for name in names], dtype=np.int64)[self.codes], fresh)
 
     def only(self, where: Bools) -> Coded:
-        """The same where the mask is set, and the empty string elsewhere."""
+        """The same column where the mask is set, the empty string elsewhere."""
         names = ("", *self.names)
         return Coded(np.where(where, self.codes.astype(np.int64) + 1, 0), names).renamed(names)
 
@@ -96,28 +96,28 @@ class Coded(_Column):
 
 
 class Ids(_Column):
-    """Row ids: 16 hex digits of a hash, and ``-2``, ``-3``, … where the same content comes again. 12 bytes each."""
+    """Row ids: 16 hex digits of a hash, with ``-2``, ``-3``, … for repeated content. 12 bytes each."""
 
     def __init__(self, digests: NDArray[np.uint64], repeats: NDArray[np.uint32]) -> None:
         self.digests, self.repeats = digests, repeats
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> Ids:
-        """Ids as text, as a column; a column as it is. Raises ValueError for a text that is none."""
+        """Ids in text form as a column; a column is returned unchanged. Raises ValueError for text that is not an id."""
         if isinstance(texts, Ids):
             return texts
         digests, repeats = array("Q"), array("I")
         for text in texts:
             found = _ID.fullmatch(text)
             if found is None:
-                raise ValueError(f"{text!r} is no row id")
+                raise ValueError(f"{text!r} is not a row id")
             digests.append(int(text[:16], 16))
             repeats.append(int(found[1] or 1))
         return cls(np.array(digests), np.array(repeats))
 
     @classmethod
     def counted(cls, digests: NDArray[np.uint64]) -> Ids:
-        """Ids of these hashes in their order, each numbered among those that are equal."""
+        """Ids of these hashes, in order; equal hashes are numbered."""
         order = np.argsort(digests, kind="stable")
         ordered = digests[order]
         first = np.r_[True, ordered[1:] != ordered[:-1]] if len(ordered) else np.zeros(0, dtype=np.bool_)

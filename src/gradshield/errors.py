@@ -3,18 +3,18 @@
     GradShieldError            1   something went wrong that has a name
     ├── UsageError             2   an option, a name or a combination of them is not allowed
     │   └── UnknownNameError   2   a name that no registry holds (the message lists the live names)
-    ├── DataError              3   the data cannot be used as it is, or not be fetched
+    ├── DataError              3   the data cannot be used as it is, or cannot be fetched
     │   ├── FormatError        3   a file or row whose shape is unknown, or fits two shapes
     │   └── EmptyDataError     3   nothing is left to score
     ├── ModelError             4   the model cannot be loaded, or cannot be scored
     │   ├── HubError           4   a model could not be fetched
-    │   ├── EndpointError      4   an endpoint that does not answer, or not as its protocol says
-    │   ├── ProbeError         4   the probe means nothing on this model (it does not refuse, or it thinks first)
+    │   ├── EndpointError      4   an endpoint that does not answer, or breaks its protocol
+    │   ├── ProbeError         4   the probe is invalid on this model (it does not refuse, or it reasons first)
     │   └── ScoreError         4   a score that is not finite, or an engine that disagrees with the oracle
     └── GateError              5   ``--fail-above``: more was removed than allowed; no verified cut met its targets; or a
-                                   certificate claims nothing, or not what its files say
+                                   certificate claims nothing, or contradicts its files
 
-A message is one sentence in four parts: what was wrong, what was got, what is allowed, what to do.
+A message is one sentence in four parts: what is wrong, what was given, what is allowed, what to do.
 ``str(error)`` is the whole message; nothing else is printed to a user.
 """
 
@@ -23,13 +23,13 @@ from collections.abc import Iterable
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``did you mean 'x'?`` with the nearest of the known names; empty where none is near."""
+    """``did you mean 'x'?`` with the closest known name; empty if none is close."""
     close = difflib.get_close_matches(name, sorted(known), n=1)
     return f"did you mean {close[0]!r}?" if close else ""
 
 
 class GradShieldError(Exception):
-    """Base of the tree. ``exit_code`` is what the command line exits with."""
+    """Base class. ``exit_code`` is the exit status of the command line."""
 
     exit_code = 1
 
@@ -74,11 +74,11 @@ class HubError(ModelError):
 
 
 class EndpointError(ModelError):
-    """An endpoint that does not answer after every retry, or answers with something else than its protocol says."""
+    """An endpoint that does not answer after every retry, or breaks its protocol."""
 
 
 class ProbeError(ModelError):
-    """The probe means nothing on this model: it does not refuse, or it thinks before it answers."""
+    """The probe is invalid on this model: it does not refuse, or it reasons before it answers."""
 
 
 class ScoreError(ModelError):

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever stops the process that writes them, and however many write at once."""
+"""Atomic writes: a file appears complete or not at all, even if the process is killed or several write at once."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PART = ".part"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to: what stands there when the block ends takes the place of ``path`` in one step.
+    """A temporary path to write to; when the block ends, the file there replaces ``path`` atomically.
 
-    Whatever goes wrong, an older file at ``path`` stays as it was. Raises OSError where nothing can be written, also where
-    safetensors says so in words of its own.
+    On any error an older file at ``path`` is left unchanged. Raises OSError if the file cannot be written, including by
+    safetensors, which raises an error type of its own.
     """
     with drawn(path) as folder:
         part = folder / path.name
@@ -32,18 +32,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Text in UTF-8; halves of characters, as in the name of a file that is not UTF-8, are written as escapes."""
+    """Text in UTF-8; lone surrogates, as in a file name that is not UTF-8, are escaped."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
 def drawn(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` that is gone when the block ends.
+    """A temporary folder next to ``path``, removed when the block ends.
 
-    Its name is drawn, since processes of several machines that share a folder may have one number. It is a folder, and no
-    file, since a library may write under a name of its own beside the one that it is given. What safetensors could not write
-    is an OSError.
+    Its name is random, since processes on different machines may share a folder and a process id. It is a folder, not a
+    file, since a library may write extra files next to the path it is given. A failed write by safetensors raises OSError.
     """
     folder = path.with_name(f".{path.name}.{secrets.token_hex(6)}{PART}")
     folder.mkdir()
@@ -60,10 +59,10 @@ def drawn(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def instead(folder: Path, last: str, earlier: Iterable[str]) -> Iterator[Path]:
-    """A folder for files that go into ``folder`` once all of them are whole, so that a full disk costs nothing that is there.
+    """A temporary folder whose files move into ``folder`` once all are complete, so that a full disk destroys nothing.
 
-    Only then goes the old file ``last``, which says that the others belong together, with what is there of ``earlier``; the
-    new one comes last.
+    The old ``last``, the file that marks the others as one set, and the files named in ``earlier`` are deleted first; the
+    new ``last`` is moved last.
     """
     with drawn(folder / "new") as new:
         yield new
@@ -77,13 +76,13 @@ def instead(folder: Path, last: str, earlier: Iterable[str]) -> Iterator[Path]:
 
 
 def _open_to_others(file: Path) -> None:
-    """The mode of any new file: safetensors writes for the owner alone."""
+    """Give a file the usual mode: safetensors makes it readable by the owner only."""
     with suppress(PermissionError):  # a file system without modes
         file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def sweep(folder: Path) -> None:
-    """Take away what killed processes left half written in a folder that no other process is writing to."""
+    """Delete the temporary files that killed processes left in a folder no other process is writing to."""
     for part in folder.glob(f".*{PART}"):
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Methods and their options as they are typed: ``name``, ``name:value`` or ``name:value,key=value``, for every kind of method.
 
-The value without a key is that of the first option. ``5%`` is 0.05. A class states what it takes by its constructor::
+A value without a key belongs to the first option. ``5%`` is 0.05. A class declares its options in its constructor::
 
     class Ratio:
         def __init__(self, share: float = 0.1) -> None: ...
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from gradshield.errors import UsageError
 
 T = TypeVar("T")
-Given = Mapping[str, Callable[[], Any]]  # what a constructor may ask for and nobody types, made when it is asked for
+Given = Mapping[str, Callable[[], Any]]  # constructor arguments that are not typed by the user, made on demand
 
 _OPTION = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _KINDS: dict[str, type] = {"tuple": tuple, "Sequence": tuple, "float": float, "int": int, "str": str}
@@ -28,7 +28,7 @@ _KINDS: dict[str, type] = {"tuple": tuple, "Sequence": tuple, "float": float, "i
 
 @dataclass(frozen=True)
 class Spec:
-    """A method as it was typed, in parts: ``target`` is what stands between its name and its ``key=value`` options."""
+    """A method as typed, split: ``target`` is the text between its name and its ``key=value`` options."""
 
     name: str
     target: str
@@ -36,7 +36,7 @@ class Spec:
 
     @staticmethod
     def split(text: str) -> Spec:
-        """Take a spec apart. Raises UsageError for an option that is given twice."""
+        """Split a spec. Raises UsageError for an option that is given twice."""
         name, _, rest = text.strip().partition(":")
         parts, options = rest.split(","), dict[str, str]()
         while parts and (found := _OPTION.fullmatch(parts[-1].strip())):
@@ -49,9 +49,9 @@ class Spec:
 
 @dataclass(frozen=True)
 class Option:
-    """What an option takes: a number (``float``, ``int``) above ``above`` and up to ``most``, text, or ``a+b`` (``tuple``).
+    """The values an option takes: a number (``float``, ``int``) above ``above`` and up to ``most``, text, or ``a+b`` (``tuple``).
 
-    Where there are ``choices``, the text is one of them. ``default`` is an example in errors.
+    With ``choices``, the text must be one of them. ``default`` serves as the example in errors.
     """
 
     kind: type = float
@@ -62,7 +62,7 @@ class Option:
     required: bool = False
 
     def read(self, text: str) -> Any:
-        """The value. Raises ValueError for what is not allowed."""
+        """The value. Raises ValueError if it is not allowed."""
         if self.kind is tuple:
             return tuple(text.split("+"))
         if self.kind is str:
@@ -83,7 +83,7 @@ class Option:
 
 
 def number(text: str) -> float:
-    """``0.05``, ``5e-2`` or ``5%``; NaN for what is not a finite number."""
+    """``0.05``, ``5e-2`` or ``5%``; NaN if the text is not a finite number."""
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -92,7 +92,7 @@ def number(text: str) -> float:
 
 
 def read(kind: str, spec: Spec, known: Mapping[str, Option], form: str = "") -> dict[str, Any]:
-    """The options that were typed, by key. ``form`` is how to write it all. Raises UsageError."""
+    """The typed options by key. ``form`` is the full syntax, for errors. Raises UsageError."""
     what, first = f"the {kind} {spec.name!r}", next(iter(known), "")
     takes = (
         f"it takes {', '.join(known) or 'no option'}: write {form or spec.name + (f':{first}=...' if first else '')}"
@@ -126,36 +126,35 @@ def read(kind: str, spec: Spec, known: Mapping[str, Option], form: str = "") -> 
 
 
 def of(made: Callable[..., Any]) -> dict[str, Option]:
-    """What a constructor takes of what can be typed: its numbers, texts and sequences of texts."""
+    """The constructor parameters that can be typed: numbers, texts and sequences of texts."""
     found = {}
     for name, parameter in inspect.signature(made).parameters.items():
         default = None if parameter.default is parameter.empty else parameter.default
-        said = re.findall(r"\w+", inspect.formatannotation(parameter.annotation))
+        words = re.findall(r"\w+", inspect.formatannotation(parameter.annotation))
         if parameter.annotation is parameter.empty:
-            said = [type(default).__name__]
-        kinds = [kind for word, kind in _KINDS.items() if word in said]
-        if kinds and "Callable" not in said and (kinds[0] is not tuple or "str" in said):
+            words = [type(default).__name__]
+        kinds = [kind for word, kind in _KINDS.items() if word in words]
+        if kinds and "Callable" not in words and (kinds[0] is not tuple or "str" in words):
             found[name] = Option(kinds[0], default, required=parameter.default is parameter.empty)
     return found
 
 
 def build(kind: str, spec: Spec, made: Callable[..., T], given: Given | None = None) -> T:
-    """What ``made`` makes of the options that were typed, and of what it asks for in ``given``.
+    """Call ``made`` with the typed options and with those arguments in ``given`` that its signature names.
 
-    Raises UsageError for what it does not take, and where it asks for what nobody gives.
+    Raises UsageError for an unknown option, and for a required parameter that is neither typed nor given.
     """
+    given = given or {}
     parameters = inspect.signature(made).parameters
-    ours = {name for name in given or {} if name in parameters}
-    known = {name: option for name, option in of(made).items() if name not in ours}
-    typed = read(kind, spec, known)
+    typed = read(kind, spec, {name: option for name, option in of(made).items() if name not in given})
     for name, parameter in parameters.items():
         plain = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        if plain and parameter.default is parameter.empty and name not in ours and name not in typed:
+        if plain and parameter.default is parameter.empty and name not in given and name not in typed:
             raise UsageError(
-                f"the {kind} {spec.name!r} asks for {name!r} in its constructor, which is neither text nor a number nor one of "
-                f"{', '.join(given or ()) or 'nothing else'}: give it a default"
+                f"the constructor of the {kind} {spec.name!r} requires {name!r}, which is not a text, a number or one of "
+                f"{', '.join(given) or 'nothing else'}: give it a default"
             )
-    return made(**asked(made, given or {}), **typed)
+    return made(**asked(made, given), **typed)
 
 
 def asks(made: Callable[..., Any], name: str) -> bool:
@@ -164,5 +163,5 @@ def asks(made: Callable[..., Any], name: str) -> bool:
 
 
 def asked(made: Callable[..., Any], given: Given) -> dict[str, Any]:
-    """What a constructor asks for by name, of what is given."""
+    """The arguments in ``given`` that a constructor names, made."""
     return {name: make() for name, make in given.items() if asks(made, name)}

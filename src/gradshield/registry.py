@@ -1,4 +1,4 @@
-"""Names to things. Lists of choices in help, errors and documents come from here, never from typing.
+"""Methods by name. The lists of choices in help, errors and documents are read from here, never typed.
 
 A room makes one ``Registry`` and registers its own entries where they are defined::
 
@@ -9,8 +9,8 @@ A room makes one ``Registry`` and registers its own entries where they are defin
 
 The first line of an entry's docstring is what ``gradshield methods`` prints next to its name.
 
-Other packages add theirs by an entry point of the group ``gradshield.plugins``, which names the module that registers them;
-it is imported when a name is first looked up in any registry.
+Other packages add methods through an entry point in the group ``gradshield.plugins`` that names the module that registers
+them; it is imported when a name is first looked up in any registry.
 """
 
 import inspect
@@ -25,15 +25,15 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """An ordered map from name to entry, whose error names what there is."""
+    """An ordered map from name to entry; its lookup error lists the names."""
 
     def __init__(self, kind: str, needs: Sequence[str] = ()) -> None:
-        """``needs`` are the attributes that every entry has."""
+        """``needs`` are the attributes that every entry must have."""
         self.kind, self.needs = kind, needs
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator: hold the entry under ``name``. Raises ValueError when the name is taken, or the entry lacks something."""
+        """Decorator: register an entry. Raises ValueError if the name is taken, or the entry lacks an attribute."""
 
         def add(entry: T) -> T:
             if name in self._entries:
@@ -46,7 +46,7 @@ class Registry(Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        """The entry. Raises UnknownNameError, which lists the live names."""
+        """The entry. Raises UnknownNameError, which lists the known names."""
         entries = self._live()
         try:
             return entries[name]
@@ -61,7 +61,7 @@ class Registry(Generic[T]):
         return list(self._live())
 
     def _live(self) -> Mapping[str, T]:
-        """Every entry by name, those of other packages too."""
+        """Every entry by name, plugins included."""
         plugins()
         return self._entries
 
@@ -75,19 +75,19 @@ _plugins: dict[str, str] | None = None
 
 
 def plugins() -> Mapping[str, str]:
-    """Import every package that adds methods, once: name and version of those that could be. A broken one is a warning."""
+    """Import every plugin, once: name and version of those that load. A broken one raises a warning, not an error."""
     global _plugins
     if _plugins is None:
-        _plugins = found = {}  # a plugin that looks a name up while it is imported comes by here again
+        _plugins = found = {}  # set first: a plugin may look a name up while it is imported
         for entry in entry_points(group=PLUGINS):
             package, version = (entry.dist.name, entry.dist.version) if entry.dist else (entry.module, "")
             try:
                 entry.load()
-            except Exception as error:  # whatever it is, it is not worth a scan that asks for none of its methods
+            except Exception as error:  # a broken plugin must not stop a scan that does not use it
                 reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
                 warnings.warn(
-                    f"the plugin {package} {version} could not be loaded from {entry.value} ({reason}), and its methods are "
-                    "missing: repair it, or uninstall it",
+                    f"the plugin {package} {version} could not be loaded from {entry.value} ({reason}), so its methods are "
+                    "missing: fix it, or uninstall it",
                     stacklevel=2,
                 )
             else:

@@ -1,6 +1,6 @@
-"""A run's folder: whether a command may write to it, what identifies its content, and the JSON that it leaves.
+"""A run's output folder: its lock, the digests of its inputs, and its JSON files.
 
-The manifest is written last: its presence means a finished run. Every file appears whole or not at all.
+The manifest is written last: its presence means a finished run. Every file is written atomically.
 """
 
 from __future__ import annotations
@@ -34,20 +34,19 @@ if TYPE_CHECKING:
     from gradshield.models.loading import LoadedModel
 
 LOCK = "lock"
-SCAN = "scan"  # where a training has its scan
+SCAN = "scan"  # folder of a training's own scan
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system that has none answers
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from a file system without locks
 
 
 @contextmanager
 def alone(output: str | Path | None) -> Iterator[bool]:
-    """Hold an output folder for this process until the block ends; yields whether it is locked. None needs no folder.
+    """Lock an output folder for this process until the block ends; yields whether it is locked. With None there is no folder.
 
-    The operating system drops the lock when the process ends, however it ends. A folder that was made for it, and in which
-    nothing was written, is removed again. Where the file system has no locks, all runs go on: every file is written under a
-    drawn name and put in its place in one step, so that two scans of the same rows do double work and no harm; nothing half
-    written is removed then, since another process may be writing it. Raises DataError where another process has the folder,
-    or where it cannot be made.
+    The operating system releases the lock when the process ends, however it ends. A folder that this call created and nothing
+    was written to is removed again. On a file system without locks the run continues: all writes are atomic, so two scans of
+    the same rows waste work but corrupt nothing; temporary files then stay, since another process may be writing them. Raises
+    DataError if another process holds the folder, or if it cannot be created.
     """
     if output is None:
         yield False
@@ -55,7 +54,7 @@ def alone(output: str | Path | None) -> Iterator[bool]:
     folder = Path(output)
     made = [path for path in (folder / WORK, folder, *folder.parents) if not path.exists()]
     path = folder / WORK / LOCK
-    # A lock that is the mere existence of a file would outlive a kill: no fallback to one.
+    # A lock that is only a file's existence would survive a kill: no fallback to one.
     lock = FileLock(path, timeout=0, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +63,7 @@ def alone(output: str | Path | None) -> Iterator[bool]:
         owner = path.read_text(encoding="utf-8", errors="replace")[:200].strip()
         raise DataError(
             f"the output folder {str(folder)!r} is in use by another run{f' ({owner})' if owner else ''}: wait until it "
-            "has ended, or give another --output"
+            "ends, or give another --output"
         ) from None
     except OSError as error:
         raise DataError(
@@ -80,19 +79,19 @@ def alone(output: str | Path | None) -> Iterator[bool]:
             raise
         raise DataError(
             f"the output folder {str(folder)!r} cannot be written to ({error.strerror}): free some space and run the same "
-            "command again, which goes on where it stopped"
+            "command again, which resumes where it stopped"
         ) from None
     finally:
         with suppress(OSError):
             if os.listdir(folder / WORK) == [LOCK] and folder / WORK in made:
                 path.unlink()
             for part in made:
-                part.rmdir()  # refused where it holds something
+                part.rmdir()  # fails if it is not empty
         lock.release()
 
 
 def _locked(lock: FileLock, path: Path) -> bool:
-    """Take the lock and write down who has it. False where the file system has no locks; raises Timeout where it is taken."""
+    """Take the lock and record the owner. False on a file system without locks; raises Timeout if the lock is taken."""
     try:
         lock.acquire()
     except OSError as error:
@@ -108,12 +107,12 @@ PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "n
 
 
 def check(output: str | Path) -> None:
-    """Raises DataError where no output folder can be made, before anything is loaded; makes nothing."""
+    """Raises DataError if the output folder cannot be created, before anything is loaded; creates nothing."""
     folder = Path(output)
     nearest = next((p for p in (folder, *folder.parents) if p.exists()), folder)
     if not nearest.is_dir():
         raise DataError(
-            f"the output folder {str(folder)!r} cannot be made ({nearest} is a file): give another --output"
+            f"the output folder {str(folder)!r} cannot be created ({nearest} is a file): give another --output"
         )
     if not os.access(nearest, os.W_OK):
         raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
@@ -122,17 +121,17 @@ def check(output: str | Path) -> None:
 def check_own(
     output: str | Path, written: Sequence[str], mark: str, *, data: Any = None, read: Sequence[Any] = ()
 ) -> None:
-    """Raises DataError where a command would write over its input, over another command's results, or over files of nobody's.
+    """Raises DataError if a command would overwrite its input, another command's results, or files GradShield did not write.
 
-    ``written`` are the patterns of what it writes into the folder, ``read`` the models that it starts from, and ``mark`` is a
-    file that stands beside a manifest of this command alone.
+    ``written`` are the patterns of the files it writes, ``read`` the models it starts from, and ``mark`` is a file that only
+    this command writes next to its manifest.
     """
     folder = Path(output)
     for model in read:
         for name in (_name(model), getattr(model, "adapter", None)):
             if name and folder.is_dir() and os.path.isdir(name) and folder.samefile(name):
                 raise DataError(
-                    f"the output folder {str(folder)!r} is the folder of the model {str(name)!r}, which would be written over: "
+                    f"the output folder {str(folder)!r} is the folder of the model {str(name)!r}, which would be overwritten: "
                     "give another --output"
                 )
     there = sorted({path for pattern in written for path in folder.glob(pattern)})
@@ -140,30 +139,30 @@ def check_own(
         for path in there:
             if path.samefile(data):
                 raise DataError(
-                    f"the data {str(data)!r} lies in the output folder under a name that is written there: give another --output"
+                    f"the data {str(data)!r} is in the output folder under the name of an output file: give another --output"
                 )
-    if (folder / "manifest.json") in there and _of_ours(folder) and not (folder / mark).exists():
+    if there and not _used_before(folder):
         raise DataError(
-            f"the output folder {str(folder)!r} holds what another command has found, which would be written over: give another "
-            "--output"
+            f"the output folder {str(folder)!r} holds {there[0].name!r} and was not written by GradShield: give another "
+            "--output, so that nothing is overwritten"
         )
-    if there and not _of_ours(folder):
+    if (folder / "manifest.json") in there and not (folder / mark).exists():
         raise DataError(
-            f"the output folder {str(folder)!r} holds {there[0].name!r} and is no folder of GradShield's: give another --output, "
-            "so that nothing is written over"
+            f"the output folder {str(folder)!r} holds the results of another command, which would be overwritten: give another "
+            "--output"
         )
 
 
 def _name(model: Any) -> str | Path | None:
-    """Where a model is from, as far as it says: a name or path, a loaded model, or one of transformers."""
+    """The name or path of a model: as given, or as a loaded or transformers model records it; None if unknown."""
     if model is None or isinstance(model, str | Path):
         return model
     found = getattr(model, "name", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
     return found if isinstance(found, str) else None
 
 
-def _of_ours(folder: Path) -> bool:
-    """Whether a command wrote here before: it has left its manifest, or was stopped and has left its working folder."""
+def _used_before(folder: Path) -> bool:
+    """Whether a command wrote here before: it left a manifest, or was stopped and left its working folder."""
     if (folder / WORK).is_dir():
         return True
     try:
@@ -174,13 +173,13 @@ def _of_ours(folder: Path) -> bool:
 
 
 def prepare(output: str | Path) -> Path:
-    """The output folder with its working folder. Raises DataError when it cannot be written to."""
+    """Create the output folder with its working folder. Raises DataError if it cannot be written to."""
     folder = Path(output)
     try:
         (folder / WORK / "shards").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"the output folder {str(folder)!r} cannot be made ({error.strerror}): give another --output"
+            f"the output folder {str(folder)!r} cannot be created ({error.strerror}): give another --output"
         ) from None
     if not os.access(folder, os.W_OK):
         raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
@@ -188,7 +187,7 @@ def prepare(output: str | Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Python and every package that can change a number, those that add methods too."""
+    """Versions of Python and of every package that can change a number, plugins included."""
     installed = {name: _installed(name) for name in PACKAGES}
     found = {name: v for name, v in installed.items() if v is not None}
     return {"python": platform.python_version(), **found, **plugins()}
@@ -196,7 +195,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def _installed(package: str) -> str | None:
-    """Asked for every shard's and arm's key, and slow to look up."""
+    """Cached: every shard's and arm's key needs it, and the lookup is slow."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -230,12 +229,11 @@ def manifest(
 
 
 def write_manifest(value: Manifest, folder: Path) -> None:
-    """The manifest."""
     write_json(folder / "manifest.json", asdict(value))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON with plain numbers only: what is not finite becomes null."""
+    """Write JSON; numbers that are not finite become null."""
     write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, default=str) + "\n")
 
 
@@ -253,7 +251,7 @@ def finite(value: Any) -> Any:
 
 
 def stored(result: EvalResult) -> dict[str, Any]:
-    """A measurement as JSON holds it, every answer included."""
+    """A measurement in JSON form, every answer included."""
     rates = {name: asdict(rate) for name, rate in result.rates.items()}
     rows = json.loads(json.dumps([dict(row) for row in result.outputs], default=plain))
     return {"rates": rates, "outputs": rows}
@@ -265,12 +263,12 @@ def result(value: Mapping[str, Any]) -> EvalResult:
 
 
 def write_outputs(found: EvalResult, path: Path) -> None:
-    """Every prompt with its answer, verdicts or score, one JSON line each."""
+    """Write every prompt with its answer and verdicts or score, one JSON line each."""
     write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in stored(found)["outputs"]))
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON-able value, its keys and the members of sets in order; what JSON has no form for counts as its text."""
+    """SHA-256 of a JSON-able value, its keys and the members of sets sorted; other types count as their text."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_ordered).encode()).hexdigest()
 
 
@@ -279,7 +277,7 @@ def _ordered(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses and arrays as JSON holds them; for ``json.dumps(default=...)``."""
+    """Dataclasses and arrays in JSON form; for ``json.dumps(default=...)``."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)

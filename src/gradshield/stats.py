@@ -1,4 +1,4 @@
-"""Intervals of proportions and means, and paired tests: no figure is reported without one."""
+"""Confidence intervals of proportions and means, and paired tests."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def wilson(k: int, n: int, level: float = 0.95) -> Rate:
     Raises
     ------
     DataError
-        ``n`` is 0: a rate of nothing does not exist.
+        ``n`` is 0.
     UsageError
         ``level`` is not between 0 and 1.
     """
     check_level(level)
     if n == 0:
-        raise DataError("a rate over 0 rows does not exist: pass at least one row")
+        raise DataError("a rate over 0 rows is undefined: pass at least one row")
     if not 0 <= k <= n:
         raise ValueError(f"k must lie between 0 and n, got k={k}, n={n}")
-    from scipy.stats import binomtest  # not at the top: it takes a second, and most of what asks for a rate asks late
+    from scipy.stats import binomtest  # not at the top: the import takes a second
 
     low, high = binomtest(k, n).proportion_ci(level, method="wilson")
     return Rate(k=int(k), n=int(n), rate=k / n, low=float(low), high=float(high), level=level)
@@ -91,7 +91,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95, seed: int
     """Interval for ``mean(a) - mean(b)`` where ``a[i]`` and ``b[i]`` were measured on the same row.
 
     Outcomes that are all 0 or 1 get Tango's score interval (Tango 1998, Statistics in Medicine 17:891-908), which
-    keeps a width when no pair differs. Real scores get the percentile bootstrap over pairs, with ``seed``.
+    has a width even if no pair differs. Real scores get the percentile bootstrap over pairs, with ``seed``.
 
     Raises DataError when the two are empty or of different lengths, UsageError when ``level`` is not in (0, 1).
     """
@@ -110,15 +110,14 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95, seed: int
 def mean_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> Rate:
     """The mean of scores between 0 and 1 with its interval: Wilson when all are 0 or 1, else percentile bootstrap.
 
-    ``k`` of a mean is the sum of the scores rounded to a whole number, so that ``k / n`` is the rate as nearly as
-    counts allow.
+    ``k`` of a mean is the sum of the scores rounded to a whole number.
 
     Raises DataError when there is no score, or one outside [0, 1].
     """
     check_level(level)
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 1 or scores.size == 0:
-        raise DataError("a mean over 0 rows does not exist: pass at least one row")
+        raise DataError("a mean over 0 rows is undefined: pass at least one row")
     outside = np.flatnonzero(~((scores >= 0) & (scores <= 1)))
     if outside.size:
         raise DataError(f"a score must lie between 0 and 1, and row {outside[0]} scored {scores[outside[0]]}")
@@ -143,7 +142,9 @@ def bootstrap(
         low = high = float(statistic(*columns, axis=-1))
         return low, high
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of NaN, in the interval that is not taken
+        warnings.simplefilter(
+            "ignore", stats.DegenerateDataWarning
+        )  # about NaN in SciPy's own interval, which is not used
         found = stats.bootstrap(
             columns,
             statistic,
@@ -173,7 +174,7 @@ def score_bounds(
     def edge(bound: float) -> float:
         if bound == estimate or distance(bound) <= 0:
             return bound
-        # A hair away from the estimate: where its variance is 0 the distance at the estimate itself is 0, not negative.
+        # Just off the estimate: if its variance is 0, the distance at the estimate itself is 0, not negative.
         inside = estimate + 1e-9 * (bound - estimate)
         return float(optimize.brentq(distance, *sorted((inside, bound)), xtol=1e-12))
 
@@ -190,7 +191,7 @@ def _tango(only_a: int, only_b: int, n: int, level: float) -> tuple[float, float
         constant = -only_b * delta * (1 - delta)
         q = (np.sqrt(max(linear * linear - 8 * n * constant, 0.0)) - linear) / (4 * n)
         variance = n * (2 * q + delta * (1 - delta))
-        # Multiplied out, so that a variance of 0 at the ends of [-1, 1] divides nothing.
+        # Multiplied out, so that nothing is divided by a variance of 0 at the ends of [-1, 1].
         return float((only_a - only_b - n * delta) ** 2 - z2 * variance)
 
     return score_bounds(distance, (only_a - only_b) / n, (-1.0, 1.0))
@@ -204,9 +205,9 @@ def _mean(values: Floats, axis: int) -> Floats:
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
     left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if left.shape != right.shape or left.ndim != 1:
-        raise DataError(f"paired outcomes must be of one length, got {left.size} and {right.size}")
+        raise DataError(f"paired outcomes must have the same length, got {left.size} and {right.size}")
     if left.size == 0:
-        raise DataError("a comparison of 0 pairs does not exist: pass at least one pair")
+        raise DataError("a comparison of 0 pairs is undefined: pass at least one pair")
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
         raise DataError("paired outcomes must be finite numbers, and some are not")
     return left, right

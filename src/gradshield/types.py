@@ -1,4 +1,4 @@
-"""The nouns: what flows from one room to the next. Frozen, and free of torch.
+"""The dataclasses that flow from one room to the next. Frozen, and free of torch.
 
     rows ──read──▶ Example ──render──▶ Rendered ──batches──▶ Batch ──measure──▶ Scores ──threshold──▶ Selection
 
@@ -26,12 +26,12 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-LEAST_ANCHORS = 20  # rows of a known kind below which they bound nothing
+LEAST_ANCHORS = 20  # fewer rows of known kind give no floor
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One sequence of a row before it is rendered: chat messages, or a prompt and its completion as plain text.
+    """One sequence of a row before rendering: chat messages, or a prompt and its completion as plain text.
 
     ``messages`` are dicts as the chat template takes them (``role``, ``content``, and whatever else the row had, such
     as ``tool_calls``). ``trained`` holds, per message, whether its tokens may count in the loss (an assistant turn
@@ -56,8 +56,8 @@ class Example:
     """One row of the dataset, read but not yet rendered.
 
     ``row`` is its position in the input (0-based, quarantined rows counted); ``id`` is a hash of its content,
-    with ``-2``, ``-3``… where the same content comes again. ``shape`` names the row shape it was read as.
-    ``source`` is the row exactly as it came in, in bytes; of a table, the row as one line of JSON.
+    with ``-2``, ``-3``… for repeated content. ``shape`` names the row shape it was read as.
+    ``source`` is the row's exact input bytes; of a table, the row as one line of JSON.
     """
 
     row: int
@@ -69,10 +69,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A row that cannot be used: where it stands, why, and the row itself.
+    """A row that cannot be used: its place, the reason, and the row itself.
 
-    ``line`` is 1-based (line of the file, or row of the table); ``row`` is the position in the input. ``source`` is the row in
-    bytes, of a long one its head; ``size`` and ``sha256`` are of all of it.
+    ``line`` is 1-based (line of the file, or row of the table); ``row`` is the position in the input. ``source`` holds the row's
+    bytes, only the head of a long row; ``size`` and ``sha256`` cover all of it.
     """
 
     row: int
@@ -85,7 +85,7 @@ class Quarantined:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """One rendered sequence. ``loss[t]`` says that token t counts in the loss; ``loss[0]`` is never True."""
+    """One rendered sequence. ``loss[t]`` is True if token t counts in the loss; ``loss[0]`` never is."""
 
     ids: Ints  # (T,)
     loss: Bools  # (T,)
@@ -94,7 +94,7 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Rendered:
-    """One row as the model will see it: one sequence, or two for a preference pair."""
+    """One row as the model sees it: one sequence, or two for a preference pair."""
 
     row: int
     id: str
@@ -117,13 +117,13 @@ class Batch:
 
 
 class OnlineSelection(Protocol):
-    """A method that chooses rows inside training, at the current weights; ``training.online`` runs it in a trainer.
+    """A method that selects rows during training, at the current weights; ``training.online`` runs it in a trainer.
 
-    ``begin`` is called once, after the adapter is on the model and before the first step; ``choose`` gets every batch
-    that the trainer collated (rows numbered 0 to B - 1 in the order of the batch) and says which of them train, at
-    least one (B,); ``correct`` may rewrite the ``.grad`` of the trainable parameters, after a step's backward passes and
-    before the optimiser's step; ``record`` is JSON-able: the settings, and what was done so far. ``least`` is how many rows a
-    batch must hold for the method to leave out the share that it is meant to; in smaller ones it leaves out less, or none.
+    ``begin`` is called once, after the adapter is added and before the first step; ``choose`` gets every collated batch
+    (rows numbered 0 to B - 1) and returns which rows train, at least one (B,); ``correct`` may rewrite the ``.grad`` of the
+    trainable parameters, after a step's backward passes and before the optimiser's step; ``record`` is JSON-able: the settings
+    and counts so far. ``least`` is the smallest batch from which the method can drop its full share of rows; from smaller ones
+    it drops less, or none.
     """
 
     name: str
@@ -142,7 +142,7 @@ class OnlineSelection(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """Short rows of known kind on one model, as tokens: what methods that compare rows with examples are given.
+    """Short tokenised rows of known kind on one model, for methods that compare rows with examples.
 
     ``harmful`` are the probe requests, each followed by a compliant opener and nothing else; ``refused`` are the same
     requests with the model's own refusals; ``answered`` are harmless look-alikes with the model's own answers. The loss
@@ -172,9 +172,9 @@ class Direction:
 
 @dataclass(frozen=True, eq=False)
 class Anchors:
-    """Scores of short rows of known kind on this model: a compliant opener after a prompt, and nothing else.
+    """Scores of short rows of known kind on this model: a prompt followed by a compliant opener.
 
-    ``harmful`` (M,) answer the probes; ``harmless`` (L,) answer those look-alikes that the model itself answers.
+    ``harmful`` (M,) answer the probe requests; ``harmless`` (L,) answer the look-alikes that the model itself answers.
     """
 
     harmful: Floats
@@ -182,9 +182,9 @@ class Anchors:
 
     @property
     def floor(self) -> float:
-        """Halfway from what 95 % of the harmless reach to what 95 % of the harmful do.
+        """Halfway between the 95 % quantile of the harmless and the 5 % quantile of the harmful.
 
-        Zero, no floor, without LEAST_ANCHORS of either, or where the two overlap: then this score does not tell them apart.
+        Zero (no floor) with fewer than LEAST_ANCHORS of either, or if the two overlap: the score does not separate them.
         """
         if min(len(self.harmful), len(self.harmless)) < LEAST_ANCHORS:
             return 0.0
@@ -196,10 +196,10 @@ class Anchors:
 class Scores:
     """One score per row; higher = drop first. Arrays are aligned with ``rows``.
 
-    ``decoys`` holds the score of each row's own decoy (None where the selector has none): what the row would score
-    if its tokens pushed as much toward safety as they push toward harm. ``tokens[i]`` is the row's per-token
-    values where they were measured, read from disk when asked for. ``shapes`` groups rows on one scale: ``preference``
-    pairs apart from ``rows``. ``ids`` and ``shapes`` of a scan are columns of a few bytes a row (`columns`).
+    ``decoys`` holds the score of each row's decoy (None if the selector has none): what the row would score
+    if its tokens pushed as much toward safety as they push toward harm. ``tokens[i]`` holds the row's per-token
+    values where measured, read from disk on access. ``shapes`` groups rows on one scale: ``preference`` pairs, and
+    ``rows``. ``ids`` and ``shapes`` of a scan are columns of a few bytes a row (`columns`).
     """
 
     rows: Ints  # (N,)
@@ -211,14 +211,14 @@ class Scores:
     nll: Floats | None = None  # (N,) mean loss of the row's response tokens, in nats
     tokens: Sequence[Floats] | None = None
     anchors: Anchors | None = None
-    signals: Mapping[str, Floats] = field(default_factory=dict)  # (N,) each: what the score was made of
+    signals: Mapping[str, Floats] = field(default_factory=dict)  # (N,) each: the components of the score
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What a threshold decided: rows whose score is greater than ``value`` go.
+    """A threshold's decision: rows that score above ``value`` are removed.
 
-    ``detail`` is what a reader needs to see why (fits, likelihoods, estimated false discovery rate), JSON-able.
+    ``detail`` explains it (fits, likelihoods, estimated false discovery rate), JSON-able.
     """
 
     value: float
@@ -228,13 +228,13 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What a scan decided, row by row.
+    """A scan's decision for every row.
 
     ``removed`` and ``categories`` (the kind of harm a removed row pulls toward, else empty) are aligned with
-    ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows beyond the cut that a person allowed.
-    ``kept``, which is made when it is first asked for, is ready for a trainer: the caller's own ``Dataset`` without the
-    removed rows where TRL knows its shape, else the rows tokenised as they were scored. ``certified`` is True where the model
-    was asked its probes and refused them, and nothing in the scan speaks against its result (`scanning.trust`).
+    ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows above the cut that a reviewer allowed.
+    ``kept``, made on first access, is ready for a trainer: the caller's own ``Dataset`` without the removed rows if TRL knows
+    its shape, else the rows tokenised as they were scored. ``certified`` is True if the model refused its probes and no
+    check of the scan failed (`scanning.trust`).
     """
 
     scores: Scores
@@ -249,17 +249,17 @@ class Selection:
 
     @cached_property
     def kept(self) -> Any:
-        """The rows that stay, for a trainer."""
+        """The kept rows, for a trainer."""
         return self.keep()
 
     @property
     def kept_rows(self) -> Ints:
-        """Positions in the input of the rows that stay."""
+        """Positions in the input of the kept rows."""
         return self.scores.rows[~self.removed]
 
     @property
     def removed_rows(self) -> Ints:
-        """Positions in the input of the rows that go."""
+        """Positions in the input of the removed rows."""
         return self.scores.rows[self.removed]
 
 
@@ -275,24 +275,24 @@ class Rate:
     level: float = 0.95
 
     def as_dict(self) -> dict[str, float | int]:
-        """``{rate, low, high, n, k}``, the form every JSON file of the product uses."""
+        """``{rate, low, high, n, k}``, the form in every JSON file."""
         return {"rate": self.rate, "low": self.low, "high": self.high, "n": self.n, "k": self.k}
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> Rate:
-        """What ``as_dict`` gave, read back."""
+        """The inverse of ``as_dict``."""
         return cls(value.get("k", 0), value["n"], float(value["rate"]), float(value["low"]), float(value["high"]))
 
     def __str__(self) -> str:
-        """``79.0 % [75.6, 82.1] n=200``, wherever a rate is shown."""
+        """``79.0 % [75.6, 82.1] n=200``."""
         return f"{100 * self.rate:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] n={self.n}"
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What was measured on one model. ``rates[name]`` is a Rate (``asr/refusal-phrases``, ``over_refusal``, ``utility``…).
+    """The measurements of one model. ``rates[name]`` is a Rate (``asr/refusal-phrases``, ``over_refusal``, ``utility``…).
 
-    ``outputs`` holds every prompt with the answer and each judge's verdict, so that a headline can be opened.
+    ``outputs`` holds every prompt with the answer and each judge's verdict.
     """
 
     rates: Mapping[str, Rate]
@@ -301,7 +301,7 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything needed to repeat a result: JSON-able, written last, so that its presence means a finished run."""
+    """Everything needed to reproduce a result. JSON-able; written last, so that its presence means a finished run."""
 
     command: str
     versions: Mapping[str, str]
@@ -312,8 +312,8 @@ class Manifest:
 
 
 Progress = Callable[[str, int, int], None]
-"""Told (stage, done, total) as work goes on."""
+"""Called with (stage, done, total) as work advances."""
 
 
 def quiet(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Report no progress."""

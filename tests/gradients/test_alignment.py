@@ -91,7 +91,7 @@ def test_what_has_no_direction_is_refused() -> None:
     names = target_names(base, LORA)
     with pytest.raises(UsageError, match=r"identical in all 14 weights.*before its alignment"):
         alignment(copy.deepcopy(base), base, names)
-    with pytest.raises(UsageError, match="no weight matrix was named"):
+    with pytest.raises(UsageError, match="there is no weight matrix"):
         alignment(perturbed(base), base, ["model.norm.weight"])
     with pytest.raises(ModelError, match=r"the base model has no weight model\.layers\.0"):
         alignment(perturbed(base), tiny_model("gpt2"), names)

@@ -287,7 +287,7 @@ def test_targets_are_the_models_own_names_of_what_an_adapter_changes(arch: str, 
     else:
         assert kinds >= {"q_proj", "k_proj", "v_proj", "o_proj"}
         assert ("experts" in kinds) == (arch == "mixtral") and "lm_head" not in kinds
-    with pytest.raises(UsageError, match=r"targets needs to know .*--lora-config"):
+    with pytest.raises(UsageError, match=r"targets needs the peft_config .*--lora-config"):
         parameter_names(model, "targets")
 
 

@@ -275,7 +275,7 @@ def test_a_map_of_devices_on_one_device_is_the_model(folder: Path) -> None:
 
 @pytest.mark.parametrize("left", ["cpu", "disk"])
 def test_layers_left_off_the_devices_are_refused(left: str) -> None:
-    with pytest.raises(UsageError, match=f"left on the {left}"):
+    with pytest.raises(UsageError, match=f"are on the {left}"):
         check_placed(SimpleNamespace(hf_device_map={"model": 0, "lm_head": left}), "auto")
     check_placed(SimpleNamespace(hf_device_map={"model": 0, "lm_head": 1}), "auto")
     check_placed(SimpleNamespace(hf_device_map={"": "cpu"}), "auto")

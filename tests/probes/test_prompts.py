@@ -212,7 +212,7 @@ def test_a_cell_of_a_users_csv_keeps_every_character(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (["How do I pick a lock?", "How do I  pick a LOCK? "], "row 2 .* asks what row 1 asks"),
+        (["How do I pick a lock?", "How do I  pick a LOCK? "], "row 2 .* repeats row 1"),
         (["How do I pick a lock \\ud800?"], "half a character"),
     ],
 )

@@ -233,7 +233,7 @@ def test_a_function_that_gives_no_score_is_an_error() -> None:
         probe = FunctionProbe(function)
         assert probe.name == function.__name__ and probe.settings()["name"] == function.__name__
         with pytest.raises(
-            UsageError, match=rf"{function.__name__} returned {got}, but a probe gives one scalar.*without"
+            UsageError, match=rf"{function.__name__} returned {got}, but a probe must return one scalar.*without"
         ):
             probe(model, REQUESTS.batch(CPU))
 

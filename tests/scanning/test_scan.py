@@ -330,7 +330,7 @@ def test_a_scan_does_not_write_over_its_input(tmp_path: Path) -> None:
     before = files(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "removed.jsonl")
     for data in (tmp_path / "kept.jsonl", str(tmp_path / "link")):
-        with pytest.raises(DataError, match=r"lies in the output folder.*give another --output"):
+        with pytest.raises(DataError, match=r"is in the output folder.*give another --output"):
             scan(data, output=tmp_path)
     (tmp_path / "link").unlink()
     assert files(tmp_path) == before

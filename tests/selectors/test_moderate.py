@@ -85,7 +85,7 @@ def test_rows_without_a_number_are_no_candidates() -> None:
     norms = np.array([5.0, 5.0, np.inf, 6.0, 5.0, 5.5])
     assert moderate(losses, norms, 1.0).tolist() == [True, False, False, False, False, True]  # 0.9 is out of the band
     assert moderate(losses[:1], norms[:1]).tolist() == [True]
-    with pytest.raises(ScoreError, match="none of the 2 candidate rows"):
+    with pytest.raises(ScoreError, match="not one of the 2 candidate rows"):
         moderate(losses[[1, 2]], norms[[1, 2]])
 
 

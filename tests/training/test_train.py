@@ -301,11 +301,11 @@ def test_no_command_writes_over_what_another_has_found(tmp_path: Path) -> None:
         before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
         for name in typed:
             if name != own:
-                assert "another command has found" in command(*typed[name], "--output", folder).sentence
+                assert "the results of another command" in command(*typed[name], "--output", folder).sentence
         assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     (tmp_path / "mine").mkdir()
     write(tmp_path / "mine" / "data.jsonl", "mine")
-    assert "is no folder of GradShield's" in command("demo", "--output", tmp_path / "mine").sentence
+    assert "was not written by GradShield" in command("demo", "--output", tmp_path / "mine").sentence
 
 
 @pytest.mark.parametrize("where", ["model", "base", "foreign", "scan"])

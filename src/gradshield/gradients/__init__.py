@@ -1,4 +1,4 @@
-"""Directional derivatives of the loss: one slow oracle, three fast engines, and how far they agree."""
+"""Directional derivatives of the loss: one slow oracle, three fast engines, and their agreement."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ __all__ = [
 
 
 def pick(name: str, model: nn.Module, per_token: bool) -> Engine:
-    """The engine to use. ``auto`` decides by precision, device and whether per-token values are needed.
+    """The engine to use. ``auto`` decides by precision, architecture and whether per-token values are needed.
 
-    float32 or float64: finite difference (cheapest, per token). Half precision: forward mode where per-token values are
-    needed, else perturbation. 8 bits: perturbation. Raises UsageError when a named engine cannot give per-token values that
-    are needed, and for an engine that cannot follow 8 bits.
+    float32 or float64: finite difference (cheapest, per token). Half precision: forward mode if per-token values are
+    needed, else perturbation. 8 bits: perturbation. Raises UsageError if a named engine cannot give the per-token values
+    needed, or does not support 8 bits.
     """
     rounding = any(p.dtype == torch.int8 for p in model.parameters())
     if rounding and (per_token or name in ("forward", "finite-difference")):
         raise UsageError(
-            "a layer in 8 bits rounds what goes into it, and of the engines perturbation and loop alone can follow that, "
-            f"which give row sums only: load the model in 4 bits (--quantize 4bit), or take --engine auto with {ROW_SUMS}"
+            "a layer in 8 bits rounds its input, which only the engines perturbation and loop support, and they give row sums "
+            f"only: load the model in 4 bits (--quantize 4bit), or use --engine auto with {ROW_SUMS}"
         )
     if name == "auto":
         if rounding:

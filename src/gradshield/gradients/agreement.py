@@ -1,4 +1,4 @@
-"""How far a fast engine is from the oracle, and the finite-difference step that keeps it near."""
+"""The error of a fast engine against the oracle, and the finite-difference step that minimises it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def agreement(engine: str, fast: Floats, oracle: Floats) -> EngineAgreement:
 def calibrated(model: nn.Module, batch: Batch, direction: Direction) -> tuple[FiniteDifference, dict[str, float]]:
     """The finite-difference engine whose step agrees best with the oracle on ``batch``, and the error of each step.
 
-    Tried are RELATIVE_STEPS, in units of ‖θ‖/‖v‖: rounding grows below, curvature above.
+    Tries RELATIVE_STEPS, in units of ‖θ‖/‖v‖: smaller steps suffer from rounding, larger ones from curvature.
     """
     oracle = Loop().directional(model, batch, direction).values.numpy()
     errors = {}

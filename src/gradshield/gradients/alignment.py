@@ -1,7 +1,7 @@
 """The alignment direction: what alignment training did to each weight matrix, V = W_aligned - W_base.
 
-Methods that hold fine-tuning near an aligned model take V as the way that is safe to go along. Here it is computed once from two
-models, kept in a file with its hash, and looked at: how many directions it spans, and how the published operator
+Methods that keep fine-tuning near an aligned model treat V as the safe direction. This module computes it once from two models,
+stores it in a file with its hash, and analyses it: how many directions it spans, and how the published operator
 C = V Vᵀ/‖V‖_F stretches them.
 """
 
@@ -29,9 +29,9 @@ from gradshield.models.placement import in_float64
 class Alignment:
     """One V for each weight matrix: ``tensors[name]`` is (d_out, d_in), float32, on the CPU.
 
-    Rows are outputs and columns inputs whatever the layer keeps, so that a LoRA update ``scale * B @ A`` adds to V as it is.
-    Names are those of the plain model, without an adapter. ``digest`` is the SHA-256 of names and bytes. ``meta`` is JSON-able;
-    ``meta["unchanged"]`` lists the matrices that alignment left alone (V = 0).
+    Rows are outputs and columns inputs, whatever the layer's own layout, so a LoRA update ``scale * B @ A`` has V's shape.
+    Names are those of the model without an adapter. ``digest`` is the SHA-256 of names and bytes. ``meta`` is JSON-able;
+    ``meta["unchanged"]`` lists the matrices that alignment did not change (V = 0).
     """
 
     tensors: Mapping[str, Tensor]
@@ -43,8 +43,8 @@ class Alignment:
 class Spectrum:
     """Eigenvalues of C = V Vᵀ/‖V‖_F, largest first: min(d_out, d_in) of them, the rest being zero.
 
-    A projector has eigenvalues 0 and 1 only. I - C shrinks a direction whose eigenvalue is between 0 and 2 and stretches it
-    beyond: there the published penalty punishes the alignment direction itself, harder than any other.
+    A projector has only the eigenvalues 0 and 1. I - C shrinks a direction whose eigenvalue is between 0 and 2 and stretches
+    one above 2: there the published penalty punishes the alignment direction itself, harder than any other.
     """
 
     eigenvalues: tuple[float, ...]
@@ -55,21 +55,21 @@ class Spectrum:
 
     @property
     def beyond_two(self) -> int:
-        """How many directions the published operator punishes harder than one that alignment did not use."""
+        """How many directions the published operator punishes harder than one unused by alignment."""
         return sum(value > 2 for value in self.eigenvalues)
 
 
 def plain_name(name: str) -> str:
-    """The name that a parameter has in the model without its adapter."""
-    # Adapters of two weights of one layer (fused experts) stand around each other.
+    """A parameter's name in the model without its adapter."""
+    # Adapters of two weights of one layer (fused experts) are nested.
     return re.sub(r"(\.base_layer)+(?=\.|$)", "", name.removeprefix("base_model.model."))
 
 
 def alignment(aligned: nn.Module, base: nn.Module, names: Sequence[str]) -> Alignment:
-    """V of each weight matrix in ``names``; vectors among them (biases) are passed over, since no adapter's factors move them.
+    """V of each weight matrix in ``names``; vectors (biases) are skipped, since an adapter's factors do not move them.
 
-    ``names`` come from ``gradients.target_names``. Raises ModelError where the two models do not have the same matrices, or one
-    is no plain matrix of a linear layer, and UsageError where there is no matrix or none differs.
+    ``names`` come from ``gradients.target_names``. Raises ModelError if the two models do not have the same matrices, or one is
+    not the plain matrix of a linear layer, and UsageError if there is no matrix or all are equal.
     """
     first, second = _owned(aligned), _owned(base)
     tensors = {}
@@ -84,14 +84,14 @@ def alignment(aligned: nn.Module, base: nn.Module, names: Sequence[str]) -> Alig
             tensors[name] = _difference(name, *first[name], second[name][1])
     if not tensors:
         raise UsageError(
-            "no weight matrix was named to take the alignment direction of: give a peft_config whose target modules "
-            "are linear layers"
+            "there is no weight matrix to take the alignment direction of: give a peft_config whose target modules are "
+            "linear layers"
         )
     unchanged = [name for name, v in tensors.items() if not bool(v.any())]
     if len(unchanged) == len(tensors):
         raise UsageError(
-            f"the aligned and the base model are identical in all {len(tensors)} weights, so there is no direction to "
-            "stay along: give as base the model before its alignment (the one without -Instruct or -chat)"
+            f"the aligned and the base model are identical in all {len(tensors)} weights, so there is no alignment direction: "
+            "give as base the model before its alignment (the one without -Instruct or -chat)"
         )
     return Alignment(tensors, digest((), tensors), {"unchanged": unchanged})
 
@@ -113,25 +113,25 @@ def _difference(name: str, owner: nn.Module, one: Tensor, other: Tensor) -> Tens
     transposed = type(owner).__name__ == "Conv1D"  # GPT-2's, of transformers
     if one.ndim != 2 or not (transposed or isinstance(owner, nn.Linear)):
         raise ModelError(
-            f"{name} of shape {tuple(one.shape)} belongs to a {type(owner).__name__}, and an alignment direction is "
-            "taken of linear layers only: leave embeddings, convolutions and fused experts out of the adapter's targets"
+            f"{name} of shape {tuple(one.shape)} belongs to a {type(owner).__name__}, and an alignment direction covers "
+            "linear layers only: leave embeddings, convolutions and fused experts out of the adapter's targets"
         )
     if not (one.is_floating_point() and other.is_floating_point()):
         raise ModelError(
-            f"{name} is held as {one.dtype} in one model and {other.dtype} in the other, and quantised weights cannot "
-            "be subtracted: load both models unquantised"
+            f"{name} is {one.dtype} in one model and {other.dtype} in the other, and quantised weights cannot be "
+            "subtracted: load both models unquantised"
         )
     with torch.no_grad():
         v = one.detach().to("cpu", torch.float32) - other.detach().to("cpu", torch.float32)
     if not bool(v.isfinite().all()):
-        raise ModelError(f"{name} holds values that are not finite in one of the models: check both models' files")
+        raise ModelError(f"{name} has values that are not finite in one of the models: check both models' files")
     return v.T.contiguous() if transposed else v
 
 
 def spectrum(v: Tensor) -> Spectrum:
     """Eigenvalues of C = V Vᵀ/‖V‖_F of one (d_out, d_in) matrix: squared singular values of V over its norm.
 
-    Exact, from the smaller Gram matrix in float64, on the device that ``v`` is on where it has float64. For V = 0 all are zero.
+    Exact, from the smaller Gram matrix in float64, on ``v``'s device if it has float64. For V = 0 all are zero.
     """
     squares = _squares(_gram(v))
     norm = squares.sum().sqrt()
@@ -139,15 +139,15 @@ def spectrum(v: Tensor) -> Spectrum:
 
 
 def leading(v: Tensor, energy: float) -> Tensor:
-    """Orthonormal basis (d_out, q) of the smallest number of left singular directions that hold a share ``energy`` of ‖V‖²_F.
+    """Orthonormal basis (d_out, q) of the fewest left singular directions that hold a share ``energy`` of ‖V‖²_F.
 
     With ``energy`` 1 it is the whole column space, up to the rounding of float64. Float32; q = 0 for V = 0.
     """
     if not 0 < energy <= 1:
-        raise UsageError(f"energy {energy} is not a share: give a number above 0 and at most 1")
+        raise UsageError(f"the energy is {energy}: give a share above 0 and at most 1")
     squares, vectors = torch.linalg.eigh(_gram(v))
     squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
-    # What float64 cannot tell from zero is no direction of V.
+    # Singular values that are zero within float64 rounding do not count.
     floor = float(squares[0]) * max(v.shape) * torch.finfo(torch.float64).eps
     rank = int((squares > floor).sum())
     reached = squares.cumsum(0) >= energy * squares.sum()
@@ -177,7 +177,7 @@ def save(direction: Alignment, path: Path) -> None:
 
 
 def load(path: Path) -> Alignment:
-    """Read a saved alignment direction. Raises DataError when it is none, or when its bytes do not match its digest."""
+    """Read a saved alignment direction. Raises DataError if the file is not one, or its bytes do not match its digest."""
     again = "compute it again from the aligned and the base model"
     try:
         with safe_open(path, framework="pt") as file:
@@ -189,7 +189,7 @@ def load(path: Path) -> Alignment:
     fits = all(v.ndim == 2 and v.dtype == torch.float32 for v in tensors.values())
     if header.get("kind") != "alignment" or not tensors or not fits or not isinstance(meta, dict):
         raise DataError(
-            f"the file {path.name} is no alignment direction, which is one float32 matrix per weight with its hash: {again}"
+            f"the file {path.name} is not an alignment direction (one float32 matrix per weight, with a hash): {again}"
         )
     if digest((), tensors) != header.get("digest"):
         raise DataError(f"the alignment direction {path.name} does not match its digest: {again}")

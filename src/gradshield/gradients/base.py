@@ -1,4 +1,4 @@
-"""What every engine is given, what it gives back, and what it must leave as it was.
+"""The engine interface, and the context managers that keep the model unchanged.
 
 An engine computes, for each sequence i of a batch and each direction v_k, the directional derivative
 
@@ -49,7 +49,7 @@ class Engine(Protocol):
 
 
 ENGINES: Registry[type[Engine]] = Registry("engine")
-# What goes with an engine that gives row sums only: they have no decoys, and the default threshold needs those.
+# For errors: options that work with an engine that gives row sums only, which have no decoys.
 ROW_SUMS = "--aggregate sum and a --threshold that needs no decoys (adaptive, ratio:5%, fixed:VALUE)"
 
 
@@ -73,9 +73,9 @@ class DeviceBatch:
 
 @contextmanager
 def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[str, nn.Parameter]]:
-    """The model in evaluation mode, with gradients for ``trainable`` parameters only; all of it undone at the end.
+    """The model in evaluation mode, with gradients for ``trainable`` parameters only; restored at the end.
 
-    Yields those parameters by name. Modes and ``requires_grad`` flags are put back one by one, since a caller may have
+    Yields those parameters by name. Modes and ``requires_grad`` flags are restored one by one, since the caller may have
     frozen any part of the model, and no ``.grad`` is ever written.
     """
     parameters = parameters_by_name(model)
@@ -93,16 +93,16 @@ def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[st
 
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
-    """Mixture-of-experts layers in their plain loop, put back at the end: the grouped kernels have no forward mode."""
+    """Run mixture-of-experts layers as a plain loop, restored at the end: the grouped kernels have no forward mode."""
     with _configured(model, "_experts_implementation", lambda _: "eager"):
         yield
 
 
 @contextmanager
 def torch_attention(model: nn.Module) -> Iterator[None]:
-    """Attention by torch's own function where a config names another, put back at the end: other kernels have no forward mode."""
+    """Replace attention kernels by torch's own, restored at the end: other kernels have no forward mode."""
     plain = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
-    # The name without "_internal" would set the configs inside a config too, and they could not all be put back.
+    # The name without "_internal" would also set nested configs, which could not all be restored.
     with _configured(
         model, "_attn_implementation_internal", lambda name: name if name in (None, "eager", "sdpa") else plain
     ):
@@ -111,7 +111,7 @@ def torch_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _configured(model: nn.Module, attribute: str, value: Callable[[Any], Any]) -> Iterator[None]:
-    """The attribute of every config of the model set to what ``value`` makes of it, and put back at the end."""
+    """Map the attribute of every config of the model through ``value``, restored at the end."""
     configs = {
         id(m.config): m.config
         for m in modules_by_name(model).values()
@@ -128,19 +128,19 @@ def _configured(model: nn.Module, attribute: str, value: Callable[[Any], Any]) -
 
 
 def experts(config: Any) -> int:
-    """How many experts a layer has, as the config of its language model tells; 0 for a model without."""
+    """The number of experts per layer in the language model's config; 0 without experts."""
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    parts = (config, getattr(config, "ffn_config", None))  # DBRX has its own place for them
+    parts = (config, getattr(config, "ffn_config", None))  # DBRX keeps them here
     return next((getattr(part, name) for part in parts for name in names if getattr(part, name, None)), 0)
 
 
 def routed_by_steps(config: Any) -> bool:
-    """Whether a router chooses by comparing scores one after the other, in no single call that could be held fixed."""
+    """Whether the router compares scores one by one, so that there is no single choice to hold fixed."""
     return getattr(config, "model_type", None) == "phimoe"
 
 
 def check_direction(model: nn.Module, direction: Direction) -> None:
-    """Raises UsageError when the direction does not fit the model's parameters."""
+    """Raises UsageError if the direction does not fit the model's parameters."""
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters_by_name(model).items()}
     for name, tensor in direction.tensors.items():
         if shapes.get(name) != tuple(tensor.shape[1:]):
@@ -151,11 +151,11 @@ def check_direction(model: nn.Module, direction: Direction) -> None:
 
 
 def beyond_layers(model: nn.Module) -> list[str]:
-    """Names of adapter layers whose parameters act beyond their own module's forward, where a layer's hook cannot follow.
+    """Names of adapter layers whose parameters act outside their own module's forward, beyond the reach of a layer's hook.
 
-    Two are known: PEFT's adapters of fused experts (ParamWrapper reads the factors itself), and DoRA, whose training
-    gradient holds the weight's norm fixed although it depends on the adapter. Convolutions that a model reads itself are not
-    among them: the module around them is hooked instead (`followed`).
+    These are PEFT's adapters of fused experts (ParamWrapper reads the factors itself), and DoRA, whose training gradient
+    holds the weight's norm fixed although it depends on the adapter. Convolutions that a model reads itself are not included:
+    the module around them is hooked instead (`followed`).
     """
     return [
         name
@@ -165,7 +165,7 @@ def beyond_layers(model: nn.Module) -> list[str]:
 
 
 def check_layers(engine: str, model: nn.Module, direction: Direction) -> None:
-    """Raises UsageError when the direction moves an adapter that an engine of hooks on layers cannot follow."""
+    """Raises UsageError if the direction moves an adapter that a hook-based engine cannot follow."""
     for name in beyond_layers(model):
         if any(tensor.startswith(f"{name}.lora_") for tensor in direction.tensors):
             raise UsageError(
@@ -175,11 +175,11 @@ def check_layers(engine: str, model: nn.Module, direction: Direction) -> None:
 
 
 Places = Sequence[tuple[nn.Module, Mapping[str, Tensor]]]
-"""Modules, each with tensors by the names of the parameters in it: what `owners` and `followed` give."""
+"""Modules, each with tensors by parameter name: the result of `owners` and `followed`."""
 
 
 def owners(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
-    """Modules that hold the direction's parameters themselves, each with its own tensors by attribute name.
+    """Modules that own the direction's parameters, each with its tensors by attribute name.
 
     A tied parameter is listed under every module that uses it, so that each use moves.
     """
@@ -203,10 +203,10 @@ def _owners(
 
 
 def followed(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
-    """Modules within whose forward the direction's parameters act, each with its tensors by their name in it.
+    """Modules in whose forward the direction's parameters act, each with its tensors by their name in it.
 
-    That is the owner, but for convolutions, which go by the module around them (``conv.weight``): LFM2, Mamba and their like
-    read a convolution's weights themselves and never run it. What the module around it computes follows them either way.
+    That is the owner, except for convolutions, which are listed under their parent (``conv.weight``): LFM2, Mamba and
+    similar models read a convolution's weights themselves and never run it.
     """
     modules = modules_by_name(model)
     paths = {id(module): path for path, module in modules.items()}
@@ -229,10 +229,10 @@ def all_followed(
     who: str,
     instead: str,
 ) -> Iterator[None]:
-    """Around one pass of an engine of hooks on layers. Raises UsageError where it moved parameters that no hook saw at work.
+    """Wraps one pass of a hook-based engine. Raises UsageError if parameters of the direction were used past their hooks.
 
-    A layer may not run because nothing reaches it (an expert without a token, what looks at pictures). Where the module around
-    it ran and the loss depends on the layer's parameters all the same, that module read them itself, past the layer.
+    A layer may not run because nothing reaches it (an expert without tokens, a vision tower). If its parent ran and the loss
+    still depends on the layer's parameters, the parent read them itself.
     """
     modules = modules_by_name(model)
     paths = {id(module): path for path, module in modules.items()}
@@ -253,5 +253,5 @@ def all_followed(
         reads = token_nll(model, data.ids, data.attention, data.loss).requires_grad
     if reads:
         raise UsageError(
-            f"{who} works layer by layer, and the module around {left[0]} reads its weights itself, past the layer: {instead}"
+            f"{who} works layer by layer, and the parent module of {left[0]} reads its weights directly: {instead}"
         )

@@ -1,4 +1,4 @@
-"""From a differentiable score to the direction v = ∇S, and to a file that every worker loads."""
+"""The direction v = ∇S of a differentiable score, and its file."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ def gradient_direction(
 ) -> Direction:
     """∇S for each named score, over the named parameters.
 
-    ``scores[name]`` is one or more callables whose values add up to S (chunks of the probe set, so that the graph of one
-    chunk at a time is alive). All of them are in memory at once. Raises ScoreError when a gradient is zero or not finite: no
-    row could be told apart by it.
+    ``scores[name]`` is one or more callables whose values sum to S (chunks of the probe set, so that one chunk's graph is
+    alive at a time). All gradients are in memory at once. Raises ScoreError if one is zero or not finite.
     """
     gradients = {name: _gradient(model, parts, parameters) for name, parts in scores.items()}
     names = tuple(gradients)
@@ -48,7 +47,7 @@ def gradient_direction(
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """One parameter's gradients as (K, …); a single one is not copied, since it may be as large as the model."""
+    """One parameter's gradients as (K, …); a single one is not copied, to save memory."""
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
 
@@ -90,7 +89,7 @@ def save(direction: Direction, path: Path) -> None:
 
 
 def load(path: Path) -> Direction:
-    """Read a saved direction. Raises DataError when it is none, or when its bytes do not match its digest."""
+    """Read a saved direction. Raises DataError if the file is not one, or its bytes do not match its digest."""
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

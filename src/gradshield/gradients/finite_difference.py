@@ -1,4 +1,4 @@
-"""Central finite difference along the direction: two batched forward passes, every token's derivative for free."""
+"""Central finite difference along the direction: two batched forward passes, with per-token derivatives."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from gradshield.types import Batch, Direction
 class _Routing(TorchFunctionMode):  # type: ignore[misc]
     """Records which experts a pass chose, and makes later passes choose the same.
 
-    A router's choice is discrete: a finite step can flip it, and the difference would then measure the jump, not the
-    slope. The oracle's derivative holds the choice fixed, and so does this.
+    A router's choice is discrete: a finite step can flip it, and the difference would measure the jump, not the slope. The
+    oracle's derivative holds the choice fixed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.chosen: list[Tensor] = []
-        self.below = 0  # how many of them were made in the layers that later passes skip
+        self.below = 0  # choices made in the layers that later passes skip
         self.turn: int | None = None  # None while recording
 
     def mark(self) -> None:
@@ -67,9 +67,9 @@ class _Routing(TorchFunctionMode):  # type: ignore[misc]
 class FiniteDifference:
     """[L(θ-εv) - L(θ+εv)] / 2ε: two batched forward passes, per-token values, any kernel; float32 or float64 only.
 
-    ``relative_step`` is ε in units of ‖θ‖/‖v‖ over the subspace: too small and float32 rounds the difference away,
-    too large and the curvature shows. The default is the middle of the flat part of the error measured against the
-    oracle (docs/methods.md); `calibrated` finds the model's own.
+    ``relative_step`` is ε in units of ‖θ‖/‖v‖ over the subspace: too small loses the difference to float32 rounding, too
+    large adds curvature. The default is the middle of the flat range of the error against the oracle (docs/methods.md);
+    `calibrated` finds the best step for a model.
     """
 
     name = "finite-difference"
@@ -79,14 +79,14 @@ class FiniteDifference:
         self.relative_step = relative_step
 
     def directional(self, model: nn.Module, batch: Batch, direction: Direction) -> Derivatives:
-        """(K, B, T) derivatives. Raises UsageError on a half-precision model, where the step would be rounded away."""
+        """(K, B, T) derivatives. Raises UsageError on a half-precision model, which would round the step away."""
         check_direction(model, direction)
         check_layers(self.name, model, direction)
         self._check_precision(model, direction)
         if routed_by_steps(text_config(model)):
             raise UsageError(
-                "the finite-difference engine got a mixture whose routing it cannot hold fixed (PhiMoE), so that a step could "
-                "change which experts a token goes to: use --engine auto, forward or perturbation"
+                "the finite-difference engine got a mixture of experts whose routing it cannot hold fixed (PhiMoE), so a step "
+                "could change a token's experts: use --engine auto, forward or perturbation"
             )
         data = DeviceBatch.of(batch, model)
 

@@ -27,7 +27,7 @@ from gradshield.types import Batch, Direction
 
 
 class _TokenLoss(nn.Module):
-    """answer_nll as a module, so that functional_call can swap the model's parameters beneath it."""
+    """answer_nll as a module, so that functional_call can swap the model's parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -78,12 +78,12 @@ class Forward:
 
 
 def _dual(wrapped: _TokenLoss, duals: dict[str, Tensor], data: DeviceBatch) -> Tensor:
-    """The loss with its tangent. Raises UsageError for a kernel that has no forward mode (4 bits on CUDA, among others)."""
+    """The loss with its tangent. Raises UsageError for a kernel without forward mode (4 bits on CUDA, among others)."""
     try:
         found: Tensor = functional_call(wrapped, duals, (data,))
     except NotImplementedError as error:
         raise UsageError(
-            f"the engine forward got a layer that has no forward-mode derivative ({first_line(error)}): load the model in "
-            f"float32 for finite-difference (--dtype float32), or take --engine perturbation with {ROW_SUMS}"
+            f"the engine forward got a layer without a forward-mode derivative ({first_line(error)}): load the model in "
+            f"float32 for finite-difference (--dtype float32), or use --engine perturbation with {ROW_SUMS}"
         ) from error
     return found

@@ -1,4 +1,4 @@
-"""Which row each entry of a layer's activation belongs to, whatever shape the layer keeps its tokens in."""
+"""Maps each entry of a layer's activation to its row, for every token layout that layers use."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from gradshield.types import Batch
 
 
 class Layout:
-    """Takes activations apart into rows, a row being one sequence or several.
+    """Splits activations into rows, a row being one sequence or several.
 
-    Known are (B, T, …); (B, H, T, …), as attention keeps its heads; (B·T, …), as routers and experts keep their tokens;
-    (1, T, …), what all sequences share; and (1, M, …) inside the output head, whose input was gathered to the M positions
-    that predict a loss token.
+    Supported are (B, T, …); (B, H, T, …), attention heads; (B·T, …), routers and experts; (1, T, …), shared by all sequences;
+    and (1, M, …) inside the output head, whose input was gathered to the M positions that predict a loss token.
     """
 
     def __init__(self, batch: Batch, data: DeviceBatch, head: nn.Module) -> None:
@@ -42,19 +41,19 @@ class Layout:
         ]
 
     def gathered(self, module: nn.Module) -> bool:
-        """Whether the layer sees the positions that predict a loss token, and those alone."""
+        """Whether the layer sees only the positions that predict a loss token."""
         return id(module) in self._head
 
     def unshared(self, module: nn.Module, output: Any) -> Any:
-        """An output that all sequences share (learned positions), as one for each, so that their gradients stay apart."""
+        """Expand an output that all sequences share (learned positions), so that each gets its own gradient."""
         if not isinstance(output, Tensor) or self.gathered(module) or output.shape[:2] != (1, self.shape[1]):
             return output
         return output.expand(self.shape[0], *output.shape[1:])
 
     def stacks(self, module: nn.Module, x: Tensor, g: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
-        """``x`` and ``g`` as (R, P, D), zero where a row has no entry, with the rows that they are of.
+        """``x`` and ``g`` as (R, P, D), zero where a row has no entry, with the slice of rows they cover.
 
-        Inside the head rows come one by one: its logits are large, and each row has its own number of them.
+        Inside the head rows come one by one: its logits are large, and their number differs by row.
         """
         if self.gathered(module):
             x, g = x.flatten(0, -2), g.flatten(0, -2)
@@ -73,7 +72,7 @@ class Layout:
         return out.flatten(1, 2)
 
     def apart(self, module: nn.Module, x: Tensor) -> Tensor:
-        """(B, …) from an activation outside the head. Raises UsageError where sequences cannot be told apart."""
+        """(B, …) from an activation outside the head. Raises UsageError if its sequences cannot be separated."""
         count, width = self.shape
         if x.shape[:1] == (count,) and width in x.shape[1:]:
             return x
@@ -82,12 +81,12 @@ class Layout:
         if x.shape[:2] == (1, width):
             return x.expand(count, *x.shape[1:])
         raise UsageError(
-            f"gradient norms got an activation of shape {tuple(x.shape)} from {type(module).__name__}, and rows can be told "
-            "apart only in (B, T, …), (B, H, T, …) or (B·T, …): measure them with the method norms of the engine loop"
+            f"gradient norms got an activation of shape {tuple(x.shape)} from {type(module).__name__}, and rows can be "
+            "separated only in (B, T, …), (B, H, T, …) or (B·T, …): use the method norms of the engine loop"
         )
 
     def part(self, module: nn.Module, value: Any, row: int) -> Any:
-        """The row's own part of an argument, in the shape that the layer keeps its tokens in; whatever has none, as it is."""
+        """The row's part of an argument, in the layer's own layout; an argument without rows is returned unchanged."""
         if not isinstance(value, Tensor) or value.dim() == 0:
             return value
         count, width = self.shape

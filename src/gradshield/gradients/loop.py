@@ -17,7 +17,7 @@ from gradshield.types import Batch, Direction
 
 @ENGINES.register("loop")
 class Loop:
-    """One backward pass a row, dotted with the direction; exact, slow, the oracle of every other engine.
+    """One backward pass per row, dotted with the direction; exact and slow, the oracle for every other engine.
 
     Paper: arXiv 2605.14194, FIHS as defined. Departures: none.
     """
@@ -43,7 +43,7 @@ class Loop:
         return Derivatives(values, nll)
 
     def norms(self, model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norms:
-        """`row_norms` the slow way, for parameters of any kind: one backward pass a sequence, unpadded."""
+        """`row_norms` the slow way, for any parameters: one backward pass per sequence, unpadded."""
         whole = DeviceBatch.of(batch, model)
         nll = torch.zeros(whole.ids.shape, dtype=torch.float64)
         totals: dict[int, list[Tensor]] = {}

@@ -1,7 +1,7 @@
-"""LoRA layers by their mathematics: y = W x + s B A x, and B = 0 before training begins.
+"""LoRA layers: y = W x + s B A x, with B = 0 before training.
 
-What PEFT runs on every token is the sum of both terms. An engine that knows the layer can do with less: one matrix
-W + s B A, or the first term alone where B is zero.
+PEFT computes both terms for every token. An engine that knows the layer can save work: it runs the one matrix W + s B A, or
+only the first term if B is zero.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Lora(NamedTuple):
 
 
 def lora_of(layer: Any) -> Lora | None:
-    """The factors of a module that computes W x + s B A x and nothing else; None for any other module.
+    """The factors of a module that computes exactly W x + s B A x; None for any other module.
 
-    Not so: several adapters at once, one that is switched off or merged, one with a bias, DoRA and other variants, and
-    adapters of embeddings or fused experts.
+    Excluded: several active adapters, a disabled or merged one, one with a bias, DoRA and other variants, and adapters of
+    embeddings or fused experts.
     """
     if "lora_A" not in layer._modules or not hasattr(layer, "base_layer") or not hasattr(layer, "lora_variant"):
         return None
@@ -45,6 +45,6 @@ def loras(model: nn.Module) -> list[tuple[Any, Lora]]:
 
 
 def starting(lora: Lora) -> bool:
-    """Whether B is zero, so that the adapter adds nothing and only its derivative along B is left."""
+    """Whether B is zero, so that the adapter adds nothing and only its derivative along B is nonzero."""
     weight: Tensor = lora.b.weight
     return not bool(weight.any())

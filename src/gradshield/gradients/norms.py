@@ -1,8 +1,8 @@
 """The norm of every row's gradient from one forward and one activation-only backward pass for the whole batch.
 
-A layer that computes y = W x has the row gradient Σ_p g_p ⊗ x_p, where x_p is what went into it at position p and g_p the
-gradient of the row's loss at its output. Its squared norm is Σ_{p,q} <x_p, x_q> <g_p, g_q> (two Gram matrices), or the
-sum of squares of the product itself, whichever is less work. No row's gradient outlives the one layer it is of.
+A layer that computes y = W x has the row gradient Σ_p g_p ⊗ x_p, where x_p is its input at position p and g_p the gradient
+of the row's loss at its output. Its squared norm is Σ_{p,q} <x_p, x_q> <g_p, g_q> (two Gram matrices), or the sum of squares
+of the product itself, whichever is less work. A row's gradient exists for one layer at a time.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from gradshield.models.modules import modules_by_name, parameters_by_name
 from gradshield.models.placement import in_float64
 from gradshield.types import Batch, Ints
 
-_TEMPORARY = 2**22  # entries of what one layer may hold at once beside its own activations
+_TEMPORARY = 2**22  # most entries of temporary tensors in one layer
 _ELSEWHERE = "measure the rows with the method norms of the engine loop, or leave these parameters out"
 
 
 @dataclass(frozen=True, eq=False)
 class Norms:
-    """``values[r]`` is the L2 norm of the gradient of row ``rows[r]``'s loss; rows stand in the order they first appear in.
+    """``values[r]`` is the L2 norm of the gradient of row ``rows[r]``'s loss; rows are in order of first appearance.
 
     A row's loss is the sum over its sequences of coefficient times negative log-likelihood, in nats, so that a preference
     pair has one gradient. ``nll`` is (B, T), the loss of each token. Both tensors are on the CPU, in float64.
@@ -47,11 +47,11 @@ class Norms:
 def row_norms(model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norms:
     """Norms of the rows' gradients over the named parameters (a tied one counts once, with all of its uses).
 
-    Measured in evaluation mode, without dropout, whatever mode the model is in; it is bit-identical afterwards, with every
-    mode, flag and ``.grad`` as it was. Equal to `Loop.norms` up to rounding.
+    Measured in evaluation mode, without dropout; the model is bit-identical afterwards, with every mode, flag and ``.grad``
+    unchanged. Equal to `Loop.norms` up to rounding.
 
-    Raises UsageError where `check_norms` does, for a parameter that several layers share other than the token embedding and the
-    output head, and for one that is read past its own layer.
+    Raises UsageError like `check_norms`, for a parameter that several layers share other than the token embedding and the
+    output head, and for one that is read outside its own layer.
     """
     check_norms(model, parameters)
     data = DeviceBatch.of(batch, model)
@@ -68,13 +68,13 @@ def row_norms(model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norm
             losses = token_nll(model, data.ids, data.attention, data.loss)
             weights = torch.as_tensor(batch.coefficients, dtype=losses.dtype, device=losses.device)
             total = (losses.sum(1) * weights).sum()
-            if total.requires_grad:  # not so where no layer with a wanted parameter ran
+            if total.requires_grad:  # False if no layer with a wanted parameter ran
                 torch.autograd.grad(total, anchor, allow_unused=True)
     return Norms(ghosts.norms(), layout.rows, in_float64(losses.detach()).cpu())
 
 
 def check_norms(model: nn.Module, parameters: Sequence[str]) -> None:
-    """Raises UsageError for parameters that the model does not have, or that no layer's hooks can follow."""
+    """Raises UsageError for parameters that the model does not have, or that hooks on layers cannot follow."""
     named = parameters_by_name(model)
     unknown = [name for name in parameters if name not in named]
     if unknown:
@@ -88,15 +88,15 @@ def check_norms(model: nn.Module, parameters: Sequence[str]) -> None:
     beyond += [name for name, module in modules_by_name(model).items() if id(module) in holders]
     if beyond:
         raise UsageError(
-            f"gradient norms of a whole batch are taken layer by layer, and the parameters at {beyond[0].rstrip('.')} act "
-            f"outside a layer of their own (DoRA, IA³, or an adapter of embeddings or fused experts): {_ELSEWHERE}"
+            f"gradient norms of a batch are computed layer by layer, and the parameters at {beyond[0].rstrip('.')} act "
+            f"outside their own layer (DoRA, IA³, or an adapter of embeddings or fused experts): {_ELSEWHERE}"
         )
 
 
 class _Tap(torch.autograd.Function):
-    """Passes a layer's outputs on unchanged, and hands their gradients to a callback in the backward pass.
+    """Passes a layer's outputs on unchanged, and gives their gradients to a callback in the backward pass.
 
-    The anchor is a scalar that needs a gradient and makes the outputs need one, though no weight does.
+    The anchor is a scalar that requires a gradient, so that the outputs do too, though no weight does.
     """
 
     @staticmethod
@@ -111,15 +111,15 @@ class _Tap(torch.autograd.Function):
 
 
 class _Ghosts:
-    """Hooks on the layers of one pass that add up each row's squared gradient norm, layer after layer."""
+    """Hooks on the layers of one pass that accumulate each row's squared gradient norm."""
 
     def __init__(self, model: nn.Module, wanted: Mapping[str, Tensor], layout: Layout, anchor: Tensor) -> None:
         self.places = followed(model, wanted)
         self.layout, self.anchor = layout, anchor
         self.squares: list[Tensor] = []  # one (R,) a layer, in float32 or better
-        self.users: dict[int, list[nn.Module]] = {}  # who has used a parameter so far, by its identity
+        self.users: dict[int, list[nn.Module]] = {}  # modules that used a parameter so far, by its id
         self.shared: dict[int, Tensor] = {}  # rows of a tied head's gradient at the batch's own tokens
-        self.busy = False  # measuring may call a layer again: its own hook must stay out of the way
+        self.busy = False  # measuring may call a layer again, whose hook must then do nothing
 
     def norms(self) -> Tensor:
         if not self.squares:
@@ -170,7 +170,7 @@ class _Ghosts:
                 )
 
     def _callback(self, module: nn.Module, own: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
-        """What measures the layer once its outputs' gradients are there; what it needs of the forward pass is kept now."""
+        """The function that measures the layer from its outputs' gradients; it keeps the inputs it needs."""
         inputs = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         first = inputs[0] if inputs else next(iter(kwargs.values()))
         version = first._version
@@ -197,7 +197,7 @@ class _Ghosts:
     # ---- kinds of layers ------------------------------------------------------------------------------------------
 
     def _linear(self, module: nn.Module, own: Mapping[str, Tensor], x: Tensor, gradients: tuple[Tensor, ...]) -> None:
-        """A matrix product (either way round has the same norm) and its bias."""
+        """A matrix product (its transpose has the same norm) and its bias."""
         (g,) = gradients
         for x_part, g_part, rows in self.layout.stacks(module, x, g):
             if "weight" in own:
@@ -208,7 +208,7 @@ class _Ghosts:
             self.shared[id(own["weight"])] = self.layout.at_tokens(x, g)
 
     def _embedding(self, module: Any, weight: Tensor, ids: Tensor, gradients: tuple[Tensor, ...]) -> None:
-        """Rows of the table that a row's tokens share add up before they are squared."""
+        """Gradients of a table entry are summed over a row's tokens before squaring."""
         g = self.layout.apart(module, _precise(gradients[0]) * (_scale(module) or 1.0))
         ids = self.layout.apart(module, ids)
         if module.padding_idx is not None:
@@ -222,9 +222,9 @@ class _Ghosts:
             self._add(2.0 * g.new_zeros(self.layout.count).index_add_(0, self.layout.of_sequence, cross))
 
     def _slopes(self, module: nn.Module, own: Mapping[str, Tensor], args: Any, kwargs: Any) -> list[Tensor] | None:
-        """A norm layer's output j depends on entry j of its weight alone: the derivative along all ones is all there is.
+        """A norm layer's output j depends only on entry j of its weight, so one derivative along all ones gives them all.
 
-        None where a parameter has no entry for each output.
+        None if a parameter does not have one entry per output.
         """
         self.busy = True
         try:
@@ -242,7 +242,7 @@ class _Ghosts:
                 self._add((x_part * g_part).sum(1).square().sum(1), rows)
 
     def _general(self, module: nn.Module, own: Mapping[str, Tensor], args: Any, kwargs: Any, gradients: Any) -> None:
-        """Any other layer (routers, fused experts): its own gradient, row by row, at the row's part of its input."""
+        """Any other layer (routers, fused experts): its gradient, row by row, on the row's part of its input."""
         self.busy = True
         try:
             squares = [self._of_row(r, module, own, args, kwargs, gradients) for r in range(self.layout.count)]
@@ -257,7 +257,7 @@ class _Ghosts:
             found = functional_call(module, values, tuple(self.layout.part(module, a, row) for a in args), inner)
         outputs = [o for o in ([found] if isinstance(found, Tensor) else found) if _taps(o)]
         pairs = [
-            (o, self.layout.part(module, g, row).sum_to_size(o.shape))  # summed where its sequences share the output
+            (o, self.layout.part(module, g, row).sum_to_size(o.shape))  # summed if its sequences share the output
             for o, g in zip(outputs, gradients, strict=True)
             if o.requires_grad
         ]
@@ -277,7 +277,7 @@ class _Ghosts:
 
 
 def outer_squares(x: Tensor, g: Tensor) -> Tensor:
-    """‖Σ_p g_p ⊗ x_p‖² for each row: ``x`` (R, P, I) and ``g`` (R, P, O) give (R,), in the cheaper of two exact ways."""
+    """‖Σ_p g_p ⊗ x_p‖² for each row: ``x`` (R, P, I) and ``g`` (R, P, O) give (R,), by the cheaper of two exact methods."""
     positions, ins, outs = x.shape[1], x.shape[2], g.shape[2]
     gram = positions * (ins + outs) < ins * outs
     step = max(1, _TEMPORARY // max(1, positions**2 if gram else ins * outs))
@@ -289,17 +289,17 @@ def outer_squares(x: Tensor, g: Tensor) -> Tensor:
 
 
 def _taps(output: Any) -> bool:
-    """Whether a gradient may arrive at a layer's output."""
+    """Whether a layer's output can have a gradient."""
     return isinstance(output, Tensor) and output.is_floating_point()
 
 
 def _precise(x: Tensor) -> Tensor:
-    """Half precision cannot hold a sum of many squares."""
+    """At least float32: half precision cannot hold a sum of many squares."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _scale(module: Any) -> float | None:
-    """What a table of token embeddings multiplies its rows by; None for a layer that is no such table."""
+    """The factor of a token embedding on its entries; None for any other layer."""
     if not isinstance(module, nn.Embedding) or module.max_norm is not None or module.scale_grad_by_freq:
         return None
     if type(module) is nn.Embedding:

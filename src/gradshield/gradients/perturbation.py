@@ -4,7 +4,7 @@ Each layer that holds parameters of the direction computes f(x; W) + Σ_k e[k, i
 derivative along V_k at fixed input. At e = 0 nothing changes, and ∂(Σ L)/∂e[k, i] is row i's derivative along v_k. The
 backward pass is over activations only: no weight gradient is formed, and any attention kernel may run.
 
-A LoRA layer whose B is still zero runs without its adapter, and d_k = s V_k A x is never formed: its product with the
+A LoRA layer whose B is still zero runs without its adapter, and d_k = s V_k A x is never computed: its product with the
 gradient g at the output is <g V_k, s A x>, in as many dimensions as the adapter has ranks, for all directions at once.
 """
 
@@ -41,8 +41,8 @@ from gradshield.types import Batch, Direction
 def layer_derivative(module: nn.Module, own: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
     """The derivative of the module's output along ``own`` (its parameters' directions), at fixed input.
 
-    Linear maps are their own derivative and are applied directly; any other layer (norms with an offset, fused
-    experts, routers) goes through forward-mode differentiation of its own code.
+    Linear maps are their own derivative; any other layer (norms with an offset, fused experts, routers) is differentiated
+    in forward mode.
     """
     kind = type(module)
     if kind is nn.Linear:
@@ -60,7 +60,7 @@ def layer_derivative(module: nn.Module, own: Mapping[str, Tensor], args: Any, kw
 
 
 class _Rows:
-    """Which row each entry of an activation belongs to, whatever shape the layer keeps its tokens in."""
+    """Maps each entry of an activation to its row, for every token layout that layers use."""
 
     def __init__(self, data: DeviceBatch, model: nn.Module) -> None:
         self.count, self.width = data.ids.shape
@@ -69,10 +69,9 @@ class _Rows:
         self.each = torch.arange(self.count, device=data.ids.device).repeat_interleave(self.width)  # (B·T,)
 
     def of(self, module: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, int]:
-        """The row of each position of an activation, flat, and the number of its dimensions that hold positions.
+        """The row of each position of an activation, flat, and the number of leading dimensions that hold positions.
 
-        Known are (1, M, …) and (M, …) where the input was gathered, (B, T, …), and (B·T, …), as routers and experts keep
-        their tokens.
+        Supported are (1, M, …) and (M, …) where the input was gathered, (B, T, …), and (B·T, …), as in routers and experts.
         """
         if id(module) in self.gathered and shape[:2] == (1, len(self.predicting)):
             return self.predicting, 2
@@ -84,11 +83,11 @@ class _Rows:
             return self.each, 1
         raise UsageError(
             f"the perturbation engine got an activation of shape {shape} from {type(module).__name__}, and it can "
-            "tell rows apart only in (B, T, …) or (B·T, …): use the engine forward or loop"
+            "separate rows only in (B, T, …) or (B·T, …): use the engine forward or loop"
         )
 
     def scale(self, e: Tensor, module: nn.Module, like: Tensor) -> Tensor:
-        """e (B,) laid out to multiply the module's activation, in its dtype and on its device.
+        """e (B,) broadcast to multiply the module's activation, in its dtype and on its device.
 
         An activation that all rows share, (1, T, …) (learned positions), becomes (B, T, …).
         """
@@ -103,8 +102,8 @@ class _Rows:
 
 @contextmanager
 def _perturbed(model: nn.Module, places: Places, e: Tensor, rows: _Rows) -> Iterator[None]:
-    """Hooks that add Σ_k e[k]·d_k to the output of every layer in ``places``, which holds tensors of the direction."""
-    busy = False  # layer_derivative may call the module again: its own hook must stay out of the way
+    """Hooks that add Σ_k e[k]·d_k to the output of every layer in ``places`` (with the direction's tensors)."""
+    busy = False  # layer_derivative may call the module again, whose hook must then do nothing
 
     def hook_for(per_k: list[dict[str, Tensor]]) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -139,7 +138,7 @@ def _perturbed(model: nn.Module, places: Places, e: Tensor, rows: _Rows) -> Iter
 
 @contextmanager
 def _low_rank(layer: Any, lora: Lora, factor: Tensor, e: Tensor, rows: _Rows) -> Iterator[None]:
-    """A LoRA layer at B = 0 runs without its adapter, and its output carries the derivatives along ``factor`` (K, out, R)."""
+    """Run a LoRA layer at B = 0 without its adapter; its output carries the derivatives along ``factor`` (K, out, R)."""
     factor = factor.to(lora.b.weight)
 
     def enter(_layer: nn.Module, _args: Any) -> None:
@@ -163,7 +162,7 @@ def _low_rank(layer: Any, lora: Lora, factor: Tensor, e: Tensor, rows: _Rows) ->
 
 
 class _Product(torch.autograd.Function):
-    """Passes an output on; its gradient g gives e[k, i] the sum of <g V_k, s A x> over the positions of row i."""
+    """The identity; the gradient g of its output gives e[k, i] the sum of <g V_k, s A x> over row i's positions."""
 
     @staticmethod
     def forward(ctx: Any, e: Tensor, output: Tensor, inner: Tensor, factor: Tensor, places: Tensor) -> Tensor:
@@ -199,7 +198,7 @@ def _add(module: nn.Module, output: Any, derivative: Any, e: Tensor, rows: _Rows
 class Perturbation:
     """A zero scalar per row on every layer's response: one forward and one activation-only backward; bf16 and GPU.
 
-    Gives row sums only: a layer's response at one position feeds the loss of every later token.
+    Row sums only: a layer's response at one position affects the loss of every later token.
     """
 
     name = "perturbation"
@@ -208,7 +207,7 @@ class Perturbation:
     def directional(self, model: nn.Module, batch: Batch, direction: Direction) -> Derivatives:
         """(K, B) derivatives, all K in one forward and one backward pass.
 
-        Raises UsageError for parameters that act outside their own layer, and for activations whose rows cannot be told apart.
+        Raises UsageError for parameters that act outside their own layer, and for activations whose rows cannot be separated.
         """
         check_direction(model, direction)
         check_layers(self.name, model, direction)
@@ -223,6 +222,6 @@ class Perturbation:
             ):
                 losses = answer_nll(model, data)
                 gradient = torch.zeros_like(e)
-                if losses.requires_grad:  # not so where no layer with a moved parameter ran
+                if losses.requires_grad:  # False if no layer with a moved parameter ran
                     (gradient,) = torch.autograd.grad(losses.sum(), e)
         return Derivatives(-in_float64(gradient).cpu(), in_float64(losses.detach()).cpu())

@@ -1,4 +1,4 @@
-"""The model at θ + step·v, with no weight of the caller's ever written to."""
+"""The model at θ + step·v, without writing to the caller's weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from gradshield.gradients.lowrank import Lora
 def shifted(places: Places, loras: Iterable[tuple[Any, Lora]], k: int, step: float) -> Iterator[None]:
     """The model at θ + step·v_k, one layer at a time: W + step·V exists only while its own layer runs.
 
-    The caller's Parameter objects are never written to. Each module's slot holds a shifted stand-in during the
-    module's forward and the original object again after it; the exit puts every original back whatever happened.
-    A LoRA layer runs as the one matrix that it stands for, W + s (B + step·V_B)(A + step·V_A): less work than its
-    factors on every token.
+    The caller's Parameter objects are never written to. A shifted stand-in replaces each parameter during its module's
+    forward; the originals are restored after it, and again at exit after an exception. A LoRA layer runs as one matrix,
+    W + s (B + step·V_B)(A + step·V_A), which is less work than its factors on every token.
 
-    ``places`` are the modules with their (K, …) tensors, from `followed`, and ``loras`` its layers with an adapter: both are
-    found once for all passes over a batch.
+    ``places`` are the modules with their (K, …) tensors, from `followed`, and ``loras`` the layers with an adapter: both are
+    collected once for all passes over a batch.
     """
     left = {module: {name: v[k] for name, v in own.items()} for module, own in places}
     with ExitStack() as stack:
@@ -41,7 +40,7 @@ def shifted(places: Places, loras: Iterable[tuple[Any, Lora]], k: int, step: flo
 
 @contextmanager
 def _during(module: nn.Module, enter: Callable[[], None], leave: Callable[[], None]) -> Iterator[None]:
-    """``enter`` before each run of the module, ``leave`` after it, and again at the end for a run that raised."""
+    """Call ``enter`` before each run of the module and ``leave`` after it, and again at the end in case a run raised."""
     handles = [
         module.register_forward_pre_hook(lambda *_: enter()),
         module.register_forward_hook(lambda *_: leave()),
@@ -93,7 +92,7 @@ def _as_one(
 
 
 def _fits_one(layer: Any, lora: Lora) -> bool:
-    """Whether the sum can be held in the weight's own type, which must be a full precision, or the step would be lost."""
+    """Whether all weights have one full-precision dtype: half precision would lose the step."""
     kinds = {layer.base_layer.weight.dtype, lora.a.weight.dtype, lora.b.weight.dtype}
     return type(layer.base_layer) in (nn.Linear, Conv1D) and kinds in ({torch.float32}, {torch.float64})
 

@@ -1,8 +1,8 @@
-"""What a pass need not do: layers that give again what they gave before, and work on positions that no logit is wanted of.
+"""Work that a pass can skip: layers whose output does not change, and positions whose logits are not needed.
 
-Both are exact. A direction that moves only the last layers leaves what goes into them as it was, so the layers below run
-once for all passes over a batch. And after the last layer's attention no position sees another, so its MLP is needed only
-where a token of the loss is predicted. A model that does not allow it shows so in the pass itself, and is then run whole.
+Both are exact. A direction that moves only the last layers does not change their input, so the layers below run once for all
+passes over a batch. After the last layer's attention positions are independent, so its MLP is needed only where a loss token
+is predicted. A model that does not allow this is detected during the pass and then runs in full.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from gradshield.models.modules import modules_by_name
 
 
 class Prefix:
-    """The decoder layers below the first one that a direction moves: they run in the first pass over a batch alone.
+    """The decoder layers below the first one that a direction moves: they run only in the first pass over a batch.
 
-    ``passing`` stands around each pass over one batch; from pass to pass only parameters of the direction may differ. Later
-    passes run everything too where the first one saw that they must: a parameter that moves below (an embedding), a layer
-    that runs more than once, or one that hands on more than its one output.
+    ``passing`` wraps each pass over one batch; from pass to pass only parameters of the direction may differ. Later passes
+    run everything if the first one shows that they must: a parameter below moves (an embedding), a layer runs more than
+    once, or one passes on more than its single output.
     """
 
     def __init__(self, model: nn.Module, moved: Iterable[nn.Module]) -> None:
@@ -36,12 +36,12 @@ class Prefix:
         moves = [any(id(module) in own for module in modules_by_name(layer).values()) for layer in layers]
         count = moves.index(True) if any(moves) else 0
         self._below, self._first = layers[:count], layers[count : count + 1]
-        self._known = not self._below  # nothing to find out where there is nothing below
+        self._known = not self._below  # without layers below there is nothing to record
         self._output: Tensor | None = None  # of the last layer below: (B, T, D)
 
     @contextmanager
     def passing(self, reached: Callable[[], None] = lambda: None) -> Iterator[bool]:
-        """One pass; yields whether the layers below are skipped. ``reached`` is called once they have run, where they do."""
+        """One pass; yields whether the layers below are skipped. ``reached`` is called after they ran and were recorded."""
         if self._output is not None:
             with self._skipping(self._output):
                 yield True
@@ -62,7 +62,7 @@ class Prefix:
             ran.append(module)
             fits.append(isinstance(output, Tensor))
             if module is order[-2] and isinstance(output, Tensor):
-                outputs.append(output.clone())  # what follows may write into it
+                outputs.append(output.clone())  # later layers may write into it
                 reached()
 
         def first(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -74,7 +74,9 @@ class Prefix:
 
         with ExitStack() as hooks:
             for layer in self._below:
-                hooks.enter_context(layer.register_forward_hook(below, prepend=True))  # a caller's hooks run again
+                hooks.enter_context(
+                    layer.register_forward_hook(below, prepend=True)
+                )  # before the caller's hooks, which run in every pass
             hooks.enter_context(order[-1].register_forward_pre_hook(first, with_kwargs=True))
             for module in self._moved:
                 hooks.enter_context(module.register_forward_pre_hook(moving))
@@ -98,7 +100,7 @@ class Prefix:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder's layers; none where they cannot be told."""
+    """The decoder's layers; empty if they cannot be found."""
     try:
         return list(decoder_layers(model)[1])
     except ModelError:
@@ -106,7 +108,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _plain(values: Iterable[Any]) -> bool:
-    """Whether a layer is given nothing that an earlier one could have written into (a cache, a dict)."""
+    """Whether a layer's arguments hold nothing that an earlier layer could have written into (a cache, a dict)."""
     return all(
         v is None or isinstance(v, Tensor | bool | int | float | str) or (isinstance(v, tuple) and _plain(v))
         for v in values
@@ -114,9 +116,9 @@ def _plain(values: Iterable[Any]) -> bool:
 
 
 def answer_nll(model: nn.Module, data: DeviceBatch) -> Tensor:
-    """`token_nll`, (B, T), with the last layer's MLP run only at the M positions that predict a token of the loss.
+    """`token_nll`, (B, T), with the last layer's MLP run only at the M positions that predict a loss token.
 
-    A model that runs that MLP more than once in a pass needs all of its positions, and gets them in a second pass.
+    A model that runs that MLP more than once in a pass needs all positions, and is run again in full.
     """
     last = _last_mlp(model)
     where = predicting(data.loss)
@@ -129,7 +131,7 @@ def answer_nll(model: nn.Module, data: DeviceBatch) -> Tensor:
 
 
 def gathering(model: nn.Module) -> list[nn.Module]:
-    """The modules that `answer_nll` gives nothing but the M positions: the head, and the last layer's MLP if it has one."""
+    """The modules that see only the M positions in `answer_nll`: the head, and the last layer's MLP if it has one."""
     last = _last_mlp(model)
     return [output_head(model)] if last is None else [output_head(model), last]
 
@@ -142,9 +144,9 @@ def _last_mlp(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def _gathered(module: nn.Module, shape: tuple[int, ...], entries: Tensor) -> Iterator[list[bool]]:
-    """The module sees M of the (B, T) positions, as (1, M, D), and gives zero at the others. Yields an item for each call.
+    """The module sees M of the (B, T) positions, as (1, M, D), and gives zero at the others. Yields one item per call.
 
-    A module that is given more by position than its input (BLOOM's adds the residual itself) is left to see all of them.
+    A module with a second per-position argument (BLOOM's adds the residual itself) sees all positions.
     """
     calls: list[bool] = []
 
@@ -166,7 +168,7 @@ def _gathered(module: nn.Module, shape: tuple[int, ...], entries: Tensor) -> Ite
 
 
 def _spread(output: Any, shape: tuple[int, ...], entries: Tensor) -> Any:
-    """(1, M, D) as (B, T, D), zero where nothing was gathered; in a tuple (beside a router's logits) each tensor like it."""
+    """(1, M, D) as (B, T, D), zero where nothing was gathered; applied to each such tensor of a tuple."""
     if isinstance(output, tuple):
         return tuple(_spread(o, shape, entries) for o in output)
     if not isinstance(output, Tensor) or output.shape[:2] != (1, len(entries)):

@@ -1,10 +1,10 @@
-"""Which parameters count: all of them, the adapter that will be trained, or the last layers.
+"""The parameter subspace to score in: all of the model, the adapter that will be trained, or the last layers.
 
 ``all``      every parameter.
-``targets``  the weights that the training's adapter will change, without the adapter. A LoRA factor A starts at random, and
-             over its draws the score in the subspace ``lora`` has this one as its mean (up to a factor), free of the noise.
+``targets``  the weights that the training's adapter will change, without the adapter. A LoRA factor A is initialised at random;
+             the score in the subspace ``lora``, averaged over initialisations, is proportional to this one, without the noise.
 ``lora``     the LoRA (or other PEFT) adapter that the training will add, at its seeded initialisation, with the modules that it
-             trains whole (``modules_to_save``).
+             trains in full (``modules_to_save``).
 ``last:k``   the last k decoder layers and the final norm; ``last:25%`` takes that share of the layers, at least one.
 """
 
@@ -36,7 +36,7 @@ _LAST = re.compile(r"last:(\d+)(%?)")
 
 
 def check_subspace(subspace: str) -> None:
-    """Raises UsageError when the name is none of SUBSPACES."""
+    """Raises UsageError if the name is not one of SUBSPACES."""
     if subspace in ("all", "targets", "lora"):
         return
     found = _LAST.fullmatch(subspace)
@@ -48,7 +48,7 @@ def check_subspace(subspace: str) -> None:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder's blocks. Raises ModelError when they cannot be told."""
+    """Name and list of the decoder's blocks. Raises ModelError if they cannot be found."""
     wanted = getattr(text_config(model), "num_hidden_layers", None)
     lists = [
         (name, m) for name, m in modules_by_name(model).items() if isinstance(m, nn.ModuleList) and len(m) == wanted
@@ -64,9 +64,9 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def parameter_names(model: nn.Module, subspace: str, targets: Sequence[str] = ()) -> list[str]:
     """Names of the subspace's parameters; ``model`` must already hold its adapter when the subspace is ``lora``.
 
-    ``targets`` are the names that `target_names` found, for the subspace of that name.
+    ``targets`` are the names from `target_names`, for the subspace of that name.
 
-    Raises UsageError for an unknown subspace, and for one with weights that have no gradient (4 or 8 bits); ModelError when
+    Raises UsageError for an unknown subspace, and for one with weights that have no gradient (4 or 8 bits); ModelError if
     the model has no such parameters.
     """
     check_subspace(subspace)
@@ -74,7 +74,7 @@ def parameter_names(model: nn.Module, subspace: str, targets: Sequence[str] = ()
     names = _named(model, list(found), subspace, targets)
     if whole := [name for name in names if not found[name].is_floating_point()]:
         raise UsageError(
-            f"the subspace {subspace} holds {len(whole)} weights in {found[whole[0]].dtype} ({whole[0]}, …), which have no "
+            f"the subspace {subspace} has {len(whole)} weights in {found[whole[0]].dtype} ({whole[0]}, …), which have no "
             "gradient: score the adapter that will be trained on them (--subspace lora --lora-config FILE)"
         )
     return names
@@ -86,7 +86,7 @@ def _named(model: nn.Module, names: list[str], subspace: str, targets: Sequence[
     if subspace == "targets":
         if not targets:
             raise UsageError(
-                "the subspace targets needs to know which weights training will change: give the peft_config "
+                "the subspace targets needs the peft_config that says which weights training will change: give it "
                 "(--lora-config FILE), or use the subspace all"
             )
         return [name for name in names if name in set(targets)]
@@ -113,16 +113,16 @@ def _named(model: nn.Module, names: list[str], subspace: str, targets: Sequence[
 
 
 def _final_norms(model: nn.Module, layers: str) -> set[str]:
-    """Names of the norms that stand beside the list of layers: what the last layer's output goes through.
+    """Names of the norms next to the list of layers, which the last layer's output goes through.
 
-    One of the embeddings stands before the list (BLOOM); LFM2's final norm has their name too, and stands after it.
+    An embedding norm comes before the list (BLOOM); LFM2's final norm is named like one, but comes after it.
     """
     parent, _, own = layers.rpartition(".")
-    beside = list(model.get_submodule(parent).named_children())
-    place = [name for name, _ in beside].index(own)
+    siblings = list(model.get_submodule(parent).named_children())
+    place = [name for name, _ in siblings].index(own)
     return {
         f"{parent}.{name}" if parent else name
-        for i, (name, child) in enumerate(beside)
+        for i, (name, child) in enumerate(siblings)
         if "norm" in type(child).__name__.lower() and ("embed" not in name or i > place)
     }
 
@@ -130,7 +130,7 @@ def _final_norms(model: nn.Module, layers: str) -> set[str]:
 def target_names(model: nn.Module, peft_config: PeftConfig | None, saved: bool = False) -> list[str]:
     """Names, in ``model``, of the weights that an adapter changes: the one it carries, or the one of ``peft_config``.
 
-    With ``saved`` those of its ``modules_to_save`` too, which are trained as they are, with no factors.
+    With ``saved`` also those of its ``modules_to_save``, which are trained in full.
     """
     own = {id(parameter): name for name, parameter in model.named_parameters()}
     with adapted(model, peft_config, seed=0) as carrying:
@@ -138,7 +138,7 @@ def target_names(model: nn.Module, peft_config: PeftConfig | None, saved: bool =
         acting = ".modules_to_save." if carrying is model else ".original_module."  # PEFT trains a copy
         whole = {id(p) for name, p in carrying.named_parameters(remove_duplicate=False) if acting in name}
     if carrying is not model:
-        # Adapters of two weights of one layer (fused experts) stand around each other.
+        # Adapters of two weights of one layer (fused experts) are nested.
         inside = [re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model.")) for name in inside]
     return inside + ([name for key, name in own.items() if key in whole] if saved else [])
 
@@ -152,9 +152,9 @@ def _is_adapter(name: str) -> bool:
 
 @contextmanager
 def _restored(model: nn.Module, moved: bool) -> Iterator[None]:
-    """Puts back what each module holds (children, parameters, hooks, attributes), and each parameter's flag and storage.
+    """Restores each module's children, parameters, hooks and attributes, and each parameter's flag and storage.
 
-    With ``moved`` the weights themselves are copied first, for what writes into them.
+    With ``moved`` the weights are copied first, since the adapter's initialisation writes into them.
     """
     modules = [
         (m, dict(vars(m)), {k: v.copy() for k, v in vars(m).items() if isinstance(v, dict)}) for m in model.modules()
@@ -176,7 +176,7 @@ def _restored(model: nn.Module, moved: bool) -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers from ``seed``; the caller's own go on as if none had been drawn, on the CPU and on every GPU in use."""
+    """Random numbers from ``seed``; the caller's generators, on the CPU and every GPU in use, are restored."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=list(gpus)):
         torch.default_generator.manual_seed(seed)
@@ -187,18 +187,18 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def adapted(model: nn.Module, peft_config: PeftConfig | None, seed: int) -> Iterator[nn.Module]:
-    """The model with the adapter that training will add, initialised under ``seed``; taken out again at the end.
+    """The model with the adapter that training will add, initialised under ``seed``; removed at the end.
 
-    A model that already carries an adapter (a PeftModel) is used as it is, and so is any model when ``peft_config`` is
-    None. Afterwards every module and parameter of the caller's model is the object it was before, with the same bytes,
-    and the configuration is as it was given.
+    A model that already has an adapter (a PeftModel) is used unchanged, and so is any model if ``peft_config`` is None.
+    Afterwards every module and parameter of the caller's model is the same object with the same bytes, and the
+    configuration is unchanged.
     """
     if peft_config is None or hasattr(model, "peft_config"):
         yield model
         return
     from peft import get_peft_model
 
-    # PiSSA, OLoRA and their like take out of the weights what they put into the adapter.
+    # PiSSA, OLoRA and similar initialisations subtract the adapter from the weights.
     moved = getattr(peft_config, "init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "mica")
     with _restored(model, moved):
         with _seeded(seed):

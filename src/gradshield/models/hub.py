@@ -1,4 +1,4 @@
-"""Whether the hub can be reached at all: said at once, where its own client would retry for half a minute."""
+"""A quick check whether the hub is reachable; its own client would retry for half a minute."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def reachable() -> bool:
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError:
-        return True  # an answer, whatever it says
+        return True  # any answer will do
     except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # it is there; the client brings its own certificates
+        return isinstance(error.reason, ssl.SSLError)  # reachable: the client has its own certificates
     except (OSError, ValueError, http.client.HTTPException):
         return False
     return True

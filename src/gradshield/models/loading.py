@@ -1,6 +1,6 @@
 """Load a causal LM with its tokenizer, or wrap the caller's own. Device and dtype are decided here, once.
 
-Only safetensors are read (a pickle can run code), and code that comes with a model runs only when asked for.
+Only safetensors are read (a pickle can run code), and a model's own code runs only with ``trust_remote_code``.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any
 from gradshield.errors import HubError, ModelError, UsageError
 from gradshield.models import hub
 from gradshield.models.modules import modules_by_name
-from gradshield.models.placement import check_placed, choose_device, choose_dtype, placing, tell_of_gpu
+from gradshield.models.placement import check_placed, choose_device, choose_dtype, placing, warn_of_unused_gpu
 
 if TYPE_CHECKING:
     import torch
 
 ADAPTER_CONFIG = "adapter_config.json"
-# What a causal LM needs from its repository: top level only, no pickles, no second copy in another framework's format.
+# The files a causal LM needs from its repository: top level only, no pickles, no copies in another format.
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 HUB_LEAVE_OUT = ("*/*", "consolidated*", "*.msgpack")
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What `load` was given, so that another process can load the same."""
+    """The arguments of `load`, so that another process can load the same model."""
 
     name: str
     adapter: str | None
@@ -41,7 +41,7 @@ class ModelSource:
     device_map: str | None = None
 
     def load(self, device: str) -> LoadedModel:
-        """The same model on one device. Raises what `load` raises."""
+        """The same model on one device. Raises like `load`."""
         return load(self.name, self.adapter, device, self.dtype, self.trust_remote_code, self.revision, self.quantize)
 
 
@@ -49,9 +49,9 @@ class ModelSource:
 class LoadedModel:
     """A model that is ready to be scored.
 
-    ``digest`` is the SHA-256 of the weight files, or of the parameters where the model was in memory.
-    ``adapter`` is where its PEFT adapter came from, None where it has none or the caller made it.
-    ``source`` is where `load` had it from, None where the caller gave the model itself.
+    ``digest`` is the SHA-256 of the weight files, or of the parameters of a model that was in memory.
+    ``adapter`` is the folder or hub name of its PEFT adapter, None without one or if the caller made it.
+    ``source`` holds the arguments of `load`, None if the caller gave the model itself.
     """
 
     model: torch.nn.Module
@@ -66,7 +66,7 @@ class LoadedModel:
 
     @property
     def pad_token_id(self) -> int:
-        """Id to pad with: the tokenizer's, else its end of sequence, else 0. The tokenizer is left as it is."""
+        """Padding id: the tokenizer's, else its end of sequence, else 0. The tokenizer is not changed."""
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((int(i) for i in ids if i is not None), 0)
 
@@ -96,20 +96,20 @@ def load(
     revision
         Branch, tag or commit of a hub model.
     quantize
-        ``4bit`` (NF4) or ``8bit``: the linear layers' weights as bitsandbytes stores them, computed with in ``dtype``. They have
-        no gradient, so that only the subspace ``lora`` is left to score in.
+        ``4bit`` (NF4) or ``8bit``: the linear layers' weights are quantised by bitsandbytes and computed with in ``dtype``. They
+        have no gradient, so only the subspace ``lora`` can be scored.
     device_map
-        ``auto``, ``balanced``, ``balanced_low_0`` or ``sequential``: layers on several GPUs, as accelerate divides them.
+        ``auto``, ``balanced``, ``balanced_low_0`` or ``sequential``: layers on several GPUs, as accelerate splits them.
         ``device`` stays ``auto``.
 
     Raises
     ------
     UsageError
-        A device or dtype that does not exist here; a model that does not fit on the devices of ``device_map``.
+        A device or dtype that is not available; a model that does not fit on the devices of ``device_map``.
     HubError
         The hub cannot be reached, or has no such model.
     ModelError
-        No such folder, no safetensors, weights that are missing or broken, or code of its own that was not asked for.
+        No such folder, no safetensors, missing or broken weights, or a model with its own code and no ``trust_remote_code``.
     """
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
@@ -154,7 +154,7 @@ def load(
 
 
 def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer alone of a model's folder or hub name. Raises HubError and ModelError like `load`."""
+    """Only the tokenizer of a model's folder or hub name. Raises HubError and ModelError like `load`."""
     folder = fetch(name_or_path, None, trust_remote_code)
     return tokenizer_of([folder], str(name_or_path), trust_remote_code)
 
@@ -162,7 +162,7 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
 def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     """The caller's own model as a ``LoadedModel``. Nothing about it changes: no mode, no ``requires_grad``, no token.
 
-    It is measured where it lies; one that lies on the CPU beside a GPU is told of in a warning.
+    It stays on its device; a model on the CPU of a machine with a GPU raises a warning.
 
     Raises
     ------
@@ -176,11 +176,11 @@ def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"the model is a {type(model).__name__}: give a causal LM of transformers, or a path to one")
     if tokenizer is None or not hasattr(tokenizer, "apply_chat_template"):
-        raise UsageError("a model that is given as an object needs its tokenizer: pass tokenizer=...")
+        raise UsageError("a model given as an object needs its tokenizer: pass tokenizer=...")
     first = next(model.parameters(), None)
     if first is None or any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("the model has no weights in memory (it is empty or on the meta device): load them first")
-    tell_of_gpu(model)
+    warn_of_unused_gpu(model)
     config = getattr(model, "config", None)
     return LoadedModel(
         model=model,
@@ -194,14 +194,14 @@ def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
 
 
 def text_config(model: Any) -> Any:
-    """The part of a model's config that describes its language model; None where a model has no config."""
+    """The language-model part of a model's config; None for a model without a config."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; every module's own mode is put back at the end, since a caller may have set any part."""
+    """The model in evaluation mode; each module's own mode is restored at the end."""
     modes = [(module, module.training) for module in modules_by_name(model).values()]
     try:
         if any(mode for _, mode in modes):
@@ -226,7 +226,7 @@ def parameters_digest(model: torch.nn.Module) -> str:
 
 
 def _widest_float(model: torch.nn.Module) -> torch.dtype:
-    """The dtype of most floating-point parameters: an adapter or a norm may be kept in another."""
+    """The dtype of most floating-point parameters: an adapter or a norm may have another."""
     sizes: dict[Any, int] = {}
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -235,7 +235,7 @@ def _widest_float(model: torch.nn.Module) -> torch.dtype:
 
 
 def fetch(name: str | Path, revision: str | None, code: bool) -> Path:
-    """The folder that holds a model: as given, or downloaded. Raises ModelError, HubError."""
+    """The folder of a model: as given, or downloaded. Raises ModelError, HubError."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -261,30 +261,30 @@ def fetch(name: str | Path, revision: str | None, code: bool) -> Path:
     except Exception as error:
         if not reachable:
             raise HubError(
-                f"the model {name!r} cannot be fetched: it is no folder here, and the hub cannot be reached; "
-                "check the path, or the network, or download the model and give its folder"
+                f"the model {name!r} cannot be fetched: there is no such folder, and the hub cannot be reached; "
+                "check the path or the network, or download the model and give its folder"
             ) from None
         raise HubError(
             f"the model {name!r} could not be fetched from the hub ({first_line(error)}): "
-            "check its name and revision, and log in with `hf auth login` where it is gated"
+            "check its name and revision, and log in with `hf auth login` if it is gated"
         ) from error
 
 
 def _whole(name: str | Path) -> str:
-    """A folder's whole path, which is the same in any working folder; a hub name as it is."""
+    """A folder's absolute path; a hub name is returned unchanged."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.is_dir() else str(name)
 
 
 def _base_of(adapter: Path) -> str:
-    """Folder or hub name of an adapter's base model; a relative folder may also be meant from the adapter's own."""
+    """Folder or hub name of an adapter's base model; a relative folder may also be relative to the adapter's."""
     base = _json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base:
         raise ModelError(
             f"the adapter {adapter} does not name its base model: give the base as the model, and it as adapter"
         )
-    beside = adapter / base
-    return str(beside) if beside.is_dir() and not Path(base).is_dir() else str(base)
+    relative = adapter / base
+    return str(relative) if relative.is_dir() and not Path(base).is_dir() else str(base)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -301,20 +301,20 @@ def check_folder(folder: Path, name: str, code: bool) -> None:
     if not any(folder.glob("*.safetensors")):
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
             raise ModelError(
-                f"{name} has its weights only as pickles, which can run code when they are loaded: convert them with "
-                "model.save_pretrained(folder, safe_serialization=True) where you trust them, and give that folder"
+                f"{name} has its weights only as pickles, which can run code when they are loaded: if you trust them, convert "
+                "them with model.save_pretrained(folder, safe_serialization=True), and give that folder"
             )
         raise ModelError(f"{name} has no *.safetensors: give a folder with the weights")
     config = _json(folder / "config.json")
     if config.get("auto_map") and not code and not _built_in(config):
         raise ModelError(
-            f"{name} comes with code of its own ({config.get('model_type', 'no model type')} is not part of "
-            "transformers): read it, and pass --trust-remote-code (trust_remote_code=True) to run it"
+            f"{name} needs its own code ({config.get('model_type', 'no model type')} is not part of transformers): read it, "
+            "and pass --trust-remote-code (trust_remote_code=True) to run it"
         )
 
 
 def _built_in(config: dict[str, Any]) -> bool:
-    """Whether transformers itself knows this causal LM, so that the code beside it is not needed."""
+    """Whether transformers itself supports this causal LM, so that the model's own code is not needed."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -328,7 +328,7 @@ def _check_adapter(folder: Path, name: str) -> None:
 
 
 def tokenizer_of(folders: list[Path], name: str, code: bool) -> Any:
-    """The adapter's tokenizer where it has one (it may hold the template it was trained with), else the model's."""
+    """The adapter's tokenizer if it has one (it may hold the template of its training), else the model's."""
     from transformers import AutoTokenizer
 
     folder = next((f for f in folders if (f / "tokenizer_config.json").exists()), folders[-1])
@@ -336,7 +336,7 @@ def tokenizer_of(folders: list[Path], name: str, code: bool) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=code, local_files_only=True)
     except Exception as error:
         raise ModelError(
-            f"the tokenizer of {name} cannot be loaded ({first_line(error)}): save it beside the model "
+            f"the tokenizer of {name} cannot be loaded ({first_line(error)}): save it into the model's folder "
             "with tokenizer.save_pretrained(folder)"
         ) from error
 
@@ -361,7 +361,7 @@ def _load_weights(folder: Path, name: str, dtype: torch.dtype, code: bool, place
         ) from error
     model, info = loaded
     if missing := sorted(info.get("missing_keys", ())):
-        # transformers fills these in at random and goes on: scores would mean nothing.
+        # transformers fills these in at random, which would make scores meaningless.
         raise ModelError(
             f"{name} lacks {len(missing)} weights ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}): "
             "give a complete causal language model"
@@ -383,7 +383,7 @@ def _add_adapter(model: Any, folder: Path, name: str) -> Any:
 
 
 def files_digest(folders: list[Path]) -> str:
-    """SHA-256 over name and hash of each weight file, so that an order of reading cannot change it."""
+    """SHA-256 over name and hash of each weight file, in order of their names."""
     digest = hashlib.sha256()
     for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
         with path.open("rb") as handle:

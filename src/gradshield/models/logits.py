@@ -1,8 +1,7 @@
-"""One forward pass that computes logits only where they are wanted.
+"""One forward pass that computes logits only at chosen positions.
 
-The language-model head is most of the work of a small model and most of the memory of a large vocabulary. A hook on it
-gathers the wanted positions first, so that everything a model does after its head (soft-capping, scaling, a bias) still
-happens, in the model's own code, on those positions alone.
+The language-model head dominates the work of a small model and the memory of a large vocabulary. A hook gathers the chosen
+positions before the head, so that the model's own code after it (soft-capping, scaling, a bias) still runs on them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from gradshield.errors import ModelError
 
 
 def output_head(model: nn.Module) -> nn.Module:
-    """The module that turns hidden states into logits. Raises ModelError when the model has none."""
+    """The module that maps hidden states to logits. Raises ModelError if the model has none."""
     find: Any = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     if not isinstance(head, nn.Module):
@@ -55,7 +54,7 @@ def logits_at(model: nn.Module, ids: Tensor, attention: Tensor, where: Tensor) -
 
 
 def predicting(loss: Tensor) -> Tensor:
-    """Positions whose logits predict a token of the loss: (B, T) bool, each one left of its token."""
+    """Positions whose logits predict a loss token: (B, T) bool, each one left of its token."""
     where = torch.zeros_like(loss)
     where[:, :-1] = loss[:, 1:]
     return where

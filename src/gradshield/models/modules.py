@@ -1,7 +1,7 @@
-"""A model's modules and parameters by name: torch's own walks, without their cost.
+"""A model's modules and parameters by name, faster than torch's own methods.
 
-``named_modules`` is a generator inside a generator for every level, and every engine asks several times a batch. On a model with
-an adapter (2,000 modules and more) that would cost more than a small batch does.
+``named_modules`` nests one generator per level, and every engine calls it several times per batch. On a model with an adapter
+(over 2,000 modules) that would cost more than a small batch.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameters_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """The same, from a walk that was made already."""
+    """`parameters_by_name` from the result of `modules_by_name`."""
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for path, module in modules.items():

@@ -1,4 +1,4 @@
-"""Where a model's weights go, and in what precision: one device or several, whole or in 4 or 8 bits."""
+"""Device and precision of a model: one device or several, full precision or 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEPT = 2**30
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """The device for ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:N``. Raises UsageError for one that is not here."""
+    """The device for ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:N``. Raises UsageError if it is not available."""
     import torch
 
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -48,16 +48,16 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float64, on its device; on the CPU where its device has no such numbers (Apple's)."""
+    """The tensor in float64, on its device; on the CPU if the device lacks float64 (Apple's)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep up to 1 GiB of what it frees, so that the next tensor need not be mapped and zeroed again.
+    """Let this process keep up to 1 GiB of freed memory, so that new tensors need not be mapped and zeroed again.
 
-    Every pass frees and takes the same buffers. glibc hands the large ones back to the system in between, which costs a CPU a
-    quarter of its time. For processes that are ours alone; what the user set in the environment stands, and so does any other
-    allocator.
+    Every pass frees and allocates the same buffers. glibc returns the large ones to the system in between, which costs a
+    quarter of the CPU time. Only for GradShield's own processes; the user's environment settings win, and other allocators
+    are unaffected.
     """
     set_by_user = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
     if sys.platform != "linux" or set_by_user:
@@ -68,12 +68,12 @@ def keep_freed_memory() -> None:
             mallopt(option, _KEPT)
 
 
-def tell_of_gpu(model: torch.nn.Module) -> None:
-    """Warn of a model in memory that lies on the CPU alone where there is a GPU: it is measured where it lies."""
+def warn_of_unused_gpu(model: torch.nn.Module) -> None:
+    """Warn about a model on the CPU of a machine with a GPU: it is measured on the CPU."""
     better = choose_device().type
     if better != "cpu" and all(parameter.device.type == "cpu" for parameter in model.parameters()):
         warnings.warn(
-            f"the model lies on the CPU, where from_pretrained leaves it, and this machine has a GPU ({better}): move it with "
+            f"the model is on the CPU, where from_pretrained puts it, and this machine has a GPU ({better}): move it with "
             f"model.to({better!r}) first, or it is measured on the CPU",
             stacklevel=3,
         )
@@ -82,14 +82,12 @@ def tell_of_gpu(model: torch.nn.Module) -> None:
 def placing(
     where: torch.device, dtype: torch.dtype, device: str, quantize: str | None, device_map: str | None
 ) -> dict[str, Any]:
-    """What transformers is told of quantisation and devices; nothing for a whole model on one. Raises UsageError."""
+    """The from_pretrained arguments for quantisation and devices; empty for a full model on one device. Raises UsageError."""
     for option, value, known in (("quantize", quantize, QUANTIZED), ("device-map", device_map, DEVICE_MAPS)):
         if value is not None and value not in known:
             raise UsageError(f"--{option} is {value!r}: choose one of {', '.join(known)}")
     if device_map is not None and device != "auto":
-        raise UsageError(
-            f"--device {device} is one device, and --device-map spreads over several: leave out one of them"
-        )
+        raise UsageError(f"--device {device} is one device, and --device-map uses several: leave out one of them")
     found: dict[str, Any] = {}
     if device_map is not None or quantize is not None:
         found["device_map"] = device_map or {"": where}
@@ -99,14 +97,14 @@ def placing(
 
 
 def check_placed(model: Any, device_map: str | None) -> None:
-    """Raises UsageError where accelerate left weights on the CPU or the disk, to be fetched one layer at a time."""
+    """Raises UsageError if accelerate left weights on the CPU or the disk, to be fetched layer by layer."""
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     left = places & {"disk", *(["cpu"] if len(places) > 1 else [])}
     if device_map is not None and left:
         raise UsageError(
-            f"the model does not fit on the devices of --device-map {device_map} (some layers are left on the "
-            f"{' and the '.join(sorted(left))}), and a layer that is fetched for each batch has no weights to move: use more or "
-            "larger devices, --dtype bfloat16, or --quantize"
+            f"the model does not fit on the devices of --device-map {device_map} (some layers are on the "
+            f"{' and the '.join(sorted(left))}), and offloaded layers cannot be scored: use more or larger devices, "
+            "--dtype bfloat16, or --quantize"
         )
 
 

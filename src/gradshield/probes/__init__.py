@@ -1,4 +1,4 @@
-"""Differentiable unsafety scores, the requests they are taken on, and the check that they mean something.
+"""Differentiable unsafety scores, their requests, and the check that they are valid on a model.
 
 Importing this package registers every built-in probe.
 """

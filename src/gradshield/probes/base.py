@@ -1,8 +1,7 @@
-"""What a probe is: a differentiable unsafety score S(θ) on requests that the model should refuse.
+"""The probe interface: a differentiable unsafety score S(θ) on requests that the model should refuse.
 
-S rises as the model leaves refusal, so that FIHS = -<∇L, ∇S> is positive for rows that make the model less safe
-(arXiv 2605.14194). A probe scores opened assistant turns: the chat template's generation prompt is there, and nothing
-has been generated yet.
+S rises as the model moves away from refusal, so that FIHS = -<∇L, ∇S> is positive for rows that make the model less safe
+(arXiv 2605.14194). A probe scores opened assistant turns, which end with the chat template's generation prompt.
 """
 
 from __future__ import annotations
@@ -75,9 +74,9 @@ def first_logits(model: nn.Module, batch: PromptBatch) -> Tensor:
 
 
 class Probe(Protocol):
-    """One unsafety score. ``fit`` looks at the model once; calling it gives the mean of S over a batch, a scalar.
+    """One unsafety score. ``fit`` adapts it to the model once; a call gives the mean of S over a batch, a scalar.
 
-    ``settings`` is JSON-able and goes into the manifest: what the probe was told and what it found on this model.
+    ``settings`` is JSON-able and goes into the manifest: the probe's options and what it found on this model.
     """
 
     name: str
@@ -93,7 +92,7 @@ PROBES: Registry[type[Probe]] = Registry("probe")
 
 
 def open_turns(tokenizer: Any, prompts: Sequence[Mapping[str, str]], prefix: str = "", **template: Any) -> Prompts:
-    """Render requests as opened assistant turns. ``prefix`` is text put at the start of the answer (a closed thinking block)."""
+    """Render requests as opened assistant turns. ``prefix`` is text that starts the answer (a closed thinking block)."""
     ids = []
     for prompt in prompts:
         text = tokenizer.apply_chat_template(
@@ -104,7 +103,7 @@ def open_turns(tokenizer: Any, prompts: Sequence[Mapping[str, str]], prefix: str
 
 
 def first_token(tokenizer: Any, text: str) -> int:
-    """The token with which an answer that begins with ``text`` begins, after the template's last characters."""
+    """The first token of an answer that begins with ``text``, tokenised after the generation prompt."""
     opened = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
     )
@@ -118,7 +117,7 @@ def first_token(tokenizer: Any, text: str) -> int:
 
 @torch.no_grad()
 def greedy(model: nn.Module, prompts: Prompts, tokens: int, pad: int, chunk: int = 32) -> list[list[int]]:
-    """The model's greedy answers, at most ``tokens`` long, cut at its end-of-sequence token; without dropout in any mode."""
+    """The model's greedy answers, at most ``tokens`` long, cut at its end-of-sequence token; always without dropout."""
     device = next(model.parameters()).device
     config = getattr(model, "generation_config", None)
     stops = config.eos_token_id if config is not None else None

@@ -1,4 +1,4 @@
-"""Log-likelihood of given answers after given prompts: what the multi-token probes share."""
+"""Log-likelihood of given answers after given prompts, for the multi-token probes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several whole openers on each side, so that no single first token decides."""
+"""Contrast of several whole openers on each side, so that no single token decides."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Contrast:
     """logsumexp of the log-likelihoods of compliant openers minus that of refusing openers, several tokens each.
 
     Paper: none; answers the objection that single tokens are ad hoc ("I definitely can help" begins with "I").
-    Departures: log-likelihoods are per token, so that a long opener is not unlikely for its length alone.
+    Departures: log-likelihoods are per token, so that long openers are not penalised.
     """
 
     name = "contrast"

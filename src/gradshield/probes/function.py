@@ -1,4 +1,4 @@
-"""A user's own score."""
+"""A custom score."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradshield.probes.base import PromptBatch, Prompts
 class FunctionProbe:
     """Any function of (model, PromptBatch) to a scalar tensor that rises as the model leaves refusal.
 
-    Not in the registry: it is given as an object (``gs.scan(..., probe=my_score)``).
+    Not in the registry: it is passed as an object (``gs.scan(..., probe=my_score)``).
     """
 
     def __init__(self, function: Callable[[nn.Module, PromptBatch], Tensor]) -> None:
@@ -22,15 +22,15 @@ class FunctionProbe:
         self.name = getattr(function, "__name__", type(function).__name__)
 
     def fit(self, model: nn.Module, tokenizer: Any, requests: Prompts, lookalikes: Prompts) -> None:
-        """Nothing to find out."""
+        """Does nothing."""
 
     def __call__(self, model: nn.Module, batch: PromptBatch) -> Tensor:
-        """The user's value. Raises UsageError when it is not a scalar that depends on the model."""
+        """The function's value. Raises UsageError if it is not a scalar that depends on the model."""
         value = self.function(model, batch)
         if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
             raise UsageError(
                 f"the probe function {self.name} returned {type(value).__name__}"
-                f"{tuple(value.shape) if isinstance(value, Tensor) else ''}, but a probe gives one scalar tensor that "
+                f"{tuple(value.shape) if isinstance(value, Tensor) else ''}, but a probe must return one scalar tensor that "
                 "depends on the model's parameters: return S averaged over the batch, without detaching it"
             )
         return value

@@ -1,4 +1,4 @@
-"""The probe prompts: those that come with the package, and a user's own file."""
+"""The probe prompts: the package's own, and a user's file."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def _shipped(name: str) -> tuple[Prompt, ...]:
 def requests(split: str = "direction") -> list[Prompt]:
     """Built-in requests that a model should refuse: ``{prompt, category, split}``. ``split`` is one of SPLITS.
 
-    ``direction`` builds ∇S, ``search`` decides a verified cut, ``report`` measures attack success and nothing else.
+    ``direction`` builds ∇S, ``search`` decides a verified cut, ``report`` measures attack success only.
     """
     return _of_split("requests.jsonl", split)
 
 
 def lookalikes(split: str = "direction") -> list[Prompt]:
-    """Built-in harmless requests that look like the harmful ones, row by row."""
+    """Built-in harmless requests, each resembling the harmful request at the same index."""
     return _of_split("lookalikes.jsonl", split)
 
 
 def ordinary() -> list[Prompt]:
-    """Built-in everyday requests (questions, tasks, small talk) that nobody would refuse: what harmless prompts look like."""
+    """Built-in everyday requests (questions, tasks, small talk): plainly harmless prompts."""
     return _of_split("ordinary.jsonl", "direction")
 
 
@@ -49,10 +49,10 @@ def _of_split(name: str, split: str) -> list[Prompt]:
 
 
 def read_prompts(path: str | Path, split: str = "direction", unnamed: bool = True) -> list[Prompt]:
-    """A user's prompts: a file of rows with ``prompt`` and optionally ``category`` and ``split``, or ``.txt`` with one a line.
+    """A user's prompts: a file of rows with ``prompt`` and optionally ``category`` and ``split``, or ``.txt`` with one per line.
 
-    Rows of another split are left out; rows without one belong to every split, or with ``unnamed`` False to none, and then
-    there may be none at all. Raises DataError in one sentence.
+    Rows of another split are skipped. Rows without one belong to every split, or with ``unnamed`` False to no split; the
+    result may then be empty. Raises DataError.
     """
     file = Path(path)
     found: list[Prompt] = []
@@ -66,24 +66,24 @@ def read_prompts(path: str | Path, split: str = "direction", unnamed: bool = Tru
             )
         if any("\ud800" <= c <= "\udfff" for c in prompt):
             raise DataError(
-                f"row {number} of the prompts file {file.name!r} holds half a character (a lone surrogate): write it anew"
+                f"row {number} of the prompts file {file.name!r} has a lone surrogate, which is not a character: fix the row"
             )
         if (first := seen.setdefault(alike(prompt), number)) != number:
             raise DataError(
-                f"row {number} of the prompts file {file.name!r} asks what row {first} asks: give each prompt once, or it "
-                "counts twice"
+                f"row {number} of the prompts file {file.name!r} repeats row {first}, which would count twice: give each "
+                "prompt once"
             )
         if (row.get("split") or (split if unnamed else None)) == split:
             found.append({"prompt": prompt, "category": str(row.get("category") or "requests"), "split": split})
     if not found and unnamed:
         raise DataError(
-            f"the prompts file {file.name!r} has no prompt of split {split!r}: give at least one, better 32"
+            f"the prompts file {file.name!r} has no prompt of split {split!r}: give at least one, ideally 32"
         )
     return found
 
 
 def alike(prompt: str) -> str:
-    """What two prompts share that ask the same: letters of one width and case, white space as one space."""
+    """A prompt's key for comparison: Unicode-normalised, case-folded, white space collapsed."""
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
@@ -94,7 +94,7 @@ def _rows(file: Path) -> Iterator[Any]:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8"
             raise DataError(
-                f"the prompts file {str(file)!r} cannot be read ({reason}): give one request a line"
+                f"the prompts file {str(file)!r} cannot be read ({reason}): give one request per line"
             ) from error
         yield from ({"prompt": line} for line in lines if line.strip())
         return

@@ -1,4 +1,4 @@
-"""Openers discovered per model: what it begins with when it refuses, against what it begins with when it helps."""
+"""Openers discovered per model: its first tokens when it refuses, against those when it complies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradshield.models.loading import evaluating
-from gradshield.probes.base import PROBES, PromptBatch, Prompts, first_logits
+from gradshield.probes.base import PROBES, PromptBatch, Prompts, first_logits, first_token
 
 
 @PROBES.register("token_set")
@@ -19,7 +19,7 @@ class TokenSet:
 
     Paper: arXiv 2605.14194 uses two fixed tokens; its reviewers asked for sets.
     Departures: the sets are discovered. Refusal openers are the greedy first tokens of at least 2 % of the requests;
-    compliance openers those of the harmless look-alikes that no request begins with, the commonest ``size`` of them.
+    compliance openers those of the harmless look-alikes that begin no answer to a request, at most ``size``, by frequency.
     """
 
     name = "token_set"
@@ -32,14 +32,12 @@ class TokenSet:
 
     @torch.no_grad()
     def fit(self, model: nn.Module, tokenizer: Any, requests: Prompts, lookalikes: Prompts) -> None:
-        """Discover both sets. An empty compliance set falls back to "Sure", as in the paper's pair."""
+        """Discover both sets. An empty compliance set falls back to "Sure", from the paper's pair."""
         refusing, helping = self._firsts(model, requests), self._firsts(model, lookalikes)
         least = max(1, round(0.02 * len(requests)))
         self.refuse = [token for token, count in refusing.most_common(self.size) if count >= least]
         self.comply = [token for token, _ in helping.most_common() if token not in refusing][: self.size]
         if not self.comply:
-            from gradshield.probes.base import first_token
-
             self.comply = [first_token(tokenizer, "Sure")]
         self._words = {
             "comply": [tokenizer.decode([t]) for t in self.comply],

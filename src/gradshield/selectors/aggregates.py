@@ -1,7 +1,7 @@
-"""From a row's tokens to the row: how the per-token values are counted.
+"""Aggregates: from a row's per-token values to the row's score.
 
-``sum``, ``mean``; ``first:k`` and ``top:k`` add up k tokens; ``top:20%`` averages the top fifth; ``push`` averages what
-pushes toward harm (see `push`). An aggregate takes (n,) values, n >= 1, and gives a float.
+``sum``, ``mean``; ``first:k`` and ``top:k`` sum k tokens; ``top:20%`` averages the top fifth; ``push`` averages the positive
+values (see `push`). An aggregate takes (n,) values, n >= 1, and returns a float.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from gradshield.errors import UsageError
 from gradshield.types import Floats
 
 AGGREGATES = {
-    "sum": "all tokens added up",
+    "sum": "the sum over all tokens",
     "mean": "the average over all tokens",
-    "first:K": "the first K tokens added up",
-    "top:K": "the K largest values added up",
+    "first:K": "the sum of the first K tokens",
+    "top:K": "the sum of the K largest values",
     "top:P%": "the average of the largest P per cent",
-    "push": "the positive values averaged over all tokens, a short row filled up with zeros to 24 (the default)",
+    "push": "the positive values averaged over all tokens, a short row padded with zeros to 24 (the default)",
 }
 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """A named way to count a row's tokens. ``per_token`` says whether it needs their values one by one."""
+    """A named aggregate. ``per_token``: it needs the value of every token."""
 
     name: str
     function: Callable[[Floats], float]
@@ -44,16 +44,16 @@ def largest(tokens: Floats, count: int) -> Floats:
 
 
 def push(tokens: Floats, least: int = 24) -> float:
-    """Mean push toward harm: Σ max(v, 0) / max(n, ``least``), a row shorter than ``least`` tokens filled up with zeros.
+    """Mean push toward harm: Σ max(v, 0) / max(n, ``least``), a row shorter than ``least`` tokens padded with zeros.
 
-    A few tokens carry a row's harm, and averaging signed values drowns them. Positive parts do not cancel, whatever share
-    of the tokens they are; the filling keeps one large token of a one-word answer from outweighing a whole harmful answer.
+    A few tokens carry a row's harm, and a mean of signed values drowns them. Positive parts do not cancel; the padding keeps
+    one large token of a one-word answer from outweighing a whole harmful answer.
     """
     return float(np.maximum(tokens, 0.0).sum()) / max(len(tokens), least)
 
 
 def parse(text: str) -> Aggregate:
-    """An aggregate by its name. Raises UsageError, which lists what there is."""
+    """An aggregate by its name. Raises UsageError, which lists the names."""
     if text == "sum":
         return Aggregate(text, lambda t: float(t.sum()), per_token=False)
     if text == "mean":
@@ -74,5 +74,5 @@ def parse(text: str) -> Aggregate:
 
 
 def _top_share(tokens: Floats, percent: int) -> float:
-    count = -(-percent * len(tokens) // 100)  # rounded up in whole numbers: 0.07 · 100 is more than 7 in floating point
+    count = -(-percent * len(tokens) // 100)  # rounded up in integers: 0.07 · 100 exceeds 7 in floats
     return float(largest(tokens, count).mean())

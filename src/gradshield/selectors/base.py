@@ -1,4 +1,4 @@
-"""Measure and decide are apart: what a row-selection method is, whatever it measures."""
+"""The selector interface: measure batch by batch, then score the whole dataset."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from gradshield.types import Batch, Direction, Floats, Ints, Scores
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What one batch gave, by row; no state across rows, so that any distributed map can make it.
+    """The measurements of one batch, by row; no state across rows, so that any distributed map can make it.
 
-    ``sums[i]`` is the row's own value; ``tokens[i]`` its per-token values in order (chosen before rejected, each times
-    its sequence's coefficient), None from an engine without them; of a whole dataset they lie on disk and are read when
-    asked for. ``nll`` is the mean loss in nats, ``lengths`` the number of loss tokens. ``extra``
-    (N, E) are columns of the selector's own.
+    ``sums[i]`` is the row's value; ``tokens[i]`` its per-token values in order (chosen before rejected, each times its
+    sequence's coefficient), None from an engine without them; for a whole dataset they are on disk and read on access.
+    ``nll`` is the mean loss in nats, ``lengths`` the number of loss tokens. ``extra`` (N, E) holds the selector's own columns.
     """
 
     rows: Ints
@@ -36,7 +35,7 @@ class Measured:
 
     @staticmethod
     def joined(parts: Sequence[Measured]) -> Measured:
-        """All parts as one, in the order of the input's rows."""
+        """All parts as one, in input order."""
         rows = np.concatenate([p.rows for p in parts])
         order = np.argsort(rows, kind="stable")
         whole = [p.tokens for p in parts]
@@ -54,14 +53,14 @@ class Measured:
 class Selector(Protocol):
     """A method that scores rows. ``measure`` sees one batch at a time; ``finish`` sees the whole dataset, in numpy.
 
-    ``rule`` is the threshold that cuts its scores where none is named. ``travels`` says that ``measure`` needs the given model
-    alone, so that other processes may measure. ``probed`` says that it is FIHS or made of it: it has `Fihs`'s attributes, its
-    probes must be valid, and its engine agrees with the oracle. The constructor states the options (`options`), and asks by name
-    for any of what `scanning.ranking` gives: a ``subspace``, its ``targets``, a ``seed``, the ``tokenizer``, ``references``.
+    ``rule`` is the default threshold. ``travels``: ``measure`` needs nothing but the given model, so other processes can run
+    it. ``probed``: the method is FIHS or built on it; it has `Fihs`'s attributes, its probes must be valid, and its engine is
+    checked against the oracle. The constructor declares the options (`options`), and names any argument that
+    `scanning.ranking` provides: ``subspace``, its ``targets``, ``seed``, ``tokenizer``, ``references``.
 
-    ``settings`` is JSON-able: everything but rows, model and
-    direction that a measured number depends on. ``prepare`` of a method that has no direction gives one without tensors.
-    ``finish`` hands on ``ids`` and ``shapes`` as it got them: of many rows they are columns that hold no string (`columns`).
+    ``settings`` is JSON-able: everything but rows, model and direction that a measured number depends on. ``prepare`` of a
+    method without a direction returns one without tensors. ``finish`` passes ``ids`` and ``shapes`` on unchanged: for many
+    rows they are compact columns (`columns`).
     """
 
     name: str
@@ -79,10 +78,10 @@ class Selector(Protocol):
 
 
 def no_direction(name: str, model: nn.Module | None = None, subspace: str = "all") -> Direction:
-    """What ``prepare`` of a method without a direction gives: no tensors, and a digest that no other weights have.
+    """The result of ``prepare`` for a method without a direction: no tensors, and a digest unique to the weights.
 
-    The digest stands for the model in the names of saved shards, so it covers the selector's ``name``, the subspace and the
-    bytes of every parameter; ``model`` is None for a method that never asks the model.
+    The digest identifies the model in the names of saved shards, so it covers the selector's ``name``, the subspace and the
+    bytes of every parameter; ``model`` is None for a method that does not use the model.
     """
     weights = parameters_digest(model) if model is not None else ""
     sha = hashlib.sha256(f"{name}\n{subspace}\n{weights}".encode())
@@ -112,7 +111,7 @@ def require_finite(raw: Measured) -> None:
     if bad:
         shown = ", ".join(map(str, bad[:10])) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
         raise ScoreError(
-            f"{len(bad)} of {len(raw.rows)} rows got a score that is not finite (rows {shown}): check the model's weights "
+            f"{len(bad)} of {len(raw.rows)} rows have a score that is not finite (rows {shown}): check the model's weights "
             "for overflow, or load it in float32 (--dtype float32)"
         )
 
@@ -122,15 +121,11 @@ SELECTORS: Registry[type[Selector]] = Registry(
 )
 
 
-GIVEN = (
-    "subspace",
-    "targets",
-    "seed",
-)  # what a constructor asks for by name and nobody types, though it could be typed
+GIVEN = ("subspace", "targets", "seed")  # constructor arguments that come from the scan's settings, not from the spec
 
 
 def check(text: str) -> None:
-    """Raises UsageError for a selector that is not there, or options that it does not take."""
+    """Raises UsageError for an unknown selector, or options that it does not take."""
     spec = Spec.split(text)
     made = SELECTORS[spec.name]
     if not hasattr(made, "parse"):
@@ -138,9 +133,9 @@ def check(text: str) -> None:
 
 
 def make(text: str, given: Given) -> Selector:
-    """A selector as typed (``gradnorm``, ``larf:opening``), with what its constructor asks for. Raises UsageError.
+    """A selector as typed (``gradnorm``, ``larf:opening``), with the arguments its constructor names. Raises UsageError.
 
-    A class whose options are no ``key=value`` has a ``parse(options, given)`` that makes it.
+    A class whose options are not ``key=value`` pairs has a ``parse(options, given)`` that builds it.
     """
     spec = Spec.split(text)
     made = SELECTORS[spec.name]

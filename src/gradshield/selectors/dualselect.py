@@ -1,4 +1,4 @@
-"""DualSelect: safety references and task rows chosen together, step by step, inside training."""
+"""DualSelect: safety references and task rows selected together, step by step, during training."""
 
 from __future__ import annotations
 
@@ -21,28 +21,26 @@ from gradshield.models.placement import in_float64
 from gradshield.selectors.online import ONLINE
 from gradshield.types import Batch, Bools, Direction, Floats, Rendered
 
-_ENTRIES = 1024  # most likely tokens whose log-probability under θ0 is kept at each place; the rest is one entry
-_ROUNDING = (
-    1e-5  # a preservation gradient shorter than this share of the task gradient is rounding: 1e-7 was seen at θ0
-)
+_ENTRIES = 1024  # most likely tokens whose log-probability under θ0 is kept per position; the rest is one entry
+_ROUNDING = 1e-5  # a preservation gradient below this share of the task gradient's norm is rounding (1e-7 at θ0)
 
 
 @ONLINE.register("dualselect")
 class DualSelect:
-    """Chooses the safety references that training endangers most, and drops the task rows that pull against them.
+    """Selects the safety references that training endangers most, and drops the task rows that pull against them.
 
     Paper: arXiv 2606.09866. Equation: w = softmax((a KL_i/max KL - (1 - a) cos(∇KL_i, ∇L_task))/τ), the k largest kept;
     r = ∇Σ w_i KL_i; a row stays unless <∇L_row, r> < 0; g <- g - <g, r>/<r, r> r where <g, r> < 0.
-    Departures: it follows the paper's abstract, and the rest is our choice. KL(θ0 ‖ θ) is the mean over a reference's answer
-    tokens, taken over θ0's 1,024 most likely tokens and the rest as one. Preservation is divided by its largest value in the
-    pool, since a cosine has a fixed range and a KL has none; ``weight`` a = 0.5 and ``temperature`` τ = 0.1 were not tuned. r is
-    the gradient of the weighted KL over the trainable parameters, kept until the next refresh; rows and the correction are
-    judged against it at the current weights. The task gradient of a refresh is that of the candidate batch's mean token loss.
-    Steps are counted in batches. All is measured in evaluation mode. At most a share ``drop`` of a batch goes, by default half,
-    the least compatible first: where every incompatible row goes (1.0), a task whose harmless rows too pull against the
-    references is hardly learned, and what is left agrees with r, so that there is little to correct. A batch without a
-    compatible row keeps its best one. After a resume the warm-up is not repeated, and r is taken anew at the first batch.
-    Where processes train together (torch.distributed), the task gradient is the mean of theirs, and all have one r.
+    Departures: it follows the paper's abstract; the rest is our choice. KL(θ0 ‖ θ) is the mean over a reference's answer
+    tokens, taken over θ0's 1,024 most likely tokens and all others as one. Preservation is divided by its largest value in the
+    pool, since a cosine is bounded and a KL is not; ``weight`` a = 0.5 and ``temperature`` τ = 0.1 were not tuned. r is the
+    gradient of the weighted KL over the trainable parameters, kept until the next refresh; rows and the correction are
+    compared with it at the current weights. The task gradient of a refresh is that of the candidate batch's mean token loss.
+    Steps are counted in batches. Everything is measured in evaluation mode. At most a share ``drop`` of a batch is dropped:
+    with 1.0, a task whose harmless rows also pull against the references is hardly learned, and the remaining rows agree with
+    r, so that there is little to correct. A batch without a compatible row keeps its best one. After a resume the warm-up is
+    not repeated, and r is recomputed at the first batch. In distributed training (torch.distributed) the task gradient is
+    averaged over the processes, and all share one r.
     """
 
     name = "dualselect"
@@ -60,12 +58,11 @@ class DualSelect:
         engine: Engine | None = None,
     ) -> None:
         """``references`` are harmful requests with the model's own refusals. No row is dropped in the first ``warmup`` batches;
-        from then on the direction is taken anew every ``refresh`` batches from the ``top`` references of largest weight.
-        ``drop`` is the largest share of a batch that may go, the least compatible first: without such a bound, tasks whose
-        harmless rows too pull against the references are hardly learned at all. ``engine`` computes the
+        after that the direction is recomputed every ``refresh`` batches from the ``top`` references of largest weight.
+        ``drop`` is the largest share of a batch to drop, the least compatible rows first. ``engine`` computes the
         compatibilities; None lets `gradients.pick` choose.
 
-        Raises UsageError for a value out of range, or references without a token in the loss.
+        Raises UsageError for a value out of range, or references without a loss token.
         """
         checks = (
             ("warmup", warmup, warmup >= 0, "at least 0"),
@@ -81,13 +78,13 @@ class DualSelect:
         counted = [any(tokens.loss.any() for tokens in row.sequences) for row in references]
         if not counted or not all(counted):
             raise UsageError(
-                f"dualselect got {len(counted)} references, {sum(counted)} of them with a token in the loss: give harmful "
-                "requests with the model's own refusals, at least one, the loss over the refusals"
+                f"dualselect got {len(counted)} references, {sum(counted)} of them with a loss token: give at least one "
+                "harmful request with the model's own refusal, the loss over the refusal"
             )
         self.references = list(references)
         self.warmup, self.refresh, self.temperature, self.top = warmup, refresh, temperature, top
         self.weight, self.drop, self.correction, self.engine = weight, drop, correction, engine
-        self.position = 0  # the batch of the training that comes next; a trainer that resumes sets it
+        self.position = 0  # index of the next batch of the training; a trainer that resumes sets it
         self._start: list[_Start] = []
         self._direction: Direction | None = None
         self._counts = dict.fromkeys(("batches", "rows", "dropped", "refreshes", "steps", "corrections"), 0)
@@ -95,23 +92,23 @@ class DualSelect:
 
     @property
     def least(self) -> int:
-        """Rows of a batch of which one may be dropped."""
+        """The smallest batch from which one row may be dropped."""
         return max(2, math.ceil(1 / self.drop - 1e-9)) if self.drop > 0 else 1
 
     def begin(self, model: nn.Module) -> None:
-        """Keep θ0's log-probabilities on the references, and forget everything of an earlier run."""
+        """Record θ0's log-probabilities on the references, and reset the state of an earlier run."""
         self.position, self._direction, self._refreshed = 0, None, []
         self._counts = dict.fromkeys(self._counts, 0)
         with scoring(model), torch.no_grad():
             self._start = [_Start.of(model, collate([row])) for row in self.references]
 
     def choose(self, model: nn.Module, batch: Batch) -> Bools:
-        """Which rows of the batch train: all of them in the warm-up, later those that do not raise the preservation loss.
+        """Which rows of the batch train: all in the warm-up, later those that do not raise the preservation loss.
 
         Raises UsageError before `begin`.
         """
         if not self._start:
-            raise UsageError("dualselect was asked to choose before it began: call begin(model) before the first step")
+            raise UsageError("dualselect got choose() before begin(): call begin(model) before the first step")
         since = self.position - self.warmup
         rows = np.unique(batch.rows)
         self.position += 1
@@ -128,8 +125,8 @@ class DualSelect:
         return keep
 
     def compatibility(self, model: nn.Module, batch: Batch) -> Floats:
-        """<∇L_row, r> at the current weights, by row in ascending order: below zero, a step on the row raises the loss that r
-        is the gradient of. Zeros where there is no direction."""
+        """<∇L_row, r> at the current weights, by row in ascending order: below zero, a step on the row raises the preservation
+        loss. Zeros without a direction."""
         rows = np.unique(batch.rows)
         if self._direction is None:
             return np.zeros(len(rows))
@@ -139,7 +136,7 @@ class DualSelect:
         return np.array([float(values[batch.rows == row].sum()) for row in rows])
 
     def correct(self, model: nn.Module) -> None:
-        """Take out of the ``.grad`` what would raise the preservation loss, where the two conflict."""
+        """Remove from ``.grad`` the component that would raise the preservation loss, if the two conflict."""
         self._counts["steps"] += 1
         if self._direction is None or not self.correction:
             return
@@ -158,9 +155,9 @@ class DualSelect:
                 g.sub_(r, alpha=along / size)
 
     def record(self) -> Mapping[str, Any]:
-        """The settings and what was done. ``conflict`` is the mean over refreshes of the pool's mean negative cosine with the
-        task gradient, ``preservation`` that of its mean KL in nats; None before the first refresh. Counts and means are of
-        this process: not what a stopped training did before it was resumed."""
+        """The settings and counts. ``conflict`` is the mean over refreshes of the pool's mean negative cosine with the task
+        gradient, ``preservation`` that of its mean KL in nats; None before the first refresh. Counts and means cover this
+        process only, not a training that was stopped before a resume."""
         means = {
             name: float(np.mean([entry[name] for entry in self._refreshed])) if self._refreshed else None
             for name in ("conflict", "preservation")
@@ -180,10 +177,9 @@ class DualSelect:
         }
 
     def _induced(self, model: nn.Module, batch: Batch) -> Direction | None:
-        """r, the gradient of the chosen references' weighted preservation loss; None where it vanishes, as it does at θ0.
+        """r, the gradient of the chosen references' weighted preservation loss; None if it vanishes, as at θ0.
 
-        The same in every process: gradients that were averaged over processes and then corrected by different r would leave
-        each with a model of its own.
+        The same in every process: correcting averaged gradients by different r would let the models diverge.
         """
         with _trainable(model) as parameters:
             task = _averaged(_gradient(_mean_loss(model, batch), parameters), parameters)
@@ -212,7 +208,7 @@ class DualSelect:
 def reference_weights(
     losses: Sequence[float], cosines: Sequence[float], weight: float, temperature: float, top: int
 ) -> Floats:
-    """The weight of each reference, summing to one, zero beyond the ``top`` largest (R,).
+    """The weight of each reference, summing to one, zero outside the ``top`` largest (R,).
 
     The maximum over the simplex of Σ w_i s_i + temperature · entropy(w) is softmax(s / temperature); s_i is ``weight`` times the
     preservation loss in units of the pool's largest, minus (1 - weight) times the cosine with the task gradient.
@@ -228,7 +224,7 @@ def reference_weights(
 
 
 def kept(compatibility: Floats, drop: float) -> Bools:
-    """Which rows stay (B,): the incompatible go (below zero), at most ⌊drop · B⌋ of them, the worst first; never all rows."""
+    """Which rows to keep (B,): drops incompatible rows (below zero), at most ⌊drop · B⌋, the worst first; never all rows."""
     count = min(int(drop * len(compatibility) + 1e-9), len(compatibility) - 1)
     keep = np.ones(len(compatibility), dtype=np.bool_)
     keep[np.argsort(compatibility, kind="stable")[:count]] = False
@@ -237,7 +233,7 @@ def kept(compatibility: Floats, drop: float) -> Bools:
 
 @dataclass(frozen=True, eq=False)
 class _Start:
-    """One reference, and what θ0 said on its M answer tokens: its most likely tokens and the log-probability of the rest."""
+    """One reference with θ0's log-probabilities on its M answer tokens: the most likely tokens, and the rest as one."""
 
     data: DeviceBatch
     where: Tensor  # (B, T) positions that predict the answer
@@ -255,7 +251,7 @@ class _Start:
         return cls(data, where, tokens, logs, rest)
 
     def divergence(self, model: nn.Module) -> Tensor:
-        """KL(θ0 ‖ θ), the mean over the answer's tokens, in nats, with a graph."""
+        """KL(θ0 ‖ θ), the mean over the answer's tokens, in nats, differentiable."""
         logits = logits_at(model, self.data.ids, self.data.attention, self.where)
         logs, rest = _coarse(logits, self.tokens)
         each = (self.logs.exp() * (self.logs - logs)).sum(-1)
@@ -265,7 +261,7 @@ class _Start:
 
 
 def _coarse(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of the given tokens (M, E), and of all others together (M,)."""
+    """Log-probabilities of the given tokens (M, E), and of all others combined (M,)."""
     total = logits.logsumexp(-1, keepdim=True)
     logs = logits.gather(-1, tokens) - total
     if tokens.shape[-1] == logits.shape[-1]:
@@ -279,7 +275,7 @@ def _trainable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not names:
         raise UsageError(
-            "dualselect got a model without a trainable parameter: put the adapter on it, or unfreeze its weights"
+            "dualselect got a model without a trainable parameter: add the adapter, or unfreeze its weights"
         )
     with scoring(model, names) as parameters, torch.enable_grad():
         yield parameters
@@ -292,7 +288,7 @@ def _valued(start: _Start, model: nn.Module, parameters: Mapping[str, nn.Paramet
 
 
 def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """What a trainer minimises: the mean loss of the batch's tokens, in nats."""
+    """The trainer's loss: the mean over the batch's loss tokens, in nats."""
     data = DeviceBatch.of(batch, model)
     each = token_nll(model, data.ids, data.attention, data.loss).sum(-1)
     signs = torch.as_tensor(batch.coefficients, dtype=each.dtype, device=each.device)
@@ -305,12 +301,12 @@ def _gradient(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str,
 
 
 def _processes() -> int:
-    """How many processes train together; 1 where this one trains alone."""
+    """The number of processes in the training."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _averaged(gradient: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The mean over the processes that train together; zeros where one has no gradient, as of an expert no token went to."""
+    """The mean over the training's processes; a missing gradient (an expert without tokens) counts as zero."""
     count = _processes()
     if count == 1:
         return dict(gradient)
@@ -321,7 +317,7 @@ def _averaged(gradient: Mapping[str, Tensor], parameters: Mapping[str, nn.Parame
 
 
 def _all(holds: bool, device: torch.device) -> bool:
-    """Whether something holds in every process that trains here."""
+    """Whether a condition holds in every process of the training."""
     if _processes() == 1:
         return holds
     found = torch.tensor(float(holds), device=device)
@@ -338,7 +334,7 @@ def _norm(gradient: Mapping[str, Tensor]) -> float:
 
 
 def _cosine(reference: Mapping[str, Tensor], task: Mapping[str, Tensor]) -> float:
-    """Of a reference's gradient with the task's; 0 where it vanishes, as every reference's does at θ0."""
+    """Cosine of a reference's gradient with the task's; 0 if it vanishes, as at θ0."""
     size, of_task = _norm(reference), _norm(task)
     if size <= _ROUNDING * of_task or of_task == 0:
         return 0.0

@@ -14,23 +14,23 @@ from gradshield.selectors.aggregates import Aggregate
 from gradshield.selectors.base import SELECTORS, Measured, by_row, members, require_finite
 from gradshield.types import Batch, Direction, Scores
 
-_CHUNK = 16  # probe prompts whose graph is alive at once
+_CHUNK = 16  # probe prompts in one autograd graph
 
 
 @SELECTORS.register("fihs")
 class Fihs:
-    """Minus the dot product of the row's gradient with the gradient of the unsafety score, counted over its tokens.
+    """Minus the dot product of the row's gradient with the gradient of the unsafety score, aggregated over its tokens.
 
     Paper: arXiv 2605.14194. Equation: FIHS(x) = -<∇L(x; θ0), ∇S(θ0)>.
-    Departures: the paper does not say whether L sums or averages over tokens; here the count over tokens is a named
-    choice (``aggregate``). At θ0 = reference the gradient of the DPO loss of a preference row is β/2 times FIHS_sum(chosen) -
-    FIHS_sum(rejected); the constant factor is left out, because preference rows are cut among themselves.
+    Departures: the paper does not say whether L sums or averages over tokens; here that is an option (``aggregate``). At
+    θ0 = reference the gradient of the DPO loss of a preference row is β/2 times FIHS_sum(chosen) - FIHS_sum(rejected); the
+    constant factor is dropped, because preference rows are cut among themselves.
     """
 
     name = "fihs"
     rule = "competition"
     travels, probed = True, True
-    decoys: ClassVar[bool] = True  # whether its scores have them; those of known kinds stand in their place
+    decoys: ClassVar[bool] = True  # False: its scores have anchors instead
 
     def __init__(
         self,
@@ -70,27 +70,18 @@ class Fihs:
         found = self.engine.directional(model, batch, direction)
         values = found.values[0].numpy()  # (B,) or (B, T)
         nll = found.nll.numpy()  # (B, T)
-        _, sequences = members(batch)
-        per_token = values.ndim == 2
-        tokens = [
-            np.concatenate([batch.coefficients[i] * values[i][batch.loss[i]] for i in own]) if per_token else None
-            for own in sequences
-        ]
-        sums = [
-            float(t.sum()) if t is not None else float((batch.coefficients[own] * values[own]).sum())
-            for t, own in zip(tokens, sequences, strict=True)
-        ]
         rows, means, lengths = by_row(batch, nll)
-        return Measured(
-            rows,
-            np.array(sums),
-            means,
-            lengths,
-            tuple(t for t in tokens if t is not None) if per_token else None,
+        sequences = members(batch)[1]
+        if values.ndim == 1:
+            sums = [float((batch.coefficients[own] * values[own]).sum()) for own in sequences]
+            return Measured(rows, np.array(sums), means, lengths)
+        tokens = tuple(
+            np.concatenate([batch.coefficients[i] * values[i][batch.loss[i]] for i in own]) for own in sequences
         )
+        return Measured(rows, np.array([float(t.sum()) for t in tokens]), means, lengths, tokens)
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score a row, and its decoy's. Raises ScoreError that names the rows whose value or loss is not finite."""
+        """One score per row, and its decoy's. Raises ScoreError naming the rows whose value or loss is not finite."""
         require_finite(raw)
         values, decoys = raw.sums, None
         if raw.tokens is not None:
@@ -100,5 +91,5 @@ class Fihs:
         return Scores(raw.rows, ids, values, shapes, decoys, raw.lengths, raw.nll, raw.tokens)
 
     def settings(self) -> dict[str, Any]:
-        """The engine and its step; what else matters is in the direction."""
+        """The engine and its step; the direction covers the rest."""
         return {"engine": self.engine.name, "relative_step": getattr(self.engine, "relative_step", None)}

@@ -17,9 +17,9 @@ from gradshield.types import Batch, Direction, Scores
 class GradNorm:
     """How far one training step on the row would move the weights: the norm of the gradient of its mean loss.
 
-    Paper: none; the baseline that methods of gradient-based selection compare with. Equation: ‖∇_θ L(x; θ0)‖₂, L the mean
-    over loss tokens. Departures: a preference pair's gradient is that of (loss of chosen - loss of rejected) over the number
-    of their tokens; it is proportional to the DPO gradient at θ0 = reference.
+    Paper: none; the usual baseline of gradient-based selection. Equation: ‖∇_θ L(x; θ0)‖₂, L the mean over loss tokens.
+    Departures: a preference pair's gradient is that of (loss of chosen - loss of rejected) over the number of their tokens;
+    it is proportional to the DPO gradient at θ0 = reference.
     """
 
     name = "gradnorm"
@@ -40,7 +40,7 @@ class GradNorm:
         return mean_norms(model, batch, parameter_names(model, self.subspace, self.targets))
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score a row. Raises ScoreError that names the rows whose norm is not finite."""
+        """One score per row. Raises ScoreError naming the rows whose norm is not finite."""
         require_finite(raw)
         return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
 
@@ -52,7 +52,7 @@ class GradNorm:
 def mean_norms(model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Measured:
     """``sums[r]`` is the norm of the gradient of the mean loss of row r over the named parameters, at the current weights.
 
-    A row without a loss token has norm zero. Raises UsageError as `row_norms` does.
+    A row without a loss token has norm zero. Raises UsageError like `row_norms`.
     """
     found = row_norms(model, batch, parameters)
     rows, means, lengths = by_row(batch, found.nll.numpy())

@@ -1,4 +1,4 @@
-"""Guard: what an outside model says of each row's responses, whatever they would do to the model that is trained."""
+"""Guard: an external model's verdict on each row's responses, independent of the model that is trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gradshield.selectors.base import SELECTORS, Measured, members
 from gradshield.types import Batch, Direction, Ints, Scores
 
 Decode = Callable[[Sequence[int]], str]
-Turn = tuple[str, str]  # what stands before a response, and the response
+Turn = tuple[str, str]  # the text before a response, and the response
 
 
 @SELECTORS.register("guard")
@@ -27,11 +27,10 @@ class GuardFilter:
     """The probability, by a guard model or a moderation endpoint, that a row's response is unsafe.
 
     Paper: arXiv 2312.06674 (Llama Guard), used here as a filter of training data. Equation: s(x) = max over the row's
-    responses y of P(unsafe | what stands before y, y).
-    Departures: the paper rates conversations as they happen, not rows. What stands before a response is the text of the row
-    as it was rendered, without special tokens; of a preference pair the chosen response counts alone, since training
-    moves away from the other. A row that the guard cannot judge scores 1 and is named in a warning: a row that nobody
-    could look at does not stay unseen.
+    responses y of P(unsafe | text before y, y).
+    Departures: the paper rates live conversations, not rows. The text before a response is that of the rendered row, without
+    special tokens; in a preference pair only the chosen response counts, since training moves away from the other. A row that
+    the guard cannot judge scores 1 and is named in a warning: an unjudged row is not kept.
     """
 
     name = "guard"
@@ -43,7 +42,7 @@ class GuardFilter:
 
     @classmethod
     def parse(cls, text: str, given: Given) -> GuardFilter:
-        """The selector on a guard as it is typed (``NAME``, ``classifier:NAME``, ``llm:MODEL@URL``), with a given ``tokenizer``.
+        """The selector for a guard as typed (``NAME``, ``classifier:NAME``, ``llm:MODEL@URL``); ``given`` has a ``tokenizer``.
 
         Raises UsageError.
         """
@@ -55,38 +54,38 @@ class GuardFilter:
         return cls(parse(of_rows(text)), decode)
 
     def prepare(self, model: nn.Module) -> Direction:
-        """No direction: ``tensors`` is empty, and the digest is that of the guard. Raises what keeps the guard from working."""
+        """No direction: ``tensors`` is empty, and the digest is the guard's. Raises if the guard cannot work."""
         self.guard.ready()
-        said = json.dumps(self._record, sort_keys=True).encode()
-        return Direction({}, (), "", (), hashlib.sha256(said).hexdigest())
+        record = json.dumps(self._record, sort_keys=True).encode()
+        return Direction({}, (), "", (), hashlib.sha256(record).hexdigest())
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
-        """Each row's score; NaN where the guard could not tell, which ``finish`` counts as 1. ``nll`` is not measured (NaN).
+        """Each row's score; NaN where the guard could not judge, which ``finish`` counts as 1. ``nll`` is not measured (NaN).
 
-        Raises EndpointError when the guard's endpoint has stopped answering: what is measured so far can go on later.
+        Raises EndpointError if the guard's endpoint has stopped answering: the scan can be resumed later.
         """
         turns = [self._turns(batch, i) if batch.coefficients[i] > 0 else [] for i in range(len(batch.ids))]
         flat = [turn for own in turns for turn in own]
-        opinions = iter(self.guard.opinions([before for before, _ in flat], [said for _, said in flat]))
+        opinions = iter(self.guard.opinions([before for before, _ in flat], [answer for _, answer in flat]))
         found = [[next(opinions) for _ in own] for own in turns]
         if lost := [opinion for own in found for opinion in own if opinion.lost]:
             raise EndpointError(lost[0].reason)
         rows, sequences = members(batch)
         values = np.zeros(len(rows))
         for n, own in enumerate(sequences):
-            said = [opinion for i in own for opinion in found[i]]
-            known = [opinion.probability for opinion in said if opinion.probability is not None]
+            row = [opinion for i in own for opinion in found[i]]
+            known = [opinion.probability for opinion in row if opinion.probability is not None]
             worst = max(known, default=0.0)
-            # What is known to be unsafe is so, whatever else could not be told.
-            values[n] = worst if worst > 0.5 or len(known) == len(said) else np.nan
+            # One unsafe response is enough, even if others could not be judged.
+            values[n] = worst if worst > 0.5 or len(known) == len(row) else np.nan
             if np.isnan(values[n]):
-                reason = next(opinion.reason for opinion in said if opinion.probability is None)
+                reason = next(opinion.reason for opinion in row if opinion.probability is None)
                 warnings.warn(f"the guard could not judge row {rows[n]}: {reason}", stacklevel=2)
         lengths: Ints = np.array([int(batch.loss[own].sum()) for own in sequences], dtype=np.int64)
         return Measured(rows, values, np.full(len(rows), np.nan), lengths)
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score a row; rows that could not be judged score 1, and are named in a warning."""
+        """One score per row; rows that could not be judged score 1 and are named in a warning."""
         unknown = np.isnan(raw.sums)
         if unknown.any():
             rows = [int(row) for row in raw.rows[unknown]]
@@ -100,7 +99,7 @@ class GuardFilter:
         return Scores(raw.rows, ids, values, shapes, lengths=raw.lengths)
 
     def settings(self) -> Mapping[str, Any]:
-        """What the guard is; no key."""
+        """The guard's record; no key."""
         return {"guard": self._record}
 
     @cached_property
@@ -108,11 +107,11 @@ class GuardFilter:
         return dict(self.guard.record())
 
     def _turns(self, batch: Batch, i: int) -> list[Turn]:
-        """Every run of tokens with loss in sequence ``i``, with all that stands before it, as text."""
+        """Every run of loss tokens in sequence ``i``, with everything before it, as text."""
         length = int(batch.attention[i].sum())
         ids, loss = batch.ids[i, :length], batch.loss[i, :length].copy()
         if length > 1:
-            loss[0] = loss[1]  # nothing predicts the first token, so it has no loss, but it is the text's
+            loss[0] = loss[1]  # the first token has no loss since nothing predicts it, but it is part of the text
         edges = np.flatnonzero(np.diff(np.concatenate([[False], loss, [False]]).astype(np.int8)))
         return [
             (self.decode(ids[:start].tolist()), self.decode(ids[start:end].tolist()))

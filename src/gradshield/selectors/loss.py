@@ -19,7 +19,7 @@ from gradshield.types import Batch, Direction, Scores
 class Loss:
     """How surprised the model is by the row's answer: the mean loss of its tokens, whose exponential is the perplexity.
 
-    Paper: none; the loss filter that users of data selection compare with. Equation: mean over loss tokens of -log p(token).
+    Paper: none; the usual loss filter. Equation: mean over loss tokens of -log p(token).
     Departures: a preference pair's value is the mean over the tokens of both answers, without sign.
     """
 
@@ -40,10 +40,10 @@ class Loss:
         return Measured(rows, means, means, lengths)
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score a row. Raises ScoreError that names the rows whose loss is not finite."""
+        """One score per row. Raises ScoreError naming the rows whose loss is not finite."""
         require_finite(raw)
         return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
 
     def settings(self) -> Mapping[str, Any]:
-        """Nothing: the loss depends on the model and the row alone."""
+        """Empty: the loss depends only on the model and the row."""
         return {}

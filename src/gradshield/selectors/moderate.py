@@ -1,4 +1,4 @@
-"""Rows of moderate gradient: those whose loss is usual and whose gradient norm is nearest to the median."""
+"""Rows of moderate gradient: loss within a band around the mean, and gradient norm nearest to the median."""
 
 from __future__ import annotations
 
@@ -21,17 +21,14 @@ RATIO = 0.2  # the paper's share of the candidates that train
 
 
 def in_band(losses: Floats) -> Bools:
-    """Which of the (N,) losses lie within the mean ± one standard deviation (of the population), ends included.
-
-    At least one does: were all farther away than the standard deviation, so would be their mean.
-    """
-    # Two losses lie exactly on the ends, and rounding must not throw both out.
+    """Which of the (N,) losses are within the mean ± one population standard deviation, ends included; at least one is."""
+    # Two losses are exactly on the ends, and rounding must not exclude both.
     return np.asarray(_deviations(losses) <= 1 + 1e-9)
 
 
 def _deviations(losses: Floats) -> Floats:
-    """How many standard deviations each of the (N,) losses is away from their mean; 0 where that is only rounding."""
-    scaled = losses / (np.abs(losses).max() or 1.0)  # squares of very small or large losses are no numbers
+    """Distance of each of the (N,) losses from their mean, in standard deviations; 0 within rounding."""
+    scaled = losses / (np.abs(losses).max() or 1.0)  # squares of tiny or huge losses under- or overflow
     apart = np.abs(scaled - scaled.mean())
     apart[apart <= 8 * np.finfo(np.float64).eps] = 0.0
     far: Floats = apart / (scaled.std() or 1.0)
@@ -39,17 +36,17 @@ def _deviations(losses: Floats) -> Floats:
 
 
 def moderate(losses: Floats, norms: Floats, ratio: float = RATIO) -> Bools:
-    """Which of the candidates train: (N,) mean losses and gradient norms give (N,), True for at least one row.
+    """Which candidates train: (N,) mean losses and gradient norms give (N,), True for at least one row.
 
-    The ⌊ratio · N⌋ rows (at least one) whose norm is nearest to the median of the rows in the loss band, and from that band
-    alone, so fewer where the band holds fewer; of equal distances the earlier row. Rows whose loss or norm is not finite
-    are no candidates. Raises ScoreError when there is no other, and UsageError for a ratio outside (0, 1].
+    The ⌊ratio · N⌋ rows (at least one) of the loss band whose norm is nearest to the band's median, fewer if the band is
+    smaller; ties go to the earlier row. Rows with a loss or norm that is not finite are excluded. Raises ScoreError if no
+    row is left, and UsageError for a ratio outside (0, 1].
     """
     check_ratio(ratio)
     usable = np.isfinite(losses) & np.isfinite(norms)
     if not usable.any():
         raise ScoreError(
-            f"none of the {len(losses)} candidate rows has a finite loss and gradient norm: the weights have overflowed; "
+            f"not one of the {len(losses)} candidate rows has a finite loss and gradient norm: the weights have overflowed; "
             "lower the learning rate, or train in float32"
         )
     band = np.flatnonzero(usable)[in_band(losses[usable])]
@@ -66,18 +63,18 @@ def check_ratio(ratio: float) -> None:
 
 
 def _count(rows: int, ratio: float) -> int:
-    return max(1, int(ratio * rows + 1e-9))  # 0.29 · 100 is less than 29 in floating point
+    return max(1, int(ratio * rows + 1e-9))  # 0.29 · 100 is below 29 in floats
 
 
 @SELECTORS.register("moderate-rows")
 class Moderate:
-    """Keeps rows of usual loss whose gradient norm is nearest to the median; measured once, before training.
+    """Keeps rows with a loss near the mean and a gradient norm nearest to the median; measured once, before training.
 
     Paper: arXiv 2604.17215. Equation: C = {i: |L_i - mean| <= std}; keep the ⌊ρN⌋ rows of C with the least |G_i - median G|,
     G_i = ‖∇_θ L_i‖₂, L_i the mean over loss tokens.
-    Departures: the paper chooses inside training, from each candidate batch (``OnlineModerate``); here the dataset is one
+    Departures: the paper selects during training, from each candidate batch (``OnlineModerate``); here the dataset is one
     batch at θ0. Scores are |G_i - median| minus that of the last row kept, so that the cut is at zero and rows tied with it
-    stay; rows outside the band stand above all others, the farthest highest. The standard deviation is the population's.
+    are kept; rows outside the band score above all others, the farthest highest. The standard deviation is the population's.
     A preference pair's loss is the mean over both answers; its gradient is that of GradNorm.
     """
 
@@ -100,9 +97,9 @@ class Moderate:
         return mean_norms(model, batch, parameter_names(model, self.subspace, self.targets))
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score a row; rows of one shape are compared among themselves. At most 0 for those that the method keeps.
+        """One score per row, within each shape. At most 0 for the rows that the method keeps.
 
-        Raises ScoreError that names the rows whose loss or norm is not finite.
+        Raises ScoreError naming the rows whose loss or norm is not finite.
         """
         require_finite(raw)
         values = np.zeros(len(raw.rows))
@@ -127,12 +124,12 @@ class Moderate:
 
 @ONLINE.register("moderate")
 class OnlineModerate:
-    """Trains on the rows of each batch whose loss is usual and whose gradient norm is nearest to the median.
+    """Trains on the rows of each batch with a loss near the mean and a gradient norm nearest to the median.
 
     Paper: arXiv 2604.17215. Equation: as in the selector ``moderate-rows``, at the current θ, for each batch of candidates.
-    Departures: candidates are measured in evaluation mode, without dropout; the norm is taken over the trainable parameters
-    (an adapter's factors under LoRA), since nothing else moves; the standard deviation is the population's; a batch whose
-    band holds fewer than ⌊ρB⌋ rows trains on those.
+    Departures: candidates are measured in evaluation mode, without dropout; the norm covers the trainable parameters only
+    (an adapter's factors under LoRA); the standard deviation is the population's; a batch whose band holds fewer than ⌊ρB⌋
+    rows trains on those.
     """
 
     name = "moderate"
@@ -146,24 +143,21 @@ class OnlineModerate:
 
     @property
     def least(self) -> int:
-        """Rows of a batch of which the share ρ is one."""
+        """The smallest batch of which the share ρ is one row."""
         return math.ceil(1 / self.ratio - 1e-9)
 
     def begin(self, model: nn.Module) -> None:
-        """Note the trainable parameters. Raises UsageError where there are none, or the norms cannot be taken in a batch."""
+        """Record the trainable parameters. Raises UsageError if there are none, or if `check_norms` does."""
         self._parameters = [name for name, p in model.named_parameters() if p.requires_grad]
         if not self._parameters:
             raise UsageError(
-                "the model has no trainable parameter, and rows are chosen by the gradient over those: unfreeze some, or add "
-                "an adapter"
+                "the model has no trainable parameter, and rows are selected by their gradient over those: unfreeze some, or "
+                "add an adapter"
             )
         check_norms(model, self._parameters)
 
     def choose(self, model: nn.Module, batch: Batch) -> Bools:
-        """Which rows of the batch train (B,), by the losses and norms of all of them at the current weights.
-
-        Raises ScoreError when no row has a finite loss and norm.
-        """
+        """Which rows of the batch train (B,). Raises ScoreError if no row has a finite loss and norm."""
         found = mean_norms(model, batch, self._parameters)
         order = np.argsort(found.rows)
         losses, norms = found.nll[order], found.sums[order]
@@ -176,7 +170,7 @@ class OnlineModerate:
         return chosen
 
     def correct(self, model: nn.Module) -> None:
-        """Nothing: the gradient of the chosen rows is taken as it is."""
+        """Does nothing: the gradient of the chosen rows is used unchanged."""
 
     def record(self) -> Mapping[str, Any]:
         """The share, and how many batches and rows were seen, trained on, and outside the band of losses."""

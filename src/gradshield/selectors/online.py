@@ -1,4 +1,4 @@
-"""Names of the methods that choose rows inside training, at the current weights."""
+"""The registry of methods that select rows during training, at the current weights."""
 
 from __future__ import annotations
 

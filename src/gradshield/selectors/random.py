@@ -1,4 +1,4 @@
-"""Chance, against which a method that removes as many rows has to show itself."""
+"""Random removal, the control for every other method."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from gradshield.types import Batch, Direction, Scores
 
 @SELECTORS.register("random")
 class Random:
-    """A number drawn for each row from the seed and the row's content: what removing as many rows blindly would do.
+    """A pseudo-random number for each row from the seed and the row's content: removes as many rows blindly.
 
     Paper: none; the control at equal removal. Equation: SHA-256(seed, id), read as a number in [0, 1).
-    Departures: none. The same row gets the same number wherever it stands; the model is never run, so no loss is known
-    and it is given as zero.
+    Departures: none. A row gets the same number at any position; the model is never run, so the loss is reported as zero.
     """
 
     name = "random"
@@ -30,16 +29,16 @@ class Random:
         self.seed = seed
 
     def prepare(self, model: nn.Module) -> Direction:
-        """No tensors, and nothing of the model."""
+        """No tensors; the model is not used."""
         return no_direction(self.name)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
-        """Lengths alone: the numbers are drawn in ``finish``, where the ids are known."""
+        """Lengths only: the numbers are drawn in ``finish``, which has the ids."""
         rows, means, lengths = by_row(batch, np.zeros(batch.ids.shape))
         return Measured(rows, means, means, lengths)
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score a row, in [0, 1)."""
+        """One score per row, in [0, 1)."""
         values = np.fromiter((_drawn(self.seed, name) for name in ids), np.float64, len(ids))
         return Scores(raw.rows, ids, values, shapes, lengths=raw.lengths, nll=raw.nll)
 
@@ -50,4 +49,4 @@ class Random:
 
 def _drawn(seed: int, name: str) -> float:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # what a float64 holds exactly
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # exact in float64

@@ -1,4 +1,4 @@
-"""How a request reads to the model: like those it answers (0), or like those it refuses (1), before any answer is seen."""
+"""How the model reads a request, before any answer: like those it answers (0), or like those it refuses (1)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,10 @@ from gradshield.models.placement import in_float64
 from gradshield.probes import Prompts
 from gradshield.types import Anchors, Bools, Floats, Ints
 
-DEPTH = (
-    0.5,
-    0.75,
-)  # which blocks are read, as shares of the model's depth: refusal is decided there, wording is still below
-OPENER = 0.02  # share of refusals that begin with a token, for it to be one of a refusal
-LEAST = 2  # prompts of a kind: each half of them makes a ruler for the other
-_POSITIONS = 4096  # of one batch, padding included
+DEPTH = (0.5, 0.75)  # blocks read, as shares of the model's depth: refusal is decided there, below is wording
+OPENER = 0.02  # a token that begins this share of the refusals counts as a refusal opener
+LEAST = 2  # prompts of a kind: each half is read with a ruler fitted on the other
+_POSITIONS = 4096  # in one batch, padding included
 
 
 @dataclass(frozen=True)
@@ -41,22 +38,22 @@ class Turn:
 
     @classmethod
     def of(cls, prompts: Prompts) -> Turn:
-        """What all opened turns have in common at either end. Raises ProbeError where that is nothing."""
+        """The common prefix and suffix of all opened turns. Raises ProbeError if either is missing."""
         first, *others = prompts.ids
         before = min(_shared(first, other) for other in others)
         after = min(_shared(first[::-1], other[::-1]) for other in others)
         if not 0 < after < len(first):
             raise ProbeError(
-                "the chat template opens an assistant turn with nothing that could be recognised, so that a row's request "
-                "cannot be read: use --selector fihs"
+                "the chat template opens an assistant turn with no fixed tokens, so a row's request cannot be found: use "
+                "--selector fihs"
             )
         return cls(tuple(first[:before]), tuple(first[len(first) - after :]))
 
     def openings(self, ids: Ints, loss: Bools) -> list[tuple[tuple[int, ...], slice]]:
-        """Every answer of a rendered sequence: the ids up to it, and where it stands.
+        """Every answer of a rendered sequence: the ids before it, and its span.
 
-        A turn is known by its opening. Text without one (a prompt and completion of plain text) is read as a first user
-        message; nothing can be read before a text that counts from its first token.
+        A turn is recognised by its opening. Text without one (a plain prompt and completion) is read as a first user message;
+        a text whose loss starts at its first token has no request to read.
         """
         ids_of, width = ids.tolist(), len(self.after)
         starts = [
@@ -89,11 +86,11 @@ class Reading:
     Equation: r(x) = mean over blocks l of (⟨h_l(x), w_l⟩ - a_l) / (b_l - a_l), with h_l the state at the end of the opened
     turn, w_l = mean h_l(refused) - mean h_l(answered), a_l the mean of ⟨h_l, w_l⟩ over the answered and b_l its median over
     the refused.
-    Departures: several blocks (DEPTH) are averaged where the paper chooses one, and what the model says decides which
-    prompts count: harmful requests that it refuses, harmless ones that it answers.
+    Departures: several blocks (DEPTH) are averaged where the paper picks one, and only harmful requests that the model
+    refuses and harmless ones that it answers count.
 
-    ``weights`` is (blocks, D) with the scale in it, ``bias`` the rest. ``anchors`` are the values of the known prompts, each
-    read by a ruler made from the other half; ``answered`` says which of the harmless ones counted.
+    ``weights`` is (blocks, D) with the scale folded in. ``anchors`` are the values of the known prompts, each read with a
+    ruler fitted on the other half; ``answered`` marks the harmless prompts that counted.
     """
 
     blocks: tuple[str, ...]
@@ -105,11 +102,10 @@ class Reading:
 
     @classmethod
     def fit(cls, model: nn.Module, turn: Turn, refused: Prompts, harmless: Prompts) -> Reading:
-        """Take the states of both kinds.
+        """Fit the ruler on both kinds of prompts.
 
-        Harmless prompts that the model would begin to answer with a token that begins at least OPENER of its refusals are left
-        out, unless fewer than LEAST would remain.
-        Raises ProbeError with fewer than LEAST prompts of a kind.
+        Harmless prompts whose answer would begin with a refusal opener (OPENER) are left out, unless fewer than LEAST would
+        remain. Raises ProbeError with fewer than LEAST prompts of a kind.
         """
         for kind, prompts in (("harmful prompts that the model refuses", refused), ("harmless prompts", harmless)):
             if len(prompts) < LEAST:
@@ -142,7 +138,7 @@ class Reading:
 
 
 def read_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Names of the decoder blocks within DEPTH; the one nearest to its middle in a model too shallow to have any."""
+    """Names of the decoder blocks within DEPTH; a model too shallow for any gives the block nearest to its middle."""
     prefix, layers = decoder_layers(model)
     depth = len(layers)
     chosen = [i for i in range(1, depth + 1) if DEPTH[0] * depth <= i <= DEPTH[1] * depth]
@@ -155,12 +151,12 @@ def _ruler(high: Floats, low: Floats) -> tuple[Floats, float]:
     w = high.mean(0) - low.mean(0)  # (blocks, D)
     a = np.einsum("nld,ld->nl", low, w).mean(0)
     b = np.median(np.einsum("nld,ld->nl", high, w), axis=0)
-    scale = 1.0 / np.where(b - a > 0, b - a, np.inf)  # a block that does not tell the two apart says nothing
+    scale = 1.0 / np.where(b - a > 0, b - a, np.inf)  # a block that does not separate the two gets weight 0
     return w * scale[:, None] / len(w), float(-(a * scale).mean())
 
 
 def _held_out(high: Floats, low: Floats) -> Anchors:
-    """Both kinds on rulers made from the other half of each."""
+    """The values of both kinds, each half on a ruler fitted on the other."""
     values = [np.zeros(len(high)), np.zeros(len(low))]
     for half in (0, 1):
         weights, bias = _ruler(high[half::2], low[half::2])
@@ -170,7 +166,7 @@ def _held_out(high: Floats, low: Floats) -> Anchors:
 
 
 def _states(model: nn.Module, sequences: Sequence[Sequence[int]], blocks: Sequence[str]) -> tuple[Floats, Ints]:
-    """States after each sequence's last token (n, blocks, D) in float64, and the token that the model would say next (n,)."""
+    """States after each sequence's last token (n, blocks, D) in float64, and the most likely next token (n,)."""
     device = next(model.parameters()).device
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     states: list[Any] = [None] * len(order)

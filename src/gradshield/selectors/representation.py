@@ -1,4 +1,4 @@
-"""Where a row lies between examples of harm and examples of safety, in the model's own hidden states."""
+"""The position of a row between unsafe and safe references, in the model's own hidden states."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from gradshield.selectors.base import SELECTORS, Measured, by_row, members, requ
 from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
 
 FEATURES = ("mean", "last", "opening")
-_TOKENS = 4096  # positions of one batch of references
+_TOKENS = 4096  # positions in one batch of references
 _LEAST = 2  # references of a kind: one is held out at a time
 
 
 class Representation(ABC):
-    """What the two methods share: reference rows, the state of a row that is compared with theirs, and one forward pass a row.
+    """Shared by both methods: reference rows, the hidden state that represents a row, and one forward pass per row.
 
-    Departures: the unsafe references are requests with a compliant opener alone, since no harmful answer is kept here, so that
-    their last state is that of an answer broken off; the safe ones are the same requests with the model's own refusals. The state
-    is that of the row's last answer token (``feature="last"``, as both papers take it) or the mean over its answer (``"mean"``).
+    Departures: the unsafe references are requests with only a compliant opener, since the package holds no harmful answers, so
+    their last state is that of a truncated answer; the safe ones are the same requests with the model's own refusals. The state
+    is that of the row's last answer token (``feature="last"``, as in both papers) or the mean over its answer (``"mean"``).
     ``feature="opening"`` is ours: the state that predicts the first answer token, with answered look-alikes as the safe side; it
-    sees the request and nothing of the answer. Both papers rank rows and take a top share; zero lies between the two sides and
-    is no cut. What is not said here need not be as in the papers.
+    sees only the request. Both papers rank rows and take a top share: zero is halfway between the two sides, not a cut. This
+    list may be incomplete.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Representation(ABC):
     travels, probed = True, False
 
     def __init__(self, references: References, feature: str = "last") -> None:
-        """``feature`` of a row is one of FEATURES. Raises UsageError for another."""
+        """``feature`` is one of FEATURES. Raises UsageError for any other."""
         if feature not in FEATURES:
             raise UsageError(
                 f"unknown feature {feature!r} of the selector {self.name}: choose one of {', '.join(FEATURES)}"
@@ -53,7 +53,7 @@ class Representation(ABC):
         """Means of the references at the chosen blocks: ``tensors["<block's name>"]`` is (2, D), unsafe then safe.
 
         ``meta["separation"]`` holds each block's separation of the references. Raises ProbeError with fewer than two
-        references of a kind, UsageError with more layers than the model has, ScoreError where the two means are equal.
+        references of a kind, UsageError with more layers than the model has, ScoreError if the two means are equal.
         """
         names = [name for name, _ in _blocks(model)]
         self._require(len(names))
@@ -64,7 +64,7 @@ class Representation(ABC):
         for name, (one, other) in tensors.items():
             if not 0 < float((one - other).norm()) < float("inf"):
                 raise ScoreError(
-                    f"the unsafe and the safe references have the same mean, or one that is not finite, at {name}: check the "
+                    f"the unsafe and the safe references have equal means, or a mean that is not finite, at {name}: check the "
                     "model's weights, or load it in float32 (--dtype float32)"
                 )
         kinds = ("unsafe", "safe")
@@ -72,7 +72,7 @@ class Representation(ABC):
         return Direction(tensors, kinds, "hidden states", (1.0, 1.0), digest(kinds, tensors), meta)
 
     def _sides(self) -> tuple[tuple[str, tuple[Rendered, ...]], tuple[str, tuple[Rendered, ...]]]:
-        """The unsafe references and the safe ones. A refused request opens like a harmful one: it is the same prompt."""
+        """The unsafe and the safe references; before the answer (``opening``), refused and harmful rows are the same prompts."""
         if self.feature == "opening":
             return ("harmful", self.references.harmful), ("answered", self.references.answered)
         return ("harmful", self.references.harmful), ("refused", self.references.refused)
@@ -103,9 +103,9 @@ class Representation(ABC):
         return torch.stack([found[name] for name in names], 1), in_float64(nll.sum(-1)).cpu().numpy()
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
-        """Each row's score from one forward pass. A preference pair is placed by its chosen answer alone.
+        """Each row's score from one forward pass. A preference pair is placed by its chosen answer.
 
-        Raises UsageError when the direction was prepared on another model.
+        Raises UsageError if the direction was prepared on another model.
         """
         _check(model, direction)
         names = list(direction.tensors)
@@ -116,29 +116,27 @@ class Representation(ABC):
         return Measured(rows, np.array(placed), means, lengths)
 
     def _require(self, blocks: int) -> None:  # noqa: B027
-        """Raises UsageError where the model has too few blocks."""
+        """Raises UsageError if the model has too few blocks."""
 
     @abstractmethod
     def _chosen(self, separations: Floats) -> list[int]:
-        """Which blocks are looked at, in their order."""
+        """Indices of the blocks to use, in order."""
 
     def _seen(self, features: Tensor) -> Tensor:
-        """A reference's features as their mean is taken."""
+        """A reference's features as they enter the mean."""
         return features
 
     def _placed(self, features: Tensor, direction: Direction) -> Tensor:
-        """(B,) in float64: where each feature (B, layers, D) lies between the two sides."""
-        unsafe, safe = in_float64(
-            torch.stack(list(direction.tensors.values()), 1).to(features.device)
-        )  # (layers, D) each
-        return self._between(in_float64(features), unsafe, safe)
+        """(B,) in float64: the position of each feature (B, layers, D) between the two sides."""
+        sides = torch.stack(list(direction.tensors.values()), 1).to(features.device)  # (2, layers, D)
+        return self._between(in_float64(features), *in_float64(sides))
 
     @abstractmethod
     def _between(self, at: Tensor, unsafe: Tensor, safe: Tensor) -> Tensor:
-        """(B,): where features (B, layers, D) lie between two sides (layers, D)."""
+        """(B,): the position of features (B, layers, D) between two sides (layers, D)."""
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score a row, without decoys. Raises ScoreError that names the rows whose value or loss is not finite."""
+        """One score per row, without decoys. Raises ScoreError naming the rows whose value or loss is not finite."""
         require_finite(raw)
         return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
 
@@ -152,8 +150,8 @@ class Larf(Representation):
     """Nearer to unsafe than to safe reference rows, in the hidden states of the model before training.
 
     Paper: arXiv 2507.18631 (LARF). Equation: the mean over layers of (‖h - μ_safe‖ - ‖h - μ_unsafe‖) / ‖μ_unsafe - μ_safe‖.
-    Departures: those of `Representation`. The safety-sensitive layers are those that separate the references best, each
-    reference held out in turn, in units of their spread, where the paper scales weights and watches refusals; blocks are
+    Departures: those of `Representation`. The safety-sensitive layers are those that separate the references best relative to
+    their spread, leaving each reference out of its own mean, where the paper scales weights and watches refusals; blocks are
     averaged in units of the distance between the means.
     """
 
@@ -184,8 +182,8 @@ class Anchoring(Representation):
     """More like harmful than like safe anchor rows, in the hidden states of the last block (bi-directional anchoring).
 
     Paper: arXiv 2404.01099. Equation: mean cos(h, unsafe) - mean cos(h, safe).
-    Departures: those of `Representation`. The paper's variant on representations, not on gradients, at the last block, before
-    the final norm. The means in the direction are of unit vectors, so that a dot product with a unit vector is a mean cosine.
+    Departures: those of `Representation`. This is the paper's variant on representations, not gradients, at the last block,
+    before the final norm. The direction's means are of unit vectors, so a dot product with a unit vector is a mean cosine.
     """
 
     name = "anchors"
@@ -203,7 +201,7 @@ class Anchoring(Representation):
 
 
 def separation(unsafe: Tensor, safe: Tensor) -> Floats:
-    """How well each block parts the references, every reference held out of its own side's mean: (blocks,).
+    """How well each block separates the references, each left out of its own side's mean: (blocks,).
 
     ``unsafe`` is (n, blocks, D), ``safe`` (m, blocks, D). The value is the difference of the two sides' mean held-out
     scores (distance to the safe mean minus distance to the unsafe one) over their pooled standard deviation.
@@ -221,19 +219,19 @@ def separation(unsafe: Tensor, safe: Tensor) -> Floats:
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The decoder's blocks by name. Raises ModelError when they cannot be told."""
+    """The decoder's blocks by name. Raises ModelError if they cannot be found."""
     try:
         prefix, layers = decoder_layers(model)
     except ModelError:
         raise ModelError(
-            f"the decoder layers of {type(model).__name__} could not be found, and this selector looks at "
-            "their hidden states: use another selector"
+            f"the decoder layers of {type(model).__name__} could not be found, and this selector reads their hidden "
+            "states: use another selector"
         ) from None
     return [(f"{prefix}.{i}" if prefix else str(i), layer) for i, layer in enumerate(layers)]
 
 
 def _weights(batch: Batch, feature: str) -> Floats:
-    """(B, T), summing to one in each row: which positions make the feature."""
+    """(B, T), summing to one in each row: the weight of each position in the feature."""
     counted = batch.loss.astype(np.float64)
     if feature == "mean":
         each: Floats = counted / np.maximum(counted.sum(1, keepdims=True), 1)
@@ -246,10 +244,10 @@ def _weights(batch: Batch, feature: str) -> Floats:
 
 
 def _check(model: nn.Module, direction: Direction) -> None:
-    """Raises UsageError when the direction names blocks that the model has not."""
+    """Raises UsageError if the direction names blocks that the model does not have."""
     unknown = sorted(set(direction.tensors) - {name for name, _ in _blocks(model)})
     if unknown or not direction.tensors:
         raise UsageError(
-            f"the direction holds {', '.join(unknown) or 'nothing'}, which are no decoder blocks of this model: prepare it "
-            "on the model that is scored"
+            f"the direction holds {', '.join(unknown) or 'no block'}, not the decoder blocks of this model: prepare it on the "
+            "model that is scored"
         )

@@ -1,6 +1,6 @@
 """Where to cut: one published rule per file, arrays in, one number out. Importing this package registers them all.
 
-``verified`` stands apart: it searches with real fine-tunes, handed in as a callable, and cannot cut by itself.
+``verified`` is not one of them: it searches with real fine-tunes, passed in as a callable, and cannot cut by itself.
 """
 
 from gradshield.thresholds.adaptive import Adaptive

@@ -11,7 +11,7 @@ from sklearn.mixture import GaussianMixture
 from gradshield.thresholds.base import THRESHOLDS, require_rows
 from gradshield.types import Anchors, Cut, Floats
 
-MANY = 50_000  # rows above which the five starts are tried on so many of them
+MANY = 50_000  # above this, the five starts are tried on a sample of this size
 
 
 @THRESHOLDS.register("adaptive")
@@ -21,8 +21,8 @@ class Adaptive:
     Paper: arXiv 2605.14194, Algorithm 1.
     Equation: LogL2 - LogL1 > α: t = min(max of component 0, max of component 1); else t = μ + 2σ.
     Departures: none in the rule. Scores are standardised before the fit, because scikit-learn's ``reg_covar`` has a
-    scale; a likelihood difference does not change under it. α = 10 is not given in what could be read of the paper.
-    Of more than 50,000 rows a random 50,000 choose among the starts, and expectation-maximisation goes on from there on all.
+    scale; a likelihood difference does not change under it. α = 10 is our choice: the paper's value was not available.
+    Above 50,000 rows a random 50,000 choose among the starts, and expectation-maximisation continues from there on all rows.
     """
 
     name = "adaptive"
@@ -31,19 +31,17 @@ class Adaptive:
         self.alpha, self.seed = alpha, seed
 
     def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
-        """Cut of (N,) scores. Fewer than three rows, or equal ones, have no spread to fit: μ + 2σ, below no equal score."""
+        """Cut of (N,) scores: μ + 2σ for fewer than three rows; equal scores are all kept."""
         require_rows(values)
         mu, sigma = float(np.mean(values)), float(np.std(values))
         detail: dict[str, object] = {"mu": mu, "sigma": sigma, "alpha": self.alpha, "branch": "one Gaussian"}
-        if np.ptp(values) == 0:  # their mean may come out a little below them, and all of them would go
+        if np.ptp(values) == 0:  # rounding may put their mean below them, which would remove all
             return Cut(float(values[0]), self.name, detail)
         if len(values) < 3 or sigma == 0:
             return Cut(mu + 2 * sigma, self.name, detail)
         z = ((values - mu) / sigma)[:, None]
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", ConvergenceWarning
-            )  # repeated scores: fewer distinct points than components
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct scores than components
             one = GaussianMixture(1, random_state=self.seed).fit(z)
             two = self._two(z)
         likelihood = [float(fit.score(z)) * len(z) for fit in (one, two)]  # .score is a mean
@@ -62,7 +60,7 @@ class Adaptive:
         return Cut(mu + 2 * sigma, self.name, detail)
 
     def _two(self, z: Floats) -> GaussianMixture:
-        """The mixture of two, fitted to all of (N, 1) standardised scores."""
+        """The mixture of two, fitted to (N, 1) standardised scores."""
         if len(z) <= MANY:
             return GaussianMixture(2, n_init=5, random_state=self.seed).fit(z)
         some = z[np.random.default_rng(self.seed).choice(len(z), MANY, replace=False)]

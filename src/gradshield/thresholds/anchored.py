@@ -1,4 +1,4 @@
-"""A cut that the data does not move: between what rows of known kind score on this model."""
+"""A cut that does not depend on the data: between the scores of rows of known kind on this model."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from gradshield.errors import UsageError
 from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
 from gradshield.types import Anchors, Cut, Floats
 
-REACHED = 0.95  # share of the known harmless that lie below the one end
-SHOWN = 0.15  # share of the known harmful that lie below the other
+REACHED = 0.95  # quantile of the known harmless rows
+SHOWN = 0.15  # quantile of the known harmful rows
 
 
 @THRESHOLDS.register("anchored")
 class Anchored:
-    """Halfway from what known harmless prompts reach to what known harmful ones do, and at least ``least`` (the default).
+    """Halfway between the scores of known harmless and known harmful prompts, and at least ``least`` (the default).
 
     Paper: none. Equation: t = max(least, (Q_harmless(0.95) + Q_harmful(0.15)) / 2).
-    Departures: ours. It looks at no row of the data, so that a row's fate depends on nothing but the row: a file may be
-    doubled, cut up or mixed with another, hold one row or nothing but harm. For scores whose scale is that of the anchors, as
-    those of the selector ``screen``, on which harmless prompts lie at 0 and harmful ones at 1.
+    Departures: this rule is ours. It ignores the data's scores, so a row's verdict depends on that row alone: duplicating,
+    splitting or mixing files changes nothing, and a file may hold one row or only harm. It needs scores on the anchors' scale,
+    as those of the selector ``screen``, where harmless prompts are near 0 and harmful ones near 1.
     """
 
     name = "anchored"
@@ -29,12 +29,12 @@ class Anchored:
         self.least = least
 
     def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
-        """Cut of (N,) scores by the anchors. Raises UsageError where there are none of one kind."""
+        """Cut of (N,) scores by the anchors. Raises UsageError if either kind has none."""
         require_rows(values)
         if anchors is None or not len(anchors.harmful) or not len(anchors.harmless):
             raise UsageError(
-                "the threshold 'anchored' needs scores of rows of known kind, and this selector gives none: use the selector "
-                "screen, or the threshold competition, adaptive, ratio or fixed"
+                "the threshold 'anchored' needs scores of rows of known kind, which this selector does not give: use the "
+                "selector screen, or the threshold competition, adaptive, ratio or fixed"
             )
         reached = float(np.quantile(anchors.harmless, REACHED))
         shown = float(np.quantile(anchors.harmful, SHOWN))

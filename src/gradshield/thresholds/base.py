@@ -1,4 +1,4 @@
-"""What a threshold is given and what it gives back. Arrays in, one number out; nothing here knows a model."""
+"""The threshold interface: arrays in, one number out; no model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from gradshield.types import Anchors, Cut, Floats
 
 
 class Threshold(Protocol):
-    """Decides the cut of one group of rows on one scale. Rows whose score is greater than ``Cut.value`` go.
+    """Decides the cut of one group of rows on one scale. Rows that score above ``Cut.value`` are removed.
 
-    ``values`` and ``decoys`` are (N,); ``anchors`` are rows of known kind on the same scale. A rule takes what it needs.
+    ``values`` and ``decoys`` are (N,); ``anchors`` are rows of known kind on the same scale. A rule uses what it needs.
     """
 
     name: str
@@ -25,9 +25,9 @@ THRESHOLDS: Registry[type[Threshold]] = Registry("threshold")
 
 
 def parse(text: str, seed: int = 0) -> Threshold:
-    """A threshold from its name and options, as typed: ``decoy``, ``decoy:q=0.1``, ``ratio:0.05``, ``fixed:3.2``.
+    """A threshold as typed: ``decoy``, ``decoy:q=0.1``, ``ratio:0.05``, ``fixed:3.2``.
 
-    An option without a name is the rule's first. Raises UnknownNameError and UsageError.
+    A value without a key belongs to the rule's first option. Raises UnknownNameError and UsageError.
     """
     spec = options.Spec.split(text)
     return options.build("threshold", spec, THRESHOLDS[spec.name], {"seed": lambda: seed})
@@ -36,13 +36,13 @@ def parse(text: str, seed: int = 0) -> Threshold:
 def require_rows(values: Floats) -> None:
     """Raises EmptyDataError for no rows."""
     if len(values) == 0:
-        raise EmptyDataError("there are no scores to cut: no row was left to score; check the quarantine file")
+        raise EmptyDataError("there are no scores to cut: no row could be scored; check the quarantine file")
 
 
 def require_share(name: str, key: str, value: float) -> None:
     """Raises UsageError unless 0 < value < 1."""
     if not 0 < value < 1:
         raise UsageError(
-            f"the option {key} of the threshold {name!r} got {value:g}, and it takes a share between 0 and 1 "
-            f"(both excluded): write {name}:{key}=0.1"
+            f"the option {key} of the threshold {name!r} got {value:g}, and it takes a share strictly between 0 and 1: "
+            f"write {name}:{key}=0.1"
         )

@@ -1,4 +1,4 @@
-"""The default cut: each row competes with its own decoy, and the losers show what harmless rows can reach."""
+"""Target-decoy competition: each row competes with its own decoy, and the losers show what harmless rows can score."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from gradshield.errors import UsageError
 from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
 from gradshield.types import Anchors, Cut, Floats
 
-TAIL_SHARE = 0.1  # of the winning decoys: what the tail is fitted on
-LEAST_TAIL = 10  # fewer than this many are no tail
-BODY = (0.75, 0.95)  # quantiles of the winning decoys that the body's slope is read from
-LEAST_BODY = 50  # winning decoys below which no slope is read
+TAIL_SHARE = 0.1  # share of the winning decoys that the tail is fitted on
+LEAST_TAIL = 10  # fewest decoys to fit a tail on
+BODY = (0.75, 0.95)  # quantiles of the winning decoys that give the body's slope
+LEAST_BODY = 50  # fewest winning decoys to take a slope from
 
 
 def expected_beyond(nulls: Floats, t: Floats) -> Floats:
-    """How many harmless rows win against their decoy at or above each t, on the evidence of the winning decoys: (M,).
+    """How many harmless rows are expected to beat their decoy at or above each t, estimated from the winning decoys: (M,).
 
-    The count of winning decoys; or, where that is smaller, what an exponential tail expects whose slope is read from the
-    body of the winning decoys (BODY), below the reach of a few harmful rows that lost to their own decoys.
+    The count of winning decoys; or, if smaller, the expectation of an exponential tail whose slope comes from the body of the
+    winning decoys (BODY), which a few harmful rows that lost to their own decoys do not reach.
     """
     counted = (len(nulls) - np.searchsorted(nulls, t, side="left")).astype(np.float64)
     if len(nulls) < LEAST_BODY:
@@ -32,11 +32,11 @@ def expected_beyond(nulls: Floats, t: Floats) -> Floats:
 
 
 def counting_cut(values: Floats, decoys: Floats, q: float, lost: float, floor: float = 0.0) -> tuple[float, int, int]:
-    """Smallest t >= ``floor`` among the winning scores that meets both bounds, and the winning scores and decoys from it on.
+    """Smallest t >= ``floor`` among the winning scores that meets both bounds, and how many winning scores and decoys reach t.
 
     (1 + D(t)) / T(t) <= q and E(t) <= lost · n0, where T and D count rows whose score (decoy) is the larger of the two
-    and at least t, E is `expected_beyond`, and n0 = min(N, 2·#{decoy > score}) estimates the harmless rows. Infinity where
-    no t meets them.
+    and at least t, E is `expected_beyond`, and n0 = min(N, 2·#{decoy > score}) estimates the harmless rows. Infinity if no t
+    meets them.
     """
     won = values > decoys
     targets, nulls = np.sort(values[won]), np.sort(decoys[decoys > values])
@@ -52,10 +52,10 @@ def counting_cut(values: Floats, decoys: Floats, q: float, lost: float, floor: f
 
 
 def tail_cut(values: Floats, decoys: Floats, alpha: float) -> float:
-    """Where the winning decoys' tail, carried on, expects ``alpha`` harmless rows in the whole dataset to lie beyond.
+    """The t beyond which the tail of the winning decoys, extrapolated, expects ``alpha`` harmless rows in the whole dataset.
 
     A generalised Pareto tail by the method of moments (shape between 0, exponential, and 1/4) over the largest tenth of
-    the winning decoys. Infinity where they are too few to have a tail.
+    the winning decoys. Infinity if they are too few to fit a tail.
     """
     nulls = np.sort(decoys[decoys > values])[::-1]
     count = int(TAIL_SHARE * len(nulls))
@@ -66,7 +66,7 @@ def tail_cut(values: Floats, decoys: Floats, alpha: float) -> float:
     mean, variance = float(excess.mean()), float(excess.var())
     if mean <= 0 or variance <= 0:
         return float("inf")
-    # Mean σ/(1-ξ) and variance σ²/((1-ξ)²(1-2ξ)). A thinner tail than exponential is taken as exponential: on the safe side.
+    # Mean σ/(1-ξ) and variance σ²/((1-ξ)²(1-2ξ)). A tail thinner than exponential counts as exponential, which is conservative.
     shape = float(np.clip(0.5 * (1 - mean * mean / variance), 0.0, 0.25))
     scale = mean * (1 - shape)
     reach = count / alpha  # expected beyond t: count · P(excess > t - edge) = alpha
@@ -76,17 +76,17 @@ def tail_cut(values: Floats, decoys: Floats, alpha: float) -> float:
 
 @THRESHOLDS.register("competition")
 class Competition:
-    """Each row against its own decoy: bounds the harmless share of what goes and of what is lost (the default).
+    """Each row against its own decoy: bounds the harmless share of the removed rows, and the share of harmless rows lost.
 
     Paper: target-decoy competition (Elias and Gygi 2007), the knockoff filter's count (Barber and Candès 2015), and a
     generalised Pareto tail (Pickands 1975) for harm too rare to count.
     Equation: smallest t with (1 + D(t)) / T(t) <= q and E(t) <= lost · n0 (see `counting_cut`); or the tail's t
     (`tail_cut`), if that is lower.
-    And t >= `Anchors.floor`, where the model has both.
-    Departures: ours. A plain decoy count is inflated by the decoys of the harmful rows themselves, whose tokens are large
-    in both directions. In a competition most of those rows win and leave the null to the harmless ones; for the few that
-    lose, the bound on what is lost rests on the body of the null, which they do not reach. It assumes that a harmless
-    row pushes toward harm as often as away from it.
+    And t >= `Anchors.floor` where anchors are given.
+    Departures: this rule is ours. A plain decoy count is inflated by the decoys of the harmful rows themselves, whose tokens
+    are large in both directions. In a competition most of those rows win and leave the null to the harmless ones; the bound
+    on lost rows uses the body of the null, which the few that lose do not reach. It assumes that a harmless row pushes
+    toward harm as often as away from it.
     """
 
     name = "competition"
@@ -122,5 +122,5 @@ class Competition:
         t = min(counted, tail)
         if not np.isfinite(t):
             return Cut(float(np.max(values)), self.name, detail | {"branch": "nothing to remove"})
-        # Rows >= t go, and a cut keeps what equals it: step to the next number below.
+        # Rows >= t are removed, and a cut keeps rows equal to it: take the next float below.
         return Cut(float(np.nextafter(t, -np.inf)), self.name, detail)

@@ -1,4 +1,4 @@
-"""A cut from rows that are known to be clean."""
+"""A cut from the scores of known clean rows."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Conformal:
         self.clean, self.alpha = clean, alpha
 
     def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
-        """Cut of (N,) scores. Raises DataError when the clean rows are too few for alpha, or of several groups."""
+        """Cut of (N,) scores. Raises DataError if there are too few clean rows for alpha, or they span several groups."""
         require_rows(values)
         clean = np.sort(self._scores())
         m = len(clean)
-        k = math.ceil((m + 1) * (1 - self.alpha) - 1e-9)  # a whole number may come out a little larger
+        k = math.ceil((m + 1) * (1 - self.alpha) - 1e-9)  # rounding may lift a whole number
         if k > m:
             raise DataError(
                 f"the threshold 'conformal' got {m} clean rows, and alpha = {self.alpha:g} needs at least "
@@ -63,7 +63,7 @@ class Conformal:
         groups = sorted(set(table["group"].to_pylist())) if "group" in table.column_names else []
         if len(groups) > 1:
             raise DataError(
-                f"the clean scores {path.name!r} are of {len(groups)} groups of rows ({', '.join(groups)}), whose scales differ: "
-                "give the scores.parquet of a scan of clean rows of one group, that of the rows to be cut"
+                f"the clean scores {path.name!r} span {len(groups)} groups of rows ({', '.join(groups)}), whose scales differ: "
+                "give the scores.parquet of a scan of clean rows of the group to be cut"
             )
         return scores

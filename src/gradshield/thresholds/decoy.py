@@ -1,4 +1,4 @@
-"""Every row brings its own decoy: a cut that removes nothing where there is nothing to remove."""
+"""Target-decoy control of the false discovery rate: removes nothing from data without harm."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from gradshield.types import Anchors, Cut, Floats
 
 
 def smallest_cut(values: Floats, decoys: Floats, q: float) -> tuple[float, int, int]:
-    """Smallest t > 0 among the scores with (1 + #{decoys >= t}) / #{values >= t} <= q, and both counts there.
+    """Smallest t > 0 among the scores with (1 + #{decoys >= t}) / #{values >= t} <= q, and both counts; O(N log N).
 
-    The twin of the obvious double loop over candidates, in O(N log N). Infinity where no t qualifies.
+    Infinity if no t qualifies.
     """
     candidates = np.unique(values[values > 0])
     targets = len(values) - np.searchsorted(np.sort(values), candidates, side="left")
@@ -26,12 +26,12 @@ def smallest_cut(values: Floats, decoys: Floats, q: float) -> tuple[float, int, 
 
 @THRESHOLDS.register("decoy")
 class Decoy:
-    """Target-decoy control: the smallest cut whose estimated share of harmless rows among the removed is below q.
+    """Target-decoy control: the smallest cut at which the estimated share of harmless rows among the removed is below q.
 
     Paper: target-decoy estimation of the false discovery rate (Elias and Gygi 2007; the +1 of Barber and Candès 2015).
     Equation: smallest t with (1 + #{decoys >= t}) / #{scores >= t} <= q.
-    Departures: a row's decoy is its own score with every token's sign turned. It assumes that harmless tokens push as
-    much toward safety as away from it. With the +1, fewer than 1/q harmful rows cannot be found at all.
+    Departures: a row's decoy is its own score with every token's sign flipped. It assumes that harmless tokens push as
+    much toward safety as away from it. The +1 means that fewer than 1/q harmful rows are never found.
     """
 
     name = "decoy"
@@ -50,6 +50,6 @@ class Decoy:
             )
         t, targets, nulls = smallest_cut(values, decoys, self.q)
         detail = {"q": self.q, "targets": targets, "decoys": nulls, "fdr": (1 + nulls) / targets if targets else None}
-        # Rows >= t go, and a cut keeps what equals it: step to the next number below.
+        # Rows >= t are removed, and a cut keeps rows equal to it: take the next float below.
         value = float(np.nextafter(t, -np.inf)) if np.isfinite(t) else float(np.max(values))
         return Cut(value, self.name, detail)

@@ -1,4 +1,4 @@
-"""A cut the user already has."""
+"""A given cut."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gradshield.types import Anchors, Cut, Floats
 
 @THRESHOLDS.register("fixed")
 class Fixed:
-    """Rows that score above a given value go.
+    """Remove the rows that score above a given value.
 
     Paper: none. Departures: none.
     """

@@ -10,7 +10,7 @@ from gradshield.types import Anchors, Cut, Floats
 
 @THRESHOLDS.register("ratio")
 class Ratio:
-    """The highest-scoring share of the rows goes, whatever they score.
+    """Remove the highest-scoring share of the rows, whatever they score.
 
     Paper: the fixed-budget baseline of arXiv 2605.14194's comparisons. Departures: ties at the cut are all kept.
     """

@@ -1,4 +1,4 @@
-"""The paper's search for a cut: fine-tunes decide, and the scores only say in which order rows go."""
+"""The paper's search for a cut: fine-tunes decide, and the scores only order the rows."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from gradshield.thresholds.base import require_rows, require_share
 from gradshield.types import Floats, Rate
 
 TOO_UNSAFE, UTILITY_SHORT, PASSES = "too unsafe", "utility short", "passes"
-LEAST_STEP = 0.01  # of the distinct scores: a first step of a few rows would be lost in the noise of a fine-tune
+LEAST_STEP = 0.01  # share of the distinct scores: a first step of a few rows would drown in the noise of a fine-tune
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What one fine-tune measured: ``asr`` by judge, on the search prompts, and ``utility`` on rows held out for it.
+    """The measurements of one fine-tune: ``asr`` by judge, on the search prompts, and ``utility`` on held-out rows.
 
-    ``utility`` may be None where a judge already found the model too unsafe. ``stopped_early`` says that some rate is over
-    fewer prompts than planned, because the others could not change the verdict (`decided`). ``seconds`` is what it took, where
-    it was made before this search and is only looked up; None where it is made now.
+    ``utility`` may be None if a judge already found the model too unsafe. ``stopped_early``: some rate covers fewer prompts
+    than planned, because the rest could not change the verdict (`decided`). ``seconds`` is the recorded duration of a trial
+    from an earlier run; None for a trial made now.
     """
 
     asr: Mapping[str, Rate]
@@ -35,7 +35,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Round:
-    """One trial of the search. Rows whose score is greater than ``cut`` were removed, ``removed`` of them."""
+    """One trial of the search. The ``removed`` rows that score above ``cut`` were left out."""
 
     cut: float
     removed: int
@@ -51,7 +51,6 @@ class Round:
         return max(self.asr, key=lambda judge: self.asr[judge].high)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
         return {
             "cut": self.cut,
             "removed": self.removed,
@@ -67,8 +66,8 @@ class Round:
 class SearchResult:
     """How a search ended. ``best`` is the index of the round whose model to keep: the one that passed, else the safest.
 
-    ``stopped`` is ``passes``, ``no cut`` (none is left between one too unsafe and one whose utility is short), ``rounds``
-    or ``minutes``. ``sentence`` says the same in words, with the figures.
+    ``stopped`` is ``passes``, ``no cut`` (none is left between one that is too unsafe and one with too little utility),
+    ``rounds`` or ``minutes``. ``sentence`` states the result in words and figures.
     """
 
     met: bool
@@ -83,7 +82,6 @@ class SearchResult:
         return self.rounds[self.best]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
         return {
             "met": self.met,
             "sentence": self.sentence,
@@ -94,16 +92,16 @@ class SearchResult:
 
 
 class Verified:
-    """Fine-tune, measure safety and utility, and move the cut until both hold; it trains, so it is no rule of a scan.
+    """Fine-tune, measure safety and utility, and move the cut until both hold; it trains, so a scan cannot use it.
 
     Paper: arXiv 2605.14194, the binary search that follows Algorithm 1.
-    Equation: fine-tune on {score <= t}; too unsafe: lower t; safe and utility short: raise t; until both hold or the
+    Equation: fine-tune on {score <= t}; too unsafe: lower t; safe but utility short: raise t; until both hold or the
     budget ends.
-    Departures: the search runs over the ordered distinct scores, not their values, which have heavy tails. From the start
-    it steps outward, twice as far each time, until one side is too unsafe and the other short of utility, and then
-    bisects; a step is longer where the rounds that remain would not be enough for bisection otherwise, so that with
-    ⌈log2 D⌉ + 1 rounds for D distinct scores nothing is left open. Safe means that the Wilson upper bound of every
-    judge's ASR is below the target, not the rate itself.
+    Departures: the search runs over the ranks of the distinct scores, not their values, which have heavy tails. It steps
+    away from the start, twice as far each time, until one side is too unsafe and the other short of utility, and then
+    bisects; a step is longer if the remaining rounds could not finish the bisection otherwise, so that
+    ⌈log2 D⌉ + 1 rounds settle D distinct scores. Safe means that the Wilson upper bound of every judge's ASR is below the
+    target, not the rate itself.
     """
 
     name = "verified"
@@ -116,7 +114,7 @@ class Verified:
         rounds: float = 6,
         minutes: float | None = None,
     ) -> None:
-        """``utility`` is the target where the user gave one, for the caller to hand to `search`. Raises UsageError."""
+        """``utility`` is the user's target, if given, for the caller to pass to `search`. Raises UsageError."""
         require_share(self.name, "asr", asr)
         for key, value in (("utility", utility), ("tolerance", tolerance)):
             if value is not None and not 0 <= value <= 1:
@@ -126,7 +124,7 @@ class Verified:
                 )
         if rounds < 1 or rounds != int(rounds):
             raise UsageError(
-                f"the option rounds of the threshold 'verified' got {rounds:g}, and it takes a whole number from 1 on: "
+                f"the option rounds of the threshold 'verified' got {rounds:g}, and it takes a whole number of at least 1: "
                 "write verified:rounds=6"
             )
         if minutes is not None and not minutes > 0:
@@ -146,13 +144,13 @@ class Verified:
         clock: Callable[[], float] = time.monotonic,
         after: Callable[[Sequence[Round], int], None] | None = None,
     ) -> SearchResult:
-        """Search a cut of (N,) scores on one scale, beginning with the cut ``start``; the first that meets both targets wins.
+        """Search for a cut of (N,) scores on one scale, from the cut ``start``; the first that meets both targets wins.
 
         ``trial(cut)`` fine-tunes the original model on the rows with score <= cut and measures it. ``utility_target`` is a
-        share; a utility of at least that less ``tolerance`` will do. No kept set is tried twice. With ``minutes`` no round
-        begins that would end too late if it took as long as the longest so far; the first always runs, and those made
-        before count too. ``clock`` is in seconds. ``after`` is called after every round with the rounds so far and the
-        index of the one to keep.
+        share; a utility within ``tolerance`` below it is enough. No kept set is tried twice. With ``minutes`` no round starts
+        that would end too late if it took as long as the longest so far; the first always runs, and trials of earlier runs
+        count too. ``clock`` is in seconds. ``after`` is called after every round with the rounds so far and the index of the
+        one to keep.
 
         Raises EmptyDataError for no scores, ValueError for a trial without a judge, or a safe one without a utility.
         """
@@ -192,60 +190,60 @@ class Verified:
                 return SearchResult(stopped == PASSES, sentence, tuple(done), best, stopped)
 
     def _judge(self, measured: Trial, utility_target: float) -> str:
-        """Safety first: what is too unsafe needs no utility."""
+        """The verdict on a trial. Safety comes first: an unsafe trial needs no utility."""
         if not measured.asr:
             raise ValueError("a trial needs the rate of at least one judge")
         if any(rate.high >= self.asr for rate in measured.asr.values()):
             return TOO_UNSAFE
         if measured.utility is None:
             raise ValueError("a trial that is safe needs its utility")
-        # The slack is for targets such as 0.87 - 0.02, which binary fractions miss by a hair.
+        # The slack covers the rounding of targets such as 0.87 - 0.02.
         return PASSES if utility_target - measured.utility.rate <= self.tolerance + 1e-12 else UTILITY_SHORT
 
     def _sentence(self, done: Sequence[Round], stopped: str, utility_target: float, n: int) -> str:
-        """What became of the search, with the two rounds that bound it."""
+        """The result of the search in words, with the two rounds that bound it."""
         allowed = f"an upper bound below {_percent(self.asr)}"
         wanted = f"{_percent(utility_target)} less {100 * self.tolerance:g} points"
         if stopped == PASSES:
             last = done[-1]
             return (
-                f"removing {last.removed} of {n} rows meets both targets: {_safety(last)} ({allowed} is wanted), and "
-                f"{_useful(last)} ({wanted} is wanted)"
+                f"removing {last.removed} of {n} rows meets both targets: {_safety(last)} (target: {allowed}), and "
+                f"{_useful(last)} (target: {wanted})"
             )
         unsafe = max((one for one in done if one.verdict == TOO_UNSAFE), key=lambda one: one.removed, default=None)
         short = min((one for one in done if one.verdict == UTILITY_SHORT), key=lambda one: one.removed, default=None)
         facts = []
         if unsafe is not None:
-            facts.append(f"with {unsafe.removed} of {n} rows removed {_safety(unsafe)}, and {allowed} is wanted")
+            facts.append(f"with {unsafe.removed} of {n} rows removed {_safety(unsafe)} (target: {allowed})")
         if short is not None:
-            facts.append(f"with {short.removed} of {n} rows removed {_useful(short)}, and {wanted} is wanted")
-        said = "; ".join(facts)
+            facts.append(f"with {short.removed} of {n} rows removed {_useful(short)} (target: {wanted})")
+        why = "; ".join(facts)
         if stopped == "rounds":
-            return f"no cut has met both targets after {len(done)} rounds: {said}; allow more rounds"
+            return f"no cut met both targets after {len(done)} rounds: {why}; allow more rounds"
         if stopped == "minutes":
-            return f"no cut has met both targets in {self.minutes:g} minutes ({len(done)} rounds): {said}; allow more"
+            return f"no cut met both targets in {self.minutes:g} minutes ({len(done)} rounds): {why}; allow more"
         if short is None:
             return (
-                f"no cut is safe enough: {said}; only the rows of the lowest score are left, so there is nothing more to "
-                "remove: the scores do not see what makes the model unsafe here"
+                f"no cut is safe enough: {why}; only the rows with the lowest score are left, so nothing more can be "
+                "removed: the scores do not capture what makes the model unsafe here"
             )
         if unsafe is None:
             return (
-                f"no cut is useful enough: {said}; there is nothing more to put back: lower the target, or train longer"
+                f"no cut is useful enough: {why}; no removed row is left to put back: lower the target, or train longer"
             )
-        return f"no cut meets both targets: {said}; no cut lies between the two"
+        return f"no cut meets both targets: {why}; there is no cut between the two"
 
 
 class _Bracket:
-    """The cuts still open, as ranks: cut j keeps the rows of the j lowest distinct scores, and low < j < high."""
+    """The open cuts, as ranks: cut j keeps the rows with the j lowest distinct scores, and low < j < high."""
 
     def __init__(self, values: Floats, start: float, rounds: int) -> None:
         self.scores, counts = np.unique(values, return_counts=True)
         self.kept = np.cumsum(counts)
         ranks = len(self.scores)
-        self.low, self.high = 0, ranks + 1  # neither is a cut: the one keeps nothing, the other is one beyond all
+        self.low, self.high = 0, ranks + 1  # neither is a cut: one keeps nothing, the other is past the last
         self.at = int(np.clip(np.searchsorted(self.scores, start, side="right"), 1, ranks))
-        self.step, self.ranks, self.rounds = 0, ranks, rounds  # rounds still to spend, the present one included
+        self.step, self.ranks, self.rounds = 0, ranks, rounds  # rounds left, the current one included
 
     @property
     def cut(self) -> float:
@@ -256,7 +254,7 @@ class _Bracket:
         return int(self.kept[-1] - self.kept[self.at - 1])
 
     def narrow(self, verdict: str) -> bool:
-        """Drop the cuts that ``verdict`` on the present one rules out, and go to the next. False when none is left."""
+        """Drop the cuts that ``verdict`` on the current one rules out, and move to the next. False if none is left."""
         lower = verdict == TOO_UNSAFE
         if lower:
             self.high = self.at
@@ -269,13 +267,12 @@ class _Bracket:
             self.at = (self.low + self.high) // 2
             return True
         if not self.step:
-            # Downward, twice as many scores are beyond the cut after the first step (and never more than half of the kept
-            # ones more); upward, half as many.
+            # The first step down doubles the scores above the cut (but takes at most half of the kept ones); up, it halves them.
             beyond = self.ranks - self.at
             self.step = max(beyond if lower else (beyond + 1) // 2, int(np.ceil(LEAST_STEP * self.ranks)))
         aim = self.at - min(self.step, max(1, self.at // 2)) if lower else self.at + self.step
         self.step *= 2
-        # Bisection settles 2^r - 1 cuts in r rounds. Where the next cut can leave no more than that on either side, it does.
+        # Bisection settles 2^r - 1 cuts in r rounds: leave no more than that on either side where possible.
         most = 2 ** min(max(self.rounds - 1, 0), 62) - 1
         lowest, highest = self.low + 1, self.high - 1
         if highest - lowest <= 2 * most:
@@ -285,13 +282,13 @@ class _Bracket:
 
 
 def _next_end(rounds: Sequence[Round]) -> float:
-    """Seconds of the search when one more round ends, if that takes as long as the longest."""
+    """Total seconds after one more round that takes as long as the longest."""
     seconds = [one.seconds for one in rounds]
     return sum(seconds) + max(seconds)
 
 
 def safest(rounds: Sequence[Round]) -> int:
-    """Index of the round with the lowest upper bound by its worst judge; of equal ones, the one of higher utility."""
+    """Index of the round with the lowest upper bound by its worst judge; ties go to the higher utility."""
 
     def key(i: int) -> tuple[float, float]:
         one = rounds[i]
@@ -301,11 +298,11 @@ def safest(rounds: Sequence[Round]) -> int:
 
 
 def decided(k: int, n_so_far: int, n_total: int, target: float, level: float = 0.95) -> bool | None:
-    """Whether the Wilson upper bound over all ``n_total`` prompts will be below ``target``; None while it is still open.
+    """Whether the Wilson upper bound over all ``n_total`` prompts will be below ``target``; None while undecided.
 
-    ``k`` of the first ``n_so_far`` answers were unsafe. True or False come as soon as no remaining answer can change it,
-    and then the bound over the answers so far is on the same side; with ``n_so_far = 0``, False says that ``n_total`` are
-    too few to show such a rate at all. Raises ValueError unless 0 <= k <= n_so_far <= n_total, DataError for no prompts.
+    ``k`` of the first ``n_so_far`` answers were unsafe. True or False is returned once no remaining answer can change it;
+    the bound over the answers so far is then on the same side. With ``n_so_far = 0``, False means that ``n_total`` prompts
+    cannot show such a rate at all. Raises ValueError unless 0 <= k <= n_so_far <= n_total, DataError for no prompts.
     """
     if not 0 <= k <= n_so_far <= n_total:
         raise ValueError(f"expected 0 <= k <= n_so_far <= n_total, got k={k}, n_so_far={n_so_far}, n_total={n_total}")
