@@ -39,7 +39,7 @@ def client(server: Endpoint, **options: Any) -> Client:
 
 def test_without_the_sdk_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UsageError, match=r"pip install 'gradshield\[endpoint\]'"):
+    with pytest.raises(UsageError, match=r"'gradshield\[endpoint\]'"):
         Client("https://host/v1", "m")
 
 
@@ -86,7 +86,7 @@ def test_what_may_pass_is_tried_again(passing: Step) -> None:
 
 
 def test_tries_are_counted_and_a_wait_that_is_asked_for_is_kept() -> None:
-    with endpoint(status(500)) as server, pytest.raises(EndpointError, match="gave no answer, at last with status 500"):
+    with endpoint(status(500)) as server, pytest.raises(EndpointError, match=r"gave no answer .last error: status 500"):
         client(server, attempts=4).chat(TURN)
     assert len(server.asked) == 4
     started = time.monotonic()
@@ -146,10 +146,9 @@ def test_nobody_there() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     down = Client(f"http://127.0.0.1:{port}/v1", "m", key="TEST_KEY")
-    with pytest.raises(EndpointError, match="gave no answer, at last with ConnectError") as caught:
+    with pytest.raises(EndpointError, match=r"gave no answer .last error: ConnectError") as caught:
         down.chat(TURN)
-    assert caught.value.exit_code == 4
-    assert KEY not in str(caught.value)
+    assert caught.value.exit_code == 4 and KEY not in str(caught.value)
 
 
 def test_an_endpoint_that_is_down_is_not_waited_for_again_and_again() -> None:
@@ -307,6 +306,7 @@ def test_many_threads_share_a_client() -> None:
         ("https://host/v1?a=b", "plain URL"),
         ("https://host/v1#a", "plain URL"),
         ("https://host/\nv1", "plain URL"),
+        ("https://×/v1", "plain URL"),
         ("https://host:port/v1", "not a URL"),
         ("https://[::1/v1", "not a URL"),
         ("https://me:secret@host/v1", "user or password"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,7 +19,7 @@ from gradshield.errors import ModelError, UsageError
 from gradshield.gradients import Loop, adapted
 from gradshield.models import loading
 from gradshield.models.loading import parameters_digest
-from gradshield.scanning.parcel import Origin, bare, unpacked
+from gradshield.scanning.parcel import Origin, bare, packed, unpacked
 from gradshield.scanning.scoring import asked_of
 from gradshield.selectors import (
     SELECTORS,
@@ -102,6 +101,10 @@ def _moved(model: Any) -> None:
     next(model.parameters()).data.add_(0.5)
 
 
+def _with_other_attention(model: Any) -> None:
+    model.set_attn_implementation("eager")
+
+
 def _hooked(model: Any) -> None:
     model.model.layers[1].register_forward_hook(lambda module, given, found: found)
 
@@ -139,6 +142,7 @@ def _with_a_layer_of_its_own(model: Any) -> None:
     "change",
     [
         _moved,
+        _with_other_attention,
         _hooked,
         _hooked_before,
         _patched,
@@ -219,7 +223,7 @@ def test_every_selector_travels() -> None:
     (batch,) = batches(rows, 10**6, 10**6)
     for selector in made:
         direction = selector.prepare(model)
-        travelled = pickle.loads(pickle.dumps(bare(selector)))
+        travelled = unpacked(packed(bare(selector)), "cpu")
         assert dict(travelled.settings()) == dict(selector.settings())
         one, other = selector.measure(model, direction, batch), travelled.measure(model, direction, batch)
         np.testing.assert_array_equal(one.sums, other.sums)

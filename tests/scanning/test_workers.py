@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,57 +199,68 @@ def test_no_cluster_at_the_address() -> None:
 # ---- on this machine --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def running(
-    folder: Path, probes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[list[Any], subprocess.Popen[str], list[psutil.Process]]]:
-    """The arguments of a scan, its process with two workers that have finished a shard, and all that it started."""
-    monkeypatch.setattr(shards, "MEAN_ROWS", 128)
-    data = write(tmp_path / "data.jsonl", jsonl(chats(2000)))
-    arguments = scan_arguments(data, folder, tmp_path / "out", probes, "--threshold", "ratio:50%")
-    started = subprocess.Popen(
-        [sys.executable, "-m", "gradshield", *map(str, arguments), "--workers", "2"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@contextmanager
+def started(*arguments: Any) -> Iterator[subprocess.Popen[str]]:
+    """Python in a process group of its own, killed at the end."""
+    command = [sys.executable, *map(str, arguments)]
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=nothing, stderr=pipe, text=True, start_new_session=True)
     try:
-        _until(lambda: finished(tmp_path), 120)
-        yield arguments, started, psutil.Process(started.pid).children(recursive=True)
+        yield process
     finally:
-        started.kill()
-        started.communicate()
+        process.kill()
+        process.communicate()
 
 
 def finished(folder: Path) -> dict[Path, int]:
     """When each finished shard was written."""
-    found = (folder / "out" / ".gradshield" / "shards").glob("*.safetensors")
-    return {path: path.stat().st_mtime_ns for path in found}
+    return {path: path.stat().st_mtime_ns for path in (folder / ".gradshield" / "shards").glob("*.safetensors")}
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_no_process_and_one_process_goes_on(running: Any, tmp_path: Path) -> None:
-    arguments, started, begun = running
-    os.killpg(started.pid, signal.SIGINT)  # as a terminal does
-    said = started.communicate(timeout=60)[1]
-    assert started.returncode == 130
+def test_ctrl_c_leaves_no_process_and_one_process_goes_on(
+    folder: Path, probes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MEAN_ROWS", 128)  # as the command has it
+    data, out = write(tmp_path / "data.jsonl", jsonl(chats(2000))), tmp_path / "out"
+    arguments = scan_arguments(data, folder, out, probes, "--threshold", "ratio:50%")
+    with started("-m", "gradshield", *arguments, "--workers", "2") as process:
+        _until(lambda: finished(out), 120)
+        begun = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
     assert said.strip().splitlines()[-1].startswith("interrupted: what is finished is kept")
     assert "Traceback" not in said and "ray" not in said.lower()
     assert len(begun) > 2 and not psutil.wait_procs(begun, timeout=20)[1]
-    before = finished(tmp_path)
+    before = finished(out)
     assert command(*arguments).code == 0
-    after = finished(tmp_path)
+    after = finished(out)
     assert before.items() < after.items()
     assert sum(len(load_file(path)["lengths"]) for path in after) == 2000
 
 
+ALIVE = """
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from gradshield.scanning.workers import Workers
+with Workers(2).open(SimpleNamespace(loaded=SimpleNamespace(device=torch.device("cpu"), source=None))):
+    Path(sys.argv[1]).touch()
+    time.sleep(600)
+"""
+
+
 @pytest.mark.slow
-def test_no_actor_outlives_a_scan_that_is_killed(running: Any) -> None:
-    _, started, begun = running
-    started.kill()
-    ours = [process for process in begun if "Agent" not in process.name()]  # Ray's own end within a minute
-    assert len(ours) > 2 and not psutil.wait_procs(ours, timeout=20)[1]
+def test_no_process_outlives_one_that_is_killed(tmp_path: Path) -> None:
+    with started("-c", ALIVE, tmp_path / "alive") as process:
+        _until((tmp_path / "alive").exists, 120)
+        begun = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        ours = [child for child in begun if "Agent" not in child.name()]  # Ray's own agents end within a minute
+        assert len(ours) > 2 and not psutil.wait_procs(ours, timeout=20)[1]
 
 
 def test_one_process_needs_no_ray(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

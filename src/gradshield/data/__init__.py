@@ -21,7 +21,7 @@ from gradshield.data.formats import ReadResult, read
 from gradshield.data.pieces import spans
 from gradshield.data.render import RenderConfig, Renderer, RenderResult, render, render_all
 from gradshield.data.shapes import SHAPES
-from gradshield.data.source import Examples, Source, Together
+from gradshield.data.source import Examples, Rows, Source, Together
 from gradshield.data.spool import Picked, Spool
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
 from gradshield.data.trl import labelled, to_trl
@@ -37,6 +37,7 @@ __all__ = [
     "RenderConfig",
     "RenderResult",
     "Renderer",
+    "Rows",
     "Source",
     "Spool",
     "Together",

@@ -160,7 +160,11 @@ def _sized(tables: Iterator[Any], sizes: Iterable[int]) -> Iterator[Any]:
             waiting = pa.concat_tables([waiting, next(tables)])
         yield waiting.slice(0, size)
         waiting = waiting.slice(size)
-    next(tables, None)  # reads to the end, where the file's hash is compared
+    for _ in tables:  # reads to the end, where the file's hash is compared
+        pass
+
+
+Rows = Source | Together
 
 
 def content_hash(content: bytes) -> int:

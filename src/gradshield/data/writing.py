@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gradshield.data.source import Source, Together
+from gradshield.data.source import Rows, Source
 from gradshield.errors import DataError
 from gradshield.files import replacing
 from gradshield.types import Ints, Quarantined
@@ -24,12 +24,12 @@ def suffix(kind: str) -> str:
     return f".{kind}" if f".{kind}" in WRITTEN else ".jsonl"
 
 
-def write(rows: Sequence[int] | Ints, source: Source | Together, path: str | Path) -> None:
+def write(rows: Sequence[int] | Ints, source: Rows, path: str | Path) -> None:
     """Write some rows of ``source`` by their increasing positions, in the kind of file they came in (`suffix`)."""
     write_parts({Path(path): rows}, source)
 
 
-def write_parts(parts: Mapping[Path, Sequence[int] | Ints], source: Source | Together) -> None:
+def write_parts(parts: Mapping[Path, Sequence[int] | Ints], source: Rows) -> None:
     """Write several files; none replaces an older one before all are complete.
 
     A newline is added only after a row that ended the input without one and is not the last here. Raises DataError if a file
@@ -77,7 +77,7 @@ def _write_tables(part: Path, tables: Iterator[Any]) -> None:
                 writer.write_table(table)
 
 
-def _chunks(rows: Iterable[bytes], source: Source | Together, count: int) -> Iterator[bytes]:
+def _chunks(rows: Iterable[bytes], source: Rows, count: int) -> Iterator[bytes]:
     if source.kind == "json":
         yield b"[\n" if count else b"[]\n"
         for number, row in enumerate(rows, 1):

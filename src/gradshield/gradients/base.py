@@ -129,10 +129,7 @@ def _configured(model: nn.Module, attribute: str, value: Callable[[Any], Any]) -
 
 def experts(config: Any) -> int:
     """The number of experts per layer in the language model's config; 0 without experts."""
-    return _first(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
-def _first(config: Any, *names: str) -> int:
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     parts = (config, getattr(config, "ffn_config", None))  # DBRX keeps them here
     return next((getattr(part, name) for part in parts for name in names if getattr(part, name, None)), 0)
 

@@ -220,9 +220,14 @@ class Client:
         http = Bounded(timeout=self.timeout, follow_redirects=False, limits=limits)
         # The key is added in `_send`; this placeholder keeps the SDK from reading one from the environment.
         none = "no-key"
-        return openai.OpenAI(
-            api_key=none, admin_api_key=none, base_url=self.base_url, timeout=self.timeout, http_client=http
-        )
+        try:
+            return openai.OpenAI(
+                api_key=none, admin_api_key=none, base_url=self.base_url, timeout=self.timeout, http_client=http
+            )
+        except httpx2.InvalidURL:  # such as a host that no name can be
+            raise UsageError(
+                f"the endpoint's address is {self.base_url[:_SHOWN]!r}: give a plain URL like https://host/v1"
+            ) from None
 
     def _send(self, send: Callable[..., Any], request: Any) -> Any:
         """One try. Raises httpx2's errors if a retry may help, else EndpointError."""

@@ -6,11 +6,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+
+@contextmanager
+def outputs_of(model: nn.Module, names: Sequence[str], take: Callable[[Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Fills a dict with ``take`` of the hidden states (B, T, D) of each named block as the model runs; keeps nothing else."""
+    found: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            found[name] = take(output if hasattr(output, "shape") else output[0])
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:

@@ -144,7 +144,7 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
 def write_cut(
     selection: Selection,
     folder: Path,
-    source: rows_in.Source | rows_in.Together,
+    source: rows_in.Rows,
     views: review.Views,
     truth: Ints | None,
 ) -> None:
@@ -156,7 +156,7 @@ def write_cut(
 def _write_cut(
     selection: Selection,
     folder: Path,
-    source: rows_in.Source | rows_in.Together,
+    source: rows_in.Rows,
     views: review.Views,
     truth: Ints | None,
 ) -> None:

@@ -51,10 +51,11 @@ class Parcel:
         assert given is not None
         with adapted(given, self.adapter, self.seed) as model:
             if identity(model) != self.identity:
+                origin = self.source.name if self.source else "a copy"
                 raise ModelError(
-                    f"the model that another process loaded from {self.source.name if self.source else 'a copy'} is not the "
-                    "scored one (its weights, classes or hooks differ): do not change its files while a scan runs, give a "
-                    "changed model as an object (model=loaded.model, tokenizer=...), or leave out --workers and --ray"
+                    f"the model that another process loaded from {origin} is not the scored one (its weights, attention, classes "
+                    "or hooks differ): do not change its files while a scan runs, give a changed model as an object "
+                    "(model=loaded.model, tokenizer=...), or leave out --workers and --ray"
                 )
             yield model
 
@@ -100,8 +101,8 @@ def packed(thing: Any) -> np.ndarray:
         torch.save(thing, buffer, pickle_module=cloudpickle)
     except (TypeError, AttributeError, pickle.PicklingError, RuntimeError) as error:
         raise UsageError(
-            f"the model cannot be sent to another process ({first_line(error)}): save it with save_pretrained and give its "
-            "path, or leave out --workers and --ray"
+            f"the model or the selector cannot be sent to another process ({first_line(error)}): save the model with "
+            "save_pretrained and give its path, or leave out --workers and --ray"
         ) from error
     return np.frombuffer(buffer.getbuffer(), np.uint8)
 
@@ -109,22 +110,21 @@ def packed(thing: Any) -> np.ndarray:
 def unpacked(data: np.ndarray, device: str) -> Any:
     """The inverse of `packed`, tensors on a device. Raises UsageError if code that it needs is not installed here."""
     try:
-        return torch.load(
-            io.BytesIO(data.data), device, weights_only=False
-        )  # from this program's memory, never from a file
+        return torch.load(io.BytesIO(data.data), device, weights_only=False)  # never from a file
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f"the model cannot be rebuilt in another process ({first_line(error)}): install its code there, or leave out "
-            "--workers and --ray"
+            f"the model or the selector needs code that another process does not have ({first_line(error)}): install it on "
+            "every node, or leave out --workers and --ray"
         ) from error
 
 
 def identity(model: nn.Module) -> str:
-    """SHA-256 of everything that determines a model's numbers: its parameters, and the code of each module.
+    """SHA-256 of everything that determines a model's numbers: its parameters, its attention, and the code of each module.
 
     Hooks of accelerate, PEFT and transformers do not change numbers and are ignored.
     """
-    sha = hashlib.sha256(parameters_digest(model).encode())
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    sha = hashlib.sha256(f"{parameters_digest(model)} {attention}\n".encode())
     for name, module in model.named_modules():
         sha.update(f"{name} {_named(type(module))} {_added(module)}\n".encode())
     return sha.hexdigest()

@@ -88,18 +88,21 @@ def no_direction(name: str, model: nn.Module | None = None, subspace: str = "all
     return Direction({}, (), subspace, (), sha.hexdigest(), {})
 
 
-def by_row(batch: Batch, nll: Floats) -> tuple[Ints, Floats, Ints]:
-    """Rows in order of first appearance, each one's mean loss in nats and number of loss tokens, from ``nll`` (B, T) or (B,)."""
-    rows, members = sequences_by_row(batch)
-    lengths = np.array([int(batch.loss[own].sum()) for own in members], dtype=np.int64)
-    return rows, np.array([float(nll[own].sum()) for own in members]) / np.maximum(lengths, 1), lengths
-
-
-def sequences_by_row(batch: Batch) -> tuple[Ints, list[Ints]]:
-    """Rows in order of first appearance, and the indices of each one's sequences."""
+def members(batch: Batch) -> tuple[Ints, list[Ints]]:
+    """The rows of a batch in order of first appearance, and the sequences of each."""
     rows, first = np.unique(batch.rows, return_index=True)
     rows = rows[np.argsort(first)]
     return rows, [np.flatnonzero(batch.rows == row) for row in rows]
+
+
+def by_row(batch: Batch, nll: Floats) -> tuple[Ints, Floats, Ints]:
+    """Rows as `members` gives them, each one's mean loss in nats and number of loss tokens.
+
+    ``nll`` is (B, T), or (B,) where the tokens are summed already.
+    """
+    rows, sequences = members(batch)
+    lengths = np.array([int(batch.loss[own].sum()) for own in sequences], dtype=np.int64)
+    return rows, np.array([float(nll[own].sum()) for own in sequences]) / np.maximum(lengths, 1), lengths
 
 
 def require_finite(raw: Measured) -> None:

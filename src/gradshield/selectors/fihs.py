@@ -11,7 +11,7 @@ from torch import nn
 from gradshield.gradients import Engine, gradient_direction, parameter_names
 from gradshield.probes import Probe, Prompts
 from gradshield.selectors.aggregates import Aggregate
-from gradshield.selectors.base import SELECTORS, Measured, by_row, require_finite, sequences_by_row
+from gradshield.selectors.base import SELECTORS, Measured, by_row, members, require_finite
 from gradshield.types import Batch, Direction, Scores
 
 _CHUNK = 16  # probe prompts in one autograd graph
@@ -71,12 +71,12 @@ class Fihs:
         values = found.values[0].numpy()  # (B,) or (B, T)
         nll = found.nll.numpy()  # (B, T)
         rows, means, lengths = by_row(batch, nll)
-        members = sequences_by_row(batch)[1]
+        sequences = members(batch)[1]
         if values.ndim == 1:
-            sums = [float((batch.coefficients[own] * values[own]).sum()) for own in members]
+            sums = [float((batch.coefficients[own] * values[own]).sum()) for own in sequences]
             return Measured(rows, np.array(sums), means, lengths)
         tokens = tuple(
-            np.concatenate([batch.coefficients[i] * values[i][batch.loss[i]] for i in own]) for own in members
+            np.concatenate([batch.coefficients[i] * values[i][batch.loss[i]] for i in own]) for own in sequences
         )
         return Measured(rows, np.array([float(t.sum()) for t in tokens]), means, lengths, tokens)
 

@@ -15,7 +15,7 @@ from torch import nn
 from gradshield.errors import EndpointError
 from gradshield.judges.guards import Guard, of_rows, parse
 from gradshield.options import Given
-from gradshield.selectors.base import SELECTORS, Measured, sequences_by_row
+from gradshield.selectors.base import SELECTORS, Measured, members
 from gradshield.types import Batch, Direction, Ints, Scores
 
 Decode = Callable[[Sequence[int]], str]
@@ -70,9 +70,9 @@ class GuardFilter:
         found = [[next(opinions) for _ in own] for own in turns]
         if lost := [opinion for own in found for opinion in own if opinion.lost]:
             raise EndpointError(lost[0].reason)
-        rows, members = sequences_by_row(batch)
+        rows, sequences = members(batch)
         values = np.zeros(len(rows))
-        for n, own in enumerate(members):
+        for n, own in enumerate(sequences):
             row = [opinion for i in own for opinion in found[i]]
             known = [opinion.probability for opinion in row if opinion.probability is not None]
             worst = max(known, default=0.0)
@@ -81,7 +81,7 @@ class GuardFilter:
             if np.isnan(values[n]):
                 reason = next(opinion.reason for opinion in row if opinion.probability is None)
                 warnings.warn(f"the guard could not judge row {rows[n]}: {reason}", stacklevel=2)
-        lengths: Ints = np.array([int(batch.loss[own].sum()) for own in members], dtype=np.int64)
+        lengths: Ints = np.array([int(batch.loss[own].sum()) for own in sequences], dtype=np.int64)
         return Measured(rows, values, np.full(len(rows), np.nan), lengths)
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -19,6 +18,7 @@ from gradshield.errors import ProbeError
 from gradshield.gradients.base import scoring
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.logits import logits_at
+from gradshield.models.modules import outputs_of
 from gradshield.models.placement import in_float64
 from gradshield.probes import Prompts
 from gradshield.types import Anchors, Bools, Floats, Ints
@@ -181,34 +181,13 @@ def _states(model: nn.Module, sequences: Sequence[Sequence[int]], blocks: Sequen
         attention = (torch.arange(width) < lengths[:, None]).long()
         last = torch.arange(width) == lengths[:, None] - 1  # (B, T)
 
-        def ends(hidden: Tensor, where: Tensor = last) -> Tensor:
-            return in_float64(hidden[where.to(hidden.device)]).cpu()
+        def at_end(hidden: Tensor, last: Tensor = last) -> Tensor:
+            return in_float64(hidden[last.to(hidden.device)]).cpu()
 
-        with scoring(model), torch.no_grad(), block_outputs(model, blocks, ends) as found:
+        with scoring(model), torch.no_grad(), outputs_of(model, blocks, at_end) as found:
             logits = logits_at(model, ids.to(device), attention.to(device), last.to(device))
         following[own] = logits.argmax(-1).cpu().numpy()
         stacked = torch.stack([found[name] for name in blocks], 1).numpy()
         for k, i in enumerate(own):
             states[i] = stacked[k]
     return np.stack(states), following
-
-
-@contextmanager
-def block_outputs(
-    model: nn.Module, blocks: Sequence[str], take: Callable[[Tensor], Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    """Collects ``take(h)`` of the outputs h (B, T, D) of the named blocks during a forward pass."""
-    found: dict[str, Tensor] = {}
-
-    def hook_for(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            found[name] = take(output if isinstance(output, Tensor) else output[0])
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in blocks]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -16,9 +16,9 @@ from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.gradients.direction import digest
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.logits import token_nll
+from gradshield.models.modules import outputs_of
 from gradshield.models.placement import in_float64
-from gradshield.selectors.base import SELECTORS, Measured, by_row, require_finite, sequences_by_row
-from gradshield.selectors.reading import block_outputs
+from gradshield.selectors.base import SELECTORS, Measured, by_row, members, require_finite
 from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
 
 FEATURES = ("mean", "last", "opening")
@@ -93,11 +93,12 @@ class Representation(ABC):
         data = DeviceBatch.of(batch, model)
         weights = torch.as_tensor(_weights(batch, self.feature), dtype=torch.float32, device=data.ids.device)
 
-        def feature(hidden: Tensor) -> Tensor:
+        def counted(hidden: Tensor) -> Tensor:
             # A padded position may hold infinity, and zero times infinity is NaN.
-            return torch.einsum("bt,btd->bd", weights, hidden.float().masked_fill((weights == 0).unsqueeze(-1), 0.0))
+            shown = hidden.float().masked_fill((weights == 0).unsqueeze(-1), 0.0)
+            return torch.einsum("bt,btd->bd", weights, shown)
 
-        with scoring(model), torch.no_grad(), block_outputs(model, names, feature) as found:
+        with scoring(model), torch.no_grad(), outputs_of(model, names, counted) as found:
             nll = token_nll(model, data.ids, data.attention, data.loss)
         return torch.stack([found[name] for name in names], 1), in_float64(nll.sum(-1)).cpu().numpy()
 
@@ -110,8 +111,8 @@ class Representation(ABC):
         names = list(direction.tensors)
         features, nll = self._forward(model, batch, names)
         values = self._placed(features, direction).cpu().numpy()
+        placed = [float(values[own][batch.coefficients[own] > 0].mean()) for own in members(batch)[1]]
         rows, means, lengths = by_row(batch, nll)
-        placed = [float(values[own][batch.coefficients[own] > 0].mean()) for own in sequences_by_row(batch)[1]]
         return Measured(rows, np.array(placed), means, lengths)
 
     def _require(self, blocks: int) -> None:  # noqa: B027

@@ -12,7 +12,7 @@ import numpy as np
 from gradshield.errors import UsageError
 from gradshield.stats import wilson
 from gradshield.thresholds.base import require_rows, require_share
-from gradshield.types import Cut, Floats, Rate
+from gradshield.types import Floats, Rate
 
 TOO_UNSAFE, UTILITY_SHORT, PASSES = "too unsafe", "utility short", "passes"
 LEAST_STEP = 0.01  # share of the distinct scores: a first step of a few rows would drown in the noise of a fine-tune
@@ -89,10 +89,6 @@ class SearchResult:
             "best": self.best,
             "rounds": [one.as_dict() for one in self.rounds],
         }
-
-    def as_cut(self) -> Cut:
-        """The kept round's cut, with the whole search as its detail."""
-        return Cut(self.kept.cut, Verified.name, self.as_dict())
 
 
 class Verified:
