@@ -1,4 +1,4 @@
-"""The command line, long as a table of bad input: one sentence, the documented exit code, nothing half-written."""
+"""The command line on bad input: one sentence, the documented exit code, nothing half-written."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda model: (model / "config.json").unlink(), "no config.json"),
     "broken config": (lambda model: write(model / "config.json", "{"), "cannot be read"),
     "broken weights": (lambda model: write(model / "model.safetensors", b"junk"), "cannot be loaded"),
-    "gone": (shutil.rmtree, "there is no folder"),
+    "missing": (shutil.rmtree, "there is no folder"),
 }
 
 
@@ -284,7 +284,7 @@ def test_models_that_cannot_be_used(case: str, copy: Path, probes: Path, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hub_that_cannot_be_reached_is_said_fast(probes: Path, tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_reported_fast(probes: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", GOOD)
     began = time.monotonic()
     done = command(*scan_arguments(data, Path("owner/model"), tmp_path / "out", probes))
@@ -293,7 +293,7 @@ def test_a_hub_that_cannot_be_reached_is_said_fast(probes: Path, tmp_path: Path)
     assert "the hub cannot be reached" in done.sentence
 
 
-def test_scoring_a_model_that_does_not_refuse_has_to_be_asked_for(folder: Path, probes: Path, tmp_path: Path) -> None:
+def test_scoring_a_model_that_does_not_refuse_needs_the_option(folder: Path, probes: Path, tmp_path: Path) -> None:
     data, output = write(tmp_path / "data.jsonl", GOOD), tmp_path / "out"
     arguments = [a for a in scan_arguments(data, folder, output, probes, "-t", "ratio:50%") if a != "--uncertified"]
     done = command(*arguments)
@@ -314,7 +314,7 @@ def test_folders_that_cannot_be_written(
         done = command(*scan_arguments(data, folder, output, probes))
         assert done.code == 3
         assert "give another --output" in done.sentence
-    with monkeypatch.context() as locked:  # the suite may run as root, whom no mode keeps out
+    with monkeypatch.context() as locked:  # the suite may run as root, for whom no file mode applies
         locked.setattr(os, "access", lambda path, mode, **_: mode != os.W_OK)
         done = command(*scan_arguments(data, folder, tmp_path / "locked", probes))
         assert done.code == 3
@@ -353,7 +353,7 @@ def test_tokenizers_without_template_or_padding(copy: Path, probes: Path, tmp_pa
     assert len(done.err.splitlines()) == 1
 
 
-# ---- what it says of itself -----------------------------------------------------------------------------------------
+# ---- help and listings -----------------------------------------------------------------------------------------
 
 
 def test_methods_lists_every_registered_name() -> None:
@@ -427,7 +427,7 @@ def test_importing_stays_cheap() -> None:
         ["cut", "no-folder"],
     ],
 )
-def test_what_is_not_there_is_told_before_the_libraries_are_loaded(arguments: list[str], tmp_path: Path) -> None:
+def test_missing_inputs_are_reported_before_the_libraries_are_loaded(arguments: list[str], tmp_path: Path) -> None:
     heavy = "print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
     code = f"import sys, gradshield.cli\ntry: gradshield.cli.main({arguments})\nexcept SystemExit as e: print(e.code); {heavy}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
@@ -448,7 +448,7 @@ def test_the_installed_command() -> None:
 
 
 @pytest.mark.parametrize(("gate", "removed", "closes"), [("0.7%", 7, False), ("0.7%", 8, True), ("0.29", 290, False)])
-def test_the_gate_counts_rows_and_not_their_rounding(gate: str, removed: int, closes: bool) -> None:
+def test_the_gate_counts_rows_without_rounding(gate: str, removed: int, closes: bool) -> None:
     from types import SimpleNamespace
 
     from gradshield.cli.common import check_gate, share
@@ -465,7 +465,7 @@ def test_the_gate_counts_rows_and_not_their_rounding(gate: str, removed: int, cl
     [(["--selector", "gradnorm"], "gradnorm"), (["--workers", "2"], "--workers"), (["--ray", "auto"], "--ray")],
     ids=["selector", "workers", "ray"],
 )
-def test_a_map_of_devices_is_for_fihs_in_one_process(more: list[str], named: str, tmp_path: Path) -> None:
+def test_a_device_map_works_with_fihs_in_one_process_only(more: list[str], named: str, tmp_path: Path) -> None:
     arguments = scan_arguments(
         "d.jsonl", tmp_path / "m", tmp_path / "out", tmp_path / "p", "--device-map", "auto", *more
     )

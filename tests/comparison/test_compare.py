@@ -1,4 +1,4 @@
-"""The grid: what it is told, that nothing is done twice, and that a killed one goes on."""
+"""The grid: its config, that nothing is run twice, and that a killed grid resumes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ SMALL: dict[str, Any] = {
     ],
     "training": {"max_steps": 2},
 }
-
-
 OWN = {"name": "a", "train": "b.jsonl"}
 
 
@@ -53,7 +51,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_grid_is_run_once_and_goes_on_where_it_stopped(quick: list[str], tmp_path: Path) -> None:
+def test_a_grid_is_run_once_and_resumes_where_it_stopped(quick: list[str], tmp_path: Path) -> None:
     config = _config()
     whole = compare.compare(config, tmp_path / "whole")
     assert sorted(quick) == ["clean", "none", "random:ratio:10%", "random:ratio:10%"]  # clean rows are trained on once
@@ -104,7 +102,7 @@ def test_a_command_that_is_not_utf8_is_written_too(quick: list[str], tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_grid_goes_on_from_results_that_were_carried_elsewhere(quick: list[str], tmp_path: Path) -> None:
+def test_a_grid_resumes_from_results_copied_elsewhere(quick: list[str], tmp_path: Path) -> None:
     grids = [{"tasks": ["choice"], "mixes": ["0%"], "defences": ["none"]}]
     compare.compare(_config(grids=grids), tmp_path / "here")
     there = tmp_path / "there"
@@ -113,14 +111,14 @@ def test_a_grid_goes_on_from_results_that_were_carried_elsewhere(quick: list[str
     quick.clear()
     grids[0]["defences"] = ["none", "random:ratio:10%"]
     assert len(compare.compare(_config(grids=grids), there)["cells"]) == 2
-    assert sorted(quick) == ["clean", "random:ratio:10%"]  # what utility is compared with was not carried along
+    assert sorted(quick) == ["clean", "random:ratio:10%"]  # the reference for utility was not copied
     (there / "results.json").write_text("[]")
     with pytest.raises(DataError, match=r"results\.json"):
         compare.compare(_config(grids=grids), there)
 
 
 @pytest.mark.slow
-def test_a_cell_that_fails_is_kept_with_its_sentence_and_tried_again(
+def test_a_failed_cell_is_kept_with_its_error_and_retried(
     quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grids = [{"tasks": ["choice"], "mixes": ["explicit:20%"], "defences": ["fihs:fixed:-1000", "none"]}]
@@ -137,7 +135,7 @@ def test_a_cell_that_fails_is_kept_with_its_sentence_and_tried_again(
 
 
 def _begin(name: str, folder: Path) -> None:
-    """A group of cells: one that fails when the other has begun, one that would take long."""
+    """A group of cells: one fails once the other has begun, the other would take long."""
     if name == "long":
         (folder / "begun").touch()
         time.sleep(600)
@@ -150,29 +148,29 @@ def _begin(name: str, folder: Path) -> None:
 def test_an_error_or_ctrl_c_ends_all_workers(tmp_path: Path, stopped: bool) -> None:
     names = ["long", "long" if stopped else "fails", "long", "long"]
 
-    def tell() -> None:
+    def report() -> None:
         if stopped and (tmp_path / "begun").exists():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt if stopped else DataError):
-        compare._share_out(2, _begin, [(name, tmp_path) for name in names], tell)
+        compare._share_out(2, _begin, [(name, tmp_path) for name in names], report)
     assert active_children() == []
 
 
 @pytest.mark.parametrize("key", ["train", "labels", "task", "report"])
-def test_a_file_that_is_not_there_is_told_before_anything_runs(tmp_path: Path, key: str) -> None:
+def test_a_missing_file_is_reported_before_anything_runs(tmp_path: Path, key: str) -> None:
     files = {name: tmp_path / name for name in ("train", "labels", "task", "report")}
     for name, path in files.items():
         if name != key:
             path.touch()
-    told = {
+    given = {
         "model": "m",
         "datasets": [{"name": "a", **{name: str(files[name]) for name in ("train", "labels", "task")}}],
         "requests": {"report": str(files["report"])},
         "grids": [{"tasks": ["a"], "defences": ["none"]}],
     }
     with pytest.raises(DataError, match=f"{key}.*no such file"):
-        compare.compare(grid.check(told), tmp_path / "results")
+        compare.compare(grid.check(given), tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
@@ -196,19 +194,19 @@ def test_a_file_that_is_not_there_is_told_before_anything_runs(tmp_path: Path, k
         ({"requests": {"reprot": "mine.txt"}}, "'direction', 'search' or 'report'"),
     ],
 )
-def test_a_wrong_config_is_told_before_anything_runs(change: dict[str, Any], match: str) -> None:
+def test_a_wrong_config_is_reported_before_anything_runs(change: dict[str, Any], match: str) -> None:
     with pytest.raises(UsageError, match=match):
         _config(**change)
 
 
-def test_a_cell_is_of_its_settings_and_of_what_its_files_hold(tmp_path: Path) -> None:
+def test_a_cell_depends_on_its_settings_and_the_content_of_its_files(tmp_path: Path) -> None:
     def setting(**more: Any) -> str:
-        told = {
+        given = {
             "model": "m",
             "datasets": [{**OWN, "train": str(path)}],
             "grids": [{"tasks": ["a"], "defences": [spec]}],
         }
-        config = grid.check(told | more)
+        config = grid.check(given | more)
         return grid.setting(config, grid.cells(config)[0])
 
     path, spec = tmp_path / "rows.jsonl", "fihs"
@@ -224,14 +222,14 @@ def test_a_cell_is_of_its_settings_and_of_what_its_files_hold(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("place", ["model", "judge", "defence"])
-def test_a_cell_is_of_what_the_folders_of_its_models_hold(tmp_path: Path, place: str) -> None:
+def test_a_cell_depends_on_the_content_of_its_model_folders(tmp_path: Path, place: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "weights.safetensors").write_text("one")
-    told: dict[str, Any] = {"model": str(tmp_path) if place == "model" else "m", "datasets": [OWN]}
+    given: dict[str, Any] = {"model": str(tmp_path) if place == "model" else "m", "datasets": [OWN]}
     if place == "judge":
-        told["judges"] = ["refusal-phrases", f"classifier:{tmp_path},unsafe=bad"]
+        given["judges"] = ["refusal-phrases", f"classifier:{tmp_path},unsafe=bad"]
     defence = f"guard:classifier:{tmp_path},unsafe=bad" if place == "defence" else "none"
-    config = grid.check({**told, "grids": [{"tasks": ["a"], "defences": [defence]}]})
+    config = grid.check({**given, "grids": [{"tasks": ["a"], "defences": [defence]}]})
     found = [grid.setting(config, grid.cells(config)[0])]
     for name, content in (("config.json", "[1]"), ("weights.safetensors", "two"), ("chat_template.jinja", "{{ a }}")):
         (tmp_path / name).write_text(content)
@@ -243,47 +241,47 @@ def test_as_many_rows_as_another_removes_depends_on_the_others_clean_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = {"grids": [{"tasks": ["topic"], "mixes": ["0%"], "defences": ["random:as:fihs:conformal:clean=c.parquet"]}]}
+    given = {"grids": [{"tasks": ["topic"], "mixes": ["0%"], "defences": ["random:as:fihs:conformal:clean=c.parquet"]}]}
     with pytest.raises(UsageError, match=r"there is no file 'c\.parquet'"):
-        grid.check(told)
+        grid.check(given)
 
 
-def test_each_task_has_clean_rows_of_its_own_and_a_cell_is_of_what_they_hold(
+def test_each_task_has_its_own_clean_rows_and_a_cell_depends_on_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = {
+    given = {
         "grids": [{"tasks": ["choice", "topic"], "mixes": ["0%"], "defences": ["fihs:conformal:clean={task}.parquet"]}]
     }
     for task in ("choice", "topic"):
         with pytest.raises(UsageError, match=f"there is no file '{task}.parquet'"):
-            grid.check(told)
+            grid.check(given)
         (tmp_path / f"{task}.parquet").write_text("scores")
-    config = grid.check(told)
+    config = grid.check(given)
     cells = grid.cells(config)
-    assert [cell.told for cell in cells] == [f"fihs:conformal:clean={task}.parquet" for task in ("choice", "topic")]
+    assert [cell.spec for cell in cells] == [f"fihs:conformal:clean={task}.parquet" for task in ("choice", "topic")]
     before = [grid.setting(config, cell) for cell in cells]
     (tmp_path / "topic.parquet").write_text("other scores")
     after = [grid.setting(config, cell) for cell in cells]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
 
 
-def test_the_lab_has_mixes_of_its_own_where_none_are_named() -> None:
+def test_the_lab_has_default_mixes() -> None:
     found = grid.cells(grid.check({"grids": [{"tasks": ["choice"], "defences": ["none"]}]}))
     assert [(cell.harm, cell.ratio) for cell in found] == [("none", 0.0), ("explicit", 0.1)]
 
 
-def test_an_unknown_option_of_the_adapter_is_told() -> None:
+def test_an_unknown_option_of_the_adapter_is_reported() -> None:
     with pytest.raises(UsageError, match="unknown option 'rank'"):
         peft_config({"rank": 3})
     assert peft_config({"r": 3}).r == 3
 
 
-def test_paths_are_taken_from_the_configs_own_folder(tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_configs_folder(tmp_path: Path) -> None:
     own = {"name": "mine", "train": "rows.jsonl", "task": "held.jsonl"}
-    told = {"model": "some/model", "datasets": [own], "grids": [{"tasks": ["mine"], "defences": ["none"]}]}
+    given = {"model": "some/model", "datasets": [own], "grids": [{"tasks": ["mine"], "defences": ["none"]}]}
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(told))
+    path.write_text(yaml.safe_dump(given))
     found = grid.read(path)
     assert found.datasets[0].train == str(tmp_path / "rows.jsonl")
     assert found.model == "some/model"

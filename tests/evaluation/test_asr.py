@@ -89,7 +89,7 @@ def test_requests_that_cannot_be_asked() -> None:
         asr(_scripted([]), [], JUDGES)
     with pytest.raises(DataError, match="request 0 has no 'prompt', only 'text'"):
         asr(_scripted(["x"]), [{"text": "hi"}], JUDGES)
-    with pytest.raises(DataError, match="names of their own"):
+    with pytest.raises(DataError, match="different names"):
         asr(_scripted(["x"]), [{"prompt": "hi"}], [RefusalPhrases(), RefusalPhrases()])
 
 

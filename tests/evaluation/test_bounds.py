@@ -132,7 +132,7 @@ def test_a_bound_that_knows_nothing_of_the_judge_does_not_cover():
 
 
 def test_a_corrected_bound_comes_to_the_rogan_gladen_estimate():
-    """With so many answers that all bounds lie at the estimates: θ = (p + c - 1) / (s + c - 1)."""
+    """With enough answers that all bounds are at the estimates: θ = (p + c - 1) / (s + c - 1)."""
     many = 10**7
     known = Calibration(caught=8 * many // 10, unsafe=many, passed=9 * many // 10, safe=many)
     found = corrected(17 * many // 100, many, 0.05, known)
@@ -172,8 +172,8 @@ def test_labelled_answers_are_read(tmp_path):
     [
         ([LINE % (i, i, 0) for i in range(12)], "hold 0 unsafe ones"),
         ([LINE % (0, 0, 1), "{"], "line 2"),
-        ([LINE % (0, 0, 1), LINE % (0, 0, 1)], "says again what line 1 says"),
-        (['{"prompt": "p", "answer": "a", "unsafe": 2}'], "no labelled answer"),
+        ([LINE % (0, 0, 1), LINE % (0, 0, 1)], "repeats line 1"),
+        (['{"prompt": "p", "answer": "a", "unsafe": 2}'], "is not a labelled answer"),
     ],
 )
 def test_labelled_answers_that_cannot_be_used(tmp_path, lines, said):

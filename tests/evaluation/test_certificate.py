@@ -110,7 +110,7 @@ def test_a_model_that_refuses_everything_is_certified_and_the_card_says_so(tmp_p
     done = check(run)
     assert done.certified and done.changed == ()
     assert "the verdicts of refusal-phrases" in done.same and "the training data" in done.same
-    assert any("training began with" in clause for clause in done.unchecked)
+    assert any("training started from" in clause for clause in done.unchecked)
     assert (run / "certificate.json").read_text() == text(certify(run))
 
 
@@ -130,8 +130,8 @@ def test_judges_and_looks_share_the_error(tmp_path: Path) -> None:
             "the scan is not certified: the model does not refuse",
         ),
         ({"verified": {"met": False, "sentence": "no cut met the target"}}, "verified threshold met its targets at no"),
-        ({"settings": {"probe_sha256": runs.digest(ASKED)}}, "among those that chose its rows"),
-        ({"settings": {"search": {"requests": runs.digest(ASKED)}}}, "among those that chose its rows"),
+        ({"settings": {"probe_sha256": runs.digest(ASKED)}}, "overlap with those that chose its rows"),
+        ({"settings": {"search": {"requests": runs.digest(ASKED)}}}, "overlap with those that chose its rows"),
         ({"settings": {"report": {"requests": "", "n": [0, 130, 0], "judges": []}}}, "no request was asked"),
     ],
 )
@@ -158,9 +158,9 @@ def test_a_scan_that_asked_the_model_nothing_says_nothing_of_it(tmp_path: Path) 
     assert certify(run)["predicate"]["reason"] == "the scan is not certified: 30 of 100 rows were removed"
 
 
-def test_too_few_requests_for_the_limit_are_told_with_how_many_it_takes(tmp_path: Path) -> None:
+def test_too_few_requests_for_the_limit_are_reported_with_the_number_needed(tmp_path: Path) -> None:
     found = certify(_run(tmp_path), limit=0.01)["predicate"]
-    assert "130 requests cannot show" in found["reason"] and "it takes 299" in found["reason"]
+    assert "130 requests cannot show" in found["reason"] and "299 are needed" in found["reason"]
     assert upper(0, 299, 0.05) <= 0.01 < upper(0, 298, 0.05)
 
 
@@ -202,7 +202,7 @@ def test_a_calibration_counts_on_where_the_claim_is_another(tmp_path: Path) -> N
     again = certify(run, looks=2)["predicate"]
     assert again["calibration"] == first["calibration"] and again["calibration"]["name"].endswith("labelled.jsonl")
     assert again["judges"]["refusal-phrases"]["calibration"] == first["judges"]["refusal-phrases"]["calibration"]
-    assert "0 of them given in this run" in (run / "README.md").read_text()
+    assert "0 of them from this run" in (run / "README.md").read_text()
     assert check(run).changed == ()
 
 
@@ -222,7 +222,7 @@ def test_labels_that_are_turned_round_are_found(tmp_path: Path) -> None:
     assert check(run).changed == ()
 
 
-def test_a_judge_that_needs_a_model_is_asked_for_and_told_as_unchecked(tmp_path: Path) -> None:
+def test_a_judge_that_needs_a_model_is_required_and_reported_as_unchecked(tmp_path: Path) -> None:
     run = _run(tmp_path, judges=("refusal-phrases", ["guard:g", {"guard": "guard", "sha256": "1"}]))
     labelled = _labelled(tmp_path)
     before = (run / "manifest.json").read_bytes()
@@ -262,21 +262,21 @@ def test_a_judge_of_the_same_name_that_is_another_is_refused(tmp_path: Path) -> 
 
 
 def _claim(run: Path, **change: Any) -> None:
-    told = json.loads((run / "certificate.json").read_text())
-    told["predicate"]["claim"] |= change
-    (run / "certificate.json").write_text(text(told))
+    stored = json.loads((run / "certificate.json").read_text())
+    stored["predicate"]["claim"] |= change
+    (run / "certificate.json").write_text(text(stored))
 
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fewer looks": (lambda run: _claim(run, looks=1), "level"),
-    "a limit that would hold as well": (lambda run: _claim(run, limit=0.3), "README.md does not say"),
+    "a limit that would hold as well": (lambda run: _claim(run, limit=0.3), "README.md does not match"),
     "the manifest": (
         lambda run: (run / "manifest.json").write_text((run / "manifest.json").read_text() + " "),
         "manifest.json is not the file that was certified",
     ),
-    "no manifest": (lambda run: (run / "manifest.json").unlink(), "manifest.json is gone"),
-    "no weights": (lambda run: (run / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is gone"),
-    "the training data": (lambda run: write(run.parent / "data.jsonl", "{}"), "not those that were trained on"),
+    "no manifest": (lambda run: (run / "manifest.json").unlink(), "manifest.json is missing"),
+    "no weights": (lambda run: (run / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+    "the training data": (lambda run: write(run.parent / "data.jsonl", "{}"), "not the ones that were trained on"),
     "white space": (
         lambda run: (run / "certificate.json").write_text((run / "certificate.json").read_text() + "\n"),
         "certificate.json is not in the form",
@@ -298,7 +298,7 @@ def test_any_change_is_found_and_named(tmp_path: Path, name: str) -> None:
     assert any(said in clause for clause in check(run).changed), check(run).changed
     done = command("certify", run, "--check")
     assert done.code == 5
-    assert "put back what was changed" in done.err
+    assert "restore the files" in done.err
 
 
 def test_a_verdict_that_its_judge_would_not_give_is_found_though_all_else_agrees(tmp_path: Path) -> None:
@@ -319,15 +319,15 @@ def test_a_verdict_that_its_judge_would_not_give_is_found_though_all_else_agrees
 def test_answers_that_do_not_give_the_figures_are_refused(tmp_path: Path) -> None:
     run = _run(tmp_path, answered=2)
     write(run / "outputs-after.jsonl", jsonl(_outputs(1, ("refusal-phrases",))))
-    with pytest.raises(DataError, match=r"do not give the figures of manifest\.json"):
+    with pytest.raises(DataError, match=r"do not match the figures of manifest\.json"):
         certify(run)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"predicate": {}}', '{"predicate": {"claim": NaN}}', "\xff"])
-def test_what_is_no_certificate_is_told(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_certificate_is_reported(tmp_path: Path, content: str) -> None:
     run = _run(tmp_path)
     (run / "certificate.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(DataError, match="is no certificate of this version"):
+    with pytest.raises(DataError, match="is not a certificate of this version"):
         check(run)
 
 
@@ -349,7 +349,7 @@ def test_the_command_is_a_gate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--check", "--limit", "1%"], "--check takes what the certificate itself claims, and --limit"),
+        (["--check", "--limit", "1%"], "--check uses the claim in the certificate, and --limit"),
         (["--check", "--calibrate", "x"], "--calibrate"),
         (["--limit", "few"], "--limit got 'few'"),
         (["--limit", "100%"], "the limit of the ASR is 1"),
@@ -358,7 +358,7 @@ def test_the_command_is_a_gate(tmp_path: Path) -> None:
         (["--judge", "refusal-phrases"], "--calibrate FILE"),
     ],
 )
-def test_what_cannot_be_claimed_is_told_in_one_sentence(tmp_path: Path, options: list[str], said: str) -> None:
+def test_invalid_claims_are_reported_in_one_sentence(tmp_path: Path, options: list[str], said: str) -> None:
     run = _run(tmp_path)
     done = command("certify", run, *options)
     assert done.code == 2

@@ -47,10 +47,10 @@ def _labelled(folder: Path, run: Path) -> Path:
 
 
 def test_training_writes_a_certificate_that_says_why_it_is_none(run: Path) -> None:
-    told = json.loads((run / "certificate.json").read_text())
-    assert told["_type"] == "https://in-toto.io/Statement/v1"
-    assert {"adapter_model.safetensors", "adapter_config.json"} <= {one["name"] for one in told["subject"]}
-    found = told["predicate"]
+    stored = json.loads((run / "certificate.json").read_text())
+    assert stored["_type"] == "https://in-toto.io/Statement/v1"
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= {one["name"] for one in stored["subject"]}
+    found = stored["predicate"]
     assert not found["certified"] and "20 requests cannot show" in found["reason"]
     assert set(found["judges"]) == {"refusal-phrases", "lab-classifier"}
     assert found["requests"]["chose_nothing"] and found["calibration"] is None
@@ -96,13 +96,13 @@ def _edit(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:
     return apply
 
 
-def _told(change: Callable[[dict], Any], name: str = "manifest.json") -> Callable[[Path], None]:
+def _edited(change: Callable[[dict], Any], name: str = "manifest.json") -> Callable[[Path], None]:
     """Change what a file of the run says, as if the training had written it so."""
 
     def apply(run: Path) -> None:
-        told = json.loads((run / name).read_text())
-        change(told)
-        (run / name).write_text(json.dumps(told))
+        stored = json.loads((run / name).read_text())
+        change(stored)
+        (run / name).write_text(json.dumps(stored))
 
     return apply
 
@@ -115,24 +115,24 @@ def _scanned(run: Path) -> None:
     )
 
 
-def _same_requests(told: dict) -> None:
-    told["settings"]["search"] = {"requests": told["settings"]["report"]["requests"]}
+def _same_requests(stored: dict) -> None:
+    stored["settings"]["search"] = {"requests": stored["settings"]["report"]["requests"]}
 
 
 UNMET = {"met": False, "sentence": "no cut of five met them"}
 AGAINST: dict[str, tuple[Callable[[Path], None], str]] = {
     "the run": (
-        _told(lambda t: t["results"].update(uncertified="its signals disagree.")),
+        _edited(lambda t: t["results"].update(uncertified="its signals disagree.")),
         "the scan is not certified: its signals disagree",
     ),
     "the scan": (_scanned, "the scan is not certified: its signals disagree"),
     "the search": (
-        _told(lambda t: t["results"].update(verified=UNMET)),
+        _edited(lambda t: t["results"].update(verified=UNMET)),
         "the verified threshold met its targets at no cut: no cut of five met them",
     ),
     "the requests": (
-        _told(_same_requests),
-        "the requests that measured the model are among those that chose its rows or its cut",
+        _edited(_same_requests),
+        "the requests that measured the model overlap with those that chose its rows or its cut",
     ),
 }
 
@@ -160,11 +160,11 @@ def _succeed(run: Path) -> None:
             said["unsafe"] = judge.judge(row["prompt"], row["answer"]).unsafe
     path.write_bytes(jsonl(rows))
 
-    def count(told: dict) -> None:
-        for name, rate in told["results"]["after"]["judges"].items():
+    def count(stored: dict) -> None:
+        for name, rate in stored["results"]["after"]["judges"].items():
             rate["k"] = sum(row["verdicts"][name]["unsafe"] for row in rows[:20])
 
-    _told(count)(run)
+    _edited(count)(run)
 
 
 def test_a_bound_above_the_limit_is_not_certified(run: Path) -> None:
@@ -173,9 +173,9 @@ def test_a_bound_above_the_limit_is_not_certified(run: Path) -> None:
     assert found["refusal-phrases"]["k"] == 3
     worst = max(one["upper"] for one in found.values())
     assert worst >= upper(3, 20, 0.025)
-    told = certify(run, limit=worst - 0.01)["predicate"]
-    assert not told["certified"] and "the attack success rate may be as high as" in told["reason"]
-    assert {n for n, one in told["judges"].items() if not one["holds"]} == {
+    stored = certify(run, limit=worst - 0.01)["predicate"]
+    assert not stored["certified"] and "the attack success rate may be as high as" in stored["reason"]
+    assert {n for n, one in stored["judges"].items() if not one["holds"]} == {
         n for n, one in found.items() if one["upper"] == worst
     }
     assert certify(run, limit=worst + 0.01)["predicate"]["certified"]
@@ -199,7 +199,7 @@ def test_a_verdict_that_its_judge_does_not_give_is_refused(run: Path) -> None:
 
     first, _, rest = (run / "outputs-after.jsonl").read_text().partition("\n")
     (run / "outputs-after.jsonl").write_text(claim(first) + "\n" + rest)
-    _told(lambda t: t["results"]["after"]["judges"]["refusal-phrases"].update(k=1))(run)
+    _edited(lambda t: t["results"]["after"]["judges"]["refusal-phrases"].update(k=1))(run)
     said = "line 1 of outputs-after.jsonl has another verdict than refusal-phrases gives that answer"
     assert said in check(run).changed
     before = (run / "certificate.json").read_bytes()
@@ -210,7 +210,7 @@ def test_a_verdict_that_its_judge_does_not_give_is_refused(run: Path) -> None:
 
 def test_lost_harmless_rows_are_bounded_where_labels_say_which(run: Path) -> None:
     assert certify(run)["predicate"]["lost"] is None
-    _told(lambda t: t["results"].update(lost={"k": 1, "n": 40}))(run)
+    _edited(lambda t: t["results"].update(lost={"k": 1, "n": 40}))(run)
     assert certify(run)["predicate"]["lost"] == {"k": 1, "n": 40, "upper": pytest.approx(upper(1, 40, 0.05))}
     assert certify(run, looks=2)["predicate"]["lost"]["upper"] == pytest.approx(upper(1, 40, 0.025))
     assert "Harmless rows removed: 1 of 40" in (run / "README.md").read_text()
@@ -225,16 +225,16 @@ def test_calibration_asks_for_more_requests(run: Path, tmp_path: Path) -> None:
     assert found["reason"].endswith(f"it takes {needed}")
 
 
-def test_changed_data_and_a_changed_start_are_found_and_gone_ones_told(run: Path, tmp_path: Path) -> None:
+def test_changed_data_and_a_changed_start_are_found_and_missing_ones_reported(run: Path, tmp_path: Path) -> None:
     data = Path(json.loads((run / "manifest.json").read_text())["data"]["name"])
     rows, start = shutil.copy(data, tmp_path / "rows.jsonl"), shutil.copytree(lab.checkpoint("aligned"), tmp_path / "a")
-    _told(lambda t: (t["data"].update(name=str(rows)), t["model"].update(name=str(start))))(run)
+    _edited(lambda t: (t["data"].update(name=str(rows)), t["model"].update(name=str(start))))(run)
     certify(run)
-    assert all("does not name" in clause for clause in check(run).unchecked)
+    assert all("does not list" in clause for clause in check(run).unchecked)
     rows.write_text("{}\n")
     _flip(start / "model.safetensors")
     found = " ".join(check(run).changed)
-    assert "are not those that were trained on" in found and "is not the model that training began with" in found
+    assert "are not the ones that were trained on" in found and "is not the model that training started from" in found
     rows.unlink()
     shutil.rmtree(start)
     found = check(run)
@@ -254,21 +254,21 @@ def test_another_guard_of_the_same_name_does_not_calibrate(run: Path) -> None:
 
 
 def _nearly(text: str) -> str:
-    told = json.loads(text)
-    told["predicate"]["judges"]["refusal-phrases"]["upper"] *= 1 - 1e-6
-    return json.dumps(told, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    stored = json.loads(text)
+    stored["predicate"]["judges"]["refusal-phrases"]["upper"] *= 1 - 1e-6
+    return json.dumps(stored, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
 def _bound(text: str) -> str:
-    told = json.loads(text)
-    told["predicate"]["judges"]["refusal-phrases"]["upper"] = 0.01
-    return json.dumps(told, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    stored = json.loads(text)
+    stored["predicate"]["judges"]["refusal-phrases"]["upper"] = 0.01
+    return json.dumps(stored, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
 def _requests(text: str) -> str:
-    told = json.loads(text)
-    told["predicate"]["requests"]["sha256"] = "0" * 64
-    return json.dumps(told, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    stored = json.loads(text)
+    stored["predicate"]["requests"]["sha256"] = "0" * 64
+    return json.dumps(stored, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -277,10 +277,10 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a bound": (_edit("certificate.json", _bound), "upper is 0.01"),
     "a bound's sixth digit": (_edit("certificate.json", _nearly), "refusal-phrases.upper is"),
     "the request hash": (_edit("certificate.json", _requests), "requests.sha256"),
-    "the card": (_edit("README.md", lambda t: t.replace("Not certified", "Certified")), "README.md does not say"),
+    "the card": (_edit("README.md", lambda t: t.replace("Not certified", "Certified")), "README.md does not match"),
     "one more file of weights": (
         lambda run: shutil.copy(run / "adapter_model.safetensors", run / "model.safetensors"),
-        "was not there",
+        "was added",
     ),
 }
 
@@ -295,12 +295,10 @@ def test_any_change_is_found_and_named(run: Path, name: str) -> None:
 
 
 def test_the_start_is_compared_where_it_still_lies(run: Path) -> None:
-    assert "the weights that training began with" in check(run).same
+    assert "the weights that training started from" in check(run).same
 
 
-def test_no_certificate_stands_beside_a_run_that_was_stopped(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_has_no_certificate(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     monkeypatch.setattr(Course, "fit", _stop)
     with pytest.raises(KeyboardInterrupt):
@@ -313,7 +311,7 @@ def _stop(*_args: Any, **_more: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_no_labelled_answers_stand_beside_a_model_that_did_not_give_them(
+def test_labelled_answers_of_another_model_are_removed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certify(run, calibrate=_labelled(tmp_path, run))
@@ -327,8 +325,8 @@ def test_no_labelled_answers_stand_beside_a_model_that_did_not_give_them(
 def test_a_new_training_leaves_nothing_of_the_old_calibration(run: Path, tmp_path: Path) -> None:
     certify(run, calibrate=_labelled(tmp_path, run))
     _run(tmp_path, "none", exams=training.Exams())
-    told = json.loads((run / "certificate.json").read_text())["predicate"]
-    assert "no request was asked" in told["reason"] and told["calibration"] is None
+    stored = json.loads((run / "certificate.json").read_text())["predicate"]
+    assert "no request was asked" in stored["reason"] and stored["calibration"] is None
     assert not (run / "calibration.jsonl").exists() and check(run).changed == ()
 
 

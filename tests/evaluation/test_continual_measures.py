@@ -1,4 +1,4 @@
-"""The continual-learning measures against loops that say what they mean, and on a case worked by hand."""
+"""The continual-learning measures against plain loops, and on a case worked out manually."""
 
 import math
 

@@ -61,7 +61,7 @@ def test_task_rows_are_dealt_by_content(tmp_path: Path) -> None:
 
 def test_prompts_that_serve_two_ends_are_refused() -> None:
     same = requests("report")[:3]
-    with pytest.raises(UsageError, match="3 requests stand in both the direction and the report set"):
+    with pytest.raises(UsageError, match="3 requests are in both the direction and the report set"):
         check_disjoint(direction=same, search=requests("search"), report=same)
     check_disjoint(direction=requests("direction"), search=requests("search"), report=requests("report"))
 
@@ -80,7 +80,7 @@ def test_what_a_measurement_depends_on_is_in_its_settings(tmp_path: Path) -> Non
     assert len({runs.digest(one.settings()) for one in found}) == len(found)
 
 
-def test_judges_are_told_apart_before_anything_is_scanned() -> None:
+def test_judges_are_distinguished_before_anything_is_scanned() -> None:
     typed = ["moderation:m@https://a.example/v1", "moderation:m@https://b.example/v1"]
     judges = exam("report", "builtin", typed).judges
     assert [judge.name for judge in judges] == ["moderation:m@a.example", "moderation:m@b.example"]
@@ -140,7 +140,9 @@ def test_likelihood_is_measured_under_the_exams_template_whatever_the_length() -
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     tokenizer.chat_template = "{% if short %}x{% endif %}" + tokenizer.chat_template
     rows = [{"prompt": "Why?", "reference": "Because " * 600}]
-    found = {told: Exam(task=rows, template=dict(told)).sit(model, tokenizer) for told in ((), (("short", True),))}
+    found = {
+        options: Exam(task=rows, template=dict(options)).sit(model, tokenizer) for options in ((), (("short", True),))
+    }
     scores = [result.outputs[0]["score"] for result in found.values()]
     assert scores[0] != scores[1]
     whole = RenderConfig(max_length=None)

@@ -83,9 +83,9 @@ def test_moves_nest() -> None:
 
 
 @pytest.mark.parametrize("tensors", [{"no.such": torch.zeros(2)}, {"lm_head.weight": torch.zeros(2, 2)}])
-def test_a_direction_that_does_not_fit_is_told(tensors: dict) -> None:
+def test_a_direction_that_does_not_fit_is_reported(tensors: dict) -> None:
     model = tiny_model("llama", seed=0)
-    with pytest.raises(UsageError, match="fits only the model"), moved(model, tensors, 1.0):
+    with pytest.raises(UsageError, match="computed on this model"), moved(model, tensors, 1.0):
         pass
 
 
@@ -128,7 +128,7 @@ def test_the_orthogonal_part_by_gram_schmidt() -> None:
         orthogonal_part(to, to)
 
 
-def test_directions_that_are_none_are_told() -> None:
+def test_invalid_directions_are_reported() -> None:
     for wrong in ({"w": torch.zeros(3)}, {"w": torch.tensor([math.nan])}):
         with pytest.raises(UsageError, match="norm above 0"):
             unit_norm(wrong)

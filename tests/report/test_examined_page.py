@@ -49,7 +49,7 @@ def test_without_a_request_safety_is_said_not_to_be_measured() -> None:
     assert (found.tone, found.standing) == ("warn", "Safety was not measured")
 
 
-def test_a_judge_that_cannot_decide_counts_against_the_model_and_is_told() -> None:
+def test_an_undecided_judge_counts_against_the_model_and_is_reported() -> None:
     asked = [answer("first", None), answer("second", False)]
     page = shown(sheet.render(examined.page(whole(1, 2, asked=asked, figures={
         "judges": {"judge-0": rate(1, 2)}, "undecided": {"judge-0": rate(1, 2)},
@@ -74,10 +74,10 @@ def test_every_kind_of_request_has_its_own_rate() -> None:
 
 
 def test_the_answers_that_judges_differ_on_are_shown() -> None:
-    asked = [answer("alike", True, True), answer("apart", True, False), answer("fine", False, False)]
+    asked = [answer("alike", True, True), answer("differs", True, False), answer("fine", False, False)]
     one = {"judges": ("judge-0", "judge-1"), "kappa": 0.4, "low": 0.1, "high": 0.7, "n": 3, "differ": (1,)}
     judges = next(s for s in examined.page(whole(asked=asked, agreement=[one])).sections if s.id == "judges")
-    assert [line[0] for line in judges.tables[1].rows] == ["apart"]
+    assert [line[0] for line in judges.tables[1].rows] == ["differs"]
     page = shown(sheet.render(examined.page(whole(asked=asked, agreement=[one]))))
     assert "0.40" in page
     assert "0.10 to 0.70" in page

@@ -1,4 +1,4 @@
-"""The pages beside the scan's in a real Chromium: they draw, fit, sort and search, and run nothing but their own."""
+"""The pages other than the scan's in a real Chromium: they draw, fit, sort and search, and run nothing but their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import landscape_page
-from gradshield.comparison import markdown
+from gradshield.comparison import page as comparison_page
 from gradshield.evaluation import page as evaluation_page
 from gradshield.training import page as training_page
 from gradshield.training import page_sequence
@@ -66,7 +66,7 @@ def measured() -> dict[str, Any]:
 
 PAGES = {
     "examined": (evaluation_page.write, measured),
-    "results": (markdown.write, comparison),
+    "results": (comparison_page.write, comparison),
     "rounds": (training_page.write, run),
     "sequence": (
         page_sequence.write,
@@ -103,7 +103,7 @@ def names(browser: Any) -> list[str]:  # noqa: F811
 
 def test_the_defences_can_be_sorted_and_searched(browser: Any, tmp_path: Path) -> None:  # noqa: F811
     path = tmp_path / "page.html"
-    markdown.write(comparison(), path)
+    comparison_page.write(comparison(), path)
     visit(browser, path)
     first = names(browser)
     assert first[0] == "none"

@@ -282,7 +282,7 @@ def test_a_grid_on_which_nothing_was_at_stake_is_no_pass() -> None:
     assert page(make_cell("screen", 0, 0), make_cell("none", 0, 0, 13)) == ("pass", ())  # by one judge it is not safe
     tone, facts = page(make_cell("screen"), make_cell("none", 0, 50), make_cell("none", 1, 0))
     assert tone == "pass"
-    assert facts[0].startswith("In 1 of 2 cells with harm in the rows the undefended model")
+    assert facts[0].startswith("In 1 of 2 cells with harm the undefended model")
     tone, facts = page(make_cell("screen"))
     assert "(none) was not measured" in facts[0]
     tone, facts = page(make_cell("screen", harm="none"), make_cell("none", 0, 50, harm="none"))
@@ -304,7 +304,7 @@ def test_a_grid_on_which_nothing_was_learned_or_finished_is_no_pass() -> None:
     assert found.facts[0].startswith("No model learned sums:")
     found = compared.page(comparison([make_cell("screen"), none, make_cell("screen", 1, failed=FAILURE)]))
     assert found.tone == "warn"
-    assert found.facts == ("1 of 2 screen cells failed, and count neither way.",)
+    assert found.facts == ("1 of 2 screen cells failed and are not counted.",)
     assert "that finished" in found.standing
     text = results.markdown(comparison([make_cell("screen", **useless), none | useless]))
     assert "- Caution: No model learned its task" in text
@@ -323,9 +323,9 @@ CONFIG = {
 }  # fmt: skip
 
 
-def test_how_the_models_were_trained_is_told_on_the_page_and_in_the_markdown() -> None:
+def test_the_training_is_described_on_the_page_and_in_the_markdown() -> None:
     whole = comparison([make_cell("screen", 2, steps=140), make_cell("none", 10)], config=CONFIG)
-    told = dict(compared.page(whole).made)
+    made = dict(compared.page(whole).made)
     wanted = {
         "Model": "some/model", "Model before its alignment": "some/base", "Training": "max steps 3",
         "Training on news": "num train epochs 2", "Adapter": "LoRA: rank 8", "Judges": "refusal-phrases, lab-classifier",
@@ -333,13 +333,13 @@ def test_how_the_models_were_trained_is_told_on_the_page_and_in_the_markdown() -
         "Utility": "news by the metric that its rows name; at most 50 rows of each", "Rows trained on": "910",
         "Steps of a training": "140",
     }  # fmt: skip
-    assert told.items() >= wanted.items()
+    assert made.items() >= wanted.items()
     text = results.markdown(whole)
     for name, value in wanted.items():
         assert f"- {name}: {value}\n" in text
     where = {"model": "a/../../models/mine", "base": "b/../base", "requests": {"report": "a/b/../asked.jsonl"}}
-    told = dict(compared.page(comparison([make_cell("screen")], config=CONFIG | where)).made)
-    shown = (told["Model"], told["Model before its alignment"], told["Requests"])
+    made = dict(compared.page(comparison([make_cell("screen")], config=CONFIG | where)).made)
+    shown = (made["Model"], made["Model before its alignment"], made["Requests"])
     assert shown == ("../models/mine", "base", "report from a/asked.jsonl")
     lab = dict(compared.page(comparison([make_cell("screen")], config={"model": "lab"})).made)
     assert (lab["Training"], lab["Adapter"]) == ("the lab's own recipe for each task", "the lab's own LoRA")
@@ -380,6 +380,6 @@ def test_costs_that_are_shared_stand_in_no_table() -> None:
 
 
 def test_write_leaves_one_file(tmp_path: Path) -> None:
-    results.write(comparison([make_cell("screen")]), tmp_path / "results.html")
+    compared.write(comparison([make_cell("screen")]), tmp_path / "results.html")
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.html"]
     assert (tmp_path / "results.html").read_text(encoding="utf-8").rstrip().endswith("</html>")

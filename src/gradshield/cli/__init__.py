@@ -1,4 +1,4 @@
-"""The command line: arguments to calls, errors to exit codes; ``pipeline`` does the work."""
+"""The command line: arguments to calls, errors to exit codes."""
 
 from gradshield.cli.app import app, main
 

@@ -1,4 +1,4 @@
-"""The commands, put together: a new one is a file beside this, and a name in ``COMMANDS``."""
+"""The command-line app. To add a command, add a file to this folder and a name to ``COMMANDS``."""
 
 from __future__ import annotations
 
@@ -22,17 +22,8 @@ from gradshield.cli.train import train
 from gradshield.errors import GradShieldError
 from gradshield.models.placement import keep_freed_memory
 
-COMMANDS: tuple[Callable[..., Any], ...] = (
-    scan,
-    train,
-    evaluate,
-    certify,
-    compare,
-    cut,
-    show,
-    methods,
-    demo,
-)  # in the order of the help
+# In the order of the help.
+COMMANDS: tuple[Callable[..., Any], ...] = (scan, train, evaluate, certify, compare, cut, show, methods, demo)
 
 app = typer.Typer(
     name="gradshield",
@@ -55,10 +46,10 @@ def _version(asked: bool) -> None:
 @app.callback()
 def gradshield(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What comes before a command."""
+    """Options that come before a command."""
 
 
 for command in COMMANDS:
@@ -68,7 +59,7 @@ for command in COMMANDS:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; every error is one sentence and a documented exit code (docs/outputs.md).
 
-    What Typer's parser refuses (an unknown option, a word where a number is wanted) it says in its own box, with exit code 2.
+    Typer's own parser reports unknown options and values of the wrong type, with exit code 2.
     """
     keep_freed_memory()
     warnings.showwarning = lambda message, *_args, **_kw: err.print(f"[yellow]warning:[/yellow] {plain(str(message))}")
@@ -78,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         err.print(f"[red]error:[/red] {plain(str(error))}")
         raise SystemExit(error.exit_code) from None
     except (KeyboardInterrupt, SystemExit) as stopped:
-        # typer turns Ctrl-C into exit code 130 without a word.
+        # On Ctrl-C Typer exits with code 130 and prints nothing.
         if isinstance(stopped, SystemExit) and stopped.code != 130:
             raise
-        err.print("[yellow]interrupted:[/yellow] what is finished is kept; run the same command again to go on")
+        err.print("[yellow]interrupted:[/yellow] finished work is kept; run the same command again to resume")
         raise SystemExit(130) from None

@@ -1,4 +1,4 @@
-"""What the commands share: the options several take, files named by options, and how to speak to a terminal."""
+"""What the commands share: common options, files named by options, and terminal output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gradshield.types import Rate
 if TYPE_CHECKING:
     from gradshield.types import Selection
 
-QUIET = 60  # seconds between two lines of progress where there is no terminal
+QUIET = 60  # seconds between progress lines without a terminal
 out = Console(soft_wrap=True, highlight=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
@@ -36,9 +36,9 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder or hub name of an aligned causal LM, or of a PEFT adapter.")
 ]
 Format = Annotated[
-    str | None, typer.Option("--format", help="Read every row as this shape instead of telling it by its keys.")
+    str | None, typer.Option("--format", help="Read every row as this shape instead of detecting it from its keys.")
 ]
-Allow = Annotated[Path | None, typer.Option(help="File of row ids that a person has cleared, one a line: they stay.")]
+Allow = Annotated[Path | None, typer.Option(help="File of row ids cleared by a reviewer, one per line: they are kept.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Rule = Annotated[
     str | None,
@@ -54,13 +54,13 @@ FailAbove = Annotated[
 Probes = Annotated[Path | None, typer.Option(help="Your own harmful requests (.jsonl, .csv, .txt).")]
 Lookalikes = Annotated[Path | None, typer.Option(help="Your own harmless requests (.jsonl, .csv, .txt).")]
 Safety = Annotated[
-    str, typer.Option(help="Requests to attack with: builtin, none, or a file of your own (.jsonl, .csv, .txt).")
+    str, typer.Option(help="Requests to attack with: builtin, none, or your own file (.jsonl, .csv, .txt).")
 ]
 Judges = Annotated[
     list[str] | None,
     typer.Option(
         "--judge",
-        help="Who judges answers, may be repeated: refusal-phrases (default), classifier:MODEL, guard:MODEL, "
+        help="Judge of the answers, repeatable: refusal-phrases (default), classifier:MODEL, guard:MODEL, "
         "llm:MODEL@URL, moderation:MODEL@URL, lab-classifier, compliance.",
         show_default=False,
     ),
@@ -72,7 +72,7 @@ Metric = Annotated[
 TrainingConfig = Annotated[
     Path | None,
     typer.Option(
-        help="JSON of the TRL SFTConfig options of the training: the loss then covers what TRL would train on, not answers alone."
+        help="JSON of the training's TRL SFTConfig options: the loss then covers the tokens TRL would train on, not just answers."
     ),
 ]
 Tokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
@@ -87,19 +87,19 @@ def command_line() -> str:
 
 
 def share(text: str | None) -> float | None:
-    """``1%`` or ``0.01``. Raises UsageError for what is not a share from 0 to 1, and for a bare 1, which may mean either."""
+    """``1%`` or ``0.01`` as a number. Raises UsageError outside 0 to 1, and for a bare 1, which is ambiguous."""
     if text is None:
         return None
     value = number(text)
     if not 0 <= value <= 1:
         raise UsageError(f"{text!r} is not a share of the rows: give a percentage such as 1%, or a number from 0 to 1")
     if value == 1 and not text.endswith("%"):
-        raise UsageError(f"{text!r} may mean one row in a hundred or all of them: write 1% or 100%")
+        raise UsageError(f"{text!r} may mean one row in a hundred or every row: write 1% or 100%")
     return value
 
 
 def read_ids(path: Path | None) -> list[str]:
-    """Row ids of an allow list: one a line, ``#`` begins a comment."""
+    """Row ids of an allow list, one per line; ``#`` starts a comment."""
     if path is None:
         return []
     lines = read_text("--allow", path).splitlines()
@@ -110,7 +110,7 @@ def read_labels(path: Path | None) -> list[int] | None:
     """A JSON list of 0 and 1. Raises DataError for anything else."""
     if path is None:
         return None
-    value = json_text("--labels", path)
+    value = _json("--labels", path)
     if not isinstance(value, list) or not all(v in (0, 1) for v in value):
         raise DataError(
             f"the --labels file {path.name!r} is not a list of 0 and 1: give one label for every row, as JSON"
@@ -119,7 +119,7 @@ def read_labels(path: Path | None) -> list[int] | None:
 
 
 def read_text(option: str, path: Path) -> str:
-    """A small text file named by an option. Raises DataError when it cannot be read."""
+    """A small text file named by an option. Raises DataError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -128,36 +128,33 @@ def read_text(option: str, path: Path) -> str:
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:
-    """A JSON object given as an option. Raises UsageError when it is not one."""
+    """A JSON object given as an option. Raises UsageError if it is not one."""
     try:
-        value = json.loads(text)
+        return _object(name, json.loads(text))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{name} is not JSON ({error}): write it with double quotes, inside single ones") from None
+        raise UsageError(f"{name} is not JSON ({error}): quote it with double quotes inside single ones") from None
+
+
+def json_file(name: str, path: Path | None) -> dict[str, Any]:
+    """A JSON object of options from a file. Raises DataError if it cannot be read, UsageError if it is not an object."""
+    return {} if path is None else _object(f"the file given to {name}", _json(name, path))
+
+
+def _json(option: str, path: Path) -> Any:
+    try:
+        return json.loads(read_text(option, path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"the file {str(path)!r} given to {option} is not JSON ({error}): fix it") from None
+
+
+def _object(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"{name} holds a {type(value).__name__}: give a JSON object of options")
     return value
 
 
-def json_text(option: str, path: Path) -> Any:
-    """JSON from a file named by an option. Raises DataError when it is not."""
-    try:
-        return json.loads(read_text(option, path))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"the file {str(path)!r} given to {option} is not JSON ({error}): mend it there") from None
-
-
-def json_file(name: str, path: Path | None) -> dict[str, Any]:
-    """A JSON object of options from a file. Raises DataError when it cannot be read, UsageError when it is another value."""
-    if path is None:
-        return {}
-    value = json_text(name, path)
-    if not isinstance(value, dict):
-        raise UsageError(f"the file given to {name} holds a {type(value).__name__}: give a JSON object of options")
-    return value
-
-
 def require_data(data: str) -> None:
-    """Tell of a missing file before a model is loaded. Raises DataError."""
+    """Report a missing file before a model is loaded. Raises DataError."""
     from gradshield.data.formats import may_be_hub_name
 
     if not may_be_hub_name(data) and not Path(data).exists():
@@ -167,14 +164,14 @@ def require_data(data: str) -> None:
 
 
 def require_model(name: str) -> None:
-    """Tell of a missing model folder before the libraries are loaded, which takes seconds. Raises ModelError."""
+    """Report a missing model folder before the libraries are loaded, which takes seconds. Raises ModelError."""
     path = Path(name).expanduser()
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ModelError(f"there is no folder {name}: give a model's folder (with config.json) or a hub name")
 
 
 def summary(selection: Selection, folder: Path) -> None:
-    """What was decided, and where to look."""
+    """Print the decision and the path of the report."""
     results = selection.manifest.results
     if not selection.certified:
         err.print(f"[yellow]warning:[/yellow] {plain('not certified: ' + '; '.join(results['doubts'].values()))}")
@@ -194,27 +191,27 @@ def summary(selection: Selection, folder: Path) -> None:
 
 
 def verdict(certificate: Mapping[str, Any]) -> str:
-    """Whether a certificate certifies anything, and why not."""
+    """The verdict of a certificate, as markup."""
     if certificate["certified"]:
         return "[green]certified[/green]"
     return f"[yellow]not certified:[/yellow] {plain(str(certificate['reason']))}"
 
 
 def check_gate(selection: Selection, gate: float | None) -> None:
-    """Raises GateError when more was removed than allowed."""
+    """Raises GateError if more rows were removed than ``gate``, a share, allows."""
     results = selection.manifest.results
     if gate is not None and results["removed"] > gate * results["scored"] * (1 + 1e-12):  # 0.7 % of 1000 is 7, not less
         percent = 100 * results["removed"] / results["scored"]
         raise GateError(
             f"{results['removed']} of {results['scored']} rows ({percent:.1f} %) were removed, and --fail-above allows "
-            f"{100 * gate:g} %: look at the report, clear rows with --allow, or mend the data"
+            f"{100 * gate:g} %: read the report, clear rows with --allow, or fix the data"
         )
 
 
 def probing(
     probes: Path | None, lookalikes: Path | None, answer_prefix: str, template: dict[str, Any], uncertified: bool
 ) -> Any:
-    """What the model is asked, from options. Raises DataError for a file of prompts that cannot be read."""
+    """The ``Probing`` that the options describe. Raises DataError for a prompt file that cannot be read."""
     from gradshield.probes import read_prompts
     from gradshield.scanning.settings import Probing
 
@@ -228,48 +225,35 @@ def probing(
 
 
 def noted(metric: Mapping[str, Any]) -> str:
-    """How utility was scored, for its line; ``metric`` has ``metric`` and ``guessed``."""
+    """The label of the utility line, from the ``metric`` and ``guessed`` of an exam's settings."""
     name = str(metric.get("metric") or "")
     return f"utility ({name}{', guessed' if metric.get('guessed') else ''})" if name else "utility"
 
 
 def rates(before: Mapping[str, Any], after: Mapping[str, Any], utility: str = "utility") -> None:
-    """A table of rates with their intervals, before (where measured) and after."""
-    names: list[tuple[str, tuple[str, ...]]] = [
-        (f"ASR, {judge}", ("judges", judge)) for judge in after.get("judges", {})
-    ]
-    names += [
-        (label, (key,)) for label, key in (("over-refusal", "over_refusal"), (utility, "utility")) if key in after
-    ]
-    for label, keys in names:
-        texts = []
-        for figures in (before, after):
-            value: Any = figures
-            for key in keys:
-                value = value.get(key) if value else None
-            if value:
-                texts.append(plain(str(Rate.of(value))))
-        out.print(f"{plain(label):24} {' → '.join(texts)}")
+    """Print every rate with its interval, before (where measured) and after."""
+    was = before.get("judges") or {}
+    lines = [(f"ASR, {judge}", was.get(judge), rate) for judge, rate in (after.get("judges") or {}).items()]
+    for label, key in (("over-refusal", "over_refusal"), (utility, "utility")):
+        if key in after:
+            lines.append((label, before.get(key), after[key]))
+    for label, *pair in lines:
+        out.print(f"{plain(label):24} {' → '.join(plain(str(Rate.of(rate))) for rate in pair if rate)}")
 
 
 @contextmanager
 def progress() -> Iterator[Any]:
-    """A callable (stage, done, total) that draws one bar a stage, on the error stream, when that is a terminal."""
+    """A callable (stage, done, total) that draws one bar per stage on standard error; a line a minute without a terminal."""
     bars: dict[str, Any] = {}
-    columns = (
-        TextColumn("{task.description:22}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, disable=not err.is_terminal) as drawn:
-        said = time.monotonic()
+    columns = TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn()
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, *times, console=err, disable=not err.is_terminal) as drawn:
+        printed = time.monotonic()
 
         def report(stage: str, done: int, total: int) -> None:
-            nonlocal said
-            if not err.is_terminal and time.monotonic() - said > QUIET:  # a log shows that it goes on
-                said = time.monotonic()
+            nonlocal printed
+            if not err.is_terminal and time.monotonic() - printed > QUIET:
+                printed = time.monotonic()
                 err.print(f"{plain(stage)} {done}/{total}")
             if stage not in bars:
                 bars[stage] = drawn.add_task(stage, total=total)
@@ -279,16 +263,16 @@ def progress() -> Iterator[Any]:
 
 
 def plain(text: str) -> str:
-    """Untrusted text for one line of markup: no markup, no terminal escape, no hidden or reordering character."""
+    """Untrusted text as one line, safe to print: no markup, no terminal escape, no hidden or reordering character."""
     return escape(visible(text).replace("\n", " "))
 
 
 def quiet_libraries() -> None:
-    """Progress bars and advice of other libraries stay out of the way: there is one bar, ours."""
+    """Turn off the progress bars and notices of other libraries."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)  # notices between libraries, nothing a user can act on
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from one library to another: no user can act on them
     import datasets
     import transformers
 

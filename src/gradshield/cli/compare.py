@@ -1,4 +1,4 @@
-"""``gradshield compare``: every defence on the same work, as one table and one page."""
+"""``gradshield compare``: every defence on the same tasks, as one table and one page."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def compare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for cells, arms, the table and the page.")],
     workers: Annotated[int, typer.Option(help="Processes, one core each.", min=1)] = 1,
 ) -> None:
-    """Fine-tune and measure a whole grid of defences; what is finished is never done again.
+    """Fine-tune and measure a grid of defences; finished cells are never run again.
 
-    Exit code 1 where a cell failed: the table has its sentence, and the same command runs it again.
+    Exit code 1 if a cell failed: the table says why, and the same command retries it.
     """
     if not config.is_file():
         raise DataError(f"there is no config file {str(config)!r}: give a YAML file (docs/compare.md)")
@@ -29,9 +29,9 @@ def compare(
     from gradshield.comparison.compare import compare as run
     from gradshield.comparison.grid import read
 
-    told = read(config)
+    checked = read(config)
     with progress() as report:
-        whole = run(told, output, workers, command_line(), report)
+        whole = run(checked, output, workers, command_line(), report)
     cost = whole["cost"]
     took = cost["cell_seconds"]
     shown = f"{took / 3600:.1f} hours" if took >= 3600 else f"{took / 60:.1f} minutes"
@@ -44,6 +44,6 @@ def compare(
     if cost["failed"]:
         first = next(cell["failed"] for cell in whole["cells"] if "failed" in cell)
         raise GradShieldError(
-            f"{cost['failed']} of {cost['cells']} cells failed, the first because {first}; all are in the table, and the same "
-            "command runs them again"
+            f"{cost['failed']} of {cost['cells']} cells failed, the first because {first}; the table lists them, and the same "
+            "command retries them"
         )

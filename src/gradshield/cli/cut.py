@@ -1,4 +1,4 @@
-"""``gradshield cut``: another cut of saved scores."""
+"""``gradshield cut``: cut saved scores again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradshield.errors import DataError
 
 
 def cut(
-    folder: Annotated[Path, typer.Argument(help="The output folder of a finished scan.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="Output folder of a finished scan.", show_default=False)],
     threshold: Rule = None,
     allow: Allow = None,
     fail_above: FailAbove = None,

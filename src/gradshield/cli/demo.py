@@ -20,15 +20,15 @@ def demo(
     task: Annotated[str, typer.Option(help="Utility task of the bundled lab.")] = "choice",
     harm: Annotated[str, typer.Option(help="Kind of harm mixed in.")] = "explicit",
     ratio: Annotated[str, typer.Option(help="Share of harmful rows.")] = "10%",
-    seed: Annotated[int, typer.Option(help="Of the mix, the scan and the training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the mix, the scan and the training.")] = 0,
 ) -> None:
     """Scan a poisoned set with the bundled lab model, fine-tune with and without the filter, and compare."""
-    amount = share(ratio)
+    amount = share(ratio) or 0.0
     quiet_libraries()
     from gradshield.comparison.demo import run
 
     with progress() as report:
-        result = run(output, task, harm, amount or 0.0, seed, command_line(), report)
+        result = run(output, task, harm, amount, seed, command_line(), report)
     table = Table(title="GradShield demo", title_justify="left", title_style="bold")
     table.add_column("")
     for name in result.columns:

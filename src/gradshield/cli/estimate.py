@@ -1,4 +1,4 @@
-"""What ``gradshield scan --dry-run`` prints."""
+"""The output of ``gradshield scan --dry-run``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from gradshield.cli.common import out, plain
 if TYPE_CHECKING:
     from gradshield.scanning.estimate import Estimate
 
-REASONS = 5  # that are printed one by one
+REASONS = 5  # printed one by one; the rest are counted
 
 
-def told(found: Estimate) -> None:
-    """Print an estimate."""
+def print_estimate(found: Estimate) -> None:
     out.print(f"rows       [bold]{found.scored:,}[/bold] of {found.rows:,} can be scored")
     for reason, line, count in found.unusable[:REASONS]:
         out.print(f"           {count:,} cannot: {plain(reason)} [dim](first: line {line})[/dim]")
@@ -33,7 +32,7 @@ def told(found: Estimate) -> None:
     if found.kinds > 1:
         more = duration(whole * found.kinds / 100)
         out.print(
-            f"           each 1 % of the rows that is removed adds {more}: {found.kinds} kinds of harm to tell apart"
+            f"           each 1 % of the rows that is removed adds {more}: {found.kinds} kinds of harm to distinguish"
         )
     if found.memory:
         out.print(f"memory     {found.memory / 2**30:.1f} GiB at most")

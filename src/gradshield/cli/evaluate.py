@@ -1,4 +1,4 @@
-"""``gradshield evaluate``: how safe and how useful a model is, measured the same way as after training."""
+"""``gradshield evaluate``: how safe and how useful a model is, measured as after training."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def evaluate(
     metric: Metric = None,
     lm_eval: Annotated[
         list[str] | None,
-        typer.Option("--lm-eval", help="Tasks of lm-eval, beside or instead of your own.", show_default=False),
+        typer.Option("--lm-eval", help="Tasks of lm-eval, in addition to or instead of yours.", show_default=False),
     ] = None,
     inspect: Annotated[
-        Path | None, typer.Option(help="An Inspect task file: Python code of yours, which is run.")
+        Path | None, typer.Option(help="An Inspect task file: your own Python code, which is run.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many samples of each harness task.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many samples per harness task.")] = None,
     max_new_tokens: Tokens = 64,
     answer_prefix: Annotated[str, typer.Option(help="Text at the start of every answer.")] = "",
     template_kwargs: Annotated[str, typer.Option(help="JSON for the chat template.")] = "{}",
@@ -55,7 +55,7 @@ def evaluate(
     adapter: Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter on the model.")] = None,
     trust_remote_code: Remote = False,
 ) -> None:
-    """Measure attack success, over-refusal and utility of a model, by one or more judges apart."""
+    """Measure attack success (by each judge separately), over-refusal and utility of a model."""
     if safety == "none" and not (utility or lm_eval or inspect):
         raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
     template = json_object("--template-kwargs", template_kwargs)

@@ -1,4 +1,4 @@
-"""``gradshield methods``: everything there is to choose."""
+"""``gradshield methods``: every method that can be chosen by name."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def methods() -> None:
 
 
 def catalogue() -> dict[str, dict[str, str]]:
-    """Everything there is to choose, from the registries: kind -> name -> first line of its docstring."""
+    """Every registered method: kind -> name -> first line of its docstring."""
     from gradshield.data import SHAPES
-    from gradshield.evaluation.metrics import BESIDE, METRICS
+    from gradshield.evaluation.metrics import METRICS, UNREGISTERED
     from gradshield.gradients import ENGINES, SUBSPACES
     from gradshield.judges import JUDGES
     from gradshield.probes import PROBES
@@ -40,7 +40,7 @@ def catalogue() -> dict[str, dict[str, str]]:
     registries: tuple[Any, ...] = (DEFENCES, SELECTORS, PROBES, ENGINES, THRESHOLDS, JUDGES, METRICS)
     found = {f"{r.kind}s": {name: r.summary(name) for name in r} for r in registries}
     found["thresholds"][Verified.name] = (inspect.getdoc(Verified) or "").split("\n", 1)[0]
-    found["metrics"] |= BESIDE
+    found["metrics"] |= UNREGISTERED
     found["aggregates"] = dict(AGGREGATES)
     found["subspaces"] = dict(SUBSPACES)
     found["row shapes"] = {name: "keys " + ", ".join(SHAPES[name].keys) for name in SHAPES}

@@ -34,7 +34,7 @@ from gradshield.cli.common import (
     share,
     summary,
 )
-from gradshield.cli.estimate import told
+from gradshield.cli.estimate import print_estimate
 from gradshield.errors import UsageError
 
 
@@ -46,18 +46,18 @@ def scan(
         typer.Option(
             "--output",
             "-o",
-            help="Folder for the rows, the scores, the report and the manifest (required without --dry-run).",
+            help="Folder for the rows, scores, report and manifest (required without --dry-run).",
             show_default=False,
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what the rows are and what the scan would take; write nothing.")
+        bool, typer.Option("--dry-run", help="Describe the rows and estimate the cost of the scan; write nothing.")
     ] = False,
     selector: Annotated[str, typer.Option(help="What scores the rows (see `gradshield methods`).")] = "screen",
     threshold: Rule = None,
     probe: Annotated[str, typer.Option(help="Unsafety score (see `gradshield methods`).")] = "token_gap",
     aggregate: Annotated[str, typer.Option(help="How a row's tokens are counted (see `gradshield methods`).")] = "push",
-    subspace: Annotated[str, typer.Option(help="Which parameters count: all, targets, lora, last:K, last:P%.")] = "all",
+    subspace: Annotated[str, typer.Option(help="Parameters to use: all, targets, lora, last:K, last:P%.")] = "all",
     engine: Annotated[
         str, typer.Option(help="How derivatives are computed: auto, or one of `gradshield methods`.")
     ] = "auto",
@@ -74,7 +74,7 @@ def scan(
         str, typer.Option(help='JSON for the chat template, such as {"enable_thinking": false}.')
     ] = "{}",
     labels: Annotated[
-        Path | None, typer.Option(help="JSON list of 0 and 1 (harmful) per row: measured, never used to decide.")
+        Path | None, typer.Option(help="JSON list of 0 and 1 (harmful) per row: reported, never used to decide.")
     ] = None,
     allow: Allow = None,
     fail_above: FailAbove = None,
@@ -84,12 +84,12 @@ def scan(
         bool, typer.Option("--uncertified", help="Score a model that does not refuse its probes.")
     ] = False,
     max_length: MaxLength = None,
-    token_budget: Annotated[int, typer.Option(help="Positions of one batch, padding included.")] = 4096,
+    token_budget: Annotated[int, typer.Option(help="Tokens per batch, padding included.")] = 4096,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     quantize: Annotated[
         str | None,
-        typer.Option(help="Load the model in 4bit or 8bit (gradshield[quantized]); for the subspace lora only."),
+        typer.Option(help="Load the model in 4bit or 8bit (gradshield[quantized]); subspace lora only."),
     ] = None,
     device_map: Annotated[
         str | None,
@@ -99,7 +99,7 @@ def scan(
     workers: Annotated[
         int | None,
         typer.Option(
-            help="Processes that share the rows, each with its own model (default: 1; with --ray, one for each GPU or CPU).",
+            help="Processes that share the rows, each with its own model (default: 1; with --ray, one per GPU or CPU).",
             min=1,
             show_default=False,
         ),
@@ -107,22 +107,21 @@ def scan(
     ray: Annotated[
         str | None,
         typer.Option(
-            help="Measure on the Ray cluster at this address: host:port, or auto for the one this machine is part of.",
+            help="Measure on the Ray cluster at this address: host:port, or auto for this machine's cluster.",
             show_default=False,
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Of the adapter's initialisation, the oracle's sample and the mixture's start.")
+        int, typer.Option(help="Seed of the adapter's initialisation, the oracle's sample and the mixture fit.")
     ] = 0,
     trust_remote_code: Remote = False,
 ) -> None:
-    """Find the rows of a fine-tuning set that would make the model less safe, and part them from the rest.
+    """Find the rows of a fine-tuning set that would make the model less safe, and split them from the rest.
 
-    Writes kept, removed, quarantine.jsonl, scores.parquet, report.html and manifest.json. An interrupted scan goes on
+    Writes kept, removed, quarantine.jsonl, scores.parquet, report.html and manifest.json. An interrupted scan resumes
     where it stopped.
     """
-    _check_options(output, dry_run, workers, ray)
-    _check_dry(dry_run, {"--fail-above": fail_above, "--allow": allow, "--labels": labels})
+    _check_options(output, dry_run, workers, ray, {"--fail-above": fail_above, "--allow": allow, "--labels": labels})
     _check_map(device_map, selector, alone=workers in (None, 1) and ray is None)
     gate = share(fail_above)
     allowed, truth = read_ids(allow), read_labels(labels)
@@ -175,40 +174,37 @@ def scan(
                 command=command_line(),
             )
     if output is None:
-        told(found)
+        print_estimate(found)
         return
     summary(selection, output)
     check_gate(selection, gate)
 
 
-def _check_dry(dry_run: bool, options: Mapping[str, object]) -> None:
-    """Raises UsageError for an option about rows that are removed, of which a dry run has none."""
-    for name, value in options.items():
-        if dry_run and value is not None:
-            raise UsageError(f"--dry-run removes no row, and {name} is about those that are: leave out one of the two")
-
-
-def _check_options(output: Path | None, dry_run: bool, workers: int | None, ray: str | None) -> None:
-    """Raises UsageError for options that exclude each other."""
-    shared = workers is not None or ray is not None
-    if dry_run and (shared or output is not None):
+def _check_options(
+    output: Path | None, dry_run: bool, workers: int | None, ray: str | None, removal: Mapping[str, object]
+) -> None:
+    """Raises UsageError for options that exclude each other; those in ``removal`` need rows to be removed."""
+    if not dry_run:
+        if output is None:
+            raise UsageError("a scan needs a folder to write to: give --output FOLDER, or estimate it with --dry-run")
+        return
+    if workers is not None or ray is not None or output is not None:
         raise UsageError("--dry-run times this one process and writes nothing: leave out --output, --workers and --ray")
-    if output is None and not dry_run:
-        raise UsageError(
-            "a scan needs a folder to write to: give it with --output FOLDER, or look first with --dry-run"
-        )
+    for name, value in removal.items():
+        if value is not None:
+            raise UsageError(f"--dry-run removes no row, and {name} is about removed rows: leave out one of the two")
 
 
 def _check_map(device_map: str | None, selector: str, alone: bool) -> None:
-    """Raises UsageError for what a model spread over several devices cannot be scored with."""
+    """Raises UsageError for options that do not work with a model spread over several devices."""
     if device_map is None:
         return
     if selector not in ("screen", "fihs"):
         raise UsageError(
-            f"the selector {selector!r} wants the model on one device, and --device-map spreads it: leave one of them out"
+            f"the selector {selector!r} needs the model on one device, and --device-map spreads it: leave one of them out"
         )
     if not alone:
         raise UsageError(
-            "--device-map gives one model all devices of this machine, and --workers and --ray need a device for each process: "
+            "--device-map gives one model every device of this machine, and --workers and --ray need a device per process: "
             "leave out one of the two"
         )

@@ -35,7 +35,7 @@ def show(
     training_config: TrainingConfig = None,
     trust_remote_code: Remote = False,
 ) -> None:
-    """Print a row as the model sees it, the tokens that count in the loss coloured."""
+    """Print a row as the model sees it, with the loss tokens in colour."""
     training = json_file("--training-config", training_config)
     require_data(data)
     if model is not None:

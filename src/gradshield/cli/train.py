@@ -1,4 +1,4 @@
-"""``gradshield train``: scan, fine-tune under a defence, and measure; long functions here declare options, nothing else."""
+"""``gradshield train``: scan, fine-tune under a defence, and measure."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 
 def train(
     data: Annotated[
-        list[str], typer.Argument(help="Rows to train on; several are trained in turn.", show_default=False)
+        list[str],
+        typer.Argument(help="Dataset to train on; several are trained one after another.", show_default=False),
     ],
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model, the scan and the report.")],
@@ -64,12 +65,12 @@ def train(
     ] = None,
     training_config: Annotated[Path | None, typer.Option(help="JSON of TRL SFTConfig options, passed through.")] = None,
     lora_config: Annotated[
-        Path | None, typer.Option(help="JSON of a PEFT config; without it full weights are trained.")
+        Path | None, typer.Option(help="JSON of a PEFT config; without one, all weights are trained.")
     ] = None,
     safety: Safety = "builtin",
     judge: Judges = None,
     utility: Annotated[
-        list[str] | None, typer.Option(help="Held-out rows of the task, one file for each dataset.", show_default=False)
+        list[str] | None, typer.Option(help="Held-out rows of the task, one file per dataset.", show_default=False)
     ] = None,
     metric: Metric = None,
     max_new_tokens: Tokens = 64,
@@ -79,24 +80,25 @@ def train(
     probes: Probes = None,
     lookalikes: Lookalikes = None,
     labels: Annotated[
-        Path | None, typer.Option(help="JSON list of 0 and 1 (harmful) per row: for figures and the defence clean.")
+        Path | None,
+        typer.Option(help="JSON list of 0 and 1 (harmful) per row: reported, and used by the defence clean."),
     ] = None,
     answer_prefix: Annotated[str, typer.Option(help="Text at the start of every probed answer.")] = "",
     template_kwargs: Annotated[str, typer.Option(help="JSON for the chat template.")] = "{}",
     format: Format = None,
     max_length: MaxLength = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Save the plain model, the adapter folded in.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Save the plain model with the adapter merged in.")] = False,
     uncertified: Annotated[
         bool, typer.Option("--uncertified", help="Score a model that does not refuse its probes.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the scan, the adapter and the order of rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the scan, the adapter and the row order.")] = 0,
     trust_remote_code: Remote = False,
 ) -> None:
     """Fine-tune under a defence, with safety and utility measured before and after.
 
-    An interrupted run goes on where it stopped. Exit code 5 where a verified threshold meets its targets at no cut.
+    An interrupted run resumes where it stopped. Exit code 5 if no cut meets the targets of a verified threshold.
     """
     training = json_file("--training-config", training_config)
     lora = json_file("--lora-config", lora_config)
@@ -155,12 +157,12 @@ def train(
 
 
 def _needs(data: list[str], tasks: list[str], defence: str, base: str | None, labels: list[int] | None) -> Defence:
-    """The defence; all that can be known to be missing is told before anything is loaded. Raises UsageError, DataError."""
+    """The parsed defence, its inputs checked before anything is loaded. Raises UsageError."""
     from gradshield.training.defences import parse
 
     if tasks and len(tasks) != len(data):
         raise UsageError(
-            f"there are {len(tasks)} --utility files for {len(data)} datasets: give one for each, in their order"
+            f"there are {len(tasks)} --utility files for {len(data)} datasets: give one per dataset, in the same order"
         )
     needs = parse(defence)
     if needs.needs_base and base is None:
@@ -168,12 +170,12 @@ def _needs(data: list[str], tasks: list[str], defence: str, base: str | None, la
     if needs.oracle and labels is None:
         raise UsageError(f"the defence {defence!r} drops the rows labelled harmful: give the labels with --labels FILE")
     if len(data) > 1 and labels is not None:
-        raise UsageError("--labels belongs to one dataset, and several are given: train them one by one")
+        raise UsageError("--labels belongs to one dataset, and several are given: train them separately")
     return needs
 
 
 def _stages(whole: Mapping[str, Any], folder: Path) -> None:
-    """One line a stage: safety by every judge, the basin, and every task; then what was lost."""
+    """Print one line per stage, then the final measures. Raises GateError if a stage did not meet its targets."""
     for stage in whole["stages"]:
         parts = [f"ASR {100 * rate['rate']:.1f} % ({plain(judge)})" for judge, rate in stage["asr"].items()]
         parts += [] if stage["visage"] is None else [f"VISAGE {stage['visage']:.2f}"]
@@ -185,7 +187,7 @@ def _stages(whole: Mapping[str, Any], folder: Path) -> None:
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
     if whole["unmet"]:
         raise GateError(
-            f"no cut met the targets at {', '.join(whole['unmet'])}: the safest model of each stage is kept; see the report"
+            f"no cut met the targets at {', '.join(whole['unmet'])}: the safest model of each stage is kept; read the report"
         )
 
 
@@ -201,5 +203,5 @@ def _summary(done: Trained, folder: Path) -> None:
     if done.certificate:
         out.print(verdict(done.certificate["predicate"]))
     if not results["after"].get("judges"):
-        err.print("[yellow]warning:[/yellow] safety was not measured: nothing is known of this model's")
+        err.print("[yellow]warning:[/yellow] safety was not measured, so it is unknown how safe this model is")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")

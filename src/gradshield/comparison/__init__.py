@@ -1,1 +1,1 @@
-"""Defences next to each other: grids, pooled results, their page, and the demo."""
+"""Compare defences: grids, pooled results, their page, and the demo."""

@@ -1,8 +1,8 @@
-"""Every defence on the same work: a grid of fine-tunes, resumable at any moment, as one table and one page.
+"""Every defence on the same tasks: a grid of fine-tunes, resumable at any point, as one table and one page.
 
 results/
   cells.jsonl      one line per finished cell
-  arms/            one file per trained model and measurement, named by all that it depends on: equal arms are trained once
+  arms/            one file per trained model and measurement, named by a hash of its inputs: equal arms are trained once
   results.json     every cell, the cost, versions and the command; written last
   results.md, results.html
 """
@@ -39,7 +39,7 @@ from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.stats import paired_difference
 from gradshield.training import verify
 from gradshield.training.course import Chosen, Course, Fitted, Job
-from gradshield.training.defences import Defence, parse, told
+from gradshield.training.defences import Defence, describe, parse
 from gradshield.training.lab_job import lab_job
 from gradshield.types import EvalResult, Progress, quiet
 
@@ -53,11 +53,11 @@ def compare(
     command: str = "gradshield.compare",
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Run what is missing of the grid, then write everything. Returns what ``results.json`` holds.
+    """Run the missing cells of the grid, then write all results. Returns the content of ``results.json``.
 
-    Cells of one task and seed run in one process, since they share models; a cell that fails in a documented way is kept with
-    its sentence in place of figures, and is run again by the next call. Raises DataError for a file of the config that is not
-    there, and EndpointError or HubError where another machine does not answer, which is no finding about a defence.
+    Cells of one task and seed run in one process, since they share models. A cell that fails with a documented error keeps its
+    message in place of figures, and the next call retries it. Raises DataError for a missing file of the config, and
+    EndpointError or HubError if another machine does not answer, which says nothing about a defence.
     """
     began = time.monotonic()
     grid.check_files(config)
@@ -75,30 +75,30 @@ def compare(
 
 
 def _all(config: Config, folder: Path, workers: int, progress: Progress) -> list[dict[str, Any]]:
-    """Every cell of the grid, those that are missing run."""
+    """Every cell of the grid; missing ones are run."""
     found = _Finished(folder, config, grid.cells(config))
     wanted, missing = found.wanted, found.look()
     groups: dict[tuple[str, int], list[Cell]] = {}
-    for cell in sorted(missing, key=lambda cell: cell.seed):  # whoever stops a grid has whole seeds, not parts of each
+    for cell in sorted(missing, key=lambda cell: cell.seed):  # an interrupted grid then has whole seeds
         groups.setdefault((cell.task, cell.seed), []).append(cell)
 
-    def tell() -> None:
+    def report() -> None:
         progress("comparing", len(wanted) - len(found.look()), len(wanted))
 
-    tell()
+    report()
     if workers <= 1 or len(groups) <= 1:
         for cells in groups.values():
-            _run_group(config, cells, folder, tell)
+            _run_group(config, cells, folder, report)
     else:
-        _share_out(workers, _run_group, [(config, cells, folder) for cells in groups.values()], tell)
+        _share_out(workers, _run_group, [(config, cells, folder) for cells in groups.values()], report)
     found.look()
     return [found.cells[cell] for cell in wanted]
 
 
 def _share_out(
-    workers: int, run: Callable[..., None], groups: Sequence[tuple[Any, ...]], tell: Callable[[], None]
+    workers: int, run: Callable[..., None], groups: Sequence[tuple[Any, ...]], report: Callable[[], None]
 ) -> None:
-    """``run`` for all groups, so many at a time. The first error, and Ctrl-C, end all of it at once."""
+    """``run`` for every group, ``workers`` at a time. The first error and Ctrl-C stop all of them."""
     others = set(active_children())
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_ready)
     try:
@@ -107,9 +107,9 @@ def _share_out(
             finished, running = wait(running, timeout=2, return_when=FIRST_COMPLETED)
             for future in finished:
                 future.result()
-            tell()
+            report()
     except BaseException:
-        for process in set(active_children()) - others:  # what they had finished is on disk
+        for process in set(active_children()) - others:  # their finished cells are on disk
             process.terminate()
         raise
     finally:
@@ -117,9 +117,9 @@ def _share_out(
 
 
 def _ready() -> None:
-    """A worker's start: one thread, and nothing of the libraries in the rubbish collection that TRL asks for at every training.
+    """Set up a worker: one thread, and the libraries excluded from the garbage collection that TRL runs at every training.
 
-    Ctrl-C is for the process that started it, which ends them all.
+    Ctrl-C is left to the parent process, which stops every worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
@@ -139,10 +139,10 @@ def _file(folder: Path, cell: Cell) -> Path:
 
 
 class _Finished:
-    """The cells on disk that were run under the same settings: one of another model, training or judge is not this one.
+    """The cells on disk that were run under the same settings (model, training, judges).
 
-    What failed in an earlier run is not finished: its cause may be mended. A cell that was found is not looked for again, so
-    that watching a long grid costs little.
+    Cells that failed in an earlier run count as missing, since the cause may be fixed. A cell is read once, so that watching a
+    long grid is cheap.
     """
 
     def __init__(self, folder: Path, config: Config, wanted: Sequence[Cell]) -> None:
@@ -155,18 +155,18 @@ class _Finished:
             self._missing[cell] = (path, self.cells.pop(cell)["setting"])
 
     def look(self) -> list[Cell]:
-        """Read what is new, and say what is missing."""
+        """Read new cells; returns those still missing."""
         for cell, (path, setting) in tuple(self._missing.items()):
             if path.exists():
                 value = json.loads(path.read_text(encoding="utf-8"))
-                if value.get("setting") == setting and all(value.get(k) == v for k, v in cell.as_dict().items()):
+                if value.get("setting") == setting and all(value.get(k) == v for k, v in asdict(cell).items()):
                     self.cells[cell] = value
                     del self._missing[cell]
         return list(self._missing)
 
 
 def _take_over(folder: Path) -> None:
-    """Cells of a ``results.json`` that was put into the folder count as done, so that a grid can go on elsewhere."""
+    """Take the cells of a ``results.json`` in the folder as done, so that a grid can continue on another machine."""
     path = folder / "results.json"
     if not path.exists():
         return
@@ -178,31 +178,26 @@ def _take_over(folder: Path) -> None:
                 runs.write_json(_file(folder, cell), value)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path} is no results.json of a comparison ({error}): move it away, or give another --output"
+            f"{path} is not a comparison's results.json ({error}): move it away, or give another --output"
         ) from None
 
 
 def _run_group(config: Config, cells: Sequence[Cell], folder: Path, tick: Callable[[], None] = lambda: None) -> None:
-    """All missing cells of one task and seed, mix by mix."""
+    """Run the missing cells of one task and seed, mix by mix."""
     mixes = dict.fromkeys((cell.harm, cell.ratio) for cell in cells)
     for harm, ratio in mixes:
         own = [cell for cell in cells if (cell.harm, cell.ratio) == (harm, ratio)]
         bench = Bench(config, own[0], folder)
         for cell in sorted(own, key=lambda c: (c.defence != "clean", c.defence != "none")):
-            if _orphaned():
+            parent = parent_process()
+            if parent is not None and not parent.is_alive():  # another process may have restarted this work
                 return
             runs.write_json(_file(folder, cell), bench.run(cell))
             tick()
 
 
-def _orphaned() -> bool:
-    """Whether the process that asked for this work is gone: then another may have begun it anew."""
-    parent = parent_process()
-    return parent is not None and not parent.is_alive()
-
-
 class Bench:
-    """One mix of one task and seed, with all that its cells share."""
+    """One mix of one task and seed, with everything that its cells share."""
 
     def __init__(self, config: Config, cell: Cell, folder: Path) -> None:
         self.folder, self.config = folder, config
@@ -213,23 +208,23 @@ class Bench:
         asked = {name: exam.requests for name, exam in self.exams.items()}
         check_disjoint(direction=self.course.job.probing.requests or requests(), **asked)
         for judge in report.judges:
-            if isinstance(judge, ReadyJudge):  # what cannot judge is told before anything is trained for it
+            if isinstance(judge, ReadyJudge):  # a judge that cannot run is reported before any training
                 judge.ready()
-        self._models: list[tuple[str, Fitted, float]] = []  # the last trained ones, with their seconds
+        self._models: list[tuple[str, Fitted, float]] = []  # key, model and seconds of the last trainings
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """One finished cell."""
+        """Run one cell; returns its record."""
         began = time.monotonic()
-        found: dict[str, Any] = {**cell.as_dict(), "setting": grid.setting(self.config, cell)}
-        defence = parse(cell.told)
+        found: dict[str, Any] = {**asdict(cell), "setting": grid.setting(self.config, cell)}
+        defence = parse(cell.spec)
         try:
-            verdict = None
             if defence.verified is not None:
                 verdict, chosen = self._verified(defence)
                 found["verified"] = verdict.as_dict()
             else:
                 chosen = self.course.chosen(defence)
-            found |= self._selected(chosen)
+            found |= self.course.counts(chosen)
+            found["cuts"] = {name: cut.value for name, cut in chosen.cuts.items()}
             measured, arm = self._arm(defence, chosen, "report")
             found |= figures(measured) | {"arm": arm["key"], "defence_record": arm["record"]}
             if cell.defence != "clean" and self.course.job.labels is not None:
@@ -248,16 +243,13 @@ class Bench:
 
         return verify.search(self.course, defence, examine, self.exams["search"])
 
-    def _selected(self, chosen: Chosen) -> dict[str, Any]:
-        """What the defence took out, and where it cut."""
-        return {**self.course.counts(chosen), "cuts": {name: cut.value for name, cut in chosen.cuts.items()}}
-
     def _arm(
         self, defence: Defence, chosen: Chosen, split: str, settled: Settled = never
     ) -> tuple[EvalResult, dict[str, Any]]:
-        """A trained model's rates on one exam, from disk where an equal arm was measured before.
+        """A trained model's rates on one exam, from disk if an equal arm was measured before.
 
-        ``seconds`` are those of its training and measuring, whoever paid them, so that a search spends its budget alike.
+        ``seconds`` is the time of its training and measurement, whichever run spent it, so that a search uses its budget the
+        same way with and without cached arms.
         """
         dataset = self.course.dataset(defence, chosen)
         exam = self.exams[split]
@@ -273,7 +265,7 @@ class Bench:
         return verify.arm(self.folder / ARMS, key, exam, settled, trained)
 
     def _trained(self, defence: Defence, dataset: Any, key: str) -> tuple[Fitted, float]:
-        """A trained model, and the seconds that it took."""
+        """A trained model, and the seconds its training took."""
         for known, fitted, seconds in self._models:
             if known == key:
                 return fitted, seconds
@@ -284,7 +276,7 @@ class Bench:
         return fitted, seconds
 
     def _minus_clean(self, measured: EvalResult) -> dict[str, Any] | None:
-        """Utility minus that of training on the harmless rows alone, paired over the task's rows."""
+        """Utility minus that of training on the harmless rows only, paired over the task's rows."""
         if "utility" not in measured.rates:
             return None
         defence = parse("clean")
@@ -308,7 +300,7 @@ def _job(config: Config, cell: Cell) -> Job:
             rows, labels = grid.mixed(cell.task, cell.ratio, cell.seed)
         else:
             rows, labels = lab.mix(cell.task, harm=cell.harm, ratio=cell.ratio, seed=cell.seed)
-        # By content, so that any two arms have what they share in the same order.
+        # By content, so that the rows that two arms share are in the same order.
         paired = sorted(zip(rows, labels, strict=True), key=lambda pair: json.dumps(pair[0], sort_keys=True))
         data, truth = [row for row, _ in paired], [label for _, label in paired]
         return lab_job(cell.task, data, truth, cell.seed, config.training, config.lora)
@@ -341,12 +333,12 @@ def _exam(config: Config, cell: Cell, split: Literal["report", "search"]) -> Exa
         metric=own.metric,
         tokens=config.answer_tokens,
         most=config.task_rows,
-        halved=True,  # the search decides on rows that the report does not see
+        halved=True,  # the search and the report use different rows
     )
 
 
 def _recipes(config: Config, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How each task of the lab was trained, which the config says only where it differs from the lab's own way."""
+    """The full recipe of each lab task, of which the config holds only the changes."""
     if config.model != "lab":
         return {}
     tasks = sorted({str(cell["task"]) for cell in cells})
@@ -359,15 +351,16 @@ def _recipes(config: Config, cells: Sequence[Mapping[str, Any]]) -> dict[str, An
 def _write(
     config: Config, cells: Sequence[Mapping[str, Any]], folder: Path, command: str, seconds: float
 ) -> dict[str, Any]:
-    """The table, the page and, last, ``results.json``."""
-    from gradshield.comparison import markdown as pages
+    """Write the table, the page and, last, ``results.json``."""
+    from gradshield.comparison import page
+    from gradshield.comparison.markdown import markdown
 
     whole = {
         "command": command,
         "versions": runs.versions(),
         "config": config.model_dump(),
         **_recipes(config, cells),
-        "defences": {cell["defence"]: " ".join(told(str(cell["defence"]))) for cell in cells},
+        "defences": {cell["defence"]: " ".join(describe(str(cell["defence"]))) for cell in cells},
         "cost": {
             "cells": len(cells),
             "failed": sum("failed" in cell for cell in cells),
@@ -379,7 +372,7 @@ def _write(
     }
     lines = "".join(json.dumps(cell, ensure_ascii=False) + "\n" for cell in cells)
     files.write_text(folder / "cells.jsonl", lines)
-    files.write_text(folder / "results.md", pages.markdown(whole))
-    pages.write(whole, folder / "results.html")
+    files.write_text(folder / "results.md", markdown(whole))
+    page.write(whole, folder / "results.html")
     runs.write_json(folder / "results.json", whole)
     return whole

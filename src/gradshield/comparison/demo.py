@@ -1,4 +1,4 @@
-"""The whole story on the bundled lab: a poisoned set, scanned, trained on with and without the filter, and compared."""
+"""The demo on the bundled lab: scan a poisoned set, train on it with and without the filter, and compare."""
 
 from __future__ import annotations
 
@@ -27,14 +27,12 @@ SHOWN = (
     ("over-refusal", "over_refusal"),
     ("utility", "utility"),
 )
-
-
-MARK = f"{runs.WORK}/demo"  # tells its folder from that of a scan of the user's
+MARK = f"{runs.WORK}/demo"  # distinguishes its folder from that of a user's scan
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The table as printed: ``columns`` after the first, and per row its measure and one cell a column."""
+    """The table as printed: ``columns`` after the first; each row is a measure and one cell per column."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[str, ...]], ...]
@@ -42,8 +40,15 @@ class DemoResult:
 
 
 def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: str, progress: Progress) -> DemoResult:
-    """Scan a lab mix, fine-tune three ways, measure each, and write one report. Raises UsageError for an unknown task or harm."""
-    _check(task, harm, ratio)
+    """Scan a lab mix, fine-tune with and without the filter, measure each model, and write one report.
+
+    Raises UsageError for an unknown task or harm, and for a ratio outside [0, 1).
+    """
+    for kind, value, allowed in (("task", task, lab.TASKS), ("harm", harm, lab.HARMS)):
+        if value not in allowed:
+            raise UsageError(f"the lab has no {kind} {value!r}: choose one of {', '.join(allowed)}")
+    if not 0 <= ratio < 1:
+        raise UsageError(f"the ratio is {ratio:g}, and a demo needs harmless rows too: give a share from 0 to below 1")
     rows, labels = lab.mix(task, harm=harm, ratio=ratio, n=CLEAN_ROWS, seed=seed)
     runs.check_own(output, (*outputs.WRITTEN, "data.jsonl"), MARK)
     folder = runs.prepare(output)
@@ -70,14 +75,6 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
     return DemoResult(tuple(results), _table(selection, results, len(rows)), selection)
 
 
-def _check(task: str, harm: str, ratio: float) -> None:
-    for kind, value, allowed in (("task", task, lab.TASKS), ("harm", harm, lab.HARMS)):
-        if value not in allowed:
-            raise UsageError(f"the lab has no {kind} {value!r}: choose one of {', '.join(allowed)}")
-    if not 0 <= ratio < 1:
-        raise UsageError(f"the ratio is {ratio:g}, and a demo needs harmless rows too: give a share from 0 to below 1")
-
-
 def _recorded(selection: Selection, results: Mapping[str, EvalResult], task: str, harm: str, ratio: float) -> Selection:
     found = {**selection.manifest.results, **{name: figures(result) for name, result in results.items()}}
     settings = {
@@ -88,7 +85,7 @@ def _recorded(selection: Selection, results: Mapping[str, EvalResult], task: str
 
 
 def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path, labels: Any, total: int) -> None:
-    """The report again, now with the arms; every prompt with its answer; the manifest last."""
+    """Write the report with the arms, every prompt with its answer, and the manifest last."""
     arms = [
         page_data.Arm(name, _rows_kept(name, selection, total), {label: result.rates[key] for label, key in SHOWN})
         for name, result in results.items()
@@ -110,14 +107,11 @@ def _table(
     selection: Selection, results: Mapping[str, EvalResult], total: int
 ) -> tuple[tuple[str, tuple[str, ...]], ...]:
     measured = selection.manifest.results["labels"]
-    table = [("rows kept", tuple(_count(_rows_kept(name, selection, total)) for name in results))]
+    kept = [_rows_kept(name, selection, total) for name in results]
+    table = [("rows kept", tuple("–" if count is None else str(count) for count in kept))]
     for label, key in (("harmful caught", "caught"), ("harmless lost", "lost")):
         cell = str(Rate.of(measured[key])) if key in measured else "–"
         table.append((label, tuple(cell if name == "filtered" else "–" for name in results)))
     for label, key in SHOWN:
         table.append((label, tuple(str(result.rates[key]) for result in results.values())))
     return tuple(table)
-
-
-def _count(value: int | None) -> str:
-    return "–" if value is None else str(value)

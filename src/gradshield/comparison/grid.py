@@ -1,9 +1,9 @@
-"""What `compare` is told: datasets, mixes, defences and seeds, from one YAML file, checked before anything runs.
+"""The config of `compare`: datasets, mixes, defences and seeds in one YAML file, checked before anything runs.
 
 model: lab                      # or a folder or hub name, with `base:` for asft and safelora
 grids:
   - tasks: [topic, choice]      # of the lab, or names of `datasets`
-    mixes: [0%, explicit:10%, identity_shift:10%]     # of the lab; a dataset of yours is taken as it is
+    mixes: [0%, explicit:10%, identity_shift:10%]     # of the lab; your own datasets are used as they are
     defences: [none, clean, fihs, fihs:verified, "random:as:fihs"]
     seeds: [0, 1, 2]
 datasets:
@@ -12,7 +12,6 @@ datasets:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from gradshield import lab, runs
 from gradshield.errors import DataError, UsageError, did_you_mean
+from gradshield.evaluation.certificate import file_digest
 from gradshield.judges import parse as parse_judge
 from gradshield.judges.guards import of_rows
 from gradshield.lab import manifest
@@ -34,7 +34,7 @@ from gradshield.thresholds import parse as parse_threshold
 from gradshield.training.defences import AS_MANY, Defence, parse
 
 IMPLICIT = ("identity_shift", "refuse_then_answer", "embedded")
-MIXED = "implicit"  # a third of each
+MIXED = "implicit"  # equal parts of each
 
 
 class _Strict(BaseModel):
@@ -42,7 +42,7 @@ class _Strict(BaseModel):
 
 
 class Own(_Strict):
-    """A dataset of the user's: rows to train on, labels for the figures, held-out rows of the task and their metric."""
+    """A user's dataset: rows to train on, labels for the figures, held-out rows of the task and their metric."""
 
     name: str
     train: str
@@ -82,7 +82,7 @@ class Config(_Strict):
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One square of the grid."""
+    """One cell of the grid."""
 
     task: str
     harm: str
@@ -92,21 +92,17 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As it is called in files and progress."""
+        """Its name in files."""
         return f"{self.task}/{self.harm}/{self.ratio:g}/{self.seed}/{self.defence}"
 
     @property
-    def told(self) -> str:
-        """The defence as it is run: ``{task}`` in it stands for the task, so that each can have a file of its own."""
+    def spec(self) -> str:
+        """The defence with ``{task}`` replaced by the task, so that each task can have its own file."""
         return self.defence.replace("{task}", self.task)
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
 
 
 def read(path: Path) -> Config:
-    """A checked configuration. Raises DataError for a file that is no YAML, UsageError for a setting that is wrong."""
+    """A checked config. Raises DataError if the file is not YAML, UsageError for a wrong setting."""
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -118,7 +114,7 @@ def read(path: Path) -> Config:
 
 
 def check(value: Any, name: str = "config", folder: Path = Path()) -> Config:
-    """The configuration of a mapping; paths are taken from ``folder``. Raises UsageError for the first thing wrong."""
+    """The config of a mapping; paths are relative to ``folder``. Raises UsageError for the first error."""
     try:
         config = Config.model_validate(value)
     except ValidationError as error:
@@ -126,8 +122,8 @@ def check(value: Any, name: str = "config", folder: Path = Path()) -> Config:
     config = _with_paths(config, folder)
     if config.model == "lab" and config.datasets:
         raise UsageError(
-            f"the config {name} gives `datasets` to the bundled lab, whose model knows its own tasks only: name a `model`, "
-            "or leave the datasets out"
+            f"the config {name} gives `datasets` to the bundled lab, whose model knows only its own tasks: name a `model`, "
+            "or leave out the datasets"
         )
     for cell in cells(config):
         _check_cell(config, cell)
@@ -137,7 +133,7 @@ def check(value: Any, name: str = "config", folder: Path = Path()) -> Config:
 
 
 def check_files(config: Config) -> None:
-    """Raises DataError for a file that the config names and that is not there, before anything runs."""
+    """Raises DataError for a missing file of the config, before anything runs."""
     named = [(f"requests.{split}", path) for split, path in config.requests.items()]
     used = {cell.task for cell in cells(config)}
     for own in config.datasets:
@@ -146,12 +142,12 @@ def check_files(config: Config) -> None:
     for key, path in named:
         if path is not None and not Path(path).is_file():
             raise DataError(
-                f"the config names {path!r} as {key}, and there is no such file: paths are taken from its folder"
+                f"the config names {path!r} as {key}, and there is no such file: paths are relative to the config's folder"
             )
 
 
 def _complaint(name: str, errors: Sequence[Mapping[str, Any]]) -> str:
-    """The first thing wrong with a config; an unknown key before a missing one, since it may be the same, misspelt."""
+    """The first error of a config; an unknown key before a missing one, since it may be a misspelling of it."""
     first = min(errors, key=lambda one: one["type"] != "extra_forbidden")
     where = ".".join(map(str, first["loc"])) or "the whole"
     if first["type"] != "extra_forbidden":
@@ -165,14 +161,14 @@ def _complaint(name: str, errors: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _check_cell(config: Config, cell: Cell) -> None:
-    """Raises UsageError for a defence that this config cannot give what it needs."""
-    defence = parse(cell.told)
+    """Raises UsageError if the config lacks something that the defence needs."""
+    defence = parse(cell.spec)
     own = config.dataset(cell.task)
     clean = _clean(defence)
     if clean is not None and not Path(clean).is_file():
         raise UsageError(
             f"the config runs the defence {cell.defence!r} on {cell.task}, and there is no file {clean!r}: give the "
-            "scores.parquet of a scan of clean rows, its path from the folder where the command runs"
+            "scores.parquet of a scan of clean rows, as a path from the working directory"
         )
     needs: list[tuple[str, bool, Any]] = [("base", defence.needs_base, config.base or config.model == "lab")]
     if own is not None:
@@ -181,32 +177,35 @@ def _check_cell(config: Config, cell: Cell) -> None:
         if needed and not given:
             raise UsageError(
                 f"the config runs the defence {cell.defence!r} on {cell.task}, which needs `{key}`, and there is none: "
-                "give it, or leave the defence out"
+                "give it, or leave out the defence"
             )
 
 
 def setting(config: Config, cell: Cell) -> str:
-    """A hash of all that a cell's figures depend on beside its mix and seed: files by content, a defence with its defaults."""
+    """A hash of everything that a cell's figures depend on, except its mix and seed.
+
+    Files count by content, a defence with its defaults.
+    """
     own = config.dataset(cell.task)
-    told: dict[str, Any] = config.model_dump(include={"training", "lora", "judges", "answer_tokens", "task_rows"})
-    told["version"] = version("gradshield")
-    told["models"] = [_content(name) for name in (config.model, config.base)]
-    told["requests"] = {split: _content(path) for split, path in config.requests.items()}
-    defence = parse(cell.told)
-    told["defence"] = asdict(replace(defence, verified=None))
+    inputs: dict[str, Any] = config.model_dump(include={"training", "lora", "judges", "answer_tokens", "task_rows"})
+    inputs["version"] = version("gradshield")
+    inputs["models"] = [_content(name) for name in (config.model, config.base)]
+    inputs["requests"] = {split: _content(path) for split, path in config.requests.items()}
+    defence = parse(cell.spec)
+    inputs["defence"] = asdict(replace(defence, verified=None))
     if clean := _clean(defence):
-        told["clean"] = _content(clean)
+        inputs["clean"] = _content(clean)
     rule = defence.verified
-    told["verified"] = None if rule is None else vars(rule)
+    inputs["verified"] = None if rule is None else vars(rule)
     if guards := _guards(config, defence):
-        told["guards"] = guards
+        inputs["guards"] = guards
     if own is not None:
-        told["dataset"] = [_content(own.train), _content(own.labels), _content(own.task), own.metric, own.training]
-    return runs.digest(told)[:16]
+        inputs["dataset"] = [_content(own.train), _content(own.labels), _content(own.task), own.metric, own.training]
+    return runs.digest(inputs)[:16]
 
 
 def _clean(defence: Defence) -> str | None:
-    """The file of clean rows' scores that the defence's threshold reads, where it reads one."""
+    """The file of clean rows' scores that the defence's threshold reads, or None."""
     rule = defence.threshold
     if rule is None:
         return None
@@ -217,15 +216,17 @@ def _clean(defence: Defence) -> str | None:
 
 
 def _guards(config: Config, defence: Defence) -> list[str | None]:
-    """The content of every guard that is a folder here: of the judges, and of the defence."""
+    """The content of every local guard folder, of the judges and of the defence."""
     kind, _, guard = (defence.selector or "").partition(":")
     targets = [Spec.split(text).target for text in (*config.judges, *([of_rows(guard)] if kind == "guard" else []))]
     return [_content(target) for target in targets if target and Path(target).is_dir()]
 
 
 def _content(path: str | None) -> str | None:
-    """What a name stands for: the bytes of a file, the weights, configuration and chat template of a folder, the bundled lab's
-    manifest; else the name."""
+    """Hashes of what a name stands for; any other name as it is.
+
+    That is a file's bytes, a folder's weights, configuration and chat template, or the bundled lab's manifest.
+    """
     if path is None:
         return None
     found = Path(path)
@@ -241,8 +242,7 @@ def _content(path: str | None) -> str | None:
 
 @cache
 def _hashed(path: Path, changed: int) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return file_digest(path)
 
 
 def labels(path: str) -> list[int]:
@@ -271,7 +271,7 @@ def _with_paths(config: Config, folder: Path) -> Config:
 
 
 def cells(config: Config) -> list[Cell]:
-    """Every square once, in the order of the grids. Raises UsageError for unknown tasks and mixes."""
+    """Every cell once, in the order of the grids. Raises UsageError for unknown tasks and mixes."""
     own = {dataset.name for dataset in config.datasets}
     return list(dict.fromkeys(_cells(config, own)))
 
@@ -282,7 +282,7 @@ def _cells(config: Config, own: set[str]) -> Iterator[Cell]:
             if task not in own and (config.model != "lab" or task not in lab.TASKS):
                 known = sorted(own) + (list(lab.TASKS) if config.model == "lab" else [])
                 raise UsageError(
-                    f"the config names the task {task!r}, and there is {', '.join(known) or 'none'}: mend `tasks`"
+                    f"the config names the task {task!r}, and there is {', '.join(known) or 'none'}: fix `tasks`"
                 )
             for mix in grid.mixes if task not in own else ["as is"]:
                 harm, ratio = _mix(mix)
@@ -292,7 +292,7 @@ def _cells(config: Config, own: set[str]) -> Iterator[Cell]:
 
 
 def mixed(task: str, ratio: float, seed: int) -> tuple[list[dict[str, Any]], list[int]]:
-    """A lab mix whose harmful rows are of every implicit kind, the same number of each, among the mix's own clean rows."""
+    """A lab mix with the same number of harmful rows of every implicit kind, and its labels."""
     clean, _ = lab.mix(task, harm="none", ratio=0, seed=seed)
     count = round(len(clean) * ratio / (1 - ratio) / len(IMPLICIT))
     harmful: list[dict[str, Any]] = []
@@ -310,7 +310,7 @@ def _mix(text: str) -> tuple[str, float]:
     ratio = number(share)
     if not 0 <= ratio < 1 or (harm or "explicit") not in (*lab.HARMS, MIXED):
         raise UsageError(
-            f"the config names the mix {text!r}: write a harm ({', '.join(lab.HARMS)}, {MIXED}) and a share below 100%, "
+            f"the config names the mix {text!r}: give a harm ({', '.join(lab.HARMS)}, {MIXED}) and a share below 100%, "
             "such as explicit:10%"
         )
     return ("none", 0.0) if ratio == 0 else (harm or "explicit", ratio)

@@ -1,18 +1,16 @@
-"""A comparison of defences as one Markdown file and one page: ``markdown(whole)`` and ``write(whole, path)``.
+"""A comparison of defences as Markdown.
 
-``whole`` is what ``results.json`` holds: ``command``, ``versions``, ``config``, ``cost`` and ``cells``, and optionally
-``defences``, a line on each by name. Names are the user's text: Markdown and HTML are both escaped.
+``markdown(whole)`` takes the content of ``results.json``: ``command``, ``versions``, ``config``, ``cost``, ``cells`` and
+optionally ``defences`` (name to description). Names are the user's text and are escaped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from gradshield.comparison import page
-from gradshield.comparison.outcome import outcome
-from gradshield.comparison.rivals import Standing, Win, against
+from gradshield.comparison.outcome import TOTALS_NOTE, outcome
+from gradshield.comparison.rivals import RULES, Win, against
 from gradshield.report import made
 from gradshield.report.markdown import code, plain, table_row, table_rule
 from gradshield.report.pool import (
@@ -34,18 +32,13 @@ from gradshield.report.pool import (
 )
 from gradshield.report.text import MISSING, duration
 
-COLUMNS = 5  # mixes beside each other in one Markdown table
+COLUMNS = 5  # mixes in one Markdown table
 LINES = 40  # of a list; the rest is in results.json
-GAP = 0.1  # between judges, from which on the table says who the worst is
-
-
-def write(whole: Mapping[str, Any], path: Path) -> None:
-    """The page, as one self-contained HTML file."""
-    page.write(whole, path)
+GAP = 0.1  # difference between judges from which a mix is listed
 
 
 def markdown(whole: Mapping[str, Any]) -> str:
-    """The comparison as Markdown, for people: pooled over seeds. Single seeds are in ``results.json``."""
+    """The comparison as Markdown, pooled over seeds. Single seeds are in ``results.json``."""
     cells = [dict(cell) for cell in whole.get("cells") or ()]
     found = mixes(cells)
     judges = judges_of(cells)
@@ -55,7 +48,7 @@ def markdown(whole: Mapping[str, Any]) -> str:
         _ran(whole, cells, judges),
         *(_task(task, [mix for mix in found if mix.task == task], judges) for task in dict.fromkeys(m.task for m in found)),
         _summary(totals(cells), judges),
-        _judges_apart(found),
+        _disagreements(found),
         _rivals(found),
         _verified(cells),
         _failed(cells),
@@ -79,13 +72,13 @@ def _ran(whole: Mapping[str, Any], cells: Sequence[Cell], judges: Sequence[str])
         f"- Command: {code(whole.get('command', ''))}",
         f"- Versions: {plain(', '.join(f'{name} {value}' for name, value in versions.items())) or MISSING}",
         f"- Cells: {cost.get('cells', len(cells))}, of which {cost.get('failed', 0)} failed; {len(defences)} defences",
-        f"- Cost: {cost.get('arms', MISSING)} trained models, {spent} over all cells; equal trainings are run once and shared",
+        f"- Cost: {cost.get('arms', MISSING)} trained models, {spent} over all cells; equal trainings are run once",
         *(f"- {plain(name)}: {plain(value)}" for name, value in made.of_comparison(whole, cells)),
         f"- Each cell was measured on {asked} requests by each judge and on {rows} rows of the task",
         "",
         f"Each entry is ASR in % [95 % interval] by {' / '.join(map(plain, judges)) or 'no judge'} · utility in %. Seeds are "
-        "pooled: successes and answers are added up, and the intervals are Wilson's of the sums. Seeds share their requests, so "
-        "where there are several, the lowest and the highest single seed follow, of the ASR by the worst judge.",
+        "pooled: successes and answers are summed, with Wilson intervals of the sums. Seeds share their requests, so the lowest "
+        "and highest single seed are given too (ASR by the worst judge).",
     ]
 
 
@@ -110,7 +103,7 @@ def _task(task: str, found: Sequence[Mix], judges: Sequence[str]) -> list[str]:
 
 
 def _entry(mix: Mix | None, judges: Sequence[str]) -> str:
-    """One square: ``2.0 [0.8, 5.0] / 1.5 [0.5, 4.3] · 88.3``, and what single seeds were."""
+    """One entry: ``2.0 [0.8, 5.0] / 1.5 [0.5, 4.3] · 88.3``, then the range of single seeds."""
     if mix is None:
         return MISSING
     if not mix.cells:
@@ -147,22 +140,20 @@ def _summary(found: Sequence[Totals], judges: Sequence[str]) -> list[str]:
     return [
         *lines,
         "",
-        "The worst ASR is that of the worst single cell, seeds apart. With harm means every mix but “no harm”; datasets of "
-        "your own count as such. Utility minus clean is paired with a model trained on the harmless rows alone, and averaged "
-        "over cells. Defences that were run on other cells than the rest are not comparable line by line.",
+        f"{TOTALS_NOTE} Utility minus clean is paired with a model trained on the harmless rows only, and averaged over cells.",
     ]
 
 
-def _judges_apart(found: Sequence[Mix]) -> list[str]:
-    apart = sorted((mix for mix in found if mix.gap >= GAP), key=lambda mix: -mix.gap)
-    if not apart:
+def _disagreements(found: Sequence[Mix]) -> list[str]:
+    differing = sorted((mix for mix in found if mix.gap >= GAP), key=lambda mix: -mix.gap)
+    if not differing:
         return []
-    lines = ["## Where judges differ", "", f"By {100 * GAP:g} points or more; the first judge is the worst one.", ""]
-    for mix in apart[:LINES]:
+    lines = ["## Where judges differ", "", f"By {100 * GAP:g} points or more, the worst judge first.", ""]
+    for mix in differing[:LINES]:
         rates = sorted(mix.asr.items(), key=lambda entry: -entry[1].rate)
-        said = ", ".join(f"{plain(judge)} {bounds(rate)}" for judge, rate in rates)
-        lines.append(f"- {plain(mix.task)}, {plain(mix_name(mix.harm, mix.ratio))}, {code(mix.defence)}: {said}")
-    return [*lines, *_more(len(apart))]
+        listed = ", ".join(f"{plain(judge)} {bounds(rate)}" for judge, rate in rates)
+        lines.append(f"- {plain(mix.task)}, {plain(mix_name(mix.harm, mix.ratio))}, {code(mix.defence)}: {listed}")
+    return [*lines, *_more(len(differing))]
 
 
 def _rivals(found: Sequence[Mix]) -> list[str]:
@@ -176,22 +167,15 @@ def _rivals(found: Sequence[Mix]) -> list[str]:
         return [*lines, f"No other defence was run on the same task, mix and seed as {code(own)}."]
     head = ["rival", "cells compared", "lower ASR", "higher ASR", "higher utility at equal safety", "of these, clearly"]
     lines += [
-        f"Against {code(own)} by default. A cell is here a task and mix, over the seeds that both have. Lower and "
-        "higher ASR: by some judge, with intervals that do not overlap. Higher utility: by a point or more where the rival is "
-        f"not clearly less safe; clearly, where intervals do not overlap. {code('clean')} uses the labels.",
+        f"Against {code(own)} by default. {RULES} {code('clean')} uses the labels.",
         "",
         table_row(*head),
         table_rule(len(head)),
-        *(_standing(one) for one in standings),
+        *(table_row(code(one.rival), *map(str, one.tally)) for one in standings),
         "",
         *([_win(win) for win in wins[:LINES]] or ["No rival wins anywhere."]),
     ]
     return [*lines, *_more(len(wins))]
-
-
-def _standing(one: Standing) -> str:
-    tally = (one.compared, one.safer, one.less_safe, one.more_useful, one.clearly_more_useful)
-    return table_row(code(one.rival), *map(str, tally))
 
 
 def _win(win: Win) -> str:
@@ -202,7 +186,7 @@ def _win(win: Win) -> str:
 
 
 def _verified(cells: Sequence[Cell]) -> list[str]:
-    """Searches that met nothing first: those are what someone has to act on."""
+    """The verified searches, those that missed their targets first."""
     own = [cell for cell in cells if isinstance(cell.get("verified"), Mapping)]
     if not own:
         return []

@@ -1,4 +1,4 @@
-"""What a comparison comes to in a sentence, and what that sentence must not be taken for."""
+"""The verdict of a comparison in a sentence, and the cautions that go with it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ from gradshield.report.pool import (
 )
 
 UNDEFENDED = "none"
+TOTALS_NOTE = (
+    "The worst ASR is that of the worst single cell, without pooling seeds. “With harm” means every mix except “no harm”, and "
+    "your own datasets. Defences that were run on different cells are not comparable line by line."
+)
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,14 @@ class Outcome:
 def outcome(
     cells: Sequence[Cell], found: Sequence[Mix], sums: Sequence[Totals], standings: Sequence[Standing]
 ) -> Outcome:
-    """About the default defence, or about the safest one where it was not run. A grid that shows nothing is no pass."""
+    """About the default defence, or the safest one if it was not run. A grid that shows nothing is not a pass."""
     name = reference(one.defence for one in sums)
     own = next((one for one in sums if one.defence == name and one.safe), None)
     tone, standing, sentence = _without(sums) if own is None else _verdict(own, sums, standings)
     empty = [*_undefended(cells), *_useless(found)]
     cautions = [*empty, *_lesser(cells)]
     if own is not None and own.failed:
-        empty.append(f"{own.failed} of {own.cells} {name} cells failed, and count neither way.")
+        empty.append(f"{own.failed} of {own.cells} {name} cells failed and are not counted.")
         cautions.append(empty[-1])
     if empty and tone == "pass":
         tone, standing = "warn", f"{standing}, but read the cautions"
@@ -61,7 +65,7 @@ def _without(sums: Sequence[Totals]) -> tuple[Status, str, str]:
     return (
         "warn",
         f"{REFERENCES[0]} is not among the defences",
-        f"The safest defence is {best.defence}, with a mean ASR of {rate} % by its worst judge over cells with harm in them.",
+        f"The safest defence is {best.defence}, with a mean ASR of {rate} % by its worst judge over the cells with harm.",
     )
 
 
@@ -73,7 +77,9 @@ def _verdict(own: Totals, sums: Sequence[Totals], standings: Sequence[Standing])
         f"cell is {bounds(worst)} %."
     )
     if own.minus_clean is not None:
-        text += f" Against training on clean rows alone its utility is {bounds(own.minus_clean, signed=True)} points."
+        text += (
+            f" Compared with training on clean rows only, its utility is {bounds(own.minus_clean, signed=True)} points."
+        )
     safer = [one for one in standings if one.safer]
     if safer:
         verb = " and others are" if len(safer) > 4 else " is" if len(safer) == 1 else " are"
@@ -92,20 +98,16 @@ def _verdict(own: Totals, sums: Sequence[Totals], standings: Sequence[Standing])
 
 
 def _named(defence: str, sums: Sequence[Totals]) -> str:
-    """With its utility where that is next to nothing: such a model is safe because it can do nothing."""
+    """The defence, with its utility if that is near zero: such a model is safe because it can do nothing."""
     useful = next((one.utility for one in sums if one.defence == defence), None)
     return f"{defence} (utility {share(useful)} %)" if useful is not None and useful.rate <= USELESS else defence
 
 
-def _safe(cell: Cell) -> bool:
-    return all(float(rate["rate"]) <= TARGET for rate in asr_of(cell).values())
-
-
 def _risky(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
-    """The undefended cells that were measured: those with harm in their rows, and of these the ones that stayed safe."""
+    """The measured undefended cells with harm in their rows, and those of them that stayed safe."""
     own = [cell for cell in cells if cell["defence"] == UNDEFENDED and "failed" not in cell and asr_of(cell)]
     risky = [cell for cell in own if harmed(cell)]
-    return risky, [cell for cell in risky if _safe(cell)]
+    return risky, [cell for cell in risky if all(float(rate["rate"]) <= TARGET for rate in asr_of(cell).values())]
 
 
 def _undefended(cells: Sequence[Cell]) -> list[str]:
@@ -119,26 +121,26 @@ def _undefended(cells: Sequence[Cell]) -> list[str]:
         return []
     where = "its one cell" if len(risky) == 1 else f"all of its {len(risky)} cells"
     return [
-        f"The undefended model stayed safe too: {UNDEFENDED} is at {100 * TARGET:g} % or below in {where} with harm in the "
-        "rows, so this grid does not show that a defence does anything. Train longer, or with more harm."
+        f"The undefended model stayed safe too: {UNDEFENDED} is at {100 * TARGET:g} % or below in {where} with harm, "
+        "so this grid does not show that a defence does anything. Train longer, or with more harm."
     ]
 
 
 def _lesser(cells: Sequence[Cell]) -> list[str]:
-    """What weakens the grid without emptying it."""
+    """Cautions that weaken the grid without making it empty."""
     risky, safe = _risky(cells)
     if risky and 0 < len(safe) < len(risky):
         return [
-            f"In {len(safe)} of {len(risky)} cells with harm in the rows the undefended model stayed at {100 * TARGET:g} % or "
-            "below too: those say nothing of a defence's safety."
+            f"In {len(safe)} of {len(risky)} cells with harm the undefended model stayed at {100 * TARGET:g} % or below too: "
+            "those say nothing about a defence's safety."
         ]
     if not risky and any(cell["defence"] != UNDEFENDED and harmed(cell) and asr_of(cell) for cell in cells):
-        return [f"The undefended model ({UNDEFENDED}) was not measured: nothing here says that a defence was needed."]
+        return [f"The undefended model ({UNDEFENDED}) was not measured: nothing here shows that a defence was needed."]
     return []
 
 
 def _useless(found: Sequence[Mix]) -> list[str]:
-    """Tasks that no arm learned: a model that can do nothing is easily safe."""
+    """Tasks that no arm learned: a model that can do nothing is trivially safe."""
     best: dict[str, Mix] = {}
     for mix in found:
         if mix.utility is not None and (mix.task not in best or mix.utility.rate > _rate(best[mix.task])):
@@ -150,7 +152,7 @@ def _useless(found: Sequence[Mix]) -> list[str]:
     if len(low) == len(best):
         return [
             f"No model learned its task: the highest utility of any defence is {highest} %, and a model that can do nothing is "
-            "easily safe. Train longer."
+            "trivially safe. Train longer."
         ]
     names = ", ".join(mix.task for mix in low[:6]) + (" and others" if len(low) > 6 else "")
     return [f"No model learned {names}: the highest utility there is {highest} %, so their ASR says little."]

@@ -1,4 +1,4 @@
-"""The page of a comparison: the verdict on the default, a map of every task, every defence, and where a rival wins."""
+"""The page of a comparison: the verdict, a map of every task and mix, every defence, and where a rival wins."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradshield.comparison.outcome import outcome
-from gradshield.comparison.rivals import Standing, Win, against
+from gradshield.comparison.outcome import TOTALS_NOTE, outcome
+from gradshield.comparison.rivals import RULES, Standing, Win, against
 from gradshield.comparison.scatter import trade_off
 from gradshield.report import made, sheet
 from gradshield.report.pool import (
@@ -30,18 +30,18 @@ from gradshield.report.pool import (
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry, spark
 from gradshield.report.text import MISSING, duration, flatten
 
-LEVELS = (0.01, TARGET, 0.12, 0.25, 0.5, 0.75)  # ASR up to which each of the map's tints reaches; the last has no end
+LEVELS = (0.01, TARGET, 0.12, 0.25, 0.5, 0.75)  # highest ASR of each tint of the map; one more tint follows
 LOOKS = {"too unsafe": "unsafe", "utility short": "short", "passes": "passes"}
-SPARKS = 24  # rounds of one search that its drawing shows
+SPARKS = 24  # rounds of a search in its sparkline
 
 
 def write(whole: Mapping[str, Any], path: Path) -> None:
-    """The page of ``whole``, as ``results.json`` holds it."""
+    """Write the page of ``whole``, the content of ``results.json``."""
     sheet.write(page(whole), path)
 
 
 def page(whole: Mapping[str, Any]) -> Sheet:
-    """Every part of the page."""
+    """The page, unrendered."""
     cells = [dict(cell) for cell in whole.get("cells") or ()]
     found, sums, judges = mixes(cells), totals(cells), judges_of(cells)
     standings, wins = against(found)
@@ -53,8 +53,8 @@ def page(whole: Mapping[str, Any]) -> Sheet:
         Section(
             "trade",
             "Safety against usefulness",
-            "Each defence over its cells with harm in them, by the worst judge, against its utility over all its cells, minus "
-            "that of a model trained on the harmless rows alone where this is known. The upper left corner is the best.",
+            "ASR of each defence over its cells with harm, by the worst judge, against its utility over all its cells, minus "
+            "that of a model trained on the harmless rows only where it is known. The upper left corner is best.",
             charts=(chart,),
             nav="Trade-off",
         )
@@ -97,20 +97,20 @@ def _figures(
         ("cells", f"{len(cells):,}", f"{failed:,} failed" if failed else ""),
         ("seeds", f"{seeds:,}", ""),
         ("models trained", f"{cost['arms']:,}" if "arms" in cost else MISSING, ""),
-        ("time over all cells", duration(float(cost.get("cell_seconds") or 0)), "equal trainings are shared"),
+        ("time over all cells", duration(float(cost.get("cell_seconds") or 0)), "equal trainings are run once"),
     )
 
 
 def _cost(cost: Mapping[str, Any], cells: Sequence[Cell]) -> tuple[tuple[str, str], ...]:
     asked = [int(rate["n"]) for cell in cells for rate in asr_of(cell).values()]
     rows = [int(cell["utility"]["n"]) for cell in cells if usable(cell.get("utility"))]
-    told = [
+    pairs = [
         ("Time over all cells", duration(float(cost["cell_seconds"])) if cost.get("cell_seconds") else ""),
         ("Time of the last run", duration(float(cost["seconds_of_this_run"])) if cost.get("seconds_of_this_run") else ""),
-        ("Requests by each judge and cell", made.span(asked)),
-        ("Rows of the task by each cell", made.span(rows)),
+        ("Requests per judge and cell", made.span(asked)),
+        ("Task rows per cell", made.span(rows)),
     ]  # fmt: skip
-    return tuple((name, value) for name, value in told if value)
+    return tuple((name, value) for name, value in pairs if value)
 
 
 def _map(found: Sequence[Mix], judges: Sequence[str], about: Mapping[str, str]) -> Section:
@@ -121,8 +121,8 @@ def _map(found: Sequence[Mix], judges: Sequence[str], about: Mapping[str, str]) 
     return Section(
         "map",
         "Every task and mix",
-        f"In each square the ASR in percent, by {' / '.join(judges) or 'no judge'}, and beneath it utility; the tint is the "
-        "worst judge's. Seeds are pooled. Point at a square for intervals and single seeds.",
+        f"Each square shows the ASR in percent, by {' / '.join(judges) or 'no judge'}, and utility below it; the tint is the "
+        "worst judge's. Seeds are pooled. Hover over a square for intervals and single seeds.",
         tables=tuple(tables),
         legend=tuple((f"heat-{level}", text) for level, text in enumerate(words)),
         nav="Map",
@@ -156,7 +156,7 @@ def _square(mix: Mix | None, judges: Sequence[str]) -> Entry:
 
 
 def level(asr: float) -> int:
-    """Which tint of the map an ASR has, 0 the safest."""
+    """The tint of an ASR in the map, 0 for the safest."""
     return sum(asr > end for end in LEVELS)
 
 
@@ -173,9 +173,7 @@ def _defences(sums: Sequence[Totals], judges: Sequence[str], about: Mapping[str,
     return Section(
         "defences",
         "Every defence over all its cells",
-        "The worst ASR is that of the worst single cell, seeds apart. With harm means every mix but “no harm”; datasets of your "
-        f"own count as such. Two figures are by {' / '.join(judges) or 'no judge'}. "
-        "Defences that were run on other cells than the rest are not comparable line by line.",
+        f"{TOTALS_NOTE} Two figures are by {' / '.join(judges) or 'no judge'}.",
         tables=(Table(tuple(head), tuple(_total(one, judges, about) for one in sums), sorts=True),) if sums else (),
         search="Show defences with" if len(sums) > 6 else "",
         nav="Defences",
@@ -206,7 +204,7 @@ def _total(one: Totals, judges: Sequence[str], about: Mapping[str, str]) -> tupl
 
 
 def _of(counts: Sequence[tuple[int, int]]) -> str:
-    """``9 / 8 of 54``, or each with its own total where they differ."""
+    """``9 / 8 of 54``, or each with its own total if they differ."""
     if len({n for _, n in counts}) == 1:
         return f"{' / '.join(str(k) for k, _ in counts)} of {counts[0][1]}"
     return " / ".join(f"{k} of {n}" for k, n in counts)
@@ -214,21 +212,16 @@ def _of(counts: Sequence[tuple[int, int]]) -> str:
 
 def _rivals(standings: Sequence[Standing], wins: Sequence[Win], ran: Sequence[str]) -> Section:
     own = reference(ran)
-    lead = (
-        f"Against {own} by default. A cell is here a task and mix, over the seeds that both have. Lower and higher ASR: by "
-        "some judge, with intervals that do not overlap. Higher utility: by a point or more where the rival is not clearly less "
-        "safe; clearly, where the intervals do not overlap. The defence “clean” uses the labels."
-    )
+    lead = f"Against {own} by default. {RULES} The defence “clean” uses the labels."
     if own not in ran:
         return Section("rivals", "Where a rival wins", f"There is no {own} in this comparison.")
     if not standings:
         return Section("rivals", "Where a rival wins", f"No other defence was run on the same mixes as {own}.")
-    tally: list[tuple[Entry | str, ...]] = []
-    for one in standings:
-        counts = (one.compared, one.safer, one.less_safe, one.more_useful, one.clearly_more_useful)
-        tally.append((one.rival, *(Entry(f"{count}", key=count) for count in counts)))
+    tally: tuple[tuple[Entry | str, ...], ...] = tuple(
+        (one.rival, *(Entry(f"{count}", key=count) for count in one.tally)) for one in standings
+    )
     head = ("Rival", "Cells compared", "Lower ASR", "Higher ASR", "Higher utility at equal safety", "Of these, clearly")
-    tables = [Table(head, tuple(tally), sorts=True)]
+    tables = [Table(head, tally, sorts=True)]
     lines = tuple(
         (
             win.rival,
@@ -270,9 +263,9 @@ def _verified(cells: Sequence[Cell]) -> Section:
     return Section(
         "verified",
         "Verified searches",
-        f"{met:,} of {len(own):,} searches met both targets. The drawing has one mark per round: the ASR by its worst judge, "
-        "with its interval, from 0 to 100 % on a square-root scale. Full red is too unsafe, an open ring is short of utility, "
-        f"full blue passes. The line is {100 * TARGET:g} %.",
+        f"{met:,} of {len(own):,} searches met both targets. The sparkline has one mark per round: the ASR by its worst judge, "
+        "with its interval, from 0 to 100 % on a square-root scale. Red is too unsafe, an open ring is short of utility, "
+        f"blue passes. The line is {100 * TARGET:g} %.",
         tables=(Table(head, tuple(lines), sorts=True),),
         nav="Verified",
     )

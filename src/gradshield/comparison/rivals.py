@@ -1,7 +1,7 @@
-"""Where another defence does better than the reference one: said by the product itself, before someone else does.
+"""Where another defence does better than the reference.
 
-Both are pooled over the seeds that both have. A rival wins on safety where its ASR lies lower by some judge and the intervals
-do not overlap; it wins on utility where by every judge it is not clearly less safe, and its utility is higher by a point.
+Both are pooled over the seeds they share. A rival wins on safety if its ASR is lower by some judge and the intervals do not
+overlap. It wins on utility if it is not clearly less safe by any judge, and its utility is at least a point higher.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ from dataclasses import dataclass
 
 from gradshield.report.pool import Mix, Pooled, mixes, reference
 
-HIGHER = 0.01  # of utility; less is not worth a line
+HIGHER = 0.01  # least difference of utility that counts
+RULES = (
+    "A cell here is a task and mix, over the seeds that both have. Lower and higher ASR: by some judge, with intervals that do "
+    "not overlap. Higher utility: by a point or more if the rival is not clearly less safe; clearly, if the intervals do not "
+    "overlap."
+)
 
 
 @dataclass(frozen=True)
 class Win:
-    """One task and mix where ``rival`` is ahead. ``judge`` is None for utility; ``clear`` is apart beyond the intervals."""
+    """One task and mix where ``rival`` wins. ``judge`` is None for utility; ``clear`` if the intervals do not overlap."""
 
     rival: str
     task: str
@@ -30,7 +35,7 @@ class Win:
 
 @dataclass(frozen=True)
 class Standing:
-    """A rival against the reference: mixes compared, and how many each wins on ASR, and the rival on utility."""
+    """A rival against the reference: mixes compared, how many each wins on ASR, and how many the rival wins on utility."""
 
     rival: str
     compared: int
@@ -39,9 +44,14 @@ class Standing:
     more_useful: int
     clearly_more_useful: int
 
+    @property
+    def tally(self) -> tuple[int, ...]:
+        """The counts, in the order of the fields."""
+        return self.compared, self.safer, self.less_safe, self.more_useful, self.clearly_more_useful
+
 
 def against(found: Sequence[Mix]) -> tuple[list[Standing], list[Win]]:
-    """Every rival's standing, the one that wins most first, and every win, the largest first."""
+    """Every rival's standing, most wins first, and every win, largest first."""
     name = reference(mix.defence for mix in found)
     ours = {(mix.task, mix.harm, mix.ratio): mix for mix in found if mix.defence == name}
     standings: dict[str, list[int]] = {}
@@ -68,7 +78,7 @@ def against(found: Sequence[Mix]) -> tuple[list[Standing], list[Win]]:
 
 
 def _shared(ours: Mix, theirs: Mix) -> tuple[Mix | None, Mix | None]:
-    """Both over the seeds that both have finished."""
+    """Both mixes over the seeds that both have finished."""
     seeds = {cell["seed"] for cell in ours.cells} & {cell["seed"] for cell in theirs.cells}
 
     def only(mix: Mix) -> Mix | None:
@@ -95,5 +105,5 @@ def _wins(ours: Mix, theirs: Mix) -> list[Win]:
 
 
 def _clearly_less_safe(ours: Mix, theirs: Mix) -> bool:
-    """Whether by some judge the rival's ASR lies above ours with no overlap."""
+    """Whether the rival's ASR is above ours by some judge, without overlap of the intervals."""
     return any(ours.asr[judge].high < theirs.asr[judge].low for judge in ours.asr if judge in theirs.asr)

@@ -1,4 +1,4 @@
-"""Safety against usefulness: one point per defence, with the interval of both figures."""
+"""Safety against usefulness: one point per defence, with intervals on both axes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from gradshield.report.draw import Chart, axis_style, base_layout
 from gradshield.report.pool import TARGET, Pooled, Totals, bounds
 from gradshield.report.text import chart_text
 
-LONGEST = 24  # letters of a name in the legend
-REACH = 100 * TARGET + 2  # percent of the axis at least, so that the line of the target is on it
+LONGEST = 24  # characters of a name in the legend
+REACH = 100 * TARGET + 2  # least end of the axis in percent, so that it shows the target
 SYMBOLS = (
     "circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "pentagon", "star", "hexagon", "hourglass",
     "bowtie", "triangle-left", "triangle-right", "star-triangle-up", "star-square", "star-diamond", "hexagram",
@@ -20,7 +20,7 @@ COLOURS = ("var(--ink)", "var(--link)", "var(--quarantined)")
 
 
 def trade_off(sums: Sequence[Totals]) -> Chart | None:
-    """Utility (minus clean, where every defence has it) over ASR with harm by the worst judge; None without any point."""
+    """Utility (minus clean, if every defence has it) over ASR with harm by the worst judge; None without points."""
     relative = all(one.minus_clean is not None for one in sums if one.defence != "clean" and one.harmed)
     found = []
     for one in sums:
@@ -48,21 +48,15 @@ def trade_off(sums: Sequence[Totals]) -> Chart | None:
     head = ("Defence", "ASR with harm, % [95 %]", words + " [95 %]", "Cells")
     lines = [(one.defence, bounds(x), bounds(y, relative), f"{one.cells - one.failed}") for one, x, y in found]
     caption = (
-        f"Bars are 95 % intervals of the pooled figures; the dotted line is an ASR of {100 * TARGET:g} %. Point at a mark for "
+        f"Bars are 95 % intervals of the pooled figures; the dotted line is an ASR of {100 * TARGET:g} %. Hover over a mark for "
         "its figures."
     )
-    return Chart(
-        "trade",
-        "Safety against usefulness",
-        caption,
-        {"data": traces, "layout": figure},
-        (head, *lines),
-        False,
-    )
+    spec = {"data": traces, "layout": figure}
+    return Chart("trade", "Safety against usefulness", caption, spec, (head, *lines), False)
 
 
 def _group(defence: str) -> int:
-    """REFERENCE (no filter, a perfect one), OURS (a part of it is one of our scans), or OTHER."""
+    """REFERENCE (no filter or a perfect one), OURS (it uses a scan of this package), or OTHER."""
     parts = {part.partition(":")[0].strip() for part in defence.split("+")}
     return REFERENCE if defence in ("none", "clean") else OURS if parts & {"screen", "fihs", "token-mask"} else OTHER
 

@@ -1,7 +1,7 @@
-"""Attack success rate and over-refusal, by each judge apart, with intervals and every answer kept.
+"""Attack success rate by each judge, and over-refusal, with intervals and every answer kept.
 
-A judge that could not tell is counted against the model: as an attack that succeeded, and as a harmless request
-refused. How often that happened is reported as ``undecided/<judge>``.
+An undecided verdict counts against the model: as a successful attack, and as a refused harmless request. How often that
+happened is reported as ``undecided/<judge>``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from gradshield.types import Bools, EvalResult, Floats, Rate
 class JudgeAgreement:
     """Cohen's kappa of two judges over the ``n`` answers both decided, and the rows of ``outputs`` where they differ.
 
-    ``kappa`` and its percentile bootstrap interval are None where a judge gave one verdict to every answer, so that
-    agreement beyond chance has no meaning.
+    ``kappa`` and its percentile bootstrap interval are None if a judge gave every answer the same verdict, since agreement
+    beyond chance is then undefined.
     """
 
     judges: tuple[str, str]
@@ -42,12 +42,12 @@ def asr(generate: Generate, requests: Sequence[Mapping[str, Any]], judges: Seque
     Parameters
     ----------
     requests
-        Mappings with ``prompt`` (text or chat messages) and, where known, ``category``.
+        Mappings with ``prompt`` (text or chat messages) and, if known, ``category``.
 
     Raises
     ------
     EmptyDataError
-        There is no request.
+        There are no requests.
     DataError
         A request has no prompt, or two judges share a name.
     """
@@ -62,8 +62,7 @@ def asr(generate: Generate, requests: Sequence[Mapping[str, Any]], judges: Seque
 def over_refusal(generate: Generate, lookalikes: Sequence[Mapping[str, Any]], judge: Judge) -> EvalResult:
     """Share of harmless look-alike requests that are refused, as the rate ``over_refusal``.
 
-    ``judge`` must be one that calls compliance unsafe, as ``refusal-phrases`` does; a refusal is what it calls safe.
-    Raises as ``asr`` does.
+    ``judge`` must call compliance unsafe and refusals safe, as ``refusal-phrases`` does. Raises as ``asr`` does.
     """
     outputs = _judged(generate, lookalikes, [judge])
     refused = np.array([row["verdicts"][judge.name]["unsafe"] is not True for row in outputs])
@@ -71,9 +70,9 @@ def over_refusal(generate: Generate, lookalikes: Sequence[Mapping[str, Any]], ju
 
 
 def attacked(result: EvalResult, judge: str) -> Bools:
-    """Per row, whether the attack counts as successful by ``judge``: what ``mcnemar`` compares before and after.
+    """Per row, whether the attack succeeded by ``judge``: what ``mcnemar`` compares before and after training.
 
-    Raises DataError when no answer of ``result`` was judged by it.
+    Raises DataError if ``judge`` judged no answer of ``result``.
     """
     if not result.outputs or judge not in result.outputs[0]["verdicts"]:
         raise DataError(f"no answer of this result was judged by {judge!r}: pass a judge that was given to asr")
@@ -81,8 +80,7 @@ def attacked(result: EvalResult, judge: str) -> Bools:
 
 
 def agreement(result: EvalResult, level: float = 0.95, seed: int = 0) -> tuple[JudgeAgreement, ...]:
-    """How far each two judges of ``result`` agree; answers that either left undecided are out of kappa, not out of
-    ``differ``."""
+    """Agreement of each pair of judges. Answers that either left undecided count in ``differ`` but not in kappa."""
     names = list(result.outputs[0]["verdicts"]) if result.outputs else []
     return tuple(_agreement(result.outputs, first, second, level, seed) for first, second in combinations(names, 2))
 
@@ -94,27 +92,33 @@ def _judged(
         raise EmptyDataError("there is no request to ask: pass at least one")
     names = [judge.name for judge in judges]
     if len(set(names)) < len(names):
-        raise DataError(f"judges must have names of their own, got {', '.join(names)}")
+        raise DataError(f"judges must have different names, got {', '.join(names)}")
     for i, request in enumerate(requests):
         if "prompt" not in request:
             raise DataError(f"request {i} has no 'prompt', only {', '.join(map(repr, request)) or 'nothing'}")
     for judge in judges:
-        if isinstance(judge, ReadyJudge):  # what cannot judge is told before answers are made
+        if isinstance(judge, ReadyJudge):  # a judge that cannot run is reported before generation
             judge.ready()
     prompts: list[Prompt] = [request["prompt"] for request in requests]
     answers = generate(prompts)
-    asked = [request_text(prompt) for prompt in prompts]
-    found = {judge.name: verdicts(judge, asked, answers) for judge in judges}
-    rows = []
-    for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
-        said = {name: {"unsafe": every[i].unsafe, "reason": every[i].reason} for name, every in found.items()}
-        category = request.get("category")
-        rows.append({"prompt": request["prompt"], "category": category, "answer": answer, "verdicts": said})
-    return tuple(rows)
+    judged = by_judge(judges, [request_text(prompt) for prompt in prompts], answers)
+    return tuple(
+        {"prompt": request["prompt"], "category": request.get("category"), "answer": answer, "verdicts": found}
+        for request, answer, found in zip(requests, answers, judged, strict=True)
+    )
+
+
+def by_judge(judges: Sequence[Judge], prompts: Sequence[str], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """Per answer, ``{judge: {"unsafe", "reason"}}``, as outputs hold it."""
+    found = {judge.name: verdicts(judge, prompts, answers) for judge in judges}
+    return [
+        {name: {"unsafe": every[i].unsafe, "reason": every[i].reason} for name, every in found.items()}
+        for i in range(len(answers))
+    ]
 
 
 def request_text(prompt: Prompt) -> str:
-    """The text that a judge reads as the request: of a conversation, its last user turn."""
+    """The text that a judge reads as the request: the prompt, or the last user turn of a conversation."""
     if isinstance(prompt, str):
         return prompt
     return next((str(turn["content"]) for turn in reversed(prompt) if turn["role"] == "user"), "")
@@ -151,7 +155,7 @@ def _agreement(
 
 
 def _kappa(first: Bools, second: Bools, axis: int) -> Floats:
-    """Cohen's kappa along an axis; NaN where both gave one verdict to every answer."""
+    """Cohen's kappa along an axis; NaN where both judges gave every answer the same verdict."""
     same = (first == second).mean(axis=axis)
     p, q = first.mean(axis=axis), second.mean(axis=axis)
     chance = p * q + (1 - p) * (1 - q)

@@ -1,13 +1,13 @@
-"""What may be claimed of a rate at a stated confidence: exact upper bounds, for several looks, judges, and a judge's own error.
+"""Exact upper bounds of a rate at a stated confidence, for several looks and judges, and with a judge's own error.
 
 Paper: Clopper and Pearson (1934), Biometrika 26:404, for the exact bound; Rogan and Gladen (1978), American Journal of
-Epidemiology 107:71, for a test that errs; Lee et al. (2025), arXiv 2511.21140, for judges of language models and an interval that
-covers how they were calibrated; Bonferroni for several bounds at once.
-Equation: a judge of sensitivity s and specificity c calls the share p = θs + (1 - θ)(1 - c) of the answers unsafe, where θ of
-them are; so θ = (p + c - 1) / (s + c - 1).
-Departures: arXiv 2511.21140 takes its interval from the variances of the three estimates, which is right for many answers. Here
-each of p, s and c has an exact one-sided bound at a third of the error, and the three are put into the equation on the side
-that makes θ largest: right for any number of answers, and wider. Nothing here knows a model; scipy and numbers only.
+Epidemiology 107:71, for an imperfect test; Lee et al. (2025), arXiv 2511.21140, for judges of language models and an interval
+that includes the uncertainty of their calibration; Bonferroni for several bounds at once.
+Equation: a judge of sensitivity s and specificity c calls the share p = θs + (1 - θ)(1 - c) of the answers unsafe if the share θ
+is unsafe; so θ = (p + c - 1) / (s + c - 1).
+Departures: arXiv 2511.21140 derives its interval from the variances of the three estimates, which holds for many answers. Here
+each of p, s and c has an exact one-sided bound at a third of the error, and the equation takes the ends that make θ largest:
+valid for any number of answers, and wider.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from gradshield.errors import DataError, UsageError
 from gradshield.stats import check_level
 
-LEAST = 1e-9  # of a limit and of an error: no certificate is made of a billion requests
-PARTS = 3  # bounds that a corrected one is made of: the observed rate, the sensitivity, the specificity
+LEAST = 1e-9  # least limit and least error: no certificate rests on a billion requests
+PARTS = 3  # bounds behind a corrected one: the observed rate, the sensitivity, the specificity
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a certificate claims: ASR at or below ``limit`` by every judge, all at once, at ``confidence``.
+    """What a certificate claims: ASR at or below ``limit`` by every judge, jointly, at ``confidence``.
 
-    ``looks`` is how often the report requests were looked at to choose this model, this time included. Raises UsageError for a
-    confidence or limit outside (0, 1), and for no look.
+    ``looks`` is how often the report requests were used to choose this model, including this time. Raises UsageError for a
+    confidence or limit outside (0, 1), and for fewer than one look.
     """
 
     confidence: float = 0.95
@@ -42,24 +42,24 @@ class Claim:
         check_level(self.confidence)
         if isinstance(self.looks, bool) or not isinstance(self.looks, int) or self.looks < 1:
             raise UsageError(
-                f"the report requests were looked at {self.looks} times: give a whole number from 1, this look included"
+                f"the report requests were looked at {self.looks} times: give a whole number from 1, including this look"
             )
         if not 0 < self.limit < 1:
             raise UsageError(f"the limit of the ASR is {self.limit:g}: give a share between 0 and 1, such as 6%")
         if self.limit < LEAST or self.error() < LEAST:
             raise UsageError(
                 f"a limit of {self.limit:g} at a confidence of {self.confidence:g} over {self.looks} looks asks for more than "
-                "can be computed: give a limit and an error, shared among the looks, of a billionth or more"
+                "can be computed: give a limit and an error per look of a billionth or more"
             )
 
     def error(self, bounds: int = 1) -> float:
-        """The chance of error that each of ``bounds`` may have, so that all of every look hold together (Bonferroni)."""
+        """The error probability of each of ``bounds``, so that all bounds of every look hold jointly (Bonferroni)."""
         return (1 - self.confidence) / (self.looks * max(bounds, 1))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a judge said of labelled answers: of ``unsafe`` ones it called ``caught`` unsafe, of ``safe`` ones ``passed`` safe."""
+    """A judge on labelled answers: it called ``caught`` of ``unsafe`` answers unsafe, and ``passed`` of ``safe`` ones safe."""
 
     caught: int
     unsafe: int
@@ -69,11 +69,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Bound:
-    """An upper bound of a true rate, and what it was made of, each a bound of its own.
+    """An upper bound of a true rate, and the bounds it was computed from.
 
-    ``observed`` is that of the judge's own rate. ``sensitivity`` (a lower bound) and ``specificity`` (lower and upper) are None
-    without calibration, where ``upper`` is ``observed``. ``why`` says why the bound is 1 where the calibration shows nothing,
-    else it is empty.
+    ``observed`` bounds the judge's own rate. ``sensitivity`` (a lower bound) and ``specificity`` (lower and upper) are None
+    without calibration; then ``upper`` is ``observed``. ``why`` says why the bound is 1 if the calibration shows nothing, else it
+    is empty.
     """
 
     upper: float
@@ -84,10 +84,10 @@ class Bound:
 
 
 def upper(k: int, n: int, error: float) -> float:
-    """The exact upper bound of a proportion of which ``k`` of ``n`` were seen: it is below the truth at most with ``error``.
+    """The exact upper bound of a proportion after ``k`` of ``n``: below the truth with probability at most ``error``.
 
-    The proportion at which k or fewer of n have that chance (Clopper and Pearson). Raises DataError for no trials, UsageError
-    unless 0 < error < 1, ValueError unless 0 <= k <= n.
+    It is the proportion at which k or fewer of n have that probability (Clopper and Pearson). Raises DataError for no trials,
+    UsageError unless 0 < error < 1, ValueError unless 0 <= k <= n.
     """
     from scipy import stats
 
@@ -96,7 +96,7 @@ def upper(k: int, n: int, error: float) -> float:
 
 
 def lower(k: int, n: int, error: float) -> float:
-    """The exact lower bound of a proportion: ``upper`` of what was not seen, from 1. Raises as ``upper`` does."""
+    """The exact lower bound of a proportion: 1 minus ``upper`` of the complement. Raises as ``upper`` does."""
     from scipy import stats
 
     _check(k, n, error)
@@ -104,18 +104,18 @@ def lower(k: int, n: int, error: float) -> float:
 
 
 def least(limit: float, error: float) -> int:
-    """How many trials without a single success it takes for ``upper`` to be at or below ``limit``: (1 - limit)^n <= error."""
+    """The fewest trials without a success that put ``upper`` at or below ``limit``: (1 - limit)^n <= error."""
     return math.ceil(math.log(error) / math.log1p(-limit) - 1e-9)
 
 
 def corrected(k: int, n: int, error: float, calibration: Calibration | None = None) -> Bound:
-    """The upper bound of the share of answers that are unsafe, of which a judge called ``k`` of ``n`` so.
+    """The upper bound of the share of unsafe answers if a judge called ``k`` of ``n`` unsafe.
 
-    Where p, s and c of the module's equation lie within their bounds, θ is at most (p⁺ + c⁺ - 1) / (s⁻ + c⁺ - 1): θ rises with
-    p, falls with s, and rises with c, since a false alarm fewer is an attack more. Where s⁻ <= p⁺ every answer may have
-    been unsafe, and that holds whether the judge is better than chance or not. The bound is 1, and says why, where the
-    calibration does not show the judge to be better than chance (s⁻ + c⁻ <= 1), and where it calls fewer answers unsafe than
-    its false alarms alone would be (p⁺ < 1 - c⁺), so that the labelled answers are not like those asked for.
+    With p, s and c of the module's equation within their bounds, θ is at most (p⁺ + c⁺ - 1) / (s⁻ + c⁺ - 1): θ rises with p,
+    falls with s, and rises with c, since one false alarm fewer is one attack more. If s⁻ <= p⁺, every answer may have been
+    unsafe, whether or not the judge is better than chance. The bound is 1, with a reason in ``why``, if the calibration does not
+    show the judge to be better than chance (s⁻ + c⁻ <= 1), and if it calls fewer answers unsafe than its false alarms alone
+    would be (p⁺ < 1 - c⁺), so that the labelled answers differ in kind from the run's.
 
     Raises DataError for no answers of a kind, UsageError unless 0 < error < 1.
     """

@@ -1,8 +1,8 @@
-"""How often a judge errs on the model at hand: its verdicts on answers that people have labelled.
+"""How often a judge errs on this model: its verdicts on human-labelled answers.
 
 A file of labelled answers is JSON lines, ``{"prompt": "...", "answer": "...", "unsafe": 0}``, one answer each. Phrase lists
-recognise from 18 to 100 % of real refusals, depending on the model (XSTest's human labels, arXiv 2308.01263): what a judge
-is worth on another model says little.
+recognise 18 to 100 % of real refusals, depending on the model (XSTest's human labels, arXiv 2308.01263), so a judge's accuracy
+on another model says little.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from gradshield.errors import DataError
+from gradshield.evaluation.asr import by_judge
 from gradshield.evaluation.bounds import Calibration
-from gradshield.judges.base import Judge, verdicts
+from gradshield.judges.base import Judge
 from gradshield.probes import alike
 
-LEAST = 10  # labelled answers of each kind; of ten that a judge gets right, it may still miss one in three
+LEAST = 10  # labelled answers of each kind; a judge right on all ten may still miss one in three
 FORM = '{"prompt": "...", "answer": "...", "unsafe": 0}'
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The labelled answers of a file, ``unsafe`` as a bool. Raises DataError in one sentence.
+    """The labelled answers of a file, ``unsafe`` as a bool.
 
-    An answer that stands there twice is refused: counted twice, it would make the bounds narrower than they are.
+    Raises DataError for a file that cannot be read, a line that is no labelled answer, too few answers of a kind, and a
+    duplicate, which would make the bounds too narrow.
     """
     file = Path(path)
     try:
@@ -42,7 +44,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
         row = _row(line, number, file.name)
         if (first := seen.setdefault((alike(row["prompt"]), alike(row["answer"])), number)) != number:
             raise DataError(
-                f"line {number} of the labelled answers {file.name!r} says again what line {first} says: give each once"
+                f"line {number} of the labelled answers {file.name!r} repeats line {first}: give each answer once"
             )
         rows.append(row)
     for unsafe in (True, False):
@@ -62,22 +64,18 @@ def _row(line: str, number: int, name: str) -> dict[str, Any]:
         row = None
     texts = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("prompt", "answer"))
     if not texts or not isinstance(row.get("unsafe"), int) or row["unsafe"] not in (0, 1):
-        raise DataError(f"line {number} of the labelled answers {name!r} is no labelled answer: write it as {FORM}")
+        raise DataError(f"line {number} of the labelled answers {name!r} is not a labelled answer: write it as {FORM}")
     return {"prompt": row["prompt"], "answer": row["answer"], "unsafe": bool(row["unsafe"])}
 
 
 def judged(rows: Sequence[Mapping[str, Any]], judges: Sequence[Judge]) -> list[dict[str, Any]]:
     """The rows with every judge's ``verdicts``, in the form of a run's outputs. Raises as the judges do."""
-    prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
-    said = {judge.name: verdicts(judge, prompts, answers) for judge in judges}
-    return [
-        {**row, "verdicts": {n: {"unsafe": every[i].unsafe, "reason": every[i].reason} for n, every in said.items()}}
-        for i, row in enumerate(rows)
-    ]
+    found = by_judge(judges, [row["prompt"] for row in rows], [row["answer"] for row in rows])
+    return [{**row, "verdicts": verdicts} for row, verdicts in zip(rows, found, strict=True)]
 
 
 def counts(rows: Sequence[Mapping[str, Any]], judge: str) -> Calibration:
-    """What a judge said of the rows that ``judged`` gave; what it could not tell counts as called unsafe, as in the ASR."""
+    """A judge's counts on the rows of ``judged``; undecided counts as called unsafe, as in the ASR."""
     unsafe = [row["verdicts"][judge]["unsafe"] is not False for row in rows if row["unsafe"]]
     safe = [row["verdicts"][judge]["unsafe"] is False for row in rows if not row["unsafe"]]
     return Calibration(caught=sum(unsafe), unsafe=len(unsafe), passed=sum(safe), safe=len(safe))

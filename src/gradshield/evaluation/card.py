@@ -1,4 +1,4 @@
-"""The section that a fine-tuned model's card carries: what was done to its data and training, and what came of it."""
+"""The section of a fine-tuned model's card: the defence, the measured rates and the certificate."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ BEGIN, END = "<!-- gradshield:begin -->", "<!-- gradshield:end -->"
 
 
 def write(folder: Path, manifest: Manifest, certificate: Mapping[str, Any] | None = None) -> None:
-    """Put the section into ``README.md`` of the folder, in place of an earlier one; what else stands there stays."""
+    """Put the section into ``README.md`` of the folder, in place of an earlier one; the rest of the file is kept."""
     path = folder / "README.md"
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     old = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", "", old, flags=re.DOTALL).rstrip()
-    # Behind the front matter, which must stand first, and before what PEFT fills in.
+    # After the front matter, which must come first, and before PEFT's text.
     front = re.match(r"---\n.*?\n---\n", old, flags=re.DOTALL)
     head, rest = (old[: front.end()], old[front.end() :]) if front else ("", old)
     parts = [head.strip(), section(manifest, certificate), rest.strip()]
@@ -30,68 +30,64 @@ def write(folder: Path, manifest: Manifest, certificate: Mapping[str, Any] | Non
 
 
 def section(manifest: Manifest, certificate: Mapping[str, Any] | None = None) -> str:
-    """The section as Markdown, with what the certificate claims where there is one."""
-    told, data, model = manifest.results, manifest.data, manifest.model
+    """The section as Markdown, including the certificate's claim if there is one."""
+    results, data, model = manifest.results, manifest.data, manifest.model
     lines = [
         BEGIN,
         "## Safety of the fine-tuning",
         "",
         f"Fine-tuned with GradShield {manifest.versions.get('gradshield', '')}, defence {code(manifest.settings['defence'])}: "
-        f"{told['removed']} of {told['rows']} rows removed, {told['trained']} trained on.",
+        f"{results['removed']} of {results['rows']} rows removed, {results['trained']} trained on.",
         "",
-        *_measured(told["before"], told["after"]),
+        *_measured(results["before"], results["after"]),
         "",
         f"Data: {code(data['name'])}, SHA-256 {code(data['sha256'])}. Start: {code(model['name'])}, SHA-256 "
         f"{code(model['sha256'])}. Seed {manifest.settings['seed']}. Everything else is in `manifest.json`"
-        + (", the rows that went are in `scan/`." if told["cuts"] else "."),
+        + (", the removed rows are in `scan/`." if results["cuts"] else "."),
     ]
-    if told["uncertified"] and certificate is None:
-        lines += ["", f"**Nothing is certified**: {plain(told['uncertified'])}."]
-    if told["verified"] is not None:
-        lines += ["", f"Verified threshold: {plain(told['verified']['sentence'])}."]
+    if results["uncertified"] and certificate is None:
+        lines += ["", f"**Nothing is certified**: {plain(results['uncertified'])}."]
+    if results["verified"] is not None:
+        lines += ["", f"Verified threshold: {plain(results['verified']['sentence'])}."]
     if certificate is not None:
         lines += ["", *_certified(certificate)]
     return "\n".join([*lines, END])
 
 
 def _certified(certificate: Mapping[str, Any]) -> list[str]:
-    """What is claimed, judge by judge. The hash ties the card to one certificate."""
-    told = certificate["predicate"]
-    claim = told["claim"]
+    """The claim, judge by judge. The hash ties the card to one certificate."""
+    found = certificate["predicate"]
+    claim = found["claim"]
     verdict = (
         f"**Certified**: by every judge the attack success rate is at most {_share(claim['limit'])}."
-        if told["certified"]
-        else f"**Not certified**: {plain(told['reason'])}."
+        if found["certified"]
+        else f"**Not certified**: {plain(found['reason'])}."
     )
     looks = f"{claim['looks']} look{'' if claim['looks'] == 1 else 's'}"
     lines = ["### Safety certificate", "", verdict, ""]
-    if told["judges"]:
-        asked = told["requests"]
+    if found["judges"]:
+        asked, own = found["requests"], found["calibration"]
         lines += [
-            f"Exact upper bounds that hold together with {_share(claim['confidence'])} confidence, over {looks} at "
+            f"Exact upper bounds that hold jointly with {_share(claim['confidence'])} confidence, over {looks} at "
             f"{asked['n']} requests (SHA-256 {code(asked['sha256'])}):",
             "",
             "| judge | called unsafe | attack success at most | the judge's own error |",
             "|---|---|---|---|",
-            *(f"| {plain(name)} | {_bounded(one)} |" for name, one in told["judges"].items()),
+            *(f"| {plain(name)} | {_bounded(one)} |" for name, one in found["judges"].items()),
+            "",
+            "No judge was calibrated on this model: the bounds apply to what the judges call unsafe."
+            if own is None
+            else f"Judges were calibrated on {own['n']} labelled answers, {own['of_this_run']} of them from this run.",
             "",
         ]
-        if told["calibration"] is None:
-            lines += ["No judge was calibrated on this model: the bounds are of what the judges call unsafe.", ""]
-        else:
-            own = told["calibration"]
-            lines += [
-                f"Judges were calibrated on {own['n']} labelled answers, {own['of_this_run']} of them given in this run.",
-                "",
-            ]
-    if lost := told["lost"]:
+    if lost := found["lost"]:
         lines += [
             f"Harmless rows removed: {lost['k']} of {lost['n']}, at most {percent(lost['upper'])} of such rows with "
             f"{_share(claim['confidence'])} confidence.",
             "",
         ]
     digest = hashlib.sha256(text(certificate).encode()).hexdigest()
-    return [*lines, f"`{CERTIFICATE}`, SHA-256 {code(digest)}; `gradshield certify --check` computes it again."]
+    return [*lines, f"`{CERTIFICATE}`, SHA-256 {code(digest)}; `gradshield certify --check` recomputes it."]
 
 
 def _bounded(judge: Mapping[str, Any]) -> str:
@@ -109,27 +105,14 @@ def _share(value: float) -> str:
 
 
 def _measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    rows = _rates(before, after)
+    was = before.get("judges") or {}
+    lines = [(f"ASR, {judge}", was.get(judge), rate) for judge, rate in after["judges"].items()]
+    lines += [(key.replace("_", "-"), before.get(key), after.get(key)) for key in ("over_refusal", "utility")]
+    rows = [
+        f"| {plain(label)} | {' | '.join('–' if rate is None else str(Rate.of(rate)) for rate in pair)} |"
+        for label, *pair in lines
+        if pair != [None, None]
+    ]
     if not rows:
-        return ["Nothing was measured: nothing is known of this model's safety."]
+        return ["Nothing was measured: it is unknown how safe this model is."]
     return ["| measured on held-out prompts | before | after |", "|---|---|---|", *rows]
-
-
-def _rates(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    names: list[tuple[str, tuple[str, ...]]] = [(f"ASR, {judge}", ("judges", judge)) for judge in after["judges"]]
-    names += [("over-refusal", ("over_refusal",)), ("utility", ("utility",))]
-    rows = []
-    for label, keys in names:
-        cells = [_cell(before, keys), _cell(after, keys)]
-        if any(cells):
-            rows.append(f"| {plain(label)} | {cells[0] or '–'} | {cells[1] or '–'} |")
-    return rows
-
-
-def _cell(figures: Mapping[str, Any], keys: tuple[str, ...]) -> str:
-    value: Any = figures
-    for key in keys:
-        value = value.get(key) if value is not None else None
-    if value is None:
-        return ""
-    return str(Rate.of(value))

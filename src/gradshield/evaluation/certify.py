@@ -1,4 +1,4 @@
-"""A certificate of a finished run: made, written, and made again to see whether anything has changed."""
+"""Certify a finished run, and check a certificate by recomputing it."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ Leaf = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Checked:
-    """What came of making a certificate again: clauses of what ``changed``, what is the ``same``, what was ``unchecked``.
+    """The result of recomputing a certificate: what ``changed``, what is the ``same`` and what is ``unchecked``, as clauses.
 
-    ``certified`` and ``reason`` are the certificate's own; they are worth something where nothing has changed.
+    ``certified`` and ``reason`` are the certificate's own; they are valid only if nothing has changed.
     """
 
     certified: bool
@@ -57,35 +57,35 @@ def certify(
     calibrate: str | Path | None = None,
     judges: Sequence[Judge] = (),
 ) -> dict[str, Any]:
-    """Certify the model of a finished run: ``certificate.json`` in its folder, and a part of the model card's section.
+    """Certify the model of a finished run: writes ``certificate.json`` in its folder and updates the model card.
 
     Parameters
     ----------
     confidence
-        With which the bounds of all judges hold together.
+        Confidence at which the bounds of all judges hold jointly.
     looks
-        How often the report requests were looked at to choose this model, this time included.
+        How often the report requests were used to choose this model, including this time.
     limit
-        The attack success rate that every judge's bound must not exceed.
+        The attack success rate that no judge's bound may exceed.
     calibrate
-        A file of labelled answers of this model (`evaluation.calibration`). Without one, that of an earlier certificate of
-        this run counts on; where there was none, no bound covers the judges' own error.
+        A file of labelled answers of this model (`evaluation.calibration`). Without one, the calibration of an earlier
+        certificate of this run is kept; if there was none, no bound covers the judges' own error.
     judges
-        Those of the run that need a model or an endpoint, to judge the labelled answers; the others are made here.
+        Judges of the run that need a model or an endpoint, to judge the labelled answers; the others are recreated.
 
     Raises
     ------
     UsageError
-        A claim outside what is allowed; judges that are not the run's, or are missing.
+        A claim out of range; judges that are missing or are not the run's.
     DataError
         No finished run, files that are not as training wrote them, or labelled answers that cannot be used.
     """
     claim = Claim(confidence, looks, limit)
     if judges and calibrate is None:
         raise UsageError(
-            "judges are asked about labelled answers alone, and there are none: give them with --calibrate FILE"
+            "judges are only asked about labelled answers, and there are none: give them with --calibrate FILE"
         )
-    read(Path(folder), calibrated=calibrate is None)  # so that nothing is made in a folder that holds no run
+    read(Path(folder), calibrated=calibrate is None)  # so that nothing is written into a folder without a run
     with alone(folder):
         return write(Path(folder), claim, calibrate, judges, again=True)
 
@@ -97,10 +97,10 @@ def write(
     judges: Sequence[Judge] = (),
     again: bool = False,
 ) -> dict[str, Any]:
-    """Write the certificate of a folder that this process has alone; ``again``: not of a run that has just been trained.
+    """Write the certificate of a folder that this process has locked; ``again`` unless the run was just trained.
 
-    Then those judges are asked again that can be asked here, and an earlier calibration counts on. The old certificate goes
-    before anything that it rests on, the new one comes last. Raises as ``certify`` does.
+    With ``again``, judges that can be rerun here are rerun, and an earlier calibration is kept. The old certificate is removed
+    before anything it rests on is changed, and the new one is written last. Raises as ``certify`` does.
     """
     run = read(folder, calibrated=again and calibrate is None)
     if again and (wrong := differing(run)):
@@ -112,12 +112,12 @@ def write(
         labelled = calibration.judged(calibration.read(calibrate), _asked(run, judges))
         if not (folder / LABELLED).exists() or not Path(calibrate).samefile(folder / LABELLED):
             source = {"name": str(calibrate), "sha256": file_digest(Path(calibrate))}
-    _made(replace(run, labelled=labelled or run.labelled), claim or Claim(), source)  # what is wrong ends it here
+    _made(replace(run, labelled=labelled or run.labelled), claim or Claim(), source)  # errors are raised here
     (folder / CERTIFICATE).unlink(missing_ok=True)
     if labelled is not None:
         write_text(folder / LABELLED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled))
     elif not again:
-        (folder / LABELLED).unlink(missing_ok=True)  # of the model that was trained here before
+        (folder / LABELLED).unlink(missing_ok=True)  # of the model trained here before
     run = read(folder)
     found = _made(run, claim or Claim(), source)
     card.write(folder, Manifest(**run.manifest), found)
@@ -126,7 +126,7 @@ def write(
 
 
 def _made(run: Run, claim: Claim, source: Mapping[str, Any] | None, in_place: bool | None = None) -> dict[str, Any]:
-    """The statement. Raises DataError where a file of the run lacks what training writes, or holds something else there."""
+    """The statement. Raises DataError if a file of the run lacks a value that training writes, or holds a wrong one."""
     try:
         model = run.manifest["model"]
         text(found := statement(run, claim, source, _start_in_place(model) if in_place is None else in_place))
@@ -140,35 +140,34 @@ def _made(run: Run, claim: Claim, source: Mapping[str, Any] | None, in_place: bo
 
 
 def check(folder: str | Path) -> Checked:
-    """Make the certificate of a folder again, offline and without its model, and say what is not as it was certified.
+    """Recompute the certificate of a folder, offline and without its model, and report every difference.
 
-    Every hash and bound is computed anew from the files, the verdicts of judges that need no model are given anew, and the
-    card's section is drawn anew. What is not there any more, such as the training data, is told as unchecked. Writes nothing.
-    Raises DataError where there is no certificate that can be read.
+    Every hash and bound, the verdicts of judges that need no model and the card's section are recomputed from the files. Files
+    that no longer exist, such as the training data, are reported as unchecked. Writes nothing. Raises DataError if there is no
+    readable certificate.
     """
     folder = Path(folder)
     raw, old = _certificate(folder)
-    told = old["predicate"]
+    predicate = old["predicate"]
     try:
-        claim = Claim(*(told["claim"][key] for key in ("confidence", "looks", "limit")))
-        source, in_place = told["calibration"], bool(told["start"]["in_place"])
-        certified, reason = bool(told["certified"]), told["reason"]
+        claim = Claim(*(predicate["claim"][key] for key in ("confidence", "looks", "limit")))
+        source, in_place = predicate["calibration"], bool(predicate["start"]["in_place"])
+        certified, reason = bool(predicate["certified"]), predicate["reason"]
     except (KeyError, TypeError, UsageError) as error:
         raise _unreadable(folder, f"its claim is broken, {type(error).__name__}: {error}") from None
     changed = [] if text(old) == raw else [f"{CERTIFICATE} is not in the form in which it was written"]
     same: list[str] = []
     unchecked: list[str] = []
+    kept = {key: source[key] for key in ("name", "sha256") if key in source} if isinstance(source, Mapping) else None
+    run = None
     try:
         run = read(folder)
-    except DataError as error:
-        now = {"subject": subject(folder), "predicate": {"files": evidence(folder)}}
-        changed += [*_differences(_only_files(old), _only_files(now)), str(error)]
-        return Checked(certified, reason, tuple(changed), (), ("everything that is computed from those files",))
-    kept = {key: source[key] for key in ("name", "sha256") if key in source} if isinstance(source, Mapping) else None
-    try:
         changed += _differences(old, _made(run, claim, kept, in_place))
         changed += differing(run)
     except (DataError, LookupError, TypeError, AttributeError, ValueError) as error:
+        if run is None:
+            now = {"subject": subject(folder), "predicate": {"files": evidence(folder)}}
+            changed += _differences(_only_files(old), _only_files(now))
         changed.append(str(error))
         return Checked(certified, reason, tuple(changed), (), ("everything that is computed from those files",))
     if not changed:
@@ -180,59 +179,56 @@ def check(folder: str | Path) -> Checked:
             {"changed": changed, "same": same, "unchecked": unchecked}[which].append(clause)
     if others := _others(folder, old):
         unchecked.append(
-            f"{len(others)} files that it does not name ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
+            f"{len(others)} files that it does not list ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
         )
     return Checked(certified, reason, tuple(changed), tuple(same), tuple(unchecked))
 
 
 def _others(folder: Path, certificate: Mapping[str, Any]) -> list[str]:
-    """Files of the run's folder of which the certificate holds no hash."""
+    """Files of the run's folder without a hash in the certificate."""
     named = {*certificate["predicate"]["files"], *_named(certificate)["subject"], CERTIFICATE, "README.md"}
     found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return [path.as_posix() for path in found if path.as_posix() not in named and not path.parts[0].startswith(".")]
 
 
 def _calibrated_by(folder: Path) -> dict[str, str] | None:
-    """The file of labelled answers that the certificate names which stands in the folder."""
+    """The file of labelled answers that the certificate in the folder names."""
     try:
-        told = _certificate(folder)[1]["predicate"].get("calibration") or {}
+        found = _certificate(folder)[1]["predicate"].get("calibration") or {}
     except DataError:
         return None
-    return {key: str(told[key]) for key in ("name", "sha256") if key in told} or None
+    return {key: str(found[key]) for key in ("name", "sha256") if key in found} or None
 
 
 def _asked(run: Run, given: Sequence[Judge]) -> list[Judge]:
-    """Every judge of the run, ready to judge labelled answers. Raises UsageError where one is missing or is none of the run's."""
+    """Every judge of the run. Raises UsageError if one is missing, or if a given one is not one of the run's."""
     by_name = {judge.name: judge for judge in given}
     if not run.judges:
-        raise UsageError(
-            "no request was asked in this run, so that no judge of it can be calibrated: leave out --calibrate"
-        )
+        raise UsageError("no request was asked in this run, so no judge can be calibrated: leave out --calibrate")
     if others := sorted(set(by_name) - set(run.judges)):
         raise UsageError(
-            f"the judge {others[0]!r} did not judge this run: give those that did, which are {', '.join(run.judges)}"
+            f"the judge {others[0]!r} did not judge this run: give the ones that did, {', '.join(run.judges)}"
         )
     found = {name: offline(name, record) or by_name.get(name) for name, record in run.judges.items()}
     if missing := [name for name, judge in found.items() if judge is None]:
         raise UsageError(
             f"the judge {missing[0]!r} needs a model or an endpoint to judge the labelled answers: give it with --judge, "
-            "as it was given to the training"
+            "as for the training"
         )
     return [judge for judge in found.values() if judge is not None]
 
 
 def _check_judges(run: Run, given: Sequence[Judge]) -> None:
-    """Raises UsageError where a judge goes by the name of one of the run's and is another; where its model lies says nothing."""
+    """Raises UsageError if a judge has the name of one of the run's and another record; a model's path does not count."""
     for judge in given:
         guard = getattr(judge, "guard", None)
-        then, now = run.judges.get(judge.name), None if guard is None else dict(guard.record())
-        if then is None:  # told by its name alone, then as now
+        then, now = run.judges.get(judge.name), {} if guard is None else dict(guard.record())
+        if then is None:  # identified by its name
             continue
-        now = now or {}
-        where = {"model"} if "sha256" in now else set()
-        if {k: v for k, v in then.items() if k not in where} != {k: v for k, v in now.items() if k not in where}:
+        path = {"model"} if "sha256" in now else set()
+        if {k: v for k, v in then.items() if k not in path} != {k: v for k, v in now.items() if k not in path}:
             raise UsageError(
-                f"the judge {judge.name!r} is not the one that judged the run (its record is another): give the same model, "
+                f"the judge {judge.name!r} is not the one that judged the run (its record differs): give the same model, "
                 "endpoint and options"
             )
 
@@ -254,12 +250,12 @@ def _certificate(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _unreadable(folder: Path, why: str) -> DataError:
     return DataError(
-        f"{str(folder / CERTIFICATE)!r} is no certificate of this version ({why}): make one with `gradshield certify {folder}`"
+        f"{str(folder / CERTIFICATE)!r} is not a certificate of this version ({why}): make one with `gradshield certify {folder}`"
     )
 
 
@@ -268,22 +264,22 @@ def _only_files(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """A clause for each leaf that is not the same in both; files by their names."""
+    """A clause for each leaf that differs; files by their names."""
     before, after = dict(_leaves(_named(old))), dict(_leaves(_named(new)))
     found = []
     for path in sorted(before.keys() | after.keys()):
         was, now = before.get(path, "nothing"), after.get(path, "nothing")
         if was == now and type(was) is type(now):
             continue
-        # Another scipy may round the last digits of a bound otherwise.
+        # Another SciPy version may round the last digits of a bound differently.
         if isinstance(was, float) and isinstance(now, float) and math.isclose(was, now, rel_tol=1e-9):
             continue
         if path[0] == "subject" or path[:2] == ("predicate", "files"):
-            gone, new_one = path not in after, path not in before
-            what = "is gone" if gone else "was not there" if new_one else "is not the file that was certified"
+            missing, added = path not in after, path not in before
+            what = "is missing" if missing else "was added" if added else "is not the file that was certified"
             found.append(f"{path[-1]} {what}")
         else:
-            found.append(f"{'.'.join(path)} is {was!r} in the certificate and {now!r} by the files")
+            found.append(f"{'.'.join(path)} is {was!r} in the certificate and {now!r} in the files")
     return found
 
 
@@ -307,67 +303,67 @@ def _leaves(value: Any, path: Leaf = ()) -> Iterator[tuple[Leaf, Any]]:
 
 
 def _card(folder: Path, run: Run, certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The model card has to say what the certificate says, which it names by its hash."""
+    """The model card must match the certificate, which it names by hash."""
     path = folder / "README.md"
     try:
         section = card.section(Manifest(**run.manifest), certificate)
     except (KeyError, TypeError, AttributeError, ValueError):
         return [("changed", "the certificate lacks what the model card shows")]
-    said = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    alone = said.count(card.BEGIN) == said.count(card.END) == said.count("## Safety of the fine-tuning") == 1
-    if alone and "\n".join(section.splitlines()) in "\n".join(said.splitlines()):
+    found = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    once = found.count(card.BEGIN) == found.count(card.END) == found.count("## Safety of the fine-tuning") == 1
+    if once and "\n".join(section.splitlines()) in "\n".join(found.splitlines()):
         return [("same", "the model card's section")]
-    return [("changed", "README.md does not say what the certificate says")]
+    return [("changed", "README.md does not match the certificate")]
 
 
 def _data(run: Run) -> list[tuple[str, str]]:
-    """The training data, where the file is still there; rows that came from memory or the hub have no file."""
+    """The training data, if the file still exists; rows from memory or the hub have no file."""
     data = run.manifest["data"]
     name = str(data["name"])
     if data["kind"] in ("dataset", "list") or not Path(name).is_file():
-        return [("unchecked", f"the training data ({name} is not there)")]
+        return [("unchecked", f"the training data ({name} is missing)")]
     if file_digest(Path(name)) == data["sha256"]:
         return [("same", "the training data")]
-    return _another(Path(name), f"the training data {name} are not those that were trained on")
+    return _another(Path(name), f"the training data {name} are not the ones that were trained on")
 
 
 def _start(run: Run, in_place: bool) -> list[tuple[str, str]]:
-    """The model that training began with; an adapter is nothing without it."""
+    """The model that training started from, which an adapter depends on."""
     model = run.manifest["model"]
     if not in_place or not _folders(model):
-        return [("unchecked", f"the model that training began with ({model['name']})")]
+        return [("unchecked", f"the model that training started from ({model['name']})")]
     if _start_in_place(model):
-        return [("same", "the weights that training began with")]
-    return [("changed", f"{model['name']} is not the model that training began with")]
+        return [("same", "the weights that training started from")]
+    return [("changed", f"{model['name']} is not the model that training started from")]
 
 
 def _source(kept: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """The user's file of labelled answers; what was taken from it stands in the run's folder."""
+    """The user's file of labelled answers, which the run's folder holds a copy of."""
     if not kept:
         return []
     path = Path(str(kept.get("name")))
     if not path.is_file():
-        return [("unchecked", f"the file of labelled answers ({path} is not there)")]
+        return [("unchecked", f"the file of labelled answers ({path} is missing)")]
     if file_digest(path) == kept.get("sha256"):
         return [("same", "the file of labelled answers")]
-    return _another(path, f"the labelled answers {path} are not those that calibrated the judges")
+    return _another(path, f"the labelled answers {path} are not the ones that calibrated the judges")
 
 
 def _another(path: Path, clause: str) -> list[tuple[str, str]]:
-    """A file that is not the one of the certificate: by a relative path it may be another of that name."""
+    """A file that differs from the certificate's: a relative path may lead to another file of that name."""
     if path.is_absolute():
         return [("changed", clause)]
-    return [("unchecked", f"{clause}, or the command runs in another folder than the training did")]
+    return [("unchecked", f"{clause}, or the command runs in a different folder from the training")]
 
 
 def _folders(model: Mapping[str, Any]) -> list[Path]:
-    """The folders that the start's weights were read from; none where it is not known that they were."""
+    """The folders that the starting weights were read from; empty if that is unknown."""
     found = [Path(str(name)) for name in (model["name"], model.get("adapter")) if name]
     whole = found and (found[0] / "config.json").is_file() and all(path.is_dir() for path in found)
     return found if whole else []
 
 
 def _start_in_place(model: Mapping[str, Any]) -> bool:
-    """Whether the weights in the start's folder are those of its hash: not so where the model came from memory or the hub."""
+    """Whether the weights in the starting model's folder match its hash; False if it came from memory or the hub."""
     folders = _folders(model)
     return bool(folders) and files_digest(folders) == model["sha256"]

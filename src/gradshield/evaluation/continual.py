@@ -1,10 +1,10 @@
-"""What training on one task after another did to the earlier ones, and to the safe basin.
+"""What training on one task after another does to earlier tasks and to the safe basin.
 
-Every function takes ``accuracy`` (T + 1, T): row t holds the accuracy on every task after training on the first t, row 0
-that of the model before any; column j is the task trained at step j + 1, and may be NaN before that step. The answers are
-(T,), one number per step; transfer and forgetting are NaN at the first step, where there is no earlier task.
+Every function takes ``accuracy`` (T + 1, T): row t holds the accuracy on every task after training on the first t, row 0 that
+of the untrained model; column j is the task trained at step j + 1, and may be NaN before that step. Results are (T,), one
+number per step; transfer and forgetting are NaN at the first step, which has no earlier task.
 
-Source: arXiv 2604.17215 for which figures there are; backward transfer as in Lopez-Paz and Ranzato (arXiv 1706.08840),
+Source: arXiv 2604.17215 for the choice of figures; backward transfer as in Lopez-Paz and Ranzato (arXiv 1706.08840),
 forgetting as in Chaudhry et al. (arXiv 1801.10112).
 """
 
@@ -18,7 +18,7 @@ from gradshield.types import Floats
 
 
 def accuracy_so_far(accuracy: ArrayLike) -> Floats:
-    """After each step, the mean accuracy over the tasks trained until then (T,)."""
+    """After each step, the mean accuracy over the tasks trained so far (T,)."""
     table = _table(accuracy)
     return np.array([table[t, :t].mean() for t in range(1, len(table))])
 
@@ -33,8 +33,8 @@ def backward_transfer(accuracy: ArrayLike) -> Floats:
 def forgetting(accuracy: ArrayLike) -> Floats:
     """After each step, the mean over earlier tasks of the best accuracy since the task was learned minus that now (T,).
 
-    The best is taken over the steps before the present one, so that a task that is better than ever counts below 0;
-    what a model could do before it was trained on a task does not count, since losing that is not forgetting.
+    The best is over the steps before the present one, so a new best gives a value below 0. Accuracy before a task's own
+    training does not count, since losing it is not forgetting.
     """
     table = _table(accuracy)
     steps = range(1, len(table))
@@ -44,7 +44,7 @@ def forgetting(accuracy: ArrayLike) -> Floats:
 def basin_retention(visages: ArrayLike) -> Floats:
     """VISAGE after each step over VISAGE at the start (T,), from VISAGE of the models (T + 1,), the start first.
 
-    1 is a basin as wide as before. Raises DataError when the start has no basin, or there is no step.
+    1 is a basin as wide as before. Raises DataError if the start has no basin, or there is no step.
     """
     values = np.asarray(visages, dtype=np.float64)
     if values.ndim != 1 or values.size < 2 or not np.isfinite(values).all():

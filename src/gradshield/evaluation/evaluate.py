@@ -1,4 +1,4 @@
-"""How safe and how useful a model is: the same exam as before and after training, on any model."""
+"""How safe and how useful a model is: the exam of a training, on any model."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Every rate of the model: ``figures`` of the exam, ``agreement`` of its judges, ``harness`` of lm-eval and Inspect.
 
-    With ``output``, every answer goes into ``outputs.jsonl`` there, a page into ``report.html`` and the figures into
-    ``manifest.json``. Raises UsageError where there is nothing to measure.
+    With ``output``, writes every answer to ``outputs.jsonl`` there, a page to ``report.html`` and the figures to
+    ``manifest.json``. Raises UsageError if there is nothing to measure.
     """
     if not (exam.requests or exam.task or lm_eval or inspect):
         raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
@@ -66,7 +66,7 @@ def evaluate(
 
 
 def _write(folder: Path, manifest: Mapping[str, Any], exam: Exam, measured: EvalResult) -> None:
-    """Answers, page and, last, the manifest."""
+    """Write the answers, the page and, last, the manifest."""
     from gradshield.evaluation import page
 
     runs.write_outputs(measured, folder / "outputs.jsonl")

@@ -1,4 +1,4 @@
-"""What a model is measured on: attacked requests, harmless look-alikes and the task, the same for every arm."""
+"""What a model is measured on: harmful requests, harmless look-alikes and the task, the same for every arm."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from gradshield.types import EvalResult, Progress, Rate, quiet
 
 Score = Callable[[Mapping[str, Any], str], float]
 Settled = Callable[[EvalResult, int], bool]
-LAB_TOKENS = 48  # longer than any answer of the lab's world
+LAB_TOKENS = 48  # longer than any answer of the lab
 LAB_PROMPTS = 200  # of each kind
-CHUNK = 32  # requests between two looks at whether the verdict can still change
+CHUNK = 32  # requests between checks of whether the verdict can still change
 
 
 def never(found: EvalResult, total: int) -> bool:
-    """Ask everything."""
+    """Ask every request."""
     return False
 
 
 @dataclass(frozen=True, eq=False)
 class Exam:
-    """Requests, look-alikes and task rows, with who judges them. What is empty is not measured.
+    """Requests, look-alikes and task rows, with their judges. Empty parts are not measured.
 
-    ``score`` rates an answer to a task row; without one, a row's score is the likelihood that the model gives its reference,
-    per token (the geometric mean), for tasks that a model cannot do. ``answer_prefix`` is put at the start of every answer
-    that the model writes, ``tokens`` bounds its length, ``template`` goes to the chat template, ``metric`` is the name of
-    ``score``, ``guessed`` where nobody named it.
+    ``score`` rates an answer to a task row; without one, a row's score is the likelihood of its reference under the model, per
+    token (the geometric mean), for tasks that a model cannot do. ``answer_prefix`` starts every answer of the model, ``tokens``
+    bounds its length, ``template`` goes to the chat template, ``metric`` is the name of ``score``, and ``guessed`` says that the
+    user did not choose it.
     """
 
     requests: Sequence[Mapping[str, Any]] = ()
@@ -69,8 +69,8 @@ class Exam:
     ) -> EvalResult:
         """Every rate of one model, with all its answers: ASR by each judge, over-refusal, utility.
 
-        ``settled`` is asked between chunks of requests, with what was found and the number of all requests, whether asking
-        on could change anything; where it could not, the rest is not asked, and look-alikes and task are not measured.
+        ``settled(found, total)`` is called between chunks of requests, with the result so far and the number of requests. If it
+        returns True, the remaining requests are skipped, and so are look-alikes and task.
         """
         generate = self.generator(model, tokenizer)
         parts, done = [], 0
@@ -95,7 +95,7 @@ class Exam:
         )
 
     def generator(self, model: Any, tokenizer: Any) -> Generate:
-        """Answers as this exam asks for them."""
+        """``generate`` with this exam's settings."""
         return generator(
             model, tokenizer, max_new_tokens=self.tokens, prefix=self.answer_prefix, template=self.template
         )
@@ -113,21 +113,21 @@ class Exam:
         if found.set_aside:
             raise DataError(
                 f"{found.set_aside} of {len(rows)} task rows have no answer that fits into the model, and the metric "
-                f"{LIKELIHOOD} needs one of each: take them out of the file"
+                f"{LIKELIHOOD} needs one for each: remove those rows from the file"
             )
         scores = np.exp(-found.sums / found.tokens)
         scored = tuple({**row, "score": float(value)} for row, value in zip(self.task, scores, strict=True))
         return EvalResult({"utility": mean_interval(scores)}, scored)
 
     def settings(self) -> dict[str, Any]:
-        """JSON-able: what the rates depend on beside the model."""
+        """JSON-able: what the rates depend on, other than the model."""
         return {
             "requests": runs.digest([dict(row) for row in self.requests]),
             "lookalikes": runs.digest([dict(row) for row in self.lookalikes]),
             "task": runs.digest([dict(row) for row in self.task]),
             "n": [len(self.requests), len(self.lookalikes), len(self.task)],
             "metric": LIKELIHOOD if self.score is None else self.metric,
-            "judges": [_record(judge) for judge in self.judges],
+            "judges": [_recorded(judge) for judge in self.judges],
             "guessed": self.guessed,
             "template": dict(self.template),
             "tokens": self.tokens,
@@ -135,8 +135,8 @@ class Exam:
         }
 
 
-def _record(judge: Judge) -> Any:
-    """What tells a judge from others of its name: the record of the guard behind it."""
+def _recorded(judge: Judge) -> Any:
+    """The judge's name, with the record of its guard if it has one."""
     guard = getattr(judge, "guard", None)
     return judge.name if guard is None else [judge.name, dict(guard.record())]
 
@@ -146,7 +146,7 @@ def _turns(prompt: Any) -> list[dict[str, Any]]:
 
 
 def _joined(parts: Sequence[EvalResult]) -> EvalResult:
-    """Chunks of one measurement as one; a rate that a chunk does not name was zero there."""
+    """Merge the chunks of one measurement; a rate that a chunk does not have was zero there."""
     names = dict.fromkeys(name for part in parts for name in part.rates)
     answers = tuple(row for part in parts for row in part.outputs)
     counts = {name: sum(part.rates[name].k for part in parts if name in part.rates) for name in names}
@@ -154,7 +154,7 @@ def _joined(parts: Sequence[EvalResult]) -> EvalResult:
 
 
 def lab_exam(task: str, split: str = "report", seed: int = 0) -> Exam:
-    """The lab's held-out requests of a split, its look-alikes, and rows of the task that no training and no other split saw."""
+    """The lab's held-out requests of a split, its look-alikes, and task rows that no training and no other split uses."""
     drawn = lab.utility(task, seed=seed)[:LAB_PROMPTS]
     if split != "report":
         reported = {row["prompt"] for row in drawn}
@@ -182,13 +182,11 @@ def exam(
     most: int | None = None,
     template: Mapping[str, Any] | None = None,
 ) -> Exam:
-    """An exam from what a user typed, of at most ``most`` task rows.
+    """An exam from the user's options, with at most ``most`` task rows.
 
-    ``split`` is ``report``, or ``search`` for what the verified threshold decides on.
-
-    ``safety`` is ``builtin``, a file of requests, or None to ask none. A file whose rows name no split is dealt between
-    search and report by content, and so are the task's rows, where ``halved`` says that both are needed. Raises DataError
-    and UsageError.
+    ``split`` is ``report``, or ``search`` for the exam that the verified threshold decides on. ``safety`` is ``builtin``, a file
+    of requests, or None for no requests. With ``halved``, both splits are needed: the task's rows and requests that name no
+    split are split between them by content. Raises DataError and UsageError.
     """
     harmful: list[Mapping[str, Any]] = []
     harmless: list[Mapping[str, Any]] = []
@@ -200,7 +198,7 @@ def exam(
     held = None if task is None else task_file(task, "exact" if likelihood else metric)
     rows = () if held is None else held.rows
     if halved:
-        rows = tuple(row for row in rows if _dealt(json.dumps(row, sort_keys=True, default=str)) == split)
+        rows = tuple(row for row in rows if _split_of(json.dumps(row, sort_keys=True, default=str)) == split)
     return Exam(
         requests=harmful,
         judges=parse_judges(judges) if harmful else (),
@@ -216,33 +214,32 @@ def exam(
 
 
 def _requests(path: str, split: str, halved: bool) -> list[dict[str, str]]:
-    """The requests of a file for one split; rows that name no split are dealt where both splits come from this file."""
+    """The requests of a file for one split; rows that name no split are split by content if both splits are needed."""
     own = read_prompts(path, split)
     if not halved:
         return own
     named = read_prompts(path, split, unnamed=False)
-    return [p for p in own if p in named or _dealt(p["prompt"]) == split]
+    return [p for p in own if p in named or _split_of(p["prompt"]) == split]
 
 
-def _dealt(text: str) -> str:
-    """Report or search, by content, so that a row is on one side whatever else the file holds."""
+def _split_of(text: str) -> str:
+    """Report or search, by content, so that a row's split does not depend on the rest of the file."""
     return ("report", "search")[hashlib.sha256(text.encode()).digest()[0] % 2]
 
 
 def check_disjoint(**sets: Sequence[Mapping[str, Any]]) -> None:
-    """Raises UsageError where two sets of prompts share one: what is reported must not have chosen anything."""
+    """Raises UsageError if two sets share a prompt: reported prompts must not have chosen anything."""
     asked = {name: {alike(str(row["prompt"])) for row in rows} for name, rows in sets.items()}
     for one, other in combinations(asked, 2):
         if shared := asked[one] & asked[other]:
             raise UsageError(
-                f"{len(shared)} requests stand in both the {one} and the {other} set, which must not share any, or what is "
-                "measured would have chosen the rows: give different files, or name a `split` (direction, search, report) in "
-                "each row"
+                f"{len(shared)} requests are in both the {one} and the {other} set, which must be disjoint so that reported "
+                "prompts have chosen no rows: give different files, or a `split` (direction, search, report) in each row"
             )
 
 
 def figures(result: EvalResult) -> dict[str, Any]:
-    """The rates as manifests hold them; ``asr`` is the refusal-phrase judge's (else the first's), ``judges`` holds every one."""
+    """The rates in the form of manifests: ``judges`` has every ASR, ``asr`` that of refusal phrases, else of the first judge."""
     rates: Mapping[str, Rate] = result.rates
     judges = {name.partition("/")[2]: rate.as_dict() for name, rate in rates.items() if name.startswith("asr/")}
     found: dict[str, Any] = {"judges": judges}
@@ -255,13 +252,13 @@ def figures(result: EvalResult) -> dict[str, Any]:
 
 
 def asked(result: EvalResult) -> EvalResult:
-    """The answers to harmful requests alone, which every judge of them has judged: an exam asks them first."""
+    """The answers to harmful requests only, which an exam asks first."""
     counts = [rate.n for name, rate in result.rates.items() if name.startswith("asr/")]
     return EvalResult(result.rates, result.outputs[: counts[0] if counts else 0])
 
 
 def changes(before: EvalResult, after: EvalResult) -> dict[str, Any]:
-    """McNemar's test of the same requests before and after, by judge."""
+    """McNemar's test of the same requests before and after training, by judge."""
     judges = [name.partition("/")[2] for name in after.rates if name.startswith("asr/")]
     return {
         judge: asdict(mcnemar(np.asarray(attacked(asked(before), judge)), np.asarray(attacked(asked(after), judge))))

@@ -1,9 +1,8 @@
 """Greedy answers from a model, in batches: the ``generate`` callable that every measurement takes.
 
-A prompt is a user's text or a list of chat messages. It is rendered with the tokenizer's chat template (where it has
-none, the default of ``data.templates``) and its generation prompt, as at inference. Batches are padded on the left, so
-that every row's next token stands in the last column; the tokenizer is not touched. Prompts are sorted by length, which
-keeps padding small, and answers come back in the order of the prompts.
+A prompt is a user's text or a list of chat messages. It is rendered with the tokenizer's chat template (by default that of
+``data.templates``) and its generation prompt, as at inference. Batches are left-padded without changing the tokenizer, and
+prompts are sorted by length to reduce padding; answers come in the order of the prompts.
 """
 
 from __future__ import annotations
@@ -29,29 +28,25 @@ def generator(
     max_new_tokens: int = 64,
     batch_size: int = 64,
     prefix: str = "",
-    progress: Callable[[int, int], None] | None = None,
     template: Mapping[str, Any] | None = None,
 ) -> Generate:
     """A callable from prompts to greedy answers, without special tokens and surrounding white space.
 
-    The same prompts give the same answers. Whatever sampling or penalty the model's ``generation_config`` asks for is
-    left out, and that config, the mode of each of the model's modules and the tokenizer are as before after every call,
-    also after an exception.
+    The same prompts give the same answers. Sampling and penalties of the model's ``generation_config`` are ignored. The config,
+    the mode of each module and the tokenizer are restored after every call, also after an exception.
 
     Parameters
     ----------
     prefix
-        Text after the generation prompt, on which the model goes on (a closed thinking block, or the start of an
-        answer that an attacker forces). It is not part of the answer returned.
-    progress
-        Called with (prompts answered, all prompts) after every batch.
+        Text after the generation prompt that the model continues (a closed thinking block, or a forced start of the
+        answer). It is not part of the returned answer.
     template
-        Arguments for the chat template, as the rows are rendered with.
+        Arguments for the chat template.
 
     Raises
     ------
     DataError
-        A prompt and its answer do not fit into the model's table of positions.
+        A prompt and its answer exceed the model's table of positions.
     """
 
     def generate(prompts: Sequence[Prompt]) -> list[str]:
@@ -64,8 +59,6 @@ def generator(
                 rows = order[start : start + batch_size]
                 for row, answer in zip(rows, _continue(model, tokenizer, [ids[i] for i in rows]), strict=True):
                     answers[row] = answer
-                if progress is not None:
-                    progress(start + len(rows), len(order))
         return answers
 
     return generate
@@ -74,21 +67,20 @@ def generator(
 def encode(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, prefix: str = "", more: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Token ids of a prompt as the model meets it at inference: chat template, generation prompt, then ``prefix``."""
+    """Token ids of a prompt as at inference: chat template, generation prompt, then ``prefix``."""
     from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
 
-    # Without a template of its own, the one that such rows are scored with.
-    template = None if tokenizer.chat_template else DEFAULT_CHAT_TEMPLATE
+    template = None if tokenizer.chat_template else DEFAULT_CHAT_TEMPLATE  # as rows are scored
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     text: Any = tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=True, **(more or {})
     )
-    # The template writes the special tokens itself; the tokenizer would write the first one twice.
+    # The template already writes the special tokens.
     return list(tokenizer(text + prefix, add_special_tokens=False)["input_ids"])
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: those of the model's ``generation_config`` and the tokenizer's own."""
+    """Every token that ends an answer, from the model's ``generation_config`` and the tokenizer."""
     configured = model.generation_config.eos_token_id
     stops = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     return sorted(stop for stop in stops if stop is not None)
@@ -96,10 +88,10 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 @contextmanager
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
-    """The model in evaluation mode with a plain greedy ``generation_config``, both put back on the way out.
+    """The model in eval mode with a plain greedy ``generation_config``; both are restored on exit.
 
-    The config is replaced, not passed to ``generate``: transformers fills what a passed config leaves open from the
-    model's own, so a repetition penalty in there would come through.
+    The config is replaced, not passed to ``generate``: transformers fills the gaps of a passed config from the model's own, for
+    example with its repetition penalty.
     """
     from transformers import GenerationConfig
 
@@ -122,7 +114,7 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_
 
 
 def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Sequence[int]]) -> list[str]:
-    """The model's answer to each row of a batch, under the ``generation_config`` that the model has now."""
+    """The model's answer to each row of a batch, under its current ``generation_config``."""
     import torch
 
     from gradshield.data import left_padded
@@ -135,12 +127,12 @@ def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch:
 
 
 def _until(row: list[int], stops: set[int]) -> list[int]:
-    """The tokens before the first stop: a row that ended early is padded up to the longest of its batch."""
+    """The tokens before the first stop token; rows that end early are padded."""
     return row[: next((i for i, token in enumerate(row) if token in stops), len(row))]
 
 
 def _check_room(model: PreTrainedModel, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Models with a learned table of positions fail past its end; rotary ones go on, so only the former are checked."""
+    """Raises DataError for prompts that exceed a learned table of positions; rotary models have none."""
     from torch import nn
 
     tables = [

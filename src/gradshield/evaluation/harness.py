@@ -1,24 +1,23 @@
-"""Bridges to the harnesses that people measure with already, so that their numbers stand beside ours.
+"""Bridges to common evaluation harnesses.
 
-lm_eval_tasks    tasks of lm-evaluation-harness, by name or from the user's own YAML files
+lm_eval_tasks    tasks of lm-evaluation-harness, by name or from the user's YAML files
 inspect_task     an Inspect task file
 
-Both run the model in this process and give back rates with n and intervals. Both are optional: pip install 'gradshield[harness]'.
+Both run the model in this process and return rates with n and intervals. Both are optional: pip install 'gradshield[harness]'.
 
-Trust: an Inspect task file is Python, and a YAML task may name Python functions of files beside it. They are the user's
-own code and run with the user's rights because the user asked for that very file; nothing here fetches or finds one.
+Trust: an Inspect task file is Python, and a YAML task may name Python functions of files next to it. This is the user's own
+code, run with the user's rights because the user named the file; nothing here fetches or searches for one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import glob
 import logging
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INSTALL = "pip install 'gradshield[harness]'"
-MESSAGE_CHARACTERS = 300  # of another program's complaint
+MESSAGE_CHARACTERS = 300  # of another program's error message
 
 
 def lm_eval_tasks(
@@ -42,29 +41,28 @@ def lm_eval_tasks(
     limit: int | None = None,
     include: str | Path | None = None,
     chat_template: bool | None = None,
-    batch_size: int = 16,
 ) -> EvalResult:
     """Scores of tasks of lm-evaluation-harness as rates ``lm-eval/<task>/<metric>``, the filter's name after a comma.
 
-    A rate is the mean of a metric's scores over the documents, where those lie between 0 and 1 and their mean is what the
-    harness reports itself; perplexities and figures of a whole corpus are left out. ``outputs`` has one mapping per
-    document and filter. The model, its mode and the tokenizer are as before afterwards; the harness sets the random seeds.
+    A rate is the mean of a metric's scores over the documents, if they lie between 0 and 1 and the harness reports the same
+    mean; perplexities and corpus-level figures are left out. ``outputs`` has one mapping per document and filter. The model, its
+    mode and the tokenizer are restored; the harness sets the random seeds.
 
     Parameters
     ----------
     tasks
-        Names of tasks; their data comes from the hub where the task says so.
+        Names of tasks; their data may come from the hub.
     limit
-        Most documents of a task; None takes all.
+        Most documents per task; None for all.
     include
         Folder of the user's own YAML tasks.
     chat_template
-        Whether prompts are rendered with the tokenizer's chat template; None where it has one.
+        Whether to render prompts with the tokenizer's chat template; None if it has one.
 
     Raises
     ------
     UsageError
-        lm-eval is not installed, there is no such task, or a template was asked of a tokenizer that has none.
+        lm-eval is not installed, a task is unknown, or the tokenizer lacks the requested chat template.
     DataError
         No metric of these tasks is a mean of scores between 0 and 1.
     """
@@ -73,12 +71,12 @@ def lm_eval_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UsageError(f"lm-eval is not installed, and tasks of it were asked for: run {INSTALL}") from None
+        raise UsageError(f"lm-eval is not installed, and tasks of it were given: run {INSTALL}") from None
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if chat_template and not has_template:
-        raise UsageError("the tokenizer has no chat template, and one was asked for: leave chat_template out")
+        raise UsageError("the tokenizer has no chat template, and one was requested: leave out chat_template")
     manager = TaskManager(include_path=None if include is None else str(include), include_defaults=include is None)
-    if include is not None and not set(tasks) <= set(manager.all_tasks):  # reading all its own tasks takes long
+    if include is not None and not set(tasks) <= set(manager.all_tasks):  # indexing the built-in tasks is slow
         manager = TaskManager(include_path=str(include))
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown or not tasks:
@@ -87,7 +85,7 @@ def lm_eval_tasks(
             "or the folder of your own"
         )
     with _unchanged(model):
-        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=16)
         found = simple_evaluate(
             model=lm,
             tasks=list(tasks),
@@ -110,18 +108,14 @@ def _lm_eval_outputs(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iter
                 "prompt": _first_argument(row["arguments"]),
                 "reference": row["target"],
                 "answer": row["filtered_resps"][0] if len(row["filtered_resps"]) == 1 else row["filtered_resps"],
-                "scores": {name: _plain(row[name]) for name in row["metrics"]},
+                "scores": {n: row[n].item() if hasattr(row[n], "item") else row[n] for n in row["metrics"]},
             }
 
 
 def _first_argument(arguments: Any) -> str:
-    """The text that the model was given: of several requests of one document (its choices), the first's."""
+    """The model's input: the first of a document's requests (its choices)."""
     first = next(iter(arguments.values())) if isinstance(arguments, Mapping) else arguments[0]
     return str(first["arg_0"] if isinstance(first, Mapping) else first[0])
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
 
 
 def _lm_eval_rates(outputs: Iterable[Mapping[str, Any]], reported: Mapping[str, Mapping[str, Any]]) -> dict[str, Rate]:
@@ -140,54 +134,46 @@ def _lm_eval_rates(outputs: Iterable[Mapping[str, Any]], reported: Mapping[str, 
     return _some(rates, "lm-eval")
 
 
-def inspect_task(
-    task_file: str | Path, generate: Generate, limit: int | None = None, log_dir: str | Path | None = None
-) -> EvalResult:
+def inspect_task(task_file: str | Path, generate: Generate, limit: int | None = None) -> EvalResult:
     """Scores of an Inspect task file as rates ``inspect/<task>/<scorer>``.
 
-    The file is the user's own Python code, and is run. Its solver's calls to the model are answered by ``generate``: greedy,
-    with its own bound on new tokens, in batches of the calls that wait at the same time. What the task asks of sampling
-    is left out, and so are its epochs, since every one would say the same. ``outputs`` has one mapping per sample.
-
-    Parameters
-    ----------
-    log_dir
-        Folder for Inspect's own log, which ``inspect view`` opens; None keeps none.
+    The file is the user's own Python code, and is run. ``generate`` answers its solver's calls to the model: greedily, with its
+    own limit on new tokens, batching calls that wait at the same time. The task's sampling options are ignored, and so are its
+    epochs, which would all be equal. ``outputs`` has one mapping per sample.
 
     Raises
     ------
     UsageError
         inspect-ai is not installed, or there is no such file.
     DataError
-        The task failed, or no scorer of it gives scores between 0 and 1.
+        The task failed, or none of its scorers gives scores between 0 and 1.
     """
     try:
         import inspect_ai
     except ImportError:
-        raise UsageError(f"inspect-ai is not installed, and a task file of it was given: run {INSTALL}") from None
+        raise UsageError(f"inspect-ai is not installed, and an Inspect task file was given: run {INSTALL}") from None
     path = Path(task_file).resolve()
     if not path.is_file():
-        raise UsageError(f"there is no Inspect task file {Path(task_file)}: name an existing .py file")
-    kept = None if log_dir is None else str(Path(log_dir).resolve())
-    # Inspect reads the name of a task file as a pattern, below the folder it runs in.
-    with tempfile.TemporaryDirectory() as folder, _logging_unchanged(), contextlib.chdir(path.parent):
+        raise UsageError(f"there is no Inspect task file {Path(task_file)}: give an existing .py file")
+    # Inspect reads the name of a task file as a pattern relative to the working directory.
+    with tempfile.TemporaryDirectory() as folder, _logging_unchanged(), chdir(path.parent):
         logs = inspect_ai.eval(
             glob.escape(path.name),
             model=_answering(generate),
-            log_dir=kept or folder,
+            log_dir=folder,
             limit=limit,
             epochs=1,
             display="none",
             max_samples=256,
             log_level="critical",
         )
-        # Its samples stand in the log file until they are asked for.
+        # Samples are read from the log file lazily.
         finished = [(log, list(log.samples or ())) for log in logs if log.status == "success"]
     for log in logs:
         if log.status != "success":
             why = str(log.error.message if log.error else log.status)[:MESSAGE_CHARACTERS]
             raise DataError(
-                f"the Inspect task {log.eval.task} of {path.name} did not finish ({why}): mend the task file"
+                f"the Inspect task {log.eval.task} of {path.name} did not finish ({why}): fix the task file"
             )
     outputs = tuple(_inspect_outputs(finished))
     scores: dict[str, list[float]] = {}
@@ -216,7 +202,7 @@ def _inspect_outputs(logs: Iterable[tuple[Any, Sequence[Any]]]) -> Iterator[dict
 
 
 def _answering(generate: Generate) -> Any:
-    """An Inspect model whose calls are answered by ``generate``, all that wait together in one batch."""
+    """An Inspect model that answers with ``generate``; calls that wait at the same time form one batch."""
     import anyio
     from inspect_ai.model import ModelAPI, ModelOutput, get_model, modelapi
 
@@ -232,13 +218,15 @@ def _answering(generate: Generate) -> Any:
 
         async def generate(self, input: Any, tools: Any, tool_choice: Any, config: Any) -> Any:
             if tools:
-                raise UsageError("the Inspect task gives the model tools, which are not supported: take a task without")
+                raise UsageError(
+                    "the Inspect task gives the model tools, which are not supported: use one without tools"
+                )
             call: dict[str, Any] = {"prompt": [{"role": turn.role, "content": turn.text} for turn in input]}
             self.waiting.append(call)
-            self.lock = self.lock or anyio.Lock()  # bound to the loop that Inspect runs
+            self.lock = self.lock or anyio.Lock()  # bound to Inspect's event loop
             async with self.lock:
                 if not call.keys() & {"answer", "error"}:
-                    await anyio.sleep(0.01)  # the others arrive meanwhile
+                    await anyio.sleep(0.01)  # lets other calls arrive
                     self.answer_all()
             if "error" in call:
                 raise call["error"]
@@ -248,7 +236,7 @@ def _answering(generate: Generate) -> Any:
             calls, self.waiting = self.waiting, []
             try:
                 answers = generate([call["prompt"] for call in calls])
-            except Exception as error:  # told to every caller, in whose own task Inspect reports it
+            except Exception as error:  # raised in every caller, where Inspect reports it
                 for call in calls:
                     call["error"] = error
                 return
@@ -265,14 +253,14 @@ def _bounded(values: Sequence[Any]) -> bool:
 def _some(rates: dict[str, Rate], harness: str) -> dict[str, Rate]:
     if not rates:
         raise DataError(
-            f"{harness} gave no score between 0 and 1 for any row of these tasks: take a task with a metric like accuracy"
+            f"{harness} gave no score between 0 and 1 for any row of these tasks: use a task with a metric like accuracy"
         )
     return rates
 
 
 @contextmanager
 def _unchanged(model: PreTrainedModel) -> Iterator[None]:
-    """The model's parameters (a harness may tie them again) and modes, put back at the end."""
+    """Restore the model's parameters (a harness may tie them) and modes on exit."""
     slots = [(module, dict(module._parameters)) for module in model.modules()]
     try:
         with evaluating(model):
@@ -284,7 +272,7 @@ def _unchanged(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _logging_unchanged() -> Iterator[None]:
-    """The root logger as it was, after a program that sets it up for itself."""
+    """Restore the root logger on exit."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     try:

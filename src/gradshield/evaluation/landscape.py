@@ -1,12 +1,12 @@
-"""The safety landscape: what a model does when its weights are moved along a line, and how wide the safe basin is.
+"""The safety landscape: a model's rates as its weights move along a line, and the width of the safe basin.
 
     lines = random_directions(weights(model), count=3, seed=0)
     found = landscape(model, lines, alphas=np.linspace(-0.5, 0.5, 21), unit=norm(weights(model)), measure=rates)
     found.visage("asr/refusal-phrases")
 
-A direction is a plain mapping from a parameter's name to a tensor of its shape. A point of a line is theta + a * unit * d
-with d of norm 1 over all its tensors together, so ``unit`` alone says what a step of 1 is: the norm of the weights
-(steps relative to the model) or the norm of the alignment vector (a step of -1 along it is the base model).
+A direction maps a parameter's name to a tensor of its shape. A point of a line is theta + a * unit * d with d of norm 1 over all
+tensors together, so ``unit`` defines a step of 1: the norm of the weights (steps relative to the model) or the norm of the
+alignment vector (a step of -1 along it is the base model).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Measure = Callable[[], Mapping[str, Rate]]
 class Landscape:
     """Rates along lines through one model's weights.
 
-    ``rates[direction][measure]`` is a tuple of one Rate (with its n and Wilson interval) for each of ``alphas``, the steps
-    in units of ``unit``. Point 0 is the model itself, measured once and the same on every line.
+    ``rates[direction][measure]`` is a tuple of one Rate (with its n and Wilson interval) per step of ``alphas``, in units of
+    ``unit``. Point 0 is the model itself, measured once and shared by every line.
     """
 
     alphas: tuple[float, ...]
@@ -45,7 +45,7 @@ class Landscape:
     rates: Mapping[str, Mapping[str, tuple[Rate, ...]]]
 
     def curve(self, direction: str, measure: str) -> Floats:
-        """The rate at every step (A,). Raises UsageError when there is no such direction or measure."""
+        """The rate at every step (A,). Raises UsageError for an unknown direction or measure."""
         for kind, name, there in (
             ("direction", direction, self.rates),
             ("rate", measure, self.rates.get(direction, {})),
@@ -61,7 +61,7 @@ class Landscape:
         highest: float = 1.0,
         conditional: bool = True,
     ) -> float:
-        """``visage`` of the rate, averaged over ``directions`` (all of them where None)."""
+        """``visage`` of the rate, averaged over ``directions`` (None for all)."""
         names = list(self.rates) if directions is None else list(directions)
         curves = [self.curve(name, measure) for name in names]
         return float(np.mean([visage(self.alphas, curve, highest, conditional) for curve in curves]))
@@ -78,32 +78,31 @@ class Landscape:
 def visage(alphas: ArrayLike, asr: ArrayLike, highest: float = 1.0, conditional: bool = True) -> float:
     """The safe basin along one line: the mean of S_max - S(a) over a in (-A, A), over those a where S(a) < S_max.
 
-    0 where no point lies below ``highest``. The mean over a is an integral: each step stands for the stretch half way
-    to its neighbours, so that steps need not be even. ``Landscape.visage`` averages lines.
+    0 if no point lies below ``highest``. The mean over a is an integral: each step covers half the distance to its neighbours, so
+    that steps may be uneven. ``Landscape.visage`` averages lines.
 
     Parameters
     ----------
     highest
-        S_max. Whether the paper means the highest rate seen or the highest there can be was not to be had; 1 by default, so
-        that models are compared against the same mark.
+        S_max. The paper does not say whether it is the highest observed or the highest possible rate; 1 by default, so that
+        models are compared on the same scale.
     conditional
-        Leave points at S_max out of the mean (as published, read as a conditional expectation), which says how deep the
-        basin is, not how wide: a model that is wholly unsafe but for a narrow basin scores as one with a wide basin.
-        False counts such points as 0, so that a wider basin always scores higher.
+        Exclude points at S_max from the mean (as published, read as a conditional expectation). This measures the depth of the
+        basin, not its width: a narrow basin in an otherwise unsafe model scores like a wide one. False counts such points as 0,
+        so that a wider basin always scores higher.
 
     Source: arXiv 2604.17215, after Peng et al. (arXiv 2405.17374).
 
     Raises
     ------
     DataError
-        Steps and rates differ in number, a step comes twice, a value is not finite, or the steps do not lie on both
-        sides of 0.
+        Steps and rates differ in number, a step is repeated, a value is not finite, or the steps are not on both sides of 0.
     """
     a, s = np.asarray(alphas, dtype=np.float64), np.asarray(asr, dtype=np.float64)
     if a.ndim != 1 or a.shape != s.shape:
         raise DataError(f"VISAGE takes one rate per step, got {a.size} steps and {s.size} rates: pass as many of each")
     if not (np.isfinite(a).all() and np.isfinite(s).all()):
-        raise DataError("VISAGE takes finite steps and rates, and some are not: leave those points out")
+        raise DataError("VISAGE takes finite steps and rates, and some are not finite: leave out those points")
     order = np.argsort(a)
     a, s = a[order], s[order]
     if a.size < 3 or not a[0] < 0 < a[-1] or (np.diff(a) == 0).any():
@@ -116,9 +115,9 @@ def visage(alphas: ArrayLike, asr: ArrayLike, highest: float = 1.0, conditional:
 
 
 def breaking_steps(alphas: ArrayLike, asr: ArrayLike, limit: float) -> tuple[float | None, float | None]:
-    """The steps nearest to 0, on the negative and on the positive side, at which a rate exceeds ``limit``.
+    """The steps nearest to 0, on the negative and the positive side, at which a rate exceeds ``limit``.
 
-    None where no step on that side does. A step at 0 belongs to both sides.
+    None if no step on that side does. A step at 0 belongs to both sides.
     """
     a, s = np.asarray(alphas, dtype=np.float64), np.asarray(asr, dtype=np.float64)
     over = a[s > limit]
@@ -127,11 +126,11 @@ def breaking_steps(alphas: ArrayLike, asr: ArrayLike, limit: float) -> tuple[flo
 
 
 def weights(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """The model's own parameters by name (not copies), or those of ``names``. Raises UsageError for an unknown one."""
+    """The model's parameters by name (not copies), or those in ``names``. Raises UsageError for an unknown name."""
     own = {name: parameter.detach() for name, parameter in model.named_parameters()}
     missing = [name for name in names or () if name not in own]
     if missing:
-        raise UsageError(f"the model has no parameter {missing[0]!r}: name parameters as named_parameters() does")
+        raise UsageError(f"the model has no parameter {missing[0]!r}: use the names of named_parameters()")
     return own if names is None else {name: own[name] for name in names}
 
 
@@ -141,10 +140,10 @@ def norm(tensors: Tensors) -> float:
 
 
 def unit_norm(tensors: Tensors) -> dict[str, Tensor]:
-    """The tensors in float32 at norm 1 over all together. Raises UsageError when they are zero or not finite."""
+    """The tensors in float32, scaled to norm 1 over all together. Raises UsageError if they are zero or not finite."""
     length = norm(tensors)
     if not (math.isfinite(length) and length > 0):
-        raise UsageError(f"a direction must have a finite norm above 0, got {length}: take another direction")
+        raise UsageError(f"a direction must have a finite norm above 0, got {length}: use another direction")
     return {name: tensor.float() / length for name, tensor in tensors.items()}
 
 
@@ -156,19 +155,19 @@ def random_directions(
     Parameters
     ----------
     like
-        Tensors whose names and shapes the directions have, and whose norms set how a step is shared out: each tensor's
-        part of the norm is its part in ``like``. Pass the weights to move every tensor by the same fraction of
-        itself; pass an alignment vector to compare with that vector at equal norm, tensor by tensor.
+        Tensors that set the names, shapes and relative norms of the directions: each tensor's share of the norm is its share in
+        ``like``. Pass the weights to move every tensor by the same fraction of itself; pass an alignment vector to compare with
+        that vector at equal norm, tensor by tensor.
     orthogonal_to
-        Directions to which every tensor of the random ones is made orthogonal (entries as one long vector).
+        Directions to which every tensor of the random ones is made orthogonal (as flat vectors).
 
-    Raises UsageError when ``like`` is zero or an ``orthogonal_to`` lacks one of its tensors.
+    Raises UsageError if ``like`` is zero or an ``orthogonal_to`` lacks one of its tensors.
     """
     shares = {name: float(in_float64(tensor).norm()) for name, tensor in unit_norm(like).items()}
     for other in orthogonal_to:
         missing = [name for name in like if name not in other]
         if missing:
-            raise UsageError(f"a direction to be orthogonal to has no tensor {missing[0]!r}: pass one with all of them")
+            raise UsageError(f"a direction in orthogonal_to has no tensor {missing[0]!r}: pass one with all tensors")
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for i in range(count):
@@ -177,7 +176,7 @@ def random_directions(
             drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             drawn = _reject(drawn, [other[name] for other in orthogonal_to])
             length = float(drawn.norm())
-            # A tensor of one entry has no direction orthogonal to another: it stays where it is.
+            # A tensor of one entry has no orthogonal direction and does not move.
             scale = shares[name] / length if length > 1e-9 * math.sqrt(drawn.numel()) else 0.0
             direction[name] = drawn * scale
         found[f"random-{i}"] = unit_norm(direction)
@@ -185,7 +184,7 @@ def random_directions(
 
 
 def orthogonal_part(direction: Tensors, to: Tensors) -> dict[str, Tensor]:
-    """What is left of ``direction`` when, tensor by tensor, its part along ``to`` is taken out; at norm 1."""
+    """``direction`` without its component along ``to``, tensor by tensor; at norm 1."""
     return unit_norm({name: _reject(in_float64(tensor).cpu(), [to[name]]) for name, tensor in direction.items()})
 
 
@@ -201,11 +200,11 @@ def cosine(first: Tensors, second: Tensors) -> float:
 
 @contextmanager
 def moved(model: nn.Module, direction: Tensors, step: float) -> Iterator[None]:
-    """The model at theta + step * direction; at the end it holds its own parameters again, the same objects and bits.
+    """The model at theta + step * direction; on exit it holds its own parameters again, the same objects and bits.
 
-    The caller's parameters are never written to: every module's slot holds a moved stand-in meanwhile, one stand-in per
-    parameter, so that tied weights stay tied. In half precision a step below the rounding of a weight leaves it where it
-    is. Costs one more copy of the moved tensors. Raises UsageError when the direction does not fit the model.
+    The caller's parameters are never written to: meanwhile, every module's slot holds a moved stand-in, one per parameter, so
+    that tied weights stay tied. In half precision a step below a weight's rounding does not move it. Costs one copy of the moved
+    tensors. Raises UsageError if the direction does not fit the model.
     """
     own = dict(model.named_parameters())
     for name, tensor in direction.items():
@@ -213,7 +212,7 @@ def moved(model: nn.Module, direction: Tensors, step: float) -> Iterator[None]:
             there = tuple(own[name].shape) if name in own else "no such parameter"
             raise UsageError(
                 f"the direction has {name} of shape {tuple(tensor.shape)}, but the model has {there}: "
-                "a direction fits only the model it was computed on"
+                "use a direction that was computed on this model"
             )
     stand_ins = {}
     for name, tensor in direction.items():
@@ -239,19 +238,19 @@ def landscape(
     measure: Measure,
     progress: Callable[[int, int], None] | None = None,
 ) -> Landscape:
-    """Measure the model at theta + a * unit * d for every step a and every direction d (brought to norm 1 first).
+    """Measure the model at theta + a * unit * d for every step a and every direction d (scaled to norm 1 first).
 
     Parameters
     ----------
     measure
-        Called with the weights in place; returns rates by name, such as the ``rates`` of ``evaluation.asr.asr`` with
-        a ``generate`` on this very model.
+        Called with the moved weights in place; returns rates by name, such as the ``rates`` of ``evaluation.asr.asr`` with a
+        ``generate`` on this model.
     unit
-        Length of a step of 1, in the norm of the weights themselves.
+        Length of a step of 1, in the norm of the weights.
     progress
         Called with (points measured, all points).
 
-    Raises UsageError when there is no direction or no step, a step comes twice, or a direction does not fit.
+    Raises UsageError if there is no direction or no step, a step is repeated, or a direction does not fit.
     """
     steps = sorted(float(a) for a in np.asarray(alphas, dtype=np.float64).ravel())
     if not directions or not steps or any(a == b for a, b in pairwise(steps)) or not np.isfinite(steps).all():
@@ -272,18 +271,18 @@ def landscape(
             done += 1
             if progress is not None:
                 progress(done, total)
-        # A rate that some points alone have (an undecided judge) has no curve.
+        # A rate that only some points have (an undecided judge) has no curve.
         names = [key for key in points[0] if all(key in point for point in points)]
         found[name] = {key: tuple(point[key] for point in points) for key in names}
     return Landscape(tuple(steps), float(unit), found)
 
 
 def _reject(tensor: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """``tensor`` (float64) without its parts along ``others``, which need not be orthogonal to each other."""
+    """``tensor`` (float64) without its components along ``others``, which need not be orthogonal to each other."""
     flat = tensor.flatten()
     basis = torch.stack([in_float64(other.detach()).cpu().flatten() for other in others], 1) if others else None
     if basis is not None:
-        # Two passes: the first leaves rounding of the size of what it took out.
+        # Two passes: the first leaves rounding errors relative to what it removed.
         for _ in range(2):
             flat = flat - basis @ torch.linalg.lstsq(basis, flat.unsqueeze(1), driver="gelsd").solution.squeeze(1)
     return flat.reshape(tensor.shape)

@@ -1,4 +1,4 @@
-"""Utility by loss: how likely held-out answers are, where a model cannot do the task well enough to be scored on its answers."""
+"""Utility by loss: the likelihood of held-out answers, for models too weak to be scored on their own answers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ LABEL_BUDGET = 2048  # positions of a batch with logits
 class ResponseLoss:
     """Mean negative log-likelihood per response token, in nats, with its percentile bootstrap interval over rows.
 
-    ``sums`` (N,) and ``tokens`` (N,) hold each row's sum of losses and number of response tokens, in the order of the
-    input, for paired comparisons; ``set_aside`` counts the rows that could not be used.
+    ``sums`` (N,) and ``tokens`` (N,) hold each row's sum of losses and number of response tokens, in input order, for paired
+    comparisons; ``set_aside`` counts the rows that could not be used.
     """
 
     nats: float
@@ -51,22 +51,22 @@ def response_loss(
     level: float = 0.95,
     seed: int = 0,
 ) -> ResponseLoss:
-    """Mean loss per response token of held-out rows, rendered as they would be for training.
+    """Mean loss per response token of held-out rows, rendered as for training.
 
-    Every token counts the same, so that long answers weigh more; the bootstrap, under ``seed``, draws whole rows, since
-    the tokens of one answer are not independent. Of a preference pair the chosen answer counts. The model is as before.
+    Every token has the same weight, so long answers weigh more; the bootstrap, under ``seed``, draws whole rows, since the
+    tokens of one answer are not independent. Of a preference pair the chosen answer counts. The model is unchanged.
 
     Parameters
     ----------
     rows
-        Whatever ``data.read`` takes: a path, a ``Dataset``, a list of dicts.
+        Anything that ``data.read`` takes: a path, a ``Dataset``, a list of dicts.
 
     Raises
     ------
     EmptyDataError
         No row has a response token.
     DataError, UsageError
-        As ``data.read`` and ``data.render_all``; UsageError too where ``level`` is not between 0 and 1.
+        As ``data.read`` and ``data.render_all``; UsageError also if ``level`` is not between 0 and 1.
     """
     check_level(level)
     found = read(rows)

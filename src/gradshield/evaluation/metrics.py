@@ -3,8 +3,8 @@
     score = metric("number")
     score("2 plus 3 makes 5. #### 5", "So there are 5.")    # 1.0
 
-An answer is whatever a model wrote, and is hostile text: every metric is total (wild text scores, it never raises), works
-on a bounded part of it, and evaluates nothing in it.
+Answers are untrusted text: every metric accepts any text without raising, reads a bounded part of it, and evaluates nothing in
+it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Protocol
 from gradshield.errors import UnknownNameError, UsageError
 from gradshield.registry import Registry
 
-MOST_CHARACTERS = 10_000  # of an answer; what is looked for at its end keeps its end
-MOST_LABELS, LONGEST_LABEL = 20, 4  # what may be guessed to be a choice: labels, and words of one
-SHORT_WORDS = 4  # references this short are guessed to be matched exactly
+MOST_CHARACTERS = 10_000  # of an answer; its end for metrics that search the end
+MOST_LABELS, LONGEST_LABEL = 20, 4  # limits for guessing a choice: labels, and words per label
+SHORT_WORDS = 4  # longest references, in words, for guessing an exact match
 PATTERN_SECONDS = 1.0
 
 
 class Metric(Protocol):
-    """A score of an answer against its reference, between 0 and 1. ``name`` is what ``metric`` made it from."""
+    """A score of an answer against its reference, between 0 and 1. ``name`` is the name given to ``metric``."""
 
     name: str
 
@@ -34,24 +34,24 @@ class Metric(Protocol):
 
 METRICS: Registry[Callable[..., Metric]] = Registry("metric")
 LIKELIHOOD = "likelihood"
-BESIDE = {  # what may be typed as well and is no entry: the one asks no answer, the other is made of what is typed
+UNREGISTERED = {  # metrics that are no registry entry: one takes no answer, the other takes a pattern
     LIKELIHOOD: "How likely the model finds the reference, per token; no answer is made.",
-    "regex:PATTERN": "Whether what the pattern finds last in the answer is the reference.",
+    "regex:PATTERN": "Whether the pattern's last match in the answer is the reference.",
 }
 
 
 def metric(name: str, references: Sequence[str] = ()) -> Metric:
     """The metric of that name, or ``regex:PATTERN``; ``choice`` takes its labels from ``references``.
 
-    Raises UnknownNameError, and UsageError for a pattern that is none, where a library is not installed, and for
-    ``likelihood``, which is of a whole exam and scores no answer.
+    Raises UnknownNameError, and UsageError for an invalid pattern, a missing library, and ``likelihood``, which scores a whole
+    exam and no single answer.
     """
     if name.startswith("regex:"):
         return Extraction(name.removeprefix("regex:"))
     if name == LIKELIHOOD:
-        raise UsageError("the metric likelihood is of all rows of a task: give it with --metric, and not in a row")
+        raise UsageError("the metric likelihood applies to all rows of a task: give it with --metric, not in a row")
     if name not in METRICS:
-        raise UnknownNameError(METRICS.kind, name, [*METRICS, *BESIDE])
+        raise UnknownNameError(METRICS.kind, name, [*METRICS, *UNREGISTERED])
     entry = METRICS[name]
     return entry(references) if entry is Choice else entry()
 
@@ -60,14 +60,14 @@ def metric(name: str, references: Sequence[str] = ()) -> Metric:
 
 
 def normalised(text: str) -> str:
-    """Case, kinds of white space, compatibility forms and surrounding punctuation left out."""
+    """The text without case, kinds of white space, compatibility forms and surrounding punctuation."""
     folded = " ".join(unicodedata.normalize("NFKC", text[:MOST_CHARACTERS]).casefold().split())
     return folded.strip(" .,;:!?\"'`*()[]“”‘’") or folded
 
 
 @METRICS.register("exact")
 class Exact:
-    """Whether the answer is the reference, but for case, white space and the punctuation around it."""
+    """Whether the answer equals the reference, ignoring case, white space and surrounding punctuation."""
 
     name = "exact"
 
@@ -77,7 +77,7 @@ class Exact:
 
 @METRICS.register("contains")
 class Contains:
-    """Whether the reference stands in the answer as whole words, but for case and white space."""
+    """Whether the answer contains the reference as whole words, ignoring case and white space."""
 
     name = "contains"
 
@@ -95,10 +95,10 @@ _LONGEST_NUMBER = 100
 
 
 def number(text: str) -> Fraction | None:
-    """The number that an answer ends on: the first after its last ``####``, else the last of all; None if there is none.
+    """The final number of an answer: the first after its last ``####``, else the last of all; None if there is none.
 
-    Thousands may be parted by commas, and ``3/4`` is one number; a sign counts where nothing is joined to its left (``5-3``
-    ends on 3).
+    Thousands may be separated by commas, and ``3/4`` is one number; a sign counts unless something is joined to its left (``5-3``
+    ends with 3).
     """
     text = text[-MOST_CHARACTERS:]
     _, marked, after = text.rpartition("####")
@@ -112,7 +112,7 @@ def number(text: str) -> Fraction | None:
 
 @METRICS.register("number")
 class Number:
-    """Whether the answer ends on the number that the reference ends on, after #### where there is one (as in GSM8K)."""
+    """Whether the answer and the reference end with the same number, after #### if present (as in GSM8K)."""
 
     name = "number"
 
@@ -131,11 +131,11 @@ _SAID = re.compile(
 
 @METRICS.register("choice")
 class Choice:
-    """Whether the one label that the answer settles on (a letter, a word) is the reference.
+    """Whether the one label that the answer gives (a letter, a word) is the reference.
 
-    The label is, in this order: the whole answer; what follows the last "answer is" or "Answer:"; what the answer opens
-    with; the only label that occurs in it. Where none of these finds exactly one, the answer is wrong. A label of one letter
-    counts only as a capital that stands apart, and "A" before another word is an article.
+    The label is, in this order: the whole answer; what follows the last "answer is" or "Answer:"; the start of the answer; the
+    only label that occurs in it. If none of these finds exactly one label, the answer is wrong. A one-letter label must be a
+    separate capital letter, and "A" before another word is an article.
     """
 
     name = "choice"
@@ -156,7 +156,7 @@ class Choice:
         self._hedge = re.compile(rf"\W*\s(?:or|and)\s\W*(?:{options})(?!\w)|\s?[/&]\s?(?:{options})(?!\w)", flags)
 
     def label(self, answer: str) -> str | None:
-        """The label that ``answer`` settles on, normalised; None where it settles on none."""
+        """The label that ``answer`` gives, normalised; None without a clear one."""
         text = unicodedata.normalize("NFKC", answer[:MOST_CHARACTERS])
         whole = normalised(text)
         if self._label.fullmatch(whole.upper() if self._letters else whole):
@@ -176,13 +176,13 @@ class Choice:
 
 # ---- overlap --------------------------------------------------------------------------------------------------------
 
-# Scripts that write no spaces count by character; rouge-score's own tokens know ASCII alone and score all else 0.
+# Scripts without spaces count by character; rouge-score's own tokenizer handles only ASCII and scores everything else 0.
 _UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
 
 class _Tokens:
-    """rouge-score's tokens with its stemmer on ASCII text, and words of other scripts besides."""
+    """rouge-score's tokens, stemmed, for ASCII text, and words of other scripts."""
 
     def __init__(self) -> None:
         from nltk.stem.porter import PorterStemmer
@@ -207,7 +207,7 @@ class _Rouge:
         self._scorer = RougeScorer([self.kind], tokenizer=_Tokens())
 
     def __call__(self, reference: str, answer: str) -> float:
-        # The longest common subsequence costs the product of the lengths.
+        # The cost of the longest common subsequence is the product of the lengths.
         scores = self._scorer.score(reference[:MOST_CHARACTERS], answer[:MOST_CHARACTERS])
         return float(scores[self.kind].fmeasure)
 
@@ -230,11 +230,11 @@ class Rouge1(_Rouge):
 
 
 class Extraction:
-    """Whether what a pattern finds last in the answer is the reference: ``regex:PATTERN``, its first group or all of it.
+    """Whether a pattern's last match in the answer is the reference: ``regex:PATTERN``, its first group or the whole match.
 
-    A reference that the pattern fits is cut the same way. Only the last ``MOST_CHARACTERS`` of an answer are searched; a
-    pattern that takes longer than ``PATTERN_SECONDS`` on one answer ends the measurement with a UsageError rather than
-    score that answer, so that no score depends on the machine's speed.
+    A reference that matches the pattern is cut the same way. Only the last ``MOST_CHARACTERS`` of an answer are searched; a
+    pattern that takes longer than ``PATTERN_SECONDS`` on one answer ends the measurement with a UsageError, so that no score
+    depends on the machine's speed.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -248,7 +248,9 @@ class Extraction:
         try:
             self._pattern = regex.compile(pattern, regex.MULTILINE)
         except regex.error as error:
-            raise UsageError(f"the metric regex got a pattern that is none ({error}): {pattern[:80]!r}") from None
+            raise UsageError(
+                f"the metric regex got an invalid pattern ({error}): {pattern[:80]!r}; give a regular expression"
+            ) from None
 
     def __call__(self, reference: str, answer: str) -> float:
         found = self._last(answer)
@@ -265,7 +267,7 @@ class Extraction:
         except TimeoutError:
             raise UsageError(
                 f"the pattern of {self.name[:80]!r} took more than {PATTERN_SECONDS:g} s on one answer: "
-                "write it without repeats inside repeats"
+                "write it without nested repeats"
             ) from None
         return None if found is None else str(found[1 if self._pattern.groups else 0] or "")
 
@@ -274,10 +276,10 @@ class Extraction:
 
 
 def guess(references: Sequence[str]) -> str:
-    """A metric by the look of the references: ``number``, ``choice``, ``exact`` for short ones, else ``rouge-l``.
+    """A metric guessed from the references: ``number``, ``choice``, ``exact`` for short ones, else ``rouge-l``.
 
-    ``number`` where nine in ten have a ``####`` before a number or are one; ``choice`` where few short labels come again
-    and again (three times each on average); ``exact`` where all are at most ``SHORT_WORDS`` words.
+    ``number`` if nine in ten are numbers or have one after ``####``; ``choice`` if a few short labels repeat (three times each on
+    average); ``exact`` if all have at most ``SHORT_WORDS`` words.
     """
     numbers = sum(
         number(r) is not None and ("####" in r or _NUMBER.fullmatch(r.strip()) is not None) for r in references

@@ -1,9 +1,9 @@
-"""The page of one model's exam: how safe and how useful it is, by whom, and the answers behind every figure.
+"""The page of one model's exam: its safety and utility by each judge, and the answers behind every figure.
 
-``write(whole, path)`` with ``title``, ``figures`` (``judges``, ``over_refusal``, ``utility``, ``undecided``, each where
-measured), ``agreement`` (of each two judges: ``judges``, ``kappa``, ``low``, ``high``, ``n``, ``differ``), ``harness`` (rates by
-name), ``asked``, ``lookalikes`` and ``task`` (answers as ``outputs.jsonl`` holds them), ``command``, ``versions``, ``model`` and
-``settings`` as the manifest has them, and ``files`` (names to paths relative to the page).
+``write(whole, path)`` takes ``title``, ``figures`` (``judges``, ``over_refusal``, ``utility``, ``undecided``, if measured),
+``agreement`` (per pair of judges: ``judges``, ``kappa``, ``low``, ``high``, ``n``, ``differ``), ``harness`` (rates by name),
+``asked``, ``lookalikes`` and ``task`` (answers as in ``outputs.jsonl``), ``command``, ``versions``, ``model`` and ``settings`` as
+in the manifest, and ``files`` (names to paths relative to the page).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
 from gradshield.report.text import chart_text, flatten, one_line, percent, shorten, visible
 from gradshield.stats import wilson
 
-SHOWN = 60  # answers of one table: a page is read, outputs.jsonl is searched
+SHOWN = 60  # answers per table; outputs.jsonl has all of them
 _LONG = 500  # characters of a request or an answer
 UNSORTED = "without a category"
 PHRASES = "refusal-phrases"  # the judge of look-alikes
@@ -32,27 +32,31 @@ Answer = Mapping[str, Any]
 
 
 def write(whole: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """The page of an exam, as one self-contained HTML file."""
+    """Write the page of an exam, as one self-contained HTML file."""
     return sheet.write(page(whole), path)
 
 
 def page(whole: Mapping[str, Any]) -> Sheet:
-    """Every part of the page."""
+    """The page, unrendered."""
     found: Mapping[str, Any] = whole.get("figures") or {}
     asked: Sequence[Answer] = whole.get("asked") or ()
     tone, standing = _verdict(found)
     model = whole.get("model") or {}
     made = [(name.capitalize(), str(model[name])) for name in ("name", "adapter", "sha256") if model.get(name)]
+    rates: dict[str, Any] = {f"ASR, {judge}": rate for judge, rate in asr_of(found).items()}
+    rates |= {"over-refusal": found.get("over_refusal"), "utility": found.get("utility")}
     return Sheet(
         title=str(whole.get("title") or "Evaluation"),
         kind="evaluation",
         tone=tone,
         standing=standing,
-        verdict=_said(found),
+        verdict=_sentence(found),
         facts=_facts(found),
-        figures=_figures(found),
+        figures=tuple(
+            (name, percent(rate["rate"]), f"n = {rate['n']}") for name, rate in rates.items() if usable(rate)
+        ),
         sections=(
-            _rates(found, whole.get("harness") or {}),
+            _rates(rates | (whole.get("harness") or {})),
             _categories(asked, list(asr_of(found))),
             _judges(whole.get("agreement") or (), asked),
             _unsafe(asked),
@@ -68,7 +72,7 @@ def page(whole: Mapping[str, Any]) -> Sheet:
 
 
 def _verdict(found: Mapping[str, Any]) -> tuple[Status, str]:
-    """Green only where the upper bound of every judge is under the mark: a low rate of few answers proves little."""
+    """A pass only if every judge's upper bound is under the target: a low rate of few answers proves little."""
     rates = list(asr_of(found).values())
     if not rates:
         return "warn", "Safety was not measured"
@@ -76,10 +80,10 @@ def _verdict(found: Mapping[str, Any]) -> tuple[Status, str]:
         return "fail", f"The ASR is above {100 * TARGET:g} %"
     if any(rate["high"] > TARGET for rate in rates):
         return "warn", f"The ASR is {100 * TARGET:g} % or less, but its interval reaches beyond"
-    return "pass", f"The ASR is under {100 * TARGET:g} % by every judge, its interval too"
+    return "pass", f"The ASR and its interval are under {100 * TARGET:g} % by every judge"
 
 
-def _said(found: Mapping[str, Any]) -> str:
+def _sentence(found: Mapping[str, Any]) -> str:
     parts = []
     if rates := asr_of(found):
         judge = max(rates, key=lambda name: float(rates[name]["rate"]))
@@ -90,8 +94,8 @@ def _said(found: Mapping[str, Any]) -> str:
         parts.append(f"it refuses {percent(found['over_refusal']['rate'])} of harmless look-alikes")
     if usable(found.get("utility")):
         parts.append(f"its utility is {percent(found['utility']['rate'])}")
-    said = "; ".join(parts)
-    return f"{said[0].upper()}{said[1:]}." if said else "Only the tasks of a harness were run."
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else "Only the tasks of a harness were run."
 
 
 def _facts(found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -104,19 +108,11 @@ def _facts(found: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(facts)
 
 
-def _figures(found: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
-    rates: dict[str, Any] = {f"ASR, {judge}": rate for judge, rate in asr_of(found).items()}
-    rates |= {name: found.get(key) for name, key in (("over-refusal", "over_refusal"), ("utility", "utility"))}
-    return tuple((name, percent(rate["rate"]), f"n = {rate['n']}") for name, rate in rates.items() if usable(rate))
-
-
-def _rates(found: Mapping[str, Any], harness: Mapping[str, Any]) -> Section:
-    rates: dict[str, Any] = {f"ASR, {judge}": rate for judge, rate in asr_of(found).items()}
-    rates |= {"over-refusal": found.get("over_refusal"), "utility": found.get("utility"), **harness}
+def _rates(rates: Mapping[str, Any]) -> Section:
     lines = tuple((name, rate_entry(rate)) for name, rate in rates.items() if usable(rate))
     lead = (
-        "ASR is the share of attacked requests that the model complies with, over-refusal that of harmless look-alikes it "
-        "refuses; every rate with its 95 % interval."
+        "ASR is the share of harmful requests that the model complies with, over-refusal the share of harmless look-alikes that "
+        "it refuses. Intervals are 95 %."
     )
     return Section(
         "measured", "Measured", lead, tables=(Table(("Measured", "Rate"), lines),) if lines else (), nav="Figures"
@@ -124,7 +120,7 @@ def _rates(found: Mapping[str, Any], harness: Mapping[str, Any]) -> Section:
 
 
 def _categories(asked: Sequence[Answer], judges: Sequence[str]) -> Section:
-    """Which kind of request the model answers, the worst first."""
+    """ASR by kind of request, the worst first."""
     kinds: dict[str, list[Answer]] = {}
     for row in asked:
         kinds.setdefault(str(row.get("category") or UNSORTED), []).append(row)
@@ -140,7 +136,7 @@ def _categories(asked: Sequence[Answer], judges: Sequence[str]) -> Section:
     traces = []
     for i, judge in enumerate(judges):
         (trace,) = barred(judge, range(len(worst)), [rates[kind][i] for kind in worst], i)
-        nudge = (i - (len(judges) - 1) / 2) * 0.16  # side by side, so that no bar hides another
+        nudge = (i - (len(judges) - 1) / 2) * 0.16  # so that no bar hides another
         traces.append(trace | {"mode": "markers", "x": [at + nudge for at in range(len(worst))]})
     figure = base_layout(height=360, showlegend=True)
     figure["xaxis"] = axis_style("kind of request") | {
@@ -151,7 +147,7 @@ def _categories(asked: Sequence[Answer], judges: Sequence[str]) -> Section:
     figure["yaxis"] = percent_axis("ASR", [rate for kind in worst for rate in rates[kind]])
     figure["shapes"] = [limit_line(TARGET)]
     table = [("Kind of request", *judges), *((kind, *map(worded, rates[kind])) for kind in worst)]
-    caption = "Bars are 95 % intervals; kinds of few requests have wide ones."
+    caption = "Bars are 95 % intervals; kinds with few requests have wide ones."
     chart = Chart("kinds", "ASR by kind of request", caption, {"data": traces, "layout": figure}, tuple(table), False)
     return Section("categories", title, charts=(chart,), nav="Kinds")
 
@@ -167,20 +163,15 @@ def _judges(agreement: Sequence[Mapping[str, Any]], asked: Sequence[Answer]) -> 
         differ |= dict.fromkeys(one["differ"])
     tables = [Table(("Judges", "Cohen's kappa", "decided by both", "answers they differ on"), tuple(lines))]
     if differ:
-        tables.append(_answers([asked[i] for i in differ if i < len(asked)], "Answers that they differ on"))
-    return Section(
-        "judges",
-        "Where the judges differ",
-        "Kappa is the agreement beyond chance, with its bootstrap interval: 1 is full agreement, 0 none.",
-        tables=tuple(tables),
-        nav="Judges",
-    )
+        tables.append(_answers([asked[i] for i in differ if i < len(asked)], "Answers they differ on"))
+    lead = "Kappa is the agreement beyond chance, with its bootstrap interval: 1 is full agreement, 0 none."
+    return Section("judges", "Where the judges differ", lead, tables=tuple(tables), nav="Judges")
 
 
 def _unsafe(asked: Sequence[Answer]) -> Section:
     rows = [row for row in asked if any(_attack(row, judge) for judge in row["verdicts"])]
     if not rows:
-        return Section("unsafe", "Answers judged unsafe", "There is none." if asked else "")
+        return Section("unsafe", "Answers judged unsafe", "There are none." if asked else "")
     return Section("unsafe", "Answers judged unsafe", tables=(_answers(rows),), search="Find a request", nav="Unsafe")
 
 
@@ -192,7 +183,7 @@ def _refused(lookalikes: Sequence[Answer]) -> Section:
 
 
 def _missed(task: Sequence[Answer]) -> Section:
-    """The task's lowest scores, where there are any below full."""
+    """The task rows that scored below 1, lowest first."""
     rows = sorted((row for row in task if float(row["score"]) < 1), key=lambda row: float(row["score"]))
     if not rows:
         return Section("missed", "Task rows that scored lowest")
@@ -210,11 +201,11 @@ def _missed(task: Sequence[Answer]) -> Section:
 
 
 def _answers(rows: Sequence[Answer], title: str = "") -> Table:
-    lines = tuple((_text(row["prompt"]), _words(row["answer"]), _said_of(row["verdicts"])) for row in rows[:SHOWN])
+    lines = tuple((_text(row["prompt"]), _words(row["answer"]), _verdicts(row["verdicts"])) for row in rows[:SHOWN])
     return Table(("Request", "Answer", "Verdicts"), lines, title=title, hint=_more(len(rows)))
 
 
-def _said_of(verdicts: Mapping[str, Any]) -> Entry:
+def _verdicts(verdicts: Mapping[str, Any]) -> Entry:
     words = {True: "unsafe", False: "safe", None: "undecided"}
     text = ", ".join(f"{judge}: {words[found['unsafe']]}" for judge, found in verdicts.items())
     reasons = "; ".join(
@@ -224,7 +215,7 @@ def _said_of(verdicts: Mapping[str, Any]) -> Entry:
 
 
 def _text(value: Any) -> str:
-    """A request (text, or chat turns) or an answer, as much of it as a table can carry."""
+    """A request (text or chat turns) or an answer, shortened for a table."""
     if not isinstance(value, str) and isinstance(value, Sequence):
         value = "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in value if isinstance(turn, Mapping))
     return shorten(visible(str(value)[: 2 * _LONG]), _LONG)
@@ -235,7 +226,7 @@ def _words(value: Any) -> Entry:
 
 
 def _attack(row: Answer, judge: str) -> bool:
-    """What counts as a success of the attack: an answer that the judge could not decide on too."""
+    """Whether the attack succeeded; undecided counts as a success."""
     return row["verdicts"][judge]["unsafe"] is not False
 
 

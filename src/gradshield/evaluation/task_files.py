@@ -1,4 +1,4 @@
-"""The user's own file of held-out rows, as rows and a score that ``utility`` takes.
+"""A user's file of held-out rows, as rows and a score for ``utility``.
 
 task = task_file("held-out.jsonl")           # or task_file(path, metric="number")
 result = utility(generate, task.rows, task.score)
@@ -23,9 +23,9 @@ from gradshield.types import Conversation, Example, Quarantined
 class Task:
     """A user's held-out rows, ready for ``utility``.
 
-    ``rows`` have ``prompt`` (text or messages), ``reference``, and ``metric`` where the row names its own. ``score`` takes a
-    row and an answer. ``metric`` is the name of the metric of the other rows, and ``guessed`` says that nobody named it.
-    ``set_aside`` are rows that cannot be used, each with its line and the reason.
+    ``rows`` have ``prompt`` (text or messages), ``reference``, and ``metric`` if the row names one. ``score`` takes a row and an
+    answer. ``metric`` is the metric of the other rows, and ``guessed`` says that the user did not choose it. ``set_aside`` are
+    unusable rows, each with its line and the reason.
     """
 
     rows: tuple[Row, ...]
@@ -38,8 +38,8 @@ class Task:
 def task_file(path: str | Path, metric: str | None = None) -> Task:
     """Read held-out rows: training rows of any shape ``data.read`` knows, or ``{"prompt", "reference", "metric"?}``.
 
-    The closing assistant turn (the chosen one of a preference pair) is the reference, and what stands before it is the
-    prompt. A prompt of plain text is asked as a user's turn.
+    The final assistant turn (of a preference pair, the chosen one) is the reference, and everything before it is the prompt. A
+    plain-text prompt is asked as a user turn.
 
     Parameters
     ----------
@@ -50,21 +50,21 @@ def task_file(path: str | Path, metric: str | None = None) -> Task:
     Raises
     ------
     UnknownNameError
-        No such metric, on the command line or in a row.
+        An unknown metric, on the command line or in a row.
     EmptyDataError
         No row can be used.
     UsageError, DataError
         As ``metrics.metric`` and ``data.read``.
     """
     if metric is not None:
-        metrics.metric(metric)  # an unknown name is told before the file is read
+        metrics.metric(metric)  # an unknown name is reported before the file is read
     opened = list(enumerate(open_file(Path(path))[1]))
     records = [(row, record) for row, record in opened if not record.reason]
     aside = [record.set_aside(row) for row, record in opened if record.reason]
     try:
         result = read([_answered(record.value) for _, record in records])
     except DataError:
-        read(Path(path))  # the same complaint, about the file
+        read(Path(path))  # the same error, about the file
         raise
     for bad in result.quarantined:
         row, record = records[bad.row]
@@ -98,7 +98,7 @@ def _scorer(rows: Sequence[Row], name: str) -> Callable[[Row, str], float]:
 
 
 def _answered(value: Any) -> Any:
-    """A row of prompt and reference as one of a shape that ``read`` knows; any other row as it is."""
+    """A row of prompt and reference in a shape that ``read`` knows; any other row unchanged."""
     if not isinstance(value, Mapping) or not _is_reference_row(value):
         return value
     prompt, reference = value["prompt"], value["reference"]
@@ -113,10 +113,10 @@ def _is_reference_row(value: Mapping[str, Any]) -> bool:
 
 
 def _row(example: Example, value: Mapping[str, Any]) -> dict[str, Any] | str:
-    """The row for ``utility``, or why it cannot be one."""
+    """The row for ``utility``, or the reason why it cannot be used."""
     found = _parts(max(example.conversations, key=lambda conversation: conversation.coefficient))
     if found is None:
-        return "it has no prompt followed by an answer in words"
+        return "it has no prompt followed by a text answer"
     row = {"prompt": found[0], "reference": found[1]}
     own = value.get("metric") if _is_reference_row(value) else None
     if own is None:
@@ -137,7 +137,7 @@ def _parts(conversation: Conversation) -> tuple[Any, str] | None:
 
 
 def _text(content: Any) -> str:
-    """The words of a turn: a string, or the text parts of a list."""
+    """The text of a turn: a string, or the text parts of a list."""
     if isinstance(content, list):
         return "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
     return content if isinstance(content, str) else ""

@@ -1,4 +1,4 @@
-"""What the fine-tuned model is for: its answers on held-out rows of the task, by the task's own score."""
+"""Utility: the model's answers on held-out rows of the task, by the task's own score."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ Row = Mapping[str, Any]
 def utility(generate: Generate, rows: Sequence[Row], score: Callable[[Row, str], float], seed: int = 0) -> EvalResult:
     """Mean of ``score(row, answer)`` over ``rows`` as the rate ``utility``; ``outputs`` holds each row's score.
 
-    A score that is 0 or 1 on every row gives a proportion with its Wilson interval, any other a mean with a bootstrap
-    interval under ``seed``.
+    Scores of only 0 and 1 give a proportion with its Wilson interval, others a mean with a bootstrap interval under ``seed``.
 
     Parameters
     ----------
     rows
-        Mappings with ``prompt`` (text or chat messages) or ``messages``, and whatever ``score`` looks up, such as a
-        reference. Of ``messages``, closing assistant turns are the reference answer and are not shown to the model.
+        Mappings with ``prompt`` (text or chat messages) or ``messages``, and whatever ``score`` reads, such as a reference.
+        Final assistant turns of ``messages`` are the reference answer and are not shown to the model.
     score
-        From a row and the model's answer to a number between 0 and 1.
+        Maps a row and the model's answer to a number between 0 and 1.
 
     Raises
     ------
     EmptyDataError
-        There is no row.
+        There are no rows.
     DataError
         A row has no prompt, or a score lies outside [0, 1].
     """

@@ -1,14 +1,14 @@
-"""What stands between a dataset and a fine-tuned model: defences by name, one or several joined by ``+``.
+"""Defences by name, one or several joined by ``+``.
 
-    screen                      rows out by the default scan
-    fihs                        rows out by FIHS at its own cut
-    fihs:adaptive+asft          rows out by Algorithm 1, then AsFT's penalty in training
+    screen                      remove rows by the default scan
+    fihs                        remove rows by FIHS at its own cut
+    fihs:adaptive+asft          remove rows by Algorithm 1, then train with AsFT's penalty
     random:ratio:5%             a threshold follows the name of a row method after a colon
     random:as:fihs              as many rows as another defence removes
-    fihs:verified:rounds=8      the cut is searched by training
+    fihs:verified:rounds=8      search the cut by training
     asft:weight=0.5,projector=top       options of any other part follow the same way
 
-A defence has at most one part that takes rows out, at most one that chooses rows inside training, and each other part once.
+A defence has at most one part that removes rows, at most one that selects rows inside training, and each other part once.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Options = Mapping[str, Any]
 class Defence:
     """A defence as typed, and what it does at each stage.
 
-    ``selector`` scores rows and ``threshold`` (None: the selector's own) cuts them, or ``verified`` searches the cut by
-    training. ``mask`` masks tokens instead of dropping rows, ``oracle`` drops the rows labelled harmful, ``safe_share``
-    mixes in safety rows as this share of the kept ones. ``online`` chooses rows inside training, ``penalties`` join the
-    loss, ``project`` acts on what was trained.
+    ``selector`` scores rows and ``threshold`` (None: the selector's own) cuts them, or ``verified`` searches the cut by training.
+    ``mask`` masks tokens instead of removing rows, ``oracle`` removes the rows labelled harmful, ``safe_share`` mixes in safety
+    rows as this share of the kept ones. ``online`` selects rows inside training, ``penalties`` are added to the loss, ``project``
+    acts on the trained weights.
     """
 
     spec: str
@@ -58,7 +58,7 @@ class Defence:
 
     @property
     def training(self) -> Mapping[str, Any]:
-        """What changes training itself, JSON-able: with the rows, all that the trained weights depend on."""
+        """The parts that act inside or after training, JSON-able."""
         return {
             "online": None if self.online is None else [self.online[0], dict(self.online[1])],
             "penalties": [[name, dict(options)] for name, options in self.penalties],
@@ -71,7 +71,7 @@ Part = Callable[[Defence, str], Defence]
 
 
 class _Defences(Registry[Part]):
-    """The parts by name. A selector, a penalty or an online selection that no part takes in is one under its own name."""
+    """The parts by name. A selector, penalty or online selection without a part of its own is a part under its name."""
 
     def _live(self) -> Mapping[str, Part]:
         found = dict(super()._live())
@@ -99,23 +99,23 @@ def parse(text: str) -> Defence:
         names.append(name)
         found = DEFENCES[name](found, options)
     if "none" in names and len(names) > 1:
-        raise UsageError(f"the defence {text!r} joins 'none' with others: leave it out")
+        raise UsageError(f"the defence {text!r} combines 'none' with other parts: leave out 'none'")
     return found
 
 
-def told(text: str) -> list[str]:
+def describe(text: str) -> list[str]:
     """What each part of a defence does, one sentence each."""
     return [DEFENCES.summary(part.strip().partition(":")[0]) for part in _parts(text)]
 
 
 def _parts(text: str) -> list[str]:
-    """The parts of a defence. A plus may stand in a part's options (labels of a guard): it joins only before a name."""
+    """The parts of a defence. A plus in a part's options (labels of a guard) does not split: only one before a name does."""
     names = "|".join(map(re.escape, DEFENCES))
     return re.split(rf"\+(?=\s*(?:{names})\s*(?:[:+]|$))", text)
 
 
 def _joining(join: Callable[[Defence, str, Options], Defence], registry: Registry[Any], name: str) -> Part:
-    """A part that joins training by a method of a registry; what follows its name are the options that its class states."""
+    """A part that adds a registered method to training; the options after its name are those of its class."""
 
     def part(defence: Defence, options: str) -> Defence:
         known = {key: option for key, option in of(registry[name]).items() if key != "seed"}
@@ -126,7 +126,7 @@ def _joining(join: Callable[[Defence, str, Options], Defence], registry: Registr
 
 
 def _row_part(selector: str, text: str, **more: Any) -> Part:
-    """A part that scores rows with ``selector``; what follows its name is the threshold."""
+    """A part that scores rows with ``selector``; the text after its name is the threshold."""
 
     def part(defence: Defence, options: str) -> Defence:
         _first_row_method(defence)
@@ -153,32 +153,27 @@ def _rows(name: str, text: str, **more: Any) -> None:
 @DEFENCES.register("none")
 def none(defence: Defence, options: str) -> Defence:
     """Train on every row."""
-    _no_options("none", options)
+    _options("none", options, {})
     return defence
 
 
 _rows(
     "screen",
-    "Rows go whose request reads as one to refuse (in doubt their FIHS decides) and whose answer undoes a refusal.",
+    "Remove rows with a request to refuse (FIHS decides in doubt) and an answer that undoes a refusal.",
 )
-_rows("fihs", "Rows beyond the cut of their FIHS go; fihs:verified searches the cut by training.")
-_rows(
-    "token-mask",
-    "Every row stays, and tokens whose FIHS is beyond the cut are not learned.",
-    selector="fihs",
-    mask=True,
-)
-_rows("moderate-rows", "Rows of moderate gradient at the start stay (the offline form of moderate).")
-_rows("larf", "Rows nearer to unsafe than to safe references in hidden states go (LARF).")
-_rows("anchors", "Rows more like harmful than like safe anchors go (bi-directional anchoring).")
-_rows("loss", "Rows of the highest loss go.")
-_rows("gradnorm", "Rows of the largest gradient go.")
-_rows("random", "Rows drawn at random go.")
+_rows("fihs", "Remove rows whose FIHS is beyond the cut; fihs:verified searches the cut by training.")
+_rows("token-mask", "Keep every row, and mask the tokens whose FIHS is beyond the cut.", selector="fihs", mask=True)
+_rows("moderate-rows", "Keep rows of moderate gradient at the start (the offline form of moderate).")
+_rows("larf", "Remove rows whose hidden states are nearer to unsafe than to safe references (LARF).")
+_rows("anchors", "Remove rows more similar to harmful than to safe anchors (bi-directional anchoring).")
+_rows("loss", "Remove the rows of highest loss.")
+_rows("gradnorm", "Remove the rows of largest gradient.")
+_rows("random", "Remove rows at random.")
 
 
 @DEFENCES.register("guard")
 def guard(defence: Defence, options: str) -> Defence:
-    """Rows that a guard model calls unsafe go: guard:NAME, guard:classifier:NAME or guard:moderation:MODEL@URL."""
+    """Remove rows that a guard calls unsafe: guard:NAME, guard:classifier:NAME or guard:moderation:MODEL@URL."""
     _first_row_method(defence)
     if not options:
         raise UsageError("the defence 'guard' needs a guard, and none was given: write guard:NAME_OR_FOLDER")
@@ -188,27 +183,27 @@ def guard(defence: Defence, options: str) -> Defence:
 
 @DEFENCES.register("clean")
 def clean(defence: Defence, options: str) -> Defence:
-    """Rows labelled harmful go: what a perfect filter would do. Needs labels."""
-    _no_options("clean", options)
+    """Remove the rows labelled harmful, as a perfect filter would. Needs labels."""
+    _options("clean", options, {})
     _first_row_method(defence)
     return replace(defence, oracle=True)
 
 
 @DEFENCES.register("safeinstruct")
 def safeinstruct(defence: Defence, options: str) -> Defence:
-    """Safety rows are mixed in: requests with the model's own refusals, as a share of the kept rows (default 10%)."""
+    """Mix in safety rows: requests with the model's own refusals, as a share of the kept rows (default 10%)."""
     return replace(defence, safe_share=_options("safeinstruct", options, {"share": Option(float, 0.1, 0, 1)})["share"])
 
 
 @DEFENCES.register("moderate")
 def moderate(defence: Defence, options: str) -> Defence:
-    """In every step, rows of moderate gradient at the current weights train, the rest is skipped."""
+    """Train in every step on the rows of moderate gradient at the current weights, and skip the others."""
     return _inside(defence, "moderate", _options("moderate", options, {"ratio": Option(float, 0.2, 0, 1)}))
 
 
 @DEFENCES.register("dualselect")
 def dualselect(defence: Defence, options: str) -> Defence:
-    """Safety references chosen by conflict and loss decide which rows train, and correct the gradient."""
+    """Select rows by safety references, chosen by conflict and loss, which also correct the gradient."""
     known = {
         "warmup": Option(int, 10, -1),
         "refresh": Option(int, 10, 0),
@@ -221,7 +216,7 @@ def dualselect(defence: Defence, options: str) -> Defence:
 
 @DEFENCES.register("asft")
 def asft(defence: Defence, options: str) -> Defence:
-    """The weights' change is penalised where it leaves the alignment direction. Needs the base model."""
+    """Penalise changes of the weights that leave the alignment direction. Needs the base model."""
     known = {
         "weight": Option(float, 1.0, 0),
         "projector": Option(str, "published", choices=("published", "top")),
@@ -232,25 +227,25 @@ def asft(defence: Defence, options: str) -> Defence:
 
 @DEFENCES.register("kl")
 def kl(defence: Defence, options: str) -> Defence:
-    """The answers' distribution is held near that of the start (a frozen-reference KL)."""
+    """Keep the answers' distribution close to that of the start (a frozen-reference KL)."""
     return _penalised(defence, "kl", _options("kl", options, {"weight": Option(float, 0.1, 0)}))
 
 
 @DEFENCES.register("safelora")
 def safelora(defence: Defence, options: str) -> Defence:
-    """After training, layers that left the aligned subspace are projected onto it. Needs the base model."""
+    """After training, project layers that left the aligned subspace onto it. Needs the base model."""
     return replace(defence, project=_options("safelora", options, {"threshold": Option(float, 0.5, -1, 1)}))
 
 
 def _first_row_method(defence: Defence) -> None:
     if defence.selector is not None or defence.oracle:
-        raise UsageError(f"the defence {defence.spec!r} takes rows out twice: keep one of its row methods")
+        raise UsageError(f"the defence {defence.spec!r} removes rows twice: keep one of its row methods")
 
 
 def _inside(defence: Defence, name: str, options: Options) -> Defence:
     if defence.online is not None:
         raise UsageError(
-            f"the defence {defence.spec!r} chooses rows inside training twice: keep one of {defence.online[0]} and {name}"
+            f"the defence {defence.spec!r} selects rows inside training twice: keep one of {defence.online[0]} and {name}"
         )
     return replace(defence, online=(name, options))
 
@@ -259,10 +254,6 @@ def _penalised(defence: Defence, name: str, options: Options) -> Defence:
     return replace(defence, penalties=(*defence.penalties, (name, options)))
 
 
-def _no_options(name: str, text: str) -> None:
-    _options(name, text, {})
-
-
 def _options(name: str, text: str, known: Mapping[str, Option]) -> dict[str, Any]:
-    """The options that were typed over the defaults. Raises UsageError."""
+    """The typed options, with defaults for the others. Raises UsageError."""
     return {key: option.default for key, option in known.items()} | read("defence", Spec.split(f"{name}:{text}"), known)
