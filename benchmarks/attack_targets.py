@@ -21,11 +21,11 @@ from gradshield.lab.mixes import as_row, pairs
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.probes import read_prompts
-from gradshield.scanning import outputs, ranking, shards
+from gradshield.scanning import outputs, scoring, shards
 from gradshield.scanning.options import peft_config, sft_options
+from gradshield.scanning.preparing import asked_of, named
 from gradshield.scanning.references import refusals
 from gradshield.scanning.rows import prepare
-from gradshield.scanning.scoring import asked_of, named
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.selectors import Measured
 from gradshield.training.course import Job
@@ -59,7 +59,7 @@ class Target:
         job = self.unattacked
         loaded, settings = job.rows.loaded, replace(job.settings, selector=selector)
         null = list(job.rows.rendered)
-        found = ranking.ready(loaded.model, loaded, null, settings, job.probing, (), quiet)
+        found = scoring.ready(loaded.model, loaded, null, settings, job.probing, (), quiet)
 
         def measure(rows: Any) -> Measured:
             return shards.measure(found.selector, loaded.model, found.direction, list(rows), settings.token_budget)

@@ -46,7 +46,7 @@ def bundled(rows: int) -> Iterator[tuple[str, Any, list[int]]]:
 def selectors(loaded: Any, probing: Any, subspaces: list[str]) -> dict[str, tuple[Any, Any]]:
     """Of each subspace, FIHS with the default probe and aggregate, and its direction."""
     from gradshield.gradients import FiniteDifference
-    from gradshield.scanning.scoring import asked_of
+    from gradshield.scanning.preparing import asked_of
     from gradshield.scanning.settings import ScanSettings
     from gradshield.selectors import Fihs, parse_aggregate
 

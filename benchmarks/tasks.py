@@ -19,9 +19,9 @@ from gradshield import runs
 from gradshield.scanning import outputs, shards
 from gradshield.scanning.baselines import auroc, trivial_baselines
 from gradshield.scanning.decide import decide
-from gradshield.scanning.ranking import ready
+from gradshield.scanning.preparing import named
 from gradshield.scanning.rows import load, prepare
-from gradshield.scanning.scoring import named
+from gradshield.scanning.scoring import ready
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.selectors import Measured
 from gradshield.stats import wilson

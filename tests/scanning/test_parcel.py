@@ -20,7 +20,7 @@ from gradshield.gradients import Loop, adapted
 from gradshield.models import loading
 from gradshield.models.loading import parameters_digest
 from gradshield.scanning.parcel import Origin, bare, packed, unpacked
-from gradshield.scanning.scoring import asked_of
+from gradshield.scanning.preparing import asked_of
 from gradshield.selectors import (
     SELECTORS,
     Fihs,

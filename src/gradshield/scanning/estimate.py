@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from gradshield.scanning import shards
-from gradshield.scanning.ranking import ready
+from gradshield.scanning.preparing import carrying, weights_changed
 from gradshield.scanning.rows import prepare
-from gradshield.scanning.scoring import carrying, weights_changed
+from gradshield.scanning.scoring import ready
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.selectors import Fihs
 from gradshield.types import Floats, Progress, Quarantined, quiet

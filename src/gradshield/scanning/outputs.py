@@ -30,8 +30,8 @@ from gradshield.types import Bools, Example, Ints, Selection
 
 if TYPE_CHECKING:
     from gradshield.scanning import review
+    from gradshield.scanning.preparing import Scored
     from gradshield.scanning.rows import Prepared
-    from gradshield.scanning.scoring import Scored
 
 KINDS = "kinds.json"  # the kinds of harm that a scan found, for later cuts
 RANKED = 20_000  # most labelled rows for AUROCs

@@ -18,9 +18,9 @@ from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
 from gradshield.scanning.decide import Decision, decide
 from gradshield.scanning.parcel import Origin
-from gradshield.scanning.ranking import score
+from gradshield.scanning.preparing import Scored, carrying, categories, weights_changed
 from gradshield.scanning.rows import Prepared, prepare
-from gradshield.scanning.scoring import Scored, carrying, categories, weights_changed
+from gradshield.scanning.scoring import score
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.scanning.workers import Workers
 from gradshield.selectors import Fihs

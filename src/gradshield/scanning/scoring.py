@@ -1,320 +1,96 @@
-"""The steps of a scan that need the model: probe, direction, engine, measurement, kinds of harm."""
+"""Scores by any registered selector; FIHS-based ones with valid probes and an engine checked against the oracle."""
 
 from __future__ import annotations
 
-import warnings
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from copy import copy
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 from torch import nn
 
-from gradshield import data as rows_in
-from gradshield.columns import Coded, Ids
-from gradshield.errors import ProbeError, ScoreError, UsageError
-from gradshield.gradients import (
-    ENGINES,
-    ROW_SUMS,
-    Engine,
-    EngineAgreement,
-    Loop,
-    adapted,
-    agreement,
-    calibrated,
-    pick,
-    target_names,
-)
+from gradshield import runs
+from gradshield.gradients import direction as directions
+from gradshield.models.loading import LoadedModel
 from gradshield.options import Spec
-from gradshield.probes import Prompts, Validity, greedy, lookalikes, open_turns, ordinary, refuses, requests, validity
 from gradshield.scanning import shards
-from gradshield.scanning.decide import PREFERENCE, ROWS
-from gradshield.scanning.references import answered, opened
+from gradshield.scanning.preparing import Ready, Scored, anchors, asked_of, given_by, named, ready_fihs
+from gradshield.scanning.references import references
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.scanning.shards import Hands, here
-from gradshield.selectors import SELECTORS, Fihs, Measured, Selector, parse_aggregate
-from gradshield.selectors.reading import LEAST, Reading, Turn
-from gradshield.types import Anchors, Batch, Bools, Direction, Floats, Progress, Rendered, Scores
+from gradshield.selectors import SELECTORS, Fihs, make
+from gradshield.types import Progress, Rendered
 
-LEAST_SPEARMAN = 0.99  # least rank correlation of an engine with the oracle
-
-
-@dataclass(frozen=True, eq=False)
-class Ready:
-    """A selector that can measure rows. Only FIHS-based ones have an engine to check, and probes that must be valid."""
-
-    selector: Selector
-    direction: Direction
-    agreement: EngineAgreement | None = None
-    validity: Validity | None = None
-    harmless: Prompts | None = None  # the look-alikes of FIHS's requests, as opened turns
+DIRECTION = "direction.safetensors"  # in the working folder
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Scored(Ready):
-    """Scores, with the evidence for them."""
-
-    scores: Scores
-
-
-def ready_fihs(
+def ready(
     model: nn.Module,
-    tokenizer: Any,
-    pad: int,
+    loaded: LoadedModel,
     rendered: Sequence[Rendered],
     settings: ScanSettings,
     probing: Probing,
     targets: Sequence[str],
+    progress: Progress,
 ) -> Ready:
-    """Check the probes, compute the direction, and choose an engine that agrees with the oracle.
+    """``settings.selector`` prepared on the model: everything before the first row is measured.
 
-    Raises ProbeError for a model on which the probes are invalid, and ScoreError if no engine agrees.
+    ``model`` is the loaded one, with its adapter if the subspace needs it.
     """
-    asked, harmless = asked_of(tokenizer, probing)
-    valid = validity(model, tokenizer, asked)
-    if valid.problem and not probing.uncertified:
-        raise ProbeError(valid.problem + "; or pass --uncertified to score it anyway, without a certificate")
-    probe = settings.make_probe()
-    probe.fit(model, tokenizer, asked, harmless)
-    aggregate = parse_aggregate(settings.aggregate)
-    selector = Fihs(probe, asked, Loop(), aggregate, settings.subspace, targets)
-    direction = selector.prepare(model)
-    chosen = pick(settings.engine, model, aggregate.per_token)
-    if not hasattr(settings.threshold, "cut"):  # a rule that cannot cut fails now, not after the rows are measured
-        made = cast(type[Fihs], SELECTORS[Spec.split(settings.selector).name])
-        decoys = np.zeros(1) if chosen.per_token and made.decoys else None
-        settings.make_threshold().cut(np.zeros(1), decoys, None if made.decoys else Anchors(np.ones(1), np.zeros(1)))
-    sample = _sample(rendered, settings)
-    selector.engine, agreed = _trusted(chosen, selector, model, direction, sample, asked, harmless, pad)
-    return Ready(selector, direction, agreed, valid, harmless)
-
-
-def given_by(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -> dict[str, Callable[[], Any]]:
-    """Constructor arguments for methods built on FIHS: the prepared FIHS, its parts, and the extras of `Screen`."""
-    fihs = cast(Fihs, found.selector)
-    screened = cache(lambda: _ruler(model, tokenizer, found, probing))
-    return {
-        "fihs": lambda: fihs,
-        "probe": lambda: fihs.probe,
-        "requests": lambda: fihs.requests,
-        "engine": lambda: fihs.engine,
-        "aggregate": lambda: fihs.aggregate,
-        "reading": lambda: screened()[0],
-        "known": lambda: screened()[1],
+    tokenizer, pad = loaded.tokenizer, loaded.pad_token_id
+    given: dict[str, Callable[[], Any]] = {
+        "subspace": lambda: settings.subspace,
+        "targets": lambda: targets,
+        "seed": lambda: settings.seed,
+        "tokenizer": lambda: tokenizer,
+        "references": lambda: references(model, tokenizer, *asked_of(tokenizer, probing), pad),
     }
+    if SELECTORS[Spec.split(settings.selector).name].probed:
+        progress("probing the model", 0, 1)
+        found = ready_fihs(model, tokenizer, pad, rendered, settings, probing, targets)
+        given |= given_by(model, tokenizer, found, probing)
+        found = replace(found, selector=make(settings.selector, given))
+        progress("probing the model", 1, 1)
+        return found
+    progress("preparing the method", 0, 1)
+    selector = make(settings.selector, given)
+    direction = selector.prepare(model)
+    progress("preparing the method", 1, 1)
+    return Ready(selector, direction)
 
 
-def _ruler(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -> tuple[Reading, Anchors]:
-    """The refusal ruler, and the FIHS of compliant openers.
-
-    Raises ProbeError if too few probes are refused, or there are too few harmless prompts, to fit a ruler.
-    """
-    fihs, valid = cast(Fihs, found.selector), found.validity
-    assert valid is not None
-    template = dict(probing.template or {})  # without the answer prefix: rows are read at their own opened turn
-    asked, harmless = (
-        open_turns(tokenizer, prompts, **template)
-        for prompts in (
-            probing.requests or requests(),
-            [*(probing.lookalikes or lookalikes()), *ordinary()],
-        )
-    )
-    declined = [refuses(answer) for answer in valid.answers]
-    refused = asked.take(np.flatnonzero(declined).tolist()) if sum(declined) >= LEAST else asked
-    reading = Reading.fit(model, Turn.of(harmless), refused, harmless)
-    alike = len(probing.lookalikes or lookalikes())
-    tricky = harmless.take(np.flatnonzero(reading.answered[:alike]).tolist())  # look-alikes that the model answers
-    known = Anchors(*(_fihs_of(fihs, model, found.direction, opened(tokenizer, p)) for p in (refused, tricky)))
-    return reading, known
-
-
-def _fihs_of(fihs: Fihs, model: nn.Module, direction: Direction, rows: Sequence[Rendered]) -> Floats:
-    """FIHS of rows that are not in the data."""
-    if not rows:
-        return np.zeros(0)
-    raw = shards.measure(fihs, model, direction, rows, 4096)
-    return fihs.finish(raw, [""] * len(rows), [ROWS] * len(rows)).values
-
-
-def weights_changed(model: nn.Module, peft_config: Any, saved: bool = True) -> list[str]:
-    """Names of the weights that the training's adapter changes; empty without one. Raises UsageError if it does not fit.
-
-    Without ``saved``, the modules that it trains in full (``modules_to_save``) are left out.
-    """
-    with _fits_the_model():
-        return target_names(model, peft_config, saved)
-
-
-@contextmanager
-def carrying(model: nn.Module, peft_config: Any, seed: int) -> Iterator[nn.Module]:
-    """`adapted`, but raises UsageError for an adapter that does not fit the model."""
-    with ExitStack() as stack:
-        with _fits_the_model():
-            found = stack.enter_context(adapted(model, peft_config, seed))
-        yield found
-
-
-@contextmanager
-def _fits_the_model() -> Iterator[None]:
-    """Turns PEFT's errors about an adapter that does not fit into UsageError."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
-        raise UsageError(
-            f"the adapter of the PEFT config cannot be added to the model ({type(error).__name__}: {reason}): "
-            "fix the file given to --lora-config (peft_config), first of all its target_modules"
-        ) from error
-
-
-def asked_of(tokenizer: Any, probing: Probing) -> tuple[Prompts, Prompts]:
-    """The probe requests and their harmless look-alikes, as opened turns."""
-    template = dict(probing.template or {})
-    return (
-        open_turns(tokenizer, probing.requests or requests(), probing.answer_prefix, **template),
-        open_turns(tokenizer, probing.lookalikes or lookalikes(), probing.answer_prefix, **template),
-    )
-
-
-def anchors(
-    selector: Fihs, model: nn.Module, direction: Direction, harmless: Prompts, tokenizer: Any, pad: int
-) -> Anchors:
-    """Scores of known rows: compliant openers after the probes, and after the look-alikes that the model itself answers."""
-    answers = greedy(model, harmless, 12, pad)
-    known = harmless.take([i for i, ids in enumerate(answers) if not refuses(tokenizer.decode(ids))])
-    return Anchors(
-        *(_fihs_of(selector, model, direction, opened(tokenizer, prompts)) for prompts in (selector.requests, known))
-    )
-
-
-def group(shape: str) -> str:
-    """The group of a shape. Rows of one group share a scale and are cut together: preference pairs, and all others."""
-    return PREFERENCE if shape == "preference" else ROWS
-
-
-def named(rendered: Iterable[Rendered]) -> tuple[Ids, Coded]:
-    """The ids and the groups of the rows."""
-    groups = array("B")
-    names = (ROWS, PREFERENCE)
-
-    def ids() -> Iterator[str]:
-        for row in rendered:
-            groups.append(names.index(group(row.shape)))
-            yield row.id
-
-    return Ids.of(ids()), Coded(np.array(groups), names)
-
-
-def _sample(rendered: Sequence[Rendered], settings: ScanSettings) -> list[Rendered]:
-    chosen = np.random.default_rng(settings.seed).permutation(len(rendered))[: settings.check_rows]
-    return [rendered[i] for i in sorted(chosen)]
-
-
-def _trusted(
-    engine: Engine,
-    selector: Fihs,
+def score(
     model: nn.Module,
-    direction: Direction,
-    sample: Sequence[Rendered],
-    asked: Prompts,
-    harmless: Prompts,
-    pad: int,
-) -> tuple[Engine, EngineAgreement]:
-    """The first engine, from the chosen one to slower ones, that ranks a random sample like the oracle."""
-    truth = _measured(Loop(), selector, model, direction, sample)
-    selector.finish(
-        truth, [row.id for row in sample], [group(row.shape) for row in sample]
-    )  # raises for values that are not finite
-    oracle = truth.sums
-    slower: list[Engine] = [engine]
-    if engine.name == "finite-difference":
-        slower[0] = calibrated(model, _calibration(model, asked, harmless, pad), direction)[0]
-        slower.append(ENGINES["forward"]())
-    if not selector.aggregate.per_token and engine.name != "loop":
-        slower.append(Loop())
-    found: EngineAgreement | None = None
-    for candidate in slower:
-        found = agreement(candidate.name, _measured(candidate, selector, model, direction, sample).sums, oracle)
-        # Too few or equal rows have no rank correlation: then the relative error decides.
-        good = found.spearman >= LEAST_SPEARMAN if np.isfinite(found.spearman) else found.relative_error <= 0.01
-        if good:
-            return candidate, found
-        warnings.warn(
-            f"the engine {candidate.name} disagrees with the oracle on {found.n} rows (Spearman {found.spearman:.3f}, "
-            f"relative error {found.relative_error:.1e}); a slower engine is used",
-            stacklevel=2,
-        )
-    assert found is not None
-    raise ScoreError(
-        f"no engine agrees with the oracle on this model (the last, {found.engine}, has Spearman {found.spearman:.3f} on "
-        f"{found.n} rows, and {LEAST_SPEARMAN} is needed): load the model in float32, or use --engine loop with {ROW_SUMS}"
-    )
-
-
-def _measured(
-    engine: Engine, selector: Fihs, model: nn.Module, direction: Direction, rows: Sequence[Rendered]
-) -> Measured:
-    with_engine = copy(selector)
-    with_engine.engine = engine
-    return shards.measure(with_engine, model, direction, rows, 4096)
-
-
-def _calibration(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int) -> Batch:
-    """A small batch for choosing the finite-difference step: probes with the model's own answers."""
-    some = [p.take(range(min(8, len(p)))) for p in (asked, harmless)]
-    rows: list[Rendered] = []
-    for prompts in some:
-        for prompt, answer in zip(prompts.ids, greedy(model, prompts, 16, pad), strict=True):
-            rows.append(answered(len(rows), prompt, answer or [pad]))
-    return rows_in.collate(rows)
-
-
-def categories(
-    model: nn.Module,
-    scored: Scored,
-    rows: Sequence[Rendered],
-    removed: Bools,
+    loaded: LoadedModel,
+    rendered: Sequence[Rendered],
     settings: ScanSettings,
+    probing: Probing,
+    targets: Sequence[str],
+    output: str | Path | None,
     progress: Progress,
     hands: Hands = here,
-) -> Coded:
-    """The harm each removed row pulls toward: the category whose unit-length direction it follows furthest.
-
-    ``rows`` are the removed rows, in the order of ``removed``.
-    """
-    if not scored.selector.probed:
-        return Coded(np.zeros(len(removed), dtype=np.uint8), ("",))
-    selector = cast(Fihs, scored.selector)
-    names = sorted(set(selector.requests.categories))
-    if not rows or len(names) < 2:
-        only = names[0] if len(names) == 1 else ""
-        return Coded(removed.astype(np.uint8), ("", only))
-    best, strongest = np.zeros(len(rows), dtype=np.int64), np.full(len(rows), -np.inf)
-    for k, name in enumerate(names):
-        pull = _pull(model, selector, name, rows, settings.token_budget, hands)
-        best = np.where(pull > strongest, k, best)  # the first of equal pulls, like argmax
-        strongest = np.maximum(pull, strongest)
-        progress("naming the harm", k + 1, len(names))
-    codes = np.zeros(len(removed), dtype=np.int64)
-    codes[removed] = best
-    return Coded(codes, tuple(names)).only(removed)
-
-
-def _pull(
-    model: nn.Module, selector: Fihs, category: str, rows: Sequence[Rendered], token_budget: int, hands: Hands
-) -> Floats:
-    """How far each row (N,) follows a category's unit-length direction; minus infinity if the category has none.
-
-    The direction may be as large as the model, and is freed before the next category's is computed.
-    """
-    try:
-        direction = selector.by_category(model, category)
-    except ScoreError:  # the overall direction is fine, but this category contributes nothing to it
-        return np.full(len(rows), -np.inf)
-    raw = shards.measure(selector, model, direction, rows, token_budget, hands=hands)
-    tokens = raw.tokens if raw.tokens is not None else raw.sums[:, None]
-    return np.fromiter((selector.aggregate(t) * direction.scales[0] for t in tokens), np.float64, len(rows))
+) -> Scored:
+    """Every row's score by ``settings.selector``; finished shards are stored in ``output``."""
+    found = ready(model, loaded, rendered, settings, probing, targets, progress)
+    selector, direction = found.selector, found.direction
+    folder = None
+    if output is not None:  # the first write: a scan that fails before leaves no folder
+        work = runs.prepare(output) / runs.WORK
+        if direction.tensors:
+            directions.save(direction, work / DIRECTION)
+        folder = work / "shards"
+    raw = shards.measure(
+        selector,
+        model,
+        direction,
+        rendered,
+        settings.token_budget,
+        folder,
+        lambda done, total: progress("scoring rows", done, total),
+        hands,
+    )
+    scores = selector.finish(raw, *named(rendered))
+    if found.harmless is not None and scores.anchors is None:
+        known = anchors(cast(Fihs, selector), model, direction, found.harmless, loaded.tokenizer, loaded.pad_token_id)
+        scores = replace(scores, anchors=known)
+    return Scored(**vars(found), scores=scores)

@@ -56,7 +56,7 @@ class Selector(Protocol):
     ``rule`` is the default threshold. ``travels``: ``measure`` needs nothing but the given model, so other processes can run
     it. ``probed``: the method is FIHS or built on it; it has `Fihs`'s attributes, its probes must be valid, and its engine is
     checked against the oracle. The constructor declares the options (`options`), and names any argument that
-    `scanning.ranking` provides: ``subspace``, its ``targets``, ``seed``, ``tokenizer``, ``references``.
+    `scanning.scoring` provides: ``subspace``, its ``targets``, ``seed``, ``tokenizer``, ``references``.
 
     ``settings`` is JSON-able: everything but rows, model and direction that a measured number depends on. ``prepare`` of a
     method without a direction returns one without tensors. ``finish`` passes ``ids`` and ``shapes`` on unchanged: for many

@@ -25,10 +25,10 @@ from gradshield.options import asked, asks
 from gradshield.runs import digest, versions
 from gradshield.scanning.decide import Decision, decide
 from gradshield.scanning.outputs import caught_and_lost, words
-from gradshield.scanning.ranking import score
+from gradshield.scanning.preparing import Scored, asked_of, carrying, weights_changed
 from gradshield.scanning.references import refusals
 from gradshield.scanning.rows import Prepared
-from gradshield.scanning.scoring import Scored, asked_of, carrying, weights_changed
+from gradshield.scanning.scoring import score
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.selectors import ONLINE
 from gradshield.training import PENALTIES
