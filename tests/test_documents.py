@@ -136,7 +136,7 @@ def test_examples_in_docstrings_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """In one folder, so that what one example has measured the next one finds."""
     monkeypatch.chdir(tmp_path)
     runner, finder = doctest.DocTestRunner(), doctest.DocTestFinder(recurse=False)
-    for name in ("scan", "cut", "estimate", "train"):
+    for name in ("scan", "cut", "show", "estimate", "train", "evaluate"):
         for test in finder.find(getattr(gradshield, name), f"gradshield.{name}"):
             assert test.examples, name
             assert not runner.run(test).failed, name

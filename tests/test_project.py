@@ -22,6 +22,8 @@ from gradshield.registry import Registry
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "gradshield"
 PUBLIC = {
+    "Exam",
+    "Exams",
     "GradShieldError",
     "Probing",
     "ScanSettings",

@@ -49,12 +49,17 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
             raise UsageError(f"the lab has no {kind} {value!r}: choose one of {', '.join(allowed)}")
     if not 0 <= ratio < 1:
         raise UsageError(f"the ratio is {ratio:g}, and a demo needs harmless rows too: give a share from 0 to below 1")
-    rows, labels = lab.mix(task, harm=harm, ratio=ratio, n=CLEAN_ROWS, seed=seed)
     runs.check_own(output, (*outputs.WRITTEN, "data.jsonl"), MARK)
+    with runs.alone(output):
+        return _run(output, task, harm, ratio, seed, command, progress)
+
+
+def _run(output: Path, task: str, harm: str, ratio: float, seed: int, command: str, progress: Progress) -> DemoResult:
+    rows, labels = lab.mix(task, harm=harm, ratio=ratio, n=CLEAN_ROWS, seed=seed)
     folder = runs.prepare(output)
     (folder / MARK).touch()
     data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    files.write_text(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     progress("loading the model", 0, 1)
     job = lab_job(task, data, labels, seed)
     progress("loading the model", 1, 1)

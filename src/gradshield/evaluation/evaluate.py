@@ -13,32 +13,70 @@ from gradshield.evaluation.asr import agreement
 from gradshield.evaluation.exam import Exam, asked, figures
 from gradshield.evaluation.harness import inspect_task, lm_eval_tasks
 from gradshield.models.loading import LoadedModel
-from gradshield.scanning.rows import with_template
+from gradshield.scanning.rows import load, with_template
 from gradshield.types import EvalResult, Progress, quiet
 
 
 def evaluate(
-    loaded: LoadedModel,
+    model: str | Path | LoadedModel,
     exam: Exam,
     *,
-    output: Path | None = None,
+    output: str | Path | None = None,
     lm_eval: Sequence[str] = (),
     inspect: Path | None = None,
     limit: int | None = None,
     command: str = "gradshield.evaluate",
     progress: Progress = quiet,
 ) -> dict[str, Any]:
-    """Every rate of the model: ``figures`` of the exam, ``agreement`` of its judges, ``harness`` of lm-eval and Inspect.
+    """Measure a model: ``figures`` of the exam, ``agreement`` of its judges, ``harness`` of lm-eval and Inspect.
 
-    With ``output``, writes every answer to ``outputs.jsonl`` there, a page to ``report.html`` and the figures to
-    ``manifest.json``. Raises UsageError if there is nothing to measure.
+    Parameters
+    ----------
+    model
+        A folder, a hub name or a loaded model.
+    exam
+        What to measure, and by which judges.
+    output
+        A folder for every answer (``outputs.jsonl``), the page (``report.html``) and the figures (``manifest.json``).
+    lm_eval, inspect, limit
+        Tasks of lm-eval, an Inspect task file, and how many samples of each.
+
+    Raises
+    ------
+    UsageError
+        There is nothing to measure.
+    DataError
+        ``output`` holds another command's results, or another process is writing there.
+    ModelError
+        The model cannot be loaded.
+
+    Examples
+    --------
+    >>> import gradshield as gs
+    >>> from gradshield import lab
+    >>> found = gs.evaluate(lab.checkpoint("aligned"), gs.Exam(requests=lab.requests("report")[:4]))
+    >>> found["figures"]["judges"]["refusal-phrases"]["k"]
+    0
     """
     if not (exam.requests or exam.task or lm_eval or inspect):
         raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
     if output is not None:
         runs.check(output)
-        runs.check_own(output, ("outputs.jsonl", "report.html", "manifest.json"), "outputs.jsonl", read=(loaded,))
-    loaded = with_template(loaded)
+        runs.check_own(output, ("outputs.jsonl", "report.html", "manifest.json"), "outputs.jsonl", read=(model,))
+    with runs.alone(output):
+        return _evaluated(with_template(load(model)), exam, output, lm_eval, inspect, limit, command, progress)
+
+
+def _evaluated(
+    loaded: LoadedModel,
+    exam: Exam,
+    output: str | Path | None,
+    lm_eval: Sequence[str],
+    inspect: Path | None,
+    limit: int | None,
+    command: str,
+    progress: Progress,
+) -> dict[str, Any]:
     measured = exam.sit(loaded.model, loaded.tokenizer, "measuring", progress)
     harness: dict[str, Any] = {}
     model: Any = loaded.model

@@ -1,7 +1,7 @@
 """Transfer of the scored model to another process: loaded again from its source, or sent as an object.
 
 The receiver compares the model with the one that was sent before it measures anything. Nothing is written to a file, and only
-the model files of `models.load` are read.
+the model files of `models.loading.load` are read.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def show(
     max_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> Seen:
-    """Render one row as training will.
+    """Render one row as training with ``training_args`` (an ``SFTConfig``) and the tokenizer's own chat template will.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def show(
     >>> "".join(text for text, counts in seen.pieces if counts)
     'blue<|end|>'
     """
-    read = rows_in.read(data, format=format)
+    read = rows_in.read(data, format=format, text_field=getattr(training_args, "dataset_text_field", "text"))
     if isinstance(model, LoadedModel):
         tokenizer = model.tokenizer
     else:

@@ -14,7 +14,7 @@ SHOWN = 0.15  # quantile of the known harmful rows
 
 @THRESHOLDS.register("anchored")
 class Anchored:
-    """Halfway between the scores of known harmless and known harmful prompts, and at least ``least`` (the default).
+    """Halfway between the scores of known harmless and known harmful prompts, and at least ``least``: the cut of ``screen``.
 
     Paper: none. Equation: t = max(least, (Q_harmless(0.95) + Q_harmful(0.15)) / 2).
     Departures: this rule is ours. It ignores the data's scores, so a row's verdict depends on that row alone: duplicating,

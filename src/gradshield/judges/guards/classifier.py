@@ -57,7 +57,7 @@ class Classifier:
     UsageError
         Labels that the model does not have, or that cannot be inferred (the message lists them).
     ModelError, HubError
-        As ``models.load`` raises them.
+        As ``models.loading.load`` raises them.
     """
 
     def __init__(

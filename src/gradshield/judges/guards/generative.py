@@ -44,7 +44,7 @@ class Generative:
     UsageError
         ``words`` are not two different words.
     ModelError, HubError
-        As ``models.load`` raises them; a tokenizer without a chat template, or one that omits a turn.
+        As ``models.loading.load`` raises them; a tokenizer without a chat template, or one that omits a turn.
     """
 
     def __init__(
