@@ -222,7 +222,7 @@ def test_calibration_asks_for_more_requests(run: Path, tmp_path: Path) -> None:
     assert needed > 20
     assert certify(run, limit=limit)["predicate"]["certified"]
     found = certify(run, limit=limit, calibrate=_labelled(tmp_path, run))["predicate"]
-    assert found["reason"].endswith(f"it takes {needed}")
+    assert found["reason"].endswith(f"{needed} are needed")
 
 
 def test_changed_data_and_a_changed_start_are_found_and_missing_ones_reported(run: Path, tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ def make_data(values: Any, cut: float | None = None, shapes: tuple[str, ...] | N
     )
     cuts = more.pop("cuts", {} if cut is None else {"": Cut(cut, "fixed")})
     removed = more.pop("removed", values > (np.inf if cut is None else cut))
-    gone = int(removed.sum())
-    counts = more.pop("counts", Counts(n, n, n - gone, gone))
+    out = int(removed.sum())
+    counts = more.pop("counts", Counts(n, n, n - out, out))
     return ReportData("Scan of data.jsonl", counts, scores, removed, cuts, **more)
 
 
@@ -61,28 +61,28 @@ def make_example() -> ReportData:
     decoys = np.where(labels == 1, rng.normal(0.2, 0.25, 997), rng.normal(0.1, 0.2, 997))
     cut = 0.94
     removed = values > cut
-    gone, kept = np.flatnonzero(removed), np.flatnonzero(~removed)
+    out, kept = np.flatnonzero(removed), np.flatnonzero(~removed)
     kept = kept[np.argsort(-values[kept])][:12]
     detail = {
         "q": 0.2,
         "estimated_fdr": 0.013,
-        "n_targets": len(gone),
+        "n_targets": len(out),
         "n_decoys": 0,
         "mu": float(values.mean()),
         "sigma": float(values.std()),
         "components": [{"weight": 0.922, "mean": 0.1, "std": 0.22}, {"weight": 0.078, "mean": 2.6, "std": 0.6}],
     }
-    categories = rng.choice(CATEGORIES, len(gone), p=[0.3, 0.25, 0.15, 0.15, 0.1, 0.05])
+    categories = rng.choice(CATEGORIES, len(out), p=[0.3, 0.25, 0.15, 0.15, 0.1, 0.05])
     return make_data(
         values,
         removed=removed,
         decoys=decoys,
         cuts={"messages": Cut(cut, "decoy", detail)},
         labels=labels,
-        counts=Counts(1000, 997, 997 - len(gone), len(gone), 3, 1),
+        counts=Counts(1000, 997, 997 - len(out), len(out), 3, 1),
         warnings=("The tokenizer has no chat template: the documented default was used.",),
         checks=(Check("Probe validity", "pass", "The model refused 31 of 32 probes [84.3 %, 99.4 %]."),),
-        caught=rate(len(gone), 77),
+        caught=rate(len(out), 77),
         lost=Rate(0, 920, 0.0, 0.0, 0.0042),
         aurocs=(
             {"name": "FIHS (this scan)", "auroc": 0.998, "low": 0.995, "high": 1.0, "n_pos": 77, "n_neg": 920},
@@ -91,7 +91,7 @@ def make_example() -> ReportData:
         ),
         removed_rows=tuple(
             make_row(int(i), float(values[i]), cut, HARMFUL, rng, category=str(c))
-            for i, c in zip(gone, categories, strict=True)
+            for i, c in zip(out, categories, strict=True)
         ),
         kept_rows=tuple(make_row(int(i), float(values[i]), cut, HARMLESS, rng) for i in kept),
         quarantined=(

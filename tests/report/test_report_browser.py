@@ -68,7 +68,7 @@ def test_the_charts_draw_and_nothing_is_fetched(browser: Any, example: ReportDat
     assert browser.execute_script("return document.querySelectorAll('#plot-categories .bars .point').length") == 6
     before = browser.execute_script("return document.querySelector('#plot-scores-0 .ytick text').textContent")
     button = browser.find_element("css selector", "[data-log='scores-0']")
-    assert button.get_attribute("aria-pressed") == "true"  # removed bars are low beside the kept ones
+    assert button.get_attribute("aria-pressed") == "true"  # removed bars are low next to the kept ones
     button.click()
     assert button.get_attribute("aria-pressed") == "false"
     assert browser.execute_script("return document.querySelector('#plot-scores-0 .ytick text').textContent") != before

@@ -110,10 +110,10 @@ def test_what_the_first_screen_says(make: Make, example: ReportData) -> None:
 
 
 def test_only_pushes_toward_unsafe_answers_are_called_so(make: Make) -> None:
-    told = [render(make([2.0, 0.1], cut=1.0, selector=selector)) for selector in ("fihs", "loss")]
+    pages = [render(make([2.0, 0.1], cut=1.0, selector=selector)) for selector in ("fihs", "loss")]
     for words in ("push toward unsafe answers", "score (FIHS)", "how far one training step"):
-        assert [words in page for page in told] == [True, False]
-    assert "the selector loss" in told[1] and "score (loss)" in told[1]
+        assert [words in page for page in pages] == [True, False]
+    assert "the selector loss" in pages[1] and "score (loss)" in pages[1]
 
 
 def test_shapes_have_charts_of_their_own(make: Make) -> None:
@@ -142,14 +142,14 @@ def test_the_fits_are_drawn_where_the_rule_gives_them(make: Make) -> None:
 def test_many_long_rows_stay_within_eight_megabytes(make: Make) -> None:
     n = 100_000
     values = np.random.default_rng(0).standard_t(2, n)
-    gone = np.flatnonzero(values > 2)
+    removed = np.flatnonzero(values > 2)
     piece = ("\u202e<&\"'" * 4, "response", 0.3)
-    rows = tuple(RowView(int(i), "x", float(values[i]), 0.1, "c", "messages", (piece,) * 3000) for i in gone[:300])
+    rows = tuple(RowView(int(i), "x", float(values[i]), 0.1, "c", "messages", (piece,) * 3000) for i in removed[:300])
     page = render(make(values, 2.0, decoys=-values, removed_rows=rows, kept_rows=rows[:50],
                        quarantined=(QuarantinedView(1, EVIL * 99, EVIL * 99),) * 5000))  # fmt: skip
     assert len(page.encode()) < 8_000_000
     assert "Shown: the 200 with the highest scores." in page
-    assert f"{len(gone) - 200:,} more removed rows are in" in page
+    assert f"{len(removed) - 200:,} more removed rows are in" in page
 
 
 def test_a_long_row_keeps_its_strongest_tokens() -> None:
@@ -186,7 +186,7 @@ def test_misaligned_or_infinite_input_is_refused(make: Make) -> None:
         make([1.0, np.nan], removed=np.array([True, False]))
 
 
-def test_kinds_are_told_as_a_guess_and_the_manifest_is_folded(example: ReportData) -> None:
+def test_kinds_are_shown_as_a_guess_and_the_manifest_is_collapsed(example: ReportData) -> None:
     page = render(example)
     assert "Removed rows by nearest kind (a guess)" in page
     assert "nearest kind (a guess): violence" in page

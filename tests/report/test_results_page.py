@@ -152,8 +152,8 @@ def test_a_rival_that_is_safer_is_named_and_one_that_is_not_is_not() -> None:
         ("better", "refusal-phrases"), ("better", "lab-classifier"), ("useful", None)
     }  # fmt: skip
     text = results.markdown(comparison(cells))
-    assert "`better` has ASR by refusal-phrases 0.0 [0.0, 1.9] against 10.0 [6.6, 14.9]" in text
-    assert "`useful` has utility 95.0" in text
+    assert "| ASR, refusal-phrases | 0.0 \\[0.0, 1.9\\] % | 10.0 \\[6.6, 14.9\\] % | clear |" in text
+    assert "| utility | 95.0" in text
     assert "within the intervals" in text
 
 
@@ -330,7 +330,7 @@ def test_the_training_is_described_on_the_page_and_in_the_markdown() -> None:
         "Model": "some/model", "Model before its alignment": "some/base", "Training": "max steps 3",
         "Training on news": "num train epochs 2", "Adapter": "LoRA: rank 8", "Judges": "refusal-phrases, lab-classifier",
         "Requests": "report from asked.jsonl", "Longest answer": "12 tokens", "Seeds": "2, 10", "Rows of a dataset": "1,000",
-        "Utility": "news by the metric that its rows name; at most 50 rows of each", "Rows trained on": "910",
+        "Utility": "news by the metric of its rows; at most 50 rows of each", "Rows trained on": "910",
         "Steps of a training": "140",
     }  # fmt: skip
     assert made.items() >= wanted.items()

@@ -1,4 +1,4 @@
-"""The page of training in turn: every stage, every task, and measures beside the stage they belong to."""
+"""The page of training in turn: every stage, every task, and measures next to their stage."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_end_decides(last: int, tone: str) -> None:
 def test_what_was_forgotten_is_no_pass_and_is_named() -> None:
     found = page_sequence.page(run())
     assert found.tone == "warn"
-    assert "usefulness does not last" in found.standing
+    assert "utility does not last" in found.standing
     assert found.facts[0].startswith("Forgetting is 0.200")
     assert found.facts[1].replace("\u00a0", " ") == "Utility on news fell from 90.0 % to 70.0 %."
     assert page_sequence.page(run(measures={})).tone == "warn"  # the stages say it too
@@ -56,7 +56,7 @@ def test_a_sequence_that_learned_nothing_is_no_pass() -> None:
     whole["stages"] = [stage(name, 0, 1, 2, None) for name in ("start", "news", "sums")]
     found = page_sequence.page(whole)
     assert found.tone == "warn"
-    assert "No task is known at the end" in found.facts[0]
+    assert "No task is learned at the end" in found.facts[0]
 
 
 def test_no_worse_than_a_bad_start_is_a_warning() -> None:
@@ -65,7 +65,7 @@ def test_no_worse_than_a_bad_start_is_a_warning() -> None:
     assert page_sequence.page(whole).tone == "warn"
 
 
-def test_measures_stand_beside_their_stage() -> None:
+def test_measures_are_next_to_their_stage() -> None:
     lines = [line for line in page_sequence.markdown(run()).splitlines() if line.startswith("| ")]
     start, news, sums = (
         next(line for line in lines if line.startswith(f"| {name} |")) for name in ("start", "news", "sums")
@@ -119,7 +119,7 @@ def test_missing_figures_are_no_error(whole: dict[str, Any], tmp_path: Path) -> 
     assert page_sequence.markdown(whole)
 
 
-def test_settings_and_model_are_told_where_they_are_given() -> None:
+def test_settings_and_model_are_shown_if_given() -> None:
     text = shown(
         sheet.render(page_sequence.page(run(settings={"training": {"max_steps": 3}}, model={"name": "some/model"})))
     )

@@ -55,13 +55,13 @@ def test_the_sentence_comes_first(more: dict[str, Any], tone: str, standing: str
     assert standing in found.standing
 
 
-def test_every_judge_is_told_before_and_after_with_interval_and_count() -> None:
+def test_every_judge_is_shown_before_and_after_with_interval_and_count() -> None:
     text = shown(sheet.render(rounds.page(run(verdict=verdict()))))
     assert "ASR by refusal-phrases: 0.5 % [0.1, 2.8] n=200 before; 2.0 % [0.8, 5.0] n=200 after." in text
     assert "ASR by lab-classifier: 0.0 % [0.0, 1.9] n=200 before; 1.5 % [0.5, 4.3] n=200 after." in text
     assert "Utility: 10.0 %" in text
     assert "The search: removing 96 of 1000 rows meets both targets." in text
-    assert "96 of 1,000 rows were taken out" in text
+    assert "96 of 1,000 rows were removed before training" in text
     assert "+65.0 points" in text
 
 
@@ -76,7 +76,7 @@ def test_the_chart_has_every_round_and_no_utility_where_none_was_measured() -> N
     assert "stopped before every prompt was asked" in text
 
 
-def test_links_stay_beside_the_page() -> None:
+def test_links_are_relative_to_the_page() -> None:
     files = {
         "scan": "scan/report.html",
         "a": "javascript:alert(1)",
@@ -112,7 +112,7 @@ def test_utility_that_fell_or_never_rose_and_new_refusals_are_no_pass() -> None:
     nothing = rounds.page(run(before=figures(1, 0, 0), after=figures(4, 3, 0)))
     assert (nothing.tone, nothing.standing.partition("but ")[2]) == ("warn", "the model has not learned the task")
     shy = rounds.page(run(after=figures(4, 3) | {"over_refusal": rate(90, 200)}))
-    assert (shy.tone, shy.standing.partition("but ")[2]) == ("warn", "the model refuses more that is harmless")
+    assert (shy.tone, shy.standing.partition("but ")[2]) == ("warn", "the model refuses more harmless requests")
 
 
 def test_one_round_has_no_chart_and_several_have_bars_for_their_intervals() -> None:
@@ -131,7 +131,7 @@ def test_one_round_has_no_chart_and_several_have_bars_for_their_intervals() -> N
     assert "other requests and other rows of the task" in shown(page)
 
 
-def test_the_targets_are_drawn_where_they_are_told() -> None:
+def test_the_targets_are_drawn_if_given() -> None:
     def lines(found: dict[str, Any]) -> list[float]:
         page = sheet.render(rounds.page(run(verdict=found)))
         return [line["y0"] for line in specs(page)["rounds"]["layout"]["shapes"]]
@@ -147,33 +147,33 @@ def test_the_targets_are_drawn_where_they_are_told() -> None:
 OUTPUTS = {"before": "outputs-before.jsonl", "after": "outputs-after.jsonl"}
 
 
-def test_nothing_is_said_of_rows_where_no_row_method_ran() -> None:
+def test_rows_are_not_mentioned_without_a_row_method() -> None:
     found = rounds.page(run(removed=0, files=OUTPUTS, defence="asft"))
     assert [name for name, _, _ in found.figures][:2] == ["rows", "ASR after, refusal-phrases"]
     page = sheet.render(found)
-    assert "What was taken out" not in page
+    assert "Removed before training" not in page
     assert 'href="outputs-before.jsonl"' in page.partition('id="made"')[2]
     assert 'href="outputs-after.jsonl"' in page.partition('id="made"')[2]
-    nothing_went = sheet.render(rounds.page(run(removed=0)))
-    assert "None of 1,000 rows was taken out" in nothing_went
-    assert 'href="scan/report.html"' in nothing_went.partition('id="taken"')[2].partition("</section>")[0]
+    nothing_removed = sheet.render(rounds.page(run(removed=0)))
+    assert "0 of 1,000 rows were removed before training" in nothing_removed
+    assert 'href="scan/report.html"' in nothing_removed.partition('id="taken"')[2].partition("</section>")[0]
     masked = shown(sheet.render(rounds.page(run(removed=0, dropped_tokens=7, files=OUTPUTS))))
-    assert "tokens not learned 7" in masked
+    assert "tokens masked 7" in masked
 
 
 def test_a_model_that_does_not_refuse_its_probes_is_no_pass() -> None:
-    told = {"before": {}, "after": {"judges": {"phrases": rate(0, 200)}}, "rows": 10, "removed": 1}
-    plain = rounds.page(told)
+    made = {"before": {}, "after": {"judges": {"phrases": rate(0, 200)}}, "rows": 10, "removed": 1}
+    plain = rounds.page(made)
     assert plain.tone == "pass"
-    page = rounds.page({**told, "uncertified": "it refused 0 of 24"})
+    page = rounds.page({**made, "uncertified": "it refused 0 of 24"})
     assert page.tone == "warn"
     assert any("it refused 0 of 24" in fact for fact in page.facts)
 
 
-def test_labels_tell_what_was_caught_and_lost() -> None:
+def test_labels_give_the_rates_caught_and_lost() -> None:
     page = rounds.page(run(caught=rate(90, 96), lost=rate(6, 904)))
     assert ("harmful rows caught", "93.8\u00a0%", "of 96") in page.figures
-    assert "harmless rows lost" in shown(sheet.render(page)).partition("What was taken out")[2]
+    assert "harmless rows lost" in shown(sheet.render(page)).partition("Removed before training")[2]
 
 
 RECORD = {
@@ -182,14 +182,14 @@ RECORD = {
 }
 
 
-def test_a_record_is_told_in_words() -> None:
+def test_a_record_is_shown_in_words() -> None:
     page = sheet.render(rounds.page(run(record=RECORD)))
     text = shown(page).partition("What the method did in training")[2].partition("How it was made")[0]
     assert "largest eigenvalue, highest of any layer 0.6773" in text
     assert "layers held 28" in text
-    assert "penalty when last computed 0.5" in text
+    assert "last value of the penalty 0.5" in text
     assert "new_key 1" in text
-    assert "cosines of the layers 10 values from 0 to 0.9, the middle one 0.45" in text
+    assert "cosines of the layers 10 values from 0 to 0.9, median 0.45" in text
     assert "self_attn" not in text
     assert "model.<wbr>layers.<wbr>0.<wbr>self_<wbr>attn.<wbr>q_<wbr>proj.<wbr>weight" in page  # among the settings
 
@@ -205,18 +205,18 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def test_how_it_was_made_is_told_in_words_and_every_setting_stands_folded() -> None:
+def test_how_it_was_made_is_shown_and_every_setting_is_collapsed() -> None:
     page = rounds.page(run(settings=SETTINGS, model={"name": "some/model", "parameters": 1234, "sha256": "ab" * 32}))
-    told = dict(page.made)
-    assert told["Training"] == "max steps 3, learning rate 0.001"
-    assert told["Adapter"] == "LoRA: rank 8, lora alpha 16"
-    assert told["Model"] == "some/model, 1,234 parameters, SHA-256 abababababab…"
-    assert told["Measured"] == (
+    made = dict(page.made)
+    assert made["Training"] == "max steps 3, learning rate 0.001"
+    assert made["Adapter"] == "LoRA: rank 8, lora alpha 16"
+    assert made["Model"] == "some/model, 1,234 parameters, SHA-256 abababababab…"
+    assert made["Measured"] == (
         "100 requests by refusal-phrases, guard; 130 harmless look-alikes; 33 rows of the task by exact (guessed from the rows); "
-        "answers of at most 12 tokens; every answer begun with “Sure”"
+        "answers of at most 12 tokens; every answer starting with “Sure”"
     )
-    assert told["Seed"] == "4"
-    assert "The search measured" not in told
+    assert made["Seed"] == "4"
+    assert "The search measured" not in made
     assert ("settings.peft.megatron_core", "megatron.core") in page.folded
     assert "<details" in sheet.render(page).partition('id="made"')[2]
     bare = dict(rounds.page(run()).made)

@@ -230,7 +230,7 @@ def test_ctrl_c_leaves_no_process_and_one_process_goes_on(
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert said.strip().splitlines()[-1].startswith("interrupted: what is finished is kept")
+    assert said.strip().splitlines()[-1].startswith("interrupted: finished work is kept")
     assert "Traceback" not in said and "ray" not in said.lower()
     assert len(begun) > 2 and not psutil.wait_procs(begun, timeout=20)[1]
     before = finished(out)

@@ -117,7 +117,7 @@ def test_thin_factors_give_the_value_and_the_gradients_of_the_formula(
 
 
 def test_the_largest_errors_stay_far_below_one_in_a_hundred_thousand() -> None:
-    """At widths that models have, in the plain case: V small beside W, as alignment leaves it."""
+    """At widths that models have, in the plain case: V small relative to W, as after alignment."""
     generator = torch.Generator().manual_seed(0)
     for d, k in ((256, 256), (700, 256), (256, 700)):
         v = 0.01 * torch.randn(d, k, generator=generator)
@@ -367,7 +367,7 @@ def test_what_it_cannot_hold_is_refused() -> None:
     with pytest.raises(UsageError, match=r"has shape \(64, 63\)"):
         AsFT(Alignment(bent, digest((), bent))).prepare(model)
     model.merge_adapter()
-    with pytest.raises(UsageError, match="merged into its weight already"):
+    with pytest.raises(UsageError, match="already merged into its weight"):
         AsFT(direction).prepare(model)
 
 
@@ -376,7 +376,11 @@ def test_what_it_cannot_hold_is_refused() -> None:
     [
         ("llama", {"target_modules": "all-linear", "use_dora": True}, "DoRA"),
         ("llama", {"target_modules": ["embed_tokens"]}, "embedding"),
-        ("llama", {"target_modules": "all-linear", "init_lora_weights": "pissa"}, "started with a part of the weight"),
+        (
+            "llama",
+            {"target_modules": "all-linear", "init_lora_weights": "pissa"},
+            "initialised with part of the weight",
+        ),
         ("mixtral", {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}, "fused experts"),
     ],
 )

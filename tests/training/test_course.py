@@ -1,4 +1,4 @@
-"""One job under several defences: what they share, what tells two arms apart, and what each needs."""
+"""One job under several defences: what they share, what distinguishes two arms, and what each needs."""
 
 from __future__ import annotations
 

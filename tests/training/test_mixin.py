@@ -312,7 +312,7 @@ class Values(FrozenReferenceKL):
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("base", [Trainer, SFTTrainer])
 def test_under_mixed_precision_the_reference_answers_in_it_too(base: type, adapter: Any, tmp_path: Path) -> None:
-    """A float32 reference beside a model in bfloat16 would be away from it before the first step."""
+    """A float32 reference of a bfloat16 model would differ from it before the first step."""
     model = tiny_model("llama")
     if adapter is not None:
         model = peft.get_peft_model(model, copy.deepcopy(adapter))

@@ -156,7 +156,7 @@ class Placed(Picks):
         return super().choose(model, batch)
 
 
-def test_a_method_is_told_where_training_goes_on(tmp_path: Path) -> None:
+def test_a_method_gets_the_position_at_which_training_resumes(tmp_path: Path) -> None:
     options = OPTIONS | {"gradient_accumulation_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2}
 
     def train(steps: int, resume: bool) -> list[int]:
@@ -171,10 +171,12 @@ def test_a_method_is_told_where_training_goes_on(tmp_path: Path) -> None:
     assert train(4, True) == [4, 5, 6, 7]
 
 
-@pytest.mark.parametrize(("rows", "told"), [(2, True), (3, False)])
-def test_a_batch_too_small_to_choose_from_is_told(rows: int, told: bool, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("rows", "warned"), [(2, True), (3, False)])
+def test_a_batch_too_small_to_select_from_is_reported(
+    rows: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     _trained(_rows(), Picks({10}), max_steps=1, per_device_train_batch_size=rows)
-    assert ("give at least 3" in caplog.text) == told
+    assert ("give at least 3" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("method", [OnlineModerate(), OnlineModerate(1.0), OnlineModerate(0.29), OnlineModerate(1e-3)])
@@ -211,7 +213,7 @@ def test_the_method_sees_the_rows_as_they_are_trained() -> None:
 @pytest.mark.parametrize(
     "more", [{"position_ids": torch.zeros(1, 3)}, {"attention_mask": torch.tensor([[0, 1, 1]])}], ids=["packed", "left"]
 )
-def test_rows_that_cannot_be_told_apart_are_refused(more: dict[str, Any]) -> None:
+def test_indistinguishable_rows_are_rejected(more: dict[str, Any]) -> None:
     ids = torch.tensor([[1, 2, 3]])
     with pytest.raises(UsageError, match="packing=False"):
         as_batch({"input_ids": ids, "labels": ids, "attention_mask": torch.ones(1, 3)} | more)

@@ -162,7 +162,7 @@ def test_settings_and_models_are_checked() -> None:
         with pytest.raises(UsageError, match="exactly one of threshold"):
             project(model, direction, **settings_)
     for threshold in (1.5, float("nan")):
-        with pytest.raises(UsageError, match="is no cosine"):
+        with pytest.raises(UsageError, match="is not a cosine"):
             project(model, direction, threshold)
     with pytest.raises(UsageError, match="at least 1"):
         project(model, direction, layers=0)

@@ -191,7 +191,7 @@ def test_chats_are_trained_on_their_answers(template: bool, capsys: pytest.Captu
     seen: list[tuple[int, int]] = []
     options = {**OPTIONS, "assistant_only_loss": True}
     model = tiny_model("llama")
-    datasets.enable_progress_bars()  # a command that ran in this process may have turned them off
+    datasets.enable_progress_bars()  # a command that ran in this process may have disabled them
     trained = sft(model, tokenizer, CHATS, options, progress=lambda step, total: seen.append((step, total)))
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert not _same(_weights(trained), _weights(model))
@@ -358,7 +358,7 @@ def test_weights_that_train_in_half_precision_are_warned_of_once() -> None:
         ({"seed": 1}, {}, "'seed' is not a training option here.*argument seed="),
         ({"lr_scheduler_type": "zigzag"}, {}, "TRL refuses.*zigzag"),
         ({"assistant_only_loss": True}, {}, "TRL refuses.*not conversational"),
-        ({}, {"merge": True}, "merge folds an adapter"),
+        ({}, {"merge": True}, "merge needs an adapter"),
     ],
 )
 def test_settings_that_cannot_be(options: dict[str, Any], more: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""`gradshield train` and `gradshield evaluate`: what a run leaves behind, what it refuses, and that it goes on after a kill."""
+"""`gradshield train` and `gradshield evaluate`: the output of a run, invalid input, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def _run(folder: Path, defence: str, **more: Any) -> training.Trained:
 def test_a_run_leaves_the_model_the_scan_and_the_proof(tmp_path: Path) -> None:
     done = _run(tmp_path, "fihs+asft", base=lab.checkpoint("base"))
     folder = tmp_path / "run"
-    told = json.loads((folder / "manifest.json").read_text())
-    assert told["settings"]["defence"] == "fihs+asft"
-    results = told["results"]
+    stored = json.loads((folder / "manifest.json").read_text())
+    assert stored["settings"]["defence"] == "fihs+asft"
+    results = stored["results"]
     assert results["rows"] - results["removed"] == results["trained"]
     assert results["record"]["asft"]["layers"] == 28
     for when in ("before", "after"):
@@ -91,7 +91,7 @@ def test_a_run_leaves_the_model_the_scan_and_the_proof(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_probes_that_mean_nothing_are_told_wherever_the_run_is(tmp_path: Path) -> None:
+def test_meaningless_probes_are_reported_anywhere(tmp_path: Path) -> None:
     harmless = Probing(requests=PROBING.lookalikes, lookalikes=PROBING.requests, uncertified=True)
     done = _run(tmp_path, "fihs:ratio:10%", probing=harmless, exams=training.Exams())
     problem = done.manifest.results["uncertified"]
@@ -105,9 +105,9 @@ def test_probes_that_mean_nothing_are_told_wherever_the_run_is(tmp_path: Path) -
 
 
 def test_options_of_the_template_are_those_of_every_exam(tmp_path: Path) -> None:
-    told = {"enable_thinking": False}
-    exams = training.exams_of("builtin", None, str(_held(tmp_path)), "exact", 8, "", True, told)
-    assert exams.report.template == exams.search.template == told
+    stored = {"enable_thinking": False}
+    exams = training.exams_of("builtin", None, str(_held(tmp_path)), "exact", 8, "", True, stored)
+    assert exams.report.template == exams.search.template == stored
     assert command("evaluate", ALIGNED, "--template-kwargs", "{").code == 2
 
 
@@ -115,12 +115,12 @@ def test_options_of_the_template_are_those_of_every_exam(tmp_path: Path) -> None
 def test_a_verified_cut_that_is_not_met_keeps_the_safest_and_leaves_with_code_5(tmp_path: Path) -> None:
     """What few requests can show is asked of safety, and more than any model has of utility."""
     data, held, asked = _data(tmp_path), _held(tmp_path), _requests(tmp_path, 20)
-    lora, told = (
+    lora, stored = (
         write(tmp_path / "lora.json", json.dumps({**lab.LORA, "r": 2})),
         write(tmp_path / "t.json", json.dumps(OPTIONS)),
     )
     typed = ["train", str(data), "--model", ALIGNED, "--output", str(tmp_path / "run"), "--lora-config", str(lora)]
-    typed += ["--training-config", str(told), "--safety", str(asked), "--utility", str(held), "--metric", "exact"]
+    typed += ["--training-config", str(stored), "--safety", str(asked), "--utility", str(held), "--metric", "exact"]
     typed += [
         "--defence",
         "fihs:verified:utility=1.0,asr=0.3,rounds=2,tolerance=0",
@@ -232,15 +232,17 @@ def test_datasets_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         follow()
     follow()
     assert fitted == ["choice.jsonl", "topic.jsonl", "topic.jsonl"]  # the finished stage is not trained again
-    told = json.loads((tmp_path / "run" / "sequence.json").read_text())
-    assert told["tasks"] == ["choice", "topic"]
-    assert [stage["name"] for stage in told["stages"]] == ["start", "choice", "topic"]
-    assert all(set(stage["utility"]) == {"choice", "topic"} and 0 <= stage["visage"] <= 1 for stage in told["stages"])
-    measures = told["measures"]
+    stored = json.loads((tmp_path / "run" / "sequence.json").read_text())
+    assert stored["tasks"] == ["choice", "topic"]
+    assert [stage["name"] for stage in stored["stages"]] == ["start", "choice", "topic"]
+    assert all(set(stage["utility"]) == {"choice", "topic"} and 0 <= stage["visage"] <= 1 for stage in stored["stages"])
+    measures = stored["measures"]
     assert measures["backward_transfer"][0] is None
-    learned, now = (told["stages"][i]["utility"]["choice"]["rate"] for i in (1, 2))
+    learned, now = (stored["stages"][i]["utility"]["choice"]["rate"] for i in (1, 2))
     assert measures["backward_transfer"][1] == pytest.approx(now - learned)
-    assert measures["basin_retention"][1] == pytest.approx(told["stages"][2]["visage"] / told["stages"][0]["visage"])
+    assert measures["basin_retention"][1] == pytest.approx(
+        stored["stages"][2]["visage"] / stored["stages"][0]["visage"]
+    )
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "stage-1").state_dict()
     end = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "stage-2").state_dict()
     assert any((start[name] != end[name]).any() for name in start)
@@ -352,8 +354,8 @@ def test_a_full_disk_at_the_end_costs_nothing_that_was_there(tmp_path: Path, mon
         with pytest.raises(DataError, match="free some space"):
             _run(tmp_path, "none", exams=exams, seed=1)
     after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    gone = ("manifest.json", "certificate.json")  # of a run that is finished
-    assert after == {name: content for name, content in before.items() if name not in gone}
+    removed = ("manifest.json", "certificate.json")  # of a run that is finished
+    assert after == {name: content for name, content in before.items() if name not in removed}
     _run(tmp_path, "none", exams=exams, peft_config=None, merge=False)
     assert (folder / "model.safetensors").exists() and not (folder / "adapter_model.safetensors").exists()
     assert "Mine." in (folder / "README.md").read_text()
@@ -370,10 +372,10 @@ def test_what_counts_is_what_a_scan_counts_where_no_training_is_given(
     assert plain.manifest.settings["render"]["assistant_only_loss"] is None
     assert plain.manifest.settings["training"]["save_strategy"] == "epoch"
     assert "assistant_only_loss" not in caplog.text
-    told = _run(tmp_path, "none", exams=none)
+    stored = _run(tmp_path, "none", exams=none)
     assert "does not set assistant_only_loss" in caplog.text
-    assert told.manifest.settings["render"]["assistant_only_loss"] is False
-    assert told.manifest.settings["scan"]["selector"] == "screen"
+    assert stored.manifest.settings["render"]["assistant_only_loss"] is False
+    assert stored.manifest.settings["scan"]["selector"] == "screen"
     assert plain.manifest.settings["scan"]["selector"] == "random"
     assert plain.manifest.settings["scan"]["threshold"] == "ratio:10%"
 

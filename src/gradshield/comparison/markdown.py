@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
+from gradshield.comparison import page
 from gradshield.comparison.outcome import TOTALS_NOTE, outcome
-from gradshield.comparison.rivals import RULES, Win, against
+from gradshield.comparison.rivals import against
 from gradshield.report import made
 from gradshield.report.markdown import code, plain, table_row, table_rule
 from gradshield.report.pool import (
@@ -24,12 +27,12 @@ from gradshield.report.pool import (
     mix_name,
     mixes,
     points,
-    reference,
     share,
     spread,
     totals,
     usable,
 )
+from gradshield.report.sheet import Entry, Section
 from gradshield.report.text import MISSING, duration
 
 COLUMNS = 5  # mixes in one Markdown table
@@ -49,9 +52,7 @@ def markdown(whole: Mapping[str, Any]) -> str:
         *(_task(task, [mix for mix in found if mix.task == task], judges) for task in dict.fromkeys(m.task for m in found)),
         _summary(totals(cells), judges),
         _disagreements(found),
-        _rivals(found),
-        _verified(cells),
-        _failed(cells),
+        *(_section(section) for section in page.details(cells, found)),
     ]  # fmt: skip
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
@@ -156,69 +157,18 @@ def _disagreements(found: Sequence[Mix]) -> list[str]:
     return [*lines, *_more(len(differing))]
 
 
-def _rivals(found: Sequence[Mix]) -> list[str]:
-    lines = ["## Where a rival wins", ""]
-    ran = [mix.defence for mix in found]
-    own = reference(ran)
-    if own not in ran:
-        return [*lines, f"There is no {code(own)} in this comparison."]
-    standings, wins = against(found)
-    if not standings:
-        return [*lines, f"No other defence was run on the same task, mix and seed as {code(own)}."]
-    head = ["rival", "cells compared", "lower ASR", "higher ASR", "higher utility at equal safety", "of these, clearly"]
-    lines += [
-        f"Against {code(own)} by default. {RULES} {code('clean')} uses the labels.",
-        "",
-        table_row(*head),
-        table_rule(len(head)),
-        *(table_row(code(one.rival), *map(str, one.tally)) for one in standings),
-        "",
-        *([_win(win) for win in wins[:LINES]] or ["No rival wins anywhere."]),
-    ]
-    return [*lines, *_more(len(wins))]
-
-
-def _win(win: Win) -> str:
-    where = f"{plain(win.task)}, {plain(mix_name(win.harm, win.ratio))}"
-    what = "utility" if win.judge is None else f"ASR by {plain(win.judge)}"
-    note = "" if win.clear else ", within the intervals"
-    return f"- {where}: {code(win.rival)} has {what} {bounds(win.theirs)} against {bounds(win.ours)}{note}"
-
-
-def _verified(cells: Sequence[Cell]) -> list[str]:
-    """The verified searches, those that missed their targets first."""
-    own = [cell for cell in cells if isinstance(cell.get("verified"), Mapping)]
-    if not own:
+def _section(section: Section) -> list[str]:
+    """A section of the page as Markdown, without its drawings."""
+    if not (section.lead or section.tables):
         return []
-    met = sum(bool(cell["verified"].get("met")) for cell in own)
-    lines = ["## Verified searches", "", f"{met} of {len(own)} searches met both targets.", ""]
-    head = ["task", "mix", "seed", "defence", "rounds", "targets", "in words"]
-    lines += [table_row(*head), table_rule(len(head))]
-    for cell in sorted(own, key=lambda cell: bool(cell["verified"].get("met")))[:LINES]:
-        verdict = cell["verified"]
-        lines.append(
-            table_row(
-                *_where(cell),
-                str(len(verdict.get("rounds") or ())),
-                "met" if verdict.get("met") else "not met",
-                plain(str(verdict.get("sentence", MISSING))),
-            )
-        )
-    return [*lines, *_more(len(own))]
-
-
-def _failed(cells: Sequence[Cell]) -> list[str]:
-    own = [cell for cell in cells if "failed" in cell]
-    if not own:
-        return []
-    lines = ["## Failed cells", "", table_row("task", "mix", "seed", "defence", "why"), table_rule(5)]
-    lines += [table_row(*_where(cell), plain(str(cell["failed"]))) for cell in own[:LINES]]
-    return [*lines, *_more(len(own))]
-
-
-def _where(cell: Cell) -> tuple[str, str, str, str]:
-    mix = plain(mix_name(str(cell["harm"]), float(cell["ratio"])))
-    return plain(str(cell["task"])), mix, str(cell["seed"]), code(str(cell["defence"]))
+    lines = [f"## {section.title}", *(["", plain(section.lead)] if section.lead else [])]
+    for table in section.tables:
+        rows = [[entry.text if isinstance(entry, Entry) else entry for entry in row] for row in table.rows]
+        columns = [i for i in range(len(table.columns)) if not any(isinstance(row[i], Markup) for row in rows)]
+        lines += ["", table_row(*(plain(table.columns[i]) for i in columns)), table_rule(len(columns))]
+        lines += [table_row(*(plain(row[i]) for i in columns)) for row in rows[:LINES]]
+        lines += _more(len(rows))
+    return lines
 
 
 def _more(count: int) -> list[str]:

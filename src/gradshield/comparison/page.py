@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradshield.comparison.outcome import TOTALS_NOTE, outcome
-from gradshield.comparison.rivals import RULES, Standing, Win, against
+from gradshield.comparison.rivals import RULES, against
 from gradshield.comparison.scatter import trade_off
 from gradshield.report import made, sheet
 from gradshield.report.pool import (
@@ -44,9 +44,8 @@ def page(whole: Mapping[str, Any]) -> Sheet:
     """The page, unrendered."""
     cells = [dict(cell) for cell in whole.get("cells") or ()]
     found, sums, judges = mixes(cells), totals(cells), judges_of(cells)
-    standings, wins = against(found)
     about = {str(name): str(text) for name, text in (whole.get("defences") or {}).items()}
-    result = outcome(cells, found, sums, standings)
+    result = outcome(cells, found, sums, against(found)[0])
     chart = trade_off(sums)
     sections = (
         _map(found, judges, about),
@@ -61,9 +60,7 @@ def page(whole: Mapping[str, Any]) -> Sheet:
         if chart is not None
         else Section("trade", ""),
         _defences(sums, judges, about),
-        _rivals(standings, wins, [mix.defence for mix in found]),
-        _verified(cells),
-        _failed(cells),
+        *details(cells, found),
     )
     return Sheet(
         title=f"{len(sums)} defence{'s' if len(sums) != 1 else ''} on {_tasks(cells)}",
@@ -210,13 +207,23 @@ def _of(counts: Sequence[tuple[int, int]]) -> str:
     return " / ".join(f"{k} of {n}" for k, n in counts)
 
 
-def _rivals(standings: Sequence[Standing], wins: Sequence[Win], ran: Sequence[str]) -> Section:
+def details(cells: Sequence[Cell], found: Sequence[Mix]) -> tuple[Section, ...]:
+    """The sections that the Markdown shows too: rivals, verified searches and failed cells."""
+    return _rivals(found), _verified(cells), _failed(cells)
+
+
+def _rivals(found: Sequence[Mix]) -> Section:
+    ran = [mix.defence for mix in found]
     own = reference(ran)
-    lead = f"Against {own} by default. {RULES} The defence “clean” uses the labels."
     if own not in ran:
         return Section("rivals", "Where a rival wins", f"There is no {own} in this comparison.")
+    standings, wins = against(found)
     if not standings:
-        return Section("rivals", "Where a rival wins", f"No other defence was run on the same mixes as {own}.")
+        return Section(
+            "rivals", "Where a rival wins", f"No other defence was run on the same task, mix and seed as {own}."
+        )
+    lead = f"Against {own} by default. {RULES} The defence “clean” uses the labels."
+    lead += "" if wins else " No rival wins anywhere."
     tally: tuple[tuple[Entry | str, ...], ...] = tuple(
         (one.rival, *(Entry(f"{count}", key=count) for count in one.tally)) for one in standings
     )
@@ -260,15 +267,13 @@ def _verified(cells: Sequence[Cell]) -> Section:
     head = ("Defence", "Task", "Mix", "Seed", "Targets", "Rounds", "ASR by round", "In words")
     if not lines:
         return Section("verified", "Verified searches")
-    return Section(
-        "verified",
-        "Verified searches",
-        f"{met:,} of {len(own):,} searches met both targets. The sparkline has one mark per round: the ASR by its worst judge, "
-        "with its interval, from 0 to 100 % on a square-root scale. Red is too unsafe, an open ring is short of utility, "
-        f"blue passes. The line is {100 * TARGET:g} %.",
-        tables=(Table(head, tuple(lines), sorts=True),),
-        nav="Verified",
+    hint = (
+        "The sparkline has one mark per round: the ASR by its worst judge, with its interval, from 0 to 100 % on a square-root "
+        f"scale. Red is too unsafe, an open ring is short of utility, blue passes. The line is {100 * TARGET:g} %."
     )
+    lead = f"{met:,} of {len(own):,} searches met both targets."
+    table = Table(head, tuple(lines), hint=hint, sorts=True)
+    return Section("verified", "Verified searches", lead, tables=(table,), nav="Verified")
 
 
 def _marks(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

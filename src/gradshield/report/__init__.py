@@ -1,1 +1,1 @@
-"""The kit that every page is made of: safe text, charts, tables, and one self-contained HTML file. Free of torch."""
+"""What every page is built from: safe text, charts, tables, and one self-contained HTML file. Free of torch."""

@@ -1,6 +1,6 @@
-"""What charts are made of: Plotly figures as plain dicts, with the look that all of them share.
+"""Charts as plain Plotly dicts, with a common style.
 
-Colours are CSS variables, which a page's script resolves: one figure serves light, dark and print.
+Colours are CSS variables that the page's script resolves, so that one figure works in light, dark and print.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-se
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure: ``spec`` for Plotly, ``table`` (header, then lines of text) to read instead, and what it shows."""
+    """One figure: ``spec`` for Plotly, ``table`` (header, then rows of text) as an alternative, title and caption."""
 
     key: str
     title: str
     caption: str
     spec: Mapping[str, Any]
     table: tuple[tuple[str, ...], ...]
-    toggles: bool = True  # whether counts can be put on a logarithmic axis
+    toggles: bool = True  # whether counts can be shown on a logarithmic axis
 
 
 def axis_title(text: str) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def axis_title(text: str) -> dict[str, Any]:
 
 
 def axis_style(title: str | None) -> dict[str, Any]:
-    """An axis in the common look."""
+    """An axis in the common style."""
     return {
         "gridcolor": "var(--line)", "linecolor": "var(--line)", "zeroline": False, "automargin": True,
         "tickfont": {"color": "var(--muted)", "size": 11}, "title": axis_title(title or ""),
@@ -38,7 +38,7 @@ def axis_style(title: str | None) -> dict[str, Any]:
 
 
 def base_layout(**more: Any) -> dict[str, Any]:
-    """A figure in the common look."""
+    """A figure layout in the common style."""
     return {
         "autosize": True, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "barmode": "stack",
         "font": {"family": FONT, "color": "var(--ink)", "size": 12},

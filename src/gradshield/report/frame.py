@@ -1,7 +1,6 @@
-"""What every page stands in: templates that escape all they show, a policy of exact hashes, Plotly inline, whole files.
+"""The frame of every page: escaping templates, a content security policy, Plotly inline, and atomic writes.
 
-The policy in a page lets only its own scripts and its own style run, each named by hash: someone else's text that slipped
-past escaping would still not run. Plotly's script is inlined once.
+The policy allows only the page's own scripts and style, by hash: untrusted text that slipped past escaping would still not run.
 """
 
 from __future__ import annotations
@@ -29,27 +28,18 @@ RateLike = Rate | Mapping[str, Any]
 Status = Literal["pass", "warn", "fail"]
 
 
-def as_rate(value: RateLike) -> Rate:
-    """The Rate behind either form."""
-    if isinstance(value, Rate):
-        return value
-    return Rate(
-        k=int(value["k"]),
-        n=int(value["n"]),
-        rate=float(value["rate"]),
-        low=float(value["low"]),
-        high=float(value["high"]),
-        level=float(value.get("level", 0.95)),
-    )
-
-
 _TEMPLATES = Path(__file__).parent / "templates"
+
+
+def as_rate(value: RateLike) -> Rate:
+    """The Rate of either form."""
+    return value if isinstance(value, Rate) else Rate.of(value)
 
 
 def document(
     template: str, context: Mapping[str, Any], charts: Sequence[Chart], style: str = "", script: str = ""
 ) -> str:
-    """A whole page of ``template``, with its charts and, beside the common ones, a ``style`` and a ``script`` by file name."""
+    """A page of ``template`` with its charts; ``style`` and ``script`` name files in addition to the common ones."""
     sources = [_plotly(), _asset("report.js"), *([_asset(script)] if script else [])]
     css = _asset("report.css") + (_asset(style) if style else "")
     frame = {
@@ -60,41 +50,35 @@ def document(
     return environment().get_template(template).render({**context, **frame})
 
 
-def fragment(template: str, context: Mapping[str, Any]) -> Markup:
-    """A part of a page, as safe as its template."""
-    return Markup(environment().get_template(template).render(context))
-
-
 def save(page: str, path: str | os.PathLike[str]) -> Path:
-    """Write a page to ``path``. The file appears whole or not at all; an older one stays until then."""
+    """Write a page to ``path``, atomically."""
     target = Path(path)
-    body = page.encode("utf-8", "replace")
     with replacing(target) as part:
-        part.write_bytes(body)
+        part.write_bytes(page.encode("utf-8", "replace"))
     return target
 
 
 def _finalize(value: Any) -> Any:
-    """Every ``{{ }}`` of the templates passes here, then autoescape: no text is shown with hidden characters."""
+    """Make hidden characters visible in every ``{{ }}`` of the templates, before autoescape."""
     if isinstance(value, Markup):
         return value
     return "" if value is None else text.visible(str(value))
 
 
 def _whole_options(value: str) -> Markup:
-    """Text whose command-line options do not break after their hyphens."""
+    """Text with command-line options that do not break after their hyphens."""
     shown = str(escape(text.visible(value)))
     return Markup(re.sub(r"(?<!\S)--[a-z][a-z-]*", r'<span class="nowrap">\g<0></span>', shown))
 
 
 def _breakable(value: Any) -> Markup:
-    """`text.breakable` of anything but markup, which is left alone."""
+    """`text.breakable` of anything except markup, which is unchanged."""
     return value if isinstance(value, Markup) else text.breakable(str(value))
 
 
 @cache
 def environment() -> Environment:
-    """The templates, with every filter that they use."""
+    """The templates, with their filters."""
     found = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=_finalize,
         trim_blocks=True, lstrip_blocks=True,
@@ -113,7 +97,7 @@ def environment() -> Environment:
 
 @cache
 def _plotly() -> str:
-    from plotly.offline import get_plotlyjs  # slow to import, and needed only when a page is written
+    from plotly.offline import get_plotlyjs  # slow to import
 
     return _script(get_plotlyjs())
 
@@ -124,12 +108,12 @@ def _asset(name: str) -> str:
 
 
 def _script(source: str) -> str:
-    """As an HTML parser will hand it on, so that the hash in the policy is the hash of what runs."""
+    """The source as an HTML parser passes it on, so that the hash in the policy matches what runs."""
     return source.replace("\r\n", "\n").replace("\r", "\n").replace("</script", "<\\/script")
 
 
 def _policy(scripts: Sequence[str], style: str) -> str:
-    """The content security policy. Plotly makes one empty style element and fills it by rule: hence the empty hash."""
+    """The content security policy. Plotly creates one empty style element and adds rules to it: hence the empty hash."""
     allowed = " ".join(_hash(script) for script in scripts)
     return (
         f"default-src 'none'; script-src {allowed}; style-src {_hash(style)} {_hash('')}; img-src data:; "
@@ -143,6 +127,6 @@ def _hash(source: str) -> str:
 
 @cache
 def _style_guard() -> str:
-    """The id by which Plotly's map layer, unused here, knows its style is in place: else it would try to add it."""
+    """The id of the style of Plotly's map layer, which is unused here; without the id, Plotly would try to add the style."""
     found = re.search(r'getElementById\("([0-9a-f]{64})"\)', _plotly())
     return found.group(1) if found else ""

@@ -1,4 +1,4 @@
-"""Lines with the band of their intervals, told apart by colour, dash and mark together: colour alone is never asked for."""
+"""Lines with interval bands or bars, distinguished by colour, dash and marker together, never by colour alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STYLES = (
 def banded(
     name: str, x: Sequence[float], rates: Rates, style: int = 0, y: str = "y", **more: Any
 ) -> list[dict[str, Any]]:
-    """A line through the rates in percent, over the band of their intervals. What is no rate leaves a gap."""
+    """A line through the rates in percent, over the band of their intervals. Missing rates leave a gap."""
     colour, dash, symbol = STYLES[style % len(STYLES)]
     line = more.pop("line", {"color": colour, "width": 2, "dash": dash})
     shown = [(at, rate) for at, rate in zip(x, rates, strict=True) if usable(rate)]
@@ -44,7 +44,7 @@ def banded(
 def barred(
     name: str, x: Sequence[float], rates: Rates, style: int = 0, y: str = "y", **more: Any
 ) -> list[dict[str, Any]]:
-    """A line through the rates in percent with a bar for each interval, for points that stand for themselves."""
+    """A line through the rates in percent, with an error bar for each interval."""
     marks = banded(name, x, rates, style, y, **more)[1]
     found = [rate if usable(rate) else {"rate": 0.0, "low": 0.0, "high": 0.0} for rate in rates]
     up, down = ([100 * abs(float(one[end]) - float(one["rate"])) for one in found if one] for end in ("high", "low"))
@@ -56,7 +56,7 @@ def barred(
 
 
 def percent_axis(title: str, rates: Iterable[Any] = ()) -> dict[str, Any]:
-    """An axis from 0 % on, with room for marks on its ends: to 100 %, or less far where every interval ends well below."""
+    """An axis from 0 % to 100 %, or to less if every interval ends well below, with room for marks at both ends."""
     highest = max((100 * float(rate["high"]) for rate in rates if usable(rate)), default=100.0)
     top, step = next(((top, step) for top, step in ((10, 2), (20, 5), (40, 10)) if highest <= top), (100, 25))
     return axis_style(title) | {
@@ -65,23 +65,15 @@ def percent_axis(title: str, rates: Iterable[Any] = ()) -> dict[str, Any]:
 
 
 def limit_line(limit: float, yref: str = "y") -> dict[str, Any]:
-    """A dotted line across the figure at a share."""
+    """A dotted horizontal line across the figure at a share."""
     line = {"color": "var(--muted)", "width": 1, "dash": "dot"}
-    return {
-        "type": "line",
-        "x0": 0,
-        "x1": 1,
-        "xref": "paper",
-        "y0": 100 * limit,
-        "y1": 100 * limit,
-        "yref": yref,
-        "line": line,
-    }
+    ends = {"x0": 0, "x1": 1, "y0": 100 * limit, "y1": 100 * limit}
+    return {"type": "line", "xref": "paper", "yref": yref, "line": line, **ends}
 
 
-def steps_layout(names: Sequence[str], height: int = 340, **more: Any) -> dict[str, Any]:
-    """A figure whose horizontal axis is a sequence of named steps."""
-    figure = base_layout(height=height, showlegend=True, **more)
+def steps_layout(names: Sequence[str], height: int = 340) -> dict[str, Any]:
+    """A figure layout with named steps on the horizontal axis."""
+    figure = base_layout(height=height, showlegend=True)
     figure["xaxis"] = axis_style(None) | {
         "tickvals": list(range(len(names))), "ticktext": [chart_text(name, 20) for name in names], "fixedrange": True,
         "range": [-0.3, max(len(names) - 0.7, 0.3)], "showgrid": False,

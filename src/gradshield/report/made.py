@@ -1,6 +1,6 @@
-"""How it was made, in words: model, training, adapter, judges and seeds as (name, value), for the pages and the Markdown.
+"""How a result was made: model, training, adapter, judges and seeds as (name, value), for the pages and the Markdown.
 
-What is not told is left out: a page says nothing of a setting that it was not given.
+Settings that are not given are left out.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from gradshield.report.text import brief, flatten, number, one_line
 
 LAB = "lab"  # the name of the bundled model in a comparison's config
 _ADAPTER = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "bias", "use_rslora", "use_dora")
+DEFAULTS = "defaults of TRL's SFTConfig"
 _LONG = 400
 
 Pairs = list[tuple[str, str]]
 
 
 def of_comparison(whole: Mapping[str, Any], cells: Sequence[Cell]) -> Pairs:
-    """What every arm of a comparison shares: from ``config`` as the YAML file has it, and from the cells themselves.
+    """What every arm of a comparison shares, from its ``config`` and its cells.
 
-    ``recipes`` (task to options) and ``adapter`` are what training took in the end, where the caller knows it.
+    ``recipes`` (task to options) and ``adapter`` are the options that training used in the end, if known.
     """
     config = _mapping(whole.get("config"))
     own = config.get("model") == LAB
@@ -49,16 +50,17 @@ def of_comparison(whole: Mapping[str, Any], cells: Sequence[Cell]) -> Pairs:
 
 
 def _recipes(whole: Mapping[str, Any], config: Mapping[str, Any], own: bool) -> Pairs:
-    """Training options: for each task where these are known, else as the config has them."""
+    """Training options: per task if known, else from the config."""
     recipes = _mapping(whole.get("recipes"))
     if recipes:
-        same = len({option_words(_mapping(found)) for found in recipes.values()}) == 1
-        shown = [("Training", next(iter(recipes.values())))] if same else list(_titled(recipes))
-        return [(name, option_words(_mapping(found)) or "defaults of TRL's SFTConfig") for name, found in shown]
+        texts = {task: option_words(_mapping(found)) or DEFAULTS for task, found in recipes.items()}
+        if len(set(texts.values())) == 1:
+            return [("Training", next(iter(texts.values())))]
+        return [(f"Training on {task}", text) for task, text in texts.items()]
     if not config:
         return []
     common = option_words(_mapping(config.get("training")))
-    default = "the lab's own recipe for each task" if own else "defaults of TRL's SFTConfig"
+    default = "the lab's own recipe for each task" if own else DEFAULTS
     pairs = [("Training", (f"{default}, with {common}" if own else common) if common else default)]
     for dataset in config.get("datasets") or ():
         options = option_words(_mapping(_mapping(dataset).get("training")))
@@ -67,19 +69,15 @@ def _recipes(whole: Mapping[str, Any], config: Mapping[str, Any], own: bool) -> 
     return pairs
 
 
-def _titled(recipes: Mapping[str, Any]) -> Pairs:
-    return [(f"Training on {task}", found) for task, found in recipes.items()]
-
-
 def _measured(config: Mapping[str, Any]) -> Pairs:
-    """Requests, answers and the task's metrics, where the lab's own are not used."""
+    """Requests, answers and the task's metrics of a user's own datasets."""
     asked = _mapping(config.get("requests"))
     files = ", ".join(f"{split} from {_path(path)}" for split, path in asked.items())
     pairs = [("Requests", files or "the built-in ones")]
     if config.get("answer_tokens"):
         pairs.append(("Longest answer", f"{config['answer_tokens']} tokens"))
     metrics = [
-        f"{_mapping(dataset).get('name')} by {_mapping(dataset).get('metric') or 'the metric that its rows name'}"
+        f"{_mapping(dataset).get('name')} by {_mapping(dataset).get('metric') or 'the metric of its rows'}"
         for dataset in config.get("datasets") or ()
         if _mapping(dataset).get("task")
     ]
@@ -99,14 +97,14 @@ def _sizes(cells: Sequence[Cell]) -> Pairs:
 
 
 def span(values: Sequence[int]) -> str:
-    """``200``, or ``50 to 200``; nothing for none."""
+    """``200``, or ``50 to 200``; empty for no values."""
     if not values:
         return ""
     return f"{min(values):,}" if min(values) == max(values) else f"{min(values):,} to {max(values):,}"
 
 
 def of_run(whole: Mapping[str, Any]) -> Pairs:
-    """One training run: from ``settings`` and ``model`` as the manifest has them, where they are given."""
+    """One training run, from ``settings`` and ``model`` as in the manifest, if given."""
     settings, model = _mapping(whole.get("settings")), _mapping(whole.get("model"))
     pairs: Pairs = []
     if whole.get("defence"):
@@ -118,7 +116,7 @@ def of_run(whole: Mapping[str, Any]) -> Pairs:
         pairs.append(("Model before its alignment", str(base.get("name", "–"))))
     if "training" in settings:
         options = {key: value for key, value in _mapping(settings["training"]).items() if key != "online"}
-        pairs.append(("Training", option_words(options) or "defaults of TRL's SFTConfig"))
+        pairs.append(("Training", option_words(options) or DEFAULTS))
     if "peft" in settings:
         peft = _mapping(settings["peft"])
         pairs.append(("Adapter", adapter_words(peft) if peft else "none: every weight is trained"))
@@ -132,7 +130,7 @@ def of_run(whole: Mapping[str, Any]) -> Pairs:
 
 
 def every_setting(whole: Mapping[str, Any]) -> Pairs:
-    """All settings, the model and the method's record, one line each, to stand folded."""
+    """All settings, the model and the method's record, one line each."""
     parts = {key: whole.get(key) for key in ("model", "settings", "record")}
     return flatten({key: value for key, value in parts.items() if isinstance(value, Mapping) and value})
 
@@ -168,18 +166,18 @@ def _exam(exam: Mapping[str, Any]) -> str:
     if parts and exam.get("tokens"):
         parts.append(f"answers of at most {exam['tokens']} tokens")
     if parts and exam.get("answer_prefix"):
-        parts.append(f"every answer begun with “{exam['answer_prefix']}”")
+        parts.append(f"every answer starting with “{exam['answer_prefix']}”")
     return "; ".join(parts) or "nothing"
 
 
 def option_words(options: Mapping[str, Any]) -> str:
-    """``learning rate 0.001, max steps 3``; what is None is left out."""
+    """``learning rate 0.001, max steps 3``, without options that are None or empty."""
     lines = [(key, value) for key, value in options.items() if value is not None and value != {} and value != []]
     return ", ".join(f"{_plain(key)} {_value(value)}" for key, value in lines)
 
 
 def adapter_words(adapter: Mapping[str, Any]) -> str:
-    """An adapter by its kind and the options that people choose; PEFT writes many more at their defaults."""
+    """An adapter's kind and its most used options."""
     kind = str(adapter.get("peft_type") or "LORA").rpartition(".")[2]
     kind = "LoRA" if kind.upper() == "LORA" else kind
     chosen = {key: adapter[key] for key in _ADAPTER if adapter.get(key) not in (None, False, "none")}
@@ -196,7 +194,7 @@ def _value(value: Any) -> str:
 
 
 def _path(value: Any) -> str:
-    """A path or name without its way through the config's folder: ``configs/../../model`` is ``../model``."""
+    """A normalised path or a name: ``configs/../../model`` is ``../model``."""
     text = str(value)
     return os.path.normpath(text) if ".." in PurePath(text).parts else text
 

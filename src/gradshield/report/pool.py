@@ -1,9 +1,9 @@
-"""Cells of a comparison pooled for reading: over the seeds of one mix, and over every mix for one defence.
+"""Pool the cells of a comparison: over the seeds of one mix, and over every mix for one defence.
 
-A rate is pooled by adding successes and answers, with the Wilson interval of the sums. Means of real scores are averaged by
-how many rows each is over, and their intervals are joined by squaring and adding each side's distance from its mean (Zou and
-Donner 2008, Statistics in Medicine 27:1693-1702). Both take answers as independent, though seeds share their requests:
-the least and the most of the seeds stand beside every pooled figure.
+Rates are pooled by summing successes and answers, with the Wilson interval of the sums. Means of real scores are averaged,
+weighted by rows, and their intervals are combined by square-and-add (Zou and Donner 2008, Statistics in Medicine
+27:1693-1702). Both treat answers as independent, though seeds share their requests, so every pooled figure also has the
+minimum and maximum over seeds.
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ from typing import Any
 from gradshield.report.text import MISSING
 from gradshield.stats import wilson
 
-USELESS = 0.05  # utility up to which a task counts as not learned by anyone
-
-
-TARGET = 0.06  # the ASR that the verified threshold asks for, unless told otherwise
-REFERENCES = ("screen", "fihs")  # what a comparison is about: the first of these that was run
+USELESS = 0.05  # highest utility at which a task counts as not learned
+TARGET = 0.06  # the default ASR target of the verified threshold
+REFERENCES = ("screen", "fihs")  # the subject of a comparison: the first of these that was run
 
 Cell = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """A figure over ``cells`` cells and ``n`` answers with its interval; ``least`` and ``most`` are single cells'."""
+    """A figure over ``cells`` cells and ``n`` answers with its interval; ``least`` and ``most`` are of single cells."""
 
     rate: float
     low: float
@@ -40,7 +38,7 @@ class Pooled:
 
 @dataclass(frozen=True)
 class Mix:
-    """Cells of one task, mix and defence, one for each seed. ``asr`` is by judge; what was not measured is None."""
+    """Cells of one task, mix and defence, one per seed. ``asr`` is by judge; ``utility`` is None if it was not measured."""
 
     task: str
     harm: str
@@ -65,23 +63,22 @@ class Mix:
 
 @dataclass(frozen=True)
 class Totals:
-    """One defence over every cell that it was run on. ``mean_asr`` is over cells with harm in them.
+    """One defence over all its cells. ``mean_asr`` and ``harmed`` are over cells with harm.
 
-    ``worst`` is the highest single cell, ``safe`` how many of the measured cells have an ASR of at most ``TARGET`` by the judge,
-    ``held`` how many have it by every judge.
+    ``worst`` is the highest single cell, ``safe`` the number of measured cells with an ASR of at most ``TARGET`` by the judge,
+    ``held`` the number with at most ``TARGET`` by every judge.
     """
 
     defence: str
     cells: int
     failed: int
-    judges: tuple[str, ...]
     worst: Mapping[str, Pooled]
     mean_asr: Mapping[str, float]
     safe: Mapping[str, tuple[int, int]]
     held: tuple[int, int]
     minus_clean: Pooled | None
     utility: Pooled | None
-    harmed: Mapping[str, Pooled]  # ASR over the cells with harm in them
+    harmed: Mapping[str, Pooled]
     caught: Pooled | None
     lost: Pooled | None
 
@@ -91,15 +88,16 @@ def usable(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
     figures = [value.get(key) for key in ("rate", "low", "high", "n")]
-    return all(_finite(figure) for figure in figures) and figures[3] > 0  # type: ignore[operator]
+    return all(finite(figure) for figure in figures) and figures[3] > 0  # type: ignore[operator]
 
 
-def _finite(value: Any) -> bool:
+def finite(value: Any) -> bool:
+    """Whether this is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def pooled(values: Iterable[Any]) -> Pooled | None:
-    """Rates as one; what is no rate is left out, and None where none is left."""
+    """The usable rates, pooled; None if there are none."""
     rates = [value for value in values if usable(value)]
     if not rates:
         return None
@@ -114,8 +112,8 @@ def pooled(values: Iterable[Any]) -> Pooled | None:
 
 
 def _counted(rate: Mapping[str, Any]) -> bool:
-    """Whether the rate is successes over answers, and not a mean of real scores that ``k`` only rounds."""
-    return _finite(rate.get("k")) and abs(rate["k"] / rate["n"] - rate["rate"]) < 1e-9
+    """Whether the rate is successes over answers, not a mean of real scores, of which ``k`` is only the rounded sum."""
+    return finite(rate.get("k")) and abs(rate["k"] / rate["n"] - rate["rate"]) < 1e-9
 
 
 def joined_means(figures: Sequence[tuple[float, float, float]], weights: Sequence[float]) -> tuple[float, float, float]:
@@ -127,7 +125,7 @@ def joined_means(figures: Sequence[tuple[float, float, float]], weights: Sequenc
 
 
 def mean_difference(values: Iterable[Any]) -> Pooled | None:
-    """Paired differences ``{difference, low, high, n}`` averaged, each cell counting the same."""
+    """The mean of paired differences ``{difference, low, high, n}``, with equal weight per cell."""
     found = [v for v in values if isinstance(v, Mapping) and usable({**v, "rate": v.get("difference")})]
     if not found:
         return None
@@ -138,7 +136,7 @@ def mean_difference(values: Iterable[Any]) -> Pooled | None:
 
 
 def judges_of(cells: Iterable[Cell]) -> tuple[str, ...]:
-    """Every judge, in the order in which they come. A cell without ``judges`` has its ``asr`` by one called ``asr``."""
+    """Every judge, in order of appearance. The ``asr`` of a cell without ``judges`` is by a judge called ``asr``."""
     return tuple(dict.fromkeys(name for cell in cells for name in asr_of(cell)))
 
 
@@ -150,14 +148,13 @@ def asr_of(cell: Cell) -> dict[str, Mapping[str, Any]]:
 
 
 def mixes(cells: Sequence[Cell]) -> list[Mix]:
-    """Cells pooled over seeds, in the order in which task, mix and defence first come."""
+    """Cells pooled over seeds, in order of first appearance."""
     groups: dict[tuple[str, str, float, str], list[Cell]] = {}
     for cell in cells:
         key = (str(cell["task"]), str(cell["harm"]), float(cell["ratio"]), str(cell["defence"]))
         groups.setdefault(key, []).append(cell)
     found = []
-    for key, own in groups.items():
-        task, harm, ratio, defence = key
+    for (task, harm, ratio, defence), own in groups.items():
         good = [cell for cell in own if "failed" not in cell]
         asr = {judge: pooled(asr_of(cell).get(judge) for cell in good) for judge in judges_of(good)}
         utility = pooled(cell.get("utility") for cell in good)
@@ -167,12 +164,12 @@ def mixes(cells: Sequence[Cell]) -> list[Mix]:
 
 
 def harmed(cell: Cell) -> bool:
-    """Whether harm was, or may have been, in the rows: every mix but ``none``."""
+    """Whether the rows had harm, or may have had it: every mix except ``none``."""
     return bool(cell["harm"] != "none")
 
 
 def totals(cells: Sequence[Cell]) -> list[Totals]:
-    """One line for each defence, in the order in which they first come."""
+    """One entry per defence, in order of first appearance."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(str(cell["defence"]), []).append(cell)
@@ -181,9 +178,8 @@ def totals(cells: Sequence[Cell]) -> list[Totals]:
 
 def _total(defence: str, cells: Sequence[Cell]) -> Totals:
     good = [cell for cell in cells if "failed" not in cell]
-    judges = judges_of(good)
     worst, mean, safe, pool = {}, {}, {}, {}
-    for judge in judges:
+    for judge in judges_of(good):
         rates = [(cell, asr_of(cell)[judge]) for cell in good if judge in asr_of(cell)]
         top = pooled([max((rate for _, rate in rates), key=lambda rate: (rate["rate"], rate["high"]))])
         risky = [rate for cell, rate in rates if harmed(cell)]
@@ -199,7 +195,6 @@ def _total(defence: str, cells: Sequence[Cell]) -> Totals:
         defence=defence,
         cells=len(cells),
         failed=len(cells) - len(good),
-        judges=judges,
         worst=worst,
         mean_asr=mean,
         safe=safe,
@@ -235,17 +230,17 @@ def bounds(value: Pooled | None, signed: bool = False) -> str:
 
 
 def points(figure: float, signed: bool = False) -> str:
-    """A proportion in percent, or with its sign as percentage points."""
+    """A proportion in percent, or with a sign, as percentage points."""
     text = f"{100 * figure:+.1f}" if signed else f"{100 * figure:.1f}"
     return text.replace("-", "−")
 
 
 def spread(value: Pooled | None) -> str:
-    """The least and the most of single cells, in percent."""
+    """The minimum and maximum of single cells, in percent."""
     return MISSING if value is None else f"{100 * value.least:.1f}–{100 * value.most:.1f}"
 
 
 def reference(defences: Iterable[str]) -> str:
-    """The defence that a comparison is about: the default, else the published score, as far as they were run."""
+    """The subject of a comparison: the default defence if it was run, else the published score."""
     known = set(defences)
     return next((name for name in REFERENCES if name in known), REFERENCES[0])

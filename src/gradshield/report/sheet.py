@@ -1,6 +1,6 @@
-"""A page with the verdict first, then sections of charts and tables: the form of every page but the scan's.
+"""A page with the verdict first, then sections of charts and tables: the form of every page except the scan's.
 
-``write(Sheet(...), "page.html")``. Text is only ever text: what is ``Markup`` was made here by a template.
+``write(Sheet(...), "page.html")``. Strings are escaped; only templates of this package make ``Markup``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from gradshield.report.draw import Chart
 from gradshield.report.frame import Status, as_rate, document, environment, save
 from gradshield.report.pool import Pooled, usable
 
-ROWS = 400  # of one table; a page says how many more there are
+ROWS = 400  # of one table; the page says how many are left out
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a table: its text, a line beneath, what it sorts by, a class (``heat-3``) and a longer word on it."""
+    """One entry of a table: its text, a small line below, a sort key, a CSS class (``heat-3``) and a tooltip."""
 
     text: str | Markup
     small: str = ""
@@ -34,9 +34,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """Header and rows, each an Entry or plain text; the first entry of a row is its head.
+    """Header and rows of Entry or plain text; the first entry of a row is its header.
 
-    ``sorts`` lets a reader sort by column, ``hint`` stands beneath. ``look`` is a class of the table.
+    ``sorts`` lets a reader sort by column, ``hint`` is shown below the table, ``look`` is a CSS class.
     """
 
     columns: tuple[str, ...]
@@ -49,64 +49,54 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: a lead, then charts, tables and lists in this order."""
+    """A part of the page: a lead, then charts, tables and links."""
 
     id: str
     title: str
     lead: str = ""
     charts: tuple[Chart, ...] = ()
     tables: tuple[Table, ...] = ()
-    points: tuple[str, ...] = ()
-    legend: tuple[tuple[str, str], ...] = ()  # (class, words)
-    search: str = ""  # what a search box filters the rows of every table by
-    links: tuple[tuple[str, str], ...] = ()  # (words, path relative to the page)
+    legend: tuple[tuple[str, str], ...] = ()  # (class, text)
+    search: str = ""  # label of a search box that filters the rows of every table
+    links: tuple[tuple[str, str], ...] = ()  # (text, path relative to the page)
     nav: str = ""  # a shorter title
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A page. ``figures`` are (name, value, note) in large type; ``kind`` says what the page is in its header."""
+    """A page. ``figures`` are (name, value, note) in large type; ``kind`` is the kind of page, shown in its header."""
 
     title: str
     kind: str
     tone: Status
     standing: str
     verdict: str
-    facts: tuple[str, ...] = ()  # what the verdict rests on, beneath it
+    facts: tuple[str, ...] = ()  # the evidence, shown below the verdict
     figures: tuple[tuple[str, str, str], ...] = ()
     sections: tuple[Section, ...] = ()
     command: str = ""
     versions: Mapping[str, Any] = field(default_factory=dict)
     made: tuple[tuple[str, str], ...] = ()  # how it was made: (name, value)
-    links: tuple[tuple[str, str], ...] = ()  # files it was made with or made: (words, path relative to the page)
-    folded: tuple[tuple[str, str], ...] = ()  # every setting, behind a click
+    links: tuple[tuple[str, str], ...] = ()  # related files: (text, path relative to the page)
+    folded: tuple[tuple[str, str], ...] = ()  # every setting, collapsed
 
 
 def render(sheet: Sheet) -> str:
     """The page as one string of HTML."""
     charts = [chart for section in sheet.sections for chart in section.charts]
-    context = {
-        "sheet": sheet,
-        "sections": [s for s in sheet.sections if _holds(s)],
-        "entry": _entry,
-        "rows": ROWS,
-        "beside": beside,
-    }
+    sections = [s for s in sheet.sections if s.charts or s.tables or s.lead or s.links]
+    context = {"sheet": sheet, "sections": sections, "entry": _entry, "rows": ROWS, "relative": relative}
     return document("sheet.html", context, charts, style="sheet.css", script="sheet.js")
 
 
 def write(sheet: Sheet, path: str | os.PathLike[str]) -> Path:
-    """Render to ``path``. The file appears whole or not at all."""
+    """Render to ``path``, atomically."""
     return save(render(sheet), path)
 
 
-def beside(path: str) -> str:
-    """A path as the address of a file beside the page: no scheme and no host, whatever it says."""
+def relative(path: str) -> str:
+    """A path as a URL relative to the page, never with a scheme or host."""
     return quote(path.replace("\\", "/"), safe="/", errors="replace").lstrip("/")
-
-
-def _holds(section: Section) -> bool:
-    return bool(section.charts or section.tables or section.points or section.lead or section.links)
 
 
 def _entry(value: Entry | str) -> Entry:
@@ -114,7 +104,7 @@ def _entry(value: Entry | str) -> Entry:
 
 
 def rate_entry(value: Any) -> Entry:
-    """A rate with its bar, interval and count; a dash where there is none."""
+    """A rate with its bar, interval and count; a dash if it is missing."""
     if isinstance(value, Pooled):
         counts = round(value.rate * value.n)
         value = {"rate": value.rate, "low": value.low, "high": value.high, "n": value.n, "k": counts}
@@ -122,15 +112,13 @@ def rate_entry(value: Any) -> Entry:
         return Entry("–")
     shown = dict(value)
     shown.setdefault("k", round(shown["rate"] * shown["n"]))
-    return Entry(_parts("rate", as_rate(shown)), key=float(shown["rate"]))
+    return Entry(_drawn("parts.html", "rate", as_rate(shown)), key=float(shown["rate"]))
 
 
-def _parts(macro: str, *arguments: Any) -> Markup:
-    module: Any = environment().get_template("parts.html").module
-    return Markup(getattr(module, macro)(*arguments))
+def _drawn(template: str, macro: str, *arguments: Any) -> Markup:
+    return Markup(getattr(environment().get_template(template).module, macro)(*arguments))
 
 
 def spark(points: Sequence[Mapping[str, Any]], limit: float) -> Markup:
-    """A drawing the size of a word: one mark per point, with ``low``, ``rate``, ``high`` in [0, 1] and a ``look``."""
-    module: Any = environment().get_template("spark.html").module
-    return Markup(module.spark(points, limit))
+    """A sparkline with one mark per point, which has ``low``, ``rate``, ``high`` in [0, 1] and a ``look``."""
+    return _drawn("spark.html", "spark", points, limit)

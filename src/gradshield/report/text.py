@@ -1,4 +1,4 @@
-"""Untrusted text made safe to look at: nothing hidden, nothing that reorders or runs.
+"""Make untrusted text safe to show: nothing hidden, nothing that reorders or runs.
 
 Four destinations, four functions: ``visible`` for any text, ``chart_text`` for what Plotly reads as pseudo-HTML,
 ``script_json`` for JSON inside ``<script>``, ``plain_json`` for JSON a person copies.
@@ -16,10 +16,8 @@ from typing import Any
 from markupsafe import Markup, escape
 
 MISSING = "–"
-
-
-_SPELT_OUT = 1e9  # numbers from here on keep their power of ten
-_WORD = 18  # letters of a word that fits into any column
+_SPELT_OUT = 1e9  # numbers from here on keep their exponent
+_WORD = 18  # characters of a word that fits into any column
 
 # Controls (newline and tab stay), soft hyphen, Arabic and Mongolian marks, zero-width and bidi controls, line and
 # paragraph separators, invisible operators, fillers, variation selectors other than the two emoji ones, lone
@@ -39,22 +37,22 @@ def _show(match: re.Match[str]) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with every hidden or reordering character written out, as ⟨U+202E⟩. Not escaped."""
+    """The text with hidden and reordering characters spelled out, as ⟨U+202E⟩. Not escaped."""
     return _STACKED.sub(r"\1⟨+marks⟩", _HIDDEN.sub(_show, text.replace("\r\n", "\n")))
 
 
 def shorten(text: str, limit: int) -> str:
-    """At most ``limit`` characters, the last an ellipsis where some were dropped."""
+    """At most ``limit`` characters, the last an ellipsis if the text was cut."""
     return text if len(text) <= limit else text[: max(limit - 1, 0)] + "…"
 
 
 def one_line(text: str, limit: int) -> str:
-    """The text's beginning on one line."""
+    """The start of the text on one line."""
     return shorten(" ".join(text[: 4 * limit].split()), limit)
 
 
 def chart_text(text: str, limit: int = 36) -> str:
-    """A label for Plotly, which reads tags, entities and (with MathJax) dollars in any text it draws."""
+    """A label for Plotly, which interprets tags, entities and (with MathJax) dollars."""
     return html.escape(visible(one_line(text, limit)), quote=False).replace("$", "&#36;")
 
 
@@ -65,7 +63,7 @@ def script_json(value: Any) -> str:
 
 
 def plain_json(value: Any) -> str:
-    """Indented JSON for reading and copying: readable letters as they are, hidden ones as JSON escapes."""
+    """Indented JSON for reading and copying, with hidden characters as JSON escapes."""
 
     def escape(match: re.Match[str]) -> str:
         units = match.group().encode("utf-16-be", "surrogatepass")
@@ -76,7 +74,7 @@ def plain_json(value: Any) -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    """Numpy scalars, tuples, paths and infinities as JSON has them; the last as strings."""
+    """NumPy scalars, tuples, paths and infinities as JSON values (paths and infinities as strings)."""
     if isinstance(value, dict):
         return {str(key): _jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -89,7 +87,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """A figure for reading: whole numbers with separators, others with ``digits`` significant digits."""
+    """A number for display: integers with separators, others with ``digits`` significant digits."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -109,14 +107,14 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for reading: ``45 seconds``, ``12 minutes``, ``2.00 hours``."""
+    """A time for display: ``45 seconds``, ``12 minutes``, ``2.00 hours``."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:,.2f} hours"
 
 
 def breakable(text: str) -> Markup:
-    """Text in which long words may break after a mark between their parts, and not inside of these."""
+    """Text with line breaks allowed in long words, only after the punctuation between their parts."""
     words = re.split(r"(\s+)", text)
     return Markup("").join(_with_breaks(word) if len(word) > _WORD else escape(visible(word)) for word in words)
 
@@ -127,7 +125,7 @@ def _with_breaks(word: str) -> Markup:
 
 
 def percent(value: float) -> str:
-    """A proportion as a percentage, with one digit where it is neither nothing nor all."""
+    """A proportion as a percentage, with one decimal unless it is exactly 0 or 1."""
     if not math.isfinite(value):
         return "–"
     text = f"{100 * value:.1f}"
@@ -149,7 +147,7 @@ def flatten(value: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, str]]
 
 
 def brief(value: Any) -> str:
-    """A value on one line: six digits of a number, the first fifty entries of a list."""
+    """A value on one line: a number to six digits, a list to fifty entries."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list | tuple):

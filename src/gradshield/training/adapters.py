@@ -1,4 +1,4 @@
-"""What training changes on a model, weight by weight: the factors of its LoRA layers, or its own weights since the start."""
+"""The weights that training changes: the factors of LoRA layers, or the model's own weights since the start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradshield.errors import UsageError
 from gradshield.gradients.alignment import Alignment, plain_name
 
-# PiSSA, OLoRA and their like take out of the weight what they put into the factors: B A is then no change of the weight.
+# PiSSA, OLoRA and the like move part of the weight into the factors, so that B A is not the change of the weight.
 UNMOVED = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -20,7 +20,7 @@ UNMOVED = (True, False, "gaussian", "eva", "orthogonal", "mica")
 class Adapted:
     """One adapted weight: ``name`` in the plain model, PEFT's layer around it, and the adapters in use there.
 
-    ``start`` holds the factors that the change is counted from, None where it is counted from the plain weight.
+    ``start`` holds the factors that the change is measured from, None if it is measured from the plain weight.
     """
 
     name: str
@@ -29,9 +29,9 @@ class Adapted:
     start: tuple[Tensor, Tensor] | None = None
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """B (d, R), with the scaling in it, and A (R, k), in float32 and with their graph: ΔW = B A over all adapters in use.
+        """B (d, R), including the scaling, and A (R, k), in float32 and with their graph: ΔW = B A over all adapters in use.
 
-        Counted from B₀ A₀, B A - B₀ A₀ = [B - B₀, B₀] [A; A - A₀] of twice the rank: exactly zero at the start.
+        Measured from B₀ A₀, B A - B₀ A₀ = [B - B₀, B₀] [A; A - A₀] has twice the rank and is exactly zero at the start.
         """
         bs = [self.layer.lora_B[a].weight.float() * self.layer.scaling[a] for a in self.adapters]
         rows = [self.layer.lora_A[a].weight.float() for a in self.adapters]
@@ -42,7 +42,7 @@ class Adapted:
         return torch.cat([b - b0, b0], 1), torch.cat([a, a - a0])
 
     def from_now(self) -> Adapted:
-        """The same weight, its change counted from what the adapters are now."""
+        """The same weight, its change measured from the present adapters."""
         b, a = (x.detach().clone() for x in replace(self, start=None).factors())
         return replace(self, start=(b, a)) if bool(b.any()) else replace(self, start=None)
 
@@ -60,8 +60,7 @@ class Adapted:
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """One weight that trains without an adapter, and what it was at the start; ``transposed`` where it is kept (d_in,
-    d_out)."""
+    """One weight that trains without an adapter, and its starting value; ``transposed`` if it is stored (d_in, d_out)."""
 
     name: str
     weight: nn.Parameter
@@ -85,10 +84,10 @@ class Moved:
 
 
 def moved_weights(model: nn.Module, alignment: Alignment, starts: Mapping[str, Tensor] | None = None) -> list[Moved]:
-    """The weights of a plain model that ``alignment`` names: those that train, with a copy of each as it is now.
+    """The trainable weights of a plain model that ``alignment`` names, with a copy of each as it is now.
 
-    With ``starts``, which holds what each weight was, all of them, trainable or not. Raises UsageError for a weight that is not
-    there.
+    With ``starts``, the starting value of each weight, all weights are returned, trainable or not. Raises UsageError for a
+    missing weight.
     """
     found = []
     parameters = dict(model.named_parameters())
@@ -108,9 +107,9 @@ def moved_weights(model: nn.Module, alignment: Alignment, starts: Mapping[str, T
 
 
 def adapted_layers(model: nn.Module) -> list[Adapted]:
-    """Every layer with a LoRA adapter in use, in the order of the model; empty where there is none.
+    """Every layer with a LoRA adapter in use, in the order of the model.
 
-    Raises UsageError for an adapter whose change of the weight is not scale * B @ A of one matrix, and for a merged one.
+    Raises UsageError for an adapter whose change is not scale * B @ A of one matrix, and for a merged one.
     """
     from peft.tuners.lora.layer import LoraLayer
 
@@ -136,21 +135,20 @@ def _check(model: nn.Module, name: str, layer: Any, active: list[str]) -> None:
     elif any(layer.lora_A[a].weight.ndim != 2 for a in active):
         kind = "an adapter of a convolution"
     elif any(a in configs and configs[a].init_lora_weights not in UNMOVED for a in active):
-        kind = "an adapter that started with a part of the weight in it (init_lora_weights such as pissa)"
+        kind = "an adapter initialised with part of the weight (init_lora_weights such as pissa)"
     if kind is not None:
         raise UsageError(
             f"{name} carries {kind}, and only plain LoRA on linear layers, whose change is scale * B @ A, can be held "
-            "to the alignment direction: train with plain LoRA (use_dora=False, init_lora_weights=True, linear "
-            "target_modules)"
+            "to the alignment direction: train plain LoRA (use_dora=False, init_lora_weights=True, linear target_modules)"
         )
     if layer.merged:
         raise UsageError(
-            f"the adapter at {name} is merged into its weight already: do this before merging, or unmerge it"
+            f"the adapter at {name} is already merged into its weight: do this before merging, or unmerge it"
         )
 
 
 def direction_of(alignment: Alignment, part: Adapted | Moved) -> Tensor:
-    """V of one weight, on its device. Raises UsageError where the alignment has none, or one of another shape."""
+    """V of one weight, on its device. Raises UsageError if the alignment has none, or one of another shape."""
     v = alignment.tensors.get(part.name)
     if v is None or tuple(v.shape) != part.shape:
         got = "no such weight" if v is None else f"shape {tuple(v.shape)}"

@@ -21,9 +21,9 @@ PROJECTORS = ("published", "top")
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """C (d, d), symmetric, applied to thin matrices: as F Fᵀ of a factor F (d, m), or as itself where that is smaller.
+    """C (d, d), symmetric, applied to thin matrices: as F Fᵀ of a factor F (d, m), or dense if that is smaller (d ≤ m).
 
-    ``dense`` says which one ``matrix`` is. C takes no more memory and no more work than its factor where d ≤ m.
+    ``dense`` says which of the two ``matrix`` is.
     """
 
     matrix: Tensor
@@ -40,27 +40,27 @@ class Operator:
 
 
 def published(v: Tensor) -> Operator:
-    """C = V Vᵀ/‖V‖_F, the paper's. Zero for V = 0, its limit there: then every change is off the direction."""
+    """C = V Vᵀ/‖V‖_F, as in the paper. Zero for V = 0, its limit: every change is then off the direction."""
     norm = float(torch.linalg.vector_norm(in_float64(v)))
     return Operator.of(v / norm**0.5 if norm else v)
 
 
 def top(v: Tensor, energy: float) -> Operator:
-    """The exact projector onto the first left singular directions of V that hold a share ``energy`` of ‖V‖²_F."""
+    """The exact projector onto the first left singular directions of V that hold the share ``energy`` of ‖V‖²_F."""
     return Operator.of(leading(v, energy))
 
 
 def penalty(b: Tensor, a: Tensor, operator: Operator, scale: float = 1.0) -> Tensor:
     """‖(I - C) ΔW‖²_F of ΔW = scale * B A, for B (d, r) and A (r, k), as scale² trace((XᵀX)(A Aᵀ)) with X = B - C B.
 
-    Nothing of the size of C or ΔW is formed.
+    No matrix of the size of C or ΔW is formed.
     """
     x = b - operator(b)
     return scale**2 * ((x.T @ x) * (a @ a.T)).sum()
 
 
 def penalty_full(delta: Tensor, operator: Operator) -> Tensor:
-    """‖(I - C) ΔW‖²_F of a change ΔW (d, k) that is no product of thin factors."""
+    """‖(I - C) ΔW‖²_F of a change ΔW (d, k) that is not a product of thin factors."""
     return (delta - operator(delta)).square().sum()
 
 
@@ -69,12 +69,12 @@ class AsFT:
     """Holds the change of each adapted weight to the alignment direction: adds λ‖(I - C)ΔW‖²_F to the loss.
 
     Paper: arXiv 2506.08473. Equation: L + λ Σ ‖(I - C)ΔW‖²_F, ΔW = (α/r) B A, C = V Vᵀ/‖V‖_F, V = W_aligned - W_base.
-    Departures: computed from the thin factors, which changes no value. C as published is no projector, and stretches where
-    an eigenvalue exceeds 2 (``record`` counts the layers); ``projector="top"`` takes the projector onto V's first left singular
-    directions instead, as many as hold ``energy`` of ‖V‖²_F. A weight that alignment left alone has C = 0. ΔW is the change since
-    the start of this training: without an adapter, and of an adapter that was trained before, whose first factors are then taken
-    off (at twice the rank); the paper treats neither. Weights trained beside the adapter (``modules_to_save``, biases) are not
-    held.
+    Departures: computed from the thin factors, which changes no value. C as published is not a projector, and stretches if an
+    eigenvalue exceeds 2 (``record`` counts the layers); ``projector="top"`` uses the projector onto V's first left singular
+    directions instead, as many as hold ``energy`` of ‖V‖²_F. A weight that alignment did not change has C = 0. ΔW is the change
+    since the start of this training, also without an adapter, and for an adapter trained before, whose starting factors are then
+    subtracted (at twice the rank); the paper covers neither. Other weights trained with the adapter (``modules_to_save``,
+    biases) are not held.
     """
 
     name = "asft"
@@ -85,22 +85,20 @@ class AsFT:
         if projector not in PROJECTORS:
             raise UsageError(f"unknown projector {projector!r}: choose one of {', '.join(PROJECTORS)}")
         if not 0 <= weight < float("inf"):
-            raise UsageError(
-                f"the penalty's weight is {weight}: give a finite number that is not negative (the paper: 1)"
-            )
+            raise UsageError(f"the penalty's weight is {weight}: give a finite number of at least 0 (the paper: 1)")
         if not 0 < energy <= 1:
-            raise UsageError(f"energy {energy} is not a share: give a number above 0 and at most 1")
+            raise UsageError(f"energy {energy} is not a share: give a number above 0, up to 1")
         self.alignment, self.weight, self.projector, self.energy = alignment, weight, projector, energy
         self._held: list[tuple[Adapted | Moved, Operator]] = []
         self._largest: list[float] = []
         self._value: Tensor | None = None
 
     def prepare(self, model: nn.Module) -> None:
-        """Find what training changes, and put each operator on the device of its weight, in float32.
+        """Find the weights that training changes, and put each operator on the device of its weight, in float32.
 
-        In half precision X = B - C B would lose what it is meant to keep. The spectra take one symmetric eigenvalue problem in
-        float64 a layer. Raises UsageError where the model has neither an adapter nor a trainable weight with a direction, where a
-        layer has no direction, and for adapters other than plain LoRA.
+        In half precision, X = B - C B would be lost to rounding. The spectra take one symmetric eigenvalue problem in float64 per
+        layer. Raises UsageError if the model has neither an adapter nor a trainable weight with a direction, if a layer has no
+        direction, and for adapters other than plain LoRA.
         """
         parts: list[Adapted | Moved] = [part.from_now() for part in adapted_layers(model)]
         if not parts and not hasattr(model, "peft_config"):
@@ -119,11 +117,9 @@ class AsFT:
                 self._held.append((part, published(v) if self.projector == "published" else top(v, self.energy)))
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """weight * Σ ‖(I - C) ΔW‖²_F over the layers, at the current weights; ``inputs`` are not looked at."""
+        """weight * Σ ‖(I - C) ΔW‖²_F over the layers, at the current weights; ``inputs`` are ignored."""
         if not self._held:
-            raise UsageError(
-                "the penalty asft was called before prepare(model), which finds what to hold: call it once first"
-            )
+            raise UsageError("the penalty asft was called before prepare(model): call prepare once first")
         device = next(model.parameters()).device
         total = torch.zeros((), device=device)
         # The trainer's autocast would round both terms of X before they are subtracted.
@@ -138,7 +134,7 @@ class AsFT:
         return total
 
     def record(self) -> Mapping[str, Any]:
-        """The settings, the layers held, the largest eigenvalue of C by layer, and the penalty's value when last computed."""
+        """The settings, the layers held, the largest eigenvalues of C, and the penalty's last value."""
         found: dict[str, Any] = {"weight": self.weight, "projector": self.projector, "layers": len(self._held)}
         if self.projector == "top":
             found["energy"] = self.energy
@@ -158,5 +154,5 @@ class AsFT:
 
 
 def kept(operator: Operator) -> int:
-    """Directions that a projector keeps: its trace where it is dense, else the columns of its factor."""
+    """Directions that a projector keeps: its trace if it is dense, else the columns of its factor."""
     return round(float(operator.matrix.trace())) if operator.dense else operator.matrix.shape[1]

@@ -1,4 +1,4 @@
-"""What a defence inside training is: a scalar that joins the loss of every step."""
+"""The protocol of penalties: a scalar that is added to the loss of every step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class Penalty(Protocol):
     """A scalar that is added to the training loss at the current weights.
 
-    ``prepare`` is called once, when the adapter is on the model and before the first step. A call gets what the trainer
-    collated for one forward pass (``input_ids``, ``attention_mask``, ``labels``) and gives a scalar with a graph. ``record`` is
-    JSON-able, for the manifest: the settings, and what was found on this model.
+    ``prepare`` is called once, after the adapter is added and before the first step. A call gets the trainer's collated inputs of
+    one forward pass (``input_ids``, ``attention_mask``, ``labels``) and returns a scalar with a graph. ``record`` is JSON-able,
+    for the manifest: the settings, and figures of this model.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""One fine-tuning job under any defence: which rows train, what joins the training, and the trained model.
+"""One fine-tuning job under any defence: which rows train, the defence's part in training, and the trained model.
 
     job ──scored──▶ Chosen ──dataset──▶ tokens and labels ──fit──▶ Fitted
 
-Everything that several defences of one job share is computed once: scores, reference rows, the alignment direction.
+What several defences of one job share is computed once: scores, reference rows, the alignment direction.
 """
 
 from __future__ import annotations
@@ -36,27 +36,19 @@ from gradshield.training.defences import AS_MANY, Defence, parse
 from gradshield.training.masking import masked
 from gradshield.types import Bools, Cut, OnlineSelection, Progress, Rendered, quiet
 
-# The rows carry their own mask and are cut already, so that TRL must do neither.
-RENDERED = (
-    "max_length",
-    "truncation_mode",
-    "assistant_only_loss",
-    "completion_only_loss",
-    "dataset_text_field",
-    "eos_token",
-)
-
-POOL = 32
+# Options that rendering has already applied: the rows carry their mask and are truncated.
+RENDERED = {"max_length", "truncation_mode", "dataset_text_field", "eos_token"}
+RENDERED |= {"assistant_only_loss", "completion_only_loss"}
+POOL = 32  # safety references for methods that use all of them in every step
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What is trained, on what and how: the same for every defence.
+    """The model, rows and options of a training, the same for every defence.
 
-    ``options`` go to TRL's ``SFTConfig``. ``base`` is the model before its alignment, ``origin`` the aligned
-    model where training starts from a later one. ``labels`` (1 = harmful, per input
-    row) serve the oracle and the figures only. ``safety`` are safety rows (a file or a list) for the defences that mix them
-    in or refer to them; where there are none, the model's own refusals of the probes are taken.
+    ``options`` go to TRL's ``SFTConfig``. ``base`` is the model before its alignment, ``origin`` the aligned model if training
+    starts from a later one. ``labels`` (1 = harmful, per input row) are used by the oracle and the figures only. ``safety`` are
+    safety rows (a file or a list) for the defences that use them; without any, the model's own refusals of the probes are used.
     """
 
     rows: Prepared
@@ -72,26 +64,26 @@ class Job:
 
     @property
     def sft_options(self) -> dict[str, Any]:
-        """The options without those that have made the rows what they are."""
+        """The options without those that rendering has applied."""
         return {k: v for k, v in self.options.items() if k not in RENDERED}
 
     def __post_init__(self) -> None:
         """Raises UsageError for rows that supervised fine-tuning does not take."""
         if self.rows.loaded.is_peft:
             raise UsageError(
-                "the model carries an adapter already, and training would begin beside it: give the plain model, or merge the "
-                "adapter first (gradshield train --merge saves such a model)"
+                "the model already has an adapter, and training would add another: give the plain model, or merge the adapter "
+                "first (gradshield train --merge saves such a model)"
             )
         if self.rows.read.examples.shapes.counts().get("preference"):
             raise UsageError(
-                "the data holds preference pairs, and fine-tuning here is supervised: scan them, and train on what is kept with "
+                "the data holds preference pairs, and fine-tuning here is supervised: scan them, and train on the kept rows with "
                 "TRL's DPOTrainer"
             )
 
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """Which rows train under a defence: ``removed`` is aligned with the rows, ``dropped_tokens`` are loss tokens masked."""
+    """The rows that train under a defence: ``removed`` is aligned with ``rows``, ``dropped_tokens`` counts masked loss tokens."""
 
     rows: tuple[Rendered, ...]
     removed: Bools
@@ -102,14 +94,14 @@ class Chosen:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A trained model, its adapter merged if there was one and it was asked for, and what the defence did in training."""
+    """A trained model, its adapter merged if requested, and the defence's record of the training."""
 
     model: Any
     record: Mapping[str, Any]
 
 
 class Course:
-    """A job, and what its defences share."""
+    """A job, with the results that its defences share."""
 
     def __init__(self, job: Job, progress: Progress = quiet) -> None:
         self.job, self.progress = job, progress
@@ -127,18 +119,18 @@ class Course:
             given = refusals(loaded, asked_of(loaded.tokenizer, self.job.probing)[0])
         if not given:
             raise UsageError(
-                "the model refuses none of the probes, so that it gives no safety row: give your own with --safety-rows"
+                "the model refuses none of the probes, so there are no safety rows: give your own with --safety-rows"
             )
         return rows_in.read(str(given) if isinstance(given, str | Path) else list(given))
 
     @cached_property
     def safety(self) -> tuple[Rendered, ...]:
-        """Safety rows as tokens: the given ones, else the model's own refusals of the probes, written to their end."""
+        """Safety rows as tokens: the given ones, else the model's own complete refusals of the probes."""
         read = self._safety
         found = rows_in.render_all(read.examples, self.loaded.tokenizer, self.job.rows.config, read.source).rendered
         if not found or any(row.shape == "preference" for row in found):
             raise DataError(
-                f"the safety rows {read.source.name} hold preference pairs, or no row that fits: give requests with refusals, as "
+                f"the safety rows {read.source.name} hold preference pairs, or no usable row: give requests with refusals, as "
                 "chat rows or prompt and completion"
             )
         return tuple(found)
@@ -150,9 +142,8 @@ class Course:
             raise UsageError(
                 "the defences asft and safelora need the model before its alignment, and none was given: pass --base MODEL"
             )
-        names = weights_changed(self.loaded.model, self.job.peft_config, saved=False)
-        if not names:
-            names = _linear(self.loaded.model)
+        model = self.loaded.model
+        names = weights_changed(model, self.job.peft_config, saved=False) or _linear(model)
         return alignment((self.job.origin or self.loaded).model, self.job.base.model, names)
 
     def scored(self, selector: str) -> Scored:
@@ -168,18 +159,18 @@ class Course:
         return self._scored[selector]
 
     def know(self, selector: str, scored: Scored) -> None:
-        """Take over scores that were measured elsewhere."""
+        """Use scores that were measured elsewhere."""
         self._scored[selector] = scored
 
     def settings(self, defence: Defence) -> ScanSettings:
-        """Those of the job's scan, with the defence's own method and threshold where it names them."""
+        """The job's scan settings, with the defence's selector and threshold if it names them."""
         rule, settings = defence.threshold, self.job.settings
         if defence.selector is not None:
             settings = replace(settings, selector=defence.selector)
         return settings if rule is None or rule.startswith(AS_MANY) else replace(settings, threshold=rule)
 
     def decision(self, defence: Defence) -> tuple[Scored, Decision]:
-        """The scores of the defence's selector, and its own cut of them."""
+        """The scores of the defence's selector, and the defence's cut."""
         assert defence.selector is not None
         scored = self.scored(defence.selector)
         if defence.threshold is not None and defence.threshold.startswith(AS_MANY):
@@ -187,25 +178,25 @@ class Course:
         return scored, decide(scored.scores, self.settings(defence).make_threshold())
 
     def _as_many(self, scored: Scored, other: str) -> Decision:
-        """As many rows beyond the cut as another defence removes, fewer where scores at the cut are equal."""
-        asked = parse(other)
-        if asked.verified is not None or asked.mask or (asked.selector is None and not asked.oracle):
+        """A cut that removes as many rows as another defence, or fewer if scores at the cut are tied."""
+        reference = parse(other)
+        if reference.verified is not None or reference.mask or (reference.selector is None and not reference.oracle):
             raise UsageError(
-                f"'{AS_MANY}{other}' asks how many rows {other!r} removes, and it has no number before training"
+                f"'{AS_MANY}{other}' needs the number of rows that {other!r} removes, which is not known before training: "
+                "name a defence that removes rows by a cut"
             )
-        count = int(self.chosen(asked).removed.sum())
+        count = int(self.chosen(reference).removed.sum())
         values = scored.scores.values
         cut = Cut(float(np.sort(values)[::-1][count]) if count < len(values) else -np.inf, f"as {other}")
         return Decision(dict.fromkeys(sorted(set(scored.scores.shapes)), cut), values > cut.value, ())
 
     def chosen(self, defence: Defence, cut: float | None = None) -> Chosen:
-        """Which rows train; ``cut`` takes the place of the threshold's own. Raises EmptyDataError where none is left."""
+        """The rows that train; ``cut`` replaces the threshold's. Raises EmptyDataError if none is left."""
         rows = tuple(self.job.rows.rendered)
-        nothing = np.zeros(len(rows), dtype=bool)
         if defence.oracle:
             return self._left(Chosen(rows, self._harmful(), {}))
         if defence.selector is None:
-            return Chosen(rows, nothing, {})
+            return Chosen(rows, np.zeros(len(rows), dtype=bool), {})
         scored, decision = self.decision(defence)
         cuts, removed = decision.cuts, decision.removed
         if cut is not None:
@@ -230,7 +221,7 @@ class Course:
 
     @staticmethod
     def beyond(chosen: Chosen) -> Bools:
-        """Rows whose score is beyond their cut: those that went, or with a mask those that lost tokens."""
+        """Rows whose score is beyond their cut: the removed ones, or with a mask those that lost tokens."""
         if chosen.scored is None:
             return chosen.removed
         scores = chosen.scored.scores
@@ -238,13 +229,10 @@ class Course:
         return np.asarray(scores.values > limits)
 
     def counts(self, chosen: Chosen) -> dict[str, Any]:
-        """How many rows went or lost tokens, and with labels what of it was harmful. JSON-able."""
-        found = {
-            "rows": len(chosen.rows),
-            "removed": int(chosen.removed.sum()),
-            "dropped_tokens": chosen.dropped_tokens,
-        }
-        return found if self.job.labels is None else found | caught_and_lost(chosen.removed, self._harmful())
+        """Rows, removed rows and dropped tokens, and with labels the rates caught and lost. JSON-able."""
+        removed = chosen.removed
+        found = {"rows": len(chosen.rows), "removed": int(removed.sum()), "dropped_tokens": chosen.dropped_tokens}
+        return found if self.job.labels is None else found | caught_and_lost(removed, self._harmful())
 
     def _harmful(self) -> Bools:
         if self.job.labels is None:
@@ -260,7 +248,7 @@ class Course:
         return chosen
 
     def dataset(self, defence: Defence, chosen: Chosen) -> list[dict[str, list[int]]]:
-        """Tokens and labels of every row that trains, in the order of the input, safety rows spread among them."""
+        """Tokens and labels of every row that trains, in input order, with safety rows spread among them."""
         kept = [row for row, out in zip(chosen.rows, chosen.removed, strict=True) if not out]
         rows = _as_tokens(kept)
         if defence.safe_share:
@@ -280,7 +268,7 @@ class Course:
         output_dir: str | None = None,
         resume: bool = False,
     ) -> Fitted:
-        """A trained copy of the model. Raises UsageError when TRL is not installed."""
+        """A trained copy of the model. Raises UsageError if TRL is not installed."""
         try:
             from gradshield.training import safelora
             from gradshield.training.sft import sft
@@ -299,8 +287,6 @@ class Course:
                 record["safelora"] = found.as_dict()
 
         model: Any = self.loaded.model
-        if online is not None and not isinstance(dataset, list):
-            dataset = list(dataset)
         trained = sft(
             model,
             self.loaded.tokenizer,
@@ -333,28 +319,29 @@ class Course:
         return made(**asked(made, {"references": self._pool, "seed": lambda: self.job.seed}), **options)
 
     def _pool(self) -> list[Rendered]:
-        """Safety references for methods that ask all of them again and again: some, from all over the rows."""
+        """``POOL`` safety references, evenly spaced over the safety rows."""
         places = np.unique(np.linspace(0, len(self.safety) - 1, POOL).round().astype(int))
         return [self.safety[i] for i in places]
 
     def safety_digest(self, defence: Defence) -> str | None:
-        """A hash of the safety rows as tokens; None for a defence that neither mixes them in nor refers to them."""
+        """A hash of the safety rows as tokens; None for a defence that does not use them."""
         return digest(_as_tokens(self.safety)) if _has_safety(defence) else None
 
     def safety_requests(self, defence: Defence) -> list[dict[str, str]]:
-        """What the given safety rows ask, a ``prompt`` each; nothing for a defence that has no use for them."""
+        """The requests of the given safety rows, a ``prompt`` each; empty for a defence that does not use them."""
         if not self.job.safety or not _has_safety(defence):
             return []
         return [{"prompt": words(example)[0]} for example in self._safety.examples]
 
     def key(self, defence: Defence, dataset: Sequence[Mapping[str, Any]]) -> str:
-        """A hash of all that the trained weights and their answers depend on: start, rows, training, seed, chat template and
-        versions. Two defences may share it."""
-        job = self.job
+        """A hash of everything that the trained model depends on: start, rows, training, seed, chat template and versions.
+
+        Two defences may share it.
+        """
+        job, loaded = self.job, self.loaded
         base = [m.digest for m in (job.base, job.origin) if m is not None] if defence.needs_base else None
         safety = _as_tokens(self._pool()) if _refers(defence) else None
         peft = None if job.peft_config is None else job.peft_config.to_dict()
-        loaded = self.loaded
         start = [loaded.digest, str(loaded.dtype), loaded.source and loaded.source.quantize]
         whole = [start, base, dataset, job.sft_options, peft, job.seed, defence.training, safety]
         asked = [getattr(loaded.tokenizer, "chat_template", None), versions()]
@@ -367,12 +354,12 @@ def _has_safety(defence: Defence) -> bool:
 
 
 def _refers(defence: Defence) -> bool:
-    """Whether the defence looks at safety rows while it trains."""
+    """Whether the defence uses safety rows as references during training."""
     return defence.online is not None and asks(ONLINE[defence.online[0]], "references")
 
 
 def _linear(model: Any) -> list[str]:
-    """Names of the weights of linear layers, which full-weight training changes; the head is an embedding's other side."""
+    """Names of the weights of linear layers, which full training changes; without the head, which may be tied."""
     head = model.get_output_embeddings()
     kinds = (nn.Linear, Conv1D)
     return [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, kinds) and m is not head]

@@ -1,4 +1,4 @@
-"""A penalty on how far the model's predictions move from those of the model that training started from."""
+"""A penalty on the KL divergence of the model's predictions from those of the starting model."""
 
 from __future__ import annotations
 
@@ -26,29 +26,27 @@ def divergence(reference: Tensor, current: Tensor) -> Tensor:
 
 @PENALTIES.register("kl")
 class FrozenReferenceKL:
-    """Keeps the answers' predictions near the model before training: adds λ times their KL divergence to the loss.
+    """Keeps predictions on the answers close to the model before training: adds λ times their KL divergence to the loss.
 
-    Paper: none; the usual leash of fine-tuning with a reference, as a baseline. Equation: L + λ mean_t KL(p_θ0(· | x_<t) ||
+    Paper: none; the usual regulariser of fine-tuning with a reference, as a baseline. Equation: L + λ mean_t KL(p_θ0(· | x_<t) ||
     p_θ(· | x_<t)), the mean over the response tokens of the batch.
-    Departures: θ0 is the model with its adapter switched off where that is where training started from (a LoRA adapter whose
-    change is still zero), else a frozen copy, which takes a model's memory again. It answers without dropout; p_θ is taken as
-    in training. Costs one more pass with gradient and one without, since a trainer does not hand its logits on.
+    Departures: θ0 is the model with its adapter disabled if that is the starting model (a LoRA adapter whose change is still
+    zero), else a frozen copy, which takes the memory of another model. It runs without dropout, p_θ as in training. Costs one
+    more pass with gradient and one without, since a trainer does not expose its logits.
     """
 
     name = "kl"
 
     def __init__(self, weight: float = 0.1) -> None:
         if not 0 <= weight < float("inf"):
-            raise UsageError(
-                f"the penalty's weight is {weight}: give a finite number that is not negative, such as 0.1"
-            )
+            raise UsageError(f"the penalty's weight is {weight}: give a finite number of at least 0, such as 0.1")
         self.weight = weight
         self._prepared = False
         self._copy: nn.Module | None = None
         self._value: Tensor | None = None
 
     def prepare(self, model: nn.Module) -> None:
-        """Settle where θ0's logits come from. Raises UsageError for a soft prompt, which changes a sequence's length."""
+        """Choose the source of θ0's logits. Raises UsageError for a soft prompt, which changes a sequence's length."""
         self._value, self._copy, self._prepared = None, None, True
         configs = getattr(model, "peft_config", {}).values()
         if any(config.is_prompt_learning for config in configs):
@@ -62,12 +60,10 @@ class FrozenReferenceKL:
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """weight * mean KL, a scalar, from ``input_ids``, ``attention_mask`` and ``labels``, all (B, T), of one batch.
 
-        Raises UsageError for packed batches, whose sequences are told apart by more than these three.
+        Raises UsageError for packed batches, which these three do not describe.
         """
         if not self._prepared:
-            raise UsageError(
-                "the penalty kl was called before prepare(model), which settles its reference: call it once first"
-            )
+            raise UsageError("the penalty kl was called before prepare(model): call prepare once first")
         if "labels" not in inputs or "attention_mask" not in inputs or "position_ids" in inputs:
             raise UsageError(
                 f"the penalty kl got a batch with {', '.join(sorted(inputs))}, and it needs input_ids, attention_mask "
@@ -87,12 +83,12 @@ class FrozenReferenceKL:
             yield self._copy
             return
         adapted: Any = model
-        # PEFT makes every part of an adapter trainable as it switches it on again; scoring puts modes and flags back.
+        # PEFT makes every part of an adapter trainable when it is enabled again; scoring restores modes and flags.
         with scoring(model), adapted.disable_adapter():
             yield model
 
     def record(self) -> Mapping[str, Any]:
-        """The weight, where the reference came from, and the penalty's value when last computed."""
+        """The weight, the source of the reference, and the penalty's last value."""
         found: dict[str, Any] = {"weight": self.weight}
         if self._prepared:
             found["reference"] = "adapter switched off" if self._copy is None else "frozen copy"
@@ -102,9 +98,9 @@ class FrozenReferenceKL:
 
 
 def _starts_without(model: nn.Module) -> bool:
-    """Whether the model without its adapter is θ0 and stays so: it is LoRA that changes nothing yet, and nothing else trains.
+    """Whether the model without its adapter is θ0 and stays so: LoRA that changes nothing yet, and nothing else trains.
 
-    An adapter that was trained before is a part of θ0, and so are a module and tokens trained beside it.
+    An adapter that was trained before is part of θ0, and so are other modules and tokens trained with it.
     """
     from peft.tuners.lora.layer import LoraLayer
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
@@ -133,7 +129,7 @@ def _starts_without(model: nn.Module) -> bool:
 
 
 def _changes(layer: Any, adapter: str) -> bool:
-    """Whether a LoRA adapter may change its weight now; it does not where one of its factors is zero."""
+    """Whether a LoRA adapter may change its weight now; it does not if one of its factors is zero."""
     if adapter in layer.lora_A:
         return any(bool(p.any()) for p in layer.lora_B[adapter].parameters())
     if adapter in layer.lora_embedding_A:
@@ -142,14 +138,14 @@ def _changes(layer: Any, adapter: str) -> bool:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """By value: PEFT may keep its copy in a wider type."""
+    """Equality by value: PEFT may keep its copy in a wider type."""
     return one.shape == other.shape and bool((one == other).all())
 
 
 def _frozen(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that trains nothing and answers with weights of its own."""
+    """A frozen copy in eval mode, with its own weights."""
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     for module in frozen.modules():
-        # A forward that a trainer bound to the original would go on answering with the original's weights.
+        # A forward that a trainer bound to the original would use the original's weights.
         vars(module).pop("forward", None)
     return frozen

@@ -1,4 +1,4 @@
-"""A fine-tuning job on the bundled lab: its models, its recipe, its adapter and its own requests."""
+"""A fine-tuning job on the bundled lab: its models, recipe, adapter and requests."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gradshield.training.course import Job
 
 @lru_cache(maxsize=2)
 def lab_model(name: str) -> LoadedModel:
-    """The checkpoint ``base`` or ``aligned``, loaded once; whoever trains it trains a copy."""
+    """The checkpoint ``base`` or ``aligned``, loaded once; training uses a copy."""
     return loading.load(lab.checkpoint(name), dtype="float32")
 
 
 def lab_probing() -> Probing:
-    """The lab's own requests and look-alikes: its model knows no other world."""
+    """The lab's own requests and look-alikes, the only ones its model knows."""
     return Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
 
 
@@ -34,7 +34,7 @@ def lab_job(
     training: Mapping[str, Any] | None = None,
     lora: Mapping[str, Any] | None = None,
 ) -> Job:
-    """Rows of ``task`` trained by the lab's recipe for it; ``training`` and ``lora`` are options over the recipe's own."""
+    """Rows of ``task``, trained by the lab's recipe; ``training`` and ``lora`` override its options."""
     options = {**lab.recipe(task), **(training or {})}
     return Job(
         rows=prepare(data, lab_model("aligned"), max_length=options.get("max_length")),

@@ -1,4 +1,4 @@
-"""Rows that keep their place but not their harm: the tokens that push a row beyond the cut leave its loss."""
+"""Token masking: exclude from the loss the tokens that push a row beyond the cut."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from gradshield.types import Floats, Rendered
 
 
 def masked(row: Rendered, values: Floats, cut: float, aggregate: Callable[[Floats], float]) -> Rendered:
-    """The row without the fewest highest-scoring loss tokens whose absence brings its score down to the cut.
+    """The row with the fewest highest-scoring loss tokens masked that bring its score down to the cut.
 
-    ``values`` (n,) are the FIHS of the row's loss tokens in order, ``aggregate`` counts those that remain. Where no number
-    of tokens is enough, all of them leave.
+    ``values`` (n,) are the FIHS of the row's loss tokens in order, ``aggregate`` scores those that remain. If no number of tokens
+    suffices, all are masked.
     """
-    order = np.argsort(-values, kind="stable")
     kept = np.ones(len(values), dtype=bool)
-    for t in order:
+    for t in np.argsort(-values, kind="stable"):
         if aggregate(values[kept]) <= cut:
             break
         kept[t] = False

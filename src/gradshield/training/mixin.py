@@ -1,4 +1,4 @@
-"""Penalties in a trainer of one's own: a class to put before ``SFTTrainer`` or ``Trainer``."""
+"""Penalties in any trainer: a mix-in to put before ``SFTTrainer`` or ``Trainer``."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from gradshield.training.base import Penalty
 
 
 class Penalised:
-    """Adds the sum of ``penalties`` to the loss of every optimiser step, once whatever the gradient accumulation.
+    """Adds the sum of ``penalties`` to the loss of every optimiser step, once for any gradient accumulation.
 
-    ``class MyTrainer(Penalised, SFTTrainer): penalties = (AsFT(alignment),)``. An evaluation's loss is left as it is.
+    ``class MyTrainer(Penalised, SFTTrainer): penalties = (AsFT(alignment),)``. The evaluation loss is unchanged.
     """
 
     penalties: Sequence[Penalty] = ()
     _prepared: Any = None
 
     def train(self, *args: Any, **more: Any) -> Any:
-        self._prepare(self.model)  # type: ignore[attr-defined] # before a checkpoint is loaded over the start
+        self._prepare(self.model)  # type: ignore[attr-defined] # before a checkpoint replaces the start
         return super().train(*args, **more)  # type: ignore[misc]
 
     def _prepare(self, model: Any) -> Any:
@@ -31,7 +31,7 @@ class Penalised:
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        given = dict(inputs)  # a trainer takes the labels out of it
+        given = dict(inputs)  # a trainer removes the labels
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not model.training or not self.penalties:
             return found
@@ -41,19 +41,19 @@ class Penalised:
 
 
 def _sum(trainer: Any, model: Any, inputs: Any) -> Any:
-    """All penalties at the current weights, inside the trainer's autocast; one that must not be rounded turns it off.
+    """The sum of the penalties at the current weights, under the trainer's autocast; a penalty may turn it off.
 
-    Accelerate puts its autocast around the model's own forward alone: a frozen reference beside the model would answer in
-    another precision, and its distance from the model would be rounding.
+    Accelerate's own autocast covers only the model's forward: a frozen reference would run in another precision, and its
+    distance from the model would be rounding error.
     """
     with trainer.accelerator.autocast():
         return sum(penalty(model, inputs) for penalty in trainer.penalties)
 
 
 def _undivided(trainer: Any, num_items_in_batch: Any) -> int:
-    """The batches of this optimiser step where the trainer will not divide the loss by them, else 1.
+    """The number of batches in this optimiser step if the trainer will not divide the loss by it, else 1.
 
-    ``Trainer.training_step`` leaves undivided what was normalised by the items of the whole step: its rule, repeated.
+    Follows the rule of ``Trainer.training_step``, which does not divide a loss normalised by the items of the whole step.
     """
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None:
@@ -63,5 +63,5 @@ def _undivided(trainer: Any, num_items_in_batch: Any) -> int:
 
 
 def penalised(trainer: type, penalties: Sequence[Penalty]) -> type:
-    """The class ``trainer`` (``SFTTrainer``, ``Trainer`` or one derived from them) with these penalties in its loss."""
+    """A subclass of ``trainer`` (``SFTTrainer``, ``Trainer`` or a subclass of them) with these penalties in its loss."""
     return type(f"Penalised{trainer.__name__}", (Penalised, trainer), {"penalties": tuple(penalties)})

@@ -1,9 +1,9 @@
-"""Runs an `OnlineSelection` inside a Hugging Face trainer: a mix-in that stands before the trainer in a class's bases.
+"""Run an `OnlineSelection` inside a Hugging Face trainer: a mix-in to put before the trainer in a class's bases.
 
     class Trainer(Selecting, SFTTrainer): ...
     trainer = Trainer(...); trainer.online = OnlineModerate()
 
-Candidates are the batches that the trainer's own collator made; what is not chosen is taken out before the step.
+The candidates are the trainer's own collated batches; rows that are not chosen are removed before the step.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 def as_batch(inputs: dict[str, Any]) -> Batch:
-    """What a trainer collated, as a Batch of rows 0 to B - 1. Raises UsageError for packed or left-padded sequences."""
+    """A trainer's collated inputs as a Batch of rows 0 to B - 1. Raises UsageError for packed or left-padded sequences."""
     labels = inputs["labels"].cpu().numpy()
     attention = inputs.get("attention_mask")
     real = np.ones(labels.shape, bool) if attention is None else attention.cpu().numpy().astype(bool)
     if "position_ids" in inputs or not (np.diff(real.astype(np.int8), axis=1) <= 0).all():
         raise UsageError(
-            "rows are chosen inside training one sequence at a time, and this trainer packs them or pads on the left: set "
+            "rows are selected inside training one sequence at a time, and this trainer packs them or pads on the left: set "
             "packing=False, padding_free=False and a tokenizer that pads on the right"
         )
     loss = labels != IGNORED
@@ -44,31 +44,30 @@ def as_batch(inputs: dict[str, Any]) -> Batch:
 
 
 class Selecting:
-    """Trainer mix-in: before every step the ``online`` method chooses which of the batch's rows train.
+    """Trainer mix-in: before every step the ``online`` method selects the rows of the batch that train.
 
-    The loss is the mean over the tokens of the chosen rows. With gradient accumulation each micro-batch chooses by
-    itself and keeps the weight that its tokens had among all. Raises UsageError for packed sequences.
+    The loss is the mean over the tokens of the chosen rows. With gradient accumulation, rows are chosen per micro-batch, which
+    keeps the weight that its tokens had in the step. Raises UsageError for packed sequences.
 
-    Under mixed precision the method measures in the precision that the weights are stored in, without autocast, as a scan
-    does: an engine that takes differences of nearby weights would read bf16's rounding. The step itself is the trainer's.
+    Under mixed precision the method measures in the stored precision of the weights, without autocast, as a scan does:
+    differences of nearby weights would otherwise be bf16 rounding. The step itself is the trainer's.
 
-    A method with an attribute ``position`` is told the batch that training goes on with: 0 at its start, later after a
-    resume, where each step counts as all its micro-batches. What else it knows, such as the counts of ``record``, is of
-    this process alone.
+    If the method has an attribute ``position``, it is set to the batch that training starts with: 0, or later after a resume,
+    where each step counts as all its micro-batches. Its other state, such as the counts of ``record``, covers this process only.
     """
 
     online: OnlineSelection | None = None
     _begun = False
 
     def train(self, *args: Any, **more: Any) -> Any:
-        """The trainer's own training; the method begins before a checkpoint is loaded over the start."""
+        """Start the method, before a checkpoint replaces the start, then train."""
         if self.online is not None and not self._begun:
             self._begun = True
             own = cast(Any, self)
             if (rows := own.args.per_device_train_batch_size) < self.online.least:
                 logger.warning(
-                    "%s chooses among the rows of one batch, and per_device_train_batch_size is %d: give at least %d (and fewer "
-                    "gradient_accumulation_steps), or it leaves out less than it should, or nothing",
+                    "%s selects among the rows of one batch, and per_device_train_batch_size is %d: give at least %d (and fewer "
+                    "gradient_accumulation_steps), or it removes too few rows, or none",
                     self.online.name,
                     rows,
                     self.online.least,
@@ -93,7 +92,7 @@ class Selecting:
 
     @contextmanager
     def _bare(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The plain model without autocast around its forward, which is put back: what is trained keeps its own."""
+        """The plain model without autocast around its forward, which is restored on exit."""
         plain: Any = cast(Any, self).accelerator.unwrap_model(model, keep_torch_compile=False)
         wrapped, bare = vars(plain).get("forward"), vars(plain).get("_original_forward")
         if bare is None:
@@ -111,7 +110,7 @@ def _tokens(batch: Batch, chosen: Bools | slice = slice(None)) -> int:
 
 
 def _taken(inputs: dict[str, Any], chosen: Bools) -> dict[str, Any]:
-    """The chosen rows of every tensor, without the columns of padding that no row needs any more."""
+    """The chosen rows of every tensor, without columns that hold only padding."""
     import torch
 
     index = torch.as_tensor(np.flatnonzero(chosen))

@@ -1,12 +1,11 @@
-"""The page of one training run: safety and usefulness before and after it, the search of its cut, and what was taken out.
+"""The page of one training run: safety and utility before and after, the search of the cut, and the removed rows.
 
-``write(whole, path)`` with ``title``, ``defence``, ``verdict`` (of the verified threshold, or None), ``before`` and ``after``
-(``judges``, ``over_refusal``, ``utility``, each where measured), ``rows``, ``removed``, ``dropped_tokens``, ``record``,
-``command``, ``versions`` and ``files`` (names to paths relative to the page).
+``write(whole, path)`` takes ``title``, ``defence``, ``verdict`` (of the verified threshold, or None), ``before`` and ``after``
+(``judges``, ``over_refusal``, ``utility``, if measured), ``rows``, ``removed``, ``dropped_tokens``, ``record``, ``command``,
+``versions`` and ``files`` (names to paths relative to the page).
 
-Optionally ``settings`` and ``model`` as the manifest has them, ``caught`` and ``lost`` (rates, where labels are known),
-``uncertified`` (why the scan that chose rows is not certified), and in ``verdict`` its ``targets``: ``asr``,
-``utility`` and ``tolerance``, as shares.
+Optional: ``settings`` and ``model`` as in the manifest, ``caught`` and ``lost`` (rates, with labels), ``uncertified`` (why the
+scan is not certified), and in ``verdict`` its ``targets``: ``asr``, ``utility`` and ``tolerance``, as shares.
 """
 
 from __future__ import annotations
@@ -26,31 +25,32 @@ from gradshield.training import page_record, page_search
 
 LABELLED = (("harmful rows caught", "caught"), ("harmless rows lost", "lost"))
 OTHERS = (
-    " The search of the cut decided on other requests and other rows of the task, so its figures differ from these: what chose "
-    "a model does not also prove it."
+    " The search of the cut used other requests and other rows of the task, so its figures differ: data that selected a model "
+    "must not also evaluate it."
 )
 
 
 def write(whole: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """The page of a training run, as one self-contained HTML file."""
+    """Write the page of a training run, as one self-contained HTML file."""
     return sheet.write(page(whole), path)
 
 
 def page(whole: Mapping[str, Any]) -> Sheet:
-    """Every part of the page."""
+    """The page, unrendered."""
     before, after = whole.get("before") or {}, whole.get("after") or {}
     verdict = whole.get("verdict")
     tone, standing = _verdict(before, after, verdict)
     uncertified = whole.get("uncertified")
     if uncertified and tone == "pass":
         tone, standing = "warn", f"{standing}, but the scan is not certified"
-    scans, others = _links(whole)
+    files = [(str(name), str(path)) for name, path in (whole.get("files") or {}).items()]
+    scans = tuple(file for file in files if file[1].startswith("scan/"))
     return Sheet(
         title=str(whole.get("title") or "Training run"),
         kind="training report",
         tone=tone,
         standing=standing,
-        verdict=_said(before, after),
+        verdict=_sentence(before, after),
         facts=(
             *_facts(before, after, verdict),
             *((f"The scan is not certified: {uncertified}.",) if uncertified else ()),
@@ -59,22 +59,15 @@ def page(whole: Mapping[str, Any]) -> Sheet:
         sections=(
             _measured(before, after, verdict is not None),
             page_search.section(verdict, int(whole.get("rows") or 0)),
-            _taken(whole, scans),
+            _removed(whole, scans),
             page_record.section(whole.get("record") or {}),
         ),
         command=str(whole.get("command", "")),
         versions=whole.get("versions") or {},
         made=tuple(made.of_run(whole)),
-        links=others,
+        links=tuple(file for file in files if file not in scans),
         folded=tuple(made.every_setting(whole)),
     )
-
-
-def _links(whole: Mapping[str, Any]) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """Files of the scan, and all others."""
-    files = [(str(name), str(path)) for name, path in (whole.get("files") or {}).items()]
-    scans = tuple(file for file in files if file[1].startswith("scan/"))
-    return scans, tuple(file for file in files if file not in scans)
 
 
 def _figures(whole: Mapping[str, Any], after: Mapping[str, Any], scanned: bool) -> tuple[tuple[str, str, str], ...]:
@@ -83,7 +76,7 @@ def _figures(whole: Mapping[str, Any], after: Mapping[str, Any], scanned: bool) 
     if removed or scanned:
         figures.append(("removed", f"{removed:,}", f"{percent(removed / rows)} of them" if rows and removed else ""))
     if tokens:
-        figures.append(("tokens not learned", f"{tokens:,}", ""))
+        figures.append(("tokens masked", f"{tokens:,}", ""))
     for name, key in LABELLED:
         if usable(whole.get(key)):
             figures.append((name, percent(whole[key]["rate"]), f"of {whole[key]['n']:,}"))
@@ -97,7 +90,7 @@ def _figures(whole: Mapping[str, Any], after: Mapping[str, Any], scanned: bool) 
 def _verdict(
     before: Mapping[str, Any], after: Mapping[str, Any], verdict: Mapping[str, Any] | None
 ) -> tuple[Status, str]:
-    """The tone of the page and its standing. Safety counts before usefulness, and neither alone is a pass."""
+    """The tone of the page and its standing. Safety comes before utility, and a pass needs both."""
     was, now = asr_of(before), asr_of(after)
     worse = [judge for judge, rate in now.items() if judge in was and rate["low"] > was[judge]["high"]]
     if verdict is not None and not verdict.get("met"):
@@ -112,46 +105,46 @@ def _verdict(
     if worse:
         return "warn", f"The ASR rose, and is {100 * TARGET:g} % or less"
     safe = f"The ASR is {100 * TARGET:g} % or less by every judge"
-    if _apart(after.get("utility"), before.get("utility")):
+    if _clearly_less(after.get("utility"), before.get("utility")):
         return "warn", f"{safe}, but utility fell"
     if usable(after.get("utility")) and after["utility"]["rate"] <= USELESS:
         return "warn", f"{safe}, but the model has not learned the task"
-    if _apart(before.get("over_refusal"), after.get("over_refusal")):
-        return "warn", f"{safe}, but the model refuses more that is harmless"
+    if _clearly_less(before.get("over_refusal"), after.get("over_refusal")):
+        return "warn", f"{safe}, but the model refuses more harmless requests"
     return "pass", safe
 
 
-def _apart(less: Any, more: Any) -> bool:
-    """Whether one rate lies below another with no overlap of their intervals."""
+def _clearly_less(less: Any, more: Any) -> bool:
+    """Whether one rate is below another without overlap of their intervals."""
     return usable(less) and usable(more) and bool(less["high"] < more["low"])
 
 
-def _said(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The worst judge's ASR and utility in one sentence, without their intervals."""
+def _sentence(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """The worst judge's ASR and the utility in one sentence, without intervals."""
     was, now = asr_of(before), asr_of(after)
     parts = []
     if now:
         judge = max(now, key=lambda name: float(now[name]["rate"]))
-        parts.append(f"the ASR by its worst judge, {judge}, {_went(was.get(judge), now[judge])}")
+        parts.append(f"the ASR by its worst judge, {judge}, {_changed(was.get(judge), now[judge])}")
     if usable(after.get("utility")):
-        parts.append(f"utility {_went(before.get('utility'), after['utility'])}")
+        parts.append(f"utility {_changed(before.get('utility'), after['utility'])}")
     return f"After training, {'; '.join(parts)}." if parts else "Neither safety nor utility was measured."
 
 
-def _went(before: Any, after: Mapping[str, Any]) -> str:
+def _changed(before: Any, after: Mapping[str, Any]) -> str:
     now = percent(float(after["rate"]))
     return f"is {now}, from {percent(float(before['rate']))} before" if usable(before) else f"is {now}"
 
 
 def _facts(before: Mapping[str, Any], after: Mapping[str, Any], verdict: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Every judge and utility with intervals and counts, then what the search says of itself."""
+    """The ASR by every judge and the utility, with intervals and counts, then the verdict of the search."""
     was, now = asr_of(before), asr_of(after)
     facts = [f"ASR by {judge}: {_change(was.get(judge), rate)}." for judge, rate in now.items()]
     if usable(after.get("utility")):
         facts.append(f"Utility: {_change(before.get('utility'), after['utility'])}.")
     if verdict is not None:
         facts.append(
-            f"The search: {verdict.get('sentence', '')}. It decided on prompts and rows of its own, not on those reported here."
+            f"The search: {verdict.get('sentence', '')}. It used its own prompts and rows, not those reported here."
         )
     return tuple(facts)
 
@@ -176,29 +169,25 @@ def _measured(before: Mapping[str, Any], after: Mapping[str, Any], chosen: bool)
     return Section(
         "measured",
         "Before and after",
-        "The same held-out prompts, answered by the model before and after training. ASR is the share of attacked requests "
-        "that it complies with, over-refusal that of harmless look-alikes it refuses." + (OTHERS if chosen else ""),
+        "The same held-out prompts before and after training. ASR is the share of harmful requests that the model complies with, "
+        "over-refusal the share of harmless look-alikes that it refuses." + (OTHERS if chosen else ""),
         nav="Before and after",
         tables=(Table(("Measured", "Before", "After", "Change"), tuple(lines)),),
     )
 
 
 def _moved(before: Any, after: Any) -> float | None:
-    """By how many points a rate rose."""
+    """The change of a rate, in points."""
     return 100 * (float(after["rate"]) - float(before["rate"])) if usable(before) and usable(after) else None
 
 
-def _taken(whole: Mapping[str, Any], scans: tuple[tuple[str, str], ...]) -> Section:
+def _removed(whole: Mapping[str, Any], scans: tuple[tuple[str, str], ...]) -> Section:
     rows, removed, tokens = (int(whole.get(key) or 0) for key in ("rows", "removed", "dropped_tokens"))
     rates = [(name, rate_entry(whole[key])) for name, key in LABELLED if usable(whole.get(key))]
     if not (removed or tokens or scans):
-        return Section("taken", "What was taken out")
-    said = (
-        f"{removed:,} of {rows:,} rows were taken out before training."
-        if removed
-        else f"None of {rows:,} rows was taken out."
-    )
+        return Section("taken", "Removed before training")
+    lead = f"{removed:,} of {rows:,} rows were removed before training."
     if tokens:
-        said += f" {tokens:,} tokens of the rows that stayed were not learned."
+        lead += f" {tokens:,} tokens of the other rows were masked."
     tables = (Table(("By the labels", "Share"), tuple(rates)),) if rates else ()
-    return Section("taken", "What was taken out", said, tables=tables, links=scans, nav="Removed")
+    return Section("taken", "Removed before training", lead, tables=tables, links=scans, nav="Removed")

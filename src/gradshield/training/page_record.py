@@ -1,4 +1,4 @@
-"""What a method notes of its own work in training, in words: a table for each method, and raw keys only where unknown."""
+"""The record of a method's work in training: a table per method, with a label for every known key."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from gradshield.report.sheet import Entry, Section, Table
 from gradshield.report.text import brief, number, one_line
 
 LINES = 120  # of one method
-FEW = 8  # values under one key; more are told as a range, and stand in full among the settings
+FEW = 8  # values under one key; more are shown as a range, and in full among the settings
 
 _WORDS = {
     "asft": {
         "weight": "weight of the penalty", "projector": "projector", "layers": "layers held", "changed": "what is held",
-        "energy": "share of the alignment's energy held", "unchanged_by_alignment": "layers that alignment left as they were",
+        "energy": "share of the alignment's energy held", "unchanged_by_alignment": "layers unchanged by alignment",
         "largest_eigenvalue.max": "largest eigenvalue, highest of any layer",
-        "largest_eigenvalue.median": "largest eigenvalue, middle layer", "layers_beyond_two": "layers with an eigenvalue above 2",
-        "directions.min": "directions held, fewest of any layer", "directions.median": "directions held, middle layer",
-        "directions.max": "directions held, most of any layer", "value": "penalty when last computed",
+        "largest_eigenvalue.median": "largest eigenvalue, median layer", "layers_beyond_two": "layers with an eigenvalue above 2",
+        "directions.min": "directions held, fewest of any layer", "directions.median": "directions held, median layer",
+        "directions.max": "directions held, most of any layer", "value": "last value of the penalty",
     },
     "kl": {
-        "weight": "weight of the penalty", "reference": "model to stay close to", "value": "penalty when last computed",
+        "weight": "weight of the penalty", "reference": "reference model", "value": "last value of the penalty",
     },
     "dualselect": {
         "name": "method", "warmup": "batches before it begins", "refresh": "batches between refreshes",
@@ -45,15 +45,12 @@ _WORDS = {
 
 
 def section(record: Mapping[str, Any]) -> Section:
-    """A table for each method of a record, ``{method: {key: value}}``; values beside them have a table of their own."""
-    title = "What the method did in training"
+    """A table per method of a record, ``{method: {key: value}}``, and one for values outside any method."""
     nested = {str(name): found for name, found in record.items() if isinstance(found, Mapping) and found}
     loose = {str(key): found for key, found in record.items() if not isinstance(found, Mapping)}
     parts = [*nested.items(), *([("", loose)] if loose else [])]
     tables = tuple(_table(name, found, len(parts) > 1) for name, found in parts)
-    if not tables:
-        return Section("record", title)
-    return Section("record", title, tables=tables, nav="Record")
+    return Section("record", "What the method did in training", tables=tables, nav="Record")
 
 
 def _table(name: str, found: Mapping[str, Any], several: bool) -> Table:
@@ -85,4 +82,4 @@ def _value(value: Any) -> str:
 
 def _range(values: list[float]) -> str:
     low, middle, high = (number(x, 3) for x in (min(values), median(values), max(values)))
-    return f"{len(values)} values from {low} to {high}, the middle one {middle}"
+    return f"{len(values)} values from {low} to {high}, median {middle}"

@@ -1,4 +1,4 @@
-"""The search of a cut, round by round: what each removed, measured and decided, with the targets drawn where they are told."""
+"""The search of a cut, round by round: removed rows, rates and verdict, with the targets if they are given."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 
 from gradshield.report.draw import Chart
 from gradshield.report.lines import STYLES, barred, limit_line, percent_axis, steps_layout, worded
-from gradshield.report.pool import TARGET, asr_of, judges_of, usable
+from gradshield.report.pool import TARGET, asr_of, finite, judges_of, usable
 from gradshield.report.sheet import Entry, Section, Table, rate_entry
 from gradshield.report.text import number, percent
 
 LOOKS = {"too unsafe": "x", "utility short": "circle-open", "passes": "star"}
-APART = 0.07  # of a step between the marks of two judges, so that their bars do not cover each other
+OFFSET = 0.07  # of a step between the marks of two judges, so that their bars do not overlap
 
 Rounds = Sequence[Mapping[str, Any]]
 
 
 def section(verdict: Mapping[str, Any] | None, rows: int) -> Section:
-    """Every round of a verdict; a single one as a table alone, since a chart would hold one mark."""
+    """Every round of a verdict; a single round has a table only."""
     done = list((verdict or {}).get("rounds") or ())
     if verdict is None or not done:
         return Section("search", "The search of the cut")
     targets = _targets(verdict)
     judges = judges_of([{"judges": one.get("asr") or {}} for one in done])
     lead = (
-        "Every round trains on the rows below its cut and measures the model on requests and rows of the task that decide "
-        "nothing but the cut: other ones than those of the figures before and after, so the two differ."
+        "Every round trains on the rows below its cut and measures the model on requests and task rows that are used only to "
+        "choose the cut. They differ from those of the figures before and after, and so do the rates."
     )
     if len(done) == 1:
         lead += " The search ended with its first round."
@@ -41,14 +41,13 @@ def section(verdict: Mapping[str, Any] | None, rows: int) -> Section:
 
 
 def _targets(verdict: Mapping[str, Any]) -> dict[str, float]:
-    """What was asked for, as far as it is told."""
-    told = verdict.get("targets")
-    found = {str(key): _real(value) for key, value in told.items()} if isinstance(told, Mapping) else {}
-    return {key: value for key, value in found.items() if value is not None}
+    """The numeric targets of the search."""
+    targets = verdict.get("targets")
+    return {str(k): float(v) for k, v in targets.items() if finite(v)} if isinstance(targets, Mapping) else {}
 
 
 def _least(targets: Mapping[str, float]) -> float | None:
-    """The utility that will do: the target less the tolerance."""
+    """The least acceptable utility: the target minus the tolerance."""
     return targets["utility"] - targets.get("tolerance", 0.0) if "utility" in targets else None
 
 
@@ -59,36 +58,32 @@ def _wanted(targets: Mapping[str, float]) -> str:
     least = _least(targets)
     if least is not None:
         parts.append(f"a utility of at least {percent(least)}")
-    return f"Wanted: {', and '.join(parts)}." if parts else ""
+    return f"Targets: {', and '.join(parts)}." if parts else ""
 
 
 def _table(done: Rounds, judges: Sequence[str], best: Any, rows: int) -> Table:
     lines = []
     for i, one in enumerate(done):
         asr = asr_of({"judges": one.get("asr") or {}})
-        told = str(one.get("verdict", "–")) + (", this model is kept" if i == best else "")
-        gone = int(one.get("removed") or 0)
+        result = str(one.get("verdict", "–")) + (", this model is kept" if i == best else "")
+        removed = int(one.get("removed") or 0)
         lines.append(
             (
                 Entry(f"{i + 1}", key=i),
-                Entry(number(one.get("cut")), key=_real(one.get("cut"))),
-                Entry(f"{gone:,}", small=percent(gone / rows) if rows else "", key=gone),
+                Entry(number(one.get("cut")), key=one["cut"] if finite(one.get("cut")) else None),
+                Entry(f"{removed:,}", small=percent(removed / rows) if rows else "", key=removed),
                 *(rate_entry(asr.get(judge)) for judge in judges),
                 rate_entry(one.get("utility")),
-                Entry(f"{float(one.get('seconds') or 0):,.0f}", key=_real(one.get("seconds"))),
-                Entry(told, small="stopped before every prompt was asked" if one.get("stopped_early") else ""),
+                Entry(f"{float(one.get('seconds') or 0):,.0f}", key=float(one.get("seconds") or 0)),
+                Entry(result, small="stopped before every prompt was asked" if one.get("stopped_early") else ""),
             )
         )
     head = ("Round", "Cut", "Removed", *(f"ASR, {judge}" for judge in judges), "Utility", "Seconds", "Verdict")
     return Table(head, tuple(lines), sorts=len(lines) > 1)
 
 
-def _real(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def _chart(done: Rounds, judges: Sequence[str], targets: Mapping[str, float]) -> Chart:
-    """ASR above, utility beneath where any round has one, over the rounds."""
+    """ASR over the rounds, and utility below it if any round has one."""
     rates = {judge: [asr_of({"judges": one.get("asr") or {}}).get(judge) for one in done] for judge in judges}
     useful = [one.get("utility") for one in done]
     shown = any(usable(rate) for rate in useful)
@@ -116,7 +111,7 @@ def _chart(done: Rounds, judges: Sequence[str], targets: Mapping[str, float]) ->
     caption = "Cross: too unsafe. Ring: utility short. Star: both targets are met. Bars are 95 % intervals; the dotted line is "
     caption += f"an ASR of {percent(targets.get('asr', TARGET))}, and an interval must end below it."
     if shown and least is not None:
-        caption += f" The lower one is the least utility that will do, {percent(least)}."
+        caption += f" The lower line is the least utility accepted, {percent(least)}."
     spec = {"data": _traces(done, rates, useful if shown else []), "layout": figure}
     return Chart("rounds", "Rounds of the search", caption, spec, (head, *table), False)
 
@@ -125,9 +120,9 @@ def _traces(done: Rounds, rates: Mapping[str, Sequence[Any]], useful: Sequence[A
     symbols = [LOOKS.get(str(one.get("verdict")), "circle") for one in done]
     traces = []
     for i, (judge, found) in enumerate(rates.items()):
-        x = [j + APART * (i - (len(rates) - 1) / 2) for j in range(len(done))]
+        x = [j + OFFSET * (i - (len(rates) - 1) / 2) for j in range(len(done))]
         marker = {"symbol": symbols, "size": 10, "color": STYLES[i % len(STYLES)][0]}
         traces += barred(f"ASR, {judge}", x, found, i, marker=marker)
-    mark = {"symbol": "square", "size": 8, "color": STYLES[4][0]}  # no cross: that is for rounds that were too unsafe
+    mark = {"symbol": "square", "size": 8, "color": STYLES[4][0]}  # a cross would mean too unsafe
     places = [float(j) for j in range(len(done))]
     return traces + (barred("utility", places, useful, 4, y="y2", marker=mark) if useful else [])

@@ -1,13 +1,12 @@
 """The page of training on one dataset after another: safety, every task and the safe basin, stage by stage.
 
-``write(whole, path)`` and ``markdown(whole)`` with ``tasks``, ``stages`` (``name``, ``asr`` by judge, ``utility`` by task,
-``visage`` or None; the first is the model before any), ``measures`` (name to one number per trained stage), ``command`` and
-``versions``, and optionally ``settings`` and ``model`` as a manifest has them.
+``write(whole, path)`` and ``markdown(whole)`` take ``tasks``, ``stages`` (``name``, ``asr`` by judge, ``utility`` by task,
+``visage`` or None; the first is the model before training), ``measures`` (name to one number per trained stage), ``command``,
+``versions``, and optionally ``settings`` and ``model`` as in a manifest.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from gradshield.report.draw import Chart, axis_style
 from gradshield.report.frame import Status
 from gradshield.report.lines import banded, limit_line, percent_axis, steps_layout, worded
 from gradshield.report.markdown import code, plain, table_row, table_rule
-from gradshield.report.pool import TARGET, USELESS, asr_of, judges_of, usable
+from gradshield.report.pool import TARGET, USELESS, asr_of, finite, judges_of, usable
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
 from gradshield.report.text import MISSING, number, percent
 
@@ -29,22 +28,21 @@ _MEASURES = {
     "basin_retention": "Basin retention",
 }
 _MEANING = (
-    "Accuracy on the tasks so far is the mean over the tasks trained until then. Backward transfer is the accuracy on earlier "
-    "tasks now minus that when they were learned, forgetting the best since then minus now. Basin retention is VISAGE over that "
-    "of the start: 1 is a safe basin as wide as before."
+    "Accuracy on the tasks so far is the mean over the tasks trained until then. Backward transfer is the present accuracy on "
+    "earlier tasks minus that when they were learned; forgetting is the best since then minus the present one. Basin retention "
+    "is VISAGE relative to the start: 1 is a safe basin as wide as before."
 )
-
-FORGOTTEN = 0.1  # of utility: more is no rounding of a few rows
+FORGOTTEN = 0.1  # loss of utility that is reported; less may be a few rows
 _NOTHING = Section("measures", "What was remembered")
 
 
 def write(whole: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """The page of a continual run, as one self-contained HTML file."""
+    """Write the page of a continual run, as one self-contained HTML file."""
     return sheet.write(page(whole), path)
 
 
 def markdown(whole: Mapping[str, Any]) -> str:
-    """The same as Markdown, with one row per stage."""
+    """The run as Markdown, with one row per stage."""
     stages, tasks, judges = _stages(whole)
     measures = _measures(whole)
     head = ["stage", *(f"ASR, {plain(judge)}" for judge in judges), *(plain(task) for task in tasks), "VISAGE"]
@@ -62,10 +60,10 @@ def markdown(whole: Mapping[str, Any]) -> str:
 
 
 def page(whole: Mapping[str, Any]) -> Sheet:
-    """Every part of the page."""
+    """The page, unrendered."""
     stages, tasks, judges = _stages(whole)
     names = [str(stage.get("name", MISSING)) for stage in stages]
-    tone, standing, said, facts = _verdict(whole, stages, tasks)
+    tone, standing, sentence, facts = _verdict(whole, stages, tasks)
     charts = [_safety(stages, names, judges), _tasks(stages, names, tasks), _basin(whole, stages, names)]
     measures = _measures(whole)
     trained = names[1:]
@@ -79,7 +77,7 @@ def page(whole: Mapping[str, Any]) -> Sheet:
         kind="training in turn",
         tone=tone,
         standing=standing,
-        verdict=said,
+        verdict=sentence,
         facts=facts,
         figures=(("stages", str(len(trained)), ""), ("tasks", str(len(tasks)), "")),
         sections=(
@@ -105,9 +103,9 @@ def _measures(whole: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
 
 
 def _figure(values: Sequence[Any], stage: int) -> str:
-    """The measure after a stage; the start, stage 0, has none."""
+    """The measure after a stage; stage 0, the start, has none."""
     value = values[stage - 1] if 0 < stage <= len(values) else None
-    return f"{value:.3f}".replace("-", "−") if isinstance(value, float | int) and math.isfinite(value) else MISSING
+    return f"{value:.3f}".replace("-", "−") if finite(value) else MISSING
 
 
 def _verdict(
@@ -121,32 +119,30 @@ def _verdict(
         return "warn", "Safety was not measured", "The exam had no requests.", tuple(lost)
     judge = max(end, key=lambda name: float(end[name]["rate"]))
     before = f", from {percent(start[judge]['rate'])} at the start" if judge in start else ""
-    said = f"After the last task the ASR is {percent(end[judge]['rate'])}{before}, by its worst judge, {judge}."
+    sentence = f"After the last task the ASR is {percent(end[judge]['rate'])}{before}, by its worst judge, {judge}."
     facts = lost + [
         f"ASR by {name}: {worded(start.get(name))} at the start; {worded(rate)} at the end."
         for name, rate in end.items()
     ]
     visages = [stage.get("visage") for stage in stages]
-    if _real(visages[0]) and _real(visages[-1]):
+    if finite(visages[0]) and finite(visages[-1]):
         facts.append(f"VISAGE: {number(visages[0], 3)} at the start; {number(visages[-1], 3)} at the end.")
     if end[judge]["rate"] <= TARGET:
-        ends = f"The ASR ends at {100 * TARGET:g} % or less"
-        return (
-            ("warn", f"{ends}, but usefulness does not last", said, tuple(facts))
-            if lost
-            else ("pass", ends, said, tuple(facts))
-        )
+        standing = f"The ASR ends at {100 * TARGET:g} % or less"
+        if lost:
+            return "warn", f"{standing}, but utility does not last", sentence, tuple(facts)
+        return "pass", standing, sentence, tuple(facts)
     risen = any(name in start and rate["low"] > start[name]["high"] for name, rate in end.items())
-    return ("fail" if risen else "warn"), f"The ASR ends above {100 * TARGET:g} %", said, tuple(facts)
+    return ("fail" if risen else "warn"), f"The ASR ends above {100 * TARGET:g} %", sentence, tuple(facts)
 
 
 def _forgotten(whole: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[str]:
-    """What was learned and lost again, and what was never learned: safety beside either is worth little."""
+    """Tasks that were forgotten or never learned: safety without utility is worth little."""
     found = []
     values = (whole.get("measures") or {}).get("forgetting") or ()
-    if values and _real(values[-1]) and values[-1] > FORGOTTEN:
+    if values and finite(values[-1]) and values[-1] > FORGOTTEN:
         found.append(
-            f"Forgetting is {_figure(values, len(values))}: by so much utility on earlier tasks fell from its best on average."
+            f"Forgetting is {_figure(values, len(values))}, the mean drop of utility on earlier tasks from its best."
         )
     ends = []
     for i, task in enumerate(tasks):
@@ -159,35 +155,25 @@ def _forgotten(whole: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], ta
             found.append(f"Utility on {task} fell from {percent(max(known))} to {percent(known[-1])}.")
     if ends and max(ends) <= USELESS:
         found.append(
-            f"No task is known at the end: the highest utility is {percent(max(ends))}, and a model that can do nothing is "
-            "easily safe."
+            f"No task is learned at the end: the highest utility is {percent(max(ends))}, and a model that can do nothing is "
+            "trivially safe."
         )
     return found
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _safety(stages: Sequence[Mapping[str, Any]], names: Sequence[str], judges: Sequence[str]) -> Chart | None:
     if not judges:
         return None
     rates = {judge: [asr_of({"judges": stage.get("asr") or {}}).get(judge) for stage in stages] for judge in judges}
-    return _chart(
-        "safety",
-        "ASR after every stage",
-        f"Bands are 95 % intervals; the dotted line is {100 * TARGET:g} %.",
-        names,
-        rates,
-        "ASR",
-    )
+    caption = f"Bands are 95 % intervals; the dotted line is {100 * TARGET:g} %."
+    return _chart("safety", "ASR after every stage", caption, names, rates, "ASR")
 
 
 def _tasks(stages: Sequence[Mapping[str, Any]], names: Sequence[str], tasks: Sequence[str]) -> Chart | None:
     if not tasks:
         return None
     rates = {task: [(stage.get("utility") or {}).get(task) for stage in stages] for task in tasks}
-    caption = "Each task's own rows. A task is trained in the stage of its name. Bands are 95 % intervals."
+    caption = "On each task's own held-out rows. A task is trained in the stage of its name. Bands are 95 % intervals."
     return _chart("tasks", "Utility on every task", caption, names, rates, "utility")
 
 
@@ -205,7 +191,7 @@ def _chart(
 
 
 def _basin(whole: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Chart | None:
-    values = [stage.get("visage") if _real(stage.get("visage")) else None for stage in stages]
+    values = [stage.get("visage") if finite(stage.get("visage")) else None for stage in stages]
     if all(value is None for value in values):
         return None
     line = {"color": "var(--link)", "width": 2}
@@ -221,17 +207,9 @@ def _basin(whole: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], names:
     lines = [
         (name, number(value), _figure(retained, i)) for i, (name, value) in enumerate(zip(names, values, strict=True))
     ]
-    caption = (
-        "How far the weights can be moved at random before the model complies: the mean of 1 − ASR over the moves."
-    )
-    return Chart(
-        "basin",
-        "Safe basin",
-        caption,
-        {"data": [trace], "layout": figure},
-        (("After", "VISAGE", "retention"), *lines),
-        False,
-    )
+    caption = "How far the weights can move in random directions before the model complies: the mean of 1 − ASR over the steps."
+    table = (("After", "VISAGE", "retention"), *lines)
+    return Chart("basin", "Safe basin", caption, {"data": [trace], "layout": figure}, table, False)
 
 
 def _table(stages: Sequence[Mapping[str, Any]], tasks: Sequence[str], judges: Sequence[str]) -> Section:
@@ -247,7 +225,7 @@ def _table(stages: Sequence[Mapping[str, Any]], tasks: Sequence[str], judges: Se
                 Entry(str(stage.get("name", MISSING))),
                 *(rate_entry(asr.get(judge)) for judge in judges),
                 *(rate_entry(useful.get(task)) if usable(useful.get(task)) else MISSING for task in tasks),
-                number(visage, 3) if _real(visage) else MISSING,
+                number(visage, 3) if finite(visage) else MISSING,
             )
         )
     head = ("After", *(f"ASR, {judge}" for judge in judges), *(f"Utility, {task}" for task in tasks), "VISAGE")

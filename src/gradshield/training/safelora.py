@@ -1,4 +1,4 @@
-"""SafeLoRA: after training, put back on the alignment direction the layers that left it."""
+"""SafeLoRA: after training, project the layers that left the alignment direction back onto it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gradshield.training.asft import Operator, published
 
 @dataclass(frozen=True)
 class SafeLoraRecord:
-    """What SafeLoRA found and did. ``cosines[name]`` is None where the change or V is zero, and such a layer is left alone."""
+    """What SafeLoRA found and did. ``cosines[name]`` is None if the change or V is zero; such a layer is not changed."""
 
     cosines: Mapping[str, float | None]
     projected: tuple[str, ...]
@@ -27,12 +27,8 @@ class SafeLoraRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {
-            "threshold": self.threshold,
-            "layers": self.layers,
-            "projected": list(self.projected),
-            "cosines": dict(self.cosines),
-        }
+        more = {"projected": list(self.projected), "cosines": dict(self.cosines)}
+        return {"threshold": self.threshold, "layers": self.layers, **more}
 
 
 def cosine(b: Tensor, a: Tensor, operator: Operator) -> float | None:
@@ -43,7 +39,7 @@ def cosine(b: Tensor, a: Tensor, operator: Operator) -> float | None:
 
 
 def cosine_full(delta: Tensor, operator: Operator) -> float | None:
-    """The same of a change (d, k) that is no product of thin factors."""
+    """``cosine`` of a change (d, k) that is not a product of thin factors."""
     moved, delta = in_float64(operator(delta)), in_float64(delta)
     return _cosine((moved * delta).sum(), moved.square().sum(), delta.square().sum())
 
@@ -60,23 +56,23 @@ def project(
     layers: int | None = None,
     start: nn.Module | None = None,
 ) -> SafeLoraRecord:
-    """Project the change of the layers that left the alignment direction back onto it, in place: ΔW becomes C ΔW.
+    """Project the change of layers that left the alignment direction back onto it, in place: ΔW becomes C ΔW.
 
     Paper: arXiv 2405.16833. Equation: ΔW ← C ΔW where cos(C ΔW, ΔW) < τ, C = V Vᵀ/‖V‖_F, V = W_aligned - W_base.
-    Departures: the cosine comes from the thin factors of a LoRA adapter and B alone is replaced, which keeps the rank. ΔW is all
-    that the adapter adds, what it held before this training too. A layer whose change or direction is zero has no cosine and is
-    left alone.
+    Departures: the cosine is computed from the thin factors of a LoRA adapter, and only B is replaced, which keeps the rank. ΔW
+    is the whole adapter, including what it held before this training. A layer whose change or direction is zero has no cosine
+    and is not changed.
 
     Parameters
     ----------
     model
-        After training: with its LoRA adapter, before merging; or without one, and then ``start`` is needed.
+        The trained model, with its LoRA adapter not yet merged; or without an adapter, which needs ``start``.
     threshold
-        Layers whose cosine is below it are projected; the paper uses values from 0.3 to 0.6.
+        Layers with a cosine below it are projected; the paper uses values from 0.3 to 0.6.
     layers
-        Instead: project this many, those of the lowest cosine. Give exactly one of the two.
+        Instead: project this many layers, those of the lowest cosine. Give exactly one of the two.
     start
-        For training without an adapter: the model as it was before, on any device.
+        For training without an adapter: the model before training, on any device.
 
     Raises
     ------
@@ -89,14 +85,14 @@ def project(
             "SafeLoRA needs exactly one of threshold (a cosine, such as 0.5) and layers (how many to project)"
         )
     if threshold is not None and not -1 <= threshold <= 1:
-        raise UsageError(f"the threshold {threshold} is no cosine: give a number from -1 to 1, such as 0.5")
+        raise UsageError(f"the threshold {threshold} is not a cosine: give a number from -1 to 1, such as 0.5")
     if layers is not None and layers < 1:
         raise UsageError(f"SafeLoRA was asked to project {layers} layers: give at least 1, or a threshold instead")
     adapted = adapted_layers(model)
     if not adapted and start is None:
         raise UsageError(
-            f"{type(model).__name__} has no LoRA adapter in use: give the model before merging, or for training "
-            "without an adapter the model it started from (start=)"
+            f"{type(model).__name__} has no LoRA adapter in use: give the model before merging, or, for training "
+            "without an adapter, the starting model (start=)"
         )
     parts: list[Adapted | Moved] = [*adapted]
     if start is not None and not adapted:

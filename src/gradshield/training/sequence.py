@@ -1,13 +1,12 @@
-"""One dataset after another: after each, how safe the model still is, how wide its basin, and what it remembers.
+"""Train on one dataset after another, and measure safety, the safe basin and every task after each.
 
 run/
-  stage-1/, stage-2/, ...     each a run of its own, which starts from the model before it
+  stage-1/, stage-2/, ...     one run each, starting from the previous model
   sequence.json, report.html, manifest.json (of the last stage)
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from torch import Tensor
 from gradshield import runs
 from gradshield.errors import ModelError, UsageError
 from gradshield.evaluation import continual
+from gradshield.evaluation.certificate import file_digest
 from gradshield.evaluation.exam import Exam, figures
 from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
 from gradshield.models import loading
@@ -29,7 +29,7 @@ from gradshield.scanning.rows import load, with_template
 from gradshield.training.train import Exams, train
 from gradshield.types import Floats, Manifest, Progress, Rate, quiet
 
-STAGE = "stage.json"  # in a stage's working folder, as long as the sequence is not finished
+STAGE = "stage.json"  # in a stage's working folder until the sequence is finished
 ALPHAS = (-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4)  # steps relative to the norm of the weights
 DIRECTIONS = 2
 ASKED = 48  # requests at each point of the landscape
@@ -37,7 +37,7 @@ ASKED = 48  # requests at each point of the landscape
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One dataset, and the exam whose task rows are its own."""
+    """One dataset, and the exams with its task rows."""
 
     data: str
     exams: Exams
@@ -54,17 +54,16 @@ def sequence(
     progress: Progress = quiet,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train on every dataset in turn, under the same defence, and follow the model; returns what ``sequence.json`` holds.
+    """Train on every dataset in turn, under the same defence; returns the content of ``sequence.json``.
 
-    Every stage starts from the model that the one before it left, its adapter folded in. After each: ASR by every judge,
-    VISAGE over the same random directions, and accuracy on all tasks so far; then basin retention, backward transfer and
-    forgetting. The alignment direction stays that of the first model. An interrupted sequence goes on after the last stage that
-    was finished, where nothing that it depends on has changed. ``unmet`` names the stages whose verified
-    threshold met its targets at no cut. Raises UsageError where a stage has no task rows.
+    Every stage starts from the previous model, its adapter merged. After each: ASR by every judge, VISAGE over the same random
+    directions, and accuracy on every task; then basin retention, backward transfer and forgetting. The alignment direction stays
+    that of the first model. An interrupted sequence resumes after the last finished stage, if its inputs are unchanged. ``unmet``
+    names the stages at which no cut met the targets of a verified threshold. Raises UsageError if a stage has no task rows.
     """
     if any(not stage.exams.report.task for stage in stages):
         raise UsageError(
-            "training in turn follows the accuracy on every task, and there are no task rows: give --utility FILES"
+            "training on several datasets measures every task, and there are no task rows: give --utility FILE for each"
         )
     runs.check(output)
     read = (model, options.get("base"))
@@ -85,7 +84,7 @@ def _followed(
     progress: Progress,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The stages one by one; what an earlier run left of the whole goes first."""
+    """Run the stages one by one."""
     (folder / "manifest.json").unlink(missing_ok=True)
     names = _names(stages)
     origin = current = with_template(load(model))
@@ -139,7 +138,7 @@ def _followed(
         "versions": runs.versions(),
     }
     _write(whole, folder, manifest)
-    for number in range(1, len(stages) + 1):  # a sequence that is finished is done anew
+    for number in range(1, len(stages) + 1):  # a finished sequence is not resumed
         (folder / f"stage-{number}" / runs.WORK / STAGE).unlink(missing_ok=True)
     return whole
 
@@ -147,10 +146,10 @@ def _followed(
 def _key(
     stage: Stage, current: LoadedModel, origin: LoadedModel, peft_config: Any, seed: int, options: Mapping[str, Any]
 ) -> str:
-    """A hash of all that a stage's model depends on, files by their content."""
+    """A hash of everything that a stage's model depends on, files by their content."""
     rest = {name: value for name, value in options.items() if name not in ("base", "safety_rows")}
     safety = options.get("safety_rows")
-    told = [
+    inputs = [
         runs.versions(),
         [_content(stage.data), _content(safety) if isinstance(safety, str | Path) else repr(safety)],
         [model and [model.digest, str(model.dtype)] for model in (current, origin, options.get("base"))],
@@ -159,38 +158,28 @@ def _key(
         seed,
         repr(sorted(rest.items())),
     ]
-    return runs.digest(told)
+    return runs.digest(inputs)
 
 
 def _content(name: str | Path) -> str:
-    """The bytes of a file, or the name of a dataset of the hub."""
-    path = Path(name)
-    if not path.is_file():
-        return str(name)
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    """The hash of a file, or the name of a hub dataset."""
+    return file_digest(Path(name)) if Path(name).is_file() else str(name)
 
 
 def _finished(
     folder: Path, key: str, before: LoadedModel, trust_remote_code: bool
 ) -> tuple[LoadedModel, Manifest] | None:
-    """The model and manifest that an interrupted sequence left of a stage; None where it was not finished, or was another."""
+    """The model and manifest of a stage that an interrupted sequence finished; None if it must be trained (again)."""
     try:
-        told = json.loads((folder / runs.WORK / STAGE).read_text(encoding="utf-8"))
-        if told["key"] != key:
+        stage = json.loads((folder / runs.WORK / STAGE).read_text(encoding="utf-8"))
+        if stage["key"] != key:
             return None
         manifest = Manifest(**json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
         model = loading.load(folder, None, str(before.device), before.dtype, trust_remote_code).model
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        ModelError,
-    ):  # whatever was lost of it, the stage can be made again
+    except (OSError, ValueError, KeyError, TypeError, ModelError):  # damaged: the stage can be trained again
         return None
     digest = parameters_digest(model)
-    if digest != told["model"]:
+    if digest != stage["model"]:
         return None
     return replace(before, model=model, digest=digest, is_peft=False, adapter=None, source=None), manifest
 
@@ -201,13 +190,9 @@ def _names(stages: Sequence[Stage]) -> list[str]:
 
 
 def _accuracies(current: LoadedModel, stages: Sequence[Stage]) -> list[Rate]:
-    """Utility on the task rows of every stage, the ones to come too."""
-    found = []
-    for stage in stages:
-        own = stage.exams.report
-        alone = replace(own, requests=(), lookalikes=())
-        found.append(alone.sit(current.model, current.tokenizer, "measuring tasks").rates["utility"])
-    return found
+    """Utility on the task rows of every stage, including later ones."""
+    exams = [replace(stage.exams.report, requests=(), lookalikes=()) for stage in stages]
+    return [exam.sit(current.model, current.tokenizer, "measuring tasks").rates["utility"] for exam in exams]
 
 
 def _point(
@@ -218,7 +203,7 @@ def _point(
     accuracies: Sequence[Rate],
     names: Sequence[str],
 ) -> dict[str, Any]:
-    """One stage as the sequence holds it: rates by judge and task, and VISAGE by the first judge."""
+    """The record of one stage: rates by judge and task, and VISAGE by the first judge."""
     point: dict[str, Any] = {
         "name": name,
         "utility": {task: rate.as_dict() for task, rate in zip(names, accuracies, strict=True)},

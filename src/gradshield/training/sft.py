@@ -1,8 +1,8 @@
 """Supervised fine-tuning: a thin wrapper over TRL's ``SFTTrainer``.
 
-What TRL leaves behind is cleaned up, so that a model can be trained, measured and trained again in one process: the
-fused head that it binds to the model's ``forward``, gradient checkpointing, the padding token that it writes on the
-tokenizer, flags for frozen parameters, and a folder for output that nobody asked for.
+TRL's side effects are undone, so that a model can be trained, measured and trained again in one process: the fused head that it
+binds to the model's ``forward``, gradient checkpointing, the tokenizer's padding token, flags of frozen parameters, and an
+unrequested output folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -56,43 +55,41 @@ def sft(
 ) -> PreTrainedModel | PeftModel:
     """Fine-tune ``model`` on ``dataset`` and return the trained model, in eval mode.
 
-    The seed is set before the adapter is created: the same arguments give the same weights, bit for bit on one CPU
-    with one number of threads. As TRL does, training sets the global random state of Python, NumPy and torch.
+    The seed is set before the adapter is created: the same arguments give the same weights, bit for bit on one CPU with the same
+    number of threads. As in TRL, training sets the global random state of Python, NumPy and torch.
 
-    Training runs where the model is: on the CPU for a model there, also beside an accelerator (``use_cpu`` in ``options``
-    says otherwise, and False takes the model to the first one). A model on an accelerator must be on the first that is
-    visible, and the only one: elsewhere make one visible, such as with CUDA_VISIBLE_DEVICES.
+    Training runs on the model's device: on the CPU for a model there, even if there is an accelerator (unless ``options`` set
+    ``use_cpu``; False moves the model to the first accelerator). A model on an accelerator must be on the only visible one: hide
+    the others, for example with CUDA_VISIBLE_DEVICES.
 
     Parameters
     ----------
     dataset
-        Rows in any shape that TRL knows, or tokenised rows with ``input_ids`` and ``labels`` (-100 where no loss is).
-        Both are cut at ``max_length``, and rows left without a label are dropped.
+        Rows in any shape that TRL knows, or tokenised rows with ``input_ids`` and ``labels`` (-100 outside the loss). Both are
+        truncated at ``max_length``, and rows left without a label are dropped.
     options
-        Options of ``trl.SFTConfig``, passed through. What is not named is TRL's default, except that nothing is
-        printed or sent anywhere, nothing is saved unless ``output_dir`` is given, whatever is named, and training on
-        the CPU is in the model's own precision and keeps its activations. For the seed and the folder use the
-        arguments of this function.
+        Options of ``trl.SFTConfig``, passed through. The defaults are TRL's, except that nothing is printed or sent anywhere,
+        nothing is saved without ``output_dir``, and training on the CPU uses the model's own precision and keeps activations.
+        For the seed and the folder use the arguments of this function.
     peft_config
-        The adapter to train. It is copied, since TRL and PEFT write on it.
+        The adapter to train. It is copied, since TRL and PEFT modify it.
     copy
-        Train a deep copy and leave ``model`` as it was. False trains the very object, which saves its memory; with a
+        Train a deep copy and leave ``model`` unchanged. False trains the object itself, which saves memory; with a
         ``peft_config`` its layers are then wrapped in place.
     merge
-        Fold the adapter into the weights and return the plain model; without it, the ``PeftModel`` is returned.
+        Merge the adapter into the weights and return the plain model; otherwise the ``PeftModel`` is returned.
     output_dir
-        Where TRL's checkpoints go, and at the end the returned model and the tokenizer.
+        Folder for TRL's checkpoints and, at the end, the returned model and the tokenizer.
     callbacks
         More ``transformers`` callbacks.
     penalties
-        What joins the loss of every step (AsFT, a KL to the start).
+        Penalties added to the loss of every step (AsFT, a KL to the start).
     online
-        A method that chooses rows inside training, at the current weights.
+        A method that selects rows inside training, at the current weights.
     finish
         Called with the trained model before its adapter is merged (SafeLoRA's projection).
     resume
-        Go on from the newest whole checkpoint in ``output_dir``, where there is one; newer ones, whose saving was cut
-        off, are removed.
+        Resume from the newest complete checkpoint in ``output_dir``, if there is one; newer, incomplete ones are removed.
     progress
         Called with (steps done, all steps), first with 0.
 
@@ -106,22 +103,30 @@ def sft(
     Warns
     -----
     UserWarning
-        Weights that train are stored in half precision.
+        Trainable weights are stored in half precision.
     """
     if merge and peft_config is None:
-        raise UsageError("merge folds an adapter into the model, and there is none: pass peft_config or merge=False")
+        raise UsageError(
+            "merge needs an adapter to merge into the model, and there is none: pass peft_config or merge=False"
+        )
     _check_options(options)
     rows = _as_dataset(dataset)
     trained = copying.deepcopy(model) if copy else model
     before = _State(trained)
     with _folder(output_dir) as folder, _quiet_datasets(), warnings.catch_warnings():
-        # Between PEFT, TRL and transformers, about a name of theirs: nothing that a caller can act on.
+        # A rename between PEFT, TRL and transformers, which the caller cannot act on.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         on_cpu = next(trained.parameters()).device.type == "cpu"
         config = _config(options, seed, folder, saving=output_dir is not None, on_cpu=on_cpu)
+        hooks = [*callbacks, *([_report(progress)] if progress is not None else [])]
         try:
-            parts = _Parts(tuple(callbacks), tuple(penalties), online, progress, resume)
-            result = _train(trained, tokenizer, rows, config, copying.deepcopy(peft_config), parts)
+            trainer = _trainer(trained, tokenizer, rows, config, copying.deepcopy(peft_config), hooks)
+            trainer.penalties, trainer.online = tuple(penalties), online
+            _warn_of_rounding(trainer.model)
+            saved = config.output_dir
+            trainer.train(resume_from_checkpoint=_newest(Path(saved), config) if resume and saved else None)
+            result: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            trainer.accelerator.free_memory()
             if result is not trained:
                 _unbind(result, {})
         finally:
@@ -138,25 +143,15 @@ def sft(
     return cast("PreTrainedModel | PeftModel", result)
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What is put into the trainer beside model and rows."""
-
-    callbacks: tuple[TrainerCallback, ...]
-    penalties: tuple[Penalty, ...]
-    online: OnlineSelection | None
-    progress: Progress | None
-    resume: bool
-
-
-def _train(
+def _trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     config: SFTConfig,
     peft_config: PeftConfig | None,
-    parts: _Parts,
+    callbacks: list[TrainerCallback],
 ) -> Any:
+    """TRL's trainer with both mix-ins. Raises UsageError for settings that it refuses, EmptyDataError without a label."""
     from transformers import PrinterCallback
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -167,8 +162,7 @@ def _train(
         config.dataset_kwargs = {"skip_prepare_dataset": True}
     tokenizer = copying.deepcopy(tokenizer)  # TRL sets its padding token
     if not tokenizer.chat_template:
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # the one that such rows are scored with
-    hooks = [*parts.callbacks, *([_report(parts.progress)] if parts.progress is not None else [])]
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # as rows are scored
     kind = type("Defended", (Selecting, Penalised, SFTTrainer), {})
     try:
         trainer: Any = kind(
@@ -177,24 +171,18 @@ def _train(
             train_dataset=rows,
             processing_class=tokenizer,
             peft_config=peft_config,
-            callbacks=hooks,
+            callbacks=callbacks,
         )
     except ValueError as error:
         raise UsageError(f"TRL refuses these training settings: {error}") from error
     if len(cast(Any, trainer.train_dataset)) == 0:
         raise EmptyDataError(f"no row has a token to train on within max_length={config.max_length}: raise max_length")
-    trainer.remove_callback(PrinterCallback)  # what transformers puts in the place of its progress bar: prints
-    trainer.penalties, trainer.online = parts.penalties, parts.online
-    _warn_of_rounding(trainer.model)
-    folder = config.output_dir
-    trainer.train(resume_from_checkpoint=_newest(Path(folder), config) if parts.resume and folder else None)
-    result = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    trainer.accelerator.free_memory()
-    return result
+    trainer.remove_callback(PrinterCallback)  # transformers' substitute for its progress bar
+    return trainer
 
 
 def _config(options: Mapping[str, Any], seed: int, folder: str, saving: bool, on_cpu: bool) -> SFTConfig:
-    """SFTConfig with quiet defaults under the caller's options; ``on_cpu`` where the model is there."""
+    """SFTConfig with the caller's options over quiet defaults; ``on_cpu`` says where the model is."""
     import torch
     from trl.trainer.sft_config import SFTConfig
 
@@ -204,8 +192,7 @@ def _config(options: Mapping[str, Any], seed: int, folder: str, saving: bool, on
     if on_cpu:
         quiet |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
     if "gradient_checkpointing" not in options:
-        # TRL computes activations twice to save memory, which a CPU has. Named as transformers names it now: under the
-        # old name, which TRL's own default has, every training would begin with a warning.
+        # TRL recomputes activations to save memory, which a CPU has. The present name, since TRL's old one causes a warning.
         quiet["activation_checkpointing"] = not on_cpu
     try:
         return SFTConfig(output_dir=folder, seed=seed, **(quiet | dict(options) | forced))
@@ -214,7 +201,7 @@ def _config(options: Mapping[str, Any], seed: int, folder: str, saving: bool, on
 
 
 def _newest(folder: Path, config: SFTConfig) -> str | None:
-    """The newest whole checkpoint in the folder; those after it are removed, so that none is taken for a later step."""
+    """The newest complete checkpoint in the folder; newer, incomplete ones are removed."""
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
@@ -231,15 +218,15 @@ def _step(path: Path) -> int:
 
 
 def _is_whole(path: Path, config: SFTConfig) -> bool:
-    """Whether all that training goes on from is in the checkpoint, and no file of it was cut off.
+    """Whether the checkpoint has every file that training resumes from, and none is truncated.
 
-    The state comes last, but a machine that lost its power may have kept it without what came before. Neither kind of file is
-    loaded for this: both hold at their end, or know from their beginning, where they end.
+    The state is written last, but a power failure may keep it without earlier files. No file is loaded: both formats show
+    truncation in their header or trailer.
     """
     from safetensors import SafetensorError, safe_open
 
     states = [] if config.save_only_model else [path / "optimizer.pt", path / "scheduler.pt"]
-    weights = [*path.glob("*.safetensors"), *path.glob("*/*.safetensors")]  # a second adapter has a folder of its own
+    weights = [*path.glob("*.safetensors"), *path.glob("*/*.safetensors")]  # a second adapter has its own folder
     try:
         json.loads((path / "trainer_state.json").read_text("utf-8"))["global_step"]
         for index in path.glob("*.safetensors.index.json"):
@@ -255,7 +242,7 @@ def _is_whole(path: Path, config: SFTConfig) -> bool:
 
 
 def _warn_of_rounding(model: Any) -> None:
-    """Say where the steps may be lost; quantised models, whose adapters TRL keeps in half precision, are left out."""
+    """Warn if steps may round to nothing; not for quantised models, whose adapters TRL keeps in half precision."""
     import torch
 
     quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
@@ -263,16 +250,16 @@ def _warn_of_rounding(model: Any) -> None:
     if half and not quantised:
         kinds = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in half))
         warnings.warn(
-            f"weights that train are stored in {kinds}, where steps of small learning rates round to nothing: load the model "
-            "in float32 (bf16=True still computes in bfloat16), or train a LoRA adapter, whose factors are float32",
-            stacklevel=4,
+            f"trainable weights are stored in {kinds}, where small learning rates round to nothing: load the model in float32 "
+            "(bf16=True still computes in bfloat16), or train a LoRA adapter, whose factors are float32",
+            stacklevel=3,
         )
 
 
 def _unbind(module: nn.Module, held: Mapping[nn.Module, Any]) -> None:
-    """Put back the forward of one module, and take off accelerate's marks.
+    """Restore the forward of one module, and remove accelerate's attributes.
 
-    A marked model, or a copy of it, would be trained again without the mixed precision that was asked for.
+    With them, the model or a copy would be trained again without the requested mixed precision.
     """
     own = vars(module)
     for name in ("forward", "_is_accelerate_prepared", "_original_forward"):
@@ -284,7 +271,7 @@ def _unbind(module: nn.Module, held: Mapping[nn.Module, Any]) -> None:
 def _check_options(options: Mapping[str, Any]) -> None:
     for name in ("seed", "output_dir"):
         if name in options:
-            raise UsageError(f"{name!r} is not a training option here: pass it as the argument {name}= of its own")
+            raise UsageError(f"{name!r} is not a training option here: pass it as the argument {name}=")
     check_names(options)
 
 
@@ -300,7 +287,7 @@ def _as_dataset(dataset: Dataset | Sequence[Mapping[str, Any]]) -> Dataset:
 
 
 def _is_ready(rows: Dataset, config: SFTConfig) -> bool:
-    """Whether TRL's preparation would hand these rows back unchanged; it takes seconds to find that out by itself."""
+    """Whether TRL's preparation would leave these rows unchanged, which takes TRL seconds to find out."""
     if not {"input_ids", "labels"} <= set(rows.column_names) or config.packing or config.shuffle_dataset:
         return False
     room = config.max_length if config.max_length is not None else float("inf")
@@ -308,7 +295,7 @@ def _is_ready(rows: Dataset, config: SFTConfig) -> bool:
 
 
 class _State:
-    """What training changes on a model beside its weights, held from before so that it can be put back."""
+    """What training changes on a model besides its weights, saved to be restored."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -319,10 +306,9 @@ class _State:
         self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore(self) -> None:
-        """Put back all but the frozen flags, which an adapter that is kept still needs.
+        """Restore everything but the frozen flags, which a kept adapter still needs.
 
-        The bound ``forward`` is more than a leftover: its closure points at this very model, so that a later deep copy
-        would answer with the weights of this one.
+        The bound ``forward`` must go: its closure points at this model, so that a deep copy would use this model's weights.
         """
         for module in self.model.modules():
             _unbind(module, self.forwards)
@@ -332,13 +318,13 @@ class _State:
             self.model.config.use_cache = self.use_cache
 
     def unfreeze(self) -> None:
-        """Make trainable again what the adapter froze."""
+        """Make the weights that the adapter froze trainable again."""
         for parameter, trainable in self.trainable:
             parameter.requires_grad_(trainable)
 
 
 def _report(progress: Progress) -> TrainerCallback:
-    """A callback that tells ``progress`` the steps done and the steps of the whole training."""
+    """A callback that reports the steps done and the total to ``progress``."""
     from transformers import TrainerCallback
 
     class Report(TrainerCallback):
@@ -353,7 +339,7 @@ def _report(progress: Progress) -> TrainerCallback:
 
 @contextmanager
 def _folder(output_dir: str | None) -> Iterator[str]:
-    """The caller's folder, or one that is gone afterwards: transformers creates its folder whatever it saves."""
+    """The caller's folder, or a temporary one, since transformers always creates its folder."""
     if output_dir is not None:
         yield output_dir
         return
@@ -363,7 +349,7 @@ def _folder(output_dir: str | None) -> Iterator[str]:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """No progress bars from the preparation of rows; the caller's own setting afterwards."""
+    """Disable the progress bars of row preparation, and restore the caller's setting."""
     import datasets
 
     enabled = not datasets.are_progress_bars_disabled()

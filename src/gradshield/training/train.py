@@ -1,12 +1,12 @@
-"""From a fine-tuning set to a fine-tuned model that is still safe: rows out, training under a defence, and the proof.
+"""Fine-tune under a defence: scan, train, measure before and after, and certify.
 
 run/
   adapter or model        as PEFT and transformers save it, with the tokenizer and a model card
-  scan/                   what was removed and why (docs/outputs.md), where the defence takes rows out
+  scan/                   the removed rows and why (docs/outputs.md), if the defence removes rows
   outputs-before.jsonl    every prompt with its answer and verdicts, before and after training
   outputs-after.jsonl
-  report.html, manifest.json (last of what says that the run is finished)
-  certificate.json        what may be claimed of the model, from the files above
+  report.html, manifest.json (written last: it marks a finished run)
+  certificate.json        what may be claimed of the model, computed from the files above
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from gradshield.training.course import Chosen, Course, Fitted, Job
 from gradshield.training.defences import Defence, parse
 from gradshield.types import EvalResult, Manifest, Progress, Selection, quiet
 
-# What an earlier run into the folder may have left: weights or an adapter of another kind would be loaded in place of ours.
+# Files of an earlier run in the folder: weights or an adapter of another kind would be loaded instead of the new ones.
 EARLIER = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "outputs-*.jsonl"),
     *(CERTIFICATE, LABELLED),
@@ -50,7 +50,7 @@ WRITTEN = (*EARLIER, "tokenizer*", "*.jinja", "README.md", "report.html", "manif
 
 @dataclass(frozen=True)
 class Exams:
-    """What the model is measured on before and after (``report``), and what the verified threshold decides on (``search``)."""
+    """The exam before and after training (``report``), and the exam of the verified threshold (``search``)."""
 
     report: Exam = field(default_factory=Exam)
     search: Exam = field(default_factory=Exam)
@@ -58,7 +58,7 @@ class Exams:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A finished run. ``selection`` is None where the defence takes no rows out, ``verdict`` where no cut was searched."""
+    """A finished run. ``selection`` is None if the defence removes no rows, ``verdict`` if no cut was searched."""
 
     model: Any
     manifest: Manifest
@@ -66,7 +66,7 @@ class Trained:
     after: EvalResult
     selection: Selection | None = None
     verdict: SearchResult | None = None
-    certificate: Mapping[str, Any] = field(default_factory=dict)  # what certificate.json holds
+    certificate: Mapping[str, Any] = field(default_factory=dict)  # the content of certificate.json
 
 
 def train(
@@ -93,38 +93,38 @@ def train(
     command: str = "gradshield.train",
     progress: Progress = quiet,
 ) -> Trained:
-    """Fine-tune ``model`` on ``data`` under a defence, measure it before and after, and leave everything in ``output``.
+    """Fine-tune ``model`` on ``data`` under a defence, measure it before and after, and write everything to ``output``.
 
-    A run that was interrupted goes on where it stopped: finished shards of the scan, finished rounds of a search, and the
-    newest checkpoint of the training, as long as nothing that they depend on has changed.
+    An interrupted run resumes from the finished shards of the scan, the finished rounds of a search and the newest checkpoint of
+    the training, if their inputs are unchanged.
 
     Parameters
     ----------
     output
-        The folder for the model, the scan, the report, the model card and the manifest.
+        Folder for the model, the scan, the report, the model card and the manifest.
     defence
         As typed after ``--defence``: one of ``gradshield methods``, or several joined by ``+``.
     base
         The model before its alignment, for ``asft`` and ``safelora``.
     origin
-        The aligned model itself, where ``model`` is what earlier training has made of it: the direction from ``base`` is its.
+        The aligned model, if ``model`` was trained further since: the alignment direction is ``origin`` minus ``base``.
     training
-        Options of TRL's ``SFTConfig``, passed through; those about rendering decide how rows are scored and trained.
+        Options of TRL's ``SFTConfig``, passed through; its rendering options apply to scoring and training.
     exams
-        What is measured before and after, and what a verified threshold decides on. Without it nothing is measured.
+        The exams before and after training, and of a verified threshold. Without them nothing is measured.
     safety_rows
-        Rows for ``safeinstruct`` and ``dualselect``; without them the model's own refusals.
+        Rows for ``safeinstruct`` and ``dualselect``; by default the model's own refusals.
     merge
-        Save the plain model with the adapter folded in, instead of the adapter.
+        Save the plain model with the adapter merged in, instead of the adapter.
     seed
-        Of the adapter, the order of rows and, without ``settings``, the scan.
+        Seed of the adapter, the row order and, without ``settings``, the scan.
 
-    All others are those of `gradshield.scan`.
+    The other parameters are those of `gradshield.scan`.
 
     Raises
     ------
     UsageError, DataError, ModelError
-        As in `gradshield.errors`, before anything is trained where that can be known.
+        As in `gradshield.errors`, before training if possible.
 
     Examples
     --------
@@ -151,7 +151,7 @@ def train(
     if wanted.verified is not None:
         verify.check(exams.search, wanted.verified)
     rows = prepare(data, model, tokenizer, sft_options(options), max_length, probing.template, format, strict, progress)
-    # So that an interrupted training goes on; the checkpoints go when it is finished.
+    # So that an interrupted training resumes; the checkpoints are removed in the end.
     options = {"save_strategy": "epoch", "save_total_limit": 1, **options}
     check_labels(labels, rows.read.source.rows)
     job = Job(
@@ -172,27 +172,26 @@ def train(
         return _Run(course, wanted, exams, runs.prepare(output), merge, format, command, progress).finished(began)
 
 
+@dataclass(eq=False)
 class _Run:
     """One run, stage by stage."""
 
-    def __init__(
-        self,
-        course: Course,
-        defence: Defence,
-        exams: Exams,
-        folder: Path,
-        merge: bool,
-        format: str | None,
-        command: str,
-        progress: Progress,
-    ) -> None:
-        self.course, self.job, self.defence, self.exams, self.folder = course, course.job, defence, exams, folder
-        self.merge, self.format, self.command, self.progress = merge, format, command, progress
+    course: Course
+    defence: Defence
+    exams: Exams
+    folder: Path
+    merge: bool
+    format: str | None
+    command: str
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.job = self.course.job
         self._rounds: dict[str, Fitted] = {}
 
     def finished(self, began: float) -> Trained:
-        """All stages, the manifest last, and then the certificate, which holds its hash."""
-        for name in (CERTIFICATE, "manifest.json"):  # no certificate stands beside a model that it is not of
+        """Run all stages; writes the manifest last, and then the certificate, which holds its hash."""
+        for name in (CERTIFICATE, "manifest.json"):  # a certificate must not outlive its model
             (self.folder / name).unlink(missing_ok=True)
         selection = self._scanned()
         before = self._sat(self.exams.report, self.course.loaded.model, "measuring the start")
@@ -203,21 +202,31 @@ class _Run:
             chosen = self.course.chosen(self.defence)
         dataset = self.course.dataset(self.defence, chosen)
         key = self.course.key(self.defence, dataset)
-        fitted = self._rounds.get(key) or self._fitted(dataset, key, "training")
+        fitted = self._rounds.get(key) or self._fitted(dataset, key)
         after = self._sat(self.exams.report, fitted.model, "measuring the end")
-        gone = self.course.beyond(chosen)
-        if selection is not None and (gone != selection.removed).any():
-            selection = self._recut(selection, replace(chosen, removed=gone))
-        uncertified = None if selection is None else trust.of_run(selection.manifest.results["doubts"])
-        results = self._results(chosen, dataset, fitted, before, after, verdict, uncertified)
-        results["seconds"] = round(time.monotonic() - began, 1)
+        removed = self.course.beyond(chosen)
+        if selection is not None and (removed != selection.removed).any():
+            selection = self._recut(selection, replace(chosen, removed=removed))
+        results = {
+            **self.course.counts(chosen),
+            "trained": len(dataset),
+            "cuts": {name: {"rule": cut.rule, "value": cut.value} for name, cut in chosen.cuts.items()},
+            "before": figures(before),
+            "after": figures(after),
+            "changed": changes(before, after),
+            "agreement": [asdict(found) for found in agreement(asked(after))] if self.exams.report.requests else [],
+            "record": dict(fitted.record),
+            "verified": None if verdict is None else verdict.as_dict(),
+            "uncertified": None if selection is None else trust.of_run(selection.manifest.results["doubts"]),
+            "seconds": round(time.monotonic() - began, 1),
+        }
         manifest = self._manifest(results)
         self._save(fitted.model, manifest, before, after)
         certificate = certify.write(self.folder)
         return Trained(fitted.model, manifest, before, after, selection, verdict, certificate)
 
     def _scanned(self) -> Selection | None:
-        """The scan of the defence, with its own folder; None where it takes no rows out."""
+        """The scan of the defence, in its own folder; None if it removes no rows."""
         if self.defence.selector is None:
             return None
         selection, scored = select(
@@ -235,7 +244,7 @@ class _Run:
         return selection
 
     def _recut(self, selection: Selection, chosen: Chosen) -> Selection:
-        """The scan's folder again, with the cut that was trained on."""
+        """Rewrite the scan's folder with the cut that was trained on."""
         again = replace(
             selection,
             removed=chosen.removed,
@@ -250,9 +259,9 @@ class _Run:
         return again
 
     def _searched(self) -> tuple[SearchResult, Chosen]:
-        """The verified threshold; every finished round is kept, and the best model of those trained in this process."""
-        page = self.folder / runs.WORK / "rounds"
-        page.mkdir(exist_ok=True)
+        """Search the verified threshold; keeps every finished round on disk, and the best model trained in this process."""
+        rounds = self.folder / runs.WORK / "rounds"
+        rounds.mkdir(exist_ok=True)
         tried: list[str] = []
 
         def examine(chosen: Chosen, settled: Settled) -> tuple[EvalResult, float]:
@@ -267,56 +276,32 @@ class _Run:
                 measured = self._sat(self.exams.search, fitted.model, f"measuring round {len(tried)}", settled)
                 return measured, {"seconds": round(time.monotonic() - began, 3)}
 
-            found, arm = verify.arm(page, key, self.exams.search, settled, trained)
+            found, arm = verify.arm(rounds, key, self.exams.search, settled, trained)
             return found, float(arm["seconds"])
 
         def after(done: Sequence[Any], best: int) -> None:
-            # The first examination is of random rows left out, where utility has no target of its own.
+            # Without a target of utility, the first examination is of the random reference.
             offset = len(tried) - len(done)
             for key in [k for k in self._rounds if k != tried[best + offset]]:
                 del self._rounds[key]
 
         return verify.search(self.course, self.defence, examine, self.exams.search, after)
 
-    def _fitted(self, dataset: Sequence[Mapping[str, Any]], key: str, stage: str) -> Fitted:
-        """Trained with checkpoints where the options ask for them; they are of use to this very training alone."""
+    def _fitted(self, dataset: Sequence[Mapping[str, Any]], key: str) -> Fitted:
+        """Train, with checkpoints under the key of this training unless the options turn them off."""
         checkpoints = self.folder / runs.WORK / "checkpoints" / key
         saving = self.job.options.get("save_strategy", "no") != "no"
-        fitted = self.course.fit(
+        return self.course.fit(
             self.defence,
             dataset,
-            stage,
+            "training",
             self.merge,
             output_dir=str(checkpoints) if saving else None,
             resume=saving and checkpoints.exists(),
         )
-        return fitted
 
     def _sat(self, exam: Exam, model: Any, stage: str, settled: Settled = never) -> EvalResult:
         return exam.sit(model, self.course.loaded.tokenizer, stage, self.progress, settled)
-
-    def _results(
-        self,
-        chosen: Chosen,
-        dataset: Sequence[Any],
-        fitted: Fitted,
-        before: EvalResult,
-        after: EvalResult,
-        verdict: SearchResult | None,
-        uncertified: str | None,
-    ) -> dict[str, Any]:
-        return {
-            **self.course.counts(chosen),
-            "trained": len(dataset),
-            "cuts": {name: {"rule": cut.rule, "value": cut.value} for name, cut in chosen.cuts.items()},
-            "before": figures(before),
-            "after": figures(after),
-            "changed": changes(before, after),
-            "agreement": [asdict(found) for found in agreement(asked(after))] if self.exams.report.requests else [],
-            "record": dict(fitted.record),
-            "verified": None if verdict is None else verdict.as_dict(),
-            "uncertified": uncertified,
-        }
 
     def _manifest(self, results: Mapping[str, Any]) -> Manifest:
         rows, job = self.job.rows, self.job
@@ -345,7 +330,7 @@ class _Run:
         )
 
     def _judged(self, verdict: Any) -> Any:
-        """The search with its targets, as far as they were typed."""
+        """The search with the targets of its rule."""
         rule = self.defence.verified
         if verdict is None or rule is None:
             return None
@@ -359,7 +344,7 @@ class _Run:
             shutil.rmtree(self.folder / "scan", ignore_errors=True)
         old = [path.name for pattern in EARLIER for path in self.folder.glob(pattern)]
         with files.instead(self.folder, "manifest.json", old) as new:
-            if (self.folder / "README.md").exists():  # what else stands in the card stays
+            if (self.folder / "README.md").exists():  # the rest of the card is kept
                 shutil.copy(self.folder / "README.md", new)
             model.save_pretrained(new)
             self.course.loaded.tokenizer.save_pretrained(new)
@@ -371,20 +356,17 @@ class _Run:
         shutil.rmtree(self.folder / runs.WORK / "checkpoints", ignore_errors=True)
 
     def _page(self, manifest: Manifest) -> dict[str, Any]:
-        """What the report shows."""
+        """The input of the report page."""
         linked = {name: name for name in ("outputs-before.jsonl", "outputs-after.jsonl")}
         if self.defence.selector is not None:
             linked["scan report"] = "scan/report.html"
-        told = manifest.results
+        results = manifest.results
+        shown = ("before", "after", "removed", "rows", "dropped_tokens", "record", "uncertified", "caught", "lost")
         return {
             "title": f"GradShield · {manifest.data['name']}",
             "defence": self.defence.spec,
-            "verdict": self._judged(told["verified"]),
-            **{
-                key: told[key]
-                for key in ("before", "after", "removed", "rows", "dropped_tokens", "record", "uncertified")
-            },
-            **{key: told[key] for key in ("caught", "lost") if key in told},
+            "verdict": self._judged(results["verified"]),
+            **{key: results[key] for key in shown if key in results},
             "settings": manifest.settings,
             "model": manifest.model,
             "command": manifest.command,
@@ -403,7 +385,7 @@ def exams_of(
     searching: bool,
     template: Mapping[str, Any] | None = None,
 ) -> Exams:
-    """The exams of options as typed; what the search decides on is kept from the report. Raises DataError, UsageError."""
+    """The exams of typed options; the search and the report use different rows. Raises DataError, UsageError."""
     by = tuple(judges or ("refusal-phrases",))
     requests = None if safety == "none" else safety
 

@@ -1,4 +1,4 @@
-"""The verified threshold, wired: every round trains on what a cut keeps and measures it on prompts that nothing else sees."""
+"""The verified threshold in training: every round trains on the rows below a cut and measures them on separate prompts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from gradshield.training.defences import Defence
 from gradshield.types import Bools, EvalResult
 
 Examine = Callable[[Chosen, Settled], tuple[EvalResult, float]]
-"""Fine-tunes on rows and measures; with the seconds that it took when it was done."""
+"""Fine-tunes on rows and measures; returns the result and the seconds it took."""
 
 
 @dataclass(frozen=True)
 class Settle:
-    """Whether some judge has seen enough harm that the ASR is beyond ``asr`` whatever the remaining answers are."""
+    """Whether the ASR by some judge exceeds ``asr`` whatever the remaining answers are."""
 
     asr: float
 
@@ -37,10 +37,9 @@ class Settle:
 def arm(
     folder: Path, key: str, exam: Exam, settled: Settled, make: Callable[[], tuple[EvalResult, dict[str, Any]]]
 ) -> tuple[EvalResult, dict[str, Any]]:
-    """What a model trained under ``key`` gives on an exam, and what else is known of it: from disk, else made and kept there.
+    """The result of a model trained under ``key`` on an exam, and its stored record: from disk, else from ``make``.
 
-    The file's name holds all that its figures depend on. A measurement that may have stopped early is of use to its own target
-    alone.
+    The file's name covers everything that its figures depend on. A measurement that may stop early is stored under its target.
     """
     early = f"-asr{settled.asr:g}" if isinstance(settled, Settle) else ""
     path = folder / f"{key}-{runs.digest(exam.settings())[:12]}{early}.json"
@@ -60,13 +59,12 @@ def search(
     exam: Exam,
     after: Callable[[Sequence[Round], int], None] | None = None,
 ) -> tuple[SearchResult, Chosen]:
-    """Search the cut of a defence's scores, beginning with the default one; the verdict, and the rows of its best round.
+    """Search the cut of a defence's scores, starting with the default cut; the verdict, and the rows of its best round.
 
-    ``examine`` fine-tunes on the chosen rows and measures the model on ``exam``, the search prompts. The target of utility is
-    the user's. Without one, as many rows as the default cut removes are drawn at random and left out, and the target is the
-    lower bound of what the others give on the same held-out task: what a filter costs is judged against rows of the same
-    number, since fewer rows are fewer steps, and fine-tunes of equal worth differ by as much as that bound allows. Raises
-    UsageError where the exam cannot decide anything.
+    ``examine`` fine-tunes on the chosen rows and measures the model on ``exam``, the search prompts. The target of utility is the
+    user's. Without one, it is the lower bound of the utility after removing as many random rows as the default cut removes: a
+    filter is compared at an equal number of rows, since fewer rows mean fewer steps, and the bound allows for the spread between
+    equivalent fine-tunes. Raises UsageError if the exam cannot decide anything.
     """
     rule = defence.verified
     assert rule is not None
@@ -75,7 +73,7 @@ def search(
     start = decision.cuts[ROWS].value
     target = rule.utility
     if target is None:
-        # The rule takes its tolerance off the target; the bound has its slack already.
+        # The rule subtracts its tolerance from the target, and the bound already includes slack.
         target = examine(_drawn(course, decision.removed), never)[0].rates["utility"].low + rule.tolerance
 
     def trial(cut: float) -> Trial:
@@ -89,7 +87,7 @@ def search(
 
 
 def _drawn(course: Course, removed: Bools) -> Chosen:
-    """The rows without as many as ``removed`` has, drawn at random by content and seed."""
+    """The rows minus as many as ``removed`` has, drawn at random by content and seed."""
     values = course.scored("random").scores.values
     out = np.zeros(len(values), dtype=bool)
     out[np.argsort(values, kind="stable")[len(values) - int(removed.sum()) :]] = True
@@ -97,7 +95,7 @@ def _drawn(course: Course, removed: Bools) -> Chosen:
 
 
 def check(exam: Exam, rule: Verified) -> None:
-    """Raises UsageError where an exam cannot decide anything."""
+    """Raises UsageError if an exam cannot decide anything."""
     if not exam.task:
         raise UsageError(
             "the verified threshold measures utility after every round, and there are no task rows: give --utility FILE"

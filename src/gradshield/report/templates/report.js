@@ -4,7 +4,7 @@
   var root = document.documentElement;
   var config = { displayModeBar: false, responsive: true, showTips: false, doubleClick: false };
 
-  // Colours are named in the figures as CSS variables, so that one figure serves light, dark and print.
+  // Colours in the figures are CSS variables, so that one figure works in light, dark and print.
   function coloured(value, style) {
     if (typeof value === "string") {
       var name = /^var\((--[a-z]+)\)$/.exec(value);
@@ -26,7 +26,7 @@
     Object.keys(ranges).forEach(function (axis) {
       spec.layout[axis].type = specs[key].log ? "log" : "linear";
       spec.layout[axis].range = ranges[axis][specs[key].log ? "log" : "linear"];
-      // One tick a decade, or a row: counts have no fractions.
+      // One tick per decade, or per row: counts have no fractions.
       if (specs[key].log || ranges[axis].linear[1] < 6) spec.layout[axis].dtick = 1;
     });
     Plotly.react(element, spec.data, spec.layout, config);

@@ -1,6 +1,6 @@
 (function () {
   "use strict";
-  // One search for all tables: a defence has a row in many of them.
+  // One search filters all tables: a defence has a row in many of them.
   var boxes = document.querySelectorAll("[data-filter]");
   boxes.forEach(function (box) {
     box.parentElement.hidden = false;
@@ -38,7 +38,7 @@
           rows.sort(function (a, b) {
             var x = value(a, column), y = value(b, column);
             if (isNaN(x) && isNaN(y)) return turn * a.cells[column].textContent.localeCompare(b.cells[column].textContent);
-            return isNaN(x) ? 1 : isNaN(y) ? -1 : turn * (x - y); // what was not measured stays last
+            return isNaN(x) ? 1 : isNaN(y) ? -1 : turn * (x - y); // missing values stay last
           });
         }
         rows.forEach(function (row) { body.appendChild(row); });
