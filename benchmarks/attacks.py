@@ -91,7 +91,7 @@ def run(target: Target, folder: Path, given: argparse.Namespace) -> dict[str, An
             found.append(done[key])
             print(f"{len(found)}/{total} {attack} / {name} {done[key]['seconds']} s", file=sys.stderr, flush=True)
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.attacks", *given.told]),
+        "command": shlex.join(["python", "-m", "benchmarks.attacks", *given.typed]),
         "versions": runs.versions(),
         "target": target.name,
         "model": target.unattacked.rows.loaded.digest,
@@ -137,7 +137,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--training", type=Path, help="JSON with `training` (SFTConfig) and `lora` (LoraConfig), for --model"
     )
     given = parser.parse_args(arguments)
-    given.told = list(sys.argv[1:] if arguments is None else arguments)
+    given.typed = list(sys.argv[1:] if arguments is None else arguments)
     verified = f"{default()}:verified:rounds=3"
     if given.quick:
         given.attacks, given.rows, given.recipes = list(QUICK), 120, 0

@@ -297,7 +297,7 @@ def test_the_shipped_configs_are_whole(tmp_path: Path, monkeypatch: pytest.Monke
         (tmp_path / "clean" / task).mkdir(parents=True)
         (tmp_path / "clean" / task / "scores.parquet").touch()
     folder = Path(__file__).parents[2] / "benchmarks" / "configs"
-    assert {path.name for path in folder.glob("*.yaml")} == {"lab.yaml", "english.yaml"}
+    assert {path.name for path in folder.glob("*.yaml")} == {"lab.yaml", "lab_screen.yaml", "english.yaml"}
     for path in folder.glob("*.yaml"):
         assert len(grid.cells(grid.read(path))) >= 30
 
