@@ -148,8 +148,8 @@ def test_labels(labels: Any, options: Any, wanted: Any, expected: Any, tmp_path:
     [
         (("LABEL_0", "LABEL_1"), (), "'LABEL_0', 'LABEL_1'"),
         (("toxic", "insult"), (), "do not say which mean unsafe"),  # one must be right: which is the safe one?
-        (("safe", "unsafe", "other"), (), "does not show"),
-        (("safe", "benign"), (), "does not show"),
+        (("safe", "unsafe", "other"), (), "do not say which mean unsafe"),
+        (("safe", "benign"), (), "do not say which mean unsafe"),
         (("safe", "unsafe"), ("Unsafe",), "no label 'Unsafe': choose from 'safe', 'unsafe'"),
         (("safe", "unsafe"), ("safe", "unsafe"), "but not all"),
     ],
