@@ -179,7 +179,7 @@ def test_one_host_gets_the_key() -> None:
 
 
 @pytest.mark.parametrize(("code", "remedy"), [(401, "the key in TEST_KEY"), (404, "its address, and that it serves")])
-def test_what_the_user_must_mend_is_not_tried_again(code: int, remedy: str) -> None:
+def test_what_the_user_must_fix_is_not_tried_again(code: int, remedy: str) -> None:
     with endpoint(status(code, "no such thing")) as server, pytest.raises(UsageError, match=remedy):
         client(server, key="TEST_KEY").chat(TURN)
     assert len(server.asked) == 1

@@ -148,8 +148,8 @@ def test_labels(labels: Any, options: Any, wanted: Any, expected: Any, tmp_path:
     [
         (("LABEL_0", "LABEL_1"), (), "'LABEL_0', 'LABEL_1'"),
         (("toxic", "insult"), (), "do not say which mean unsafe"),  # one must be right: which is the safe one?
-        (("safe", "unsafe", "other"), (), "does not show"),
-        (("safe", "benign"), (), "does not show"),
+        (("safe", "unsafe", "other"), (), "do not say which mean unsafe"),
+        (("safe", "benign"), (), "do not say which mean unsafe"),
         (("safe", "unsafe"), ("Unsafe",), "no label 'Unsafe': choose from 'safe', 'unsafe'"),
         (("safe", "unsafe"), ("safe", "unsafe"), "but not all"),
     ],
@@ -416,8 +416,8 @@ def test_no_text_spells_a_special_token(text: str) -> None:
     ("template", "said"),
     [
         (None, "has no chat template"),
-        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out"),
-        ("{{ raise_exception('no') }}", "leaves out"),
+        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "omits the user"),
+        ("{{ raise_exception('no') }}", "omits the user"),
     ],
 )
 def test_templates_that_show_no_answer(template: str | None, said: str) -> None:

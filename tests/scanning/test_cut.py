@@ -282,10 +282,9 @@ def test_an_unfinished_scan_cannot_be_cut(tmp_path: Path, monkeypatch: pytest.Mo
         gs.cut(tmp_path, "ratio:20%")
 
 
-@pytest.mark.parametrize("full", ["write_scores", "write_manifest"])
+@pytest.mark.parametrize("full", ["gradshield.scanning.outputs.write_scores", "gradshield.runs.write_manifest"])
 def test_a_full_disk_leaves_the_finished_scan(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither another cut nor another scan takes anything away before all that comes in its place is written."""
-    from gradshield.scanning import outputs
 
     def fails(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -295,7 +294,7 @@ def test_a_full_disk_leaves_the_finished_scan(full: str, tmp_path: Path, monkeyp
     views, before = tmp_path / "out" / ".gradshield" / "views.json", files(tmp_path / "out")
     coloured = views.read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr(outputs, full, fails)
+        patched.setattr(full, fails)
         for what in (
             lambda: gs.cut(tmp_path / "out", "ratio:50%"),
             lambda: scan(ROWS[:5], output=tmp_path / "out", settings=_settings("ratio:20%")),

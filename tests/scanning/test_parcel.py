@@ -23,13 +23,14 @@ from gradshield.scanning.parcel import Origin, bare, packed, unpacked
 from gradshield.scanning.preparing import asked_of
 from gradshield.selectors import (
     SELECTORS,
+    Anchoring,
     Fihs,
     GradNorm,
     GuardFilter,
+    Larf,
     Loss,
     Moderate,
     Random,
-    Representation,
     Screen,
     parse_aggregate,
 )
@@ -217,7 +218,8 @@ def test_every_selector_travels() -> None:
         GradNorm(),
         Loss(),
         Random(3),
-        Representation(known),
+        Larf(known),
+        Anchoring(known),
     ]
     assert {selector.name for selector in made} | {"guard"} == set(SELECTORS)
     (batch,) = batches(rows, 10**6, 10**6)
