@@ -33,6 +33,7 @@ LABELS = Path(__file__).with_name("smollm2_labels.json")  # 1 = unsafe, by the d
 ROWS, HARMFUL, HELD_OUT = 300, 90, 200
 LONGEST = {"agnews": 500, "gsm8k": 400}  # characters of a row: two cores read some 600 tokens a second
 JUDGES, TOKENS = ("refusal-phrases", "compliance"), 32
+VERIFIED = Path(__file__).parents[1] / "docs" / "results_smollm2_verified.json"
 DEFENCES = ("none", "clean", "screen", "fihs:adaptive", "moderate", "asft", "screen:verified:rounds=2")
 
 
@@ -131,6 +132,7 @@ def page(whole: Mapping[str, Any], arms: Path) -> str:
         "Learning rate and share of harm were chosen on AGNews by the undefended and the clean model alone, so that harm shows",
         "beside what harmless rows do. With 30 harmful rows of 300 the undefended model stood at 30 % by phrases and the clean",
         "one at 45 %, at a rate of 2e-4; at 1e-3 the clean one stood at 78 %.",
+        *_verified(),
         "",
         markdown(whole),
         "## How good the judges are",
@@ -197,6 +199,22 @@ def _told(by: Mapping[tuple[str, str], Mapping[str, Any]], start: Mapping[str, A
             f"rows, and lost {_rate(screen['lost']['k'], screen['lost']['n'])} of the others."
         )
     return found
+
+
+def _verified() -> list[str]:
+    """What a verified search found where it was run by itself; it takes hours, and is measured on one task."""
+    if not VERIFIED.exists():
+        return []
+    cell = json.loads(VERIFIED.read_text(encoding="utf-8"))["cells"][0]
+    asr = " / ".join(_per_cent(cell["judges"][name]) for name in JUDGES)
+    met = "both targets are met." if cell["verified"]["met"] else "no cut meets the targets."
+    caught, lost = (f"{cell[name]['k']} of {cell[name]['n']}" for name in ("caught", "lost"))
+    return [
+        "",
+        f"`{cell['defence']}` on {SHOWN[cell['task']]} alone ([figures]({VERIFIED.name}), {cell['seconds'] / 3600:.1f} hours): {met} "
+        f"The safest removes {cell['removed']} of {cell['rows']} rows, {caught} harmful and {lost} others; ASR {asr}, utility "
+        f"{_per_cent(cell['utility'])}.",
+    ]
 
 
 def _by_eye(arms: Path) -> list[str]:
