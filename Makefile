@@ -1,7 +1,8 @@
 # Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
 #
 #   make demo      scan, train and compare on the bundled lab model; writes gradshield-demo/
-#   make test      the test suite
+#   make test      the test suite without its slow tests: some minutes on two cores
+#   make test-all  every test
 #   make check     ruff, mypy, import layers, the documentation's links
 #   make docs      the documentation as a site that opens offline: site/index.html
 #   make bench     the lab grid, its quick form
@@ -9,23 +10,28 @@
 #
 #   PYTHON=python3.12    the interpreter to build .venv with (3.11 or newer)
 #   TORCH_SOURCE="--extra-index-url https://download.pytorch.org/whl/cpu"    torch without CUDA, a much smaller download
+#   JOBS=2               processes that tests run in
 #   ARGS="..."           passed on: make test ARGS="tests/data -x", make demo ARGS="--task arithmetic"
 
 PYTHON ?= python3
 TORCH_SOURCE ?=
 ARGS ?=
+JOBS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
 
-.PHONY: demo test check docs bench install
+.PHONY: demo test test-all check docs bench install
 
 demo: $(STAMP)
 	$(BIN)/gradshield demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" --durations=20 $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -n $(JOBS) --durations=20 $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

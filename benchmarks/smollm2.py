@@ -208,10 +208,11 @@ def _verified() -> list[str]:
     cell = json.loads(VERIFIED.read_text(encoding="utf-8"))["cells"][0]
     asr = " / ".join(_per_cent(cell["judges"][name]) for name in JUDGES)
     met = "both targets are met." if cell["verified"]["met"] else "no cut meets the targets."
+    task, hours = SHOWN[cell["task"]], cell["seconds"] / 3600
     caught, lost = (f"{cell[name]['k']} of {cell[name]['n']}" for name in ("caught", "lost"))
     return [
         "",
-        f"`{cell['defence']}` on {SHOWN[cell['task']]} alone ([figures]({VERIFIED.name}), {cell['seconds'] / 3600:.1f} hours): {met} "
+        f"`{cell['defence']}` on {task} alone ([figures]({VERIFIED.name}), {hours:.1f} hours): {met} "
         f"The safest removes {cell['removed']} of {cell['rows']} rows, {caught} harmful and {lost} others; ASR {asr}, utility "
         f"{_per_cent(cell['utility'])}.",
     ]
