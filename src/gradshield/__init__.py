@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from gradshield.comparison.compare import compare
     from gradshield.evaluation.certify import certify, check
     from gradshield.evaluation.evaluate import evaluate
-    from gradshield.evaluation.exam import Exam
+    from gradshield.evaluation.exam import Exam, Exams
     from gradshield.scanning.cut import cut
     from gradshield.scanning.estimate import estimate
     from gradshield.scanning.scan import scan
     from gradshield.scanning.settings import Probing, ScanSettings
     from gradshield.scanning.show import show
-    from gradshield.training.train import Exams, train
+    from gradshield.training.train import train
 
 __version__ = version("gradshield")
 __all__ = [
@@ -58,7 +58,7 @@ _HOMES = {
     "estimate": "gradshield.scanning.estimate",
     "evaluate": "gradshield.evaluation.evaluate",
     "Exam": "gradshield.evaluation.exam",
-    "Exams": "gradshield.training.train",
+    "Exams": "gradshield.evaluation.exam",
     "certify": "gradshield.evaluation.certify",
     "check": "gradshield.evaluation.certify",
     "compare": "gradshield.comparison.compare",

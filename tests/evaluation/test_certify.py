@@ -14,7 +14,7 @@ import pytest
 
 from gradshield import certify, check, lab
 from gradshield.errors import DataError, UsageError
-from gradshield.evaluation import certificate
+from gradshield.evaluation import certificate, exam
 from gradshield.evaluation.bounds import Claim, least, upper
 from gradshield.evaluation.certify import _check_judges
 from gradshield.training import train as training
@@ -317,14 +317,14 @@ def test_labelled_answers_of_another_model_are_removed(
     certify(run, calibrate=_labelled(tmp_path, run))
     monkeypatch.setattr(training.certify, "write", _stop)
     with pytest.raises(KeyboardInterrupt):
-        _run(tmp_path, "none", exams=training.Exams())
+        _run(tmp_path, "none", exams=exam.Exams())
     assert (run / "manifest.json").exists()
     assert not (run / "calibration.jsonl").exists() and not (run / "certificate.json").exists()
 
 
 def test_a_new_training_leaves_nothing_of_the_old_calibration(run: Path, tmp_path: Path) -> None:
     certify(run, calibrate=_labelled(tmp_path, run))
-    _run(tmp_path, "none", exams=training.Exams())
+    _run(tmp_path, "none", exams=exam.Exams())
     stored = json.loads((run / "certificate.json").read_text())["predicate"]
     assert "no request was asked" in stored["reason"] and stored["calibration"] is None
     assert not (run / "calibration.jsonl").exists() and check(run).changed == ()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from gradshield import lab
 from gradshield.errors import DataError, UsageError
-from gradshield.evaluation.exam import exam
+from gradshield.evaluation.exam import Exams, exam, exams_of
 from gradshield.models import loading
 from gradshield.runs import alone
 from gradshield.scanning.settings import Probing
@@ -43,11 +43,9 @@ def _requests(folder: Path, n: int = 20) -> Path:
     return write(folder / "requests.jsonl", jsonl(rows))
 
 
-def _exams(folder: Path, searching: bool = False, requests: int = 20) -> training.Exams:
+def _exams(folder: Path, searching: bool = False, requests: int = 20) -> Exams:
     asked = str(_requests(folder, requests))
-    return training.exams_of(
-        asked, ["refusal-phrases", "lab-classifier"], str(_held(folder)), "exact", 8, "", searching
-    )
+    return exams_of(asked, ["refusal-phrases", "lab-classifier"], str(_held(folder)), "exact", 8, "", searching)
 
 
 def _run(folder: Path, defence: str, **more: Any) -> training.Trained:
@@ -93,7 +91,7 @@ def test_a_run_leaves_the_model_the_scan_and_the_proof(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_meaningless_probes_are_reported_anywhere(tmp_path: Path) -> None:
     harmless = Probing(requests=PROBING.lookalikes, lookalikes=PROBING.requests, uncertified=True)
-    done = _run(tmp_path, "fihs:ratio:10%", probing=harmless, exams=training.Exams())
+    done = _run(tmp_path, "fihs:ratio:10%", probing=harmless, exams=Exams())
     problem = done.manifest.results["uncertified"]
     assert "refuse" in problem
     for name in ("README.md", "report.html"):
@@ -106,7 +104,7 @@ def test_meaningless_probes_are_reported_anywhere(tmp_path: Path) -> None:
 
 def test_options_of_the_template_are_those_of_every_exam(tmp_path: Path) -> None:
     stored = {"enable_thinking": False}
-    exams = training.exams_of("builtin", None, str(_held(tmp_path)), "exact", 8, "", True, stored)
+    exams = exams_of("builtin", None, str(_held(tmp_path)), "exact", 8, "", True, stored)
     assert exams.report.template == exams.search.template == stored
     assert command("evaluate", ALIGNED, "--template-kwargs", "{").code == 2
 
@@ -182,7 +180,7 @@ def test_training_goes_on_at_its_checkpoint(tmp_path: Path, monkeypatch: pytest.
     options = {**OPTIONS, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    straight = _run(tmp_path / "a", "none", training=options, exams=training.Exams())
+    straight = _run(tmp_path / "a", "none", training=options, exams=Exams())
     seen: list[int] = []
 
     def stop(stage: str, done: int, total: int) -> None:
@@ -192,9 +190,9 @@ def test_training_goes_on_at_its_checkpoint(tmp_path: Path, monkeypatch: pytest.
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _run(tmp_path / "b", "none", training=options, exams=training.Exams(), progress=stop)
+        _run(tmp_path / "b", "none", training=options, exams=Exams(), progress=stop)
     first = len(seen)
-    resumed = _run(tmp_path / "b", "none", training=options, exams=training.Exams(), progress=stop)
+    resumed = _run(tmp_path / "b", "none", training=options, exams=Exams(), progress=stop)
     assert seen[first] == 2  # not 0
     own, other = straight.model.state_dict(), resumed.model.state_dict()
     assert all((own[name] - other[name]).abs().max() < 1e-6 for name in own)
@@ -205,7 +203,7 @@ def test_datasets_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     stages = []
     for task in ("choice", "topic"):
         held = str(_held(tmp_path, task, 12))
-        exams = training.Exams(exam("report", str(_requests(tmp_path, 6)), ["refusal-phrases"], held, "exact", 8))
+        exams = Exams(exam("report", str(_requests(tmp_path, 6)), ["refusal-phrases"], held, "exact", 8))
         stages.append(Stage(str(_data(tmp_path, task)), exams))
     fitted: list[str] = []
     real = Course.fit
@@ -250,7 +248,7 @@ def test_datasets_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_sequence_has_its_folder_alone(tmp_path: Path) -> None:
-    stage = Stage("data.jsonl", training.Exams(exam("report", None, task=str(_held(tmp_path)), metric="exact")))
+    stage = Stage("data.jsonl", Exams(exam("report", None, task=str(_held(tmp_path)), metric="exact")))
     with alone(tmp_path / "run"), pytest.raises(DataError, match="in use by another run"):
         sequence([stage], model="nowhere", output=tmp_path / "run")
 
@@ -261,13 +259,13 @@ def test_a_sequence_has_its_folder_alone(tmp_path: Path) -> None:
         ("asft", {}, "--base"),
         ("fish", {}, "fish"),
         ("clean", {}, "--labels"),
-        ("fihs:verified", {"exams": training.Exams()}, "--utility"),
+        ("fihs:verified", {"exams": Exams()}, "--utility"),
         ("none", {"training": {"learning_rat": 1}}, "learning_rat"),
     ],
 )
 def test_what_a_run_lacks_is_asked_for(tmp_path: Path, defence: str, more: dict[str, Any], match: str) -> None:
     with pytest.raises(UsageError, match=match):
-        _run(tmp_path, defence, **({"exams": training.Exams()} | more))
+        _run(tmp_path, defence, **({"exams": Exams()} | more))
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
@@ -315,7 +313,7 @@ def test_nothing_that_is_read_or_is_not_ours_is_written_over(tmp_path: Path, whe
     own = tmp_path / "own"
     loading.load(ALIGNED).model.save_pretrained(own)
     before = {path: path.read_bytes() for path in own.iterdir()}
-    more: dict[str, Any] = {"exams": training.Exams(), "output": own}
+    more: dict[str, Any] = {"exams": Exams(), "output": own}
     if where == "model":
         (own / ".gradshield").mkdir()  # a model that training here has made
         more["model"] = str(own)
@@ -338,7 +336,7 @@ def test_nothing_that_is_read_or_is_not_ours_is_written_over(tmp_path: Path, whe
 @pytest.mark.slow
 def test_a_full_disk_at_the_end_costs_nothing_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
-    exams = training.Exams()
+    exams = Exams()
     _run(tmp_path, "none", exams=exams)
     (folder / "README.md").write_text("Mine.\n" + (folder / "README.md").read_text())
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -367,7 +365,7 @@ def test_what_counts_is_what_a_scan_counts_where_no_training_is_given(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Options of this project's own, such as when to save, say nothing about the loss."""
-    none = training.Exams()
+    none = Exams()
     plain = _run(tmp_path, "random:ratio:10%", training=None, exams=none, peft_config=None)
     assert plain.manifest.settings["render"]["assistant_only_loss"] is None
     assert plain.manifest.settings["training"]["save_strategy"] == "epoch"

@@ -62,8 +62,8 @@ def evaluate(
     require_model(model)
     quiet_libraries()
     from gradshield.evaluation.evaluate import evaluate as run
+    from gradshield.evaluation.exam import exams_of
     from gradshield.models import loading
-    from gradshield.training.train import exams_of
 
     exams = exams_of(
         safety, judge, None if utility is None else str(utility), metric, max_new_tokens, answer_prefix, False, template

@@ -110,11 +110,11 @@ def train(
         require_model(name)
     tasks, needs = utility or [], _needs(data, utility or [], defence, base, truth)
     quiet_libraries()
+    from gradshield.evaluation.exam import exams_of
     from gradshield.models import loading
     from gradshield.scanning.options import peft_config
     from gradshield.scanning.settings import ScanSettings
     from gradshield.training.sequence import Stage, sequence
-    from gradshield.training.train import exams_of
     from gradshield.training.train import train as run
 
     common: dict[str, Any] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -264,3 +264,33 @@ def changes(before: EvalResult, after: EvalResult) -> dict[str, Any]:
         judge: asdict(mcnemar(np.asarray(attacked(asked(before), judge)), np.asarray(attacked(asked(after), judge))))
         for judge in judges
     }
+
+
+@dataclass(frozen=True)
+class Exams:
+    """The exam before and after training (``report``), and the exam of the verified threshold (``search``)."""
+
+    report: Exam = field(default_factory=Exam)
+    search: Exam = field(default_factory=Exam)
+
+
+def exams_of(
+    safety: str,
+    judges: Sequence[str] | None,
+    utility: str | None,
+    metric: str | None,
+    tokens: int,
+    answer_prefix: str,
+    searching: bool,
+    template: Mapping[str, Any] | None = None,
+) -> Exams:
+    """The exams of typed options; the search and the report use different rows. Raises DataError, UsageError."""
+    by = tuple(judges or ("refusal-phrases",))
+    requests = None if safety == "none" else safety
+
+    def of(split: str, halved: bool) -> Exam:
+        return exam(split, requests, by, utility, metric, tokens, answer_prefix, halved=halved, template=template)
+
+    report = of("report", searching)
+    # One set of judges for both: a guard may be as large as the model.
+    return Exams(report, replace(of("search", True), judges=report.judges) if searching else Exam())

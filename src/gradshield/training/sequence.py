@@ -20,13 +20,13 @@ from gradshield import runs
 from gradshield.errors import ModelError, UsageError
 from gradshield.evaluation import continual
 from gradshield.evaluation.certificate import file_digest
-from gradshield.evaluation.exam import Exam, figures
+from gradshield.evaluation.exam import Exam, Exams, figures
 from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel, parameters_digest
 from gradshield.runs import alone
 from gradshield.scanning.rows import load, with_template
-from gradshield.training.train import Exams, train
+from gradshield.training.train import train
 from gradshield.types import Floats, Manifest, Progress, Rate, quiet
 
 STAGE = "stage.json"  # in a stage's working folder until the sequence is finished

@@ -25,7 +25,7 @@ from gradshield.errors import UsageError
 from gradshield.evaluation import card, certify
 from gradshield.evaluation.asr import agreement
 from gradshield.evaluation.certificate import CERTIFICATE, LABELLED
-from gradshield.evaluation.exam import Exam, Settled, asked, changes, check_disjoint, exam, figures, never
+from gradshield.evaluation.exam import Exam, Exams, Settled, asked, changes, check_disjoint, figures, never
 from gradshield.probes import requests
 from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
@@ -46,14 +46,6 @@ EARLIER = (
     *(CERTIFICATE, LABELLED),
 )
 WRITTEN = (*EARLIER, "tokenizer*", "*.jinja", "README.md", "report.html", "manifest.json")
-
-
-@dataclass(frozen=True)
-class Exams:
-    """The exam before and after training (``report``), and the exam of the verified threshold (``search``)."""
-
-    report: Exam = field(default_factory=Exam)
-    search: Exam = field(default_factory=Exam)
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,25 +365,3 @@ class _Run:
             "versions": manifest.versions,
             "files": linked,
         }
-
-
-def exams_of(
-    safety: str,
-    judges: Sequence[str] | None,
-    utility: str | None,
-    metric: str | None,
-    tokens: int,
-    answer_prefix: str,
-    searching: bool,
-    template: Mapping[str, Any] | None = None,
-) -> Exams:
-    """The exams of typed options; the search and the report use different rows. Raises DataError, UsageError."""
-    by = tuple(judges or ("refusal-phrases",))
-    requests = None if safety == "none" else safety
-
-    def of(split: str, halved: bool) -> Exam:
-        return exam(split, requests, by, utility, metric, tokens, answer_prefix, halved=halved, template=template)
-
-    report = of("report", searching)
-    # One set of judges for both: a guard may be as large as the model.
-    return Exams(report, replace(of("search", True), judges=report.judges) if searching else Exam())
