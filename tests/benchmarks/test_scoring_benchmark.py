@@ -139,6 +139,7 @@ def test_ratios_are_taken_to_the_floor_just_before(spec: Spec) -> None:
     assert (lines["slow"]["rows"], lines["fast"]["rows"]) == (2, len(case.rendered))
 
 
+@pytest.mark.slow
 def test_each_arm_is_timed_beside_the_floor_of_its_own_rows(spec: Spec) -> None:
     case, told = open_case(replace(spec, few=2)), []
     arms = [Arm(FLOOR, "floor", floor), Arm("slow", "peer", floor, slow=True)]

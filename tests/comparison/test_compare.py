@@ -144,6 +144,7 @@ def _begin(name: str, folder: Path) -> None:
     raise DataError("no such rows")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True], ids=["error", "ctrl-c"])
 def test_an_error_or_ctrl_c_ends_all_workers(tmp_path: Path, stopped: bool) -> None:
     names = ["long", "long" if stopped else "fails", "long", "long"]

@@ -72,6 +72,7 @@ def test_a_broken_element_of_a_json_array_is_set_aside_alone(
         read(_file(tmp_path, b'[{"text": "a"},\n{"text": "b}, {"text": "c"}]'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [997, 1 << 20])
 def test_a_json_array_is_read_in_bounded_memory(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = b'{"text": "' + rb"\n\"," * 1_000_000 + b'"}'

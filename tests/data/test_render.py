@@ -157,6 +157,7 @@ def test_a_row_does_not_say_how_much_of_it_is_rendered(given: dict[str, Any]) ->
     assert every - set(RENDERING) == {"self", "documents", "kwargs"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [CHATML, REWRITING], ids=["chatml", "rewriting"])
 def test_a_row_of_very_many_answers_ends_soon(template: str) -> None:
     answer = {"role": "assistant", "content": "b"}

@@ -130,6 +130,7 @@ def test_a_tokenizer_without_a_template_gets_the_default_one() -> None:
     assert tokenizer.chat_template is None
 
 
+@pytest.mark.slow
 def test_two_hundred_prompts_take_seconds() -> None:
     config = LlamaConfig(
         vocab_size=1024,

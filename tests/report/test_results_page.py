@@ -372,7 +372,7 @@ def test_every_defence_has_its_mark_and_the_target_is_on_the_chart() -> None:
 def test_costs_that_are_shared_stand_in_no_table() -> None:
     text = results.markdown(comparison([make_cell("screen"), make_cell("other")]))
     assert "seconds" not in text
-    assert "| cells compared |" in text.replace("| rival ", "")
+    assert "| Cells compared |" in text.replace("| Rival ", "")
     page = shown(sheet.render(compared.page(comparison([make_cell("screen"), make_cell("other")]))))
     assert "Seconds" not in page
     assert "Cells compared" in page

@@ -340,7 +340,7 @@ def test_training_is_where_the_model_is(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_weights_that_train_in_half_precision_are_warned_of_once() -> None:
     rows, tokenizer = _tokenised(), tiny_tokenizer()
-    with pytest.warns(UserWarning, match="stored in bfloat16, where steps of small learning rates round") as caught:
+    with pytest.warns(UserWarning, match="stored in bfloat16, where small learning rates round") as caught:
         sft(tiny_model("llama").to(torch.bfloat16), tokenizer, rows, OPTIONS)
     assert sum("round to nothing" in str(one.message) for one in caught) == 1
     assert next(one.filename for one in caught if "round to nothing" in str(one.message)) == __file__
