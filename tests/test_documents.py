@@ -34,8 +34,8 @@ GUIDES = [
 BUILT_IN = importlib.import_module("gradshield.probes.requests")  # the package has a function of that name
 ELSEWHERE = ("pip install ", "make ")  # commands that a test environment has no use for
 HERE = {  # a machine of the reader's, and what stands for it here
-    "--workers 8": "--workers 2",
     "--ray auto --workers 800": "--ray local --workers 1",
+    "--workers 8": "--workers 2",
     "gradshield demo": "gradshield demo --task topic",
 }
 DONE: set[str] = set()

@@ -170,8 +170,8 @@ def test_each_shard_comes_back_once(cluster: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("what", "error", "sentence"),
     [
-        ({"measures": "dies"}, ScoreError, r"^3 workers died, one after the other, on rows \d+ to \d+ \("),
-        ({"loads": "dies"}, ScoreError, r"^3 workers died, one after the other, while they loaded the model \("),
+        ({"measures": "dies"}, ScoreError, r"^3 workers died in a row on rows \d+ to \d+ \("),
+        ({"loads": "dies"}, ScoreError, r"^3 workers died in a row while they loaded the model \("),
         ({"measures": "refuses"}, DataError, "^not these rows: give others$"),
         (
             {"loads": "fails"},
