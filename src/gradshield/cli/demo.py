@@ -25,8 +25,13 @@ def demo(
     """Scan a poisoned set with the bundled lab model, fine-tune with and without the filter, and compare."""
     amount = share(ratio) or 0.0
     quiet_libraries()
+    import torch
+
     from gradshield.comparison.demo import run
 
+    torch.set_num_threads(
+        1
+    )  # a second one saves nothing on so small a model, and on a busy machine the two wait for each other
     with progress() as report:
         result = run(output, task, harm, amount, seed, command_line(), report)
     table = Table(title="GradShield demo", title_justify="left", title_style="bold")
