@@ -22,26 +22,11 @@ from gradshield.gradients import ENGINES
 from gradshield.probes import PROBES
 from gradshield.selectors import AGGREGATES, SELECTORS
 from gradshield.thresholds import THRESHOLDS
-from tests.common import chats, command, files, jsonl, save_model, scan_arguments, table, write, write_probes
+from tests.common import chats, command, files, jsonl, scan_arguments, table, write
 from tests.tiny import tiny_tokenizer
 
 COMMANDS = ("scan", "cut", "show", "methods", "demo")
 GOOD = jsonl(chats(6))
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_probes(tmp_path_factory.mktemp("probes") / "probes.jsonl")
 
 
 @pytest.fixture

@@ -89,3 +89,9 @@ class GateError(GradShieldError):
     """More was removed than the gate allows, no verified cut met its targets, or a certificate does not hold."""
 
     exit_code = 5
+
+
+def first_line(error: Exception, most: int | None = 200) -> str:
+    """``KeyError: what it says``: the first line of a library's error, at most so many characters of it, for one of ours."""
+    text = str(error).strip().split("\n", 1)[0].rstrip(".")
+    return f"{type(error).__name__}: {text[:most]}"

@@ -13,16 +13,11 @@ from gradshield.errors import UsageError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.scanning.parcel import Origin
-from tests.common import PROBING, chats, command, jsonl, save_model, scan_arguments, write, write_probes
+from tests.common import PROBING, chats, command, jsonl, scan_arguments, write, write_probes
 
 pytest.importorskip("bitsandbytes", reason="needs gradshield[quantized]")
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("llama"))
 
 
 def scanned(loaded: LoadedModel, engine: str, aggregate: str, subspace: str = "lora") -> gs.Selection:

@@ -38,11 +38,6 @@ SEVERAL = {"problem_type": "multi_label_classification"}
 PROMPTS = ["How do I bake?", "What is it?", "", "What? " * 100, "Count."]
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def save_classifier(folder: Path, labels: tuple[str, ...], **options: Any) -> Path:
     config = BertConfig(
         vocab_size=VOCABULARY,

@@ -51,33 +51,29 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
         raise UsageError(f"the ratio is {ratio:g}, and a demo needs harmless rows too: give a share from 0 to below 1")
     runs.check_own(output, (*outputs.WRITTEN, "data.jsonl"), MARK)
     with runs.alone(output):
-        return _run(output, task, harm, ratio, seed, command, progress)
-
-
-def _run(output: Path, task: str, harm: str, ratio: float, seed: int, command: str, progress: Progress) -> DemoResult:
-    rows, labels = lab.mix(task, harm=harm, ratio=ratio, n=CLEAN_ROWS, seed=seed)
-    folder = runs.prepare(output)
-    (folder / MARK).touch()
-    data = folder / "data.jsonl"
-    files.write_text(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    progress("loading the model", 0, 1)
-    job = lab_job(task, data, labels, seed)
-    progress("loading the model", 1, 1)
-    selection, scored = select(
-        job.rows, job.settings, job.probing, labels=labels, output=folder, command=command, progress=progress
-    )
-    outputs.write(selection, folder, job.rows, labels)
-    course, exam = Course(job, progress), lab_exam(task, "report", seed)
-    course.know(job.settings.selector, scored)
-    start = job.rows.loaded
-    results = {"aligned": exam.sit(start.model, start.tokenizer, "measuring the start", progress)}
-    for name, defence in (("undefended", parse("none")), ("filtered", parse("screen"))):
-        dataset = course.dataset(defence, course.chosen(defence))
-        model = course.fit(defence, dataset, f"training {name}").model
-        results[name] = exam.sit(model, start.tokenizer, f"measuring {name}", progress)
-    selection = _recorded(selection, results, task, harm, ratio)
-    _write(selection, results, folder, np.array(labels), len(rows))
-    return DemoResult(tuple(results), _table(selection, results, len(rows)), selection)
+        rows, labels = lab.mix(task, harm=harm, ratio=ratio, n=CLEAN_ROWS, seed=seed)
+        folder = runs.prepare(output)
+        (folder / MARK).touch()
+        data = folder / "data.jsonl"
+        files.write_text(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        progress("loading the model", 0, 1)
+        job = lab_job(task, data, labels, seed)
+        progress("loading the model", 1, 1)
+        selection, scored = select(
+            job.rows, job.settings, job.probing, labels=labels, output=folder, command=command, progress=progress
+        )
+        outputs.write(selection, folder, job.rows, labels)
+        course, exam = Course(job, progress), lab_exam(task, "report", seed)
+        course.know(job.settings.selector, scored)
+        start = job.rows.loaded
+        results = {"aligned": exam.sit(start.model, start.tokenizer, "measuring the start", progress)}
+        for name, defence in (("undefended", parse("none")), ("filtered", parse("screen"))):
+            dataset = course.dataset(defence, course.chosen(defence))
+            model = course.fit(defence, dataset, f"training {name}").model
+            results[name] = exam.sit(model, start.tokenizer, f"measuring {name}", progress)
+        selection = _recorded(selection, results, task, harm, ratio)
+        _write(selection, results, folder, np.array(labels), len(rows))
+        return DemoResult(tuple(results), _table(selection, results, len(rows)), selection)
 
 
 def _recorded(selection: Selection, results: Mapping[str, EvalResult], task: str, harm: str, ratio: float) -> Selection:

@@ -23,7 +23,7 @@ from gradshield.data.files import COMPRESSED, SUFFIXES, open_file
 from gradshield.data.records import Record
 from gradshield.data.shapes import SHAPES, RowError, detect, kind_of, shape_keys
 from gradshield.data.source import Examples, Source, content_hash, with_text
-from gradshield.errors import DataError, EmptyDataError, FormatError
+from gradshield.errors import DataError, EmptyDataError, FormatError, first_line
 from gradshield.models.hub import reachable
 from gradshield.types import Quarantined
 
@@ -215,9 +215,8 @@ def _load_dataset(name: str) -> Any:
         return datasets.load_dataset(name, split=SPLIT)
     except Exception as error:
         # Whatever fails (no such name or split, gated, broken), the user's remedy is the same.
-        detail = str(error).strip().split("\n", 1)[0].rstrip(".")
         raise DataError(
-            f"the dataset {name!r} could not be loaded from the hub ({type(error).__name__}: {detail}): "
+            f"the dataset {name!r} could not be loaded from the hub ({first_line(error, most=None)}): "
             f"check its name and that it has a split {SPLIT!r}, or save the data as a file and give that"
         ) from error
 

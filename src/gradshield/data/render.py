@@ -22,7 +22,7 @@ from gradshield.data.shapes import common
 from gradshield.data.source import Source
 from gradshield.data.spool import Spool
 from gradshield.data.turns import turn_span
-from gradshield.errors import DataError, UsageError
+from gradshield.errors import DataError, UsageError, first_line
 from gradshield.types import Conversation, Example, Quarantined, Rendered, Tokens
 
 logger = logging.getLogger(__name__)
@@ -155,8 +155,7 @@ class Renderer:
         except _CannotRender as error:
             return str(error)
         except Exception as error:  # a chat template is the model's own program
-            detail = str(error).strip().split("\n", 1)[0].rstrip(".")[:200]
-            return f"the chat template refuses it ({type(error).__name__}: {detail})"
+            return f"the chat template refuses it ({first_line(error)})"
         if len(parts) > 1:
             # As in DPO, both answers begin where the earlier one begins.
             begin = min(_first(mask) for _, mask in parts)

@@ -26,7 +26,7 @@ from gradshield.scanning import trust
 CERTIFICATE, LABELLED = "certificate.json", "calibration.jsonl"
 TYPE, PREDICATE = "https://in-toto.io/Statement/v1", "urn:gradshield:certificate:v1"
 ANSWERS = "outputs-after.jsonl"
-SCAN = "scan/manifest.json"
+SCAN = f"{runs.SCAN}/manifest.json"
 EVIDENCE = (
     "manifest.json",
     "outputs-before.jsonl",

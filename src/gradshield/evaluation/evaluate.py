@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gradshield import runs
 from gradshield.errors import UsageError
@@ -64,43 +64,30 @@ def evaluate(
         runs.check(output)
         runs.check_own(output, ("outputs.jsonl", "report.html", "manifest.json"), "outputs.jsonl", read=(model,))
     with runs.alone(output):
-        return _evaluated(with_template(load(model)), exam, output, lm_eval, inspect, limit, command, progress)
-
-
-def _evaluated(
-    loaded: LoadedModel,
-    exam: Exam,
-    output: str | Path | None,
-    lm_eval: Sequence[str],
-    inspect: Path | None,
-    limit: int | None,
-    command: str,
-    progress: Progress,
-) -> dict[str, Any]:
-    measured = exam.sit(loaded.model, loaded.tokenizer, "measuring", progress)
-    harness: dict[str, Any] = {}
-    model: Any = loaded.model
-    if lm_eval:
-        found = lm_eval_tasks(model, loaded.tokenizer, list(lm_eval), limit=limit)
-        harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
-    if inspect is not None:
-        found = inspect_task(inspect, exam.generator(model, loaded.tokenizer), limit=limit)
-        harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
-    results = {
-        "figures": figures(measured),
-        "agreement": [asdict(one) for one in agreement(asked(measured))] if exam.requests else [],
-        "harness": harness,
-    }
-    if output is not None:
-        manifest = {
-            "command": command,
-            "versions": runs.versions(),
-            "model": {"name": loaded.name, "sha256": loaded.digest, "adapter": loaded.adapter},
-            "settings": exam.settings(),
-            "results": results,
+        loaded = with_template(load(model))
+        measured = exam.sit(loaded.model, loaded.tokenizer, "measuring", progress)
+        harness: dict[str, Any] = {}
+        if lm_eval:
+            found = lm_eval_tasks(cast(Any, loaded.model), loaded.tokenizer, list(lm_eval), limit=limit)
+            harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
+        if inspect is not None:
+            found = inspect_task(inspect, exam.generator(loaded.model, loaded.tokenizer), limit=limit)
+            harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
+        results = {
+            "figures": figures(measured),
+            "agreement": [asdict(one) for one in agreement(asked(measured))] if exam.requests else [],
+            "harness": harness,
         }
-        _write(runs.prepare(output), manifest, exam, measured)
-    return results
+        if output is not None:
+            manifest = {
+                "command": command,
+                "versions": runs.versions(),
+                "model": {"name": loaded.name, "sha256": loaded.digest, "adapter": loaded.adapter},
+                "settings": exam.settings(),
+                "results": results,
+            }
+            _write(runs.prepare(output), manifest, exam, measured)
+        return results
 
 
 def _write(folder: Path, manifest: Mapping[str, Any], exam: Exam, measured: EvalResult) -> None:

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradshield.errors import UsageError
+from gradshield.errors import UsageError, first_line
 from gradshield.gradients.base import (
     ENGINES,
     ROW_SUMS,
@@ -20,7 +20,6 @@ from gradshield.gradients.base import (
     torch_attention,
 )
 from gradshield.gradients.sparing import answer_nll
-from gradshield.models.loading import first_line
 from gradshield.models.modules import parameters_by_name
 from gradshield.models.placement import in_float64
 from gradshield.types import Batch, Direction

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradshield.errors import HubError, ModelError, UsageError
+from gradshield.errors import HubError, ModelError, UsageError, first_line
 from gradshield.models import hub
 from gradshield.models.modules import modules_by_name
 from gradshield.models.placement import check_placed, choose_device, choose_dtype, placing, warn_of_unused_gpu
@@ -389,7 +389,3 @@ def files_digest(folders: list[Path]) -> str:
         with path.open("rb") as handle:
             digest.update(f"{path.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().split(chr(10), 1)[0].rstrip('.')[:200]}"

@@ -6,7 +6,6 @@ import re
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from gradshield.scanning import shards
-from gradshield.scanning.preparing import carrying, weights_changed
+from gradshield.scanning.preparing import scored_model
 from gradshield.scanning.rows import prepare
 from gradshield.scanning.scoring import ready
 from gradshield.scanning.settings import Probing, ScanSettings
@@ -101,13 +100,10 @@ def estimate(
     began = time.monotonic()
     rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, strict, progress)
     loaded = rows.loaded
-    targets = weights_changed(loaded.model, peft_config)
-    adapter = peft_config if settings.subspace == "lora" else None
-    with ExitStack() as stack:
-        scored_model = stack.enter_context(carrying(loaded.model, adapter, settings.seed))
-        found = ready(scored_model, loaded, rows.rendered, settings, probing, targets, progress)
+    with scored_model(loaded, settings, peft_config) as (scored, targets, _):
+        found = ready(scored, loaded, rows.rendered, settings, probing, targets, progress)
         before = time.monotonic() - began
-        job = shards.Job(found.selector, scored_model, found.direction, settings.token_budget)
+        job = shards.Job(found.selector, scored, found.direction, settings.token_budget)
         parts, loss = [], 0
         for of_shard, _ in shards.cut(rows.rendered):
             sequences = [sequence for row in of_shard for sequence in row.sequences]

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradshield.errors import ModelError, UsageError
+from gradshield.errors import ModelError, UsageError, first_line
 from gradshield.gradients import adapted
-from gradshield.models.loading import LoadedModel, ModelSource, first_line, parameters_digest
+from gradshield.models.loading import LoadedModel, ModelSource, parameters_digest
 from gradshield.selectors import Selector
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import nn
 
 from gradshield import data as rows_in
 from gradshield.columns import Coded, Ids
-from gradshield.errors import ProbeError, ScoreError, UsageError
+from gradshield.errors import ProbeError, ScoreError, UsageError, first_line
 from gradshield.gradients import (
     ENGINES,
     ROW_SUMS,
@@ -29,6 +29,7 @@ from gradshield.gradients import (
     pick,
     target_names,
 )
+from gradshield.models.loading import LoadedModel
 from gradshield.options import Spec
 from gradshield.probes import Prompts, Validity, greedy, lookalikes, open_turns, ordinary, refuses, requests, validity
 from gradshield.scanning import shards
@@ -150,12 +151,19 @@ def weights_changed(model: nn.Module, peft_config: Any, saved: bool = True) -> l
 
 
 @contextmanager
-def carrying(model: nn.Module, peft_config: Any, seed: int) -> Iterator[nn.Module]:
-    """`adapted`, but raises UsageError for an adapter that does not fit the model."""
+def scored_model(
+    loaded: LoadedModel, settings: ScanSettings, peft_config: Any
+) -> Iterator[tuple[nn.Module, list[str], Any]]:
+    """The model that is scored, the weights that training changes, and the adapter put on it: that of the subspace ``lora``.
+
+    Raises UsageError for an adapter that does not fit the model.
+    """
+    targets = weights_changed(loaded.model, peft_config)
+    adapter = peft_config if settings.subspace == "lora" else None
     with ExitStack() as stack:
         with _fits_the_model():
-            found = stack.enter_context(adapted(model, peft_config, seed))
-        yield found
+            model = stack.enter_context(adapted(loaded.model, adapter, settings.seed))
+        yield model, targets, adapter
 
 
 @contextmanager
@@ -164,9 +172,8 @@ def _fits_the_model() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
         raise UsageError(
-            f"the adapter of the PEFT config cannot be added to the model ({type(error).__name__}: {reason}): "
+            f"the adapter of the PEFT config cannot be added to the model ({first_line(error, most=None)}): "
             "fix the file given to --lora-config (peft_config), first of all its target_modules"
         ) from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
 from gradshield.scanning.decide import Decision, decide
 from gradshield.scanning.parcel import Origin
-from gradshield.scanning.preparing import Scored, carrying, categories, weights_changed
+from gradshield.scanning.preparing import Scored, categories, scored_model
 from gradshield.scanning.rows import Prepared, prepare
 from gradshield.scanning.scoring import score
 from gradshield.scanning.settings import Probing, ScanSettings
@@ -139,15 +138,14 @@ def select(
     """A scan of prepared rows: the selection, and the scores with their evidence. Only shards are written."""
     began = time.monotonic()
     loaded = rows.loaded
-    adapted_weights = weights_changed(loaded.model, peft_config)
-    adapter = peft_config if settings.subspace == "lora" else None
-    with ExitStack() as stack:
-        scored_model = stack.enter_context(carrying(loaded.model, adapter, settings.seed))
-        hands = stack.enter_context(workers.open(Origin(loaded, scored_model, adapter, settings.seed)))
-        scored = score(scored_model, loaded, rows.rendered, settings, probing, adapted_weights, output, progress, hands)
+    with (
+        scored_model(loaded, settings, peft_config) as (model, targets, adapter),
+        workers.open(Origin(loaded, model, adapter, settings.seed)) as hands,
+    ):
+        scored = score(model, loaded, rows.rendered, settings, probing, targets, output, progress, hands)
         decision = decide(scored.scores, settings.make_threshold(), allow)
         out = rows.kept(~decision.removed)
-        kinds = categories(scored_model, scored, out, decision.removed, settings, progress, hands)
+        kinds = categories(model, scored, out, decision.removed, settings, progress, hands)
     doubts = _doubts(rows, scored, decision, labels)
     selection = Selection(
         scores=scored.scores,
@@ -164,7 +162,7 @@ def select(
             settings={
                 **_recorded(settings, probing, scored, rows.config),
                 "peft": peft_config.to_dict() if peft_config is not None else None,
-                "adapted_weights": len(adapted_weights),
+                "adapted_weights": len(targets),
                 "format": format,
             },
             results={

@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradshield.errors import DataError, GradShieldError, ScoreError, UsageError
-from gradshield.models.loading import first_line
+from gradshield.errors import DataError, GradShieldError, ScoreError, UsageError, first_line
 from gradshield.models.placement import keep_freed_memory
 from gradshield.scanning.parcel import Origin, Parcel, bare, packed, unpacked
 from gradshield.scanning.shards import Hands, Job, Shard, here

@@ -25,7 +25,7 @@ from gradshield.options import asked, asks
 from gradshield.runs import digest, versions
 from gradshield.scanning.decide import Decision, decide
 from gradshield.scanning.outputs import caught_and_lost, words
-from gradshield.scanning.preparing import Scored, asked_of, carrying, weights_changed
+from gradshield.scanning.preparing import Scored, asked_of, scored_model, weights_changed
 from gradshield.scanning.references import refusals
 from gradshield.scanning.rows import Prepared
 from gradshield.scanning.scoring import score
@@ -150,9 +150,8 @@ class Course:
         """Every row's score by a selector, computed once."""
         if selector not in self._scored:
             settings = replace(self.job.settings, selector=selector, threshold=None)
-            job, targets = self.job, weights_changed(self.loaded.model, self.job.peft_config)
-            adapter = job.peft_config if settings.subspace == "lora" else None
-            with carrying(self.loaded.model, adapter, settings.seed) as model:
+            job = self.job
+            with scored_model(self.loaded, settings, job.peft_config) as (model, targets, _):
                 self._scored[selector] = score(
                     model, self.loaded, job.rows.rendered, settings, job.probing, targets, None, self.progress
                 )

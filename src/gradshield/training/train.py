@@ -134,7 +134,7 @@ def train(
     settings, probing = settings or ScanSettings(seed=seed), probing or Probing()
     runs.check(output)
     runs.check_own(output, WRITTEN, "outputs-after.jsonl", data=data, read=(model, base, origin))
-    runs.check_own(Path(output) / "scan", outputs.WRITTEN, outputs.SCORES, data=data)
+    runs.check_own(Path(output) / runs.SCAN, outputs.WRITTEN, outputs.SCORES, data=data)
     if wanted.needs_base and base is None:
         raise UsageError(
             f"the defence {defence!r} needs the model before its alignment, and none was given: pass --base MODEL"
@@ -227,12 +227,12 @@ class _Run:
             self.job.probing,
             peft_config=self.job.peft_config,
             labels=self.job.labels,
-            output=self.folder / "scan",
+            output=self.folder / runs.SCAN,
             command=self.command,
             progress=self.progress,
         )
         self.course.know(self.defence.selector, scored)
-        outputs.write(selection, self.folder / "scan", self.job.rows, self.job.labels)
+        outputs.write(selection, self.folder / runs.SCAN, self.job.rows, self.job.labels)
         return selection
 
     def _recut(self, selection: Selection, chosen: Chosen) -> Selection:
@@ -247,7 +247,7 @@ class _Run:
         assert chosen.scored is not None
         again = judged(again, self.job.rows, chosen.scored, Decision(chosen.cuts, chosen.removed, ()), self.job.labels)
         again = outputs.with_results(again, chosen.scored, self.job.rows, self.job.labels)
-        outputs.write(again, self.folder / "scan", self.job.rows, self.job.labels)
+        outputs.write(again, self.folder / runs.SCAN, self.job.rows, self.job.labels)
         return again
 
     def _searched(self) -> tuple[SearchResult, Chosen]:
@@ -333,7 +333,7 @@ class _Run:
         from gradshield.training import page
 
         if self.defence.selector is None:
-            shutil.rmtree(self.folder / "scan", ignore_errors=True)
+            shutil.rmtree(self.folder / runs.SCAN, ignore_errors=True)
         old = [path.name for pattern in EARLIER for path in self.folder.glob(pattern)]
         with files.instead(self.folder, "manifest.json", old) as new:
             if (self.folder / "README.md").exists():  # the rest of the card is kept

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gradshield import errors
 from gradshield.errors import ModelError, UsageError
 from gradshield.judges.guards.base import GUARDS, Opinion, checked_reads, short_name
 from gradshield.models import loading
@@ -141,7 +142,7 @@ class Classifier:
             )
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
-                f"the config of {self.source} cannot be read ({loading.first_line(error)}): give a complete model folder"
+                f"the config of {self.source} cannot be read ({errors.first_line(error)}): give a complete model folder"
             ) from error
 
     @cached_property
@@ -173,7 +174,7 @@ class Classifier:
             )
         except Exception as error:
             raise ModelError(
-                f"{self.source} cannot be loaded as a text classifier ({loading.first_line(error)}): check that its files "
+                f"{self.source} cannot be loaded as a text classifier ({errors.first_line(error)}): check that its files "
                 "are complete, and that it has labels"
             ) from error
         model, info = loaded
