@@ -18,6 +18,7 @@ from gradshield.types import Selection
 
 if TYPE_CHECKING:
     from gradshield.comparison.compare import compare
+    from gradshield.data.shapes import Format
     from gradshield.evaluation.certify import certify, check
     from gradshield.evaluation.evaluate import evaluate
     from gradshield.evaluation.exam import Exam, Exams
@@ -32,6 +33,7 @@ __version__ = version("gradshield")
 __all__ = [
     "Exam",
     "Exams",
+    "Format",
     "GradShieldError",
     "Probing",
     "ScanSettings",
@@ -50,6 +52,7 @@ __all__ = [
 
 _HOMES = {
     "scan": "gradshield.scanning.scan",
+    "Format": "gradshield.data.shapes",
     "Probing": "gradshield.scanning.settings",
     "ScanSettings": "gradshield.scanning.settings",
     "cut": "gradshield.scanning.cut",

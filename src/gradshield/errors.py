@@ -4,7 +4,7 @@
     ├── UsageError             2   an option, a name or a combination of them is not allowed
     │   └── UnknownNameError   2   a name that no registry holds (the message lists the live names)
     ├── DataError              3   the data cannot be used as it is, or cannot be fetched
-    │   ├── FormatError        3   a file or row whose shape is unknown, or fits two shapes
+    │   ├── FormatError        3   a file or row whose shape is unknown
     │   └── EmptyDataError     3   nothing is left to score
     ├── ModelError             4   the model cannot be loaded, or cannot be scored
     │   ├── HubError           4   a model could not be fetched
@@ -56,7 +56,7 @@ class DataError(GradShieldError):
 
 
 class FormatError(DataError):
-    """A file or row whose shape is unknown, or fits two shapes."""
+    """A file or row whose shape is unknown."""
 
 
 class EmptyDataError(DataError):

@@ -213,7 +213,13 @@ def manifest(
     return Manifest(
         command=command,
         versions=versions(),
-        data={"name": source.name, "kind": source.kind, "sha256": source.sha256, "rows": source.rows},
+        data={
+            "name": source.name,
+            "kind": source.kind,
+            "sha256": source.sha256,
+            "rows": source.rows,
+            "read_as": dict(source.read_as.most_common()),
+        },
         model={
             "name": loaded.name,
             "sha256": loaded.digest,

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gradshield.data import SHAPES, read, suffix, take, write, write_quarantine
+from gradshield.data import SHAPES, Format, read, suffix, take, write, write_quarantine
 from gradshield.data import records as records_module
 from gradshield.errors import (
     DataError,
@@ -28,12 +28,14 @@ GOOD = b'{"text": "good"}\n'
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
 ROWS: dict[str, dict[str, Any]] = {
-    "messages": {"messages": [USER, ASSISTANT]},
-    "prompt-completion": {"prompt": "a", "completion": "b"},
-    "alpaca": {"instruction": "a", "input": "x", "output": "b"},
-    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-    "text": {"text": "a"},
     "preference": {"prompt": "p", "chosen": "a", "rejected": "b"},
+    "kto": {"prompt": "a", "completion": "b", "label": False},
+    "prompt-completion": {"prompt": "a", "completion": "b"},
+    "messages": {"messages": [USER, ASSISTANT]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "gemini": {"contents": [{"role": "user", "parts": [{"text": "a"}]}, {"role": "model", "parts": [{"text": "b"}]}]},
+    "alpaca": {"instruction": "a", "input": "x", "output": "b"},
+    "text": {"text": "a"},
 }
 
 
@@ -51,7 +53,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def test_every_shape_is_detected_by_its_keys(tmp_path: Path) -> None:
-    assert set(ROWS) == set(SHAPES.names())
+    assert list(ROWS) == SHAPES.names()
     path = _file(tmp_path, b"".join(json.dumps(row).encode() + b"\n" for row in ROWS.values()))
     result = read(path)
     assert [example.shape for example in result.examples] == list(ROWS)
@@ -110,7 +112,7 @@ def test_a_bad_line_is_set_aside_with_its_line_and_reason(case: str, tmp_path: P
     assert "\n" not in found.reason
     assert [(e.row, result.source.lines[e.row]) for e in result.examples] == [(0, 1), (2, 4)]
     with pytest.raises(DataError, match="line 3 of") as raised:
-        read(path, strict=True)
+        read(path, Format(strict=True))
     assert reason in _sentence(raised.value)
 
 
@@ -190,12 +192,11 @@ def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
     assert (tmp_path / "out.jsonl").read_bytes() == content.replace(b"\r\n\r\n", b"\r\n")
 
 
-def test_a_row_that_fits_two_shapes_is_an_error_that_format_settles(tmp_path: Path) -> None:
+def test_of_two_shapes_that_a_row_fits_the_first_counts_unless_a_format_is_given(tmp_path: Path) -> None:
     path = _file(tmp_path, GOOD + b'{"text": "a", "prompt": "p", "completion": "c"}\n')
-    with pytest.raises(FormatError) as raised:
-        read(path)
-    message = _sentence(raised.value)
-    assert all(part in message for part in ("row 1 (line 2)", "prompt-completion", "text", "--format"))
+    result = read(path)
+    assert [e.shape for e in result.examples] == ["text", "prompt-completion"]
+    assert result.source.read_as == {"text": 1, "prompt-completion, not text": 1}
     assert [e.shape for e in read(path, format="text").examples] == ["text", "text"]
     result = read(path, format="prompt-completion")
     assert "lacks prompt or completion" in result.quarantined[0].reason
@@ -207,21 +208,22 @@ def test_a_null_is_an_absent_value() -> None:
 
 
 def test_what_is_wrong_with_a_whole_file(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"known formats and their keys are messages \(messages\)") as raised:
-        read(_file(tmp_path, b'{"question": "a"}\n'))
+    with pytest.raises(FormatError, match=r"known formats and their keys are preference \(chosen") as raised:
+        read(_file(tmp_path, b'{"ask": "a"}\n'))
     _sentence(raised.value)
     for content, kind in ((b"", EmptyDataError), (b"\n \n", EmptyDataError), (b"{broken\n", EmptyDataError)):
         with pytest.raises(kind) as raised:
             read(_file(tmp_path, content))
         _sentence(raised.value)
-    with pytest.raises(UnknownNameError, match="messages, prompt-completion, alpaca"):
+    with pytest.raises(UnknownNameError, match="preference, kto, prompt-completion"):
         read(_file(tmp_path, GOOD), format="nope")
     with pytest.raises(DataError, match="cannot be read"):
         read(tmp_path / "missing.jsonl")
     with pytest.raises(DataError, match="cannot be read"):
         read(str(tmp_path / "missing"))
-    with pytest.raises(DataError, match="is a folder"):
-        read(tmp_path)
+    with pytest.raises(DataError, match="is a folder without a data file"):
+        (tmp_path / "empty").mkdir()
+        read(tmp_path / "empty")
     with pytest.raises(FormatError, match="of an unknown kind"):
         read(_file(tmp_path, b"junk", "data.zip"))
     with pytest.raises(FormatError, match="UTF-16"):
@@ -298,8 +300,6 @@ def test_datasets_and_lists(tmp_path: Path) -> None:
         assert [json.loads(line) for line in (tmp_path / "out.jsonl").open()] == [rows[0], rows[2]]
     assert read(rows).source.sha256 == read(datasets.Dataset.from_list(rows)).source.sha256
     assert read([{"text": "a"}, 5]).quarantined[0].source == b"5\n"
-    with pytest.raises(FormatError, match="give one split"):
-        read(datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}))
 
 
 def test_ids_depend_on_content_alone_and_number_repeats(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_ids_depend_on_content_alone_and_number_repeats(tmp_path: Path) -> None:
 
 
 def test_a_text_column_by_another_name() -> None:
-    (example,) = read([{"content": "a"}], text_field="content").examples
+    (example,) = read([{"content": "a"}], Format(columns={"text": "content"})).examples
     assert (example.shape, example.conversations[0].completion) == ("text", "a")
 
 

@@ -23,6 +23,7 @@ from gradshield.report.text import visible
 from gradshield.types import Rate
 
 if TYPE_CHECKING:
+    from gradshield.data import Format
     from gradshield.types import Selection
 
 QUIET = 60  # seconds between progress lines without a terminal
@@ -30,13 +31,25 @@ out = Console(soft_wrap=True, highlight=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 Data = Annotated[
-    str, typer.Argument(help="JSONL, JSON, CSV, TSV or Parquet file, or the name of a hub dataset.", show_default=False)
+    str,
+    typer.Argument(
+        help="JSONL, JSON, CSV, TSV or Parquet file, a folder or pattern of them, or a hub dataset (NAME:CONFIG:SPLIT).",
+        show_default=False,
+    ),
 ]
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder or hub name of an aligned causal LM, or of a PEFT adapter.")
 ]
-Format = Annotated[
+Shape = Annotated[
     str | None, typer.Option("--format", help="Read every row as this shape instead of detecting it from its keys.")
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        help="Your columns for keys of a shape: prompt=question,completion=answer.",
+        show_default=False,
+    ),
 ]
 Allow = Annotated[Path | None, typer.Option(help="File of row ids cleared by a reviewer, one per line: they are kept.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
@@ -153,11 +166,24 @@ def _object(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def row_format(name: str | None, columns: str | None, strict: bool = False) -> Format:
+    """The ``Format`` that the options describe. Raises UsageError."""
+    from gradshield.data import Format
+
+    pairs = [pair.partition("=") for pair in (columns or "").split(",") if pair.strip()]
+    found = {key.strip(): column.strip() for key, _, column in pairs}
+    if len(found) < len(pairs) or not all(found.values()):
+        raise UsageError(
+            f"--columns {columns!r} is not KEY=COLUMN, each key once: write prompt=question,completion=answer"
+        )
+    return Format(name, found, strict)
+
+
 def require_data(data: str) -> None:
     """Report a missing file before a model is loaded. Raises DataError."""
-    from gradshield.data.formats import may_be_hub_name
+    from gradshield.data.formats import is_file, may_be_hub_name
 
-    if not may_be_hub_name(data) and not Path(data).exists():
+    if not may_be_hub_name(data) and not is_file(data):
         raise DataError(
             f"there is no file {data!r}: give a JSONL, JSON, CSV, TSV or Parquet file, or the name of a hub dataset"
         )
@@ -175,6 +201,7 @@ def summary(selection: Selection, folder: Path) -> None:
     results = selection.manifest.results
     if not selection.certified:
         err.print(f"[yellow]warning:[/yellow] {plain('not certified: ' + '; '.join(results['doubts'].values()))}")
+    read_as(selection.manifest.data["read_as"])
     parts = [f"[bold]{results['removed']}[/bold] of {results['scored']} rows removed", f"{results['kept']} kept"]
     parts += [f"{results[key]} {key}" for key in ("quarantined", "cleared") if results[key]]
     out.print(", ".join(parts))
@@ -188,6 +215,12 @@ def summary(selection: Selection, folder: Path) -> None:
         if rate:
             out.print(f"{key:7} {plain(str(Rate.of(rate)))}")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
+
+
+def read_as(found: Mapping[str, int]) -> None:
+    """Print how rows were read where there was a choice, or other names stood for the keys."""
+    if any(not words.replace("-", "").isalpha() for words in found):
+        out.print("read as " + plain("; ".join(f"{words}: {count:,}" for words, count in found.items())))
 
 
 def verdict(certificate: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradshield.cli.common import out, plain
+from gradshield.cli.common import out, plain, read_as
 
 if TYPE_CHECKING:
     from gradshield.scanning.estimate import Estimate
@@ -14,6 +14,7 @@ REASONS = 5  # printed one by one; the rest are counted
 
 def print_estimate(found: Estimate) -> None:
     out.print(f"rows       [bold]{found.scored:,}[/bold] of {found.rows:,} can be scored")
+    read_as(found.read_as)
     for reason, line, count in found.unusable[:REASONS]:
         out.print(f"           {count:,} cannot: {plain(reason)} [dim](first: line {line})[/dim]")
     if others := sum(count for _, _, count in found.unusable[REASONS:]):

@@ -10,15 +10,16 @@ import typer
 
 from gradshield.cli.common import (
     Allow,
+    Columns,
     Data,
     FailAbove,
-    Format,
     Lookalikes,
     MaxLength,
     Model,
     Probes,
     Remote,
     Rule,
+    Shape,
     TrainingConfig,
     check_gate,
     command_line,
@@ -31,6 +32,7 @@ from gradshield.cli.common import (
     read_labels,
     require_data,
     require_model,
+    row_format,
     share,
     summary,
 )
@@ -78,7 +80,8 @@ def scan(
     ] = None,
     allow: Allow = None,
     fail_above: FailAbove = None,
-    format: Format = None,
+    format: Shape = None,
+    columns: Columns = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
     uncertified: Annotated[
         bool, typer.Option("--uncertified", help="Score a model that does not refuse its probes.")
@@ -128,6 +131,7 @@ def scan(
     template = json_object("--template-kwargs", template_kwargs)
     training = json_file("--training-config", training_config)
     lora = json_file("--lora-config", lora_config)
+    shape = row_format(format, columns, strict)
     require_data(data)
     require_model(model)
     quiet_libraries()
@@ -154,8 +158,7 @@ def scan(
             "max_length": max_length,
             "settings": settings,
             "probing": asked,
-            "format": format,
-            "strict": strict,
+            "format": shape,
             "progress": report,
         }
         if output is None:

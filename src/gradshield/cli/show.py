@@ -9,16 +9,18 @@ from rich.markup import escape
 from rich.text import Text
 
 from gradshield.cli.common import (
+    Columns,
     Data,
-    Format,
     MaxLength,
     Remote,
+    Shape,
     TrainingConfig,
     json_file,
     out,
     quiet_libraries,
     require_data,
     require_model,
+    row_format,
 )
 from gradshield.report.text import visible
 
@@ -30,13 +32,15 @@ def show(
         str | None,
         typer.Option("--model", "-m", help="Model whose tokenizer and template to use (default: the bundled lab's)."),
     ] = None,
-    format: Format = None,
+    format: Shape = None,
+    columns: Columns = None,
     max_length: MaxLength = None,
     training_config: TrainingConfig = None,
     trust_remote_code: Remote = False,
 ) -> None:
     """Print a row as the model sees it, with the loss tokens in colour."""
     training = json_file("--training-config", training_config)
+    shape = row_format(format, columns)
     require_data(data)
     if model is not None:
         require_model(model)
@@ -48,7 +52,7 @@ def show(
         data,
         row,
         model=model,
-        format=format,
+        format=shape,
         training_args=sft_options(training),
         max_length=max_length,
         trust_remote_code=trust_remote_code,

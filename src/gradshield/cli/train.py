@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from gradshield.cli.common import (
-    Format,
+    Columns,
     Judges,
     Lookalikes,
     MaxLength,
@@ -20,6 +20,7 @@ from gradshield.cli.common import (
     Probes,
     Remote,
     Safety,
+    Shape,
     Tokens,
     command_line,
     err,
@@ -35,6 +36,7 @@ from gradshield.cli.common import (
     read_labels,
     require_data,
     require_model,
+    row_format,
     verdict,
 )
 from gradshield.errors import GateError, UsageError
@@ -85,7 +87,8 @@ def train(
     ] = None,
     answer_prefix: Annotated[str, typer.Option(help="Text at the start of every probed answer.")] = "",
     template_kwargs: Annotated[str, typer.Option(help="JSON for the chat template.")] = "{}",
-    format: Format = None,
+    format: Shape = None,
+    columns: Columns = None,
     max_length: MaxLength = None,
     merge: Annotated[bool, typer.Option("--merge", help="Save the plain model with the adapter merged in.")] = False,
     uncertified: Annotated[
@@ -104,6 +107,7 @@ def train(
     lora = json_file("--lora-config", lora_config)
     template = json_object("--template-kwargs", template_kwargs)
     truth = read_labels(labels)
+    shape = row_format(format, columns)
     for path in data:
         require_data(path)
     for name in (model, *([base] if base else ())):
@@ -126,7 +130,7 @@ def train(
         "settings": ScanSettings(seed=seed),
         "probing": probing(probes, lookalikes, answer_prefix, template, uncertified),
         "safety_rows": safety_rows or (),
-        "format": format,
+        "format": shape,
         "merge": merge,
         "seed": seed,
         "command": command_line(),

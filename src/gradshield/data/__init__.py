@@ -5,6 +5,7 @@ files.py      the kind of file, decompressed, and where each of its rows ends
 records.py    a row's bytes and its value; rows of any length in bounded memory
 source.py     the source of the rows, with a copy on disk, and rows made from it on access
 shapes.py     the row shapes: which keys, which conversations
+messages.py   chat turns as people write them, to those of a chat template
 canonical.py  the bytes that a row's id is the hash of
 writing.py    rows written unchanged, atomically
 render.py     Example -> ids and loss mask, as TRL trains
@@ -20,7 +21,7 @@ from gradshield.data.batches import batches, collate, left_padded
 from gradshield.data.formats import ReadResult, read
 from gradshield.data.pieces import spans
 from gradshield.data.render import RenderConfig, Renderer, RenderResult, render, render_all
-from gradshield.data.shapes import SHAPES
+from gradshield.data.shapes import SHAPES, Format
 from gradshield.data.source import Examples, Rows, Source, Together
 from gradshield.data.spool import Picked, Spool
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
@@ -32,6 +33,7 @@ __all__ = [
     "SHAPES",
     "WRITTEN",
     "Examples",
+    "Format",
     "Picked",
     "ReadResult",
     "RenderConfig",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from gradshield.data.shapes import RowError
+from gradshield.data.messages import RowError
 
 ID_LENGTH = 16  # hex digits: 64 bits, so that a million rows collide with probability 3e-8
 

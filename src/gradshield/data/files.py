@@ -1,11 +1,11 @@
 """Files to raw records: each row's exact bytes with its value, or the reason why it cannot be parsed.
 
 jsonl     one object per line; blank lines are skipped
-json      an array of objects, or ``{"data": [...]}``
-csv, tsv  a header and records; a quoted cell may hold newlines
+json      an array of objects, also under ``data`` or ``train`` of one object; or objects over several lines, one after another
+csv, tsv  a header and records; a quoted cell may hold newlines; a CSV may be separated by tabs or semicolons
 parquet   a table
 
-All but Parquet may be compressed (``.gz``, ``.zst``).
+All but Parquet may be compressed (``.gz``, ``.zst``). A folder or a pattern is one file: its files, one after another.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import csv
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from glob import glob, has_magic
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from gradshield.data.canonical import json_line
 from gradshield.data.records import MAX_ROW_BYTES, Lines, Parse, Record, Taken, csv_value, json_value
@@ -36,55 +38,129 @@ SUFFIXES = {
     ".pq": "parquet",
 }
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-DELIMITERS = {"csv": ",", "tsv": "\t"}
+DELIMITERS = {"csv": ",\t;", "tsv": "\t"}  # in the order tried
 BOM = b"\xef\xbb\xbf"
 BLOCK = 1 << 20  # bytes of a JSON array read at once
 _MARK = re.compile(rb'\\.|["\[\]{},]', re.DOTALL)
-_DATA = re.compile(rb'\s*"data"\s*:\s*')
+_DATA = re.compile(rb'\s*"(?:data|train)"\s*:\s*')
+
+
+class _Opened(NamedTuple):
+    """A file, with its rows. Files that differ in ``kind`` or ``columns`` cannot be one."""
+
+    kind: str
+    records: Iterator[Record]
+    parse: Parse = json_value
+    header: bytes = b""
+    columns: Any = None
 
 
 def open_file(path: Path) -> tuple[Source, Iterator[Record]]:
-    """Open a data file by its suffix, or for an unknown suffix by its first bytes: its source, and an iterator of its rows.
+    """Open data files by their suffix, or for an unknown suffix by their first bytes: their source, and an iterator of the rows.
+
+    ``path`` is a file, a folder of files or a pattern (``data/*.jsonl``); several files are read in the order of their names.
 
     Raises
     ------
     DataError
-        The path is a folder, or cannot be read.
+        There is no such file, or it cannot be read.
     FormatError
-        It is not one of the file kinds above, or is broken as a whole.
+        It is not one of the file kinds above, or is broken as a whole; the files differ in kind or columns.
     """
-    if path.is_dir():
-        raise DataError(f"{path} is a folder: give the data file in it ({', '.join(SUFFIXES)})")
+    digest = hashlib.sha256()
     with _readable(path):
-        with path.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256")
-        stream, header, kind = _stream(path)
-        parse: Parse = json_value
-        if kind == "json" and (inside := _entered(signs := _signs(stream))):
-            header, records = b"", _array(path, signs, *inside)
-        elif kind == "parquet":
-            records = _table(path)
-        elif kind in DELIMITERS:
-            header, parse, records = _csv(path, header, Lines(stream), DELIMITERS[kind])
-        else:
-            if kind == "json":  # concatenated objects
-                stream.close()
-                stream, header, _ = _stream(path)
-            kind, records = "jsonl", _json_lines(Lines(stream))
-    return Source(kind, str(path), digest, parse, header), _checked(path, stream, records)
+        files = _files(path)
+        for file in files:
+            with file.open("rb") as handle:
+                hashlib.file_digest(handle, lambda: digest)
+        first = _opened(files[0])
+    several = len(files) > 1
+    name = f"{path} ({len(files)} files)" if several else str(files[0])
+    source = Source(first.kind, name, digest, first.parse, first.header, files=files)
+    return source, _one_after_another(files, first) if several else first.records
+
+
+def _files(path: Path) -> tuple[Path, ...]:
+    """The files of a folder or a pattern, or the file itself. Raises DataError if there are none, or of several kinds."""
+    pattern = is_pattern(path)
+    if not pattern and not path.is_dir():
+        return (path,)
+    if (path / "scores.parquet").is_file():
+        raise DataError(
+            f"{path} is the folder of a finished scan: give the file in it that you mean, such as its kept rows"
+        )
+    found = map(Path, glob(str(path), recursive=True)) if pattern else path.iterdir()
+    files = sorted(file for file in found if file.is_file() and not file.name.startswith("."))
+    if not pattern:
+        files = [file for file in files if _suffix(file) in SUFFIXES]
+    if not files:
+        raise DataError(
+            f"{path} {'matches no file' if pattern else 'is a folder without a data file'}: give a file "
+            f"({', '.join(SUFFIXES)}), or a folder or pattern of such files"
+        )
+    if len({SUFFIXES.get(_suffix(file)) for file in files}) > 1:
+        shown = ", ".join(file.name for file in files[:4])
+        raise DataError(
+            f"{path} has data files of several kinds ({shown}): give a pattern, such as '{files[0].parent}/*.jsonl'"
+        )
+    return tuple(files)
+
+
+def is_pattern(path: Path) -> bool:
+    """Whether a path is a pattern of names, not the name of a file."""
+    return has_magic(str(path)) and not path.exists()
+
+
+def _suffix(path: Path) -> str:
+    """The suffix of what a file holds once it is unpacked."""
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
+
+
+def _one_after_another(files: Sequence[Path], first: _Opened) -> Iterator[Record]:
+    for path in files:
+        with _readable(path):
+            opened = first if path is files[0] else _opened(path)
+        if (opened.kind, opened.columns) != (first.kind, first.columns):
+            raise FormatError(
+                f"{path} is not of one kind and with the same columns as {files[0].name} before it: give files that are alike"
+            )
+        for record in opened.records:
+            yield replace(record, file=path.name)
+
+
+def _opened(path: Path) -> _Opened:
+    stream, mark, kind = _stream(path)
+    if kind == "parquet":
+        columns, records = _table(path)
+        return _Opened(kind, _checked(path, stream, records), columns=columns)
+    if kind in DELIMITERS:
+        columns, parse, records = _csv(path, stream, DELIMITERS[kind])
+        return _Opened(kind, _checked(path, stream, records), parse, mark + columns, columns.strip())
+    line, _, rest = stream.peek(BLOCK).lstrip().partition(b"\n")  # type: ignore[attr-defined]
+    line = line.rstrip()
+    # Only what writes an object over several lines breaks one after these.
+    spread = line[:1] == b"{" and (line[-1:] in (b"{", b"[") or (line[-1:] == b"," and rest[:1] != b"{"))
+    array = line[:1] == b"[" and not (line[-1:] == b"]" and rest.strip())
+    if kind == "json" or spread or array:
+        if inside := _entered(signs := _signs(stream)):
+            return _Opened("json", _checked(path, stream, _array(path, signs, *inside)))
+        stream.close()
+        stream, mark, _ = _stream(path)
+    if spread:
+        return _Opened("json", _checked(path, stream, _objects(_signs(stream))))
+    return _Opened("jsonl", _checked(path, stream, _json_lines(Lines(stream))), header=mark)
 
 
 def _stream(path: Path) -> tuple[BinaryIO, bytes, str]:
     """The file's bytes, decompressed, after a byte order mark; that mark; and the kind of file."""
     stream: Any = path.open("rb")
-    suffix, packed = path.suffix.lower(), COMPRESSED.get(path.suffix.lower())
+    packed = COMPRESSED.get(path.suffix.lower())
     if packed is not None:
         import pyarrow as pa
 
         stream = io.BufferedReader(pa.CompressedInputStream(stream, packed), BLOCK)
-        suffix = path.with_suffix("").suffix.lower()
     start = stream.peek(4096)
-    kind = _kind(path, suffix, start)
+    kind = _kind(path, _suffix(path), start)
     if kind == "parquet" and packed is not None:
         raise FormatError(
             f"{path} is a compressed Parquet file: decompress it, since Parquet compresses its own columns"
@@ -134,10 +210,13 @@ def _json_lines(lines: Lines) -> Iterator[Record]:
             yield taken.record(lines.number, json_value)
 
 
-def _csv(path: Path, bom: bytes, lines: Lines, delimiter: str) -> tuple[bytes, Parse, Iterator[Record]]:
-    """The mark and the header, the parser of a record, and the records."""
+def _csv(path: Path, stream: BinaryIO, delimiters: str) -> tuple[bytes, Parse, Iterator[Record]]:
+    """The header, the parser of a record, and the records. The first delimiter that the header has separates the cells."""
     # The limit is per process, and its default is smaller than some answers.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
+    start: bytes = stream.peek(BLOCK).lstrip(b"\r\n").partition(b"\n")[0]  # type: ignore[attr-defined]
+    delimiter = next((one for one in delimiters if one.encode() in start), delimiters[0])
+    lines = Lines(stream)
     texts = (line.decode(errors="surrogateescape") for line in lines)
     reader = csv.reader(texts, delimiter=delimiter, strict=True)
     try:
@@ -150,7 +229,7 @@ def _csv(path: Path, bom: bytes, lines: Lines, delimiter: str) -> tuple[bytes, P
     if len(set(columns)) < len(columns):
         raise FormatError(f"{path} names a column twice in its header ({', '.join(columns)}): rename one of them")
     parse = partial(csv_value, columns, delimiter)
-    return bom + header.source, parse, _csv_records(lines, reader, parse)
+    return header.source, parse, _csv_records(lines, reader, parse)
 
 
 def _csv_records(lines: Lines, reader: Iterator[list[str]], parse: Parse) -> Iterator[Record]:
@@ -217,24 +296,51 @@ def _array(path: Path, signs: Iterator[tuple[bytes, bytes, int]], inside: int, l
             if taken.data or sign == b"," or not first:
                 yield taken.record(begun, json_value)
             if depth < inside:
+                if inside == 1 and any(before.strip() or sign for before, sign, _ in signs):
+                    break
                 return
             taken, first = Taken(), False
         else:
             taken.add(sign)
     raise FormatError(
-        f"{path} is not valid JSON (the row that begins on line {begun} has no end): fix it there, or give one object "
-        "per line as .jsonl"
+        f"{path} is not valid JSON (the array ends before the file does, or the row that begins on line {begun} has no end): "
+        "fix it there, or give one object per line as .jsonl"
     )
 
 
-def _table(path: Path) -> Iterator[Record]:
+def _objects(signs: Iterator[tuple[bytes, bytes, int]]) -> Iterator[Record]:
+    """Objects one after another, whatever their lines."""
+    taken, begun, line = Taken(), 1, 1
+    for before, sign, depth in signs:
+        line += before.count(b"\n")
+        if not taken.size:
+            before = before.lstrip()
+            begun = line - before.count(b"\n")
+        taken.add(before + sign)
+        if sign and depth <= 0:
+            yield taken.record(begun, json_value)
+            taken = Taken()
+    if taken.size:
+        yield taken.record(begun, json_value)
+
+
+def _table(path: Path) -> tuple[Any, Iterator[Record]]:
+    """The columns of a Parquet file with their types, and the rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path) as file:
+    @contextmanager
+    def readable() -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise FormatError(f"{path} is not a readable Parquet file ({_line(error)}): write it again") from None
+
+    def rows() -> Iterator[Record]:
+        with readable(), pq.ParquetFile(path) as file:
             values = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1024))
             for line, value in enumerate(values, 1):
                 yield Record(line, json_line(value), value)
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise FormatError(f"{path} is not a readable Parquet file ({_line(error)}): write it again") from None
+
+    with readable():
+        return pq.read_schema(path), rows()

@@ -3,7 +3,7 @@
     result = read("data.jsonl")
     result.examples, result.quarantined, result.source
 
-The shape of each row follows from its keys (``shapes``); ``format`` overrides it.
+The shape of each row follows from its keys (``shapes``); a `Format` overrides it.
 """
 
 from __future__ import annotations
@@ -12,23 +12,26 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gradshield.columns import Coded, Ids
 from gradshield.data.canonical import canonical, json_line
 from gradshield.data.files import COMPRESSED, SUFFIXES, open_file
+from gradshield.data.messages import RowError, kind_of
 from gradshield.data.records import Record
-from gradshield.data.shapes import SHAPES, RowError, detect, kind_of, shape_keys
-from gradshield.data.source import Examples, Source, content_hash, with_text
+from gradshield.data.shapes import SHAPES, Format, as_trl, shape_keys
+from gradshield.data.source import Examples, Source, content_hash
 from gradshield.errors import DataError, EmptyDataError, FormatError, first_line
 from gradshield.models.hub import reachable
 from gradshield.types import Quarantined
 
 OTHER_FILES = (".txt", ".xlsx", ".zip")  # unsupported kinds of file that users try
-SPLIT = "train"  # of a hub dataset
+SPLIT = "train"  # of a dataset
+SAVED = ("state.json", "dataset_dict.json")  # in a folder that save_to_disk wrote
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,55 +43,49 @@ class ReadResult:
     source: Source
 
 
-def read(
-    data: Any,
-    format: str | None = None,
-    strict: bool = False,
-    text_field: str = "text",
-) -> ReadResult:
-    """Read a path, a hub name, a ``datasets.Dataset`` or a list of dicts.
+def read(data: Any, format: str | Format | None = None) -> ReadResult:
+    """Read a path, a hub name, a table or a list of dicts.
 
     Parameters
     ----------
+    data
+        A file, a folder of files or a pattern; a dataset's folder (``save_to_disk``) or hub name; a ``Dataset``, a pandas, polars
+        or Arrow table, or a list of dicts.
     format
-        Name of the shape in ``SHAPES`` for every row; None detects each row's shape from its keys.
-    strict
-        Raise on the first row that cannot be used, instead of quarantining it.
-    text_field
-        Column of plain text, if it is not ``text``.
+        How rows are read: a `Format`, or the name of a shape in ``SHAPES`` for every row; None detects each row's shape.
 
     Raises
     ------
     UnknownNameError
         No such format.
     FormatError
-        An unknown kind of file or rows, or a row that fits two shapes.
+        An unknown kind of file or rows.
     EmptyDataError
         No row, or no usable row.
     DataError
-        A file that cannot be read, or a hub name that cannot be fetched; with ``strict``, a row that cannot be used.
+        A file that cannot be read, or a hub name that cannot be fetched; if ``format`` is strict, a row that cannot be used.
     """
-    if format is not None:
-        SHAPES[format]  # an unknown name fails before the file is read
+    format = Format.of(format)
     source, records = _open(data)
     quarantined, strangers = [], 0
-    rows, digests, shapes, weighted = array("I"), array("Q"), array("B"), array("B")
+    rows, digests, shapes, as_trl = array("I"), array("Q"), array("B"), array("B")
     for row, record in enumerate(records):
         source.lines.append(record.line)
         try:
-            digest, shape, some = _understood(row, record, format, source.name, text_field)
+            found = _understood(record, format)
         except RowError as error:
             strangers += isinstance(error, _UnknownShape)
             quarantined.append(record.set_aside(row, str(error)))
-            if strict:
+            if format.strict:
                 raise DataError(_strict_message(source.name, quarantined[0])) from None
             source.copy.add(b"")
             continue
         source.copy.add(record.source)
+        source.read_as[found.words] += 1
         rows.append(row)
-        digests.append(digest)
-        shapes.append(SHAPES.names().index(shape))
-        weighted.append(some)
+        digests.append(found.digest)
+        shapes.append(SHAPES.names().index(found.shape))
+        as_trl.append(found.as_trl)
     if not rows:
         raise _nothing_usable(source.name, quarantined, strangers)
     examples = Examples(
@@ -96,8 +93,8 @@ def read(
         np.frombuffer(rows, np.uint32),
         Ids.counted(np.frombuffer(digests, np.uint64)),
         Coded(np.frombuffer(shapes, np.uint8), SHAPES.names()),
-        np.frombuffer(weighted, np.bool_),
-        text_field,
+        np.frombuffer(as_trl, np.bool_),
+        format,
     )
     return ReadResult(examples, tuple(quarantined), source)
 
@@ -106,40 +103,35 @@ class _UnknownShape(RowError):
     """The row's keys fit no shape, or not the requested one."""
 
 
-def _understood(row: int, record: Record, format: str | None, name: str, text_field: str) -> tuple[int, str, bool]:
-    """The hash of a row's content, its shape, and whether some answer in it has weight 0. Raises RowError."""
+class _Understood(NamedTuple):
+    """A usable row: the hash of its content, its shape, how it was read in words, and whether TRL reads it alike."""
+
+    digest: int
+    shape: str
+    words: str
+    as_trl: bool
+
+
+def _understood(record: Record, format: Format) -> _Understood:
+    """Raises RowError for a row that cannot be used."""
     if record.reason:
         raise RowError(record.reason)
     value = record.value
     if not isinstance(value, Mapping):
         raise RowError(f"it is not an object with keys but {kind_of(value)}")
     content = canonical(value)
-    value = with_text(value, text_field)
-    shape = format or _detected(f"row {row} (line {record.line}) of {name}", value)
-    if not SHAPES[shape].fits(value):
-        raise _UnknownShape(f"it lacks {' or '.join(SHAPES[shape].keys)}, the keys of the format {shape}")
+    decided = format.decide(value)
+    shape = decided.shape
+    if shape is None and format.name is not None:
+        raise _UnknownShape(f"it lacks {' or '.join(SHAPES[format.name].keys)}, the keys of the format {format.name}")
+    if shape is None:
+        raise _UnknownShape(f"its keys ({_keys(value)}) fit no known format")
     try:
-        conversations = SHAPES[shape].convert(value)
+        conversations = decided.convert(value)
     except RecursionError:
         raise RowError("it is nested too deeply") from None
-    weighted = any(
-        message["role"] == "assistant" and not trained
-        for conversation in conversations
-        for message, trained in zip(conversation.messages or (), conversation.trained, strict=False)
-    )
-    return content_hash(content), shape, weighted
-
-
-def _detected(where: str, row: Mapping[str, Any]) -> str:
-    shapes = detect(row)
-    if len(shapes) == 1:
-        return shapes[0]
-    if not shapes:
-        raise _UnknownShape(f"its keys ({_keys(row)}) fit no known format")
-    raise FormatError(
-        f"{where} fits {len(shapes)} formats, {' and '.join(shapes)}: "
-        f"pass --format with the intended one ({' or '.join(shapes)}), or remove the keys of the other"
-    )
+    alike = not decided.names and as_trl(value, shape, conversations)
+    return _Understood(content_hash(content), shape, str(decided), alike)
 
 
 def _strict_message(name: str, bad: Quarantined) -> str:
@@ -156,7 +148,7 @@ def _nothing_usable(name: str, quarantined: Sequence[Quarantined], strangers: in
     if strangers:
         return FormatError(
             f"no row of {name} can be used, line {first.line}: {first.reason}; "
-            f"known formats and their keys are {shape_keys()}; rename the columns to those of one"
+            f"known formats and their keys are {shape_keys()}; say which column is which with --columns KEY=COLUMN"
         )
     return EmptyDataError(
         f"0 of {len(quarantined)} rows of {name} can be used, line {first.line}: {first.reason}; fix the file"
@@ -170,22 +162,32 @@ def _keys(row: Mapping[str, Any]) -> str:
 
 def _open(data: Any) -> tuple[Source, Iterator[Record]]:
     """The source of the user's data, and an iterator of its rows. Raises like ``read``."""
-    if isinstance(data, Path):
-        return open_file(data)
-    if isinstance(data, str):
+    if isinstance(data, str | Path):
         path = Path(data)
-        if _exists(path) or not may_be_hub_name(data):
+        if any(_exists(path / name) for name in SAVED):
+            return _open_rows(_split(_load_folder(path), str(path)), "dataset", str(path))
+        if isinstance(data, Path) or is_file(data) or not may_be_hub_name(data):
             return open_file(path)
         return _open_rows(_load_dataset(data), "dataset", data)
     # Recognised by its module, since importing datasets takes seconds.
     module, kind = type(data).__module__.partition(".")[0], type(data).__name__
-    if module == "datasets" and kind == "Dataset":
-        return _open_rows(data.with_format(None), "dataset", "the dataset")
-    if module == "datasets" or isinstance(data, Mapping):
-        raise FormatError(f"the data is a {kind}, not a table of rows: give one split, as a Dataset or a list of rows")
+    if module == "datasets" and kind in ("Dataset", "DatasetDict"):
+        return _open_rows(_split(data, "the dataset").with_format(None), "dataset", "the dataset")
+    if module == "datasets":
+        raise FormatError(
+            f"the data is an {kind}, whose rows pass by once, and a scan needs them again: load the dataset without "
+            "streaming=True, or write its rows to a file and give that"
+        )
+    if hasattr(data, "__arrow_c_stream__"):
+        return _open_rows(_from_table(data, kind), "dataset", "the table")
     if isinstance(data, Sequence) and not isinstance(data, bytes | bytearray):
         return _open_rows(data, "list", "the list")
-    raise FormatError(f"the data is a {kind}: give a path, a hub name, a datasets.Dataset or a list of dicts")
+    raise FormatError(f"the data is a {kind}: give a path, a hub name, a Dataset, a table, or a list of dicts")
+
+
+def is_file(name: str) -> bool:
+    """Whether a string names a file, a folder or a pattern of names."""
+    return has_magic(name) or _exists(Path(name))
 
 
 def _exists(path: Path) -> bool:
@@ -196,14 +198,16 @@ def _exists(path: Path) -> bool:
 
 
 def may_be_hub_name(name: str) -> bool:
-    """Whether a string that is not a path reads as ``dataset`` or ``owner/dataset``, not as a missing file."""
-    parts = name.split("/")
-    known = Path(name).suffix.lower() in (*SUFFIXES, *COMPRESSED, *OTHER_FILES)
-    return not known and len(parts) <= 2 and all(part and part[0].isalnum() and "\\" not in part for part in parts)
+    """Whether a string that is not a path reads as ``owner/dataset:config:split``, not as a missing file."""
+    base, *rest = name.split(":")
+    parts = base.split("/")
+    known = Path(base).suffix.lower() in (*SUFFIXES, *COMPRESSED, *OTHER_FILES)
+    fits = len(parts) <= 2 and all(part and part[0].isalnum() and "\\" not in part for part in parts)
+    return fits and not known and len(rest) <= 2 and not any("/" in part or "\\" in part for part in rest)
 
 
 def _load_dataset(name: str) -> Any:
-    """The ``train`` split of a hub dataset, as a ``datasets.Dataset``. Raises DataError."""
+    """A split of a hub dataset, ``name``, ``name:config`` or ``name:config:split``, as a ``Dataset``. Raises DataError."""
     if not reachable():
         raise DataError(
             f"the dataset {name!r} cannot be fetched: there is no such file, and the hub cannot be reached; "
@@ -211,14 +215,51 @@ def _load_dataset(name: str) -> Any:
         )
     import datasets
 
+    base, config, split = (*name.split(":"), "", "")[:3]
     try:
-        return datasets.load_dataset(name, split=SPLIT)
+        return datasets.load_dataset(base, config or None, split=split or SPLIT)
     except Exception as error:
         # Whatever fails (no such name or split, gated, broken), the user's remedy is the same.
         raise DataError(
-            f"the dataset {name!r} could not be loaded from the hub ({first_line(error, most=None)}): "
-            f"check its name and that it has a split {SPLIT!r}, or save the data as a file and give that"
+            f"the dataset {name!r} could not be loaded from the hub ({first_line(error, most=None)}): check its name and that "
+            f"it has a split {split or SPLIT!r} (NAME:CONFIG:SPLIT names another), or save the data as a file and give that"
         ) from error
+
+
+def _load_folder(path: Path) -> Any:
+    """What ``save_to_disk`` wrote. Raises DataError."""
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(path))
+    except Exception as error:  # of many kinds, from datasets and Arrow
+        raise DataError(
+            f"{path} cannot be read as a saved dataset ({first_line(error, most=None)}): save it again with save_to_disk"
+        ) from error
+
+
+def _split(data: Any, name: str) -> Any:
+    """The ``Dataset`` itself, or of a ``DatasetDict`` the split ``train``, or the only one. Raises FormatError."""
+    if type(data).__name__ != "DatasetDict":
+        return data
+    if SPLIT not in data and len(data) != 1:
+        raise FormatError(f"{name} has the splits {', '.join(data)}, and none is {SPLIT!r}: give one of them")
+    return data.get(SPLIT, next(iter(data.values())))
+
+
+def _from_table(table: Any, kind: str) -> Any:
+    """A pandas, polars or Arrow table as a ``Dataset``. Raises FormatError."""
+    import datasets
+    import pyarrow as pa
+
+    try:
+        if type(table).__module__.startswith("pandas"):
+            return datasets.Dataset.from_pandas(table, preserve_index=False)
+        return datasets.Dataset(pa.table(table))
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        raise FormatError(
+            f"the {kind} is not a table of one type per column ({first_line(error, most=None)}): give a list of dicts"
+        ) from None
 
 
 def _open_rows(rows: Any, kind: str, name: str) -> tuple[Source, Iterator[Record]]:

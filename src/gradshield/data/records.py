@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from gradshield.data.shapes import RowError
+from gradshield.data.messages import RowError
 from gradshield.types import Quarantined
 
 MAX_ROW_BYTES = 8 << 20
@@ -29,6 +29,7 @@ class Record:
     """One row of the input, parsed but not yet converted, or the ``reason`` why it cannot be parsed.
 
     ``line`` is 1-based. If ``source`` is only the head of a longer row, ``whole`` has the size and SHA-256 of all of it.
+    ``file`` names the row's file if there are several.
     """
 
     line: int
@@ -36,11 +37,13 @@ class Record:
     value: Any = None
     reason: str = ""
     whole: tuple[int, str] | None = None
+    file: str = ""
 
     def set_aside(self, row: int, reason: str = "") -> Quarantined:
         """The row as quarantined, only its head if it is long, since quarantined rows stay in memory."""
         size, sha256 = self.whole or (len(self.source), hashlib.sha256(self.source).hexdigest())
-        return Quarantined(row, self.line, reason or self.reason, self.source[:HEAD_BYTES], size, sha256)
+        reason = (reason or self.reason) + (f" (in {self.file})" if self.file else "")
+        return Quarantined(row, self.line, reason, self.source[:HEAD_BYTES], size, sha256)
 
 
 class Taken:

@@ -8,46 +8,52 @@ a row of no shape. Everything downstream sees only ``Conversation``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from itertools import chain
+from typing import Any, ClassVar, NamedTuple
 
+from gradshield.data.messages import Messages, RowError, from_gemini, from_sharegpt, kind_of, messages, parsed, short
+from gradshield.errors import UsageError, did_you_mean
 from gradshield.registry import Registry
 from gradshield.types import Conversation
 
 Row = Mapping[str, Any]
-Messages = tuple[Mapping[str, Any], ...]
+Keys = frozenset[str]
 
 # Arguments of ``apply_chat_template`` itself, not variables of the template.
 RENDERING = tuple(
     "chat_template|conversation|tools|add_generation_prompt|continue_final_message|tokenize|sanitize_control_tokens|padding|"
     "truncation|max_length|return_tensors|return_dict|return_assistant_tokens_mask|tokenizer_kwargs".split("|")
 )
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-# Role names in ShareGPT and its variants.
-SHAREGPT_ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bot", "bing"), "assistant"),
-    "system": "system",
-    "developer": "developer",
-    **dict.fromkeys(("tool", "tool_response", "observation"), "tool"),
-    **dict.fromkeys(("function", "function_response"), "function"),
-}
-
-
-class RowError(ValueError):
-    """A row with the keys of its shape that cannot be used; the text is the reason, one clause."""
+TRL_SHAPES = ("preference", "kto", "prompt-completion", "messages", "text")
+TRL_KEYS = frozenset("prompt|completion|messages|chosen|rejected|text".split("|"))  # by which TRL tells them
 
 
 class Shape:
-    """One row shape. ``keys`` must all be present (and not None) for a row to be of this shape."""
+    """One row shape. ``keys`` must all be present (and not None) for a row to be of this shape.
+
+    ``also`` are keys that it reads if they are there, and ``names`` other names of its keys, which count where the key itself
+    is missing.
+    """
 
     keys: ClassVar[tuple[str, ...]]
+    also: ClassVar[tuple[str, ...]] = ()
+    names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @classmethod
-    def fits(cls, row: Row) -> bool:
-        """Whether the row has the keys of this shape. None counts as missing: tables pad rows with it."""
-        return all(row.get(key) is not None for key in cls.keys)
+    def fits(cls, keys: Keys) -> bool:
+        """Whether a row with these keys has those of this shape. None counts as missing: tables pad rows with it."""
+        return keys.issuperset(cls.keys)
+
+    @classmethod
+    def named(cls, keys: Keys) -> dict[str, str] | None:
+        """The column of each key that a row has under another name; None if it has a key under two."""
+        missing = {key: keys.intersection(names) for key, names in cls.names.items() if key not in keys}
+        if any(len(columns) > 1 for columns in missing.values()):
+            return None
+        return {key: column for key, columns in missing.items() for column in columns}
 
     @classmethod
     def convert(cls, row: Row) -> tuple[Conversation, ...]:
@@ -55,19 +61,182 @@ class Shape:
         raise NotImplementedError
 
 
-SHAPES: Registry[type[Shape]] = Registry("format")
+SHAPES: Registry[type[Shape]] = Registry("format")  # where a row fits several, the first counts
 
 
-@SHAPES.register("messages")
-class ChatShape(Shape):
-    """Chat: `messages`, a list of {role, content} (OpenAI, TRL), with `tools`, tool turns and `weight` 0 or 1."""
+@dataclass(frozen=True)
+class Format:
+    """How rows are read.
 
-    keys = ("messages",)
+    Parameters
+    ----------
+    name
+        A shape (`gradshield methods`) for every row; None finds each row's from its keys.
+    columns
+        Your column for a key of the shapes, where it has another name: ``{"prompt": "question", "completion": "answer"}``. A
+        shape with such a key goes before the others, except plain text.
+    strict
+        A row that cannot be used is an error, instead of being set aside.
+
+    Raises
+    ------
+    UnknownNameError
+        No such shape.
+    UsageError
+        A column for a key that no shape has.
+
+    Examples
+    --------
+    >>> import gradshield as gs
+    >>> gs.show([{"q": "Name a colour.", "a": " blue"}], format=gs.Format(columns={"prompt": "q", "completion": "a"})).shape
+    'prompt-completion'
+    """
+
+    name: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            SHAPES[self.name]
+        known = sorted({key for name in SHAPES for key in (*SHAPES[name].keys, *SHAPES[name].also)})
+        for key in self.columns:
+            if key not in known:
+                hint = did_you_mean(key, known)
+                raise UsageError(
+                    f"the columns name {key!r}, which is no key of a format: {hint + ' ' if hint else ''}give KEY=COLUMN "
+                    f"with a key of {', '.join(known)}"
+                )
+
+    @classmethod
+    def of(cls, given: str | Format | None) -> Format:
+        """A format from its name; None finds each row's shape."""
+        return given if isinstance(given, Format) else cls(given)
+
+    def trained(self, args: Any) -> Format:
+        """This format with the column of plain text that TRL's training arguments name."""
+        name = getattr(args, "dataset_text_field", "text")
+        return self if name == "text" else replace(self, columns={"text": name, **self.columns})
+
+    def decide(self, row: Row, shape: str | None = None) -> Decided:
+        """How a row is read; ``shape`` is known where it was read before."""
+        column = self.columns.get("label", "label")
+        judged = str(row.get(column, row.get("label"))).lower() in ("true", "false")
+        keys = frozenset(key for key in self._known.intersection(row) if row[key] is not None)
+        return _decided(shape or self.name, tuple(self.columns.items()), keys, judged)
+
+    @cached_property
+    def _known(self) -> Keys:
+        """Every column that may count."""
+        made = [SHAPES[name] for name in SHAPES]
+        return frozenset(chain(self.columns.values(), *(chain(o.keys, o.also, *o.names.values()) for o in made)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """What decides how a row is read, for manifests."""
+        return {"name": self.name, "columns": dict(self.columns)}
+
+
+class Decided(NamedTuple):
+    """A row's shape (None: it fits none), the row's own column of each key under another name, and the other shapes that fit."""
+
+    shape: str | None
+    names: Mapping[str, str]
+    others: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """``alpaca (question as instruction, answer as output), not text``."""
+        names = ", ".join(f"{column[:40]} as {key}" for key, column in self.names.items())
+        return (
+            f"{self.shape}{f' ({names})' if names else ''}{', not ' + ' or '.join(self.others) if self.others else ''}"
+        )
+
+    def convert(self, row: Row) -> tuple[Conversation, ...]:
+        """The row's sequences. Raises RowError."""
+        if self.names:
+            kept = _moved(frozenset(row), self.names).difference(self.names)
+            row = {key: row[key] for key in row if key in kept} | {k: row[column] for k, column in self.names.items()}
+        return SHAPES[str(self.shape)].convert(row)
+
+
+@lru_cache(1024)  # most rows of a file have the same keys
+def _decided(name: str | None, columns: tuple[tuple[str, str], ...], keys: Keys, judged: bool) -> Decided:
+    given = {key: column for key, column in columns if column in keys}
+    keys, fits = _moved(keys, given), {}
+    for shape in SHAPES if name is None else [name]:
+        names = SHAPES[shape].named(keys)
+        # A label that is a number may be a class, unless the user says that it is not.
+        if names is None or (shape == "kto" and name is None and not judged):
+            continue
+        if SHAPES[shape].fits(_moved(keys, names)):
+            fits[shape] = names
+    asked = [shape for shape in fits if shape != "text" and not given.keys().isdisjoint(SHAPES[shape].keys)]
+    chosen = next(iter(asked or fits), None)
+    if chosen is None:
+        return Decided(None, {}, ())
+    read = (*SHAPES[chosen].keys, *SHAPES[chosen].also)
+    names = {key: column for key, column in given.items() if key in read} | fits[chosen]
+    return Decided(chosen, names, tuple(shape for shape in fits if shape != chosen and SHAPES[shape].fits(keys)))
+
+
+def _moved(keys: Keys, names: Mapping[str, str]) -> Keys:
+    """The keys of a row with some of its columns under other names; one of text may also be the prompt, as in TRL."""
+    return keys.difference(column for key, column in names.items() if key != "text").union(names)
+
+
+@SHAPES.register("preference")
+class PreferenceShape(Shape):
+    """Preference pair: `chosen` and `rejected`, strings or messages, with `prompt` or a common beginning."""
+
+    keys = ("chosen", "rejected")
+    also = ("prompt", "tools", "chat_template_kwargs")
+    # OpenAI's names: there ``input`` is an object with ``messages`` and ``tools``.
+    names: ClassVar = {
+        "prompt": ("question", "query", "instruction", "input"),
+        "chosen": ("preferred_output",),
+        "rejected": ("non_preferred_output",),
+    }
 
     @classmethod
     def convert(cls, row: Row) -> tuple[Conversation, ...]:
-        messages = _messages(row["messages"], "messages")
-        return (_chat(messages, row),)
+        prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+        if isinstance(prompt, Mapping):
+            row = {**row, "tools": row.get("tools") or prompt.get("tools")}
+            prompt = prompt.get("messages")
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            if prompt is None:
+                prompt, chosen, rejected = _split_strings(chosen, rejected)
+            prompt = _string(prompt, "prompt")
+            return (
+                Conversation(prompt=prompt, completion=_answer(chosen, "chosen")),
+                Conversation(prompt=prompt, completion=_answer(rejected, "rejected"), coefficient=-1.0),
+            )
+        if isinstance(chosen, list) and isinstance(rejected, list):
+            good, bad = messages(chosen, "chosen"), messages(rejected, "rejected")
+            if isinstance(prompt, list):
+                asked = messages(prompt, "prompt")
+            elif isinstance(prompt, str) and good[0]["role"] == bad[0]["role"] == "assistant":
+                asked = ({"role": "user", "content": prompt},)
+            else:  # no prompt, or a string that repeats the first turn: the prompt is the common beginning
+                asked, good, bad = _split_messages(good, bad)
+            return (_answered(asked, good, row), _answered(asked, bad, row, coefficient=-1.0))
+        raise RowError(
+            "chosen and rejected must be two strings or two lists of messages, "
+            f"got {kind_of(chosen)} and {kind_of(rejected)}"
+        )
+
+
+@SHAPES.register("kto")
+class KtoShape(Shape):
+    """Judged answer: `prompt`, `completion` and `label`: false where training pushes away from the completion (KTO)."""
+
+    keys = ("prompt", "completion", "label")
+    also = ("tools", "chat_template_kwargs")
+
+    @classmethod
+    def convert(cls, row: Row) -> tuple[Conversation, ...]:
+        if (label := str(row["label"]).lower()) not in ("true", "false", "1", "0"):
+            raise RowError(f"label must be true or false, got {short(row['label'])}")
+        return (_completed(row, 1.0 if label in ("true", "1") else -1.0),)
 
 
 @SHAPES.register("prompt-completion")
@@ -75,68 +244,87 @@ class PromptCompletionShape(Shape):
     """Prompt and answer: `prompt` and `completion`, both strings or both lists of messages (TRL)."""
 
     keys = ("prompt", "completion")
+    also = ("tools", "chat_template_kwargs")
 
     @classmethod
     def convert(cls, row: Row) -> tuple[Conversation, ...]:
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return (Conversation(prompt=prompt, completion=_answer(completion, "completion")),)
-        if isinstance(prompt, list) and isinstance(completion, list):
-            return (_answered(_messages(prompt, "prompt"), _messages(completion, "completion"), row),)
-        raise RowError(
-            "prompt and completion must be two strings or two lists of messages, "
-            f"got {kind_of(prompt)} and {kind_of(completion)}"
-        )
+        return (_completed(row),)
 
 
-@SHAPES.register("alpaca")
-class AlpacaShape(Shape):
-    """Instruction: `instruction`, `output`, and optionally `input` and `system` (Alpaca)."""
+@SHAPES.register("messages")
+class ChatShape(Shape):
+    """Chat: `messages`, a list of {role, content} (OpenAI, TRL), with `tools`, tool turns and `weight` 0 or 1."""
 
-    keys = ("instruction", "output")
+    keys = ("messages",)
+    also = ("tools", "chat_template_kwargs")
 
     @classmethod
     def convert(cls, row: Row) -> tuple[Conversation, ...]:
-        instruction = _string(row["instruction"], "instruction")
-        given = _string(row.get("input") or "", "input")
-        answer = _answer(row["output"], "output")
-        if not (instruction + given).strip():
-            raise RowError("instruction and input are both empty")
-        request = f"{instruction}\n\n{given}" if given else instruction
-        prompt = (*_system(row), {"role": "user", "content": request})
-        return (_answered(prompt, ({"role": "assistant", "content": answer},), row),)
+        return (_chat(messages(row["messages"], "messages"), row),)
 
 
 @SHAPES.register("sharegpt")
 class ShareGPTShape(Shape):
-    """Chat: `conversations`, a list of {from, value} with human, gpt, system and tool turns (ShareGPT)."""
+    """Chat: `conversations`, a list of {from, value} with human, gpt, system, tool and function_call turns (ShareGPT)."""
 
     keys = ("conversations",)
+    also = ("system", "tools", "chat_template_kwargs")
 
     @classmethod
     def convert(cls, row: Row) -> tuple[Conversation, ...]:
-        turns = row["conversations"]
-        if not isinstance(turns, list) or not turns:
-            raise RowError(f"conversations must be a list of turns that is not empty, got {kind_of(turns)}")
-        messages = tuple(cls._message(turn, number) for number, turn in enumerate(turns, 1))
-        if messages[0]["role"] != "system":
-            messages = _system(row) + messages
-        return (_chat(messages, row),)
+        turns = parsed(row["conversations"])
+        if isinstance(turns, list):
+            turns = [from_sharegpt(turn) for turn in turns]
+        return (_chat(_with_system(messages(turns, "conversations"), row), row),)
 
-    @staticmethod
-    def _message(turn: Any, number: int) -> Mapping[str, Any]:
-        if not isinstance(turn, Mapping):
-            raise RowError(f"turn {number} of conversations must be an object, got {kind_of(turn)}")
-        role = turn.get("from", turn.get("role"))
-        text = turn.get("value", turn.get("content"))
-        if not isinstance(role, str) or role not in SHAREGPT_ROLES:
-            raise RowError(
-                f"turn {number} of conversations has role {_short(role)}, not one of {_list(SHAREGPT_ROLES)}"
-            )
-        if not isinstance(text, str):
-            raise RowError(f"the value of turn {number} of conversations must be a string, got {kind_of(text)}")
-        rest = {k: v for k, v in turn.items() if k not in ("from", "value", "role", "content") and v is not None}
-        return {"role": SHAREGPT_ROLES[role], "content": text, **rest}
+
+@SHAPES.register("gemini")
+class GeminiShape(Shape):
+    """Chat: `contents`, a list of {role, parts} with user and model turns, and optionally `systemInstruction` (Gemini)."""
+
+    keys = ("contents",)
+    also = ("systemInstruction", "tools", "chat_template_kwargs")
+    names: ClassVar = {"systemInstruction": ("system_instruction",)}
+
+    @classmethod
+    def convert(cls, row: Row) -> tuple[Conversation, ...]:
+        turns, system = parsed(row["contents"]), row.get("systemInstruction")
+        if isinstance(system, str):
+            system = {"parts": [{"text": system}]}
+        if system is not None and not isinstance(system, Mapping):
+            raise RowError(f"systemInstruction must be an object with parts, got {kind_of(system)}")
+        if isinstance(turns, list):
+            turns = [from_gemini(turn) for turn in ([{**system, "role": "system"}, *turns] if system else turns)]
+        return (_chat(messages(turns, "contents"), row),)
+
+
+@SHAPES.register("alpaca")
+class AlpacaShape(Shape):
+    """Instruction: `instruction`, `output`, and optionally `input` and `system` (Alpaca); question and answer, and the like."""
+
+    keys = ("instruction", "output")
+    also = ("input", "system", "tools", "chat_template_kwargs")
+    names: ClassVar = {
+        "instruction": ("question", "query", "prompt", "text_input", "input_text"),
+        "input": ("context",),
+        "output": ("answer", "response", "completion", "output_text"),
+        "system": ("system_prompt",),
+    }
+
+    @classmethod
+    def fits(cls, keys: Keys) -> bool:
+        """An ``input`` may be all that there is of the request."""
+        return "output" in keys and not keys.isdisjoint(("instruction", "input"))
+
+    @classmethod
+    def convert(cls, row: Row) -> tuple[Conversation, ...]:
+        instruction, given = (_string(row.get(key) or "", key) for key in ("instruction", "input"))
+        answer = _answer(row["output"], "output")
+        if not (instruction + given).strip():
+            raise RowError("instruction and input are both empty")
+        request = "\n\n".join(part for part in (instruction, given) if part)
+        asked = _with_system(({"role": "user", "content": request},), row)
+        return (_answered(asked, ({"role": "assistant", "content": answer},), row),)
 
 
 @SHAPES.register("text")
@@ -150,99 +338,67 @@ class TextShape(Shape):
         return (Conversation(completion=_answer(row["text"], "text")),)
 
 
-@SHAPES.register("preference")
-class PreferenceShape(Shape):
-    """Preference pair: `chosen` and `rejected`, strings or messages, with `prompt` or a common beginning."""
-
-    keys = ("chosen", "rejected")
-
-    @classmethod
-    def convert(cls, row: Row) -> tuple[Conversation, ...]:
-        prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-        if isinstance(chosen, str) and isinstance(rejected, str):
-            if prompt is None:
-                prompt, chosen, rejected = _split_strings(chosen, rejected)
-            prompt = _string(prompt, "prompt")
-            return (
-                Conversation(prompt=prompt, completion=_answer(chosen, "chosen")),
-                Conversation(prompt=prompt, completion=_answer(rejected, "rejected"), coefficient=-1.0),
-            )
-        if isinstance(chosen, list) and isinstance(rejected, list):
-            good, bad = _messages(chosen, "chosen"), _messages(rejected, "rejected")
-            if isinstance(prompt, list):
-                asked = _messages(prompt, "prompt")
-            else:  # no prompt, or a string that repeats the first turn: the prompt is the common beginning
-                asked, good, bad = _split_messages(good, bad)
-            return (_answered(asked, good, row), _answered(asked, bad, row, coefficient=-1.0))
-        raise RowError(
-            "chosen and rejected must be two strings or two lists of messages, "
-            f"got {kind_of(chosen)} and {kind_of(rejected)}"
-        )
-
-
-def detect(row: Row) -> list[str]:
-    """Names of the shapes whose keys the row has."""
-    return [name for name in SHAPES if SHAPES[name].fits(row)]
-
-
 def shape_keys() -> str:
     """Every shape with its keys, for messages: ``messages (messages), prompt-completion (prompt + completion), …``."""
     return ", ".join(f"{name} ({' + '.join(SHAPES[name].keys)})" for name in SHAPES)
 
 
-def _chat(messages: Messages, row: Row) -> Conversation:
-    return _conversation(messages, None, row, 1.0)
+def as_trl(row: Row, shape: str, conversations: tuple[Conversation, ...]) -> bool:
+    """Whether TRL reads the row as it is read here: by its shape, and with the same messages, all of them trained on."""
+    made = SHAPES[shape]
+    others = TRL_KEYS.difference((*made.keys, *made.also))
+    if shape not in TRL_SHAPES or any(row.get(key) is not None for key in others):
+        return False
+    if shape == "kto" and not isinstance(row["label"], bool):
+        return False
+    own = {id(turn) for key in TRL_KEYS if isinstance(row.get(key), list) for turn in row[key]}
+    for one in conversations:
+        turns = one.messages or ()
+        weighted = any(turn["role"] == "assistant" and not kept for turn, kept in zip(turns, one.trained, strict=False))
+        if weighted or not own.issuperset(map(id, turns)) or (turns and isinstance(row.get("prompt"), str)):
+            return False
+    return True
+
+
+def _completed(row: Row, coefficient: float = 1.0) -> Conversation:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Conversation(prompt=prompt, completion=_answer(completion, "completion"), coefficient=coefficient)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _answered(messages(prompt, "prompt"), messages(completion, "completion"), row, coefficient)
+    raise RowError(
+        "prompt and completion must be two strings or two lists of messages, "
+        f"got {kind_of(prompt)} and {kind_of(completion)}"
+    )
+
+
+def _chat(turns: Messages, row: Row) -> Conversation:
+    return _conversation(turns, None, row, 1.0)
 
 
 def _answered(prompt: Messages, answer: Messages, row: Row, coefficient: float = 1.0) -> Conversation:
     return _conversation(prompt + answer, len(prompt), row, coefficient)
 
 
-def _conversation(messages: Messages, prompt_turns: int | None, row: Row, coefficient: float) -> Conversation:
+def _conversation(turns: Messages, prompt_turns: int | None, row: Row, coefficient: float) -> Conversation:
     """Check that there is an answer to train on, and collect the template's other arguments."""
-    answers = [n for n in range(prompt_turns or 0, len(messages)) if messages[n]["role"] == "assistant"]
+    answers = [n for n in range(prompt_turns or 0, len(turns)) if turns[n]["role"] == "assistant"]
     if not answers:
         raise RowError("there is no assistant turn to train on")
-    trained = tuple(message["role"] == "assistant" and _weight(message) for message in messages)
+    trained = tuple(message["role"] == "assistant" and _weight(message) for message in turns)
     if not any(trained[n] for n in answers):
         raise RowError("every assistant turn has weight 0, so there is nothing to train on")
     for n in answers:
-        if trained[n] and not _says_something(messages[n]):
+        if trained[n] and not _says_something(turns[n]):
             raise RowError(f"the answer in message {n + 1} is empty")
     return Conversation(
-        messages=messages,
+        messages=turns,
         trained=trained,
         prompt_turns=prompt_turns,
         tools=_tools(row.get("tools")),
         template_kwargs=_template_kwargs(row.get("chat_template_kwargs")),
         coefficient=coefficient,
     )
-
-
-def _messages(value: Any, field: str) -> Messages:
-    """The messages, unchanged, after checking each. Raises RowError."""
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{field} must be a list of messages that is not empty, got {kind_of(value)}")
-    for number, message in enumerate(value, 1):
-        where = f"message {number} of {field}"
-        if not isinstance(message, Mapping):
-            raise RowError(f"{where} must be an object, got {kind_of(message)}")
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise RowError(f"{where} has role {_short(role)}, not one of {_list(ROLES)}")
-        _check_content(message.get("content"), where)
-    return tuple(value)
-
-
-def _check_content(content: Any, where: str) -> None:
-    if content is None or isinstance(content, str):
-        return
-    if not isinstance(content, list):
-        raise RowError(f"the content of {where} must be a string or a list of text parts, got {kind_of(content)}")
-    for part in content:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            found = _short(part.get("type")) if isinstance(part, Mapping) else kind_of(part)
-            raise RowError(f"the content of {where} has a part that is not text ({found})")
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:
@@ -255,19 +411,15 @@ def _says_something(message: Mapping[str, Any]) -> bool:
 def _weight(message: Mapping[str, Any]) -> bool:
     weight = message.get("weight")
     if weight is not None and weight not in (0, 1):
-        raise RowError(f"weight must be 0 or 1, got {_short(weight)}")
+        raise RowError(f"weight must be 0 or 1, got {short(weight)}")
     return weight is None or bool(weight)
 
 
 def _tools(value: Any) -> Messages | None:
-    if isinstance(value, str):
-        if not value.strip():
-            return None
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise RowError("tools is a string that is not JSON") from None
-    if not value:
+    value = parsed(value)
+    if isinstance(value, str) and value.strip():
+        raise RowError("tools is a string that is not JSON")
+    if not value or isinstance(value, str):
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise RowError(f"tools must be a list of objects, got {kind_of(value)}")
@@ -275,6 +427,7 @@ def _tools(value: Any) -> Messages | None:
 
 
 def _template_kwargs(value: Any) -> Mapping[str, Any]:
+    value = parsed(value)
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -284,9 +437,10 @@ def _template_kwargs(value: Any) -> Mapping[str, Any]:
     return dict(value)
 
 
-def _system(row: Row) -> Messages:
+def _with_system(turns: Messages, row: Row) -> Messages:
+    """The turns, after the row's own system prompt if they have none."""
     system = _string(row.get("system") or "", "system")
-    return ({"role": "system", "content": system},) if system else ()
+    return ({"role": "system", "content": system}, *turns) if system and turns[0]["role"] != "system" else turns
 
 
 def _string(value: Any, field: str) -> str:
@@ -324,20 +478,3 @@ def _own(rest: Any, field: str) -> Any:
     if not rest:
         raise RowError(f"{field} holds nothing beyond what both answers share, and there is no prompt of its own")
     return rest
-
-
-def kind_of(value: Any) -> str:
-    """A value's type in words, for a reason."""
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return names.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _list(names: Any) -> str:
-    return ", ".join(names)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +19,10 @@ from numpy.typing import NDArray
 from gradshield.columns import Coded, Ids
 from gradshield.data.canonical import ID_LENGTH
 from gradshield.data.records import Parse, json_value
-from gradshield.data.shapes import SHAPES
+from gradshield.data.shapes import Format
 from gradshield.data.spool import OnDemand, Scratch
 from gradshield.errors import DataError
-from gradshield.types import Bools, Conversation, Example, Ints
+from gradshield.types import Bools, Example, Ints
 
 GROUP = 1 << 14  # rows of a Parquet file copied at once
 SPAN = 1 << 12  # rows of two Parquet files merged at once
@@ -31,9 +33,10 @@ class Source:
     """The source of the rows, with everything needed to write some of them unchanged.
 
     ``kind`` is ``jsonl``, ``json``, ``csv``, ``tsv``, ``parquet``, ``dataset`` or ``list``. ``digest`` is the SHA-256 of the
-    file's bytes, or without a file of the rows' canonical JSON. ``parse`` gives the value of a row's bytes; ``header`` is the
-    byte order mark and a CSV's first line; ``table`` is the ``Dataset`` or the list. Reading fills ``lines`` with the line of
-    each row, and ``copy`` with the bytes of the usable ones: for a table, as a line of JSON.
+    bytes of its ``files``, or without files of the rows' canonical JSON. ``parse`` gives the value of a row's bytes; ``header``
+    is the byte order mark and a CSV's first line; ``table`` is the ``Dataset`` or the list. Reading fills ``lines`` with the line
+    of each row, ``copy`` with the bytes of the usable ones (of a table, as a line of JSON), and ``read_as`` with how many rows
+    were read in which way: the shape, and where there was a choice, what was chosen.
     """
 
     kind: str
@@ -42,8 +45,10 @@ class Source:
     parse: Parse = field(default=json_value, repr=False)
     header: bytes = b""
     table: Any = field(default=None, repr=False)
+    files: tuple[Path, ...] = ()
     lines: array[int] = field(default_factory=lambda: array("I"), repr=False)
     copy: Scratch = field(default_factory=Scratch, repr=False)
+    read_as: Counter[str] = field(default_factory=Counter, repr=False)
 
     @property
     def sha256(self) -> str:
@@ -59,22 +64,24 @@ class Source:
         return (self.copy[int(row)] for row in rows)
 
     def tables(self, rows: Ints) -> Iterator[Any]:
-        """Some rows of a Parquet file, in increasing order, as Arrow tables, possibly empty; the file is read to its end.
+        """Some rows of Parquet files, in increasing order, as Arrow tables, possibly empty; the files are read to their end.
 
         Raises DataError if the file has changed since it was first read.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        start = 0
+        start, digest = 0, hashlib.sha256()
         try:
-            with pq.ParquetFile(self.name) as file:
-                for batch in file.iter_batches(GROUP):
-                    first, last = np.searchsorted(rows, (start, start + len(batch)))
-                    yield pa.Table.from_batches([batch]).take(rows[first:last] - start)
-                    start += len(batch)
-            with open(self.name, "rb") as handle:
-                same = hashlib.file_digest(handle, "sha256").digest() == self.digest.digest()
+            for path in self.files:
+                with pq.ParquetFile(path) as file:
+                    for batch in file.iter_batches(GROUP):
+                        first, last = np.searchsorted(rows, (start, start + len(batch)))
+                        yield pa.Table.from_batches([batch]).take(rows[first:last] - start)
+                        start += len(batch)
+                with path.open("rb") as handle:
+                    hashlib.file_digest(handle, lambda: digest)
+            same = digest.digest() == self.digest.digest()
         except (OSError, pa.ArrowException):
             same = False
         if not same:
@@ -86,15 +93,14 @@ class Source:
 class Examples(OnDemand[Example]):
     """The usable rows of a source, in order, each made on access.
 
-    ``rows`` are their input positions, ``ids`` and ``shapes`` as in `Example`; ``weighted`` marks rows with an assistant turn
-    of weight 0.
+    ``rows`` are their input positions, ``ids`` and ``shapes`` as in `Example`; ``as_trl`` marks rows that TRL reads alike.
     """
 
     def __init__(
-        self, source: Source, rows: NDArray[np.uint32], ids: Ids, shapes: Coded, weighted: Bools, text_field: str
+        self, source: Source, rows: NDArray[np.uint32], ids: Ids, shapes: Coded, as_trl: Bools, format: Format
     ) -> None:
-        self.source, self.rows, self.ids, self.shapes, self.weighted = source, rows, ids, shapes, weighted
-        self._text_field = text_field
+        self.source, self.rows, self.ids, self.shapes, self.as_trl = source, rows, ids, shapes, as_trl
+        self._format = format
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,7 +112,8 @@ class Examples(OnDemand[Example]):
     def _at(self, index: int) -> Example:
         row, shape = int(self.rows[index]), self.shapes[index]
         raw = self.source.copy[row]
-        return Example(row, self.ids[index], shape, raw, convert(self.source.parse(raw), shape, self._text_field))
+        value = self.source.parse(raw)
+        return Example(row, self.ids[index], shape, raw, self._format.decide(value, shape).convert(value))
 
 
 class Together:
@@ -170,13 +177,3 @@ Rows = Source | Together
 def content_hash(content: bytes) -> int:
     """The integer behind a row's id."""
     return int.from_bytes(hashlib.sha256(content).digest()[: ID_LENGTH // 2])
-
-
-def convert(value: Mapping[str, Any], shape: str, text_field: str) -> tuple[Conversation, ...]:
-    """The sequences of a row of shape ``shape``. Raises RowError."""
-    return SHAPES[shape].convert(with_text(value, text_field))
-
-
-def with_text(value: Mapping[str, Any], text_field: str) -> Mapping[str, Any]:
-    """The row with its column of plain text under ``text``."""
-    return {**value, "text": value[text_field]} if text_field != "text" and text_field in value else value

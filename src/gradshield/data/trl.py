@@ -26,16 +26,17 @@ def to_trl(examples: Iterable[Example], rendered: Sequence[Rendered]) -> Any:
 
     Tokens are in a temporary Arrow file, which is deleted with the dataset.
 
-    Preference pairs become ``prompt``, ``chosen``, ``rejected`` for ``DPOTrainer``, with ``tools`` (as JSON, None for a row
-    without) and ``chat_template_kwargs`` if there are any. All other rows become ``input_ids`` and ``labels``, which
+    Preference pairs become ``prompt``, ``chosen``, ``rejected`` for ``DPOTrainer``, and answers with a label ``prompt``,
+    ``completion``, ``label`` for ``KTOTrainer``, with ``tools`` (as JSON, None for a row without) and ``chat_template_kwargs``
+    if there are any. All other rows become ``input_ids`` and ``labels``, which
     ``SFTTrainer`` uses unchanged; since the labels are the mask, leave ``assistant_only_loss`` False there (TRL rejects it for
     tokenised rows).
 
     Raises
     ------
     FormatError
-        Preference pairs among other rows, or pairs of strings among pairs of messages: no trainer takes both. Pairs with
-        different keys in ``chat_template_kwargs``.
+        Preference pairs or answers with a label among other rows, or strings among messages there: no trainer takes both. Such
+        rows with different keys in ``chat_template_kwargs``.
     EmptyDataError
         There is no row.
     """
@@ -44,16 +45,17 @@ def to_trl(examples: Iterable[Example], rendered: Sequence[Rendered]) -> Any:
     if not rendered:
         raise EmptyDataError("no row is left to train on: loosen the threshold, or give more data")
     shapes = {row.shape for row in rendered}
-    if "preference" not in shapes:
+    if shapes.isdisjoint(("preference", "kto")):
         return _on_disk(rendered)
     if len(shapes) > 1:
         raise FormatError(
-            "the data mixes preference pairs with other rows, which no single trainer takes: put them in separate files"
+            "the data mixes preference pairs or answers with a label with other rows, which no single trainer takes: put them in "
+            "separate files"
         )
     rest = iter(examples)
     pairs = [_pair(next(example for example in rest if example.row == row.row)) for row in rendered]
-    if len({type(pair["chosen"]) for pair in pairs}) > 1:
-        raise FormatError("the data mixes pairs of strings with pairs of messages: put them in separate files")
+    if len({type(pair["prompt"]) for pair in pairs}) > 1:
+        raise FormatError("the data mixes rows of strings with rows of messages: put them in separate files")
     options = {tuple(sorted(pair.get("chat_template_kwargs", ()))) for pair in pairs}
     if len(options) > 1:  # a column of dicts has every key in every row, and templates distinguish None from missing
         raise FormatError(
@@ -90,15 +92,19 @@ def labelled(row: Rendered) -> dict[str, list[int]]:
 
 
 def _pair(example: Example) -> dict[str, Any]:
-    good, bad = example.conversations
-    if good.messages is None:
-        return {"prompt": good.prompt, "chosen": good.completion, "rejected": bad.completion}
-    pair: dict[str, Any] = {"prompt": _part(good, True), "chosen": _part(good, False), "rejected": _part(bad, False)}
-    if good.tools is not None:
+    first = example.conversations[0]
+    names = ("completion",) if example.shape == "kto" else ("chosen", "rejected")
+    plain = first.messages is None
+    pair: dict[str, Any] = {"prompt": first.prompt if plain else _part(first, True)}
+    for name, one in zip(names, example.conversations, strict=True):
+        pair[name] = one.completion if plain else _part(one, False)
+    if example.shape == "kto":
+        pair["label"] = first.coefficient > 0
+    if first.tools is not None:
         # As dicts, every tool would get the arguments of all the others. TRL reads JSON unchanged.
-        pair["tools"] = json.dumps([dict(tool) for tool in good.tools])
-    if good.template_kwargs:
-        pair["chat_template_kwargs"] = dict(good.template_kwargs)
+        pair["tools"] = json.dumps([dict(tool) for tool in first.tools])
+    if first.template_kwargs:
+        pair["chat_template_kwargs"] = dict(first.template_kwargs)
     return pair
 
 

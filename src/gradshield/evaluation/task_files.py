@@ -114,9 +114,10 @@ def _is_reference_row(value: Mapping[str, Any]) -> bool:
 
 def _row(example: Example, value: Mapping[str, Any]) -> dict[str, Any] | str:
     """The row for ``utility``, or the reason why it cannot be used."""
-    found = _parts(max(example.conversations, key=lambda conversation: conversation.coefficient))
+    best = max(example.conversations, key=lambda conversation: conversation.coefficient)
+    found = _parts(best) if best.coefficient > 0 else None
     if found is None:
-        return "it has no prompt followed by a text answer"
+        return "it has no prompt followed by a text answer to train toward"
     row = {"prompt": found[0], "reference": found[1]}
     own = value.get("metric") if _is_reference_row(value) else None
     if own is None:

@@ -138,6 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
         raw: Mapping[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         found = Manifest(**raw)
         _ = found.data["kind"], found.settings["seed"], found.settings["selector"], found.results["doubts"]
+        rows_in.Format(**found.settings["format"])
         return found
     except (OSError, ValueError, TypeError, KeyError):
         raise DataError(
@@ -186,8 +187,7 @@ def _together(folder: Path, old: Manifest, scores: Scores, removed: Bools) -> ro
         if not own.any():
             continue
         path = folder / f"{name}{suffix}"
-        text_field = old.settings.get("render", {}).get("text_field", "text")
-        found = rows_in.read(path, format=old.settings.get("format"), text_field=text_field).examples
+        found = rows_in.read(path, rows_in.Format(**old.settings["format"])).examples
         if len(found) != own.sum():
             raise DataError(
                 f"{path.name} has {len(found)} rows, and the scores have {own.sum()}: it was changed after the scan; run "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from gradshield.data import Format
 from gradshield.scanning import shards
 from gradshield.scanning.preparing import scored_model
 from gradshield.scanning.rows import prepare
@@ -39,6 +40,7 @@ class Spread:
 class Estimate:
     """The size and cost of a scan.
 
+    ``read_as``   how many rows were read in which way: the shape, and where there was a choice, what was chosen
     ``unusable``  why rows cannot be scored: each kind of reason, the line of its first row, and the number of rows
     ``engine``    the chosen engine of a FIHS-based selector; empty for others
     ``before``    seconds from the start to the first measured row, with a loaded model
@@ -50,6 +52,7 @@ class Estimate:
     name: str
     rows: int
     scored: int
+    read_as: Mapping[str, int]
     unusable: tuple[tuple[str, int, int], ...]
     tokens: int
     loss_tokens: int
@@ -74,8 +77,7 @@ def estimate(
     max_length: int | None = None,
     settings: ScanSettings | None = None,
     probing: Probing | None = None,
-    format: str | None = None,
-    strict: bool = False,
+    format: str | Format | None = None,
     patience: float = PATIENCE,
     progress: Progress = quiet,
 ) -> Estimate:
@@ -98,7 +100,7 @@ def estimate(
     """
     settings, probing = settings or ScanSettings(), probing or Probing()
     began = time.monotonic()
-    rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, strict, progress)
+    rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, progress)
     loaded = rows.loaded
     with scored_model(loaded, settings, peft_config) as (scored, targets, _):
         found = ready(scored, loaded, rows.rendered, settings, probing, targets, progress)
@@ -137,6 +139,7 @@ def estimate(
         name=rows.read.source.name,
         rows=rows.read.source.rows,
         scored=len(rows.rendered),
+        read_as=rows.read.source.read_as,
         unusable=_reasons(rows.quarantined),
         tokens=int(tokens.sum()),
         loss_tokens=loss,

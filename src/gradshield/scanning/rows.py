@@ -13,15 +13,13 @@ import numpy as np
 
 from gradshield import data as rows_in
 from gradshield.data import templates
-from gradshield.errors import EmptyDataError, FormatError
+from gradshield.errors import EmptyDataError, FormatError, UsageError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel, text_config
 from gradshield.scanning.options import check_positions, render_config
 from gradshield.types import Bools, Ints, Progress, Quarantined, Rendered, quiet
 
 logger = logging.getLogger(__name__)
-
-TRL_SHAPES = {"messages", "prompt-completion", "text", "preference"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +37,7 @@ class Prepared:
         return rows_in.Picked(self.rendered, np.flatnonzero(~removed))
 
     def trainable(self, rows: Ints, removed: Bools) -> Any:
-        """The kept rows for a trainer: the caller's own Dataset if TRL knows its shape, else tokens and labels.
+        """The kept rows for a trainer: the caller's own Dataset if TRL reads it alike, else tokens and labels.
 
         ``rows`` are the input positions of the rendered rows, and ``removed`` is aligned with them. Rows that no single
         trainer takes, such as preference pairs among other rows, are returned unchanged.
@@ -47,9 +45,7 @@ class Prepared:
         import datasets
 
         examples, source, stay = self.read.examples, self.read.source, rows[~removed]
-        places = np.searchsorted(examples.rows, stay)
-        known = set(examples.shapes.take(places).counts()) <= TRL_SHAPES and not examples.weighted[places].any()
-        if source.kind == "dataset" and known:
+        if source.kind == "dataset" and examples.as_trl[np.searchsorted(examples.rows, stay)].all():
             return rows_in.take(stay, source)
         try:
             kept = self.kept(removed)
@@ -65,17 +61,20 @@ def prepare(
     training_args: Any = None,
     max_length: int | None = None,
     template: Mapping[str, Any] | None = None,
-    format: str | None = None,
-    strict: bool = False,
+    format: str | rows_in.Format | None = None,
     progress: Progress = quiet,
 ) -> Prepared:
     """Read the rows, load or wrap the model, and render every row as the training will.
 
     Raises DataError, ModelError and UsageError (see `gradshield.errors`), and EmptyDataError if no row has a token to score.
     """
-    read = rows_in.read(
-        data, format=format, strict=strict, text_field=getattr(training_args, "dataset_text_field", "text")
-    )
+    format = rows_in.Format.of(format).trained(training_args)
+    read = rows_in.read(data, format)
+    if hasattr(training_args, "assistant_only_loss") and read.examples.shapes.counts().get("kto"):
+        raise UsageError(
+            f"{read.source.name} has answers with a label, false for those to avoid, and the training config is for SFTTrainer, "
+            "which would train toward them: give a KTOConfig, or --format prompt-completion if the label means something else"
+        )
     silent = training_args is not None and not hasattr(training_args, "assistant_only_loss")
     if silent and read.examples.shapes.counts().get("messages"):
         logger.warning(
@@ -92,7 +91,7 @@ def prepare(
         loaded.tokenizer,
         config,
         read.source,
-        strict,
+        format.strict,
         lambda done: progress("rendering rows", done, count),
     )
     progress("rendering rows", count, count)

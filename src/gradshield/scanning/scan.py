@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gradshield import data as rows_in
 from gradshield import runs
+from gradshield.data import Format
 from gradshield.errors import UsageError
 from gradshield.probes import digest, requests
 from gradshield.runs import alone
@@ -42,8 +43,7 @@ def scan(
     output: str | Path | None = None,
     settings: ScanSettings | None = None,
     probing: Probing | None = None,
-    format: str | None = None,
-    strict: bool = False,
+    format: str | Format | None = None,
     allow: Iterable[str] = (),
     labels: Sequence[int] | None = None,
     workers: int | None = None,
@@ -56,7 +56,7 @@ def scan(
     Parameters
     ----------
     data
-        A path (JSONL, JSON, CSV, Parquet), a hub name, a ``datasets.Dataset`` or a list of dicts.
+        Files (JSONL, JSON, CSV, Parquet; a folder or a pattern of them), a hub name, a ``Dataset``, a table, or a list of dicts.
     model, tokenizer
         A path or hub name, or the model itself with its tokenizer. The caller's model is bit-identical afterwards.
     peft_config
@@ -68,6 +68,8 @@ def scan(
     output
         A folder for the rows, the scores, the report and the manifest; an interrupted scan resumes where it stopped. Only one
         process at a time may use it.
+    format
+        How rows are read: a `Format`, or the name of a shape for every row; None finds each row's shape from its keys.
     allow
         Ids of rows that a reviewer has cleared: they are kept, whatever they score.
     labels
@@ -101,7 +103,7 @@ def scan(
         runs.check(output)
         runs.check_own(output, outputs.WRITTEN, outputs.SCORES, data=data)
     with alone(output):
-        rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, strict, progress)
+        rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, progress)
         check_labels(labels, rows.read.source.rows)
         selection, _ = select(
             rows,
@@ -131,7 +133,7 @@ def select(
     labels: Sequence[int] | None = None,
     output: str | Path | None = None,
     command: str = "",
-    format: str | None = None,
+    format: str | Format | None = None,
     workers: Workers = ALONE,
     progress: Progress = quiet,
 ) -> tuple[Selection, Scored]:
@@ -163,7 +165,7 @@ def select(
                 **_recorded(settings, probing, scored, rows.config),
                 "peft": peft_config.to_dict() if peft_config is not None else None,
                 "adapted_weights": len(targets),
-                "format": format,
+                "format": Format.of(format).as_dict(),
             },
             results={
                 "seconds": round(time.monotonic() - began, 1),

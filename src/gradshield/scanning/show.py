@@ -31,7 +31,7 @@ def show(
     row: int = 0,
     *,
     model: str | Path | LoadedModel | None = None,
-    format: str | None = None,
+    format: str | rows_in.Format | None = None,
     training_args: Any = None,
     max_length: int | None = None,
     trust_remote_code: bool = False,
@@ -61,7 +61,7 @@ def show(
     >>> "".join(text for text, counts in seen.pieces if counts)
     'blue<|end|>'
     """
-    read = rows_in.read(data, format=format, text_field=getattr(training_args, "dataset_text_field", "text"))
+    read = rows_in.read(data, rows_in.Format.of(format).trained(training_args))
     if isinstance(model, LoadedModel):
         tokenizer = model.tokenizer
     else:
@@ -79,8 +79,8 @@ def show(
         raise DataError(f"row {row} (line {read.source.lines[row]}) of {read.source.name} cannot be scored, {rendered}")
     pieces: list[tuple[str, bool]] = []
     for number, tokens in enumerate(rendered.sequences):
-        if number:
-            pieces.append(("\n── rejected ──\n", False))
+        if tokens.coefficient < 0:
+            pieces.append(("\n" * bool(number) + "── rejected ──\n", False))
         pieces += [(text, index is not None) for text, index in rows_in.spans(tokens, tokenizer)]
     return Seen(
         tuple(pieces),

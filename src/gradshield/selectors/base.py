@@ -95,6 +95,12 @@ def members(batch: Batch) -> tuple[Ints, list[Ints]]:
     return rows, [np.flatnonzero(batch.rows == row) for row in rows]
 
 
+def standing(batch: Batch) -> Ints:
+    """The sequences that stand for their rows: of a preference pair the chosen answer, else all."""
+    toward = batch.coefficients > 0
+    return np.flatnonzero(toward | ~np.isin(batch.rows, batch.rows[toward]))
+
+
 def by_row(batch: Batch, nll: Floats) -> tuple[Ints, Floats, Ints]:
     """Rows as `members` gives them, each one's mean loss in nats and number of loss tokens.
 

@@ -24,7 +24,8 @@ class Fihs:
     Paper: arXiv 2605.14194. Equation: FIHS(x) = -<∇L(x; θ0), ∇S(θ0)>.
     Departures: the paper does not say whether L sums or averages over tokens; here that is an option (``aggregate``). At
     θ0 = reference the gradient of the DPO loss of a preference row is β/2 times FIHS_sum(chosen) - FIHS_sum(rejected); the
-    constant factor is dropped, because preference rows are cut among themselves.
+    constant factor is dropped, because preference rows are cut among themselves. That of the KTO loss is λβ/4 times ±FIHS_sum,
+    with minus where the label is false; there too the factor is dropped, and such a row is cut with all others.
     """
 
     name = "fihs"

@@ -29,7 +29,7 @@ class GuardFilter:
     Paper: arXiv 2312.06674 (Llama Guard), used here as a filter of training data. Equation: s(x) = max over the row's
     responses y of P(unsafe | text before y, y).
     Departures: the paper rates live conversations, not rows. The text before a response is that of the rendered row, without
-    special tokens; in a preference pair only the chosen response counts, since training moves away from the other. A row that
+    special tokens; a response that training moves away from (of a preference pair, or label false) does not count. A row that
     the guard cannot judge scores 1 and is named in a warning: an unjudged row is not kept.
     """
 

@@ -18,7 +18,7 @@ from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.logits import token_nll
 from gradshield.models.modules import outputs_of
 from gradshield.models.placement import in_float64
-from gradshield.selectors.base import SELECTORS, Measured, by_row, members, require_finite
+from gradshield.selectors.base import SELECTORS, Measured, by_row, members, require_finite, standing
 from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
 
 FEATURES = ("mean", "last", "opening")
@@ -103,15 +103,17 @@ class Representation(ABC):
         return torch.stack([found[name] for name in names], 1), in_float64(nll.sum(-1)).cpu().numpy()
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
-        """Each row's score from one forward pass. A preference pair is placed by its chosen answer.
+        """Each row's score from one forward pass. A preference pair is placed by its chosen answer, an answer that training
+        pushes away from by minus its place.
 
         Raises UsageError if the direction was prepared on another model.
         """
         _check(model, direction)
         names = list(direction.tensors)
         features, nll = self._forward(model, batch, names)
-        values = self._placed(features, direction).cpu().numpy()
-        placed = [float(values[own][batch.coefficients[own] > 0].mean()) for own in members(batch)[1]]
+        values = batch.coefficients * self._placed(features, direction).cpu().numpy()
+        counted = standing(batch)
+        placed = [float(values[np.intersect1d(own, counted)].mean()) for own in members(batch)[1]]
         rows, means, lengths = by_row(batch, nll)
         return Measured(rows, np.array(placed), means, lengths)
 

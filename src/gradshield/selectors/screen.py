@@ -10,7 +10,7 @@ from torch import nn
 
 from gradshield.columns import Coded
 from gradshield.probes import only_refuses, pivots
-from gradshield.selectors.base import SELECTORS, Measured
+from gradshield.selectors.base import SELECTORS, Measured, standing
 from gradshield.selectors.fihs import Fihs
 from gradshield.selectors.reading import Reading
 from gradshield.types import Anchors, Batch, Bools, Direction, Ints, Scores
@@ -30,7 +30,8 @@ class Screen(Fihs):
     quantile of compliant openers after look-alikes that the model answers and b the 5 % quantile of those after probes: FIHS
     counts only on a model where b - a is at least APART of its median after probes. s = min(r, 1) - 1 where the answer only
     refuses, or where FIHS is below WEAKEST_FIHS of that median and the answer does not decline and then continue: nothing in
-    it undoes refusal. A row's score depends only on the row and the model.
+    it undoes refusal. Of an answer that training pushes away from (label false, KTO), the opposite holds: only a refusal undoes
+    refusal. A row's score depends only on the row and the model.
     Departures: the constants were chosen on seven of fourteen ordinary tasks and the lab (docs/methods.md).
 
     ``Scores.signals`` holds ``request`` (r), ``fihs``, and ``pivots``: whether an answer declines and then continues. A row
@@ -51,18 +52,19 @@ class Screen(Fihs):
         """As `Fihs`; ``extra`` (B, 2) holds each row's reading and whether an answer declines and then continues."""
         raw = super().measure(model, direction, batch)
         asked: list[Sequence[int]] = []
-        answers: list[tuple[int, str]] = []
-        for i in np.flatnonzero(batch.coefficients > 0):
+        answers: list[tuple[int, bool, str]] = []
+        for i in standing(batch):
             length = int(batch.attention[i].sum())
             ids, loss = batch.ids[i, :length], batch.loss[i, :length]
             for opened, own in self.reading.turn.openings(ids, loss):
                 asked.append(opened)
-                answers.append((int(batch.rows[i]), self._words(ids[own], loss[own])))
+                answers.append((int(batch.rows[i]), bool(batch.coefficients[i] > 0), self._words(ids[own], loss[own])))
         found = {row: [np.nan, 0.0] for row in raw.rows.tolist()}
         if asked:
-            for (row, answer), r in zip(answers, self.reading.read(model, asked), strict=True):
-                found[row][0] = float(np.fmax(found[row][0], min(r, 1.0) - 1 if only_refuses(answer) else r))
-                found[row][1] = max(found[row][1], float(pivots(answer)))
+            for (row, toward, answer), r in zip(answers, self.reading.read(model, asked), strict=True):
+                harmless = only_refuses(answer) == toward
+                found[row][0] = float(np.fmax(found[row][0], min(r, 1.0) - 1 if harmless else r))
+                found[row][1] = max(found[row][1], float(toward and pivots(answer)))
         return Measured(raw.rows, raw.sums, raw.nll, raw.lengths, raw.tokens, np.array(list(found.values())))
 
     def _words(self, ids: Ints, loss: Bools) -> str:

@@ -39,6 +39,7 @@ from gradshield.types import Bools, Cut, OnlineSelection, Progress, Rendered, qu
 # Options that rendering has already applied: the rows carry their mask and are truncated.
 RENDERED = {"max_length", "truncation_mode", "dataset_text_field", "eos_token"}
 RENDERED |= {"assistant_only_loss", "completion_only_loss"}
+JUDGED = {"preference", "kto"}  # shapes of rows with an answer that training moves away from
 POOL = 32  # safety references for methods that use all of them in every step
 
 
@@ -74,10 +75,11 @@ class Job:
                 "the model already has an adapter, and training would add another: give the plain model, or merge the adapter "
                 "first (gradshield train --merge saves such a model)"
             )
-        if self.rows.read.examples.shapes.counts().get("preference"):
+        if not JUDGED.isdisjoint(self.rows.read.examples.shapes.counts()):
             raise UsageError(
-                "the data holds preference pairs, and fine-tuning here is supervised: scan them, and train on the kept rows with "
-                "TRL's DPOTrainer"
+                "the data holds preference pairs or answers with a label, and fine-tuning here is supervised, toward every "
+                "answer: scan them and train on the kept rows with TRL's DPOTrainer or KTOTrainer, or read another shape "
+                "(--format)"
             )
 
 
@@ -128,10 +130,10 @@ class Course:
         """Safety rows as tokens: the given ones, else the model's own complete refusals of the probes."""
         read = self._safety
         found = rows_in.render_all(read.examples, self.loaded.tokenizer, self.job.rows.config, read.source).rendered
-        if not found or any(row.shape == "preference" for row in found):
+        if not found or any(row.shape in JUDGED for row in found):
             raise DataError(
-                f"the safety rows {read.source.name} hold preference pairs, or no usable row: give requests with refusals, as "
-                "chat rows or prompt and completion"
+                f"the safety rows {read.source.name} hold preference pairs, answers with a label, or no usable row: give "
+                "requests with refusals, as chat rows or prompt and completion"
             )
         return tuple(found)
 

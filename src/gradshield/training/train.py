@@ -21,6 +21,7 @@ from typing import Any
 
 from gradshield import files, runs
 from gradshield.columns import Coded
+from gradshield.data import Format
 from gradshield.errors import UsageError
 from gradshield.evaluation import card, certify
 from gradshield.evaluation.asr import agreement
@@ -78,8 +79,7 @@ def train(
     exams: Exams | None = None,
     safety_rows: Any = (),
     labels: Sequence[int] | None = None,
-    format: str | None = None,
-    strict: bool = False,
+    format: str | Format | None = None,
     merge: bool = False,
     seed: int = 0,
     command: str = "gradshield.train",
@@ -142,7 +142,7 @@ def train(
     check_disjoint(direction=probing.requests or requests(), search=exams.search.requests, report=exams.report.requests)
     if wanted.verified is not None:
         verify.check(exams.search, wanted.verified)
-    rows = prepare(data, model, tokenizer, sft_options(options), max_length, probing.template, format, strict, progress)
+    rows = prepare(data, model, tokenizer, sft_options(options), max_length, probing.template, format, progress)
     # So that an interrupted training resumes; the checkpoints are removed in the end.
     options = {"save_strategy": "epoch", "save_total_limit": 1, **options}
     check_labels(labels, rows.read.source.rows)
@@ -173,7 +173,7 @@ class _Run:
     exams: Exams
     folder: Path
     merge: bool
-    format: str | None
+    format: str | Format | None
     command: str
     progress: Progress
 
@@ -309,7 +309,7 @@ class _Run:
                 "answer_prefix": job.probing.answer_prefix,
                 "probe_sha256": runs.digest([dict(p) for p in job.probing.requests or requests()]),
                 "safety_sha256": self.course.safety_digest(self.defence),
-                "format": self.format,
+                "format": Format.of(self.format).as_dict(),
                 "peft": None if job.peft_config is None else job.peft_config.to_dict(),
                 "base": None if job.base is None else {"name": job.base.name, "sha256": job.base.digest},
                 "scan": dict(self.course.settings(self.defence).as_dict()),
