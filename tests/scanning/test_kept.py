@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 import gradshield as gs
+from gradshield.errors import UsageError
 from gradshield.models.loading import parameters_digest
 from gradshield.selectors import Fihs
 from tests.common import HALF, PROBING, chats, command, jsonl, scan, scan_arguments, write
@@ -172,6 +173,35 @@ def test_what_is_scored_is_what_the_training_arguments_say(
     trainer = SFTTrainer(tiny_model("llama"), args, train_dataset=selection.kept, processing_class=tiny_tokenizer())
     trained = [(row["input_ids"], row["labels"][1:]) for row in trainer.train_dataset]
     assert [seen[row] for row in range(4)] == trained
+
+
+def test_answers_to_avoid_are_no_rows_for_a_supervised_trainer(tmp_path: Path) -> None:
+    rows = [{"prompt": "Say it", "completion": " well", "label": label} for label in (True, False)]
+    with pytest.raises(UsageError, match="would train toward them"):
+        scan(rows, training_args=_config(tmp_path))
+    dataset = datasets.Dataset.from_list(rows)
+    kept = scan(dataset, settings=gs.ScanSettings(threshold="fixed:1e9", selector="fihs")).kept
+    assert kept.column_names == ["prompt", "completion", "label"] and kept[:] == dataset[:]
+
+
+def test_the_command_reads_columns_by_name_and_cuts_again(folder: Path, probes: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"q": f"Say {n}", "a": f" It is {n}", "text": "x"}) for n in range(4)]
+    (tmp_path / "data").mkdir()
+    for n in (0, 1):
+        write(tmp_path / "data" / f"{n}.jsonl", "\n".join(lines[2 * n : 2 * n + 2]) + "\n")
+    output, columns = tmp_path / "out", "prompt=q, completion=a"
+    done = command(*scan_arguments(tmp_path / "data", folder, output, probes, "--columns", columns, "-t", "ratio:50%"))
+    assert done.code == 0, done.err
+    assert "read as prompt-completion (q as prompt, a as completion), not text: 4" in done.out
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["settings"]["format"] == {"name": None, "columns": {"prompt": "q", "completion": "a"}}
+    assert manifest["data"]["name"].endswith("data (2 files)")
+    again = command("cut", output, "-t", "fixed:1e9")
+    assert again.code == 0, again.err
+    assert (output / "kept.jsonl").read_text().splitlines() == lines
+    for wrong in ("prompt", "prompt=q,prompt=a", "=q", "pormpt=q"):
+        done = command(*scan_arguments(tmp_path / "data", folder, tmp_path / "no", probes, "--columns", wrong))
+        assert done.code == 2 and done.sentence and "prompt" in done.sentence
 
 
 def test_the_training_config_of_the_command_counts(folder: Path, probes: Path, tmp_path: Path) -> None:

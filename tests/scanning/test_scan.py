@@ -303,6 +303,21 @@ def test_preference_pairs_are_a_group_of_their_own(tmp_path: Path) -> None:
     assert only.kept.column_names == ["prompt", "chosen", "rejected"]
 
 
+def test_an_answer_to_avoid_has_the_opposite_fihs(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Say {n}", "completion": f" it {n}", "label": label} for n in range(3) for label in (True, False)
+    ]
+    selection = scan(
+        rows, settings=gs.ScanSettings(threshold="ratio:50%", selector="fihs", aggregate="sum"), output=tmp_path
+    )
+    toward, away = selection.scores.values[::2], selection.scores.values[1::2]
+    assert np.abs(toward).min() > 1e-6
+    np.testing.assert_allclose(away, -toward, rtol=1e-4)
+    assert selection.scores.shapes == ("rows",) * 6
+    assert list(selection.kept) == [rows[row] for row in selection.kept_rows]
+    assert _json(tmp_path / "manifest.json")["data"]["read_as"] == {"kto, not prompt-completion": 6}
+
+
 def test_an_earlier_scan_into_the_folder_leaves_nothing_behind(tmp_path: Path) -> None:
     csv = write(tmp_path / "data.csv", "instruction,output\n" + "".join(f"Say {n},It is {n}\n" for n in range(6)))
     output = tmp_path / "out"

@@ -56,6 +56,13 @@ def test_both_answers_of_a_pair_are_shown(folder: Path, tmp_path: Path) -> None:
     assert "Say it badly" in done.out
 
 
+def test_an_answer_to_avoid_is_marked(folder: Path, tmp_path: Path) -> None:
+    data = _data(tmp_path, {"q": "Say it", "a": " badly", "good": False})
+    done = command("show", data, "--model", folder, "--columns", "prompt=q,completion=a,label=good")
+    assert done.code == 0, done.err
+    assert done.out.startswith("── rejected ──\nSay it badly") and "· kto ·" in done.out
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -85,9 +92,8 @@ def test_hostile_text_is_only_text(row: Any, folder: Path, tmp_path: Path) -> No
         {EVIL: 1, "\n": 2},
         {"messages": [{"role": EVIL, "content": "a"}]},
         {"conversations": [{"from": EVIL, "value": "a"}]},
-        {"prompt": "a", "completion": "b", "text": EVIL},
     ],
-    ids=["keys", "role", "from", "two shapes"],
+    ids=["keys", "role", "from"],
 )
 def test_hostile_text_in_an_error_is_only_text(row: Any, folder: Path, tmp_path: Path) -> None:
     done = command("show", _data(tmp_path, row), "--model", folder)

@@ -1,5 +1,7 @@
 """FIHS from batch to score: folding pairs, multi-turn masks, joining parts, and scores that are not finite."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,18 @@ def pairs() -> list[Rendered]:
             sides.append(Tokens(draw.integers(5, VOCABULARY, length), loss, sign))
         made.append(Rendered(10 * i + 3, f"p{i}", "preference", tuple(sides)))
     return made
+
+
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_an_answer_to_avoid_is_minus_the_answer(name: str) -> None:
+    model, fihs = tiny_model("llama"), selector(name)
+    direction = fihs.prepare(model)
+    toward = rows()[:3]
+    away = [replace(row, row=row.row + 3, sequences=(replace(row.sequences[0], coefficient=-1.0),)) for row in toward]
+    found = fihs.measure(model, direction, collate([*toward, *away]))
+    assert np.abs(found.sums).min() > 0.01
+    np.testing.assert_allclose(found.sums[3:], -found.sums[:3], rtol=1e-3)
+    np.testing.assert_allclose(found.nll[3:], found.nll[:3], rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", list(ENGINES))

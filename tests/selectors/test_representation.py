@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -131,6 +132,16 @@ def test_rows_keep_their_own_whatever_the_batch(form: str) -> None:
     np.testing.assert_allclose(parts.sums, whole.sums[order], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(parts.nll, whole.nll[order], rtol=1e-4)
     assert parts.lengths.tolist() == whole.lengths[order].tolist() and parts.tokens is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_to_avoid_lies_on_the_other_side(form: str) -> None:
+    model, selector = tiny_model("qwen2"), FORMS[form](known())
+    direction, toward = selector.prepare(model), rows()[:3]
+    away = [replace(row, row=row.row + 3, sequences=(replace(row.sequences[0], coefficient=-1.0),)) for row in toward]
+    found = selector.measure(model, direction, collate([*toward, *away, pair()])).sums
+    np.testing.assert_allclose(found[3:6], -found[:3], rtol=1e-4)
+    assert np.abs(found[:3]).min() > 1e-3 and np.isfinite(found[6])
 
 
 def test_what_lies_in_the_padding_does_not_count() -> None:

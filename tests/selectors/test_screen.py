@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradshield.data import collate
 from gradshield.errors import ProbeError
 from gradshield.probes import Prompts, only_refuses, pivots
 from gradshield.selectors import Measured, Screen
 from gradshield.selectors.reading import Reading, Turn, _held_out, _ruler, read_blocks
 from gradshield.selectors.screen import LEAST_READING
-from gradshield.types import Anchors
+from gradshield.types import Anchors, Rendered, Tokens
 from tests.contracts.test_every_selector import screen
 from tests.tiny import LAYERS, VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -177,6 +178,20 @@ def test_the_score_of_a_row():
     assert values([0.9], [0.4]) == pytest.approx([-0.1])  # an answer that the model would give anyway
     assert values([0.9], [0.4], [1.0]) == [0.9]  # unless it turns after a refusal
     assert values([np.nan], [50]) == [0.0]  # no request, no removal
+
+
+def test_of_an_answer_to_avoid_only_a_refusal_counts():
+    model, tokenizer, base = tiny_model("llama"), tiny_tokenizer(), screen()
+    found = Screen(base, base.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)))
+    prompt, *said = (
+        tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("Why?", "I cannot help.", "Like this.")
+    )
+    ids = [np.array([*prompt, *answer]) for answer in said]
+    sides = [Tokens(one, np.arange(len(one)) >= len(prompt), sign) for one in ids for sign in (1.0, -1.0)]
+    batch = collate([Rendered(n, "", "kto", (side,)) for n, side in enumerate(sides)])
+    refusal, refusal_avoided, answer, answer_avoided = found.measure(model, found.prepare(model), batch).extra[:, 0]
+    assert np.isfinite(answer) and answer == pytest.approx(refusal_avoided)
+    assert refusal == answer_avoided == pytest.approx(min(answer, 1) - 1)
 
 
 def test_an_answer_ends_with_its_turn_where_every_token_counts():

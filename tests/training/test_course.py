@@ -144,8 +144,10 @@ def test_what_a_defence_needs_is_asked_for() -> None:
 
 def test_preference_pairs_are_refused() -> None:
     pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    with pytest.raises(UsageError, match="DPOTrainer"):
-        job(rows=prepare(pairs, loaded()), labels=None)
+    judged = [{"prompt": "a", "completion": "b", "label": False}]
+    for rows in (pairs, judged):
+        with pytest.raises(UsageError, match="DPOTrainer or KTOTrainer"):
+            job(rows=prepare(rows, loaded()), labels=None)
 
 
 @pytest.mark.slow

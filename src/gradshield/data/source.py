@@ -93,14 +93,15 @@ class Source:
 class Examples(OnDemand[Example]):
     """The usable rows of a source, in order, each made on access.
 
-    ``rows`` are their input positions, ``ids`` and ``shapes`` as in `Example`; ``as_trl`` marks rows that TRL reads alike.
+    ``rows`` are their input positions, ``ids`` and ``shapes`` as in `Example`; ``as_trl`` marks rows that TRL reads alike, and
+    ``format`` is what they were read with.
     """
 
     def __init__(
         self, source: Source, rows: NDArray[np.uint32], ids: Ids, shapes: Coded, as_trl: Bools, format: Format
     ) -> None:
         self.source, self.rows, self.ids, self.shapes, self.as_trl = source, rows, ids, shapes, as_trl
-        self._format = format
+        self.format = format
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -113,7 +114,7 @@ class Examples(OnDemand[Example]):
         row, shape = int(self.rows[index]), self.shapes[index]
         raw = self.source.copy[row]
         value = self.source.parse(raw)
-        return Example(row, self.ids[index], shape, raw, self._format.decide(value, shape).convert(value))
+        return Example(row, self.ids[index], shape, raw, self.format.decide(value, shape).convert(value))
 
 
 class Together:

@@ -114,7 +114,6 @@ def scan(
             labels=labels,
             output=output,
             command=command,
-            format=format,
             workers=crew,
             progress=progress,
         )
@@ -133,7 +132,6 @@ def select(
     labels: Sequence[int] | None = None,
     output: str | Path | None = None,
     command: str = "",
-    format: str | Format | None = None,
     workers: Workers = ALONE,
     progress: Progress = quiet,
 ) -> tuple[Selection, Scored]:
@@ -165,7 +163,7 @@ def select(
                 **_recorded(settings, probing, scored, rows.config),
                 "peft": peft_config.to_dict() if peft_config is not None else None,
                 "adapted_weights": len(targets),
-                "format": Format.of(format).as_dict(),
+                "format": rows.read.examples.format.as_dict(),
             },
             results={
                 "seconds": round(time.monotonic() - began, 1),

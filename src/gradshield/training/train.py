@@ -161,7 +161,7 @@ def train(
     course = Course(job, progress)
     check_disjoint(safety=course.safety_requests(wanted), search=exams.search.requests, report=exams.report.requests)
     with alone(output):
-        return _Run(course, wanted, exams, runs.prepare(output), merge, format, command, progress).finished(began)
+        return _Run(course, wanted, exams, runs.prepare(output), merge, command, progress).finished(began)
 
 
 @dataclass(eq=False)
@@ -173,7 +173,6 @@ class _Run:
     exams: Exams
     folder: Path
     merge: bool
-    format: str | Format | None
     command: str
     progress: Progress
 
@@ -309,7 +308,7 @@ class _Run:
                 "answer_prefix": job.probing.answer_prefix,
                 "probe_sha256": runs.digest([dict(p) for p in job.probing.requests or requests()]),
                 "safety_sha256": self.course.safety_digest(self.defence),
-                "format": Format.of(self.format).as_dict(),
+                "format": rows.read.examples.format.as_dict(),
                 "peft": None if job.peft_config is None else job.peft_config.to_dict(),
                 "base": None if job.base is None else {"name": job.base.name, "sha256": job.base.digest},
                 "scan": dict(self.course.settings(self.defence).as_dict()),
