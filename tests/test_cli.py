@@ -50,7 +50,6 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "wrong types": ("a.jsonl", b'{"messages": 3}\n{"text": []}\n"text"\n7\nnull\n', "0 of 5 rows"),
     "empty answers": ("a.jsonl", b'{"prompt": "a", "completion": " "}\n', "completion is empty"),
     "unknown keys": ("a.jsonl", b'{"question": "a", "reply": "b"}\n', "known formats and their keys"),
-    "two shapes": ("a.jsonl", b'{"text": "a", "messages": []}\n' + GOOD, "fits 2 formats, messages and text"),
     "nested": ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "nested too deeply"),
     "header only": ("a.csv", b"instruction,output\n", "has no rows"),
     "column twice": ("a.csv", b"text,text\na,b\n", "names a column twice"),

@@ -24,6 +24,7 @@ PACKAGE = ROOT / "src" / "gradshield"
 PUBLIC = {
     "Exam",
     "Exams",
+    "Format",
     "GradShieldError",
     "Probing",
     "ScanSettings",

@@ -136,6 +136,11 @@ def check_own(
                 )
     there = sorted({path for pattern in written for path in folder.glob(pattern)})
     if isinstance(data, str | Path) and os.path.exists(data):
+        if folder.is_dir() and folder.samefile(data):
+            raise DataError(
+                f"the output folder {str(folder)!r} is the folder of the data, and what is written there would be read as data: "
+                "give another --output"
+            )
         for path in there:
             if path.samefile(data):
                 raise DataError(

@@ -303,6 +303,13 @@ def test_preference_pairs_are_a_group_of_their_own(tmp_path: Path) -> None:
     assert only.kept.column_names == ["prompt", "chosen", "rejected"]
 
 
+def test_a_folder_of_data_is_no_output_folder(tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", jsonl(chats(2)))
+    with pytest.raises(DataError, match="is the folder of the data"):
+        scan(tmp_path, output=tmp_path)
+    assert set(files(tmp_path)) == {"data.jsonl"}
+
+
 def test_an_answer_to_avoid_has_the_opposite_fihs(tmp_path: Path) -> None:
     rows = [
         {"prompt": f"Say {n}", "completion": f" it {n}", "label": label} for n in range(3) for label in (True, False)
@@ -363,7 +370,7 @@ def test_what_is_truncated_away_is_set_aside(tmp_path: Path) -> None:
     assert "no response token is left" in bad.reason
     assert selection.scores.rows.tolist() == [0, 2, 3, 4]
     with pytest.raises(gs.GradShieldError, match="cannot be scored") as raised:
-        scan([short[0], long], max_length=32, strict=True)
+        scan([short[0], long], max_length=32, format=gs.Format(strict=True))
     assert raised.value.exit_code == 3
 
 

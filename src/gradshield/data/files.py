@@ -137,10 +137,11 @@ def _opened(path: Path) -> _Opened:
         columns, parse, records = _csv(path, stream, DELIMITERS[kind])
         return _Opened(kind, _checked(path, stream, records), parse, mark + columns, columns.strip())
     line, _, rest = stream.peek(BLOCK).lstrip().partition(b"\n")  # type: ignore[attr-defined]
-    line = line.rstrip()
+    line, after = line.rstrip(), rest.lstrip()
     # Only what writes an object over several lines breaks one after these.
-    spread = line[:1] == b"{" and (line[-1:] in (b"{", b"[") or (line[-1:] == b"," and rest[:1] != b"{"))
-    array = line[:1] == b"[" and not (line[-1:] == b"]" and rest.strip())
+    broken = {b"{": after[:1] in (b'"', b"}"), b"[": True, b",": after[:1] == b'"'}
+    spread = line[:1] == b"{" and broken.get(line[-1:], False)
+    array = line[:1] == b"[" and not (line[-1:] == b"]" and after)
     if kind == "json" or spread or array:
         if inside := _entered(signs := _signs(stream)):
             return _Opened("json", _checked(path, stream, _array(path, signs, *inside)))
