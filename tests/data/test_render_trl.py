@@ -8,10 +8,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from gradshield.data import RenderConfig, read, render_all, to_trl
 from gradshield.errors import FormatError
+from gradshield.scanning.rows import prepare
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LONG = "The capital of France is Paris, and here is what else there is to say about it. " * 3
@@ -150,6 +151,24 @@ def test_preference_pairs_equal_what_dpo_prepares(kind: str, model: Any, tmp_pat
             assert tokens.ids.tolist() == prepared["prompt_ids"] + prepared[name]
             assert tokens.ids[tokens.loss].tolist() == prepared[name]
             assert tokens.coefficient == sign
+
+
+@pytest.mark.parametrize("kind", ["strings", "messages"])
+def test_answers_with_a_label_equal_what_kto_prepares(kind: str, model: Any, tmp_path: Any) -> None:
+    ask, good, bad = TURNS[1:2], TURNS[2:3], [{"role": "assistant", "content": "Lyon"}]
+    given: tuple[Any, ...] = ("Add two:", " five", " six") if kind == "strings" else (ask, good, bad)
+    rows = [{"prompt": given[0], "completion": given[n], "label": n == 1} for n in (1, 2)]
+    args = KTOConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False, per_device_train_batch_size=2)
+    prepared = prepare(rows, model, tiny_tokenizer(), args)
+    again = to_trl(prepared.read.examples, prepared.rendered)
+    ref_model = tiny_model("llama", seed=1)
+    for dataset in (datasets.Dataset.from_list(rows), again):
+        trainer = KTOTrainer(model, ref_model, args, train_dataset=dataset, processing_class=tiny_tokenizer())
+        for row, found in zip(prepared.rendered, trainer.train_dataset, strict=True):
+            (tokens,) = row.sequences
+            assert tokens.ids.tolist() == found["prompt_ids"] + found["completion_ids"]
+            assert tokens.ids[tokens.loss].tolist() == found["completion_ids"]
+            assert tokens.coefficient == (1.0 if found["label"] else -1.0)
 
 
 def _tool(name: str, *arguments: str) -> dict[str, Any]:

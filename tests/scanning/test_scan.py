@@ -202,7 +202,7 @@ def test_the_manifest_is_complete(tmp_path: Path) -> None:
         "scipy",
         "scikit-learn",
     } <= set(manifest["versions"])
-    assert set(manifest["data"]) == {"name", "kind", "sha256", "rows"}
+    assert set(manifest["data"]) == {"name", "kind", "sha256", "rows", "read_as"}
     assert set(manifest["model"]) == {"name", "sha256", "class", "parameters", "dtype", "device", "adapter"}
     wanted = {
         "probe",
