@@ -242,6 +242,8 @@ def test_columns_name_the_keys() -> None:
     assert read([{"prompt": "a", "completion": "b", "label": 0}], "kto").examples[0].conversations[0].coefficient == -1
     with pytest.raises(UsageError, match="did you mean 'completion'"):
         Format(columns={"completions": "a"})
+    with pytest.raises(UsageError, match="the column for 'prompt' is 3"):
+        Format(columns={"prompt": 3})  # type: ignore[dict-item]
     with pytest.raises(UnknownNameError):
         Format("chat")
 
@@ -359,14 +361,21 @@ def _tables(folder: Path) -> str:
     return str(folder / "*.parquet")
 
 
-class _Polars:
-    """A table as polars hands it out: through the Arrow stream of its C interface."""
+class _Stream:
+    """A table that hands itself out through the stream of Arrow's C interface."""
 
     def __init__(self) -> None:
         self._table = pa.Table.from_pylist(PAIRS)
 
     def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
         return self._table.__arrow_c_stream__(requested_schema)
+
+
+class _Polars(_Stream):
+    """A table that gives an Arrow table too, as a polars frame does."""
+
+    def to_arrow(self) -> pa.Table:
+        return self._table
 
 
 DATASET = datasets.Dataset.from_list(PAIRS)
@@ -400,6 +409,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "splits": (lambda folder: datasets.DatasetDict({"test": DATASET.take(1), "train": DATASET}), "dataset"),
     "one split": (lambda folder: datasets.DatasetDict({"all": DATASET}), "dataset"),
     "pandas": (lambda folder: pd.DataFrame(PAIRS).iloc[[0, 1, 2]], "dataset"),
+    "stream": (lambda folder: _Stream(), "dataset"),
     "polars": (lambda folder: _Polars(), "dataset"),
     "Arrow": (lambda folder: pa.Table.from_pylist(PAIRS), "dataset"),
 }

@@ -19,6 +19,8 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 BAD = [{"messages": []}, {"messages": [{"role": "user", "content": "Alone?"}]}, {"unknown": 1}, {"unknown": 2}]
 
+ASKED = {"question": "Question 3?", "answer": "The answer is 3."}
+
 
 def estimate(rows: object, **options: object) -> Estimate:
     given = {"settings": HALF, "probing": PROBING, "model": tiny_model("llama"), "tokenizer": tiny_tokenizer()}
@@ -80,13 +82,14 @@ def test_one_shard_of_several_bounds_nothing() -> None:
 
 def test_the_command_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    data, model = write(tmp_path / "data.jsonl", jsonl([*chats(20), *BAD])), save_model(tmp_path / "model")
+    data, model = write(tmp_path / "data.jsonl", jsonl([*chats(20), *BAD, ASKED])), save_model(tmp_path / "model")
     probes = write_probes(tmp_path / "probes.jsonl")
     before = sorted(tmp_path.rglob("*"))
     asked = ["--probes", str(probes), "--lookalikes", str(probes), "--uncertified"]
     done = command("scan", str(data), "--model", str(model), *asked, "--dry-run")
     assert done.code == 0, done.err
-    assert "20 of 24 can be scored" in done.out
+    assert "21 of 25 can be scored" in done.out
+    assert "messages: 20; alpaca (question as instruction, answer as output): 1" in done.out
     assert "finite-difference" in done.out
     assert "to measure" in done.out
     assert sorted(tmp_path.rglob("*")) == before

@@ -255,7 +255,8 @@ def _from_table(table: Any, kind: str) -> Any:
     try:
         if type(table).__module__.startswith("pandas"):
             return datasets.Dataset.from_pandas(table, preserve_index=False)
-        return datasets.Dataset(pa.table(table))
+        # Polars has a type of text of its own in a stream, which some versions of datasets do not know.
+        return datasets.Dataset(table.to_arrow() if hasattr(table, "to_arrow") else pa.table(table))
     except (pa.ArrowException, ValueError, TypeError) as error:
         raise FormatError(
             f"the {kind} is not a table of one type per column ({first_line(error, most=None)}): give a list of dicts"

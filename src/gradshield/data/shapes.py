@@ -83,7 +83,7 @@ class Format:
     UnknownNameError
         No such shape.
     UsageError
-        A column for a key that no shape has.
+        A column for a key that no shape has, or one that is not a string.
 
     Examples
     --------
@@ -100,7 +100,9 @@ class Format:
         if self.name is not None:
             SHAPES[self.name]
         known = sorted({key for name in SHAPES for key in (*SHAPES[name].keys, *SHAPES[name].also)})
-        for key in self.columns:
+        for key, column in self.columns.items():
+            if not isinstance(column, str):
+                raise UsageError(f"the column for {key!r} is {short(column)}: give its name, a string")
             if key not in known:
                 hint = did_you_mean(key, known)
                 raise UsageError(
