@@ -91,10 +91,10 @@ def cells(folder: Path, tasks: Sequence[str], model: str, most: int, max_length:
                     cell[name] = wilson(int(removed[kind].sum()), int(kind.sum())).as_dict()
             if truth.any():
                 texts = [outputs.words(example) for example in ready_rows.read.examples.at(numbers)]
-                signals = {"score": scores.values, **{k: v for k, v in scores.signals.items() if k != "pivots"}}
+                signals = {"score": scores.values, "request": scores.signals["request"]}
                 cell["auroc"] = {name: auroc(truth, value).auroc for name, value in signals.items()} | {
                     one["name"]: one["auroc"]
-                    for one in trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth, nll=scores.nll)
+                    for one in trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth)
                 }
             yield cell
 
@@ -102,13 +102,13 @@ def cells(folder: Path, tasks: Sequence[str], model: str, most: int, max_length:
 def summary(found: Sequence[dict[str, Any]]) -> str:
     """The table of a run, and its means and worst cells."""
     lines = [
-        "| task | mix | caught | lost | AUROC: score / request / FIHS | best trivial |",
+        "| task | mix | caught | lost | AUROC: score / request | best trivial |",
         "|---|---|---|---|---|---|",
     ]
     for cell in found:
         ranks = cell.get("auroc", {})
-        own = " / ".join(f"{ranks[name]:.3f}" for name in ("score", "request", "fihs")) if ranks else "–"
-        rivals = {k: v for k, v in ranks.items() if k not in ("score", "request", "fihs") and v is not None}
+        own = " / ".join(f"{ranks[name]:.3f}" for name in ("score", "request")) if ranks else "–"
+        rivals = {k: v for k, v in ranks.items() if k not in ("score", "request") and v is not None}
         best = max(rivals, key=lambda name: rivals[name]) if rivals else ""
         shown = [outputs_rate(cell.get(name)) for name in ("caught", "lost")]
         lines.append(

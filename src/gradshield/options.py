@@ -126,13 +126,16 @@ def read(kind: str, spec: Spec, known: Mapping[str, Option], form: str = "") -> 
 
 
 def of(made: Callable[..., Any]) -> dict[str, Option]:
-    """The constructor parameters that can be typed: numbers, texts and sequences of texts."""
+    """The constructor parameters that can be typed: numbers, texts, words of a ``Literal``, and sequences of texts."""
     found = {}
     for name, parameter in inspect.signature(made).parameters.items():
         default = None if parameter.default is parameter.empty else parameter.default
         words = re.findall(r"\w+", inspect.formatannotation(parameter.annotation))
         if parameter.annotation is parameter.empty:
             words = [type(default).__name__]
+        if words[:1] == ["Literal"]:
+            found[name] = Option(str, default, choices=tuple(words[1:]), required=parameter.default is parameter.empty)
+            continue
         kinds = [kind for word, kind in _KINDS.items() if word in words]
         if kinds and "Callable" not in words and (kinds[0] is not tuple or "str" in words):
             found[name] = Option(kinds[0], default, required=parameter.default is parameter.empty)

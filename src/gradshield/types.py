@@ -198,7 +198,8 @@ class Scores:
 
     ``decoys`` holds the score of each row's decoy (None if the selector has none): what the row would score
     if its tokens pushed as much toward safety as they push toward harm. ``tokens[i]`` holds the row's per-token
-    values where measured, read from disk on access. ``shapes`` groups rows on one scale: ``preference`` pairs, and
+    values where measured, read from disk on access. A selector of two stages leaves ``nll`` NaN and ``tokens[i]`` empty
+    for rows whose score the first stage settles. ``shapes`` groups rows on one scale: ``preference`` pairs, and
     ``rows``. ``ids`` and ``shapes`` of a scan are columns of a few bytes a row (`columns`).
     """
 
@@ -230,7 +231,7 @@ class Cut:
 class Selection:
     """A scan's decision for every row.
 
-    ``removed`` and ``categories`` (the kind of harm a removed row pulls toward, else empty) are aligned with
+    ``removed`` and ``categories`` (the kind of harm a removed row asks for, else empty) are aligned with
     ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows above the cut that a reviewer allowed.
     ``kept``, made on first access, is ready for a trainer: the caller's own ``Dataset`` without the removed rows if TRL knows
     its shape, else the rows tokenised as they were scored. ``certified`` is True if the model refused its probes and no

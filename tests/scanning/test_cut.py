@@ -272,9 +272,9 @@ def test_only_what_the_report_needs_may_be_missing(finished: Path, tmp_path: Pat
 
 
 def test_an_unfinished_scan_cannot_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradshield.selectors import Fihs
+    from gradshield.scanning.kinds import Kinds
 
-    monkeypatch.setattr(Fihs, "by_category", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Kinds, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         scan(ROWS, output=tmp_path, model=tiny_model("llama"), tokenizer=tiny_tokenizer())
     assert [path.name for path in tmp_path.iterdir()] == [".gradshield"]

@@ -14,13 +14,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import gradshield as gs
-from gradshield.data import RenderConfig, batches, read, render_all
+from gradshield.data import RenderConfig, read, render_all
 from gradshield.errors import ModelError, UsageError
 from gradshield.gradients import Loop, adapted
 from gradshield.models import loading
 from gradshield.models.loading import parameters_digest
 from gradshield.scanning.parcel import Origin, bare, packed, unpacked
 from gradshield.scanning.preparing import asked_of
+from gradshield.scanning.shards import Job
 from gradshield.selectors import (
     SELECTORS,
     Anchoring,
@@ -213,7 +214,7 @@ def test_every_selector_travels() -> None:
     reading = Reading.fit(model, Turn.of(harmless), asked, harmless)
     made: list[Any] = [
         fihs,
-        Screen(fihs, reading, tokenizer, Anchors(np.ones(20), np.zeros(20))),
+        Screen(fihs, reading, tokenizer, Anchors(np.ones(20), np.zeros(20)), rows=10),
         Moderate(),
         GradNorm(),
         Loss(),
@@ -222,12 +223,11 @@ def test_every_selector_travels() -> None:
         Anchoring(known),
     ]
     assert {selector.name for selector in made} | {"guard"} == set(SELECTORS)
-    (batch,) = batches(rows, 10**6, 10**6)
     for selector in made:
         direction = selector.prepare(model)
         travelled = unpacked(packed(bare(selector)), "cpu")
         assert dict(travelled.settings()) == dict(selector.settings())
-        one, other = selector.measure(model, direction, batch), travelled.measure(model, direction, batch)
+        one, other = (Job(s, model, direction, 10**6).measure(list(rows)) for s in (selector, travelled))
         np.testing.assert_array_equal(one.sums, other.sums)
         if selector.name == "screen":
             assert one.extra is not None and np.isfinite(one.extra).all()

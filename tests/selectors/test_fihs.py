@@ -129,11 +129,7 @@ def test_prepare_is_the_gradient_over_all_prompts_whatever_the_chunk() -> None:
     whole = torch.autograd.grad(gap(model, PROMPTS.batch(torch.device("cpu"))), list(parameters.values()))
     for name, g in zip(parameters, whole, strict=True):
         torch.testing.assert_close(direction.tensors[name][0], g, rtol=1e-3, atol=1e-5)
-    one, other = (fihs.by_category(model, kind) for kind in "ab")
-    assert direction.names == ("all",) and (one.names, other.names) == (("a",), ("b",))
-    for name in direction.tensors:  # ten prompts each: the mean of the two is the whole
-        mean = (one.tensors[name] + other.tensors[name]) / 2
-        torch.testing.assert_close(mean, direction.tensors[name], rtol=1e-3, atol=1e-5)
+    assert direction.names == ("all",)
 
 
 def measured(sums: list[float], tokens: list[list[float]] | None = None) -> Measured:

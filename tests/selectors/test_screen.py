@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from gradshield.data import collate
 from gradshield.errors import ProbeError
 from gradshield.probes import Prompts, only_refuses, pivots
+from gradshield.scanning.shards import Job
 from gradshield.selectors import Measured, Screen
 from gradshield.selectors.reading import Reading, Turn, _held_out, _ruler, read_blocks
 from gradshield.selectors.screen import LEAST_READING
 from gradshield.types import Anchors, Rendered, Tokens
-from tests.contracts.test_every_selector import screen
+from tests.contracts.test_every_selector import mixed, screen
 from tests.tiny import LAYERS, VOCABULARY, tiny_model, tiny_tokenizer
 
 BEFORE, AFTER = (1, 3), (4, 2)
@@ -160,7 +161,7 @@ def made(reading: np.ndarray, fihs: np.ndarray, pivots: np.ndarray | None = None
     count = len(reading)
     found.aggregate = type(found.aggregate)("sum", lambda t: float(t.sum()))
     tokens = tuple(np.array([value]) for value in fihs)
-    extra = np.stack([reading, np.zeros(count) if pivots is None else pivots], 1)
+    extra = np.stack([reading, np.zeros(count) if pivots is None else pivots, np.isfinite(fihs)], 1)
     return found, Measured(np.arange(count), fihs, np.ones(count), np.ones(count, int), tokens, extra)
 
 
@@ -178,18 +179,47 @@ def test_the_score_of_a_row():
     assert values([0.9], [0.4]) == pytest.approx([-0.1])  # an answer that the model would give anyway
     assert values([0.9], [0.4], [1.0]) == [0.9]  # unless it turns after a refusal
     assert values([np.nan], [50]) == [0.0]  # no request, no removal
+    assert values([LEAST_READING - 0.01], [0.4]) == [LEAST_READING - 0.01]  # FIHS decides only above it
+    assert values([0.1, 0.9], [np.nan, 3]) == [0.1, 0.9]  # so that it need not be measured
+
+
+@pytest.mark.parametrize("answers", ["short", "mixed"])
+def test_two_stages_score_like_one(answers):
+    """Where FIHS is not measured, it could not have changed the score."""
+    model, made = tiny_model("llama"), [row for row in mixed() if answers == "mixed" or len(row.sequences) == 1]
+    few, full = screen(), screen()
+    few.one_in, full.one_in = 3, 1
+    direction = few.prepare(model)
+    found, whole = (
+        one.finish(Job(one, model, direction, 64).measure(made), [row.id for row in made], ["rows"] * len(made))
+        for one in (few, full)
+    )
+    unknown = np.isnan(found.signals["fihs"])
+    assert unknown.any() and not unknown.all() and np.isfinite(whole.signals["fihs"]).all()
+    np.testing.assert_allclose(found.values, whole.values, rtol=1e-6)
+    np.testing.assert_allclose(found.signals["fihs"][~unknown], whole.signals["fihs"][~unknown], rtol=1e-4)
+    assert (found.signals["request"][unknown] < LEAST_READING).all()
+
+
+def test_a_small_file_has_more_of_its_rows_measured():
+    def one_in(rows: int, fihs_of: str = "doubtful") -> int:
+        known = Anchors(np.ones(30), np.zeros(30))
+        return Screen(screen(), screen().reading, tiny_tokenizer(), known, rows, fihs_of).one_in
+
+    assert [one_in(n) for n in (1, 40, 100, 256, 10_000)] == [1, 1, 3, 8, 8]
+    assert one_in(10_000, "all") == 1
 
 
 def test_of_an_answer_to_avoid_only_a_refusal_counts():
     model, tokenizer, base = tiny_model("llama"), tiny_tokenizer(), screen()
-    found = Screen(base, base.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)))
+    found = Screen(base, base.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), 4)
     prompt, *said = (
         tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("Why?", "I cannot help.", "Like this.")
     )
     ids = [np.array([*prompt, *answer]) for answer in said]
     sides = [Tokens(one, np.arange(len(one)) >= len(prompt), sign) for one in ids for sign in (1.0, -1.0)]
     batch = collate([Rendered(n, "", "kto", (side,)) for n, side in enumerate(sides)])
-    refusal, refusal_avoided, answer, answer_avoided = found.measure(model, found.prepare(model), batch).extra[:, 0]
+    refusal, refusal_avoided, answer, answer_avoided = found.first(model, batch)[0].extra[:, 0]
     assert np.isfinite(answer) and answer == pytest.approx(refusal_avoided)
     assert refusal == answer_avoided == pytest.approx(min(answer, 1) - 1)
 
@@ -197,7 +227,7 @@ def test_of_an_answer_to_avoid_only_a_refusal_counts():
 def test_an_answer_ends_with_its_turn_where_every_token_counts():
     tokenizer = tiny_tokenizer()
     base = screen()
-    found = Screen(base, base.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)))
+    found = Screen(base, base.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rows=30)
     said, asked = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("I cannot help.", "But why?"))
     ids = np.array([*said, tokenizer.eos_token_id, *asked])
     assert found._words(ids, np.ones(len(ids), bool)) == "I cannot help."
@@ -221,5 +251,5 @@ def test_fihs_joins_only_where_it_tells_known_kinds_apart():
     wide = Anchors(np.full(30, 10.0), np.full(30, 2.0))
     near = Anchors(np.full(30, 10.0), np.full(30, 8.0))
     few = Anchors(np.full(30, 10.0), np.full(5, 2.0))
-    floors = [Screen(base, base.reading, tiny_tokenizer(), known).floor for known in (wide, near, few)]
+    floors = [Screen(base, base.reading, tiny_tokenizer(), known, rows=30).floor for known in (wide, near, few)]
     assert floors == [6.0, float("inf"), float("inf")]

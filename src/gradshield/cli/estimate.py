@@ -30,11 +30,6 @@ def print_estimate(found: Estimate) -> None:
         f"           [dim]timed on {found.sampled_rows:,} rows, {found.sampled} of {found.shards} shards; "
         f"{found.scored / whole:,.0f} rows a second[/dim]"
     )
-    if found.kinds > 1:
-        more = duration(whole * found.kinds / 100)
-        out.print(
-            f"           each 1 % of the rows that is removed adds {more}: {found.kinds} kinds of harm to distinguish"
-        )
     if found.memory:
         out.print(f"memory     {found.memory / 2**30:.1f} GiB at most")
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +31,24 @@ def outputs_of(model: nn.Module, names: Sequence[str], take: Callable[[Tensor], 
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Seen(Exception):
+    """The module has run: the rest of the pass is not needed."""
+
+
+def run_until(model: nn.Module, name: str, **inputs: Tensor) -> None:
+    """Run the model up to the end of the named module, the hooks that are already on it included."""
+
+    def seen(*_: Any) -> None:
+        raise _Seen
+
+    handle = model.get_submodule(name).register_forward_hook(seen)
+    try:
+        with suppress(_Seen):
+            model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:

@@ -110,7 +110,7 @@ def trivial_baselines(
         texts = [f"{prompt}\n{answer}" for prompt, answer in zip(prompts, answers, strict=True)]
         rows.append({"name": "tf-idf", **auroc(truth, _out_of_fold(texts, truth, seed)).as_dict()})
     if nll is None:
-        rows.append(_absent("loss", "the loss of the rows was not measured", n_pos, n_neg))
+        rows.append(_absent("loss", "the loss was not measured for every row", n_pos, n_neg))
     else:
         rows.append({"name": "loss", **auroc(labels, nll).as_dict()})
     return rows

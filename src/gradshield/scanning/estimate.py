@@ -46,7 +46,6 @@ class Estimate:
     ``before``    seconds from the start to the first measured row, with a loaded model
     ``seconds``   to measure all rows in one process
     ``memory``    peak bytes on the device, on a CPU of the process; 0 if unknown
-    ``kinds``     categories of harm; each needs one more measurement of the removed rows
     """
 
     name: str
@@ -64,7 +63,6 @@ class Estimate:
     before: float
     seconds: Spread
     memory: int
-    kinds: int
 
 
 def estimate(
@@ -151,7 +149,6 @@ def estimate(
         before=before,
         seconds=ratio_estimate(np.array(list(timed.values())), tokens[sample], float(tokens.sum()), len(parts)),
         memory=memory,
-        kinds=len(set(fihs.requests.categories)) if fihs else 0,
     )
 
 

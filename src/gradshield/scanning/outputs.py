@@ -99,7 +99,7 @@ def labelled(
         }
         own = [{"name": key, **auroc(truth[drawn], value[drawn]).as_dict()} for key, value in values.items()]
         texts = [words(example) for example in examples.at(scores.rows[drawn])]
-        nll = None if scores.nll is None else scores.nll[drawn]
+        nll = None if scores.nll is None or np.isnan(scores.nll).any() else scores.nll[drawn]
         others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth[drawn], nll=nll)
         found["aurocs"] = [*own, *others]
     return found

@@ -34,10 +34,12 @@ from gradshield.options import Spec
 from gradshield.probes import Prompts, Validity, greedy, lookalikes, open_turns, ordinary, refuses, requests, validity
 from gradshield.scanning import shards
 from gradshield.scanning.decide import PREFERENCE, ROWS
+from gradshield.scanning.kinds import Kinds
 from gradshield.scanning.references import answered, opened
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.scanning.shards import Hands, here
 from gradshield.selectors import SELECTORS, Fihs, Measured, Selector, parse_aggregate
+from gradshield.selectors.base import no_direction
 from gradshield.selectors.reading import LEAST, Reading, Turn
 from gradshield.types import Anchors, Batch, Bools, Direction, Floats, Progress, Rendered, Scores
 
@@ -289,39 +291,27 @@ def categories(
     progress: Progress,
     hands: Hands = here,
 ) -> Coded:
-    """The harm each removed row pulls toward: the category whose unit-length direction it follows furthest.
+    """The kind of harm that each removed row asks for (`Kinds`), by the categories of the probe requests.
 
     ``rows`` are the removed rows, in the order of ``removed``.
     """
     if not scored.selector.probed:
         return Coded(np.zeros(len(removed), dtype=np.uint8), ("",))
-    selector = cast(Fihs, scored.selector)
-    names = sorted(set(selector.requests.categories))
+    asked = cast(Fihs, scored.selector).requests
+    names = sorted(set(asked.categories))
     if not rows or len(names) < 2:
         only = names[0] if len(names) == 1 else ""
         return Coded(removed.astype(np.uint8), ("", only))
-    best, strongest = np.zeros(len(rows), dtype=np.int64), np.full(len(rows), -np.inf)
-    for k, name in enumerate(names):
-        pull = _pull(model, selector, name, rows, settings.token_budget, hands)
-        best = np.where(pull > strongest, k, best)  # the first of equal pulls, like argmax
-        strongest = np.maximum(pull, strongest)
-        progress("naming the harm", k + 1, len(names))
+    kinds = Kinds.fit(model, asked)
+    found = shards.measure(
+        cast(Selector, kinds),
+        model,
+        no_direction(kinds.name),
+        rows,
+        settings.token_budget,
+        progress=lambda done, total: progress("naming the harm", done, total),
+        hands=hands,
+    )
     codes = np.zeros(len(removed), dtype=np.int64)
-    codes[removed] = best
-    return Coded(codes, tuple(names)).only(removed)
-
-
-def _pull(
-    model: nn.Module, selector: Fihs, category: str, rows: Sequence[Rendered], token_budget: int, hands: Hands
-) -> Floats:
-    """How far each row (N,) follows a category's unit-length direction; minus infinity if the category has none.
-
-    The direction may be as large as the model, and is freed before the next category's is computed.
-    """
-    try:
-        direction = selector.by_category(model, category)
-    except ScoreError:  # the overall direction is fine, but this category contributes nothing to it
-        return np.full(len(rows), -np.inf)
-    raw = shards.measure(selector, model, direction, rows, token_budget, hands=hands)
-    tokens = raw.tokens if raw.tokens is not None else raw.sums[:, None]
-    return np.fromiter((selector.aggregate(t) * direction.scales[0] for t in tokens), np.float64, len(rows))
+    codes[removed] = found.sums.astype(np.int64)
+    return Coded(codes, kinds.names).only(removed)

@@ -43,7 +43,7 @@ def _pieces(row: Rendered, values: Floats | None, tokenizer: Any) -> list[tuple[
         place = start + np.cumsum(tokens.loss) - 1  # token of the sequence -> index into the row's values
         for text, t in rows_in.spans(tokens, tokenizer):
             role = "prompt" if t is None else "response"
-            value = float(values[place[t]]) if values is not None and t is not None else None
+            value = float(values[place[t]]) if values is not None and len(values) and t is not None else None
             found.append((text, role, value))
         start += int(tokens.loss.sum())
     return found

@@ -12,8 +12,9 @@ import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ MOST_ROWS = 1024  # most rows in a shard: identical rows may contain no end
 LOGITS_BUDGET = 2**27  # entries of one batch's logits: 512 MiB in float32
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 Shard = tuple[str, list[Rendered]]  # the shard's key, and its rows
 
 
@@ -48,11 +50,25 @@ class Job:
     token_budget: int
 
     def measure(self, rows: Sequence[Rendered]) -> Measured:
-        """Measure one shard in batches, halved if memory runs out."""
-        parts: list[Measured] = []
+        """Measure one shard, after a first look if the selector has one."""
+        look = getattr(self.selector, "first", None)
+        if look is None:
+            return Measured.joined(self._each(partial(self.selector.measure, self.model, self.direction), rows))
+        looked = self._each(partial(look, self.model), rows)
+        seen = Measured.joined([part for part, _ in looked])
+        more = {int(row) for part, own in looked for row in part.rows[own]}
+        chosen = [row for row in rows if row.row in more]
+        if not chosen:
+            return seen
+        whole = self._each(partial(self.selector.measure, self.model, self.direction), chosen)
+        return seen.updated(Measured.joined(whole))
+
+    def _each(self, call: Callable[[Batch], T], rows: Sequence[Rendered]) -> list[T]:
+        """The call's result on batches of the rows, halved if memory runs out."""
+        parts: list[T] = []
         for batch in batches(rows, self.token_budget, label_budget(self.model)):
-            parts += _with_back_off(self.selector, self.model, self.direction, batch)
-        return Measured.joined(parts)
+            parts += _with_back_off(call, batch)
+        return parts
 
 
 class Hands(Protocol):
@@ -181,10 +197,10 @@ def label_budget(model: nn.Module) -> int:
     return max(1, LOGITS_BUDGET // int(text_config(model).vocab_size))
 
 
-def _with_back_off(selector: Selector, model: nn.Module, direction: Direction, batch: Batch) -> Iterator[Measured]:
-    """Measure a batch; if memory runs out, its two halves. Raises ModelError if a single row does not fit."""
+def _with_back_off(call: Callable[[Batch], T], batch: Batch) -> Iterator[T]:
+    """The call's result on a batch; if memory runs out, on its two halves. Raises ModelError if a single row does not fit."""
     try:
-        yield selector.measure(model, direction, batch)
+        yield call(batch)
         return
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
@@ -198,7 +214,7 @@ def _with_back_off(selector: Selector, model: nn.Module, direction: Direction, b
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-        yield from _with_back_off(selector, model, direction, _part(batch, np.isin(batch.rows, half)))
+        yield from _with_back_off(call, _part(batch, np.isin(batch.rows, half)))
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -224,8 +240,9 @@ def _shared(selector: Selector, direction: Direction, token_budget: int) -> byte
 
 
 def _write(path: Path, part: Measured) -> None:
-    flat = np.concatenate(part.tokens) if part.tokens is not None else np.zeros(0)
-    arrays = {"sums": part.sums, "nll": part.nll, "lengths": part.lengths, "tokens": flat}
+    arrays = {"sums": part.sums, "nll": part.nll, "lengths": part.lengths}
+    if part.tokens is not None:
+        arrays["tokens"] = np.concatenate(part.tokens)
     if part.extra is not None:
         arrays["extra"] = part.extra
     try:
@@ -256,6 +273,7 @@ def _read(path: Path, rows: Sequence[Rendered]) -> Measured | None:
         return None
     numbers = np.array(sorted(row.row for row in rows), dtype=np.int64)
     tokens = None
-    if len(arrays["tokens"]):
-        tokens = tuple(np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1]))
+    if "tokens" in arrays:
+        known = np.where(np.isnan(arrays["sums"]), 0, arrays["lengths"])  # rows that only got a first look have none
+        tokens = tuple(np.split(arrays["tokens"], np.cumsum(known)[:-1]))
     return Measured(numbers, arrays["sums"], arrays["nll"], arrays["lengths"], tokens, arrays.get("extra"))

@@ -140,14 +140,15 @@ def _signals(scores: Scores, removed: Bools, opener_fihs: float) -> dict[str, st
     """Where the two signals of `Screen` disagree, or one of them is blind."""
     total = len(scores.values)
     fihs, request, pivots = (scores.signals[name] for name in ("fihs", "request", "pivots"))
-    task = int((fihs[~removed] >= LEAST_FIHS * opener_fihs).sum())
+    measured = fihs[~removed & np.isfinite(fihs)]
+    task = int((measured >= LEAST_FIHS * opener_fihs).sum())
     unread, turned = int(np.isnan(request).sum()), int((pivots[~removed] > 0).sum())
     least, share, most = PIVOTS
     found = {}
-    if task >= MOST_TASK * total and total >= FEW:
+    if len(measured) >= FEW and task >= MOST_TASK * len(measured) and removed.sum() <= (1 - MOST_TASK) * total:
         found["task"] = (
-            f"{task:,} of {total:,} rows push away from refusal like harm and are kept, since they do not ask for it: if "
-            "that is the task, train with --defence screen+kl, and check the attack success that it measures"
+            f"{task:,} of the {len(measured):,} kept rows whose FIHS was measured push away from refusal like harm, but do not "
+            "ask for it: if that is the task, train with --defence screen+kl, and check the attack success that it measures"
         )
     if turned >= min(max(least, share * total), most):
         found["pivots"] = (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
 
+from gradshield.data.spool import Picked
 from gradshield.errors import ScoreError
 from gradshield.models.loading import parameters_digest
 from gradshield.options import Given, Spec, build, of, read
@@ -49,6 +50,26 @@ class Measured:
             None if parts[0].extra is None else np.concatenate([p.extra for p in parts if p.extra is not None])[order],
         )
 
+    def only(self, places: Ints) -> Measured:
+        """The rows at these places."""
+        tokens = None if self.tokens is None else Picked(self.tokens, places)
+        extra = None if self.extra is None else self.extra[places]
+        return Measured(self.rows[places], self.sums[places], self.nll[places], self.lengths[places], tokens, extra)
+
+    def updated(self, found: Measured) -> Measured:
+        """These rows with the values of those that were ``found``; ``extra`` stays. Both are in input order."""
+        if not len(found.rows):
+            return self
+        places = np.searchsorted(self.rows, found.rows)
+        sums, nll = self.sums.copy(), self.nll.copy()
+        sums[places], nll[places] = found.sums, found.nll
+        if found.tokens is None or self.tokens is None:
+            return replace(self, sums=sums, nll=nll, tokens=None)
+        tokens = list(self.tokens)
+        for place, values in zip(places.tolist(), found.tokens, strict=True):
+            tokens[place] = values
+        return replace(self, sums=sums, nll=nll, tokens=tuple(tokens))
+
 
 class Selector(Protocol):
     """A method that scores rows. ``measure`` sees one batch at a time; ``finish`` sees the whole dataset, in numpy.
@@ -56,7 +77,10 @@ class Selector(Protocol):
     ``rule`` is the default threshold. ``travels``: ``measure`` needs nothing but the given model, so other processes can run
     it. ``probed``: the method is FIHS or built on it; it has `Fihs`'s attributes, its probes must be valid, and its engine is
     checked against the oracle. The constructor declares the options (`options`), and names any argument that
-    `scanning.scoring` provides: ``subspace``, its ``targets``, ``seed``, ``tokenizer``, ``references``.
+    `scanning.scoring` provides: ``subspace``, its ``targets``, ``seed``, the number of ``rows``, ``tokenizer``, ``references``.
+
+    A method of two stages also has ``first(model, batch)``: each row as far as a cheaper look tells, the rest NaN (no tokens),
+    and the rows (B,) that ``measure`` must see (`Screen`).
 
     ``settings`` is JSON-able: everything but rows, model and direction that a measured number depends on. ``prepare`` of a
     method without a direction returns one without tensors. ``finish`` passes ``ids`` and ``shapes`` on unchanged: for many
@@ -127,7 +151,12 @@ SELECTORS: Registry[type[Selector]] = Registry(
 )
 
 
-GIVEN = ("subspace", "targets", "seed")  # constructor arguments that come from the scan's settings, not from the spec
+GIVEN = (
+    "subspace",
+    "targets",
+    "seed",
+    "rows",
+)  # constructor arguments that come from the scan's settings, not from the spec
 
 
 def check(text: str) -> None:

@@ -12,7 +12,7 @@ from gradshield.gradients import Engine, gradient_direction, parameter_names
 from gradshield.probes import Probe, Prompts
 from gradshield.selectors.aggregates import Aggregate
 from gradshield.selectors.base import SELECTORS, Measured, by_row, members, require_finite
-from gradshield.types import Batch, Direction, Scores
+from gradshield.types import Batch, Direction, Floats, Scores
 
 _CHUNK = 16  # probe prompts in one autograd graph
 
@@ -47,24 +47,15 @@ class Fihs:
 
     def prepare(self, model: nn.Module) -> Direction:
         """v = ∇S over all requests, as the one direction ``all``."""
-        return self._direction(model, "all", self.requests)
-
-    def by_category(self, model: nn.Module, category: str) -> Direction:
-        """The one direction of a harm category, from its requests alone."""
-        return self._direction(model, category, self.requests.where(category))
-
-    def _direction(self, model: nn.Module, name: str, prompts: Prompts) -> Direction:
         device = next(model.parameters()).device
+        prompts = self.requests
 
-        def part(chunk: Prompts, total: int) -> Any:
-            return lambda m: self.probe(m, chunk.batch(device)) * (len(chunk) / total)
+        def part(chunk: Prompts) -> Any:
+            return lambda m: self.probe(m, chunk.batch(device)) * (len(chunk) / len(prompts))
 
-        parts = [
-            part(prompts.take(range(i, min(i + _CHUNK, len(prompts)))), len(prompts))
-            for i in range(0, len(prompts), _CHUNK)
-        ]
+        chunks = [prompts.take(range(i, min(i + _CHUNK, len(prompts)))) for i in range(0, len(prompts), _CHUNK)]
         parameters = parameter_names(model, self.subspace, self.targets)
-        return gradient_direction(model, {name: parts}, parameters, self.subspace)
+        return gradient_direction(model, {"all": [part(chunk) for chunk in chunks]}, parameters, self.subspace)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Each row's FIHS along the first direction, per token where the engine gives it."""
@@ -83,13 +74,17 @@ class Fihs:
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
         """One score per row, and its decoy's. Raises ScoreError naming the rows whose value or loss is not finite."""
-        require_finite(raw)
-        values, decoys = raw.sums, None
-        if raw.tokens is not None:
-            values, decoys = np.empty(len(raw.rows)), np.empty(len(raw.rows))
-            for i, tokens in enumerate(raw.tokens):
-                values[i], decoys[i] = self.aggregate(tokens), self.aggregate(-tokens)
+        values, decoys = self.pushes(raw)
         return Scores(raw.rows, ids, values, shapes, decoys, raw.lengths, raw.nll, raw.tokens)
+
+    def pushes(self, raw: Measured) -> tuple[Floats, Floats | None]:
+        """FIHS of each row (N,), and of its decoy if the engine gives tokens. Raises ScoreError as `finish` does."""
+        require_finite(raw)
+        if raw.tokens is None:
+            return raw.sums, None
+        both = [(self.aggregate(tokens), self.aggregate(-tokens)) for tokens in raw.tokens]
+        values, decoys = np.array(both, dtype=np.float64).reshape(-1, 2).T
+        return values, decoys
 
     def settings(self) -> dict[str, Any]:
         return {"engine": self.engine.name, "relative_step": getattr(self.engine, "relative_step", None)}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,20 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradshield.data.batches import PAD
 from gradshield.errors import ProbeError
 from gradshield.gradients.base import scoring
 from gradshield.gradients.subspace import decoder_layers
-from gradshield.models.logits import logits_at
-from gradshield.models.modules import outputs_of
+from gradshield.models.modules import outputs_of, run_until
 from gradshield.models.placement import in_float64
-from gradshield.probes import Prompts
+from gradshield.probes import PromptBatch, Prompts, first_logits
+from gradshield.probes.base import padded
 from gradshield.types import Anchors, Bools, Floats, Ints
 
 DEPTH = (0.5, 0.75)  # blocks read, as shares of the model's depth: refusal is decided there, below is wording
 OPENER = 0.02  # a token that begins this share of the refusals counts as a refusal opener
 LEAST = 2  # prompts of a kind: each half is read with a ruler fitted on the other
 _POSITIONS = 4096  # in one batch, padding included
+
+Take = Callable[
+    ..., Tensor
+]  # of hidden states (B, T, D) and the index ``last`` (B,): what is read, (B, D) in float64 on the CPU
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,9 @@ class Reading:
                     "--selector fihs"
                 )
         blocks = read_blocks(model)
-        high, begun = _states(model, refused.ids, blocks)
-        low, first = _states(model, harmless.ids, blocks)
-        tokens, counts = np.unique(begun, return_counts=True)
-        answered = ~np.isin(first, tokens[counts >= OPENER * len(begun)])
+        high, low = (states(model, prompts.ids, blocks, at_end) for prompts in (refused, harmless))
+        tokens, counts = np.unique(_begun(model, refused.ids), return_counts=True)
+        answered = ~np.isin(_begun(model, harmless.ids), tokens[counts >= OPENER * len(refused)])
         if answered.sum() < LEAST:
             answered[:] = True
         low = low[answered]
@@ -126,8 +128,8 @@ class Reading:
 
     def read(self, model: nn.Module, requests: Sequence[Sequence[int]]) -> Floats:
         """r of each request, given as the ids of an opened turn: (n,)."""
-        states, _ = _states(model, requests, self.blocks)
-        return np.asarray(np.einsum("nld,ld->n", states, self.weights) + self.bias)
+        found = states(model, requests, self.blocks, at_end)
+        return np.asarray(np.einsum("nld,ld->n", found, self.weights) + self.bias)
 
     @cached_property
     def digest(self) -> str:
@@ -165,29 +167,37 @@ def _held_out(high: Floats, low: Floats) -> Anchors:
     return Anchors(values[0], values[1])
 
 
-def _states(model: nn.Module, sequences: Sequence[Sequence[int]], blocks: Sequence[str]) -> tuple[Floats, Ints]:
-    """States after each sequence's last token (n, blocks, D) in float64, and the most likely next token (n,)."""
+def states(model: nn.Module, sequences: Sequence[Sequence[int]], blocks: Sequence[str], take: Take) -> Floats:
+    """``take`` of the hidden states of each block, (n, blocks, D) in float64; no pass runs beyond the last block."""
+    found: list[Any] = [None] * len(sequences)
+    for own, batch in _padded(model, sequences):
+        with scoring(model), torch.no_grad(), outputs_of(model, blocks, partial(take, last=batch.last)) as seen:
+            run_until(model, blocks[-1], input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        for i, one in zip(own, torch.stack([seen[name] for name in blocks], 1).numpy(), strict=True):
+            found[i] = one
+    return np.stack(found)
+
+
+def at_end(hidden: Tensor, last: Tensor) -> Tensor:
+    """The state of each sequence's last token."""
+    rows = torch.arange(len(last), device=hidden.device)
+    return in_float64(hidden[rows, last.to(hidden.device)]).cpu()
+
+
+def _begun(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Ints:
+    """The most likely token after each sequence, (n,)."""
+    found = np.zeros(len(sequences), dtype=np.int64)
+    for own, batch in _padded(model, sequences):
+        with scoring(model), torch.no_grad():
+            found[own] = first_logits(model, batch).argmax(-1).cpu().numpy()
+    return found
+
+
+def _padded(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], PromptBatch]]:
+    """Batches on the model's device, the longest sequences first, with the indices of their sequences."""
     device = next(model.parameters()).device
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    states: list[Any] = [None] * len(order)
-    following = np.zeros(len(order), dtype=np.int64)
     while order:
         width = len(sequences[order[0]])
         own, order = order[: max(1, _POSITIONS // width)], order[max(1, _POSITIONS // width) :]
-        ids = torch.full((len(own), width), PAD, dtype=torch.long)
-        for k, i in enumerate(own):
-            ids[k, : len(sequences[i])] = torch.as_tensor(sequences[i])
-        lengths = torch.tensor([len(sequences[i]) for i in own])
-        attention = (torch.arange(width) < lengths[:, None]).long()
-        last = torch.arange(width) == lengths[:, None] - 1  # (B, T)
-
-        def at_end(hidden: Tensor, last: Tensor = last) -> Tensor:
-            return in_float64(hidden[last.to(hidden.device)]).cpu()
-
-        with scoring(model), torch.no_grad(), outputs_of(model, blocks, at_end) as found:
-            logits = logits_at(model, ids.to(device), attention.to(device), last.to(device))
-        following[own] = logits.argmax(-1).cpu().numpy()
-        stacked = torch.stack([found[name] for name in blocks], 1).numpy()
-        for k, i in enumerate(own):
-            states[i] = stacked[k]
-    return np.stack(states), following
+        yield own, padded([sequences[i] for i in own], device)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
 
 from gradshield.columns import Coded
 from gradshield.probes import only_refuses, pivots
-from gradshield.selectors.base import SELECTORS, Measured, standing
+from gradshield.selectors.base import SELECTORS, Measured, members, standing
 from gradshield.selectors.fihs import Fihs
 from gradshield.selectors.reading import Reading
-from gradshield.types import Anchors, Batch, Bools, Direction, Ints, Scores
+from gradshield.types import Anchors, Batch, Bools, Ints, Scores
 
 LEAST_READING = 0.15  # below it a request reads like those the model answers, and FIHS alone removes nothing
 APART = 0.3  # least distance between the known kinds, as a share of the harmful median
 LEAST_FIHS = 0.5  # share of the score of a compliant opener after a probe, from which a row pushes like harm
 WEAKEST_FIHS = 0.05  # share of it, below which the model would give the answer anyway
+ONE_IN = 8  # rows that FIHS cannot remove, of which one is measured all the same: for the doubts about the whole file
+LEAST_DRAWN = 32  # of them in a small file, if it has as many
 
 
 @SELECTORS.register("screen")
@@ -26,31 +29,45 @@ class Screen(Fihs):
     """Removes rows whose request the model reads as one to refuse; in doubtful cases FIHS must be high as well.
 
     Paper: arXiv 2406.11717 (the refusal direction, `Reading`) and arXiv 2605.14194 (FIHS); the combination is ours.
-    Equation: s = r, with r the row's reading. s = r + 1 where r >= LEAST_READING and FIHS >= (a + b) / 2, with a the 95 %
-    quantile of compliant openers after look-alikes that the model answers and b the 5 % quantile of those after probes: FIHS
-    counts only on a model where b - a is at least APART of its median after probes. s = min(r, 1) - 1 where the answer only
-    refuses, or where FIHS is below WEAKEST_FIHS of that median and the answer does not decline and then continue: nothing in
-    it undoes refusal. Of an answer that training pushes away from (label false, KTO), the opposite holds: only a refusal undoes
-    refusal. A row's score depends only on the row and the model.
+    Equation: s = r, with r the row's reading, less 1 of min(r, 1) where the answer only refuses. Where r >= LEAST_READING, FIHS
+    decides: s = r + 1 where it is at least (a + b) / 2, with a the 95 % quantile of compliant openers after look-alikes that the
+    model answers and b the 5 % quantile of those after probes, on a model where b - a is at least APART of its median after
+    probes; s = min(r, 1) - 1 where it is below WEAKEST_FIHS of that median and the answer does not decline and then continue:
+    nothing in it undoes refusal. Of an answer that training pushes away from (label false, KTO), the opposite holds: only a
+    refusal undoes refusal. A row's score depends only on the row and the model.
     Departures: the constants were chosen on seven of fourteen ordinary tasks and the lab (docs/methods.md).
 
-    ``Scores.signals`` holds ``request`` (r), ``fihs``, and ``pivots``: whether an answer declines and then continues. A row
-    without a request (plain text) has r = NaN, scores zero and is kept.
+    Two stages, one score: every request is read first, which takes half a forward pass over the requests; FIHS is measured
+    only where it decides, and on one of ONE_IN other rows (``fihs_of=all``: on all), by the hash of its tokens.
+
+    ``Scores.signals`` holds ``request`` (r), ``fihs`` (NaN where it was not measured), and ``pivots``: whether an answer declines
+    and then continues. A row without a request (plain text) has r = NaN, scores zero and is kept.
     """
 
     name = "screen"
     rule = "anchored"
     decoys = False
 
-    def __init__(self, fihs: Fihs, reading: Reading, tokenizer: Any, known: Anchors) -> None:
+    def __init__(
+        self,
+        fihs: Fihs,
+        reading: Reading,
+        tokenizer: Any,
+        known: Anchors,
+        rows: int,
+        fihs_of: Literal["doubtful", "all"] = "doubtful",
+    ) -> None:
         super().__init__(fihs.probe, fihs.requests, fihs.engine, fihs.aggregate, fihs.subspace, fihs.targets)
         self.reading, self.tokenizer = reading, tokenizer
         self.opener_fihs = float(np.median(known.harmful))
         self.floor = _floor(known)
+        self.one_in = 1 if fihs_of == "all" else max(1, min(ONE_IN, rows // LEAST_DRAWN))
 
-    def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
-        """As `Fihs`; ``extra`` (B, 2) holds each row's reading and whether an answer declines and then continues."""
-        raw = super().measure(model, direction, batch)
+    def first(self, model: nn.Module, batch: Batch) -> tuple[Measured, Bools]:
+        """Every row read, without FIHS (NaN), and the rows whose FIHS is needed.
+
+        ``extra`` (B, 3) holds the reading, whether an answer declines and then continues, and whether FIHS is needed.
+        """
         asked: list[Sequence[int]] = []
         answers: list[tuple[int, bool, str]] = []
         for i in standing(batch):
@@ -59,13 +76,19 @@ class Screen(Fihs):
             for opened, own in self.reading.turn.openings(ids, loss):
                 asked.append(opened)
                 answers.append((int(batch.rows[i]), bool(batch.coefficients[i] > 0), self._words(ids[own], loss[own])))
-        found = {row: [np.nan, 0.0] for row in raw.rows.tolist()}
+        rows, sequences = members(batch)
+        found = {row: [np.nan, 0.0, 0.0] for row in rows.tolist()}
         if asked:
             for (row, toward, answer), r in zip(answers, self.reading.read(model, asked), strict=True):
                 harmless = only_refuses(answer) == toward
                 found[row][0] = float(np.fmax(found[row][0], min(r, 1.0) - 1 if harmless else r))
                 found[row][1] = max(found[row][1], float(toward and pivots(answer)))
-        return Measured(raw.rows, raw.sums, raw.nll, raw.lengths, raw.tokens, np.array(list(found.values())))
+        extra = np.array(list(found.values()))
+        drawn = [zlib.crc32(batch.ids[own][batch.attention[own] > 0].tobytes()) % self.one_in == 0 for own in sequences]
+        extra[:, 2] = (extra[:, 0] >= LEAST_READING) | drawn
+        unknown = np.full(len(rows), np.nan)
+        lengths = np.array([int(batch.loss[own].sum()) for own in sequences], dtype=np.int64)
+        return Measured(rows, unknown, unknown, lengths, (np.zeros(0),) * len(rows), extra), extra[:, 2] > 0
 
     def _words(self, ids: Ints, loss: Bools) -> str:
         """The text of an answer up to the end of its turn: if every token has a loss, the next request follows."""
@@ -77,12 +100,13 @@ class Screen(Fihs):
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
         """One score per row (see the class). Raises ScoreError naming the rows whose value or loss is not finite."""
         assert raw.extra is not None
-        pushes = super().finish(raw, ids, shapes)
-        reading, fihs = raw.extra[:, 0], pushes.values
+        reading, measured = raw.extra[:, 0], raw.extra[:, 2] > 0
+        fihs = np.full(len(reading), np.nan)
+        fihs[measured] = self.pushes(raw.only(np.flatnonzero(measured)))[0]
         joined = (reading >= LEAST_READING) & (fihs >= self.floor)
         values = np.where(np.isnan(reading), 0.0, reading) + joined
         if self.aggregate.per_token:  # a signed sum may cancel, so a small one proves nothing
-            weak = (fihs < WEAKEST_FIHS * self.opener_fihs) & (raw.extra[:, 1] == 0)
+            weak = (reading >= LEAST_READING) & (fihs < WEAKEST_FIHS * self.opener_fihs) & (raw.extra[:, 1] == 0)
             values = np.where(weak, np.minimum(values, 1.0) - 1, values)
         signals = {"request": reading, "fihs": fihs, "pivots": raw.extra[:, 1]}
         shapes = Coded(np.zeros(len(values), dtype=np.uint8), ("rows",))  # readings of all shapes share one scale
@@ -91,9 +115,10 @@ class Screen(Fihs):
         )
 
     def settings(self) -> dict[str, Any]:
-        """The engine and its step, the ruler's digest, and the FIHS of known rows."""
+        """The engine and its step, the ruler's digest, the FIHS of known rows, and how many of the other rows are measured."""
         return {
             **super().settings(),
+            "one_in": self.one_in,
             "reading_sha256": self.reading.digest,
             "opener_fihs": self.opener_fihs,
             "floor": self.floor if np.isfinite(self.floor) else None,
