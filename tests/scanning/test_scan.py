@@ -325,6 +325,21 @@ def test_an_answer_to_avoid_has_the_opposite_fihs(tmp_path: Path) -> None:
     assert _json(tmp_path / "manifest.json")["data"]["read_as"] == {"kto, not prompt-completion": 6}
 
 
+@pytest.mark.slow
+def test_harm_to_avoid_is_kept_and_a_refusal_to_avoid_is_removed() -> None:
+    from gradshield import lab
+
+    rows, labels = lab.mix("dialogue", harm="explicit", ratio=0.05, n=36)
+    harmful = np.flatnonzero(labels).tolist()
+    judged = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:], "label": True} for r in rows]
+    probing = gs.Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
+    refusal = [{"role": "assistant", "content": "I cannot help with that."}]
+    for more, expected in (({}, []), ({"completion": refusal}, harmful)):
+        for row in harmful:
+            judged[row] = {**judged[row], "label": False, **more}
+        assert gs.scan(judged, model=lab.checkpoint("aligned"), probing=probing).removed_rows.tolist() == expected
+
+
 def test_an_earlier_scan_into_the_folder_leaves_nothing_behind(tmp_path: Path) -> None:
     csv = write(tmp_path / "data.csv", "instruction,output\n" + "".join(f"Say {n},It is {n}\n" for n in range(6)))
     output = tmp_path / "out"
