@@ -109,8 +109,9 @@ def figures(folder: Path, tokens: NDArray[np.int64], began: float, samples: Sequ
     """What the output folder and the samples tell of a finished scan."""
     out = folder / "out"
     work = out / ".gradshield"
-    prepared, shown = _time(work / "direction.safetensors"), _time(work / "views.json")
-    done, costs, counts = _shards(work / "shards", prepared, tokens)
+    shown = _time(work / "views.json")
+    done, costs, counts = _shards(work / "shards", tokens)
+    prepared = float(done[0] - costs[0] * tokens[: counts[0]].sum())
     tenth = max(len(costs) // 10, 1)
     first, last = (float(np.median(part)) for part in (costs[:tenth], costs[-tenth:]))
     early, late = _at(samples, done[np.searchsorted(np.cumsum(counts), 0.1 * len(tokens))]), _at(samples, done[-1])
@@ -149,9 +150,12 @@ def _at(samples: Sequence[Sample], moment: float) -> int:
 
 
 def _shards(
-    folder: Path, began: float, tokens: NDArray[np.int64]
+    folder: Path, tokens: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """When each shard was done, its seconds a token, and its rows, in the order in which they were measured."""
+    """When each shard was done, its seconds a token, and its rows, in the order in which they were measured.
+
+    The first took as long a token as the second: when it began is not recorded.
+    """
     from safetensors import safe_open
 
     found = sorted((_time(path), path) for path in folder.glob("*.safetensors"))
@@ -162,7 +166,8 @@ def _shards(
     done = np.array([moment for moment, _ in found])
     ends = np.cumsum(counts)
     sums = np.diff(np.r_[0, np.cumsum(tokens)[ends - 1]])
-    return done, np.diff(np.r_[began, done]) / sums, np.array(counts)
+    costs = np.diff(done) / sums[1:]
+    return done, np.r_[costs[:1], costs], np.array(counts)
 
 
 def table(found: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from tests.common import save_model, write_probes
+
+os.environ["GRADSHIELD_CACHE"] = ""  # what one test finds must not reach another
 
 
 @pytest.fixture(scope="session", autouse=True)

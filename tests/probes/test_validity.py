@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradshield.probes import Prompts, Validity, open_turns, refuses, validity
+from gradshield.probes import Prompts, Validity, open_turns, openings, refuses, validity
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -102,7 +102,7 @@ class Speaker(nn.Module):
 
 def gate(answers: Sequence[str], prefix: str = "", tokens: int = 60) -> Validity:
     prompts: Prompts = open_turns(TOKENIZER, [{"prompt": f"Do {'it ' * (i % 4)}"} for i in range(len(answers))], prefix)
-    return validity(Speaker(answers), TOKENIZER, prompts, tokens)
+    return validity(TOKENIZER, prompts, openings(Speaker(answers), TOKENIZER, prompts, tokens))
 
 
 def test_a_model_that_refuses_is_sound() -> None:

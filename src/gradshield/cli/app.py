@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gradshield import __version__
+from gradshield.cli.cache import cache
 from gradshield.cli.certify import certify
 from gradshield.cli.common import err, out, plain
 from gradshield.cli.compare import compare
@@ -23,7 +24,7 @@ from gradshield.errors import GradShieldError
 from gradshield.models.placement import keep_freed_memory
 
 # In the order of the help.
-COMMANDS: tuple[Callable[..., Any], ...] = (scan, train, evaluate, certify, compare, cut, show, methods, demo)
+COMMANDS: tuple[Callable[..., Any], ...] = (scan, train, evaluate, certify, compare, cut, show, methods, cache, demo)
 
 app = typer.Typer(
     name="gradshield",

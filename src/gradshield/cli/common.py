@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gradshield.errors import DataError, GateError, ModelError, UsageError
 from gradshield.options import number
-from gradshield.report.text import visible
+from gradshield.report.text import duration, visible
 from gradshield.types import Rate
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gradshield.types import Selection
 
 QUIET = 60  # seconds between progress lines without a terminal
+NOTED = 1.0  # seconds from which a stage has a line of its own
 out = Console(soft_wrap=True, highlight=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
@@ -276,18 +277,30 @@ def rates(before: Mapping[str, Any], after: Mapping[str, Any], utility: str = "u
 
 @contextmanager
 def progress() -> Iterator[Any]:
-    """A callable (stage, done, total) that draws one bar per stage on standard error; a line a minute without a terminal."""
+    """A callable (stage, done, total) that draws one bar per stage on standard error.
+
+    Without a terminal it prints a line for each stage of a second or more, and in a long one a line a minute, with the time left.
+    """
     bars: dict[str, Any] = {}
     columns = TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn()
     times = TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, *times, console=err, disable=not err.is_terminal) as drawn:
-        printed = time.monotonic()
+        began: dict[str, float] = {}
+        printed = 0.0
+
+        def line(stage: str, done: int, total: int) -> None:
+            nonlocal printed
+            now = time.monotonic()
+            taken = now - began.setdefault(stage, now)
+            if done >= total and taken >= NOTED:
+                err.print(f"{plain(stage)}: {done:,} in {duration(taken)}")
+            elif 0 < done < total and taken >= NOTED and now - printed >= QUIET:
+                printed = now
+                err.print(f"{plain(stage)}: {done:,} of {total:,}, {duration(taken / done * (total - done))} left")
 
         def report(stage: str, done: int, total: int) -> None:
-            nonlocal printed
-            if not err.is_terminal and time.monotonic() - printed > QUIET:
-                printed = time.monotonic()
-                err.print(f"{plain(stage)} {done}/{total}")
+            if not err.is_terminal:
+                line(stage, done, total)
             if stage not in bars:
                 bars[stage] = drawn.add_task(stage, total=total)
             drawn.update(bars[stage], completed=done, total=total)

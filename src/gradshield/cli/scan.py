@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from gradshield import cache
 from gradshield.cli.common import (
     Allow,
     Columns,
@@ -83,6 +85,9 @@ def scan(
     format: Shape = None,
     columns: Columns = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Neither use nor keep what earlier scans found on this model.")
+    ] = False,
     uncertified: Annotated[
         bool, typer.Option("--uncertified", help="Score a model that does not refuse its probes.")
     ] = False,
@@ -143,6 +148,8 @@ def scan(
 
     Workers(workers, ray)  # checked before the model is loaded
     settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget, selector=selector)
+    if no_cache:
+        os.environ[cache.VARIABLE] = ""
     asked = probing(probes, lookalikes, answer_prefix, template, uncertified)
     peft, arguments = peft_config(lora), sft_options(training)
     with progress() as report:

@@ -225,6 +225,22 @@ def parameters_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(loaded: LoadedModel, model: torch.nn.Module) -> str:
+    """SHA-256 that tells whether this is the loaded model, or has other weights since: its digest, and values of every parameter.
+
+    ``model`` is the loaded one, maybe with an adapter. 64 values of a parameter, evenly spaced, are read.
+    """
+    import torch
+
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    sha = hashlib.sha256(f"{loaded.digest} {loaded.dtype} {loaded.device.type} {type(model)} {attention}\n".encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 64)].contiguous().view(torch.uint8).cpu()
+        sha.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode() + some.numpy().tobytes())
+    return sha.hexdigest()
+
+
 def _widest_float(model: torch.nn.Module) -> torch.dtype:
     """The dtype of most floating-point parameters: an adapter or a norm may have another."""
     sizes: dict[Any, int] = {}

@@ -10,7 +10,7 @@ from gradshield.probes.refusal_nll import RefusalNll
 from gradshield.probes.requests import SPLITS, alike, digest, lookalikes, ordinary, read_prompts, requests
 from gradshield.probes.token_gap import TokenGap
 from gradshield.probes.token_set import TokenSet
-from gradshield.probes.validity import Validity, only_refuses, pivots, refuses, validity
+from gradshield.probes.validity import Validity, only_refuses, openings, pivots, refuses, validity
 
 __all__ = [
     "COMPLY",
@@ -33,6 +33,7 @@ __all__ = [
     "lookalikes",
     "only_refuses",
     "open_turns",
+    "openings",
     "ordinary",
     "pivots",
     "read_prompts",

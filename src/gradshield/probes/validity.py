@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from gradshield.probes.base import Prompts, greedy
 
+AT_ONCE = 16  # probes answered together
 LEAST_REFUSED = 0.5
 """Below this share of refused probes the gradient of S does not point away from refusal."""
 
@@ -100,10 +102,26 @@ def pivots(answer: str) -> bool:
     return refuses(answer) and bool(_DECLINES.search(first)) and not only_refuses(answer)
 
 
-def validity(model: nn.Module, tokenizer: Any, requests: Prompts, tokens: int = 12) -> Validity:
-    """Answer every probe greedily and classify the openings."""
+def openings(
+    model: nn.Module,
+    tokenizer: Any,
+    requests: Prompts,
+    tokens: int = 12,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """How the model begins to answer every probe, greedily."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    answers = [tokenizer.decode(ids) for ids in greedy(model, requests, tokens, pad)]
+    found: list[str] = []
+    while len(found) < len(requests):
+        progress(len(found), len(requests))
+        some = requests.take(range(len(found), min(len(found) + AT_ONCE, len(requests))))
+        found += [tokenizer.decode(ids) for ids in greedy(model, some, tokens, pad)]
+    progress(len(found), len(requests))
+    return found
+
+
+def validity(tokenizer: Any, requests: Prompts, answers: Sequence[str]) -> Validity:
+    """Classify the openings of the answers to all probes."""
     opened = [tokenizer.decode(ids[-8:]) for ids in requests.ids]
     thinks = sum(
         bool(_THINKS.match(answer)) or bool(re.search(r"<think>\s*$", before))

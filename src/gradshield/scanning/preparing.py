@@ -7,13 +7,15 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache as once
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
 from torch import nn
 
+from gradshield import cache, runs
 from gradshield import data as rows_in
 from gradshield.columns import Coded, Ids
 from gradshield.errors import ProbeError, ScoreError, UsageError, first_line
@@ -29,9 +31,21 @@ from gradshield.gradients import (
     pick,
     target_names,
 )
-from gradshield.models.loading import LoadedModel
+from gradshield.gradients import direction as directions
+from gradshield.models.loading import LoadedModel, fingerprint
 from gradshield.options import Spec
-from gradshield.probes import Prompts, Validity, greedy, lookalikes, open_turns, ordinary, refuses, requests, validity
+from gradshield.probes import (
+    Prompts,
+    Validity,
+    greedy,
+    lookalikes,
+    open_turns,
+    openings,
+    ordinary,
+    refuses,
+    requests,
+    validity,
+)
 from gradshield.scanning import shards
 from gradshield.scanning.decide import PREFERENCE, ROWS
 from gradshield.scanning.kinds import Kinds
@@ -44,6 +58,7 @@ from gradshield.selectors.reading import LEAST, Reading, Turn
 from gradshield.types import Anchors, Batch, Bools, Direction, Floats, Progress, Rendered, Scores
 
 LEAST_SPEARMAN = 0.99  # least rank correlation of an engine with the oracle
+CLOSE = 0.01  # relative error within which finite differences need no step of their own
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,40 +81,84 @@ class Scored(Ready):
 
 def ready_fihs(
     model: nn.Module,
-    tokenizer: Any,
-    pad: int,
+    loaded: LoadedModel,
     rendered: Sequence[Rendered],
     settings: ScanSettings,
     probing: Probing,
     targets: Sequence[str],
+    progress: Progress,
 ) -> Ready:
     """Check the probes, compute the direction, and choose an engine that agrees with the oracle.
 
     Raises ProbeError for a model on which the probes are invalid, and ScoreError if no engine agrees.
     """
+    tokenizer, pad = loaded.tokenizer, loaded.pad_token_id
     asked, harmless = asked_of(tokenizer, probing)
-    valid = validity(model, tokenizer, asked)
+    known = Known(model, loaded, asked, harmless)
+    asking = partial(progress, "asking the probes")
+    answers = known.json("answers", (), lambda: openings(model, tokenizer, asked, progress=asking))
+    asking(len(asked), len(asked))
+    valid = validity(tokenizer, asked, answers)
     if valid.problem and not probing.uncertified:
         raise ProbeError(valid.problem + "; or pass --uncertified to score it anyway, without a certificate")
     probe = settings.make_probe()
     probe.fit(model, tokenizer, asked, harmless)
     aggregate = parse_aggregate(settings.aggregate)
     selector = Fihs(probe, asked, Loop(), aggregate, settings.subspace, targets)
-    direction = selector.prepare(model)
+    progress("finding the direction", 0, 1)
+    given = (dict(probe.settings()), settings.subspace, list(targets))
+    direction = known.direction(given, lambda: selector.prepare(model), isinstance(settings.probe, str))
+    progress("finding the direction", 1, 1)
     chosen = pick(settings.engine, model, aggregate.per_token)
     if not hasattr(settings.threshold, "cut"):  # a rule that cannot cut fails now, not after the rows are measured
         made = cast(type[Fihs], SELECTORS[Spec.split(settings.selector).name])
         decoys = np.zeros(1) if chosen.per_token and made.decoys else None
         settings.make_threshold().cut(np.zeros(1), decoys, None if made.decoys else Anchors(np.ones(1), np.zeros(1)))
     sample = _sample(rendered, settings)
+    progress("checking the engine", 0, 1)
     selector.engine, agreed = _trusted(chosen, selector, model, direction, sample, asked, harmless, pad)
+    progress("checking the engine", 1, 1)
     return Ready(selector, direction, agreed, valid, harmless)
 
 
-def given_by(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -> dict[str, Callable[[], Any]]:
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What was found on this model before (`cache`), under a hash of the model, the prompts and what else it depends on."""
+
+    model: nn.Module
+    loaded: LoadedModel
+    asked: Prompts
+    harmless: Prompts
+
+    def json(self, name: str, given: Any, make: Callable[[], Any]) -> Any:
+        """A JSON-able finding."""
+        return cache.remembered(f"{name}-{self._key(given)}.json", make, cache.save_json, cache.load_json)
+
+    def direction(self, given: Any, make: Callable[[], Direction], named: bool) -> Direction:
+        """∇S; not kept for a probe that is a function of the caller's, whose code no hash covers."""
+        if not named:
+            return make()
+        size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        device = next(self.model.parameters()).device
+        name = f"direction-{self._key(given)}.safetensors"
+        found = cache.remembered(name, make, directions.save, directions.load, size)
+        tensors = {key: tensor.to(device) for key, tensor in found.tensors.items()}
+        return replace(found, tensors=tensors)
+
+    def _key(self, given: Any) -> str:
+        return runs.digest([runs.versions(), self._model, self.asked.ids, self.harmless.ids, given])[:40]
+
+    @cached_property
+    def _model(self) -> str:
+        return fingerprint(self.loaded, self.model)
+
+
+def given_by(
+    model: nn.Module, loaded: LoadedModel, found: Ready, probing: Probing, progress: Progress
+) -> dict[str, Callable[[], Any]]:
     """Constructor arguments for methods built on FIHS: the prepared FIHS, its parts, and the extras of `Screen`."""
     fihs = cast(Fihs, found.selector)
-    screened = cache(lambda: _ruler(model, tokenizer, found, probing))
+    screened = once(lambda: _ruler(model, loaded, found, probing, progress))
     return {
         "fihs": lambda: fihs,
         "probe": lambda: fihs.probe,
@@ -111,12 +170,14 @@ def given_by(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -
     }
 
 
-def _ruler(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -> tuple[Reading, Anchors]:
+def _ruler(
+    model: nn.Module, loaded: LoadedModel, found: Ready, probing: Probing, progress: Progress
+) -> tuple[Reading, Anchors]:
     """The refusal ruler, and the FIHS of compliant openers.
 
     Raises ProbeError if too few probes are refused, or there are too few harmless prompts, to fit a ruler.
     """
-    fihs, valid = cast(Fihs, found.selector), found.validity
+    fihs, valid, tokenizer = cast(Fihs, found.selector), found.validity, loaded.tokenizer
     assert valid is not None
     template = dict(probing.template or {})  # without the answer prefix: rows are read at their own opened turn
     asked, harmless = (
@@ -128,11 +189,22 @@ def _ruler(model: nn.Module, tokenizer: Any, found: Ready, probing: Probing) -> 
     )
     declined = [refuses(answer) for answer in valid.answers]
     refused = asked.take(np.flatnonzero(declined).tolist()) if sum(declined) >= LEAST else asked
-    reading = Reading.fit(model, Turn.of(harmless), refused, harmless)
+    known = Known(model, loaded, refused, harmless)
+    progress("reading known requests", 0, 2)
+    reading = Reading.from_json(
+        known.json("ruler", (), lambda: Reading.fit(model, Turn.of(harmless), refused, harmless).as_json())
+    )
+    progress("reading known requests", 1, 2)
     alike = len(probing.lookalikes or lookalikes())
     tricky = harmless.take(np.flatnonzero(reading.answered[:alike]).tolist())  # look-alikes that the model answers
-    known = Anchors(*(_fihs_of(fihs, model, found.direction, opened(tokenizer, p)) for p in (refused, tricky)))
-    return reading, known
+
+    def pushes() -> list[list[float]]:
+        return [_fihs_of(fihs, model, found.direction, opened(tokenizer, p)).tolist() for p in (refused, tricky)]
+
+    given = (found.direction.digest, dict(fihs.settings()), fihs.aggregate.name)
+    anchors = Anchors(*(np.array(values) for values in known.json("known", given, pushes)))
+    progress("reading known requests", 2, 2)
+    return reading, anchors
 
 
 def _fihs_of(fihs: Fihs, model: nn.Module, direction: Direction, rows: Sequence[Rendered]) -> Floats:
@@ -239,29 +311,43 @@ def _trusted(
         truth, [row.id for row in sample], [group(row.shape) for row in sample]
     )  # raises for values that are not finite
     oracle = truth.sums
-    slower: list[Engine] = [engine]
-    if engine.name == "finite-difference":
-        slower[0] = calibrated(model, _calibration(model, asked, harmless, pad), direction)[0]
-        slower.append(ENGINES["forward"]())
-    if not selector.aggregate.per_token and engine.name != "loop":
-        slower.append(Loop())
     found: EngineAgreement | None = None
-    for candidate in slower:
+    for number, candidate in enumerate(_candidates(engine, selector, model, direction, asked, harmless, pad)):
         found = agreement(candidate.name, _measured(candidate, selector, model, direction, sample).sums, oracle)
         # Too few or equal rows have no rank correlation: then the relative error decides.
-        good = found.spearman >= LEAST_SPEARMAN if np.isfinite(found.spearman) else found.relative_error <= 0.01
-        if good:
+        good = found.spearman >= LEAST_SPEARMAN if np.isfinite(found.spearman) else found.relative_error <= CLOSE
+        usual_step = number == 0 and engine.name == "finite-difference"  # the model's own may be better
+        if good and (found.relative_error <= CLOSE or not usual_step):
             return candidate, found
-        warnings.warn(
-            f"the engine {candidate.name} disagrees with the oracle on {found.n} rows (Spearman {found.spearman:.3f}, "
-            f"relative error {found.relative_error:.1e}); a slower engine is used",
-            stacklevel=2,
-        )
+        if not usual_step:
+            warnings.warn(
+                f"the engine {candidate.name} disagrees with the oracle on {found.n} rows (Spearman {found.spearman:.3f}, "
+                f"relative error {found.relative_error:.1e}); a slower engine is used",
+                stacklevel=2,
+            )
     assert found is not None
     raise ScoreError(
         f"no engine agrees with the oracle on this model (the last, {found.engine}, has Spearman {found.spearman:.3f} on "
         f"{found.n} rows, and {LEAST_SPEARMAN} is needed): load the model in float32, or use --engine loop with {ROW_SUMS}"
     )
+
+
+def _candidates(
+    engine: Engine,
+    selector: Fihs,
+    model: nn.Module,
+    direction: Direction,
+    asked: Prompts,
+    harmless: Prompts,
+    pad: int,
+) -> Iterator[Engine]:
+    """The chosen engine and slower ones; finite differences first with their usual step, then with the model's best."""
+    yield engine
+    if engine.name == "finite-difference":
+        yield calibrated(model, _calibration(model, asked, harmless, pad), direction)[0]
+        yield ENGINES["forward"]()
+    if not selector.aggregate.per_token and engine.name != "loop":
+        yield Loop()
 
 
 def _measured(

@@ -81,7 +81,9 @@ def prepare(
             "the training config does not set assistant_only_loss, so every token of a chat row counts in the loss, requests "
             "included, as in TRL: set it to true to count only the answers, or to false to confirm this"
         )
+    progress("loading the model", 0, 1)
     loaded = with_template(load(model, tokenizer))
+    progress("loading the model", 1, 1)
     limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
     config = render_config(training_args, max_length, limit, template or {})
     count = len(read.examples)

@@ -118,7 +118,9 @@ def scan(
             progress=progress,
         )
         if output is not None:
+            progress("writing", 0, 1)
             outputs.write(selection, Path(output), rows, labels)
+            progress("writing", 1, 1)
     return selection
 
 

@@ -10,7 +10,6 @@ from typing import Any, cast
 from torch import nn
 
 from gradshield import runs
-from gradshield.gradients import direction as directions
 from gradshield.models.loading import LoadedModel
 from gradshield.options import Spec
 from gradshield.scanning import shards
@@ -20,8 +19,6 @@ from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.scanning.shards import Hands, here
 from gradshield.selectors import SELECTORS, Fihs, make
 from gradshield.types import Progress, Rendered
-
-DIRECTION = "direction.safetensors"  # in the working folder
 
 
 def ready(
@@ -47,12 +44,9 @@ def ready(
         "references": lambda: references(model, tokenizer, *asked_of(tokenizer, probing), pad),
     }
     if SELECTORS[Spec.split(settings.selector).name].probed:
-        progress("probing the model", 0, 1)
-        found = ready_fihs(model, tokenizer, pad, rendered, settings, probing, targets)
-        given |= given_by(model, tokenizer, found, probing)
-        found = replace(found, selector=make(settings.selector, given))
-        progress("probing the model", 1, 1)
-        return found
+        found = ready_fihs(model, loaded, rendered, settings, probing, targets, progress)
+        given |= given_by(model, loaded, found, probing, progress)
+        return replace(found, selector=make(settings.selector, given))
     progress("preparing the method", 0, 1)
     selector = make(settings.selector, given)
     direction = selector.prepare(model)
@@ -76,10 +70,7 @@ def score(
     selector, direction = found.selector, found.direction
     folder = None
     if output is not None:  # the first write: a scan that fails before leaves no folder
-        work = runs.prepare(output) / runs.WORK
-        if direction.tensors:
-            directions.save(direction, work / DIRECTION)
-        folder = work / "shards"
+        folder = runs.prepare(output) / runs.WORK / "shards"
     raw = shards.measure(
         selector,
         model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -117,9 +117,11 @@ class Reading:
                     "--selector fihs"
                 )
         blocks = read_blocks(model)
-        high, low = (states(model, prompts.ids, blocks, at_end) for prompts in (refused, harmless))
-        tokens, counts = np.unique(_begun(model, refused.ids), return_counts=True)
-        answered = ~np.isin(_begun(model, harmless.ids), tokens[counts >= OPENER * len(refused)])
+        begun, first = (np.zeros(len(prompts), dtype=np.int64) for prompts in (refused, harmless))
+        high = states(model, refused.ids, blocks, at_end, begun)
+        low = states(model, harmless.ids, blocks, at_end, first)
+        tokens, counts = np.unique(begun, return_counts=True)
+        answered = ~np.isin(first, tokens[counts >= OPENER * len(refused)])
         if answered.sum() < LEAST:
             answered[:] = True
         low = low[answered]
@@ -130,6 +132,27 @@ class Reading:
         """r of each request, given as the ids of an opened turn: (n,)."""
         found = states(model, requests, self.blocks, at_end)
         return np.asarray(np.einsum("nld,ld->n", found, self.weights) + self.bias)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-able, exact."""
+        return {
+            "blocks": self.blocks,
+            "weights": self.weights.tolist(),
+            "bias": self.bias,
+            "turn": [self.turn.before, self.turn.after],
+            "anchors": [self.anchors.harmful.tolist(), self.anchors.harmless.tolist()],
+            "answered": self.answered.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Reading:
+        """The inverse of `as_json`."""
+        before, after = map(tuple, found["turn"])
+        anchors = Anchors(*(np.array(values) for values in found["anchors"]))
+        answered = np.array(found["answered"], dtype=np.bool_)
+        return cls(
+            tuple(found["blocks"]), np.array(found["weights"]), found["bias"], Turn(before, after), anchors, answered
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -167,12 +190,24 @@ def _held_out(high: Floats, low: Floats) -> Anchors:
     return Anchors(values[0], values[1])
 
 
-def states(model: nn.Module, sequences: Sequence[Sequence[int]], blocks: Sequence[str], take: Take) -> Floats:
-    """``take`` of the hidden states of each block, (n, blocks, D) in float64; no pass runs beyond the last block."""
+def states(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    blocks: Sequence[str],
+    take: Take,
+    begun: Ints | None = None,
+) -> Floats:
+    """``take`` of the hidden states of each block, (n, blocks, D) in float64; no pass runs beyond the last block.
+
+    With ``begun`` (n,), which receives the most likely token after each sequence, passes run to the end.
+    """
     found: list[Any] = [None] * len(sequences)
     for own, batch in _padded(model, sequences):
         with scoring(model), torch.no_grad(), outputs_of(model, blocks, partial(take, last=batch.last)) as seen:
-            run_until(model, blocks[-1], input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            if begun is None:
+                run_until(model, blocks[-1], input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            else:
+                begun[own] = first_logits(model, batch).argmax(-1).cpu().numpy()
         for i, one in zip(own, torch.stack([seen[name] for name in blocks], 1).numpy(), strict=True):
             found[i] = one
     return np.stack(found)
@@ -182,15 +217,6 @@ def at_end(hidden: Tensor, last: Tensor) -> Tensor:
     """The state of each sequence's last token."""
     rows = torch.arange(len(last), device=hidden.device)
     return in_float64(hidden[rows, last.to(hidden.device)]).cpu()
-
-
-def _begun(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Ints:
-    """The most likely token after each sequence, (n,)."""
-    found = np.zeros(len(sequences), dtype=np.int64)
-    for own, batch in _padded(model, sequences):
-        with scoring(model), torch.no_grad():
-            found[own] = first_logits(model, batch).argmax(-1).cpu().numpy()
-    return found
 
 
 def _padded(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], PromptBatch]]:

@@ -1,0 +1,108 @@
+"""What was found on a model, kept for the next scan of it: in the user's cache folder, under a hash of all it depends on.
+
+``GRADSHIELD_CACHE`` names another folder; empty, nothing is kept. The entries used longest ago are deleted beyond ``MOST`` bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from platformdirs import user_cache_path
+
+from gradshield import files
+from gradshield.errors import DataError
+
+VARIABLE = "GRADSHIELD_CACHE"
+MOST = 4 * 2**30  # bytes of all entries; one of more than a quarter of it is not kept
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the cache; ``used`` is when it was last read or written, in seconds since the epoch."""
+
+    path: Path
+    size: int
+    used: float
+
+
+def folder() -> Path | None:
+    """Where entries are kept; None if nothing is kept."""
+    named = os.environ.get(VARIABLE)
+    if named is not None:
+        return Path(named).expanduser() if named.strip() else None
+    return user_cache_path("gradshield", appauthor=False)
+
+
+def remembered(
+    name: str, make: Callable[[], T], save: Callable[[T, Path], None], load: Callable[[Path], T], size: int = 0
+) -> T:
+    """The entry of this name (a hash is part of it), or what ``make`` returns, which is then kept.
+
+    ``load`` raises DataError, OSError or ValueError for a damaged entry, which is made again. A folder that cannot be written to
+    costs the entry, not the scan. ``size`` is the entry's size in bytes if it is large.
+    """
+    kept = folder()
+    if kept is None or size > MOST / 4:
+        return make()
+    path = kept / name
+    with suppress(DataError, OSError, ValueError):
+        found = load(path)
+        os.utime(path)
+        return found
+    made = make()
+    with suppress(OSError):
+        kept.mkdir(parents=True, exist_ok=True)
+        save(made, path)
+        _trim(path)
+    return made
+
+
+def save_json(value: Any, path: Path) -> None:
+    """Write a JSON-able value with its hash."""
+    text = json.dumps(value)
+    files.write_text(path, hashlib.sha256(text.encode()).hexdigest() + "\n" + text)
+
+
+def load_json(path: Path) -> Any:
+    """Read it back. Raises DataError if the text does not match its hash, and OSError."""
+    found, _, text = path.read_text(encoding="utf-8").partition("\n")
+    if hashlib.sha256(text.encode()).hexdigest() != found:
+        raise DataError(f"the cached file {path.name} does not match its hash: run `gradshield cache --clear`")
+    return json.loads(text)
+
+
+def entries() -> list[Entry]:
+    """All entries, the last used first."""
+    kept, found = folder(), []
+    for path in kept.iterdir() if kept is not None and kept.is_dir() else ():
+        with suppress(OSError):  # another process may delete it
+            if path.is_file():
+                status = path.stat()
+                found.append(Entry(path, status.st_size, status.st_mtime))
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def clear() -> int:
+    """Delete all entries; returns how many."""
+    found = entries()
+    for entry in found:
+        entry.path.unlink(missing_ok=True)
+    return len(found)
+
+
+def _trim(new: Path) -> None:
+    """Delete the entries used longest ago until the rest fit, but never the new one."""
+    total = 0
+    for entry in entries():
+        total += entry.size
+        if total > MOST and entry.path != new:
+            entry.path.unlink(missing_ok=True)
