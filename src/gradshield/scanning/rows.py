@@ -119,7 +119,7 @@ def load(model: Any, tokenizer: Any = None) -> LoadedModel:
 
 def with_template(loaded: LoadedModel) -> LoadedModel:
     """If its tokenizer has no chat template: the model with a copy that has the default one, with a warning."""
-    default = templates.override(loaded.tokenizer, None)
+    default = templates.missing(loaded.tokenizer)
     if default is None:
         return loaded
     tokenizer = deepcopy(loaded.tokenizer)
