@@ -32,10 +32,9 @@ MISTRAL = (
     "{% set ns.n = ns.n + 1 %}{% if m.role == 'user' %}[INST] {{ ns.system + m.content }}[/INST]{% set ns.system = '' %}"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endif %}{% endfor %}"
 )
-TEMPLATES = (
-    "qwen2_5|qwen3|qwen3_5_think|qwen3_5_nothink|gemma|gemma3|llama3|llama3_2|phi3|deepseek_r1_distill|glm4moe|gptoss|mistral"
-).split("|")
 UNMARKED = ("llama3_2", "mistral")  # of which TRL has no copy
+QWEN = ("qwen2_5", "qwen3", "qwen3_5_think", "qwen3_5_nothink")
+TEMPLATES = (*QWEN, "gemma", "gemma3", "llama3", "phi3", "deepseek_r1_distill", "glm4moe", "gptoss", *UNMARKED)
 TOOLS = [
     {
         "type": "function",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -26,20 +27,24 @@ TRL_SHAPES = {"messages", "prompt-completion", "text", "preference"}
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A model, and the rows of one dataset as it will see them. ``rendered`` are the usable ones."""
+    """A model, and the rows of one dataset as it will see them. ``rendered`` are the usable ones.
+
+    ``fitted`` are the positions of rows whose messages were rewritten for the chat template.
+    """
 
     loaded: LoadedModel
     read: rows_in.ReadResult
     config: rows_in.RenderConfig
     rendered: rows_in.Spool
     quarantined: tuple[Quarantined, ...]
+    fitted: Ints
 
     def kept(self, removed: Bools) -> Sequence[Rendered]:
         """The kept rows, read on access; ``removed`` is aligned with ``rendered``."""
         return rows_in.Picked(self.rendered, np.flatnonzero(~removed))
 
     def trainable(self, rows: Ints, removed: Bools) -> Any:
-        """The kept rows for a trainer: the caller's own Dataset if TRL knows its shape, else tokens and labels.
+        """The kept rows for a trainer: the caller's own Dataset if TRL trains on it as it was scored, else tokens and labels.
 
         ``rows`` are the input positions of the rendered rows, and ``removed`` is aligned with them. Rows that no single
         trainer takes, such as preference pairs among other rows, are returned unchanged.
@@ -48,12 +53,14 @@ class Prepared:
 
         examples, source, stay = self.read.examples, self.read.source, rows[~removed]
         places = np.searchsorted(examples.rows, stay)
-        known = set(examples.shapes.take(places).counts()) <= TRL_SHAPES and not examples.weighted[places].any()
-        if source.kind == "dataset" and known:
+        known = set(examples.shapes.take(places).counts()) <= TRL_SHAPES
+        as_it_is = known and not examples.weighted[places].any() and not np.isin(stay, self.fitted).any()
+        if source.kind == "dataset" and as_it_is:
             return rows_in.take(stay, source)
         try:
-            kept = self.kept(removed)
-            return rows_in.to_trl(examples.at(stay), kept) if len(stay) else datasets.Dataset.from_list([])
+            kept, renderer = self.kept(removed), rows_in.Renderer(self.loaded.tokenizer, self.config)
+            fitted = map(renderer.fit, examples.at(stay))
+            return rows_in.to_trl(fitted, kept) if len(stay) else datasets.Dataset.from_list([])
         except FormatError:
             return rows_in.take(stay, source)
 
@@ -102,9 +109,22 @@ def prepare(
             f"no row of {read.source.name} can be scored within {config.max_length} tokens, line {first.line}: "
             f"{first.reason}; raise --max-length, or check the rows with `gradshield show`"
         )
+    for note in (*result.notes, *_weighted(read.examples)):
+        warnings.warn(note, stacklevel=2)
     check_positions(loaded.model, result.rendered.longest, limit)
     quarantined = tuple(sorted((*read.quarantined, *result.quarantined), key=lambda q: q.row))
-    return Prepared(loaded, read, config, result.rendered, quarantined)
+    return Prepared(loaded, read, config, result.rendered, quarantined, result.fitted)
+
+
+def _weighted(examples: rows_in.Examples) -> tuple[str, ...]:
+    """A sentence on rows with an answer of weight 0, if there are any: TRL does not read ``weight``."""
+    count = int(examples.weighted.sum())
+    if not count:
+        return ()
+    return (
+        f"{count:,} rows have answers of weight 0, which are neither scored nor trained on by `gradshield train` and "
+        "selection.kept; TRL itself does not read the weight, and given the kept file it trains on them",
+    )
 
 
 def load(model: Any, tokenizer: Any = None) -> LoadedModel:
