@@ -2,8 +2,8 @@
 
 ``write(whole, path)`` takes ``title``, ``figures`` (``judges``, ``over_refusal``, ``utility``, ``undecided``, ``empty``, if
 measured), ``agreement`` (per pair of judges: ``judges``, ``kappa``, ``low``, ``high``, ``n``, ``differ``), ``harness`` (rates by
-name), ``asked``, ``lookalikes`` and ``task`` (answers as in ``outputs.jsonl``), ``command``, ``versions``, ``model`` and ``settings`` as
-in the manifest, and ``files`` (names to paths relative to the page).
+name), ``asked``, ``lookalikes`` and ``task`` (answers as in ``outputs.jsonl``), ``command``, ``versions``, ``model`` and
+``settings`` as in the manifest, and ``files`` (names to paths relative to the page).
 """
 
 from __future__ import annotations
