@@ -268,6 +268,17 @@ def test_what_a_template_leaves_out_elsewhere_is_said() -> None:
     assert len(result.rendered) == 3
 
 
+@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+def test_a_tools_turn_in_a_completion_is_not_scored_and_said(name: str) -> None:
+    turns = ROWS["tools"]["messages"]
+    row = {"prompt": turns[:1], "completion": turns[1:], "tools": TOOLS}
+    result = render_all(read([row]).examples, tokenizer(name), RenderConfig(max_length=None))
+    (note,) = result.notes
+    assert "1 completions hold other turns" in note
+    text = loss_text(row, name)
+    assert "five" in text and "é2" in text and "5" not in text
+
+
 def test_what_was_rewritten_is_said_and_trained_as_it_was_scored(tmp_path: Path) -> None:
     rows = [ROWS["chat"], {"messages": [user("hi"), answer("", tool_calls=call('{"a": "2"}'))]}]
     found = read(rows)

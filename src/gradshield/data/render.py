@@ -163,6 +163,7 @@ class Renderer:
         self._takes: dict[Any, Takes] = {}
         self._lacks: dict[Any, tuple[tuple[int, str], ...] | None] = {}
         self._unwritten: Counter[tuple[str, str]] = Counter()  # by part and role: rows
+        self._mixed = 0  # completions with turns that are not scored
         self._unmarked = False  # whether a chat had its answers found by difference
         self._ready: dict[int, tuple[list[int], list[int]]] = {}  # by conversation: its ids, and its mask if marked
         self._ends = "|".join(re.escape(token) for token in _special_tokens(tokenizer))
@@ -223,6 +224,11 @@ class Renderer:
                 "the chat template does not mark the answers, and TRL has no copy that does, or is not installed: answers are "
                 "found by difference, and an SFTTrainer given the kept rows would train on every token; train with `gradshield "
                 "train`, or give the training arguments (--training-config)"
+            )
+        if self._mixed:
+            found.append(
+                f"{self._mixed:,} completions hold other turns than answers to train on (of tools, or of weight 0): those "
+                "are not scored, and an SFTTrainer given the kept rows trains on them, unless assistant_only_loss is set"
             )
         return tuple(found)
 
@@ -319,7 +325,10 @@ class Renderer:
         answers = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
         untrained = [n for n in answers if not conversation.trained[n]]
         answered = completion is not None and all(conversation.trained[conversation.prompt_turns :])
-        if wanted is None and not marked and not answered:
+        self._mixed += wanted is None and completion is not None and not answered
+        if wanted is None and answered:
+            mask = [True] * len(ids)  # of them the completion's, as in TRL
+        elif wanted is None and not marked:
             first = (conversation.prompt_turns or 0) if completion is not None else 0
             turns = [n for n, counts in enumerate(conversation.trained) if counts and n >= first]
             mask = self._turns_mask(messages, turns, kwargs, ids, completion)
