@@ -61,22 +61,23 @@ def _answers(row: dict[str, Any], template: str | None, config: RenderConfig | N
 
 
 @pytest.mark.parametrize(
-    ("template", "expected"),
+    ("template", "expected", "completion"),
     [
-        (tiny_tokenizer().chat_template, ["The capital is Paris.</s>", "The answer is five.</s>"]),
-        (tiny_tokenizer(False).chat_template, ["The capital is Paris.</s>", "The answer is five.</s>"]),
-        (CHATML, ["The capital is Paris.</s>", "The answer is five.</s>"]),
-        (LLAMA2, ["The capital is Paris. </s>", "The answer is five. </s>"]),
-        (REWRITING, ["The capital is Paris.</s>", "<think></think>The answer is five.</s>"]),
-        (ALTERNATING, ["The capital is Paris.</s>", "The answer is five.</s>"]),
+        (tiny_tokenizer().chat_template, ["The capital is Paris.</s>", "The answer is five.</s>"], "{}"),
+        (tiny_tokenizer(False).chat_template, ["The capital is Paris.</s>", "The answer is five.</s>"], "{}"),
+        (CHATML, ["The capital is Paris.</s>", "The answer is five.</s>"], "{}\n"),
+        (LLAMA2, ["The capital is Paris. </s>", "The answer is five. </s>"], " {}"),
+        (REWRITING, ["The capital is Paris.</s>", "<think></think>The answer is five.</s>"], "{}\n"),
+        (ALTERNATING, ["The capital is Paris.</s>", "The answer is five.</s>"], "<|assistant|>{}"),
     ],
     ids=["markers", "no markers", "chatml", "llama 2", "rewriting", "alternating"],
 )
-def test_the_answers_and_nothing_else(template: str, expected: list[str]) -> None:
+def test_the_answers_and_nothing_else(template: str, expected: list[str], completion: str) -> None:
+    """After a prompt, all that follows it: as in TRL, a header where the template has no generation prompt, and white space."""
     assert _answers({"messages": CHAT}, template) == expected
     silent = [USER, {**FIRST, "weight": 0}, AGAIN, SECOND]
     assert _answers({"messages": silent}, template) == expected[1:]
-    assert _answers({"prompt": CHAT[:3], "completion": CHAT[3:]}, template) == expected[1:]
+    assert _answers({"prompt": CHAT[:3], "completion": CHAT[3:]}, template) == [completion.format(expected[1])]
 
 
 def test_weight_0_stays_out_when_every_other_token_counts() -> None:

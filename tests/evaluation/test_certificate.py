@@ -144,6 +144,12 @@ def test_what_speaks_against_a_run_is_one_sentence(tmp_path: Path, given: dict[s
     assert check(run).changed == ()
 
 
+def test_a_model_that_answers_nothing_is_not_certified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "REFUSED", "")
+    reason = certify(_run(tmp_path))["predicate"]["reason"]
+    assert reason.startswith("130 of 130 answers are empty, which no judge calls unsafe")
+
+
 def test_signals_of_the_scan_that_disagree_are_the_reason(tmp_path: Path) -> None:
     run = _run(tmp_path)
     _scan(run, doubts={"share": "12 of 100 rows were removed"})

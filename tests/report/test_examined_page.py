@@ -60,6 +60,15 @@ def test_an_undecided_judge_counts_against_the_model_and_is_reported() -> None:
     assert "second" not in page  # it was safe: no answer of interest
 
 
+@pytest.mark.parametrize(("empty", "tone"), [(0, "pass"), (200, "warn")])
+def test_a_model_that_answers_nothing_is_not_called_safe(empty: int, tone: str) -> None:
+    figures = {"judges": {"judge-0": rate(0, 200)}, "empty": rate(empty, 200)}
+    found = examined.page(whole(figures=figures))
+    assert found.tone == tone
+    assert ("of the answers are empty" in found.standing) == (tone == "warn")
+    assert any("Empty answers" in fact for fact in found.facts)
+
+
 def test_every_kind_of_request_has_its_own_rate() -> None:
     asked = [
         answer("a", True, category="fraud"),

@@ -81,7 +81,7 @@ def test_a_page_draws_fits_and_runs_nothing_of_others(browser: Any, tmp_path: Pa
     write, make = PAGES[name]
     path = tmp_path / "page.html"
     write(make(), path)
-    for width in (1400, 500):
+    for width in (1400, 420):
         console, asked = visit(browser, path, width)
         assert console == []
         assert asked == []

@@ -176,6 +176,24 @@ def test_the_gate_closes_after_everything_is_written(folder: Path, probes: Path,
     assert table(output)["removed"].to_pylist() == [False] * 10
 
 
+@pytest.mark.parametrize("rule", ["competition", "decoy"])
+def test_a_rule_that_needs_more_rows_than_stand_out_keeps_the_result(rule: str, tmp_path: Path) -> None:
+    """q = 0.1 bounds the harmless share of ten rows or more: of six it would keep all, and call that clean."""
+    scan(chats(40), output=tmp_path, settings=_settings("ratio:15%"))
+    scores = table(tmp_path)
+    values = np.linspace(0.0, 0.5, 40)
+    values[scores["removed"].to_numpy(zero_copy_only=False)] = np.arange(6) + 9.0
+    decoys = np.where(values > 8, 0.1, np.linspace(0.6, 0.0, 40))
+    for name, column in (("score", values), ("decoy", decoys)):
+        scores = scores.set_column(scores.column_names.index(name), name, pa.array(column, scores[name].type))
+    pq.write_table(scores, tmp_path / "scores.parquet")
+    before = files(tmp_path)
+    with pytest.raises(UsageError, match=rf"removes 10 rows or none, and only 6 score .* the 6 rows .*{rule}:q=0.17"):
+        gs.cut(tmp_path, f"{rule}:q=0.1")
+    assert files(tmp_path) == before
+    assert len(gs.cut(tmp_path, f"{rule}:q=0.17").removed_rows) == 6
+
+
 def test_scores_without_decoys_say_which_rules_there_are(tmp_path: Path) -> None:
     settings = gs.ScanSettings(aggregate="sum", engine="loop", threshold="ratio:50%", selector="fihs")
     scan(ROWS, output=tmp_path, settings=settings)

@@ -153,6 +153,42 @@ def test_rows_that_trl_does_not_know_come_as_tokens(rows: list[Any], tmp_path: P
     assert prepared == [(row["input_ids"], row["labels"]) for row in selection.kept]
 
 
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def test_lists_of_text_parts_come_as_the_text_that_was_scored() -> None:
+    """The tiny template joins strings: given the row itself, TRL fails, and others train on Python's list."""
+    rows = [
+        {"messages": [{"role": "user", "content": _parts("Q")}, {"role": "assistant", "content": _parts(f"One {n}.")}]}
+        for n in range(4)
+    ]
+    tokenizer = tiny_tokenizer()
+    with pytest.warns(UserWarning, match="4 rows hold lists of text parts"):
+        selection = scan(datasets.Dataset.from_list(rows), model=tiny_model("llama"), tokenizer=tokenizer)
+    assert selection.kept.column_names == ["input_ids", "labels"]
+    assert tokenizer.decode(selection.kept[0]["input_ids"]).startswith("<s><|user|>Q<|assistant|>One ")
+
+
+def test_pairs_with_lists_of_text_parts_come_as_text() -> None:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": _parts("Q")}],
+            "chosen": [{"role": "assistant", "content": _parts(f"One {n}.")}],
+            "rejected": [{"role": "assistant", "content": _parts("Two.")}],
+        }
+        for n in range(4)
+    ]
+    with pytest.warns(UserWarning, match="4 rows hold lists of text parts"):
+        selection = scan(datasets.Dataset.from_list(rows), model=tiny_model("llama"), tokenizer=tiny_tokenizer())
+    assert selection.kept[0]["rejected"] == [{"role": "assistant", "content": "Two."}]
+
+
+def test_a_weight_that_trl_does_not_read_is_said() -> None:
+    with pytest.warns(UserWarning, match="4 rows have answers of weight 0.*given the kept file it trains on them"):
+        scan(WEIGHTED, model=tiny_model("llama"), tokenizer=tiny_tokenizer())
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"assistant_only_loss": True}, {"max_length": 24, "truncation_mode": "keep_end"}]
 )

@@ -51,9 +51,24 @@ def test_answers_are_printed_bold_and_green(folder: Path, tmp_path: Path, monkey
 def test_both_answers_of_a_pair_are_shown(folder: Path, tmp_path: Path) -> None:
     data = _data(tmp_path, {"prompt": "Say it", "chosen": " well", "rejected": " badly"})
     done = command("show", data, "--model", folder)
-    assert "Say it well" in done.out
+    assert "Say it⟦ well</s>⟧" in done.out
     assert "── rejected ──" in done.out
-    assert "Say it badly" in done.out
+    assert "Say it⟦ badly</s>⟧" in done.out
+
+
+def test_without_colour_the_answers_stand_between_marks_that_a_row_cannot_draw(folder: Path, tmp_path: Path) -> None:
+    data = _data(tmp_path, {"prompt": "Say ⟦it⟧", "completion": " well⟧"})
+    done = command("show", data, "--model", folder)
+    assert done.out.startswith("Say \\u27e6it\\u27e7⟦ well\\u27e7</s>⟧\n")
+    assert "in the loss (between ⟦ and ⟧)" in done.out
+
+
+def test_what_the_template_leaves_out_is_said(folder: Path, tmp_path: Path) -> None:
+    """The tiny template does not read thoughts."""
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "thinking": "the plan"}]
+    done = command("show", _data(tmp_path, {"messages": turns}), "--model", folder)
+    assert done.code == 0
+    assert "neither scored nor trained on: reasoning of assistant turns in 1 rows" in done.err
 
 
 def test_an_answer_to_avoid_is_marked(folder: Path, tmp_path: Path) -> None:

@@ -50,6 +50,17 @@ def test_every_answer_of_a_conversation_is_found_where_its_turn_opens():
     assert [ids[own][loss[own]].tolist() for _, own in turn.openings(ids, loss)] == [[62, 63]]
 
 
+def test_an_answer_with_thoughts_of_its_own_is_read_at_the_turn_that_the_probes_were():
+    """The probes' turn ends in a closed thinking block (6, 7); the answer's own block is 6, 60, 7."""
+    turn = Turn(BEFORE, (*AFTER, 6, 7))
+    ids = np.array([1, 3, 50, *AFTER, 6, 60, 7, 61, 3, 51, *AFTER, 6, 7, 62])
+    loss = np.isin(ids, (6, 60, 7, 61, 62))
+    assert turn.openings(ids, loss) == [
+        ((1, 3, 50, *AFTER, 6, 7), slice(5, 15)),
+        (tuple(ids[:15].tolist()), slice(15, 16)),
+    ]
+
+
 def test_plain_text_is_read_as_a_first_message_and_text_without_a_prompt_not_at_all():
     turn = Turn(BEFORE, AFTER)
     ids = np.array([70, 71, 72, 80, 81])

@@ -59,7 +59,7 @@ Rule = Annotated[
     typer.Option(
         "--threshold",
         "-t",
-        help="Where to cut: a rule and its options, such as competition:q=0.05 or ratio:5% (default: the selector's own).",
+        help="Where to cut: a rule and its options, such as anchored:0.8 or ratio:5% (default: the selector's own).",
     ),
 ]
 FailAbove = Annotated[
@@ -273,6 +273,12 @@ def rates(before: Mapping[str, Any], after: Mapping[str, Any], utility: str = "u
             lines.append((label, before.get(key), after[key]))
     for label, *pair in lines:
         out.print(f"{plain(label):24} {' → '.join(plain(str(Rate.of(rate))) for rate in pair if rate)}")
+    if "empty" in after:
+        silent = Rate.of(after["empty"])
+        err.print(
+            f"[yellow]warning:[/yellow] {silent.k} of {silent.n} answers to harmful requests are empty, and no judge counts "
+            "those as unsafe: the ASR of a model that does not answer says nothing about its safety"
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Annotated
 
 import typer
@@ -38,7 +39,7 @@ def show(
     training_config: TrainingConfig = None,
     trust_remote_code: Remote = False,
 ) -> None:
-    """Print a row as the model sees it, with the loss tokens in colour."""
+    """Print a row as the model sees it, with the loss tokens in colour, or between ⟦ and ⟧ where there is none (a pipe)."""
     training = json_file("--training-config", training_config)
     shape = row_format(format, columns)
     require_data(data)
@@ -57,9 +58,18 @@ def show(
         max_length=max_length,
         trust_remote_code=trust_remote_code,
     )
-    for text, counts in view.pieces:
-        out.print(Text(visible(text), style="bold green" if counts else "dim"), end="")
+    coloured = out.color_system is not None and not out.no_color
+    for counts, run in groupby(view.pieces, key=lambda piece: piece[1]):
+        text = visible("".join(text for text, _ in run))
+        if not coloured:
+            text = text.translate(_BRACKETS)
+            text = f"⟦{text}⟧" if counts else text
+        out.print(Text(text, style="bold green" if counts else "dim"), end="")
     out.print()
     out.print(
         f"[dim]row {row} · {escape(view.shape)} · {view.tokens} tokens, [/dim][bold green]{view.counted} in the loss[/bold green]"
+        + ("" if coloured else " (between ⟦ and ⟧)")
     )
+
+
+_BRACKETS = str.maketrans({"⟦": "\\u27e6", "⟧": "\\u27e7"})  # a row cannot draw marks of its own

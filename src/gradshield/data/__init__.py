@@ -10,6 +10,7 @@ canonical.py  the bytes that a row's id is the hash of
 writing.py    rows written unchanged, atomically
 render.py     Example -> ids and loss mask, as TRL trains
 templates.py  the choice of chat template, and the default one
+fitting.py    what a template takes, and what it leaves out
 spool.py      row bytes, rendered rows and values of rows, on disk
 turns.py      finds assistant turns without markers
 pieces.py     the text of each token, for colouring

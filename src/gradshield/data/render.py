@@ -1,34 +1,40 @@
 """An ``Example`` as the model sees it in training: token ids, and which of them count in the loss.
 
-Without training arguments the loss covers response tokens only. With those of a TRL ``SFTTrainer`` the ids and labels
-are the ones it trains on; ``tests/data/test_render_trl.py`` compares the two.
+With the arguments of a TRL ``SFTTrainer`` the ids and labels are the ones it trains on. Without them the loss covers
+response tokens only: of a chat those of ``assistant_only_loss=True``, of a prompt and its answer those of TRL's default, where
+the template allows it. ``tests/data/test_render_trl.py`` and ``test_render_real.py`` compare the two.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from array import array
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from gradshield.data import templates
+from gradshield.data.fitting import RenderText, Takes, left_out, structure
+from gradshield.data.messages import Messages, RowError
 from gradshield.data.records import Record
 from gradshield.data.shapes import common
 from gradshield.data.source import Source
 from gradshield.data.spool import Spool
 from gradshield.data.turns import turn_span
 from gradshield.errors import DataError, UsageError, first_line
-from gradshield.types import Conversation, Example, Quarantined, Rendered, Tokens
+from gradshield.types import Conversation, Example, Ints, Quarantined, Rendered, Tokens
 
 logger = logging.getLogger(__name__)
 TRUNCATION_MODES = ("keep_start", "keep_end")
 TOGETHER = 256  # rows tokenised at once
 MOST_TURNS = 1024  # most answers of one row to find by difference
+MOST_STRUCTURES = 4096  # kept of what the template leaves out
 Mask = list[bool]
 
 
@@ -36,9 +42,9 @@ Mask = list[bool]
 class RenderConfig:
     """How rows become tokens.
 
-    ``max_length`` None keeps every token. ``assistant_only_loss`` None counts response tokens only, by the template's
-    ``{% generation %}`` markers or else by difference; False counts every token of a conversation; True is TRL's, by
-    markers only. ``completion_only_loss`` None leaves the prompt of a prompt/completion row out of the loss.
+    ``max_length`` None keeps every token. ``assistant_only_loss`` None counts response tokens only, by the ``{% generation %}``
+    markers of the template, of TRL's copy of it (chats), or else by difference; False counts every token of a conversation;
+    True is TRL's, by markers only. ``completion_only_loss`` None leaves the prompt of a prompt/completion row out of the loss.
     ``chat_template_kwargs`` are passed to the template for every row (a row's own override them). ``text_field`` is the column
     of plain text, for ``read``. ``eos_token`` replaces the tokenizer's. ``packing`` has no effect: rows are scored one by one.
     """
@@ -93,10 +99,16 @@ class RenderConfig:
 
 @dataclass(frozen=True, eq=False)
 class RenderResult:
-    """Rendered rows, on disk, and quarantined rows without a token to score."""
+    """Rendered rows, on disk, and quarantined rows without a token to score.
+
+    ``notes`` are sentences on what the template does to rows, and ``fitted`` the positions of rows whose messages were rewritten
+    for it: given the row itself, TRL trains on something else.
+    """
 
     rendered: Spool
     quarantined: tuple[Quarantined, ...]
+    notes: tuple[str, ...] = ()
+    fitted: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def render(example: Example, tokenizer: Any, config: RenderConfig | None = None) -> Rendered | str:
@@ -133,26 +145,42 @@ def render_all(
                 raise DataError(f"line {line} cannot be scored, {result}: fix it, or leave out strict (--strict)")
             quarantined.append(Record(line, example.source).set_aside(example.row, result))
         progress(len(rendered) + len(quarantined))
-    return RenderResult(rendered, tuple(quarantined))
+    return RenderResult(rendered, tuple(quarantined), renderer.notes(), np.array(renderer.rewritten, np.int64))
 
 
 class Renderer:
-    """Renders rows with one tokenizer, which it does not change. Raises ModelError like ``templates.override``."""
+    """Renders rows with one tokenizer, which it does not change. Raises ModelError like ``templates.marked_copy``.
+
+    ``rewritten`` are the positions of rendered rows whose messages were fitted to the template.
+    """
 
     def __init__(self, tokenizer: Any, config: RenderConfig | None = None) -> None:
         self.tokenizer = tokenizer
         self.config = config or RenderConfig()
-        self._template: str | None = None
-        self._template_known = False  # looked up at the first conversation: plain text needs none
+        self.rewritten = array("q")
+        self._templates: dict[
+            bool, str | None
+        ] = {}  # by whether answers have to be marked; looked up when first needed
+        self._takes: dict[Any, Takes] = {}
+        self._lacks: dict[Any, tuple[tuple[int, str], ...] | None] = {}
+        self._unwritten: Counter[tuple[str, str]] = Counter()  # by part and role: rows
+        self._mixed = 0  # completions with turns that are not scored
+        self._weighted = 0  # rows with an answer of weight 0
+        self._unmarked = False  # whether a chat had its answers found by difference
         self._ready: dict[int, tuple[list[int], list[int]]] = {}  # by conversation: its ids, and its mask if marked
         self._ends = "|".join(re.escape(token) for token in _special_tokens(tokenizer))
 
     def render(self, example: Example) -> Rendered | str:
         """The row's sequences, or the reason why it cannot be scored."""
-        self._choose_template(example)
+        self._choose_templates(example)
+        lacking: set[tuple[str, str]] = set()
         try:
-            parts = [self._sequence(conversation, example.shape) for conversation in example.conversations]
-        except _CannotRender as error:
+            fitted = self.fit(example)
+            parts = []
+            for conversation, given in zip(fitted.conversations, example.conversations, strict=True):
+                lacking |= self._check_written(conversation, example.shape)
+                parts.append(self._sequence(conversation, example.shape, self._ready.get(id(given))))
+        except RowError as error:
             return str(error)
         except Exception as error:  # a chat template is the model's own program
             return f"the chat template refuses it ({first_line(error)})"
@@ -167,7 +195,50 @@ class Renderer:
             if isinstance(tokens, str):
                 return tokens
             sequences.append(tokens)
+        self._unwritten.update(lacking)
+        self._weighted += any(_weightless(conversation) for conversation in example.conversations)
+        if fitted is not example:
+            self.rewritten.append(example.row)
         return Rendered(example.row, example.id, example.shape, tuple(sequences))
+
+    def fit(self, example: Example) -> Example:
+        """The row with its messages as its template takes them (`Takes`); the row itself if they are. Raises RowError."""
+        self._choose_templates(example)
+        new = tuple(self._fit(conversation, example.shape) for conversation in example.conversations)
+        same = all(one is other for one, other in zip(new, example.conversations, strict=True))
+        return example if same else replace(example, conversations=new)
+
+    def notes(self) -> tuple[str, ...]:
+        """What the template does to the rows rendered so far, and where TRL would train on something else: a sentence each."""
+        found = []
+        if self.rewritten:
+            found.append(
+                f"{len(self.rewritten):,} rows hold lists of text parts, or arguments of tool calls, in a form that the chat "
+                "template would write as Python or encode again; they are scored as plain text and as one JSON object: train "
+                "on them with `gradshield train` or selection.kept, since TRL renders kept rows as they are"
+            )
+        if self._unwritten:
+            each = "; ".join(
+                f"{part} of {role} turns in {n:,} rows" for (part, role), n in sorted(self._unwritten.items())
+            )
+            found.append(f"the chat template leaves out text that is therefore neither scored nor trained on: {each}")
+        if self._unmarked:
+            found.append(
+                "the chat template does not mark the answers, and TRL has no copy that does, or is not installed: answers are "
+                "found by difference, and an SFTTrainer given the kept rows would train on every token; train with `gradshield "
+                "train`, or give the training arguments (--training-config)"
+            )
+        if self._mixed:
+            found.append(
+                f"{self._mixed:,} completions hold other turns than answers to train on (of tools, or of weight 0): those "
+                "are not scored, and an SFTTrainer given the kept rows trains on them, unless assistant_only_loss is set"
+            )
+        if self._weighted:
+            found.append(
+                f"{self._weighted:,} rows have answers of weight 0, which are neither scored nor trained on by `gradshield "
+                "train` and selection.kept; TRL itself does not read the weight, and given the kept file it trains on them"
+            )
+        return tuple(found)
 
     def tokenise(self, examples: Sequence[Example]) -> None:
         """Tokenise the conversations of some rows in one call, for later calls of `render` with the same rows.
@@ -175,30 +246,35 @@ class Renderer:
         Optional, for speed only: rows that cannot be batched are left to `render`.
         """
         self._ready = {}
-        groups: dict[bool, list[Conversation]] = {}
+        groups: dict[tuple[Any, bool], list[tuple[Conversation, dict[str, Any]]]] = {}
         for example in examples:
-            self._choose_template(example)
+            self._choose_templates(example)
             for conversation in example.conversations:
                 if (
                     conversation.messages is not None
                     and conversation.tools is None
                     and not conversation.template_kwargs
+                    and not any("tool_calls" in m or isinstance(m.get("content"), list) for m in conversation.messages)
                 ):
-                    groups.setdefault(self._marked(conversation, example.shape), []).append(conversation)
-        for marked, own in groups.items():
-            messages, kwargs = [c.messages or () for c in own], self._template_kwargs(own[0])
+                    kwargs = self._template_kwargs(conversation, example.shape)
+                    marked = self._marked(kwargs, example.shape)
+                    groups.setdefault((kwargs["chat_template"], marked), []).append((conversation, kwargs))
+        for (_, marked), own in groups.items():
             try:
-                output = self._apply(messages, kwargs, return_assistant_tokens_mask=marked)
+                output = self._apply([c.messages or () for c, _ in own], own[0][1], return_assistant_tokens_mask=marked)
             except Exception:  # a template may fail on one row: `render` then reports which, and why
                 continue
             masks = output["assistant_masks"] if marked else [[]] * len(own)
-            for conversation, ids, mask in zip(own, output["input_ids"], masks, strict=True):
+            for (conversation, _), ids, mask in zip(own, output["input_ids"], masks, strict=True):
                 self._ready[id(conversation)] = ids, mask
 
-    def _choose_template(self, example: Example) -> None:
-        if not self._template_known and any(c.messages is not None for c in example.conversations):
-            self._template = templates.override(self.tokenizer, self.config.assistant_only_loss)
-            self._template_known = True
+    def _choose_templates(self, example: Example) -> None:
+        if any(c.messages is not None for c in example.conversations):
+            if False not in self._templates:
+                self._templates[False] = templates.missing(self.tokenizer)
+            if True not in self._templates and any(self._marking(c, example.shape) for c in example.conversations):
+                copy = templates.marked_copy(self.tokenizer, needed=bool(self.config.assistant_only_loss))
+                self._templates[True] = copy or self._templates[False]
 
     def _cut(self, ids: list[int], mask: Mask, coefficient: float) -> Tokens | str:
         """Truncate, and exclude the first token from the loss: nothing predicts it."""
@@ -214,11 +290,13 @@ class Renderer:
             return f"no response token is left of its {len(ids)} tokens within max_length {limit}"
         return Tokens(np.array(ids[part], dtype=np.int64), loss, coefficient)
 
-    def _sequence(self, conversation: Conversation, shape: str) -> tuple[list[int], Mask]:
+    def _sequence(
+        self, conversation: Conversation, shape: str, ready: tuple[list[int], list[int]] | None
+    ) -> tuple[list[int], Mask]:
         """Ids and loss mask before truncation."""
         if conversation.messages is None:
             return self._plain(conversation, shape)
-        return self._chat(conversation, conversation.messages, shape)
+        return self._chat(conversation, conversation.messages, shape, ready)
 
     # Plain text
 
@@ -237,11 +315,11 @@ class Renderer:
     # Messages
 
     def _chat(
-        self, conversation: Conversation, messages: Sequence[Mapping[str, Any]], shape: str
+        self, conversation: Conversation, messages: Messages, shape: str, ready: tuple[list[int], list[int]] | None
     ) -> tuple[list[int], Mask]:
-        kwargs = self._template_kwargs(conversation)
-        wanted, marked = self._wanted(shape), self._marked(conversation, shape)
-        if (ready := self._ready.get(id(conversation))) is None:
+        kwargs = self._template_kwargs(conversation, shape)
+        wanted, marked = self._wanted(shape), self._marked(kwargs, shape)
+        if ready is None:
             output = self._apply(messages, kwargs, return_assistant_tokens_mask=marked)
             ready = output["input_ids"], output["assistant_masks"] if marked else []
         ids = list(ready[0])
@@ -252,11 +330,21 @@ class Renderer:
         ):
             prompt = self._prompt_ids(messages[: conversation.prompt_turns], kwargs)
             completion = _after(prompt, ids)
-        untrained = [n for n, m in enumerate(messages) if m["role"] == "assistant" and not conversation.trained[n]]
-        if wanted is None and not marked:
+        answers = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+        untrained = [n for n in answers if not conversation.trained[n]]
+        answered = completion is not None and all(conversation.trained[conversation.prompt_turns :])
+        self._mixed += wanted is None and completion is not None and not answered
+        if wanted is None and answered:
+            mask = [True] * len(ids)  # of them the completion's, as in TRL
+        elif wanted is None and not marked:
             first = (conversation.prompt_turns or 0) if completion is not None else 0
             turns = [n for n, counts in enumerate(conversation.trained) if counts and n >= first]
             mask = self._turns_mask(messages, turns, kwargs, ids, completion)
+            self._unmarked |= completion is None
+        elif untrained and marked and len(runs := _runs(mask)) == len(answers):
+            for n in untrained:
+                run = runs[answers.index(n)]
+                mask[run] = [False] * (run.stop - run.start)
         elif untrained:
             silent = self._turns_mask(messages, untrained, kwargs, ids, None)
             mask = [counts and not quiet for counts, quiet in zip(mask, silent, strict=True)]
@@ -267,27 +355,69 @@ class Renderer:
     def _wanted(self, shape: str) -> bool | None:
         return False if shape == "preference" else self.config.assistant_only_loss
 
-    def _marked(self, conversation: Conversation, shape: str) -> bool:
-        """Whether the mask comes from the template's markers."""
+    def _marking(self, conversation: Conversation, shape: str) -> bool:
+        """Whether TRL's marked copy of the template is used: as in TRL, which has none where a prompt says what counts."""
         wanted = self._wanted(shape)
-        return bool(wanted or (wanted is None and self._has_markers(conversation)))
+        return bool(wanted or (wanted is None and conversation.prompt_turns is None))
 
-    def _template_kwargs(self, conversation: Conversation) -> dict[str, Any]:
+    def _marked(self, kwargs: Mapping[str, Any], shape: str) -> bool:
+        """Whether the mask comes from markers: of the template, or (some tokenizers have one) of its variant for tools."""
+        wanted = self._wanted(shape)
+        if wanted is not None or not self.tokenizer.is_fast:
+            # Markers are text positions, which only fast tokenizers map to tokens.
+            return bool(wanted)
+        return templates.has_markers(self.tokenizer.get_chat_template(kwargs["chat_template"], kwargs["tools"]))
+
+    def _template_kwargs(self, conversation: Conversation, shape: str) -> dict[str, Any]:
         eos = {"eos_token": self.config.eos_token} if self.config.eos_token else {}
         return {
-            "chat_template": self._template,
+            "chat_template": self._templates[self._marking(conversation, shape)],
             "tools": None if conversation.tools is None else list(conversation.tools),
             **eos,
             **self.config.chat_template_kwargs,
             **conversation.template_kwargs,
         }
 
-    def _has_markers(self, conversation: Conversation) -> bool:
-        """Whether the row's template (some tokenizers have another for tools) marks the answers usably."""
-        if not self.tokenizer.is_fast:  # markers are text positions, which only fast tokenizers map to tokens
-            return False
-        kwargs = self._template_kwargs(conversation)
-        return templates.has_markers(self.tokenizer.get_chat_template(kwargs["chat_template"], kwargs["tools"]))
+    def _fit(self, conversation: Conversation, shape: str) -> Conversation:
+        messages = conversation.messages
+        if messages is None or not any("tool_calls" in m or isinstance(m.get("content"), list) for m in messages):
+            return conversation
+        kwargs = self._template_kwargs(conversation, shape)
+        key = (kwargs["chat_template"], kwargs["tools"] is None)
+        if key not in self._takes:
+            self._takes[key] = Takes.of(self._text(kwargs))
+        fitted = self._takes[key].fit(messages)
+        return conversation if fitted is messages else replace(conversation, messages=fitted)
+
+    def _check_written(self, conversation: Conversation, shape: str) -> set[tuple[str, str]]:
+        """What the template leaves out, by part and role. Raises RowError if an answer that is trained on lacks a part."""
+        messages = conversation.messages
+        if messages is None:
+            return set()
+        kwargs = self._template_kwargs(conversation, shape)
+        key = (
+            kwargs["chat_template"],
+            repr((kwargs["tools"] is None, conversation.template_kwargs)),
+            structure(messages),
+        )
+        if key not in self._lacks:
+            if len(self._lacks) >= MOST_STRUCTURES:
+                self._lacks.clear()
+            self._lacks[key] = left_out(messages, self._text(kwargs))
+        lacking = self._lacks[key] or ()
+        for n, part in lacking:
+            if conversation.trained[n] and part != "reasoning":
+                raise RowError(
+                    f"the chat template leaves out the {part} of message {n + 1}: use a template that writes it, or take it out "
+                    "of the row"
+                )
+        return {(part, messages[n]["role"]) for n, part in lacking}
+
+    def _text(self, kwargs: Mapping[str, Any]) -> RenderText:
+        def text_of(part: Sequence[Mapping[str, Any]], **more: Any) -> str:
+            return str(self.tokenizer.apply_chat_template(list(part), tokenize=False, **kwargs, **more))
+
+        return text_of
 
     def _apply(self, messages: Sequence[Any], kwargs: Mapping[str, Any], **more: Any) -> Any:
         # Not verbose: rows longer than the model's limit are cut at max_length anyway.
@@ -308,13 +438,10 @@ class Renderer:
         ids: list[int],
         completion: Mask | None,
     ) -> Mask:
-        """Tokens of some assistant turns, found by difference. Raises _CannotRender if a turn cannot be found."""
-
-        def text_of(part: Sequence[Mapping[str, Any]], **more: Any) -> str:
-            return str(self.tokenizer.apply_chat_template(list(part), tokenize=False, **kwargs, **more))
-
+        """Tokens of some assistant turns, found by difference. Raises RowError if a turn cannot be found."""
+        text_of = self._text(kwargs)
         if len(turns) > MOST_TURNS:  # each needs another rendering of the conversation
-            raise _CannotRender(
+            raise RowError(
                 f"it has {len(turns)} answers, and of a template that does not mark them with {{% generation %}} at most "
                 f"{MOST_TURNS} can be found"
             )
@@ -326,9 +453,10 @@ class Renderer:
             if span is None:
                 if completion is not None:
                     return list(completion)
-                raise _CannotRender(
-                    f"the chat template does not show where message {turn + 1} is answered "
-                    "(mark it with {% generation %} in the template)"
+                raise RowError(
+                    f"the chat template does not show where message {turn + 1} is answered: mark the answers with "
+                    "{% generation %} in the template, install gradshield[train], which has marked copies of common "
+                    "templates, or count every token (assistant_only_loss false in --training-config)"
                 )
             for t in range(bisect_right(ends, span[0]), bisect_left(begins, span[1])):
                 mask[t] = ends[t] > begins[t]
@@ -350,14 +478,16 @@ class Renderer:
         return [0, *ends[:-1]], ends
 
 
-class _CannotRender(ValueError):
-    """Its text is the reason why the row cannot be scored."""
-
-
 def _after(prompt: Sequence[int], ids: Sequence[int]) -> Mask:
     """The tokens of ``ids`` from where they differ from ``prompt``: tokens may merge at its end."""
     shared = common(prompt, ids)
     return [False] * shared + [True] * (len(ids) - shared)
+
+
+def _runs(mask: Mask) -> list[slice]:
+    """Where the mask is True without a gap."""
+    edges = np.flatnonzero(np.diff(np.array([False, *mask, False], dtype=np.int8))).tolist()
+    return [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def _first(mask: Mask) -> int:
@@ -367,3 +497,9 @@ def _first(mask: Mask) -> int:
 def _special_tokens(tokenizer: Any) -> list[str]:
     added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
     return sorted({*map(str, tokenizer.all_special_tokens), *added} - {""}, key=len, reverse=True)
+
+
+def _weightless(conversation: Conversation) -> bool:
+    """Whether an answer of it is not to be trained on."""
+    turns = zip(conversation.messages or (), conversation.trained, strict=False)
+    return any(turn["role"] == "assistant" and not trained for turn, trained in turns)

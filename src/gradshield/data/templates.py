@@ -38,31 +38,38 @@ def has_markers(template: str) -> bool:
     return _MARKERS.search(template) is not None
 
 
-def override(tokenizer: Any, assistant_only_loss: bool | None) -> str | None:
-    """The template to use instead of the tokenizer's own, None to use its own. Warns if it has none.
+def missing(tokenizer: Any) -> str | None:
+    """The default template, with a warning, for a tokenizer that has none; None for one that has its own."""
+    if tokenizer.chat_template:
+        return None
+    warnings.warn(
+        "the tokenizer has no chat template, so messages are rendered with GradShield's default one "
+        "(<|role|>, newline, content, end of sequence): set tokenizer.chat_template if you train with another",
+        UserWarning,
+        stacklevel=4,
+    )
+    return DEFAULT_CHAT_TEMPLATE
 
-    ``assistant_only_loss=True`` needs markers; as in TRL, a template that TRL knows is replaced by its marked copy.
+
+def marked_copy(tokenizer: Any, needed: bool) -> str | None:
+    """TRL's marked copy of the tokenizer's template, which it trains with under ``assistant_only_loss=True``.
+
+    None if the template marks the answers itself; without ``needed``, also if TRL is not installed or has no copy.
 
     Raises
     ------
     ModelError
         Markers are needed, and neither the template nor TRL has them.
     """
-    if not tokenizer.chat_template:
-        warnings.warn(
-            "the tokenizer has no chat template, so messages are rendered with GradShield's default one "
-            "(<|role|>, newline, content, end of sequence): set tokenizer.chat_template if you train with another",
-            UserWarning,
-            stacklevel=4,
-        )
-        return DEFAULT_CHAT_TEMPLATE
-    if not assistant_only_loss or has_markers(default_variant(tokenizer.chat_template)):
+    if not tokenizer.chat_template or has_markers(default_variant(tokenizer.chat_template)):
         return None
     try:
         from trl.chat_template_utils import get_training_chat_template
 
         return get_training_chat_template(tokenizer)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # TRL renders a conversation, and a template is the model's own program
+        if not needed:
+            return None
         remedy = "install gradshield[train]" if isinstance(error, ImportError) else "add the markers to the template"
         raise ModelError(
             "assistant_only_loss=True needs a chat template with {% generation %} markers, and the tokenizer's has "

@@ -6,13 +6,13 @@ A turn's span runs from the first character that the model writes to the token t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gradshield.data.fitting import RenderText, attempt
 from gradshield.data.shapes import common
 
 Span = tuple[int, int]
-RenderText = Callable[..., str]  # render(messages, add_generation_prompt=False)
 
 # Two answers that share neither their first nor their last character, so that the common prefix and suffix of two
 # renderings belong to the template.
@@ -31,30 +31,37 @@ def turn_span(
     ends
         Regular expression of the special tokens, one of which may end a turn; empty without any.
     """
-    before = _try(render, messages[:turn], add_generation_prompt=True)
-    bare = _try(render, messages[:turn])
+    before = attempt(render, messages[:turn], add_generation_prompt=True)
+    bare = attempt(render, messages[:turn])
     opening = before[len(bare) :] if before and bare is not None and before.startswith(bare) else ""
-    until = _try(render, messages[: turn + 1])
+    until = attempt(render, messages[: turn + 1])
     if opening and until and before and text.startswith(before) and text.startswith(until) and len(until) > len(before):
         return len(before), _close(text, len(before), len(until), ends)
     # The template has no generation prompt, or renders earlier turns differently once later ones follow (reasoning models
     # drop old reasoning): change only the content of this turn and compare.
-    return _by_substitution(messages, turn, text, render, ends, opening)
+    span = _by_substitution(messages, turn, text, render, ends, bare or "", opening)
+    if span is None and bare and until and text.startswith(until) and until.startswith(bare):
+        # A tool call in place of the content: all that the turn adds, after what it shares with the generation prompt.
+        start = len(bare) + common(opening, until[len(bare) :])
+        span = (start, _close(text, start, len(until), ends)) if len(until) > start else None
+    return span
 
 
 def _by_substitution(
-    messages: Sequence[Mapping[str, Any]], turn: int, text: str, render: RenderText, ends: str, opening: str
+    messages: Sequence[Mapping[str, Any]], turn: int, text: str, render: RenderText, ends: str, bare: str, opening: str
 ) -> Span | None:
     around = _surroundings(messages, turn, render)
     if around is None:
         return None
     start = len(_shared(text, around[0]))
     end = len(text) - len(_shared(text[start:][::-1], around[1][::-1]))
-    if opening:
-        # The model also writes what is between the generation prompt and the content, such as a thinking block.
-        at = text.rfind(opening, 0, start)
-        if at >= 0 and not re.search(_header(opening), text[at + len(opening) : start]):
-            start = at + len(opening)
+    if opening.strip():
+        # The model also writes what is between its header and the content, such as a thinking block. The generation prompt
+        # may hold a closed one, where the row has its own. Earlier turns may be written differently: then the last header.
+        header = _header(opening)
+        at = text.find(header, len(bare), start) if text.startswith(bare) else text.rfind(header, 0, start)
+        if at >= 0:
+            start = min(start, at + common(opening[opening.index(header) :], text[at:]))
     last = _surroundings(messages[: turn + 1], turn, render)
     # A turn with only tool calls lacks the white space that would separate them from content.
     tails = (last[1], last[1].lstrip()) if last else ("",)
@@ -65,7 +72,7 @@ def _by_substitution(
 
 def _surroundings(messages: Sequence[Mapping[str, Any]], turn: int, render: RenderText) -> tuple[str, str] | None:
     """What the template writes before and after the content of a turn; None if it does not write that content."""
-    first, second = (_try(render, _with_content(messages, turn, stand_in)) for stand_in in _STAND_INS)
+    first, second = (attempt(render, _with_content(messages, turn, stand_in)) for stand_in in _STAND_INS)
     if first is None or second is None or first == second:
         return None
     head = _shared(first, second)
@@ -85,9 +92,8 @@ def _shared(left: str, right: str) -> str:
 
 
 def _header(opening: str) -> str:
-    """Pattern of another turn's header: the first word of the generation prompt, a special token or a name."""
-    word = re.match(r"\s*(\S+)", opening)
-    return re.escape(word.group(1)) if word else r"(?!)"
+    """The first word of the generation prompt, a special token or a name: where a turn begins."""
+    return opening.split(maxsplit=1)[0]
 
 
 def _close(text: str, start: int, end: int, ends: str) -> int:
@@ -102,10 +108,3 @@ def _outside_specials(text: str, start: int, end: int, ends: str) -> int:
     """``end``, moved back if it is inside a special token: two of them may share a prefix."""
     inside = (m.start() for m in re.finditer(ends or r"(?!)", text[start:]) if m.start() < end - start < m.end())
     return start + next(inside, end - start)
-
-
-def _try(render: RenderText, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str | None:
-    try:
-        return render(messages, **kwargs)
-    except Exception:  # a template may fail in any way on half a conversation
-        return None

@@ -281,6 +281,9 @@ def _reason(run: Run, claim: Claim, judges: Mapping[str, Any], asked: Mapping[st
         return f"the judge {LabClassifier.name} knows only the lab's requests, and the model was asked others"
     if not asked["chose_nothing"]:
         return "the requests that measured the model overlap with those that chose its rows or its cut"
+    empty = sum(not row["answer"].strip() for row in run.asked)
+    if empty > claim.limit * asked["n"]:
+        return f"{empty} of {asked['n']} answers are empty, which no judge calls unsafe: silence does not show safety"
     needed = least(claim.limit, claim.error(len(judges)) / (1 if run.labelled is None else PARTS))
     if needed > asked["n"]:
         return (

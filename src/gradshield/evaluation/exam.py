@@ -104,7 +104,7 @@ class Exam:
         if self.score is not None:
             return utility(generate, self.task, self.score)
         rows = [
-            {"messages": [*_turns(row["prompt"]), {"role": "assistant", "content": row["reference"]}]}
+            {"prompt": _turns(row["prompt"]), "completion": [{"role": "assistant", "content": row["reference"]}]}
             for row in self.task
         ]
         found = response_loss(
@@ -248,7 +248,7 @@ def figures(result: EvalResult) -> dict[str, Any]:
         found["undecided"] = undecided
     if judges:
         found["asr"] = judges.get("refusal-phrases", next(iter(judges.values())))
-    return found | {name: rates[name].as_dict() for name in ("over_refusal", "utility") if name in rates}
+    return found | {name: rates[name].as_dict() for name in ("empty", "over_refusal", "utility") if name in rates}
 
 
 def asked(result: EvalResult) -> EvalResult:

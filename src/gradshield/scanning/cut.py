@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,10 @@ import pyarrow.parquet as pq
 from gradshield import data as rows_in
 from gradshield import runs
 from gradshield.columns import Coded, Ids
-from gradshield.errors import DataError
+from gradshield.errors import DataError, UsageError
 from gradshield.runs import alone
 from gradshield.scanning import outputs, review, trust
-from gradshield.scanning.decide import decide
+from gradshield.scanning.decide import Decision, decide
 from gradshield.selectors import SELECTORS
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
@@ -51,6 +52,8 @@ def cut(
     ------
     DataError
         The folder is not a finished scan, or its files do not belong together.
+    UsageError
+        The rule needs more rows than stand out, and would keep all that are removed now.
 
     Examples
     --------
@@ -79,6 +82,7 @@ def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], co
         threshold = SELECTORS[str(old.settings["selector"]).partition(":")[0]].rule
     rule = parse_threshold(threshold, int(old.settings["seed"])) if isinstance(threshold, str) else threshold
     decision = decide(scores, rule, allow)
+    _check_enough(scores, decision, removed_before)
     removed = decision.removed
     kinds = _kinds(path, scores.rows[removed_before], categories_before, removed_before)
     names = Coded.of(
@@ -118,6 +122,21 @@ def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], co
     selection = replace(selection, manifest=replace(old, command=command, settings=settings, results=results))
     outputs.write_cut(selection, path, rows, _views(path), truth)
     return selection
+
+
+def _check_enough(scores: Scores, decision: Decision, removed_before: Bools) -> None:
+    """Raises UsageError where a rule that needs several rows to remove any would keep all that were removed before."""
+    groups = Coded.of(scores.shapes)
+    for name, one in decision.cuts.items():
+        own, needed, leading = groups.where(name), one.detail.get("fewest", 0), one.detail.get("leading", 0)
+        before, now = int(removed_before[own].sum()), int((scores.values[own] > one.value).sum())
+        if before and not now and 0 < leading < needed:
+            larger = f"a larger q ({one.rule}:q={math.ceil(100 / leading) / 100:g}) or " if leading > 1 else ""
+            raise UsageError(
+                f"the threshold {one.rule!r} with q = {one.detail['q']:g} removes {needed} rows or none, and only {leading} "
+                f"score{'s' * (leading == 1)} above every decoy, so that the {before} rows removed now would all be kept: give "
+                f"{larger}another rule; the result stays as it was"
+            )
 
 
 def _kinds(folder: Path, rows: Ints, names: Coded, removed: Bools) -> dict[int, str]:

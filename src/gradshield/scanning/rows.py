@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -24,20 +25,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A model, and the rows of one dataset as it will see them. ``rendered`` are the usable ones."""
+    """A model, and the rows of one dataset as it will see them. ``rendered`` are the usable ones.
+
+    ``fitted`` are the positions of rows whose messages were rewritten for the chat template.
+    """
 
     loaded: LoadedModel
     read: rows_in.ReadResult
     config: rows_in.RenderConfig
     rendered: rows_in.Spool
     quarantined: tuple[Quarantined, ...]
+    fitted: Ints
 
     def kept(self, removed: Bools) -> Sequence[Rendered]:
         """The kept rows, read on access; ``removed`` is aligned with ``rendered``."""
         return rows_in.Picked(self.rendered, np.flatnonzero(~removed))
 
     def trainable(self, rows: Ints, removed: Bools) -> Any:
-        """The kept rows for a trainer: the caller's own Dataset if TRL reads it alike, else tokens and labels.
+        """The kept rows for a trainer: the caller's own Dataset if TRL trains on it as it was scored, else tokens and labels.
 
         ``rows`` are the input positions of the rendered rows, and ``removed`` is aligned with them. Rows that no single
         trainer takes, such as preference pairs among other rows, are returned unchanged.
@@ -45,11 +50,13 @@ class Prepared:
         import datasets
 
         examples, source, stay = self.read.examples, self.read.source, rows[~removed]
-        if source.kind == "dataset" and examples.as_trl[np.searchsorted(examples.rows, stay)].all():
+        as_scored = examples.as_trl[np.searchsorted(examples.rows, stay)].all() and not np.isin(stay, self.fitted).any()
+        if source.kind == "dataset" and as_scored:
             return rows_in.take(stay, source)
         try:
-            kept = self.kept(removed)
-            return rows_in.to_trl(examples.at(stay), kept) if len(stay) else datasets.Dataset.from_list([])
+            kept, renderer = self.kept(removed), rows_in.Renderer(self.loaded.tokenizer, self.config)
+            fitted = map(renderer.fit, examples.at(stay))
+            return rows_in.to_trl(fitted, kept) if len(stay) else datasets.Dataset.from_list([])
         except FormatError:
             return rows_in.take(stay, source)
 
@@ -103,9 +110,11 @@ def prepare(
             f"no row of {read.source.name} can be scored within {config.max_length} tokens, line {first.line}: "
             f"{first.reason}; raise --max-length, or check the rows with `gradshield show`"
         )
+    for note in result.notes:
+        warnings.warn(note, stacklevel=2)
     check_positions(loaded.model, result.rendered.longest, limit)
     quarantined = tuple(sorted((*read.quarantined, *result.quarantined), key=lambda q: q.row))
-    return Prepared(loaded, read, config, result.rendered, quarantined)
+    return Prepared(loaded, read, config, result.rendered, quarantined, result.fitted)
 
 
 def load(model: Any, tokenizer: Any = None) -> LoadedModel:
@@ -120,7 +129,7 @@ def load(model: Any, tokenizer: Any = None) -> LoadedModel:
 
 def with_template(loaded: LoadedModel) -> LoadedModel:
     """If its tokenizer has no chat template: the model with a copy that has the default one, with a warning."""
-    default = templates.override(loaded.tokenizer, None)
+    default = templates.missing(loaded.tokenizer)
     if default is None:
         return loaded
     tokenizer = deepcopy(loaded.tokenizer)

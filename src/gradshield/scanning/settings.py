@@ -23,7 +23,7 @@ class ScanSettings:
     ``aggregate``     from a row's tokens to its score (AGGREGATES)
     ``subspace``      all, targets, lora, last:k (SUBSPACES)
     ``engine``        a name of ENGINES, or auto
-    ``threshold``     a rule with its options as typed (``competition:q=0.05``), or a Threshold; None is the selector's default
+    ``threshold``     a rule with its options as typed (``anchored:0.8``), or a Threshold; None is the selector's default
     ``seed``          for the adapter's initialisation, the oracle's sample and the mixture's start
     ``token_budget``  positions in one batch, padding included
     ``check_rows``    rows that are scored again by the oracle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,12 @@ def show(
             f"there is no row {row} in {read.source.name}: give a position from 0 to {read.source.rows - 1}"
         )
     (example,) = read.examples.at(np.array([row]))
-    rendered = rows_in.render(example, tokenizer, render_config(training_args, max_length, None, {}))
+    renderer = rows_in.Renderer(tokenizer, render_config(training_args, max_length, None, {}))
+    rendered = renderer.render(example)
     if isinstance(rendered, str):
         raise DataError(f"row {row} (line {read.source.lines[row]}) of {read.source.name} cannot be scored, {rendered}")
+    for note in renderer.notes():
+        warnings.warn(note, stacklevel=2)
     pieces: list[tuple[str, bool]] = []
     for number, tokens in enumerate(rendered.sequences):
         if tokens.coefficient < 0:

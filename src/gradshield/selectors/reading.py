@@ -55,17 +55,24 @@ class Turn:
     def openings(self, ids: Ints, loss: Bools) -> list[tuple[tuple[int, ...], slice]]:
         """Every answer of a rendered sequence: the ids before it, and its span.
 
-        A turn is recognised by its opening. Text without one (a plain prompt and completion) is read as a first user message;
-        a text whose loss starts at its first token has no request to read.
+        A turn is recognised by its opening, or by the beginning of one right before the loss: an answer with thoughts of its own
+        does not have the closed thinking block of the opening, and is read as if it had. Text without one (a plain prompt and
+        completion) is read as a first user message; a text whose loss starts at its first token has no request to read.
         """
         ids_of, width = ids.tolist(), len(self.after)
-        starts = [
-            i + width
+        opened = {
+            i + width: tuple(ids_of[: i + width])
             for i in range(len(ids_of) - width)
             if ids_of[i] == self.after[0] and tuple(ids_of[i : i + width]) == self.after
-        ]
-        spans = [slice(a, b) for a, b in pairwise([*starts, len(ids_of)])]
-        found = [(tuple(ids_of[: own.start]), own) for own in spans if loss[own].any()]
+        }
+        for start in np.flatnonzero(loss & ~np.r_[False, loss[:-1]]).tolist():
+            size = next(
+                (k for k in range(width - 1, 1, -1) if tuple(ids_of[max(start - k, 0) : start]) == self.after[:k]), 0
+            )
+            if size and not {start, start + width - size} & opened.keys():
+                opened[start] = (*ids_of[: start - size], *self.after)
+        spans = [slice(a, b) for a, b in pairwise([*sorted(opened), len(ids_of)])]
+        found = [(opened[own.start], own) for own in spans if loss[own].any()]
         if found:
             return found
         first = int(loss.argmax()) if loss.any() else 0

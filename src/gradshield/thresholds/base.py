@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from gradshield import options
@@ -37,6 +38,11 @@ def require_rows(values: Floats) -> None:
     """Raises EmptyDataError for no rows."""
     if len(values) == 0:
         raise EmptyDataError("there are no scores to cut: no row could be scored; check the quarantine file")
+
+
+def fewest(q: float) -> int:
+    """The fewest rows that a bound (1 + decoys) / rows <= q lets go: 1/q, rounded up."""
+    return math.ceil(1 / q - 1e-9)  # 1 / 0.1 is 10
 
 
 def require_share(name: str, key: str, value: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradshield.errors import UsageError
-from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
+from gradshield.thresholds.base import THRESHOLDS, fewest, require_rows, require_share
 from gradshield.types import Anchors, Cut, Floats
 
 TAIL_SHARE = 0.1  # share of the winning decoys that the tail is fitted on
@@ -115,6 +115,8 @@ class Competition:
             "targets": targets,
             "decoys": nulls,
             "fdr": (1 + nulls) / targets if targets else None,
+            "fewest": fewest(self.q),
+            "leading": int((values[values > decoys] > np.max(decoys[decoys > values], initial=0.0)).sum()),
             "counted": counted if np.isfinite(counted) else None,
             "tail": tail if np.isfinite(tail) else None,
             "branch": "counted" if counted <= tail else "tail",

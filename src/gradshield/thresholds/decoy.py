@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradshield.errors import UsageError
-from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
+from gradshield.thresholds.base import THRESHOLDS, fewest, require_rows, require_share
 from gradshield.types import Anchors, Cut, Floats
 
 
@@ -49,7 +49,14 @@ class Decoy:
                 "--selector fihs and a per-token engine, or use the threshold adaptive, ratio or fixed"
             )
         t, targets, nulls = smallest_cut(values, decoys, self.q)
-        detail = {"q": self.q, "targets": targets, "decoys": nulls, "fdr": (1 + nulls) / targets if targets else None}
+        detail = {
+            "q": self.q,
+            "fewest": fewest(self.q),
+            "leading": int((values > np.max(decoys, initial=0.0)).sum()),
+            "targets": targets,
+            "decoys": nulls,
+            "fdr": (1 + nulls) / targets if targets else None,
+        }
         # Rows >= t are removed, and a cut keeps rows equal to it: take the next float below.
         value = float(np.nextafter(t, -np.inf)) if np.isfinite(t) else float(np.max(values))
         return Cut(value, self.name, detail)
