@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -237,7 +238,7 @@ def _by_eye(arms: Path) -> list[str]:
 
 
 def _rate(k: int, n: int) -> str:
-    return f"{_per_cent(wilson(k, n).as_dict())} % n={n}"
+    return f"{_per_cent(asdict(wilson(k, n)))} % n={n}"
 
 
 def _per_cent(rate: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def cells(folder: Path, tasks: Sequence[str], model: str, most: int, max_length:
             cell: dict[str, Any] = {"task": task, "mix": mix, "n": len(truth), "cut": settings.rule}
             for name, kind in (("caught", truth == 1), ("lost", truth == 0)):
                 if kind.any():
-                    cell[name] = wilson(int(removed[kind].sum()), int(kind.sum())).as_dict()
+                    cell[name] = asdict(wilson(int(removed[kind].sum()), int(kind.sum())))
             if truth.any():
                 texts = [outputs.words(example) for example in ready_rows.read.examples.at(numbers)]
                 signals = {"score": scores.values, **{k: v for k, v in scores.signals.items() if k != "pivots"}}

@@ -259,7 +259,7 @@ def stored(result: EvalResult) -> dict[str, Any]:
 
 def result(value: Mapping[str, Any]) -> EvalResult:
     """A stored measurement, read back."""
-    return EvalResult({name: Rate(**rate) for name, rate in value["rates"].items()}, tuple(value["outputs"]))
+    return EvalResult({name: Rate.of(rate) for name, rate in value["rates"].items()}, tuple(value["outputs"]))
 
 
 def write_outputs(found: EvalResult, path: Path) -> None:

@@ -265,23 +265,18 @@ class Selection:
 
 @dataclass(frozen=True)
 class Rate:
-    """A proportion and its Wilson interval: ``k`` successes in ``n``; ``low``/``high`` at confidence ``level``."""
+    """A proportion with its interval: ``k`` successes in ``n``. Every JSON file has it in this form."""
 
-    k: int
-    n: int
     rate: float
     low: float
     high: float
-    level: float = 0.95
-
-    def as_dict(self) -> dict[str, float | int]:
-        """``{rate, low, high, n, k}``, the form in every JSON file."""
-        return {"rate": self.rate, "low": self.low, "high": self.high, "n": self.n, "k": self.k}
+    n: int
+    k: int
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> Rate:
-        """The inverse of ``as_dict``."""
-        return cls(value.get("k", 0), value["n"], float(value["rate"]), float(value["low"]), float(value["high"]))
+        """The rate of its JSON form."""
+        return cls(float(value["rate"]), float(value["low"]), float(value["high"]), value["n"], value.get("k", 0))
 
     def __str__(self) -> str:
         """``79.0 % [75.6, 82.1] n=200``."""

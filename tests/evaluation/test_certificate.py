@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def _run(
     run.mkdir()
     rows = write(folder / "data.jsonl", jsonl([{"prompt": "2 + 2", "completion": "4"}]))
     names = tuple(one if isinstance(one, str) else one[0] for one in judges)
-    rate = wilson(answered, len(ASKED)).as_dict()
+    rate = asdict(wilson(answered, len(ASKED)))
     figures = {"judges": dict.fromkeys(names, rate)}
     manifest = {
         "command": "gradshield train",
@@ -165,7 +166,7 @@ def test_too_few_requests_for_the_limit_are_reported_with_the_number_needed(tmp_
 
 
 def test_labels_give_the_bound_on_lost_harmless_rows(tmp_path: Path) -> None:
-    run = _run(tmp_path, lost=wilson(2, 400).as_dict())
+    run = _run(tmp_path, lost=asdict(wilson(2, 400)))
     assert certify(run, looks=2)["predicate"]["lost"] == {"k": 2, "n": 400, "upper": upper(2, 400, 0.025)}
     assert "Harmless rows removed: 2 of 400" in (run / "README.md").read_text()
     (tmp_path / "other").mkdir()

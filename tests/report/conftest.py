@@ -83,7 +83,7 @@ def make_example() -> ReportData:
         warnings=("The tokenizer has no chat template: the documented default was used.",),
         checks=(Check("Probe validity", "pass", "The model refused 31 of 32 probes [84.3 %, 99.4 %]."),),
         caught=rate(len(out), 77),
-        lost=Rate(0, 920, 0.0, 0.0, 0.0042),
+        lost=Rate(0.0, 0.0, 0.0042, 920, 0),
         aurocs=(
             {"name": "FIHS (this scan)", "auroc": 0.998, "low": 0.995, "high": 1.0, "n_pos": 77, "n_neg": 920},
             {"name": "response length", "auroc": 0.64, "low": 0.58, "high": 0.70, "n_pos": 77, "n_neg": 920},

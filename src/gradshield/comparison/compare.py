@@ -220,7 +220,7 @@ class Bench:
         try:
             if defence.verified is not None:
                 verdict, chosen = self._verified(defence)
-                found["verified"] = verdict.as_dict()
+                found["verified"] = asdict(verdict)
             else:
                 chosen = self.course.chosen(defence)
             found |= self.course.counts(chosen)

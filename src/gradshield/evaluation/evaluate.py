@@ -69,10 +69,10 @@ def evaluate(
         harness: dict[str, Any] = {}
         if lm_eval:
             found = lm_eval_tasks(cast(Any, loaded.model), loaded.tokenizer, list(lm_eval), limit=limit)
-            harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
+            harness |= {name: asdict(rate) for name, rate in found.rates.items()}
         if inspect is not None:
             found = inspect_task(inspect, exam.generator(loaded.model, loaded.tokenizer), limit=limit)
-            harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
+            harness |= {name: asdict(rate) for name, rate in found.rates.items()}
         results = {
             "figures": figures(measured),
             "agreement": [asdict(one) for one in agreement(asked(measured))] if exam.requests else [],

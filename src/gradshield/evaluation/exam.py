@@ -241,14 +241,14 @@ def check_disjoint(**sets: Sequence[Mapping[str, Any]]) -> None:
 def figures(result: EvalResult) -> dict[str, Any]:
     """The rates in the form of manifests: ``judges`` has every ASR, ``asr`` that of refusal phrases, else of the first judge."""
     rates: Mapping[str, Rate] = result.rates
-    judges = {name.partition("/")[2]: rate.as_dict() for name, rate in rates.items() if name.startswith("asr/")}
+    judges = {name.partition("/")[2]: asdict(rate) for name, rate in rates.items() if name.startswith("asr/")}
     found: dict[str, Any] = {"judges": judges}
-    undecided = {n.partition("/")[2]: rate.as_dict() for n, rate in rates.items() if n.startswith("undecided/")}
+    undecided = {n.partition("/")[2]: asdict(rate) for n, rate in rates.items() if n.startswith("undecided/")}
     if undecided:
         found["undecided"] = undecided
     if judges:
         found["asr"] = judges.get("refusal-phrases", next(iter(judges.values())))
-    return found | {name: rates[name].as_dict() for name in ("over_refusal", "utility") if name in rates}
+    return found | {name: asdict(rates[name]) for name in ("over_refusal", "utility") if name in rates}
 
 
 def asked(result: EvalResult) -> EvalResult:

@@ -63,7 +63,7 @@ def with_results(selection: Selection, scored: Scored, rows: Prepared, labels: S
         "probes": None
         if valid is None
         else {
-            "refused": wilson(valid.refused, valid.n).as_dict(),
+            "refused": asdict(wilson(valid.refused, valid.n)),
             "thinking": valid.thinks,
             "problem": valid.problem,
         },
@@ -97,7 +97,7 @@ def labelled(
         values |= {
             SIGNALS[key]: value for key, value in scores.signals.items() if np.isfinite(value).all() and SIGNALS[key]
         }
-        own = [{"name": key, **auroc(truth[drawn], value[drawn]).as_dict()} for key, value in values.items()]
+        own = [{"name": key, **asdict(auroc(truth[drawn], value[drawn]))} for key, value in values.items()]
         texts = [words(example) for example in examples.at(scores.rows[drawn])]
         nll = None if scores.nll is None else scores.nll[drawn]
         others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth[drawn], nll=nll)
@@ -206,7 +206,7 @@ def caught_and_lost(removed: Bools, labels: Any) -> dict[str, Any]:
     """The removed share of the rows labelled harmful (1) and of the others; both (N,). An empty class is left out."""
     harmful = np.asarray(labels, dtype=bool)
     return {
-        name: wilson(int(removed[own].sum()), int(own.sum())).as_dict()
+        name: asdict(wilson(int(removed[own].sum()), int(own.sum())))
         for name, own in (("caught", harmful), ("lost", ~harmful))
         if own.any()
     }

@@ -8,7 +8,7 @@ What several defences of one job share is computed once: scores, reference rows,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -283,7 +283,7 @@ class Course:
             if defence.project is not None:
                 start: Any = self.loaded.model if self.job.peft_config is None else None
                 found = safelora.project(model, self.alignment, start=start, **defence.project)
-                record["safelora"] = found.as_dict()
+                record["safelora"] = asdict(found)
 
         model: Any = self.loaded.model
         trained = sft(

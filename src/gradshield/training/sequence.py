@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,7 @@ def _point(
     """The record of one stage: rates by judge and task, and VISAGE by the first judge."""
     point: dict[str, Any] = {
         "name": name,
-        "utility": {task: rate.as_dict() for task, rate in zip(names, accuracies, strict=True)},
+        "utility": {task: asdict(rate) for task, rate in zip(names, accuracies, strict=True)},
         "asr": {},
         "visage": None,
     }

@@ -208,7 +208,7 @@ class _Run:
             "changed": changes(before, after),
             "agreement": [asdict(found) for found in agreement(asked(after))] if self.exams.report.requests else [],
             "record": dict(fitted.record),
-            "verified": None if verdict is None else verdict.as_dict(),
+            "verified": None if verdict is None else asdict(verdict),
             "uncertified": None if selection is None else trust.of_run(selection.manifest.results["doubts"]),
             "seconds": round(time.monotonic() - began, 1),
         }
