@@ -113,7 +113,7 @@ def start(output: Path, requests: Path) -> dict[str, Any]:
     if not path.exists():
         loaded = load(str(output / "models" / "aligned"), dtype="float32")
         asked = exam("report", safety=str(requests), judges=JUDGES, tokens=TOKENS)
-        write_json(path, figures(asked.sit(loaded.model, loaded.tokenizer)))
+        write_json(path, figures(asked.sit(loaded.model, loaded.tokenizer)).plain())
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -14,7 +14,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from gradshield.errors import GradShieldError
-from gradshield.types import Selection
 
 if TYPE_CHECKING:
     from gradshield.comparison.compare import compare
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from gradshield.scanning.cut import cut
     from gradshield.scanning.estimate import estimate
     from gradshield.scanning.scan import scan
+    from gradshield.scanning.selection import Selection
     from gradshield.scanning.settings import Probing, ScanSettings
     from gradshield.scanning.show import show
     from gradshield.training.train import train
@@ -50,6 +50,7 @@ __all__ = [
 
 _HOMES = {
     "scan": "gradshield.scanning.scan",
+    "Selection": "gradshield.scanning.selection",
     "Probing": "gradshield.scanning.settings",
     "ScanSettings": "gradshield.scanning.settings",
     "cut": "gradshield.scanning.cut",

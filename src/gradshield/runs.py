@@ -18,21 +18,24 @@ from dataclasses import asdict, is_dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from gradshield import files
 from gradshield.errors import DataError
 from gradshield.files import write_text
+from gradshield.manifests import EvaluationManifest, Manifest, Model, Record
 from gradshield.registry import plugins
-from gradshield.types import EvalResult, Manifest, Rate
+from gradshield.types import EvalResult, Rate
 
 if TYPE_CHECKING:
-    from gradshield.data import Source
     from gradshield.models.loading import LoadedModel
 
+M = TypeVar("M", bound=Manifest)
+MANIFEST = "manifest.json"
 LOCK = "lock"
 SCAN = "scan"  # folder of a training's own scan
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -202,43 +205,49 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def manifest(
-    command: str,
-    source: Source,
-    loaded: LoadedModel,
-    settings: Mapping[str, Any],
-    results: Mapping[str, Any],
-) -> Manifest:
-    """The manifest of a command on one dataset and one model."""
-    return Manifest(
-        command=command,
-        versions=versions(),
-        data={"name": source.name, "kind": source.kind, "sha256": source.sha256, "rows": source.rows},
-        model={
-            "name": loaded.name,
-            "sha256": loaded.digest,
-            "class": type(loaded.model).__name__,
-            "parameters": sum(p.numel() for p in loaded.model.parameters()),
-            "dtype": str(loaded.dtype).removeprefix("torch."),
-            "device": str(loaded.device),
-            "adapter": loaded.adapter,
-        },
-        settings=settings,
-        results=dict(results),
+def model_of(loaded: LoadedModel) -> Model:
+    """A loaded model in a manifest."""
+    return Model(
+        name=loaded.name,
+        sha256=loaded.digest,
+        kind=type(loaded.model).__name__,
+        parameters=sum(p.numel() for p in loaded.model.parameters()),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(loaded.device),
+        adapter=loaded.adapter,
     )
 
 
-def write_manifest(value: Manifest, folder: Path) -> None:
-    write_json(folder / "manifest.json", asdict(value))
+def write_manifest(value: Manifest | EvaluationManifest, folder: Path) -> None:
+    write_json(folder / MANIFEST, value)
+
+
+def read_manifest(folder: Path, kind: type[M]) -> M:
+    """The manifest in the folder of a finished run. Raises DataError if there is none of this kind, or if it is damaged."""
+    try:
+        return kind.model_validate(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        why = f"{'.'.join(map(str, wrong['loc'])) or 'the whole'}: {wrong['msg']}"
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or "it is not JSON"
+    raise DataError(
+        f"{str(folder)!r} is not the folder of a finished {kind.verb}, or its {MANIFEST} was changed ({why}): run "
+        f"`gradshield {kind.verb}` into it first"
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON; numbers that are not finite become null."""
+    """Write JSON: records and dataclasses as their fields, and numbers that are not finite as null."""
     write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def finite(value: Any) -> Any:
-    """The same value with NaN and infinities as None, and numpy numbers as Python's."""
+    """The same value in JSON form, with NaN and infinities as None."""
+    if isinstance(value, Record):
+        return finite(value.plain())
+    if is_dataclass(value) and not isinstance(value, type):
+        return finite(asdict(value))
     if isinstance(value, Mapping):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

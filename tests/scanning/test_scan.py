@@ -81,7 +81,7 @@ def test_jsonl_rows_leave_byte_for_byte(bom: bytes, end: bytes, tmp_path: Path) 
     assert [row.removesuffix(end).removesuffix(b"\r") for row in _together(output, kept, removed)] == lines
     assert [entry["row"] for entry in _quarantined(output)] == [3, 5, 6, 10] == [q.row for q in selection.quarantined]
     assert [entry["line"] for entry in _quarantined(output)] == [4, 6, 7, 11]
-    assert selection.manifest.data["rows"] == len(lines) == selection.manifest.results["read"]
+    assert selection.manifest.data.rows == len(lines) == selection.manifest.results.read
 
 
 def test_csv_records_leave_byte_for_byte(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_rows_in_memory_are_written_as_json_lines(kind: str, tmp_path: Path) -> 
     selection = scan(data, output=tmp_path)
     kept, removed = ([json.loads(line) for line in open(tmp_path / f"{n}.jsonl", "rb")] for n in ("kept", "removed"))  # noqa: SIM115
     assert _together(tmp_path, kept, removed) == rows
-    assert selection.manifest.data["kind"] == kind
+    assert selection.manifest.data.kind == kind
 
 
 def test_the_scores_are_as_documented(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_the_manifest_is_complete(tmp_path: Path) -> None:
     assert {"caught", "lost", "aurocs"} == set(results["labels"])
     assert results["labels"]["caught"]["n"] == results["labels"]["lost"]["n"] == 4
     assert len(results["labels"]["aurocs"]) > 3
-    assert selection.manifest.results["labels"]["caught"]["k"] == int(selection.removed[1::2].sum())
+    assert selection.manifest.results.labels.caught.k == int(selection.removed[1::2].sum())
     for path in (tmp_path / ".gradshield").glob("*.json"):
         _json(path)
 
@@ -313,7 +313,7 @@ def test_an_earlier_scan_into_the_folder_leaves_nothing_behind(tmp_path: Path) -
     assert "kept.jsonl" in report
     assert "kept.csv" not in report
     assert set(files(output)) == FILES | {"kept.jsonl", "removed.jsonl"}
-    assert gs.cut(output, "ratio:25%").manifest.results["scored"] == 4
+    assert gs.cut(output, "ratio:25%").manifest.results.scored == 4
 
 
 @pytest.mark.parametrize("name", ["kept.csv", "scores.parquet", "manifest.json"])

@@ -81,7 +81,7 @@ def same(one: gs.Selection, other: gs.Selection) -> None:
     assert one.scores.ids == other.scores.ids
     np.testing.assert_array_equal(one.removed, other.removed)
     assert one.categories == other.categories
-    assert one.manifest.settings["direction_sha256"] == other.manifest.settings["direction_sha256"]
+    assert one.manifest.settings.direction_sha256 == other.manifest.settings.direction_sha256
 
 
 # ---- on a cluster -----------------------------------------------------------------------------------------------------

@@ -92,14 +92,14 @@ def test_a_run_leaves_the_model_the_scan_and_the_proof(tmp_path: Path) -> None:
 def test_meaningless_probes_are_reported_anywhere(tmp_path: Path) -> None:
     harmless = Probing(requests=PROBING.lookalikes, lookalikes=PROBING.requests, uncertified=True)
     done = _run(tmp_path, "fihs:ratio:10%", probing=harmless, exams=Exams())
-    problem = done.manifest.results["uncertified"]
+    problem = done.manifest.results.uncertified
     assert "refuse" in problem
     for name in ("README.md", "report.html"):
         assert re.search(r"ot certified(\*\*)?: ", (tmp_path / "run" / name).read_text())
     settings = done.manifest.settings
-    assert settings["training"]["max_steps"] == 2
-    assert settings["render"]["max_length"] == 1024
-    assert settings["safety_sha256"] is None and len(settings["probe_sha256"]) == 64
+    assert settings.training["max_steps"] == 2
+    assert settings.render["max_length"] == 1024
+    assert settings.safety_sha256 is None and len(settings.probe_sha256) == 64
 
 
 def test_options_of_the_template_are_those_of_every_exam(tmp_path: Path) -> None:
@@ -367,15 +367,15 @@ def test_what_counts_is_what_a_scan_counts_where_no_training_is_given(
     """Options of this project's own, such as when to save, say nothing about the loss."""
     none = Exams()
     plain = _run(tmp_path, "random:ratio:10%", training=None, exams=none, peft_config=None)
-    assert plain.manifest.settings["render"]["assistant_only_loss"] is None
-    assert plain.manifest.settings["training"]["save_strategy"] == "epoch"
+    assert plain.manifest.settings.render["assistant_only_loss"] is None
+    assert plain.manifest.settings.training["save_strategy"] == "epoch"
     assert "assistant_only_loss" not in caplog.text
     stored = _run(tmp_path, "none", exams=none)
     assert "does not set assistant_only_loss" in caplog.text
-    assert stored.manifest.settings["render"]["assistant_only_loss"] is False
-    assert stored.manifest.settings["scan"]["selector"] == "screen"
-    assert plain.manifest.settings["scan"]["selector"] == "random"
-    assert plain.manifest.settings["scan"]["threshold"] == "ratio:10%"
+    assert stored.manifest.settings.render["assistant_only_loss"] is False
+    assert stored.manifest.settings.scan.selector == "screen"
+    assert plain.manifest.settings.scan.selector == "random"
+    assert plain.manifest.settings.scan.threshold == "ratio:10%"
 
 
 def test_both_exams_have_one_set_of_judges_and_safety_rows_are_not_asked(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gradshield.errors import DataError, GateError, ModelError, UsageError
 from gradshield.options import number
 from gradshield.report.text import visible
-from gradshield.types import Rate
 
 if TYPE_CHECKING:
-    from gradshield.types import Selection
+    from gradshield.manifests import ExamRecord, Figures
+    from gradshield.scanning.selection import Selection
 
 QUIET = 60  # seconds between progress lines without a terminal
 out = Console(soft_wrap=True, highlight=False, emoji=False)
@@ -174,19 +174,18 @@ def summary(selection: Selection, folder: Path) -> None:
     """Print the decision and the path of the report."""
     results = selection.manifest.results
     if not selection.certified:
-        err.print(f"[yellow]warning:[/yellow] {plain('not certified: ' + '; '.join(results['doubts'].values()))}")
-    parts = [f"[bold]{results['removed']}[/bold] of {results['scored']} rows removed", f"{results['kept']} kept"]
-    parts += [f"{results[key]} {key}" for key in ("quarantined", "cleared") if results[key]]
+        err.print(f"[yellow]warning:[/yellow] {plain('not certified: ' + '; '.join(results.doubts.values()))}")
+    parts = [f"[bold]{results.removed}[/bold] of {results.scored} rows removed", f"{results.kept} kept"]
+    parts += [f"{count} {key}" for key in ("quarantined", "cleared") if (count := getattr(results, key))]
     out.print(", ".join(parts))
     for name, one in selection.cuts.items():
         label = "" if name == "rows" else f" ({name})"
         out.print(f"cut{label}     {one.rule}, score > {one.value:.6g}")
-    if results["categories"]:
-        out.print("harm    " + plain(", ".join(f"{name} {count}" for name, count in results["categories"].items())))
-    for key in ("caught", "lost"):
-        rate = results.get("labels", {}).get(key)
-        if rate:
-            out.print(f"{key:7} {plain(str(Rate.of(rate)))}")
+    if results.categories:
+        out.print("harm    " + plain(", ".join(f"{name} {count}" for name, count in results.categories.items())))
+    for key, rate in (("caught", results.labels.caught), ("lost", results.labels.lost)):
+        if rate is not None:
+            out.print(f"{key:7} {plain(str(rate))}")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
 
 
@@ -200,10 +199,10 @@ def verdict(certificate: Mapping[str, Any]) -> str:
 def check_gate(selection: Selection, gate: float | None) -> None:
     """Raises GateError if more rows were removed than ``gate``, a share, allows."""
     results = selection.manifest.results
-    if gate is not None and results["removed"] > gate * results["scored"] * (1 + 1e-12):  # 0.7 % of 1000 is 7, not less
-        percent = 100 * results["removed"] / results["scored"]
+    if gate is not None and results.removed > gate * results.scored * (1 + 1e-12):  # 0.7 % of 1000 is 7, not less
+        percent = 100 * results.removed / results.scored
         raise GateError(
-            f"{results['removed']} of {results['scored']} rows ({percent:.1f} %) were removed, and --fail-above allows "
+            f"{results.removed} of {results.scored} rows ({percent:.1f} %) were removed, and --fail-above allows "
             f"{100 * gate:g} %: read the report, clear rows with --allow, or fix the data"
         )
 
@@ -224,21 +223,20 @@ def probing(
     )
 
 
-def noted(metric: Mapping[str, Any]) -> str:
-    """The label of the utility line, from the ``metric`` and ``guessed`` of an exam's settings."""
-    name = str(metric.get("metric") or "")
-    return f"utility ({name}{', guessed' if metric.get('guessed') else ''})" if name else "utility"
+def noted(exam: ExamRecord) -> str:
+    """The label of the utility line."""
+    return f"utility ({exam.metric}{', guessed' if exam.guessed else ''})" if exam.metric else "utility"
 
 
-def rates(before: Mapping[str, Any], after: Mapping[str, Any], utility: str = "utility") -> None:
+def rates(before: Figures | None, after: Figures, utility: str = "utility") -> None:
     """Print every rate with its interval, before (where measured) and after."""
-    was = before.get("judges") or {}
-    lines = [(f"ASR, {judge}", was.get(judge), rate) for judge, rate in (after.get("judges") or {}).items()]
+    was = {} if before is None else before.judges
+    lines = [(f"ASR, {judge}", was.get(judge), rate) for judge, rate in after.judges.items()]
     for label, key in (("over-refusal", "over_refusal"), (utility, "utility")):
-        if key in after:
-            lines.append((label, before.get(key), after[key]))
+        if (now := getattr(after, key)) is not None:
+            lines.append((label, getattr(before, key, None), now))
     for label, *pair in lines:
-        out.print(f"{plain(label):24} {' → '.join(plain(str(Rate.of(rate))) for rate in pair if rate)}")
+        out.print(f"{plain(label):24} {' → '.join(plain(str(rate)) for rate in pair if rate)}")
 
 
 @contextmanager

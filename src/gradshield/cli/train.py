@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -182,7 +181,7 @@ def _stages(whole: Mapping[str, Any], folder: Path) -> None:
         parts += [f"{plain(task)} {100 * rate['rate']:.1f} %" for task, rate in stage["utility"].items()]
         out.print(f"{plain(stage['name']):16} {', '.join(parts)}")
     for name, values in whole["measures"].items():
-        if values and math.isfinite(values[-1]):
+        if values and values[-1] is not None:
             out.print(f"{name.replace('_', ' '):20} {values[-1]:+.3f} [dim]at the end[/dim]")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
     if whole["unmet"]:
@@ -193,15 +192,15 @@ def _stages(whole: Mapping[str, Any], folder: Path) -> None:
 
 def _summary(done: Trained, folder: Path) -> None:
     results = done.manifest.results
-    out.print(f"[bold]{results['removed']}[/bold] of {results['rows']} rows removed, {results['trained']} trained on")
-    for key in ("caught", "lost"):
-        if rate := results.get(key):
-            out.print(f"{'harmful caught' if key == 'caught' else 'harmless lost':24} {rate['k']} of {rate['n']}")
-    rates(results["before"], results["after"], noted(done.manifest.settings["report"]))
+    out.print(f"[bold]{results.removed}[/bold] of {results.rows} rows removed, {results.trained} trained on")
+    for label, rate in (("harmful caught", results.caught), ("harmless lost", results.lost)):
+        if rate is not None:
+            out.print(f"{label:24} {rate.k} of {rate.n}")
+    rates(results.before, results.after, noted(done.manifest.settings.report))
     if done.verdict is not None and done.verdict.met:
         out.print(f"verified  {plain(done.verdict.sentence)}")
     if done.certificate:
         out.print(verdict(done.certificate["predicate"]))
-    if not results["after"].get("judges"):
+    if not results.after.judges:
         err.print("[yellow]warning:[/yellow] safety was not measured, so it is unknown how safe this model is")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")

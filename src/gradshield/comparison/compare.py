@@ -226,7 +226,7 @@ class Bench:
             found |= self.course.counts(chosen)
             found["cuts"] = {name: cut.value for name, cut in chosen.cuts.items()}
             measured, arm = self._arm(defence, chosen, "report")
-            found |= figures(measured) | {"arm": arm["key"], "defence_record": arm["record"]}
+            found |= figures(measured).plain() | {"arm": arm["key"], "defence_record": arm["record"]}
             if cell.defence != "clean" and self.course.job.labels is not None:
                 found["utility_minus_clean"] = self._minus_clean(measured)
         except (EndpointError, HubError):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gradshield import data as rows_in
 from gradshield import runs
 from gradshield.errors import UsageError
+from gradshield.manifests import Data, ScanManifest, ScanRecord, ScanResults
 from gradshield.probes import digest, requests
 from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
@@ -20,10 +19,11 @@ from gradshield.scanning.parcel import Origin
 from gradshield.scanning.preparing import Scored, categories, scored_model
 from gradshield.scanning.rows import Prepared, prepare
 from gradshield.scanning.scoring import score
+from gradshield.scanning.selection import Selection
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.scanning.workers import Workers
 from gradshield.selectors import Fihs
-from gradshield.types import Progress, Selection, quiet
+from gradshield.types import Progress, quiet
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -146,8 +146,37 @@ def select(
         decision = decide(scored.scores, settings.make_threshold(), allow)
         out = rows.kept(~decision.removed)
         kinds = categories(model, scored, out, decision.removed, settings, progress, hands)
+    settings_found = _recorded(settings, probing, scored, rows, peft_config, len(targets), format)
+
+    def manifest(results: ScanResults) -> ScanManifest:
+        return ScanManifest(
+            command=command,
+            versions=runs.versions(),
+            data=Data.model_validate(rows.read.source),
+            model=runs.model_of(loaded),
+            settings=settings_found,
+            results=results,
+        )
+
+    return selected(rows, scored, decision, kinds, labels, manifest, round(time.monotonic() - began, 1)), scored
+
+
+def selected(
+    rows: Prepared,
+    scored: Scored,
+    decision: Decision,
+    kinds: Sequence[str],
+    labels: Sequence[int] | None,
+    manifest: Callable[[ScanResults], ScanManifest],
+    seconds: float,
+    searched: bool = False,
+) -> Selection:
+    """The selection of a decision, with the doubts about it and its figures; ``searched``: the cut was found by training."""
     doubts = _doubts(rows, scored, decision, labels)
-    selection = Selection(
+    if searched:
+        doubts.pop("loose", None)  # the search measured the effect of the kept rows
+    results = outputs.results(rows, scored, decision, kinds, labels, doubts, seconds)
+    return Selection(
         scores=scored.scores,
         removed=decision.removed,
         categories=kinds,
@@ -155,35 +184,9 @@ def select(
         quarantined=rows.quarantined,
         cleared=decision.cleared,
         keep=partial(rows.trainable, scored.scores.rows, decision.removed),
-        manifest=runs.manifest(
-            command=command,
-            source=rows.read.source,
-            loaded=loaded,
-            settings={
-                **_recorded(settings, probing, scored, rows.config),
-                "peft": peft_config.to_dict() if peft_config is not None else None,
-                "adapted_weights": len(targets),
-                "format": format,
-            },
-            results={
-                "seconds": round(time.monotonic() - began, 1),
-                "doubts": doubts,
-                "uncertified": trust.first(doubts),
-            },
-        ),
+        manifest=manifest(results),
         certified=not doubts,
     )
-    return outputs.with_results(selection, scored, rows, labels), scored
-
-
-def judged(
-    selection: Selection, rows: Prepared, scored: Scored, searched: Decision, labels: Sequence[int] | None
-) -> Selection:
-    """The selection with the doubts about a decision found by a search with training."""
-    doubts = _doubts(rows, scored, searched, labels)
-    doubts.pop("loose", None)  # the search measured the effect of the kept rows
-    results = {**selection.manifest.results, "doubts": doubts, "uncertified": trust.first(doubts)}
-    return replace(selection, certified=not doubts, manifest=replace(selection.manifest, results=results))
 
 
 def _doubts(rows: Prepared, scored: Scored, decision: Decision, labels: Sequence[int] | None) -> dict[str, str]:
@@ -204,12 +207,20 @@ def check_labels(labels: Sequence[int] | None, rows: int) -> None:
         raise UsageError("a label is neither 0 nor 1: give 1 for a harmful row and 0 for any other")
 
 
-def _recorded(settings: ScanSettings, probing: Probing, scored: Scored, config: rows_in.RenderConfig) -> dict[str, Any]:
-    """All settings that change a number, for the manifest: as given, and as found on this model."""
-    found = {
-        **settings.as_dict(),
+def _recorded(
+    settings: ScanSettings,
+    probing: Probing,
+    scored: Scored,
+    rows: Prepared,
+    peft_config: PeftConfig | None,
+    adapted: int,
+    format: str | None,
+) -> ScanRecord:
+    """All settings that change a number, as given and as found on this model."""
+    found: dict[str, Any] = {
+        **settings.record().plain(),
         "selector_found": dict(scored.selector.settings()),
-        "render": config.as_dict(),
+        "render": rows.config.as_dict(),
         "direction_sha256": scored.direction.digest,
     }
     if scored.selector.probed:
@@ -221,4 +232,5 @@ def _recorded(settings: ScanSettings, probing: Probing, scored: Scored, config: 
             "probe_sha256": digest([dict(p) for p in probing.requests or requests()]),
             "answer_prefix": probing.answer_prefix,
         }
-    return found
+    peft = peft_config.to_dict() if peft_config is not None else None
+    return ScanRecord(**found, peft=peft, adapted_weights=adapted, format=format)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,18 @@ import numpy as np
 from torch import Tensor
 
 from gradshield import runs
-from gradshield.errors import ModelError, UsageError
+from gradshield.errors import DataError, ModelError, UsageError
 from gradshield.evaluation import continual
 from gradshield.evaluation.certificate import file_digest
 from gradshield.evaluation.exam import Exam, Exams, figures
 from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
+from gradshield.manifests import TrainingManifest
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel, parameters_digest
 from gradshield.runs import alone
 from gradshield.scanning.rows import load, with_template
 from gradshield.training.train import train
-from gradshield.types import Floats, Manifest, Progress, Rate, quiet
+from gradshield.types import Floats, Progress, Rate, quiet
 
 STAGE = "stage.json"  # in a stage's working folder until the sequence is finished
 ALPHAS = (-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4)  # steps relative to the norm of the weights
@@ -122,21 +123,23 @@ def _followed(
             runs.write_json(own / runs.WORK / STAGE, {"key": key, "model": trained.digest})
             found = trained, done.manifest
         current, manifest = found
-        if (verdict := manifest.results["verified"]) is not None and not verdict["met"]:
+        if (verdict := manifest.results.verified) is not None and not verdict.met:
             unmet.append(names[number - 1])
         table.append(_accuracies(current, stages))
         points.append(_point(names[number - 1], current, stages[0].exams.report, basis, table[-1], names))
     progress("stages", len(stages), len(stages))
-    whole = {
-        "tasks": names,
-        "stages": points,
-        "unmet": unmet,
-        "measures": _measures(np.array([[rate.rate for rate in row] for row in table]), points),
-        "settings": manifest.settings,
-        "model": manifest.model,
-        "command": command,
-        "versions": runs.versions(),
-    }
+    whole: dict[str, Any] = runs.finite(
+        {
+            "tasks": names,
+            "stages": points,
+            "unmet": unmet,
+            "measures": _measures(np.array([[rate.rate for rate in row] for row in table]), points),
+            "settings": manifest.settings.plain(),
+            "model": manifest.model.plain(),
+            "command": command,
+            "versions": runs.versions(),
+        }
+    )
     _write(whole, folder, manifest)
     for number in range(1, len(stages) + 1):  # a finished sequence is not resumed
         (folder / f"stage-{number}" / runs.WORK / STAGE).unlink(missing_ok=True)
@@ -153,7 +156,7 @@ def _key(
         runs.versions(),
         [_content(stage.data), _content(safety) if isinstance(safety, str | Path) else repr(safety)],
         [model and [model.digest, str(model.dtype)] for model in (current, origin, options.get("base"))],
-        [stage.exams.report.settings(), stage.exams.search.settings()],
+        [exam.record().plain() for exam in (stage.exams.report, stage.exams.search)],
         None if peft_config is None else peft_config.to_dict(),
         seed,
         repr(sorted(rest.items())),
@@ -168,15 +171,15 @@ def _content(name: str | Path) -> str:
 
 def _finished(
     folder: Path, key: str, before: LoadedModel, trust_remote_code: bool
-) -> tuple[LoadedModel, Manifest] | None:
+) -> tuple[LoadedModel, TrainingManifest] | None:
     """The model and manifest of a stage that an interrupted sequence finished; None if it must be trained (again)."""
     try:
         stage = json.loads((folder / runs.WORK / STAGE).read_text(encoding="utf-8"))
         if stage["key"] != key:
             return None
-        manifest = Manifest(**json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+        manifest = runs.read_manifest(folder, TrainingManifest)
         model = loading.load(folder, None, str(before.device), before.dtype, trust_remote_code).model
-    except (OSError, ValueError, KeyError, TypeError, ModelError):  # damaged: the stage can be trained again
+    except (OSError, ValueError, KeyError, TypeError, DataError, ModelError):  # damaged: the stage can be trained again
         return None
     digest = parameters_digest(model)
     if digest != stage["model"]:
@@ -206,7 +209,7 @@ def _point(
     """The record of one stage: rates by judge and task, and VISAGE by the first judge."""
     point: dict[str, Any] = {
         "name": name,
-        "utility": {task: asdict(rate) for task, rate in zip(names, accuracies, strict=True)},
+        "utility": dict(zip(names, accuracies, strict=True)),
         "asr": {},
         "visage": None,
     }
@@ -214,7 +217,7 @@ def _point(
         return point
     model: Any = current.model
     asked = replace(exam, lookalikes=(), task=())
-    point["asr"] = figures(asked.sit(model, current.tokenizer, "measuring safety"))["judges"]
+    point["asr"] = figures(asked.sit(model, current.tokenizer, "measuring safety")).judges
     few = replace(asked, requests=exam.requests[:ASKED])
     line = landscape(model, basis, ALPHAS, norm(weights(model)), lambda: few.sit(model, current.tokenizer).rates)
     point["visage"] = line.visage(f"asr/{exam.judges[0].name}", conditional=False)
@@ -233,9 +236,9 @@ def _measures(accuracy: Floats, points: Sequence[Mapping[str, Any]]) -> dict[str
     return {name: values.tolist() for name, values in found.items()}
 
 
-def _write(whole: Mapping[str, Any], folder: Path, manifest: Manifest) -> None:
+def _write(whole: Mapping[str, Any], folder: Path, manifest: TrainingManifest) -> None:
     from gradshield.training import page_sequence as page
 
     runs.write_json(folder / "sequence.json", whole)
-    page.write(runs.finite(whole), folder / "report.html")
+    page.write(whole, folder / "report.html")
     runs.write_manifest(manifest, folder)
