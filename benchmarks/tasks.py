@@ -69,7 +69,7 @@ def cells(folder: Path, tasks: Sequence[str], model: str, most: int, max_length:
     for task in tasks:
         for mix in MIXES:
             rows, labels = rows_of(folder, task, mix, most)
-            ready_rows = prepare(rows, loaded, max_length=max_length)
+            ready_rows = prepare(rows, loaded, training_args={"max_length": max_length, "assistant_only_loss": None})
             rendered: list[Rendered] = list(ready_rows.rendered)
             if found is None:
                 quiet: Any = lambda *_: None  # noqa: E731

@@ -439,7 +439,7 @@ def test_the_gate_counts_rows_without_rounding(gate: str, removed: int, closes: 
     from gradshield.cli.common import check_gate, share
     from gradshield.errors import GateError
 
-    results = {"removed": removed, "scored": 1000}
+    results = SimpleNamespace(removed=removed, scored=1000)
     selection: Any = SimpleNamespace(manifest=SimpleNamespace(results=results))
     with pytest.raises(GateError) if closes else nullcontext():
         check_gate(selection, share(gate))

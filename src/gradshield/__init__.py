@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from gradshield.scanning.selection import Selection
     from gradshield.scanning.settings import Probing, ScanSettings
     from gradshield.scanning.show import show
+    from gradshield.scanning.workers import Workers
+    from gradshield.training.course import Needs
     from gradshield.training.train import train
 
 __version__ = version("gradshield")
@@ -33,9 +35,11 @@ __all__ = [
     "Exam",
     "Exams",
     "GradShieldError",
+    "Needs",
     "Probing",
     "ScanSettings",
     "Selection",
+    "Workers",
     "__version__",
     "certify",
     "check",
@@ -55,6 +59,8 @@ _HOMES = {
     "ScanSettings": "gradshield.scanning.settings",
     "cut": "gradshield.scanning.cut",
     "show": "gradshield.scanning.show",
+    "Workers": "gradshield.scanning.workers",
+    "Needs": "gradshield.training.course",
     "train": "gradshield.training.train",
     "estimate": "gradshield.scanning.estimate",
     "evaluate": "gradshield.evaluation.evaluate",

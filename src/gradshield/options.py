@@ -18,6 +18,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -138,14 +139,13 @@ def read(kind: str, spec: Spec, known: Mapping[str, Option], form: str = "") -> 
 
 def of(made: Callable[..., Any]) -> dict[str, Option]:
     """The constructor parameters that can be typed: numbers, texts and sequences of texts."""
+    parameters = evaluated = inspect.signature(made).parameters
+    with suppress(NameError):  # an annotation may be imported for type checkers alone
+        evaluated = inspect.signature(made, eval_str=True).parameters
     found = {}
-    try:
-        parameters = inspect.signature(made, eval_str=True).parameters
-    except NameError:  # an annotation that is imported for type checkers alone
-        parameters = inspect.signature(made).parameters
     for name, parameter in parameters.items():
         default = None if parameter.default is parameter.empty else parameter.default
-        for stated in getattr(parameter.annotation, "__metadata__", ()):
+        for stated in getattr(evaluated[name].annotation, "__metadata__", ()):
             if isinstance(stated, Option):
                 found[name] = replace(stated, default=default, required=parameter.default is parameter.empty)
         if name in found:

@@ -342,13 +342,13 @@ def test_a_scan_does_not_write_over_its_input(tmp_path: Path) -> None:
 def test_what_is_truncated_away_is_set_aside(tmp_path: Path) -> None:
     long = {"prompt": "word " * 40, "completion": "yes"}
     short = [{"prompt": f"Add {n}:", "completion": f" {n}"} for n in range(4)]
-    selection = scan([short[0], long, *short[1:]], output=tmp_path, max_length=32)
+    selection = scan([short[0], long, *short[1:]], output=tmp_path, training_args={"max_length": 32})
     (bad,) = selection.quarantined
     assert (bad.row, bad.line) == (1, 2)
     assert "no response token is left" in bad.reason
     assert selection.scores.rows.tolist() == [0, 2, 3, 4]
     with pytest.raises(gs.GradShieldError, match="cannot be scored") as raised:
-        scan([short[0], long], max_length=32, strict=True)
+        scan([short[0], long], training_args={"max_length": 32}, strict=True)
     assert raised.value.exit_code == 3
 
 

@@ -209,8 +209,8 @@ def test_learned_positions_have_an_end() -> None:
     kept = scan([long, *ROWS], model=tiny_model("gpt2"), tokenizer=tiny_tokenizer())
     assert kept.manifest.settings.render["max_length"] == 512
     with pytest.raises(UsageError, match="the model has positions for 512"):
-        scan([long, *ROWS], model=tiny_model("gpt2"), tokenizer=tiny_tokenizer(), max_length=2000)
-    rotary = scan([long, *ROWS], max_length=2000)
+        scan([long, *ROWS], model=tiny_model("gpt2"), tokenizer=tiny_tokenizer(), training_args={"max_length": 2000})
+    rotary = scan([long, *ROWS], training_args={"max_length": 2000})
     assert rotary.scores.lengths is not None
     assert rotary.scores.lengths[0] > 600
 

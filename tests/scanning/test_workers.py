@@ -104,7 +104,7 @@ def test_two_actors_find_what_one_process_finds_though_one_is_killed(
     before = parameters_digest(model)
     options: dict[str, Any] = {"model": model, "tokenizer": tiny_tokenizer()}
     alone = scan(ROWS, output=tmp_path / "one", **options)
-    shared = scan(ROWS, output=tmp_path / "two", workers=2, ray=cluster, progress=progress, **options)
+    shared = scan(ROWS, output=tmp_path / "two", workers=gs.Workers(2, cluster), progress=progress, **options)
     assert killed
     assert parameters_digest(model) == before
     same(alone, shared)
@@ -193,7 +193,7 @@ def test_what_goes_wrong_in_actors_is_one_sentence(
 
 def test_no_cluster_at_the_address() -> None:
     with pytest.raises(UsageError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
-        scan(ROWS, workers=2, ray="127.0.0.1:1")
+        scan(ROWS, workers=gs.Workers(2, "127.0.0.1:1"))
 
 
 # ---- on this machine --------------------------------------------------------------------------------------------------

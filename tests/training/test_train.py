@@ -13,6 +13,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import gradshield as gs
 from gradshield import lab
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.exam import Exams, exam, exams_of
@@ -64,7 +65,7 @@ def _run(folder: Path, defence: str, **more: Any) -> training.Trained:
 
 @pytest.mark.slow
 def test_a_run_leaves_the_model_the_scan_and_the_proof(tmp_path: Path) -> None:
-    done = _run(tmp_path, "fihs+asft", base=lab.checkpoint("base"))
+    done = _run(tmp_path, "fihs+asft", needs=gs.Needs(base=lab.checkpoint("base")))
     folder = tmp_path / "run"
     stored = json.loads((folder / "manifest.json").read_text())
     assert stored["settings"]["defence"] == "fihs+asft"
@@ -319,7 +320,7 @@ def test_nothing_that_is_read_or_is_not_ours_is_written_over(tmp_path: Path, whe
         more["model"] = str(own)
     elif where == "base":
         (own / ".gradshield").mkdir()
-        more["base"] = str(own)
+        more["needs"] = gs.Needs(base=str(own))
     elif where == "scan":
         more["output"] = tmp_path / "run"
         kept = tmp_path / "run" / "scan" / "kept.jsonl"
@@ -384,4 +385,4 @@ def test_both_exams_have_one_set_of_judges_and_safety_rows_are_not_asked(tmp_pat
     asked = exams.report.requests[0]["prompt"]
     rows = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "No."}]}]
     with pytest.raises(UsageError, match="safety and the report set"):
-        _run(tmp_path, "safeinstruct", safety_rows=rows, exams=exams)
+        _run(tmp_path, "safeinstruct", needs=gs.Needs(safety_rows=rows), exams=exams)

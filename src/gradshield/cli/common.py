@@ -140,6 +140,21 @@ def json_file(name: str, path: Path | None) -> dict[str, Any]:
     return {} if path is None else _object(f"the file given to {name}", _json(name, path))
 
 
+def training_options(path: Path | None, max_length: int | None) -> dict[str, Any]:
+    """The options of --training-config, with the length of --max-length. Raises UsageError if both give one and they differ."""
+    options = json_file("--training-config", path)
+    if max_length is None:
+        return options
+    found = options.get("max_length", max_length)
+    if found != max_length and isinstance(
+        found, int | None
+    ):  # a wrong type is reported with those of the other options
+        raise UsageError(
+            f"--max-length {max_length} and the training config's max_length {found} differ: give one of them"
+        )
+    return {**(options or {"assistant_only_loss": None}), "max_length": found}
+
+
 def _json(option: str, path: Path) -> Any:
     try:
         return json.loads(read_text(option, path))

@@ -33,6 +33,7 @@ from gradshield.cli.common import (
     require_model,
     share,
     summary,
+    training_options,
 )
 from gradshield.cli.estimate import print_estimate
 from gradshield.errors import UsageError
@@ -126,7 +127,7 @@ def scan(
     gate = share(fail_above)
     allowed, truth = read_ids(allow), read_labels(labels)
     template = json_object("--template-kwargs", template_kwargs)
-    training = json_file("--training-config", training_config)
+    training = training_options(training_config, max_length)
     lora = json_file("--lora-config", lora_config)
     require_data(data)
     require_model(model)
@@ -137,7 +138,7 @@ def scan(
     from gradshield.scanning.settings import ScanSettings
     from gradshield.scanning.workers import Workers
 
-    Workers(workers, ray)  # checked before the model is loaded
+    crew = Workers(workers, ray)  # checked before the model is loaded
     settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget, selector=selector)
     asked = probing(probes, lookalikes, answer_prefix, template, uncertified)
     peft, arguments = peft_config(lora), sft_options(training)
@@ -151,7 +152,6 @@ def scan(
             "model": loaded,
             "peft_config": peft,
             "training_args": arguments,
-            "max_length": max_length,
             "settings": settings,
             "probing": asked,
             "format": format,
@@ -169,8 +169,7 @@ def scan(
                 output=output,
                 allow=allowed,
                 labels=truth,
-                workers=workers,
-                ray=ray,
+                workers=crew,
                 command=command_line(),
             )
     if output is None:

@@ -14,11 +14,11 @@ from gradshield.cli.common import (
     MaxLength,
     Remote,
     TrainingConfig,
-    json_file,
     out,
     quiet_libraries,
     require_data,
     require_model,
+    training_options,
 )
 from gradshield.report.text import visible
 
@@ -36,12 +36,11 @@ def show(
     trust_remote_code: Remote = False,
 ) -> None:
     """Print a row as the model sees it, with the loss tokens in colour."""
-    training = json_file("--training-config", training_config)
+    training = training_options(training_config, max_length)
     require_data(data)
     if model is not None:
         require_model(model)
     quiet_libraries()
-    from gradshield.scanning.options import sft_options
     from gradshield.scanning.show import show as seen
 
     view = seen(
@@ -49,8 +48,7 @@ def show(
         row,
         model=model,
         format=format,
-        training_args=sft_options(training),
-        max_length=max_length,
+        training_args=training,
         trust_remote_code=trust_remote_code,
     )
     for text, counts in view.pieces:

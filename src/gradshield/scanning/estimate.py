@@ -71,7 +71,6 @@ def estimate(
     tokenizer: Any = None,
     peft_config: PeftConfig | None = None,
     training_args: Any = None,
-    max_length: int | None = None,
     settings: ScanSettings | None = None,
     probing: Probing | None = None,
     format: str | None = None,
@@ -98,7 +97,7 @@ def estimate(
     """
     settings, probing = settings or ScanSettings(), probing or Probing()
     began = time.monotonic()
-    rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, strict, progress)
+    rows = prepare(data, model, tokenizer, training_args, probing.template, format, strict, progress)
     loaded = rows.loaded
     with scored_model(loaded, settings, peft_config) as (scored, targets, _):
         found = ready(scored, loaded, rows.rendered, settings, probing, targets, progress)

@@ -16,7 +16,7 @@ from gradshield.data import templates
 from gradshield.errors import EmptyDataError, FormatError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel, text_config
-from gradshield.scanning.options import check_positions, render_config
+from gradshield.scanning.options import check_positions, render_config, sft_options
 from gradshield.types import Bools, Ints, Progress, Quarantined, Rendered, quiet
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,6 @@ def prepare(
     model: Any,
     tokenizer: Any = None,
     training_args: Any = None,
-    max_length: int | None = None,
     template: Mapping[str, Any] | None = None,
     format: str | None = None,
     strict: bool = False,
@@ -73,6 +72,8 @@ def prepare(
 
     Raises DataError, ModelError and UsageError (see `gradshield.errors`), and EmptyDataError if no row has a token to score.
     """
+    if isinstance(training_args, Mapping):
+        training_args = sft_options(training_args)
     read = rows_in.read(
         data, format=format, strict=strict, text_field=getattr(training_args, "dataset_text_field", "text")
     )
@@ -84,7 +85,7 @@ def prepare(
         )
     loaded = with_template(load(model, tokenizer))
     limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
-    config = render_config(training_args, max_length, limit, template or {})
+    config = render_config(training_args, limit, template or {})
     count = len(read.examples)
     progress("rendering rows", 0, count)
     result = rows_in.render_all(

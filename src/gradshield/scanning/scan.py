@@ -38,7 +38,6 @@ def scan(
     tokenizer: Any = None,
     peft_config: PeftConfig | None = None,
     training_args: Any = None,
-    max_length: int | None = None,
     output: str | Path | None = None,
     settings: ScanSettings | None = None,
     probing: Probing | None = None,
@@ -46,8 +45,7 @@ def scan(
     strict: bool = False,
     allow: Iterable[str] = (),
     labels: Sequence[int] | None = None,
-    workers: int | None = None,
-    ray: str | None = None,
+    workers: int | Workers | None = None,
     command: str = "gradshield.scan",
     progress: Progress = quiet,
 ) -> Selection:
@@ -63,8 +61,9 @@ def scan(
         The adapter that training will add, for the subspaces ``targets`` and ``lora``; always checked against the model and
         recorded in the manifest. Full weights rank rows better even if an adapter is trained (docs/methods.md).
     training_args
-        The ``SFTConfig`` of the training, so that the scan scores the tokens that are trained. Without it the loss covers
-        response tokens only, and rows are cut at ``max_length`` tokens (1,024, or the model's own limit if that is less).
+        The ``SFTConfig`` of the training, or a mapping of its options, so that the scan scores the tokens that are trained.
+        Without it the loss covers response tokens only, and rows are cut at 1,024 tokens, or at the model's own limit if that is
+        less. In a mapping, ``assistant_only_loss`` None keeps the loss on response tokens too.
     output
         A folder for the rows, the scores, the report and the manifest; an interrupted scan resumes where it stopped. Only one
         process at a time may use it.
@@ -72,9 +71,9 @@ def scan(
         Ids of rows that a reviewer has cleared: they are kept, whatever they score.
     labels
         0 or 1 (harmful) per input row, for measuring only; they never affect the decision.
-    workers, ray
-        The number of processes that measure the rows, each with its own model, and the address of their Ray cluster
-        (docs/scaling.md). Without either, this process measures; with ``workers`` alone, a local Ray is started.
+    workers
+        The number of processes that measure the rows, each with its own model, on a local Ray; or `Workers`, which may name a
+        cluster (docs/scaling.md). By default, this process measures.
 
     Raises
     ------
@@ -96,12 +95,12 @@ def scan(
     True
     """
     settings, probing = settings or ScanSettings(), probing or Probing()
-    crew = Workers(workers, ray)
+    crew = workers if isinstance(workers, Workers) else Workers(workers)
     if output is not None:
         runs.check(output)
         runs.check_own(output, outputs.WRITTEN, outputs.SCORES, data=data)
     with alone(output):
-        rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, strict, progress)
+        rows = prepare(data, model, tokenizer, training_args, probing.template, format, strict, progress)
         check_labels(labels, rows.read.source.rows)
         selection, _ = select(
             rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from gradshield import lab
 from gradshield.errors import DataError, UsageError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
-from gradshield.scanning.options import render_config
+from gradshield.scanning.options import render_config, sft_options
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,9 @@ def show(
     model: str | Path | LoadedModel | None = None,
     format: str | None = None,
     training_args: Any = None,
-    max_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> Seen:
-    """Render one row as training with ``training_args`` (an ``SFTConfig``) and the tokenizer's own chat template will.
+    """Render one row as training with ``training_args`` and the tokenizer's own chat template will.
 
     Parameters
     ----------
@@ -44,6 +44,8 @@ def show(
         A file, a ``datasets.Dataset`` or a list of rows.
     row
         Position in ``data``, from 0.
+    training_args
+        An ``SFTConfig``, or a mapping of its options.
     model
         A folder, a hub name (only the tokenizer is loaded) or a loaded model; None uses the bundled lab's.
 
@@ -61,6 +63,8 @@ def show(
     >>> "".join(text for text, counts in seen.pieces if counts)
     'blue<|end|>'
     """
+    if isinstance(training_args, Mapping):
+        training_args = sft_options(training_args)
     read = rows_in.read(data, format=format, text_field=getattr(training_args, "dataset_text_field", "text"))
     if isinstance(model, LoadedModel):
         tokenizer = model.tokenizer
@@ -74,7 +78,7 @@ def show(
             f"there is no row {row} in {read.source.name}: give a position from 0 to {read.source.rows - 1}"
         )
     (example,) = read.examples.at(np.array([row]))
-    rendered = rows_in.render(example, tokenizer, render_config(training_args, max_length, None, {}))
+    rendered = rows_in.render(example, tokenizer, render_config(training_args, None, {}))
     if isinstance(rendered, str):
         raise DataError(f"row {row} (line {read.source.lines[row]}) of {read.source.name} cannot be scored, {rendered}")
     pieces: list[tuple[str, bool]] = []

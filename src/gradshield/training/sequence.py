@@ -27,6 +27,7 @@ from gradshield.models import loading
 from gradshield.models.loading import LoadedModel, parameters_digest
 from gradshield.runs import alone
 from gradshield.scanning.rows import load, with_template
+from gradshield.training.course import Needs
 from gradshield.training.train import train
 from gradshield.types import Floats, Progress, Rate, quiet
 
@@ -50,6 +51,7 @@ def sequence(
     model: Any,
     output: str | Path,
     peft_config: Any = None,
+    needs: Needs | None = None,
     seed: int = 0,
     command: str = "gradshield.train",
     progress: Progress = quiet,
@@ -67,12 +69,13 @@ def sequence(
             "training on several datasets measures every task, and there are no task rows: give --utility FILE for each"
         )
     runs.check(output)
-    read = (model, options.get("base"))
+    needs = needs or Needs()
+    read = (model, needs.base)
     runs.check_own(output, ("sequence.json", "report.html", "manifest.json"), "sequence.json", read=read)
     for number in range(1, len(stages) + 1):
         runs.check_own(Path(output) / f"stage-{number}", (), "", read=read)
     with alone(output):
-        return _followed(stages, runs.prepare(output), model, peft_config, seed, command, progress, options)
+        return _followed(stages, runs.prepare(output), model, peft_config, needs, seed, command, progress, options)
 
 
 def _followed(
@@ -80,6 +83,7 @@ def _followed(
     folder: Path,
     model: Any,
     peft_config: Any,
+    needs: Needs,
     seed: int,
     command: str,
     progress: Progress,
@@ -89,6 +93,7 @@ def _followed(
     (folder / "manifest.json").unlink(missing_ok=True)
     names = _names(stages)
     origin = current = with_template(load(model))
+    needs = replace(needs, origin=origin)
     basis = random_directions(weights(current.model), DIRECTIONS, seed)
     table = [_accuracies(current, stages)]
     points = [_point("start", current, stages[0].exams.report, basis, table[0], names)]
@@ -96,7 +101,7 @@ def _followed(
     for number, stage in enumerate(stages, 1):
         progress("stages", number - 1, len(stages))
         own = folder / f"stage-{number}"
-        key = _key(stage, current, origin, peft_config, seed, options)
+        key = _key(stage, current, needs, peft_config, seed, options)
         found = _finished(own, key, current, bool(origin.source and origin.source.trust_remote_code))
         if found is None:
             done = train(
@@ -106,7 +111,7 @@ def _followed(
                 exams=stage.exams,
                 peft_config=peft_config,
                 merge=True,
-                origin=origin,
+                needs=needs,
                 seed=seed,
                 command=command,
                 progress=progress,
@@ -147,19 +152,18 @@ def _followed(
 
 
 def _key(
-    stage: Stage, current: LoadedModel, origin: LoadedModel, peft_config: Any, seed: int, options: Mapping[str, Any]
+    stage: Stage, current: LoadedModel, needs: Needs, peft_config: Any, seed: int, options: Mapping[str, Any]
 ) -> str:
     """A hash of everything that a stage's model depends on, files by their content."""
-    rest = {name: value for name, value in options.items() if name not in ("base", "safety_rows")}
-    safety = options.get("safety_rows")
+    safety = needs.safety_rows
     inputs = [
         runs.versions(),
         [_content(stage.data), _content(safety) if isinstance(safety, str | Path) else repr(safety)],
-        [model and [model.digest, str(model.dtype)] for model in (current, origin, options.get("base"))],
+        [model and [model.digest, str(model.dtype)] for model in (current, needs.origin, needs.base)],
         [exam.record().plain() for exam in (stage.exams.report, stage.exams.search)],
         None if peft_config is None else peft_config.to_dict(),
         seed,
-        repr(sorted(rest.items())),
+        repr(sorted(options.items())),
     ]
     return runs.digest(inputs)
 

@@ -30,14 +30,13 @@ from gradshield.probes import requests
 from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
 from gradshield.scanning.decide import Decision
-from gradshield.scanning.options import sft_options
-from gradshield.scanning.rows import load, prepare
+from gradshield.scanning.rows import prepare
 from gradshield.scanning.scan import check_labels, select, selected
 from gradshield.scanning.selection import Selection
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.thresholds import SearchResult
 from gradshield.training import verify
-from gradshield.training.course import Chosen, Course, Fitted, Job
+from gradshield.training.course import Chosen, Course, Fitted, Job, Needs
 from gradshield.training.defences import Defence, parse
 from gradshield.types import EvalResult, Progress, quiet
 
@@ -68,16 +67,13 @@ def train(
     model: Any,
     output: str | Path,
     defence: str = "screen",
-    base: Any = None,
-    origin: Any = None,
     tokenizer: Any = None,
     peft_config: Any = None,
     training: Mapping[str, Any] | None = None,
-    max_length: int | None = None,
+    needs: Needs | None = None,
     settings: ScanSettings | None = None,
     probing: Probing | None = None,
     exams: Exams | None = None,
-    safety_rows: Any = (),
     labels: Sequence[int] | None = None,
     format: str | None = None,
     strict: bool = False,
@@ -97,16 +93,13 @@ def train(
         Folder for the model, the scan, the report, the model card and the manifest.
     defence
         As typed after ``--defence``: one of ``gradshield methods``, or several joined by ``+``.
-    base
-        The model before its alignment, for ``asft`` and ``safelora``.
-    origin
-        The aligned model, if ``model`` was trained further since: the alignment direction is ``origin`` minus ``base``.
     training
-        Options of TRL's ``SFTConfig``, passed through; its rendering options apply to scoring and training.
+        Options of TRL's ``SFTConfig``, passed through; its rendering options apply to scoring and training (``training_args`` of
+        `gradshield.scan`).
+    needs
+        What some defences need: the model before its alignment, safety rows.
     exams
         The exams before and after training, and of a verified threshold. Without them nothing is measured.
-    safety_rows
-        Rows for ``safeinstruct`` and ``dualselect``; by default the model's own refusals.
     merge
         Save the plain model with the adapter merged in, instead of the adapter.
     seed
@@ -132,18 +125,18 @@ def train(
     """
     began = time.monotonic()
     wanted, exams, options = parse(defence), exams or Exams(), dict(training or {})
-    settings, probing = settings or ScanSettings(seed=seed), probing or Probing()
+    settings, probing, needs = settings or ScanSettings(seed=seed), probing or Probing(), needs or Needs()
     runs.check(output)
-    runs.check_own(output, WRITTEN, "outputs-after.jsonl", data=data, read=(model, base, origin))
+    runs.check_own(output, WRITTEN, "outputs-after.jsonl", data=data, read=(model, needs.base, needs.origin))
     runs.check_own(Path(output) / runs.SCAN, outputs.WRITTEN, outputs.SCORES, data=data)
-    if wanted.needs_base and base is None:
+    if wanted.needs_base and needs.base is None:
         raise UsageError(
             f"the defence {defence!r} needs the model before its alignment, and none was given: pass --base MODEL"
         )
     check_disjoint(direction=probing.requests or requests(), search=exams.search.requests, report=exams.report.requests)
     if wanted.verified is not None:
         verify.check(exams.search, wanted.verified)
-    rows = prepare(data, model, tokenizer, sft_options(options), max_length, probing.template, format, strict, progress)
+    rows = prepare(data, model, tokenizer, options, probing.template, format, strict, progress)
     # So that an interrupted training resumes; the checkpoints are removed in the end.
     options = {"save_strategy": "epoch", "save_total_limit": 1, **options}
     check_labels(labels, rows.read.source.rows)
@@ -151,10 +144,8 @@ def train(
         rows=rows,
         options=options,
         peft_config=peft_config,
-        base=None if base is None else load(base),
-        origin=None if origin is None else load(origin),
+        needs=needs.loaded(),
         labels=labels,
-        safety=safety_rows,
         settings=settings,
         probing=probing,
         seed=seed,
@@ -299,7 +290,7 @@ class _Run:
         return exam.sit(model, self.course.loaded.tokenizer, stage, self.progress, settled)
 
     def _manifest(self, results: TrainingResults) -> TrainingManifest:
-        rows, job = self.job.rows, self.job
+        rows, job, base = self.job.rows, self.job, self.job.needs.base
         return TrainingManifest(
             command=self.command,
             versions=runs.versions(),
@@ -315,7 +306,7 @@ class _Run:
                 safety_sha256=self.course.safety_digest(self.defence),
                 format=self.format,
                 peft=None if job.peft_config is None else job.peft_config.to_dict(),
-                base=None if job.base is None else Named(name=job.base.name, sha256=job.base.digest),
+                base=base and Named(name=base.name, sha256=base.digest),
                 scan=self.course.settings(self.defence).record(),
                 seed=job.seed,
                 merged=self.merge,
