@@ -109,9 +109,7 @@ WORK = ".gradshield"
 PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "numpy", "scipy", "scikit-learn")
 
 
-def check(output: str | Path) -> None:
-    """Raises DataError if the output folder cannot be created, before anything is loaded; creates nothing."""
-    folder = Path(output)
+def _check_writable(folder: Path) -> None:
     nearest = next((p for p in (folder, *folder.parents) if p.exists()), folder)
     if not nearest.is_dir():
         raise DataError(
@@ -121,15 +119,14 @@ def check(output: str | Path) -> None:
         raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
 
 
-def check_own(
-    output: str | Path, written: Sequence[str], mark: str, *, data: Any = None, read: Sequence[Any] = ()
-) -> None:
-    """Raises DataError if a command would overwrite its input, another command's results, or files GradShield did not write.
+def check(output: str | Path, written: Sequence[str], mark: str, *, data: Any = None, read: Sequence[Any] = ()) -> None:
+    """Raises DataError if a command cannot write to a folder, or would overwrite what is not its own; creates nothing.
 
-    ``written`` are the patterns of the files it writes, ``read`` the models it starts from, and ``mark`` is a file that only
-    this command writes next to its manifest.
+    That is its input, another command's results, and files that GradShield did not write. ``written`` are patterns of the
+    files it writes, ``read`` the models it starts from, and ``mark`` is a file that only this command writes beside its manifest.
     """
     folder = Path(output)
+    _check_writable(folder)
     for model in read:
         for name in (_name(model), getattr(model, "adapter", None)):
             if name and folder.is_dir() and os.path.isdir(name) and folder.samefile(name):
@@ -178,14 +175,8 @@ def _used_before(folder: Path) -> bool:
 def prepare(output: str | Path) -> Path:
     """Create the output folder with its working folder. Raises DataError if it cannot be written to."""
     folder = Path(output)
-    try:
-        (folder / WORK / "shards").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"the output folder {str(folder)!r} cannot be created ({error.strerror}): give another --output"
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
+    _check_writable(folder)
+    (folder / WORK / "shards").mkdir(parents=True, exist_ok=True)
     return folder
 
 

@@ -404,7 +404,7 @@ def test_the_command_is_a_gate(tmp_path: Path) -> None:
         (["--check", "--calibrate", "x"], "--calibrate"),
         (["--limit", "few"], "--limit got 'few'"),
         (["--limit", "100%"], "the limit of the ASR is 1"),
-        (["--confidence", "1"], "a confidence level must lie between 0 and 1"),
+        (["--confidence", "100%"], "a confidence level must lie between 0 and 1"),
         (["--looks", "0"], "looked at 0 times"),
         (["--judge", "refusal-phrases"], "--calibrate FILE"),
     ],

@@ -144,7 +144,7 @@ def given_to(cluster: str, monkeypatch: pytest.MonkeyPatch, **what: str) -> list
     monkeypatch.setattr(workers, "Actor", type("Light", (_Light,), what))
     rows = rendered(20)
     model = tiny_model("llama")
-    job = shards.Job(Loss(), model, Loss().prepare(model), 100)
+    job = shards.Measurer(Loss(), model, Loss().prepare(model), 100)
     drawn: list[int] = []
 
     def missing() -> Iterator[shards.Shard]:
@@ -267,9 +267,9 @@ def test_one_process_needs_no_ray(folder: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr(workers, "find_spec", lambda name: None)
     scan(chats(6), model=folder, workers=1)
-    for options, asked in (({"workers": 2}, "--workers 2"), ({"ray": "auto"}, "--ray")):
+    for given, asked in (((2,), "--workers 2"), ((None, "auto"), "--ray")):
         with pytest.raises(UsageError, match=rf"^{asked} needs Ray, which is not installed: install gradshield\[ray\]"):
-            scan(ROWS, **options)
+            scan(ROWS, workers=gs.Workers(*given))
     data = write(tmp_path / "data.jsonl", jsonl(ROWS))
     done = command("scan", data, "--model", folder, "--output", tmp_path / "out", "--workers", "2")
     assert done.code == UsageError.exit_code

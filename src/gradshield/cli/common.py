@@ -86,15 +86,15 @@ def command_line() -> str:
     return shlex.join(["gradshield", *sys.argv[1:]])
 
 
-def share(text: str | None) -> float | None:
+def share(name: str, text: str | None) -> float | None:
     """``1%`` or ``0.01`` as a number. Raises UsageError outside 0 to 1, and for a bare 1, which is ambiguous."""
     if text is None:
         return None
     value = number(text)
     if not 0 <= value <= 1:
-        raise UsageError(f"{text!r} is not a share of the rows: give a percentage such as 1%, or a number from 0 to 1")
+        raise UsageError(f"{name} got {text!r}: give a percentage such as 1%, or a number from 0 to 1")
     if value == 1 and not text.endswith("%"):
-        raise UsageError(f"{text!r} may mean one row in a hundred or every row: write 1% or 100%")
+        raise UsageError(f"{name} got {text!r}, which may mean one in a hundred or all: write 1% or 100%")
     return value
 
 

@@ -124,7 +124,7 @@ def scan(
     """
     _check_options(output, dry_run, workers, ray, {"--fail-above": fail_above, "--allow": allow, "--labels": labels})
     _check_map(device_map, selector, alone=workers in (None, 1) and ray is None)
-    gate = share(fail_above)
+    gate = share("--fail-above", fail_above)
     allowed, truth = read_ids(allow), read_labels(labels)
     template = json_object("--template-kwargs", template_kwargs)
     training = training_options(training_config, max_length)

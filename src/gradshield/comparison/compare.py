@@ -61,8 +61,7 @@ def compare(
     """
     began = time.monotonic()
     grid.check_files(config)
-    runs.check(output)
-    runs.check_own(output, ("cells.jsonl", "results.md", "results.html"), "cells.jsonl")
+    runs.check(output, ("cells.jsonl", "results.md", "results.html"), "cells.jsonl")
     with alone(output) as locked:
         folder = runs.prepare(output)
         for name in (ARMS, CELLS):

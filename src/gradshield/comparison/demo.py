@@ -50,7 +50,7 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
             raise UsageError(f"the lab has no {kind} {value!r}: choose one of {', '.join(allowed)}")
     if not 0 <= ratio < 1:
         raise UsageError(f"the ratio is {ratio:g}, and a demo needs harmless rows too: give a share from 0 to below 1")
-    runs.check_own(output, (*outputs.WRITTEN, "data.jsonl"), MARK)
+    runs.check(output, (*outputs.WRITTEN, "data.jsonl"), MARK)
     with runs.alone(output):
         rows, labels = lab.mix(task, harm=harm, ratio=ratio, n=CLEAN_ROWS, seed=seed)
         folder = runs.prepare(output)

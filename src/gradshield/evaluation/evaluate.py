@@ -61,8 +61,7 @@ def evaluate(
     if not (exam.requests or exam.task or lm_eval or inspect):
         raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
     if output is not None:
-        runs.check(output)
-        runs.check_own(output, ("outputs.jsonl", "report.html", "manifest.json"), "outputs.jsonl", read=(model,))
+        runs.check(output, ("outputs.jsonl", "report.html", "manifest.json"), "outputs.jsonl", read=(model,))
     with runs.alone(output):
         loaded = with_template(load(model))
         measured = exam.sit(loaded.model, loaded.tokenizer, "measuring", progress)

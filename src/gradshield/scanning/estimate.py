@@ -102,7 +102,7 @@ def estimate(
     with scored_model(loaded, settings, peft_config) as (scored, targets, _):
         found = ready(scored, loaded, rows.rendered, settings, probing, targets, progress)
         before = time.monotonic() - began
-        job = shards.Job(found.selector, scored, found.direction, settings.token_budget)
+        job = shards.Measurer(found.selector, scored, found.direction, settings.token_budget)
         parts, loss = [], 0
         for of_shard, _ in shards.cut(rows.rendered):
             sequences = [sequence for row in of_shard for sequence in row.sequences]

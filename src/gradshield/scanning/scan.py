@@ -97,8 +97,7 @@ def scan(
     settings, probing = settings or ScanSettings(), probing or Probing()
     crew = workers if isinstance(workers, Workers) else Workers(workers)
     if output is not None:
-        runs.check(output)
-        runs.check_own(output, outputs.WRITTEN, outputs.SCORES, data=data)
+        runs.check(output, outputs.WRITTEN, outputs.SCORES, data=data)
     with alone(output):
         rows = prepare(data, model, tokenizer, training_args, probing.template, format, strict, progress)
         check_labels(labels, rows.read.source.rows)

@@ -68,12 +68,11 @@ def sequence(
         raise UsageError(
             "training on several datasets measures every task, and there are no task rows: give --utility FILE for each"
         )
-    runs.check(output)
     needs = needs or Needs()
     read = (model, needs.base)
-    runs.check_own(output, ("sequence.json", "report.html", "manifest.json"), "sequence.json", read=read)
+    runs.check(output, ("sequence.json", "report.html", "manifest.json"), "sequence.json", read=read)
     for number in range(1, len(stages) + 1):
-        runs.check_own(Path(output) / f"stage-{number}", (), "", read=read)
+        runs.check(Path(output) / f"stage-{number}", (), "", read=read)
     with alone(output):
         return _followed(stages, runs.prepare(output), model, peft_config, needs, seed, command, progress, options)
 

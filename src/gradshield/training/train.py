@@ -126,9 +126,8 @@ def train(
     began = time.monotonic()
     wanted, exams, options = parse(defence), exams or Exams(), dict(training or {})
     settings, probing, needs = settings or ScanSettings(seed=seed), probing or Probing(), needs or Needs()
-    runs.check(output)
-    runs.check_own(output, WRITTEN, "outputs-after.jsonl", data=data, read=(model, needs.base, needs.origin))
-    runs.check_own(Path(output) / runs.SCAN, outputs.WRITTEN, outputs.SCORES, data=data)
+    runs.check(output, WRITTEN, "outputs-after.jsonl", data=data, read=(model, needs.base, needs.origin))
+    runs.check(Path(output) / runs.SCAN, outputs.WRITTEN, outputs.SCORES, data=data)
     if wanted.needs_base and needs.base is None:
         raise UsageError(
             f"the defence {defence!r} needs the model before its alignment, and none was given: pass --base MODEL"
