@@ -196,7 +196,7 @@ class JudgeAgreement(Record):
     kappa: Number
     low: Number
     high: Number
-    differ: list[int]
+    differ: tuple[int, ...]
 
 
 class EvaluationResults(Record):

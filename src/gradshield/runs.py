@@ -243,8 +243,8 @@ def finite(value: Any) -> Any:
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
-    if isinstance(value, np.generic):
-        return finite(value.item())
+    if isinstance(value, np.ndarray | np.generic):
+        return finite(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -252,9 +252,7 @@ def finite(value: Any) -> Any:
 
 def stored(result: EvalResult) -> dict[str, Any]:
     """A measurement in JSON form, every answer included."""
-    rates = {name: asdict(rate) for name, rate in result.rates.items()}
-    rows = json.loads(json.dumps([dict(row) for row in result.outputs], default=plain))
-    return {"rates": rates, "outputs": rows}
+    return dict(finite({"rates": result.rates, "outputs": result.outputs}))
 
 
 def result(value: Mapping[str, Any]) -> EvalResult:
@@ -264,7 +262,9 @@ def result(value: Mapping[str, Any]) -> EvalResult:
 
 def write_outputs(found: EvalResult, path: Path) -> None:
     """Write every prompt with its answer and verdicts or score, one JSON line each."""
-    write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in stored(found)["outputs"]))
+    write_text(
+        path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in stored(found)["outputs"])
+    )
 
 
 def digest(value: Any) -> str:
@@ -274,10 +274,3 @@ def digest(value: Any) -> str:
 
 def _ordered(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses and arrays in JSON form; for ``json.dumps(default=...)``."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)

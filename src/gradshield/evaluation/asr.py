@@ -128,7 +128,7 @@ def _agreement(
 
     check_level(level)
     verdicts = [(row["verdicts"][first]["unsafe"], row["verdicts"][second]["unsafe"]) for row in outputs]
-    differ = [i for i, (a, b) in enumerate(verdicts) if a is not b]
+    differ = tuple(i for i, (a, b) in enumerate(verdicts) if a is not b)
     decided = np.array([pair for pair in verdicts if None not in pair], dtype=bool).reshape(-1, 2)
     n = len(decided)
     if n == 0 or len(set(decided[:, 0])) == 1 or len(set(decided[:, 1])) == 1:
