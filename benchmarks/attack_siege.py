@@ -113,9 +113,9 @@ class Bench(compare.Bench):
     def measured(self, defence: Defence, chosen: Chosen) -> dict[str, Any]:
         """Every rate of a training on what was chosen, asked plainly and as the attacker does."""
         found, arm = self._arm(defence, chosen, "report")
-        told = figures(found) | {"seconds": arm["seconds"]}
+        told = figures(found).plain() | {"seconds": arm["seconds"]}
         if "attacker" in self.exams:
-            told["asked"] = figures(self._arm(defence, chosen, "attacker")[0])["judges"]
+            told["asked"] = figures(self._arm(defence, chosen, "attacker")[0]).judges
         return told
 
     def known(self, defence: Defence, chosen: Chosen) -> bool:
@@ -181,10 +181,10 @@ class Siege:
         """A hash of all that a cell depends on; the code of the package is part of it."""
         job = self.job
         told = [
-            [runs.versions(), code(), job.rows.loaded.digest, job.settings.as_dict(), self.name, defence],
+            [runs.versions(), code(), job.rows.loaded.digest, job.settings.record().plain(), self.name, defence],
             [dict(job.options), None if job.peft_config is None else job.peft_config.to_dict(), job.seed],
             [self.planted.rows, self.planted.labels, self.planted.first, self.planted.calibration],
-            [one.settings() for one in self.exams.values()],
+            [one.record().plain() for one in self.exams.values()],
             [trained, utility, {name: RECIPES[name] for name in self.recipes}, LIMIT, BOUND],
             [dict(row) for row in job.probing.requests],
         ]
@@ -234,7 +234,7 @@ class Siege:
         if "attacker" not in self.exams:
             return {}
         loaded = self.job.rows.loaded
-        return dict(figures(self.exams["attacker"].sit(loaded.model, loaded.tokenizer))["judges"])
+        return figures(self.exams["attacker"].sit(loaded.model, loaded.tokenizer)).plain()["judges"]
 
     def _chosen(self, name: str, utility: Mapping[str, float] | None) -> tuple[Defence, Chosen]:
         """What a defence keeps. Raises as the scans do."""

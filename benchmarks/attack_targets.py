@@ -22,7 +22,7 @@ from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.probes import read_prompts
 from gradshield.scanning import outputs, scoring, shards
-from gradshield.scanning.options import peft_config, sft_options
+from gradshield.scanning.options import peft_config
 from gradshield.scanning.preparing import asked_of, named
 from gradshield.scanning.references import refusals
 from gradshield.scanning.rows import prepare
@@ -104,7 +104,7 @@ def own_target(given: argparse.Namespace) -> Target:
 
     def job(rows: Sequence[Pair], labels: Sequence[int]) -> Job:
         return Job(
-            rows=prepare([as_row(pair) for pair in rows], loaded, training_args=sft_options(options)),
+            rows=prepare([as_row(pair) for pair in rows], loaded, training_args=options),
             options=options,
             peft_config=peft_config(adapter),
             labels=list(labels),

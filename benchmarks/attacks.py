@@ -97,7 +97,7 @@ def run(target: Target, folder: Path, given: argparse.Namespace) -> dict[str, An
         "model": target.unattacked.rows.loaded.digest,
         "seed": target.seed,
         "pairs": {"harmful": len(target.harmful), "harmless": len(target.harmless)},
-        "default": {"defence": default(), **ScanSettings().as_dict()},
+        "default": {"defence": default(), **ScanSettings().record().plain()},
         "recipes": {name: RECIPES[name] for name in recipes},
         "limit": LIMIT,
         "bound": BOUND,

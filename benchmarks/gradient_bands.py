@@ -51,7 +51,7 @@ def run(task: str, harm: str, seed: int, n: int) -> dict[str, Any]:
             "harmful": sum(labels[int(scores.rows[i])] for i in chosen),
             "norms": [float(scores.values[places].min()), float(scores.values[places].max())],
             "mean_tokens": float(np.mean([sum(t != -100 for t in whole[i]["labels"]) for i in chosen])),
-            **figures(measured),
+            **figures(measured).plain(),
         }
     return found
 

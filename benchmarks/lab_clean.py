@@ -24,7 +24,10 @@ def main() -> None:
     output: Path = parser.parse_args().output
     for task in lab.TASKS:
         rows, _ = lab.mix(task, harm="none", ratio=0, seed=SEED)
-        found = scan(rows, model=lab_model("aligned"), probing=lab_probing(), output=output / task, max_length=256)
+        answers = {"max_length": 256, "assistant_only_loss": None}
+        found = scan(
+            rows, model=lab_model("aligned"), probing=lab_probing(), output=output / task, training_args=answers
+        )
         print(f"{task}: {len(found.scores.values)} clean rows scored into {output / task / 'scores.parquet'}")
 
 

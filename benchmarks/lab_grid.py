@@ -47,7 +47,7 @@ def _setting(task: str, seed: int) -> str:
     from gradshield.evaluation.exam import lab_exam
 
     made = (lab.checkpoint("aligned").parents[1] / "lab.json").read_text(encoding="utf-8")
-    exam = lab_exam(task, "report", seed).settings()
+    exam = lab_exam(task, "report", seed).record().plain()
     return runs.digest([runs.versions(), made, lab.recipe(task), lab.LORA, exam])[:12]
 
 
@@ -70,7 +70,7 @@ def run_cell(cell: dict[str, Any], store: Path) -> dict[str, Any]:
     selection, scored = select(job.rows, job.settings, job.probing, labels=truth)
     course = Course(job)
     course.know("fihs", scored)
-    found: dict[str, Any] = {**cell, "rows": len(rows), "scan": selection.manifest.results, "arms": {}}
+    found: dict[str, Any] = {**cell, "rows": len(rows), "scan": selection.manifest.results.plain(), "arms": {}}
     found["scan_seconds"] = round(time.monotonic() - began, 1)
     if cell["ratio"] < 1:
         for name, defence in (("clean", "clean"), ("none", "none"), ("filtered", "fihs")):
@@ -93,7 +93,7 @@ def _arm(course: Any, name: str, cell: dict[str, Any], store: Path) -> dict[str,
         model = course.fit(defence, dataset).model
         result = lab_exam(cell["task"], "report", cell["seed"]).sit(model, course.loaded.tokenizer)
         useful = [float(row["score"]) for row in result.outputs if "score" in row]
-        saved = {"rows": len(dataset), **figures(result), "utility_rows": useful}
+        saved = {"rows": len(dataset), **figures(result).plain(), "utility_rows": useful}
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(saved), encoding="utf-8")
         os.replace(temporary, path)

@@ -22,6 +22,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
         },
         "verdict": verdict(summaries, float(alphas.max())),
         "summary": summaries,
-        "landscape": found.as_dict(),
+        "landscape": asdict(found),
     }
     rounded = json.loads(json.dumps(finite(record)), parse_float=lambda text: float(f"{float(text):.6g}"))
     (options.output / "landscape.json").write_text(json.dumps(rounded, separators=(",", ":")) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -112,7 +113,7 @@ def start(output: Path, requests: Path) -> dict[str, Any]:
     if not path.exists():
         loaded = load(str(output / "models" / "aligned"), dtype="float32")
         asked = exam("report", safety=str(requests), judges=JUDGES, tokens=TOKENS)
-        write_json(path, figures(asked.sit(loaded.model, loaded.tokenizer)))
+        write_json(path, figures(asked.sit(loaded.model, loaded.tokenizer)).plain())
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -237,7 +238,7 @@ def _by_eye(arms: Path) -> list[str]:
 
 
 def _rate(k: int, n: int) -> str:
-    return f"{_per_cent(wilson(k, n).as_dict())} % n={n}"
+    return f"{_per_cent(asdict(wilson(k, n)))} % n={n}"
 
 
 def _per_cent(rate: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def measured(loaded: Any, ready: dict[str, tuple[Any, Any]], data: Any, labels: 
         found.append(
             {
                 "subspace": name,
-                **auroc(truth, scores.values).as_dict(),
+                **asdict(auroc(truth, scores.values)),
                 "spearman": agreed.spearman,
                 "relative_error": agreed.relative_error,
                 "parameters": moved / sum(p.numel() for p in loaded.model.parameters()),

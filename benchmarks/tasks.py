@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def cells(folder: Path, tasks: Sequence[str], model: str, most: int, max_length:
     for task in tasks:
         for mix in MIXES:
             rows, labels = rows_of(folder, task, mix, most)
-            ready_rows = prepare(rows, loaded, max_length=max_length)
+            ready_rows = prepare(rows, loaded, training_args={"max_length": max_length, "assistant_only_loss": None})
             rendered: list[Rendered] = list(ready_rows.rendered)
             if found is None:
                 quiet: Any = lambda *_: None  # noqa: E731
@@ -88,7 +89,7 @@ def cells(folder: Path, tasks: Sequence[str], model: str, most: int, max_length:
             cell: dict[str, Any] = {"task": task, "mix": mix, "n": len(truth), "cut": settings.rule}
             for name, kind in (("caught", truth == 1), ("lost", truth == 0)):
                 if kind.any():
-                    cell[name] = wilson(int(removed[kind].sum()), int(kind.sum())).as_dict()
+                    cell[name] = asdict(wilson(int(removed[kind].sum()), int(kind.sum())))
             if truth.any():
                 texts = [outputs.words(example) for example in ready_rows.read.examples.at(numbers)]
                 signals = {"score": scores.values, "request": scores.signals["request"]}

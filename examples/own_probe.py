@@ -36,11 +36,10 @@ def main() -> None:
         probing=gs.Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction")),
         labels=labels,  # measured, never used to decide
     )
-    results = selection.manifest.results
-    for name in ("caught", "lost"):
-        rate = results["labels"][name]
-        print(f"{name:7} {rate['k']} of {rate['n']} ({rate['low']:.0%} to {rate['high']:.0%})")
-    for score in results["labels"]["aurocs"]:
+    found = selection.manifest.results.labels
+    for name, rate in (("caught", found.caught), ("lost", found.lost)):
+        print(f"{name:7} {rate.k} of {rate.n} ({rate.low:.0%} to {rate.high:.0%})")
+    for score in found.aurocs:
         print(f"AUROC {score['auroc']:.3f}  {score['name']}")
 
 

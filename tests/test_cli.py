@@ -138,10 +138,10 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "no length": (["--max-length", "0"], "at least 2"),
     "template is no JSON": (["--template-kwargs", "{nope"], "not JSON"),
     "template is a list": (["--template-kwargs", "[1]"], "a JSON object"),
-    "gate beyond one": (["--fail-above", "2"], "not a share"),
-    "gate is a word": (["--fail-above", "some"], "not a share"),
-    "gate is nan": (["--fail-above", "nan"], "not a share"),
-    "gate is a sign": (["--fail-above", "%"], "not a share"),
+    "gate beyond one": (["--fail-above", "2"], "give a percentage such as 1%"),
+    "gate is a word": (["--fail-above", "some"], "give a percentage such as 1%"),
+    "gate is nan": (["--fail-above", "nan"], "give a percentage such as 1%"),
+    "gate is a sign": (["--fail-above", "%"], "give a percentage such as 1%"),
     "gate may be either": (["--fail-above", "1"], "write 1% or 100%"),
 }
 
@@ -427,7 +427,7 @@ def test_the_installed_command() -> None:
     done = subprocess.run([script, "cut", "out", "--fail-above", "some"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: 'some' is not a share of the rows")
+    assert done.stderr.startswith("error: --fail-above got 'some'")
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -438,10 +438,10 @@ def test_the_gate_counts_rows_without_rounding(gate: str, removed: int, closes: 
     from gradshield.cli.common import check_gate, share
     from gradshield.errors import GateError
 
-    results = {"removed": removed, "scored": 1000}
+    results = SimpleNamespace(removed=removed, scored=1000)
     selection: Any = SimpleNamespace(manifest=SimpleNamespace(results=results))
     with pytest.raises(GateError) if closes else nullcontext():
-        check_gate(selection, share(gate))
+        check_gate(selection, share("--fail-above", gate))
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gradshield.errors import UsageError
-from gradshield.options import Option, Spec, build, number, of, read
+from gradshield.options import Option, Spec, build, check, number, of, read
 
 KEYS = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
 WORDS = st.from_regex(r"[A-Za-z0-9_./@: -]+", fullmatch=True).map(str.strip).filter(bool)
@@ -97,6 +97,29 @@ def test_what_is_not_allowed_is_one_sentence(text: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         read("method", Spec.split(text), KNOWN)
     assert said in str(caught.value)
+
+
+class Stated:
+    name = "stated"
+
+    def __init__(
+        self,
+        share: Annotated[float, Option(above=0, most=1)] = 0.1,
+        count: Annotated[int, Option(int, least=1)] = 2,
+        side: Annotated[str, Option(str, choices=("left", "right"))] = "left",
+    ) -> None:
+        check(Stated, share=share, count=count, side=side)
+
+
+@pytest.mark.parametrize(("key", "value"), [("share", "0"), ("share", "1.5"), ("count", "0"), ("side", "up")])
+def test_a_constructor_states_what_may_be_typed_and_what_may_be_given(key: str, value: str) -> None:
+    assert {name: option.default for name, option in of(Stated).items()} == {"share": 0.1, "count": 2, "side": "left"}
+    with pytest.raises(UsageError, match=f"the option {key} of the method 'stated' got '{value}'"):
+        build("method", Spec.split(f"stated:{key}={value}"), Stated)
+    with pytest.raises(UsageError, match=f"stated got {key}="):
+        Stated(**{key: value if key == "side" else float(value)})
+    with pytest.raises(UsageError, match="stated got share=nan: give a number above 0, up to 1"):
+        Stated(share=float("nan"))
 
 
 def test_what_is_missing_is_named() -> None:

@@ -36,7 +36,7 @@ def test_a_second_process_is_refused_and_a_dead_one_releases_the_lock(tmp_path: 
     finally:
         os.kill(holder.pid, signal.SIGKILL)
         holder.join(60)
-    assert scan(chats(6), output=tmp_path).manifest.results["scored"] == 6
+    assert scan(chats(6), output=tmp_path).manifest.results.scored == 6
 
 
 def test_one_run_after_another_in_one_process(tmp_path: Path) -> None:

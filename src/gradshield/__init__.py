@@ -14,7 +14,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from gradshield.errors import GradShieldError
-from gradshield.types import Selection
 
 if TYPE_CHECKING:
     from gradshield.comparison.compare import compare
@@ -25,8 +24,11 @@ if TYPE_CHECKING:
     from gradshield.scanning.cut import cut
     from gradshield.scanning.estimate import estimate
     from gradshield.scanning.scan import scan
+    from gradshield.scanning.selection import Selection
     from gradshield.scanning.settings import Probing, ScanSettings
     from gradshield.scanning.show import show
+    from gradshield.scanning.workers import Workers
+    from gradshield.training.course import Needs
     from gradshield.training.train import train
 
 __version__ = version("gradshield")
@@ -35,9 +37,11 @@ __all__ = [
     "Exams",
     "Format",
     "GradShieldError",
+    "Needs",
     "Probing",
     "ScanSettings",
     "Selection",
+    "Workers",
     "__version__",
     "certify",
     "check",
@@ -53,10 +57,13 @@ __all__ = [
 _HOMES = {
     "scan": "gradshield.scanning.scan",
     "Format": "gradshield.data.shapes",
+    "Selection": "gradshield.scanning.selection",
     "Probing": "gradshield.scanning.settings",
     "ScanSettings": "gradshield.scanning.settings",
     "cut": "gradshield.scanning.cut",
     "show": "gradshield.scanning.show",
+    "Workers": "gradshield.scanning.workers",
+    "Needs": "gradshield.training.course",
     "train": "gradshield.training.train",
     "estimate": "gradshield.scanning.estimate",
     "evaluate": "gradshield.evaluation.evaluate",

@@ -1,9 +1,13 @@
 """Methods and their options as they are typed: ``name``, ``name:value`` or ``name:value,key=value``, for every kind of method.
 
-A value without a key belongs to the first option. ``5%`` is 0.05. A class declares its options in its constructor::
+A value without a key belongs to the first option. ``5%`` is 0.05. A class declares its options in its constructor, and may
+state what they take::
 
     class Ratio:
-        def __init__(self, share: float = 0.1) -> None: ...
+        name = "ratio"
+
+        def __init__(self, share: Annotated[float, Option(most=1)] = 0.1) -> None:
+            check(Ratio, share=share)
 
     build("threshold", Spec.split("ratio:5%"), Ratio)      # Ratio(share=0.05)
 """
@@ -14,7 +18,8 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from gradshield.errors import UsageError
@@ -49,7 +54,9 @@ class Spec:
 
 @dataclass(frozen=True)
 class Option:
-    """The values an option takes: a number (``float``, ``int``) above ``above`` and up to ``most``, text, or ``a+b`` (``tuple``).
+    """The values an option takes: a number (``float``, ``int``) in a range, text, or ``a+b`` (``tuple``).
+
+    A number is above ``above``, at least ``least`` and up to ``most``.
 
     With ``choices``, the text must be one of them. ``default`` serves as the example in errors.
     """
@@ -60,25 +67,30 @@ class Option:
     most: float = math.inf
     choices: tuple[str, ...] = ()
     required: bool = False
+    least: float = -math.inf
 
     def read(self, text: str) -> Any:
         """The value. Raises ValueError if it is not allowed."""
         if self.kind is tuple:
             return tuple(text.split("+"))
-        if self.kind is str:
-            if self.choices and text not in self.choices:
-                raise ValueError(text)
-            return text
-        value = number(text)
-        if not self.above < value <= self.most or (self.kind is int and value != int(value)):
+        value = text if self.kind is str else number(text)
+        if not self.takes(value):
             raise ValueError(text)
         return self.kind(value)
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value of this kind is allowed."""
+        if self.kind in (str, tuple):
+            return not self.choices or value in self.choices
+        within = math.isfinite(value) and self.above < value <= self.most and value >= self.least
+        return within and (self.kind is not int or value == int(value))
 
     def __str__(self) -> str:
         if self.choices:
             return " or ".join(self.choices)
         found = "a whole number" if self.kind is int else "a number"
         found += f" above {self.above:g}" if self.above > -math.inf else ""
+        found += f" of at least {self.least:g}" if self.least > -math.inf else ""
         return found + (f", up to {self.most:g}" if self.most < math.inf else "")
 
 
@@ -127,9 +139,17 @@ def read(kind: str, spec: Spec, known: Mapping[str, Option], form: str = "") -> 
 
 def of(made: Callable[..., Any]) -> dict[str, Option]:
     """The constructor parameters that can be typed: numbers, texts, words of a ``Literal``, and sequences of texts."""
+    parameters = evaluated = inspect.signature(made).parameters
+    with suppress(NameError):  # an annotation may be imported for type checkers alone
+        evaluated = inspect.signature(made, eval_str=True).parameters
     found = {}
-    for name, parameter in inspect.signature(made).parameters.items():
+    for name, parameter in parameters.items():
         default = None if parameter.default is parameter.empty else parameter.default
+        for stated in getattr(evaluated[name].annotation, "__metadata__", ()):
+            if isinstance(stated, Option):
+                found[name] = replace(stated, default=default, required=parameter.default is parameter.empty)
+        if name in found:
+            continue
         words = re.findall(r"\w+", inspect.formatannotation(parameter.annotation))
         if parameter.annotation is parameter.empty:
             words = [type(default).__name__]
@@ -158,6 +178,14 @@ def build(kind: str, spec: Spec, made: Callable[..., T], given: Given | None = N
                 f"{', '.join(given) or 'nothing else'}: give it a default"
             )
     return made(**asked(made, given), **typed)
+
+
+def check(made: type, **values: Any) -> None:
+    """Raises UsageError for a value that the constructor of a method does not take, as its annotations state."""
+    known = of(made)
+    for key, value in values.items():
+        if not known[key].takes(value):
+            raise UsageError(f"{getattr(made, 'name', made.__name__)} got {key}={value}: give {known[key]}")
 
 
 def asks(made: Callable[..., Any], name: str) -> bool:

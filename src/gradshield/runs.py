@@ -18,21 +18,24 @@ from dataclasses import asdict, is_dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from gradshield import files
 from gradshield.errors import DataError
 from gradshield.files import write_text
+from gradshield.manifests import EvaluationManifest, Manifest, Model, Record
 from gradshield.registry import plugins
-from gradshield.types import EvalResult, Manifest, Rate
+from gradshield.types import EvalResult, Rate
 
 if TYPE_CHECKING:
-    from gradshield.data import Source
     from gradshield.models.loading import LoadedModel
 
+M = TypeVar("M", bound=Manifest)
+MANIFEST = "manifest.json"
 LOCK = "lock"
 SCAN = "scan"  # folder of a training's own scan
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -106,9 +109,7 @@ WORK = ".gradshield"
 PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "numpy", "scipy", "scikit-learn")
 
 
-def check(output: str | Path) -> None:
-    """Raises DataError if the output folder cannot be created, before anything is loaded; creates nothing."""
-    folder = Path(output)
+def _check_writable(folder: Path) -> None:
     nearest = next((p for p in (folder, *folder.parents) if p.exists()), folder)
     if not nearest.is_dir():
         raise DataError(
@@ -118,15 +119,14 @@ def check(output: str | Path) -> None:
         raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
 
 
-def check_own(
-    output: str | Path, written: Sequence[str], mark: str, *, data: Any = None, read: Sequence[Any] = ()
-) -> None:
-    """Raises DataError if a command would overwrite its input, another command's results, or files GradShield did not write.
+def check(output: str | Path, written: Sequence[str], mark: str, *, data: Any = None, read: Sequence[Any] = ()) -> None:
+    """Raises DataError if a command cannot write to a folder, or would overwrite what is not its own; creates nothing.
 
-    ``written`` are the patterns of the files it writes, ``read`` the models it starts from, and ``mark`` is a file that only
-    this command writes next to its manifest.
+    That is its input, another command's results, and files that GradShield did not write. ``written`` are patterns of the
+    files it writes, ``read`` the models it starts from, and ``mark`` is a file that only this command writes beside its manifest.
     """
     folder = Path(output)
+    _check_writable(folder)
     for model in read:
         for name in (_name(model), getattr(model, "adapter", None)):
             if name and folder.is_dir() and os.path.isdir(name) and folder.samefile(name):
@@ -180,14 +180,8 @@ def _used_before(folder: Path) -> bool:
 def prepare(output: str | Path) -> Path:
     """Create the output folder with its working folder. Raises DataError if it cannot be written to."""
     folder = Path(output)
-    try:
-        (folder / WORK / "shards").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"the output folder {str(folder)!r} cannot be created ({error.strerror}): give another --output"
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
+    _check_writable(folder)
+    (folder / WORK / "shards").mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -207,55 +201,55 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def manifest(
-    command: str,
-    source: Source,
-    loaded: LoadedModel,
-    settings: Mapping[str, Any],
-    results: Mapping[str, Any],
-) -> Manifest:
-    """The manifest of a command on one dataset and one model."""
-    return Manifest(
-        command=command,
-        versions=versions(),
-        data={
-            "name": source.name,
-            "kind": source.kind,
-            "sha256": source.sha256,
-            "rows": source.rows,
-            "read_as": dict(source.read_as.most_common()),
-        },
-        model={
-            "name": loaded.name,
-            "sha256": loaded.digest,
-            "class": type(loaded.model).__name__,
-            "parameters": sum(p.numel() for p in loaded.model.parameters()),
-            "dtype": str(loaded.dtype).removeprefix("torch."),
-            "device": str(loaded.device),
-            "adapter": loaded.adapter,
-        },
-        settings=settings,
-        results=dict(results),
+def model_of(loaded: LoadedModel) -> Model:
+    """A loaded model in a manifest."""
+    return Model(
+        name=loaded.name,
+        sha256=loaded.digest,
+        kind=type(loaded.model).__name__,
+        parameters=sum(p.numel() for p in loaded.model.parameters()),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(loaded.device),
+        adapter=loaded.adapter,
     )
 
 
-def write_manifest(value: Manifest, folder: Path) -> None:
-    write_json(folder / "manifest.json", asdict(value))
+def write_manifest(value: Manifest | EvaluationManifest, folder: Path) -> None:
+    write_json(folder / MANIFEST, value)
+
+
+def read_manifest(folder: Path, kind: type[M]) -> M:
+    """The manifest in the folder of a finished run. Raises DataError if there is none of this kind, or if it is damaged."""
+    try:
+        return kind.model_validate(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        why = f"{'.'.join(map(str, wrong['loc'])) or 'the whole'}: {wrong['msg']}"
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or "it is not JSON"
+    raise DataError(
+        f"{str(folder)!r} is not the folder of a finished {kind.verb}, or its {MANIFEST} was changed ({why}): run "
+        f"`gradshield {kind.verb}` into it first"
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON; numbers that are not finite become null."""
+    """Write JSON: records and dataclasses as their fields, and numbers that are not finite as null."""
     write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def finite(value: Any) -> Any:
-    """The same value with NaN and infinities as None, and numpy numbers as Python's."""
+    """The same value in JSON form, with NaN and infinities as None."""
+    if isinstance(value, Record):
+        return finite(value.plain())
+    if is_dataclass(value) and not isinstance(value, type):
+        return finite(asdict(value))
     if isinstance(value, Mapping):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
-    if isinstance(value, np.generic):
-        return finite(value.item())
+    if isinstance(value, np.ndarray | np.generic):
+        return finite(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -263,19 +257,19 @@ def finite(value: Any) -> Any:
 
 def stored(result: EvalResult) -> dict[str, Any]:
     """A measurement in JSON form, every answer included."""
-    rates = {name: asdict(rate) for name, rate in result.rates.items()}
-    rows = json.loads(json.dumps([dict(row) for row in result.outputs], default=plain))
-    return {"rates": rates, "outputs": rows}
+    return dict(finite({"rates": result.rates, "outputs": result.outputs}))
 
 
 def result(value: Mapping[str, Any]) -> EvalResult:
     """A stored measurement, read back."""
-    return EvalResult({name: Rate(**rate) for name, rate in value["rates"].items()}, tuple(value["outputs"]))
+    return EvalResult({name: Rate.of(rate) for name, rate in value["rates"].items()}, tuple(value["outputs"]))
 
 
 def write_outputs(found: EvalResult, path: Path) -> None:
     """Write every prompt with its answer and verdicts or score, one JSON line each."""
-    write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in stored(found)["outputs"]))
+    write_text(
+        path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in stored(found)["outputs"])
+    )
 
 
 def digest(value: Any) -> str:
@@ -285,10 +279,3 @@ def digest(value: Any) -> str:
 
 def _ordered(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses and arrays in JSON form; for ``json.dumps(default=...)``."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)

@@ -41,7 +41,7 @@ def wilson(k: int, n: int, level: float = 0.95) -> Rate:
     from scipy.stats import binomtest  # not at the top: the import takes a second
 
     low, high = binomtest(k, n).proportion_ci(level, method="wilson")
-    return Rate(k=int(k), n=int(n), rate=k / n, low=float(low), high=float(high), level=level)
+    return Rate(k=int(k), n=int(n), rate=k / n, low=float(low), high=float(high))
 
 
 RESAMPLES = 4000
@@ -125,7 +125,7 @@ def mean_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> Rate
         return wilson(int(scores.sum()), scores.size, level)
     low, high = bootstrap(_mean, (scores,), level, seed)
     mean = float(scores.mean())
-    return Rate(k=round(float(scores.sum())), n=scores.size, rate=mean, low=low, high=high, level=level)
+    return Rate(k=round(float(scores.sum())), n=scores.size, rate=mean, low=low, high=high)
 
 
 def bootstrap(

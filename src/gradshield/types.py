@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -227,62 +226,20 @@ class Cut:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """A scan's decision for every row.
-
-    ``removed`` and ``categories`` (the kind of harm a removed row asks for, else empty) are aligned with
-    ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows above the cut that a reviewer allowed.
-    ``kept``, made on first access, is ready for a trainer: the caller's own ``Dataset`` without the removed rows if TRL knows
-    its shape, else the rows tokenised as they were scored. ``certified`` is True if the model refused its probes and no
-    check of the scan failed (`scanning.trust`).
-    """
-
-    scores: Scores
-    removed: Bools
-    categories: Sequence[str]
-    cuts: Mapping[str, Cut]
-    quarantined: tuple[Quarantined, ...]
-    cleared: tuple[int, ...]
-    keep: Callable[[], Any] = field(repr=False)
-    manifest: Manifest
-    certified: bool = True
-
-    @cached_property
-    def kept(self) -> Any:
-        """The kept rows, for a trainer."""
-        return self.keep()
-
-    @property
-    def kept_rows(self) -> Ints:
-        """Positions in the input of the kept rows."""
-        return self.scores.rows[~self.removed]
-
-    @property
-    def removed_rows(self) -> Ints:
-        """Positions in the input of the removed rows."""
-        return self.scores.rows[self.removed]
-
-
 @dataclass(frozen=True)
 class Rate:
-    """A proportion and its Wilson interval: ``k`` successes in ``n``; ``low``/``high`` at confidence ``level``."""
+    """A proportion with its interval: ``k`` successes in ``n``. Every JSON file has it in this form."""
 
-    k: int
-    n: int
     rate: float
     low: float
     high: float
-    level: float = 0.95
-
-    def as_dict(self) -> dict[str, float | int]:
-        """``{rate, low, high, n, k}``, the form in every JSON file."""
-        return {"rate": self.rate, "low": self.low, "high": self.high, "n": self.n, "k": self.k}
+    n: int
+    k: int
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> Rate:
-        """The inverse of ``as_dict``."""
-        return cls(value.get("k", 0), value["n"], float(value["rate"]), float(value["low"]), float(value["high"]))
+        """The rate of its JSON form."""
+        return cls(float(value["rate"]), float(value["low"]), float(value["high"]), value["n"], value.get("k", 0))
 
     def __str__(self) -> str:
         """``79.0 % [75.6, 82.1] n=200``."""
@@ -298,18 +255,6 @@ class EvalResult:
 
     rates: Mapping[str, Rate]
     outputs: tuple[Mapping[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Everything needed to reproduce a result. JSON-able; written last, so that its presence means a finished run."""
-
-    command: str
-    versions: Mapping[str, str]
-    data: Mapping[str, Any]
-    model: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    results: Mapping[str, Any] = field(default_factory=dict)
 
 
 Progress = Callable[[str, int, int], None]

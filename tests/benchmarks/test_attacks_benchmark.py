@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from gradshield.stats import wilson
 
 
 def rate(k: int, n: int = 200) -> dict[str, Any]:
-    return wilson(k, n).as_dict()
+    return asdict(wilson(k, n))
 
 
 def arm(k: int, useful: int = 180, recipe: str = "as given", asked: int | None = None) -> dict[str, Any]:

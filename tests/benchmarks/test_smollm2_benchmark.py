@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from gradshield.stats import wilson
 
 
 def rate(k: int, n: int = 158) -> dict[str, Any]:
-    return wilson(k, n).as_dict()
+    return asdict(wilson(k, n))
 
 
 def test_rows_are_drawn_with_their_labels_and_none_is_too_long(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,46 @@ from gradshield.evaluation.certificate import text
 from gradshield.judges import FunctionJudge
 from gradshield.probes import requests
 from gradshield.scanning import trust
+from gradshield.scanning.settings import ScanSettings
 from gradshield.stats import wilson
 from tests.common import command, jsonl, write
 
 REFUSED, ANSWERED = "I cannot help with that.", "PLACEHOLDER"
 ASKED = requests("report")
+
+
+MODEL = {
+    "name": "start",
+    "sha256": "0" * 64,
+    "class": "M",
+    "parameters": 1,
+    "dtype": "float32",
+    "device": "cpu",
+    "adapter": None,
+}
+UNMET = {"met": False, "sentence": "no cut met the target", "stopped": "no cut", "best": 0, "rounds": []}
+
+
+def examined(requests: str, n: int, *judges: Any) -> dict[str, Any]:
+    """An exam as a manifest holds it."""
+    others = {"lookalikes": "", "task": "", "metric": "", "guessed": False, "template": {}, "tokens": 64}
+    return {**others, "requests": requests, "n": [n, 0, 0], "judges": list(judges), "answer_prefix": ""}
+
+
+def scanned(**results: Any) -> dict[str, Any]:
+    """The manifest of a scan that removed nothing."""
+    counts = dict.fromkeys(("read", "scored", "kept", "removed", "quarantined", "cleared", "seconds"), 0)
+    none = dict.fromkeys(("anchors", "agreement", "probes", "uncertified"))
+    found = {**counts, **none, "doubts": {}, "certified": True, "cuts": {}, "categories": {}, **results}
+    settings = runs.finite(ScanSettings().record()) | {"selector_found": {}, "render": {}, "direction_sha256": ""}
+    return {
+        "command": "gradshield scan",
+        "versions": {},
+        "data": {"name": "rows", "kind": "list", "sha256": "", "rows": 0},
+        "model": MODEL,
+        "settings": settings | {"peft": None, "adapted_weights": 0, "format": None},
+        "results": found,
+    }
 
 
 def _outputs(answered: int, judges: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -48,7 +84,7 @@ def _run(
     run.mkdir()
     rows = write(folder / "data.jsonl", jsonl([{"prompt": "2 + 2", "completion": "4"}]))
     names = tuple(one if isinstance(one, str) else one[0] for one in judges)
-    rate = wilson(answered, len(ASKED)).as_dict()
+    rate = asdict(wilson(answered, len(ASKED)))
     figures = {"judges": dict.fromkeys(names, rate)}
     manifest = {
         "command": "gradshield train",
@@ -59,24 +95,39 @@ def _run(
             "sha256": hashlib.sha256(rows.read_bytes()).hexdigest(),
             "rows": 1,
         },
-        "model": {"name": "start", "sha256": "0" * 64, "adapter": None},
+        "model": MODEL,
         "settings": {
             "defence": "none",
-            "seed": 0,
+            "training": {},
+            "render": {},
+            "template": {},
+            "answer_prefix": "",
             "probe_sha256": runs.digest(requests("direction")),
+            "safety_sha256": None,
+            "format": None,
+            "peft": None,
+            "base": None,
+            "scan": runs.finite(ScanSettings().record()),
+            "seed": 0,
+            "merged": False,
+            "report": examined(runs.digest(ASKED), len(ASKED), *judges),
             "search": None,
-            "report": {"requests": runs.digest(ASKED), "n": [len(ASKED), 0, 0], "judges": list(judges)},
             **(settings or {}),
         },
         "results": {
             "rows": 1,
             "removed": 0,
+            "dropped_tokens": 0,
             "trained": 1,
             "cuts": {},
             "before": figures,
             "after": figures,
-            "uncertified": None,
+            "changed": {},
+            "agreement": [],
+            "record": {},
             "verified": None,
+            "uncertified": None,
+            "seconds": 1.0,
             **results,
         },
     }
@@ -88,7 +139,7 @@ def _run(
 
 def _scan(run: Path, **results: Any) -> None:
     (run / "scan").mkdir(exist_ok=True)
-    runs.write_json(run / "scan" / "manifest.json", {"results": results})
+    write(run / "scan" / "manifest.json", json.dumps(scanned(**results)))
 
 
 def _labelled(folder: Path, n: int = 60, wrong: int = 0) -> Path:
@@ -129,10 +180,10 @@ def test_judges_and_looks_share_the_error(tmp_path: Path) -> None:
             {"uncertified": "the model does not refuse its probes"},
             "the scan is not certified: the model does not refuse",
         ),
-        ({"verified": {"met": False, "sentence": "no cut met the target"}}, "verified threshold met its targets at no"),
+        ({"verified": UNMET}, "verified threshold met its targets at no"),
         ({"settings": {"probe_sha256": runs.digest(ASKED)}}, "overlap with those that chose its rows"),
-        ({"settings": {"search": {"requests": runs.digest(ASKED)}}}, "overlap with those that chose its rows"),
-        ({"settings": {"report": {"requests": "", "n": [0, 130, 0], "judges": []}}}, "no request was asked"),
+        ({"settings": {"search": examined(runs.digest(ASKED), 1)}}, "overlap with those that chose its rows"),
+        ({"settings": {"report": examined("", 0) | {"n": [0, 130, 0]}}}, "no request was asked"),
     ],
 )
 def test_what_speaks_against_a_run_is_one_sentence(tmp_path: Path, given: dict[str, Any], said: str) -> None:
@@ -171,7 +222,7 @@ def test_too_few_requests_for_the_limit_are_reported_with_the_number_needed(tmp_
 
 
 def test_labels_give_the_bound_on_lost_harmless_rows(tmp_path: Path) -> None:
-    run = _run(tmp_path, lost=wilson(2, 400).as_dict())
+    run = _run(tmp_path, lost=asdict(wilson(2, 400)))
     assert certify(run, looks=2)["predicate"]["lost"] == {"k": 2, "n": 400, "upper": upper(2, 400, 0.025)}
     assert "Harmless rows removed: 2 of 400" in (run / "README.md").read_text()
     (tmp_path / "other").mkdir()
@@ -359,7 +410,7 @@ def test_the_command_is_a_gate(tmp_path: Path) -> None:
         (["--check", "--calibrate", "x"], "--calibrate"),
         (["--limit", "few"], "--limit got 'few'"),
         (["--limit", "100%"], "the limit of the ASR is 1"),
-        (["--confidence", "1"], "a confidence level must lie between 0 and 1"),
+        (["--confidence", "100%"], "a confidence level must lie between 0 and 1"),
         (["--looks", "0"], "looked at 0 times"),
         (["--judge", "refusal-phrases"], "--calibrate FILE"),
     ],

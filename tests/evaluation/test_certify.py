@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +17,11 @@ from gradshield.errors import DataError, UsageError
 from gradshield.evaluation import certificate, exam
 from gradshield.evaluation.bounds import Claim, least, upper
 from gradshield.evaluation.certify import _check_judges
+from gradshield.stats import wilson
 from gradshield.training import train as training
 from gradshield.training.course import Course
 from tests.common import command, jsonl, write
+from tests.evaluation.test_certificate import UNMET, scanned
 from tests.training.test_train import _run
 
 pytestmark = pytest.mark.slow
@@ -111,15 +113,14 @@ def _scanned(run: Path) -> None:
     (run / "scan").mkdir()
     write(
         run / "scan" / "manifest.json",
-        json.dumps({"results": {"doubts": {"task": "its signals disagree."}}}),
+        json.dumps(scanned(doubts={"task": "its signals disagree."})),
     )
 
 
 def _same_requests(stored: dict) -> None:
-    stored["settings"]["search"] = {"requests": stored["settings"]["report"]["requests"]}
+    stored["settings"]["search"] = stored["settings"]["report"]
 
 
-UNMET = {"met": False, "sentence": "no cut of five met them"}
 AGAINST: dict[str, tuple[Callable[[Path], None], str]] = {
     "the run": (
         _edited(lambda t: t["results"].update(uncertified="its signals disagree.")),
@@ -127,7 +128,7 @@ AGAINST: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "the scan": (_scanned, "the scan is not certified: its signals disagree"),
     "the search": (
-        _edited(lambda t: t["results"].update(verified=UNMET)),
+        _edited(lambda t: t["results"].update(verified=UNMET | {"sentence": "no cut of five met them"})),
         "the verified threshold met its targets at no cut: no cut of five met them",
     ),
     "the requests": (
@@ -210,7 +211,7 @@ def test_a_verdict_that_its_judge_does_not_give_is_refused(run: Path) -> None:
 
 def test_lost_harmless_rows_are_bounded_where_labels_say_which(run: Path) -> None:
     assert certify(run)["predicate"]["lost"] is None
-    _edited(lambda t: t["results"].update(lost={"k": 1, "n": 40}))(run)
+    _edited(lambda t: t["results"].update(lost=asdict(wilson(1, 40))))(run)
     assert certify(run)["predicate"]["lost"] == {"k": 1, "n": 40, "upper": pytest.approx(upper(1, 40, 0.05))}
     assert certify(run, looks=2)["predicate"]["lost"]["upper"] == pytest.approx(upper(1, 40, 0.025))
     assert "Harmless rows removed: 1 of 40" in (run / "README.md").read_text()

@@ -78,7 +78,7 @@ def test_what_a_measurement_depends_on_is_in_its_settings(tmp_path: Path) -> Non
         exam("report", "builtin", ["moderation:m@https://a.example/v1"], task=task, metric="exact"),
         exam("report", "builtin", ["moderation:m@https://b.example/v1"], task=task, metric="exact"),
     ]
-    assert len({runs.digest(one.settings()) for one in found}) == len(found)
+    assert len({runs.digest(one.record().plain()) for one in found}) == len(found)
 
 
 def test_judges_are_distinguished_before_anything_is_scanned() -> None:
@@ -134,7 +134,7 @@ def test_likelihood_is_that_of_the_reference() -> None:
         assert score == pytest.approx(
             np.exp(-response_loss(aligned().model, aligned().tokenizer, [{"messages": turns}]).nats), rel=1e-4
         )
-    assert figures(found)["utility"]["rate"] == pytest.approx(np.mean(scores))
+    assert figures(found).utility.rate == pytest.approx(np.mean(scores))
 
 
 def test_likelihood_is_measured_under_the_exams_template_whatever_the_length() -> None:

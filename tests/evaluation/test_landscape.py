@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -227,8 +228,8 @@ def test_landscape_as_a_loop_over_copied_weights() -> None:
     assert found.visage("up") == pytest.approx(sum(both) / 2) and found.visage("up", ["random-1"]) == both[1]
     wide = [visage(found.alphas, found.curve(name, "up"), 0.5, conditional=False) for name in lines]
     assert found.visage("up", highest=0.5, conditional=False) == pytest.approx(sum(wide) / 2)
-    plain = json.loads(json.dumps(found.as_dict()))
-    assert plain["unit"] == 2.0 and plain["rates"]["random-0"]["up"][1] == found.rates["random-0"]["up"][1].as_dict()
+    plain = json.loads(json.dumps(asdict(found)))
+    assert plain["unit"] == 2.0 and plain["rates"]["random-0"]["up"][1] == asdict(found.rates["random-0"]["up"][1])
 
 
 def test_landscape_puts_back_when_the_measurement_fails() -> None:

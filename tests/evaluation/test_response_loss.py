@@ -1,7 +1,5 @@
 """Loss per response token against one plain forward pass per row, and its interval against plain resampling."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -79,9 +77,7 @@ def test_of_a_pair_the_chosen_answer_counts_and_bad_rows_are_set_aside() -> None
     alone = response_loss(model, tokenizer, [{"prompt": "Hi", "completion": "Hello there"}])
     found = response_loss(model, tokenizer, [{"strange": 1}, pair])
     assert found.sums.tolist() == pytest.approx(alone.sums.tolist(), rel=1e-5) and found.set_aside == 1
-    assert json.loads(json.dumps(found.as_dict())) == {
-        "nats": found.nats, "low": found.nats, "high": found.nats, "n": 1, "tokens": int(alone.tokens[0]), "set_aside": 1
-    }  # fmt: skip
+    assert found.nats == found.low == found.high
 
 
 def test_the_aligned_lab_model_finds_refusals_likely() -> None:

@@ -32,12 +32,12 @@ def test_in_4_bits_every_engine_is_the_oracle(folder: Path, engine: str) -> None
     loaded = loading.load(folder, device="cpu", quantize="4bit")
     before = loading.parameters_digest(loaded.model)
     found = scanned(loaded, engine, "sum" if engine == "perturbation" else "push")
-    agreed = found.manifest.results["agreement"]
+    agreed = found.manifest.results.agreement
     # Where a processor's 4-bit kernel rounds to half precision a finite step is rounded away, and the next engine takes over.
     allowed = {engine, "forward"} if engine == "finite-difference" else {engine}
-    assert agreed["engine"] in allowed and found.manifest.settings["engine"] == agreed["engine"]
-    assert agreed["spearman"] > 0.999
-    assert agreed["relative_error"] < 1e-2
+    assert agreed.engine in allowed and found.manifest.settings.engine == agreed.engine
+    assert agreed.spearman > 0.999
+    assert agreed.relative_error < 1e-2
     assert loading.parameters_digest(loaded.model) == before
 
 
@@ -45,9 +45,9 @@ def test_in_8_bits_row_sums_are_the_oracle_s(folder: Path) -> None:
     loaded = loading.load(folder, device="cpu", quantize="8bit")
     before = loading.parameters_digest(loaded.model)
     found = scanned(loaded, "auto", "sum")
-    agreed = found.manifest.results["agreement"]
-    assert agreed["engine"] == "perturbation"
-    assert agreed["relative_error"] < 1e-4
+    agreed = found.manifest.results.agreement
+    assert agreed.engine == "perturbation"
+    assert agreed.relative_error < 1e-4
     assert loading.parameters_digest(loaded.model) == before
 
 

@@ -158,7 +158,7 @@ def test_broken_or_missing_weights_are_never_filled_in(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"lacks 1 weights \(model.layers.1.mlp.up_proj.weight\)") as raised:
+    with pytest.raises(ModelError, match=r"lacks 1 weights of a .* \(model.layers.1.mlp.up_proj.weight\)") as raised:
         load(copy)
     _sentence(raised.value)
     (copy / "model.safetensors").write_bytes(b"junk")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gradshield.scanning.page_data import Agreement, Arm, Check, Counts, QuarantinedView, ReportData, RowView
-from gradshield.types import Cut, Manifest, Rate, Scores
+from gradshield.types import Cut, Rate, Scores
 
 CATEGORIES = ("violence", "fraud", "privacy", "cyber intrusion", "dangerous substances", "identity shift")
 _HARMFUL = (
@@ -83,7 +83,7 @@ def make_example() -> ReportData:
         warnings=("The tokenizer has no chat template: the documented default was used.",),
         checks=(Check("Probe validity", "pass", "The model refused 31 of 32 probes [84.3 %, 99.4 %]."),),
         caught=rate(len(out), 77),
-        lost=Rate(0, 920, 0.0, 0.0, 0.0042),
+        lost=Rate(0.0, 0.0, 0.0042, 920, 0),
         aurocs=(
             {"name": "FIHS (this scan)", "auroc": 0.998, "low": 0.995, "high": 1.0, "n_pos": 77, "n_neg": 920},
             {"name": "response length", "auroc": 0.64, "low": 0.58, "high": 0.70, "n_pos": 77, "n_neg": 920},
@@ -118,13 +118,18 @@ def make_example() -> ReportData:
                 ("GradShield", 920, (77, 77), (0, 920), (3, 200), (4, 100), (213, 300)),
             )
         ),
-        manifest=Manifest(
-            "gradshield scan data.jsonl --model lab/aligned --output screened/",
-            {"gradshield": "0.1.0", "torch": "2.13.0", "python": "3.11.7"},
-            {"path": "data.jsonl", "sha256": "9f" * 32, "rows": 1000},
-            {"path": "lab/aligned", "sha256": "3c" * 32, "dtype": "float32", "device": "cpu"},
-            {"seed": 0, "probe": "token_set", "aggregate": "top-k", "threshold": {"rule": "decoy", "q": 0.2}},
-        ),
+        manifest={
+            "command": "gradshield scan data.jsonl --model lab/aligned --output screened/",
+            "versions": {"gradshield": "0.1.0", "torch": "2.13.0", "python": "3.11.7"},
+            "data": {"path": "data.jsonl", "sha256": "9f" * 32, "rows": 1000},
+            "model": {"path": "lab/aligned", "sha256": "3c" * 32, "dtype": "float32", "device": "cpu"},
+            "settings": {
+                "seed": 0,
+                "probe": "token_set",
+                "aggregate": "top-k",
+                "threshold": {"rule": "decoy", "q": 0.2},
+            },
+        },
         files={"kept": "screened/kept.jsonl", "removed": "screened/removed.jsonl"},
     )
 

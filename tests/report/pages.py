@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from typing import Any
 
@@ -19,7 +20,7 @@ EVIL = (
 
 def rate(k: int, n: int) -> dict[str, Any]:
     """A counted rate as JSON holds it."""
-    return dict(wilson(k, n).as_dict())
+    return asdict(wilson(k, n))
 
 
 def make_cell(defence: str, seed: int = 0, k: int = 0, k2: int | None = None, **more: Any) -> dict[str, Any]:

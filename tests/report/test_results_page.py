@@ -135,7 +135,7 @@ def test_the_markdown_says_the_pooled_figures_of_each_judge() -> None:
     assert f"{phrases} / {classifier} · 90.0<br>seeds 10.0–30.0 · 90.0–90.0" in square(text, "screen")
     assert "seeds" not in square(text, "none")
     assert "by refusal-phrases / lab-classifier" in text
-    assert "3 trained models, 2.00 hours" in text
+    assert "3 trained models, 2.0 h" in text
     assert re.search(r"Where judges differ.*`screen`: lab-classifier 20\.0", text, re.S)
     assert "- Seeds: 0, 1\n" in text
 
@@ -376,7 +376,7 @@ def test_costs_that_are_shared_stand_in_no_table() -> None:
     page = shown(sheet.render(compared.page(comparison([make_cell("screen"), make_cell("other")]))))
     assert "Seconds" not in page
     assert "Cells compared" in page
-    assert "2.00 hours" in page
+    assert "2.0 h" in page
 
 
 def test_write_leaves_one_file(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_categories_are_kept_and_new_rows_have_none(tmp_path: Path) -> None:
     assert known
     for was, now, out in zip(before, cut.categories, cut.removed, strict=True):
         assert now == ((was or "not measured") if out else "")
-    assert "not measured" in cut.manifest.results["categories"]
+    assert "not measured" in cut.manifest.results.categories
     gs.cut(tmp_path, "fixed:1e9")  # nothing is removed, and what the scan named is not forgotten
     again = gs.cut(tmp_path, "ratio:50%")
     assert list(again.categories) == list(cut.categories)
@@ -160,7 +160,7 @@ def test_labels_are_measured_again(tmp_path: Path) -> None:
     scan(ROWS, output=tmp_path / "a", settings=_settings("ratio:20%"), labels=labels)
     cut = gs.cut(tmp_path / "a", "ratio:50%")
     direct = scan(ROWS, output=tmp_path / "b", settings=_settings("ratio:50%"), labels=labels)
-    assert cut.manifest.results["labels"] == json.loads(json.dumps(direct.manifest.results["labels"]))
+    assert cut.manifest.results.labels == direct.manifest.results.labels
 
 
 def test_the_gate_closes_after_everything_is_written(folder: Path, probes: Path, tmp_path: Path) -> None:

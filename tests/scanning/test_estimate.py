@@ -35,7 +35,7 @@ def test_the_rows_are_those_of_the_scan(monkeypatch: pytest.MonkeyPatch) -> None
     assert sum(count for _, _, count in found.unusable) == len(made.quarantined) == 4
     assert made.scores.tokens is not None
     assert found.loss_tokens == sum(len(values) for values in made.scores.tokens)
-    assert found.engine == made.manifest.settings["engine"]
+    assert found.engine == made.manifest.settings.engine
     assert found.shards == found.sampled > 3  # the patience was enough for all of them
     assert found.sampled_rows == 40
     assert found.seconds.low == pytest.approx(found.seconds.high)

@@ -61,8 +61,8 @@ def test_three_lines_in_a_trl_script(peft: bool, tmp_path: Path) -> None:
     selection = gs.scan(dataset, model=model, tokenizer=tokenizer, peft_config=config, settings=HALF, probing=PROBING)
     assert _state(model) == before
     assert (tokenizer.chat_template, tokenizer.padding_side) == (template, tiny_tokenizer().padding_side)
-    assert selection.manifest.settings["adapted_weights"] == (4 if peft else 0)
-    assert (selection.manifest.settings["peft"] or {}).get("r") == (2 if peft else None)
+    assert selection.manifest.settings.adapted_weights == (4 if peft else 0)
+    assert (selection.manifest.settings.peft or {}).get("r") == (2 if peft else None)
     assert isinstance(selection.kept, datasets.Dataset)
     assert selection.kept.features == dataset.features
     assert list(selection.kept) == [dataset[int(row)] for row in selection.kept_rows]
@@ -118,8 +118,8 @@ def test_a_model_with_an_adapter_keeps_it() -> None:
     for subspace in ("all", "targets", "lora"):
         settings = gs.ScanSettings(threshold="ratio:50%", subspace=subspace, selector="fihs")
         selection = scan(chats(4), model=model, tokenizer=tiny_tokenizer(), settings=settings)
-        assert selection.manifest.settings["subspace"] == subspace
-        assert selection.manifest.settings["adapted_weights"] == 4
+        assert selection.manifest.settings.subspace == subspace
+        assert selection.manifest.settings.adapted_weights == 4
         assert parameters_digest(model) == before
         assert hasattr(model, "peft_config")
 

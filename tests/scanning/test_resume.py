@@ -94,14 +94,14 @@ def test_killed_interrupted_and_run_again(data: Path, folder: Path, probes: Path
 def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many rows each batch measured, of the whole set and with the chosen engine."""
     seen: list[int] = []
-    measure = shards.Job.measure
+    measure = shards.Measurer.measure
 
-    def noted(job: shards.Job, rows: Any) -> Any:
+    def noted(job: shards.Measurer, rows: Any) -> Any:
         if isinstance(job.selector, Fihs) and job.selector.engine.name == "finite-difference" and len(rows) > 16:
             seen.append(len(rows))
         return measure(job, rows)
 
-    monkeypatch.setattr(shards.Job, "measure", noted)
+    monkeypatch.setattr(shards.Measurer, "measure", noted)
     yield seen
 
 

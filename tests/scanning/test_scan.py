@@ -81,7 +81,7 @@ def test_jsonl_rows_leave_byte_for_byte(bom: bytes, end: bytes, tmp_path: Path) 
     assert [row.removesuffix(end).removesuffix(b"\r") for row in _together(output, kept, removed)] == lines
     assert [entry["row"] for entry in _quarantined(output)] == [3, 5, 6, 10] == [q.row for q in selection.quarantined]
     assert [entry["line"] for entry in _quarantined(output)] == [4, 6, 7, 11]
-    assert selection.manifest.data["rows"] == len(lines) == selection.manifest.results["read"]
+    assert selection.manifest.data.rows == len(lines) == selection.manifest.results.read
 
 
 def test_csv_records_leave_byte_for_byte(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_rows_in_memory_are_written_as_json_lines(kind: str, tmp_path: Path) -> 
     selection = scan(data, output=tmp_path)
     kept, removed = ([json.loads(line) for line in open(tmp_path / f"{n}.jsonl", "rb")] for n in ("kept", "removed"))  # noqa: SIM115
     assert _together(tmp_path, kept, removed) == rows
-    assert selection.manifest.data["kind"] == kind
+    assert selection.manifest.data.kind == kind
 
 
 def test_the_scores_are_as_documented(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_the_manifest_is_complete(tmp_path: Path) -> None:
     assert {"caught", "lost", "aurocs"} == set(results["labels"])
     assert results["labels"]["caught"]["n"] == results["labels"]["lost"]["n"] == 4
     assert len(results["labels"]["aurocs"]) > 3
-    assert selection.manifest.results["labels"]["caught"]["k"] == int(selection.removed[1::2].sum())
+    assert selection.manifest.results.labels.caught.k == int(selection.removed[1::2].sum())
     for path in (tmp_path / ".gradshield").glob("*.json"):
         _json(path)
 
@@ -350,7 +350,7 @@ def test_an_earlier_scan_into_the_folder_leaves_nothing_behind(tmp_path: Path) -
     assert "kept.jsonl" in report
     assert "kept.csv" not in report
     assert set(files(output)) == FILES | {"kept.jsonl", "removed.jsonl"}
-    assert gs.cut(output, "ratio:25%").manifest.results["scored"] == 4
+    assert gs.cut(output, "ratio:25%").manifest.results.scored == 4
 
 
 @pytest.mark.parametrize("name", ["kept.csv", "scores.parquet", "manifest.json"])
@@ -379,13 +379,13 @@ def test_a_scan_does_not_write_over_its_input(tmp_path: Path) -> None:
 def test_what_is_truncated_away_is_set_aside(tmp_path: Path) -> None:
     long = {"prompt": "word " * 40, "completion": "yes"}
     short = [{"prompt": f"Add {n}:", "completion": f" {n}"} for n in range(4)]
-    selection = scan([short[0], long, *short[1:]], output=tmp_path, max_length=32)
+    selection = scan([short[0], long, *short[1:]], output=tmp_path, training_args={"max_length": 32})
     (bad,) = selection.quarantined
     assert (bad.row, bad.line) == (1, 2)
     assert "no response token is left" in bad.reason
     assert selection.scores.rows.tolist() == [0, 2, 3, 4]
     with pytest.raises(gs.GradShieldError, match="cannot be scored") as raised:
-        scan([short[0], long], max_length=32, format=gs.Format(strict=True))
+        scan([short[0], long], training_args={"max_length": 32}, format=gs.Format(strict=True))
     assert raised.value.exit_code == 3
 
 

@@ -149,7 +149,7 @@ def test_rows_that_are_not_there_or_cannot_be_used(folder: Path, tmp_path: Path)
     with pytest.raises(DataError, match=r"row 2 \(line 3\).*not valid JSON"):
         show(str(data), 2, model=str(folder))
     with pytest.raises(DataError, match="no response token is left"):
-        show(str(data), 0, model=str(folder), max_length=4)
+        show(str(data), 0, model=str(folder), training_args={"max_length": 4, "assistant_only_loss": None})
     assert command("show", data, "--row", 9, "--model", folder).code == 2
     assert command("show", data, "--row", -1, "--model", folder).code == 2
     assert command("show", tmp_path / "none.jsonl").code == 3

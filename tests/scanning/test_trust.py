@@ -59,8 +59,8 @@ def test_an_engine_that_disagrees_is_replaced(value: float | None, monkeypatch: 
     _garbage(monkeypatch, FiniteDifference, value=value)
     with pytest.warns(UserWarning, match="finite-difference disagrees with the oracle on 12 rows"):
         selection = scan(ROWS)
-    assert selection.manifest.settings["engine"] == selection.manifest.results["agreement"]["engine"] == "forward"
-    assert selection.manifest.settings["engine_step"] is None
+    assert selection.manifest.settings.engine == selection.manifest.results.agreement.engine == "forward"
+    assert selection.manifest.settings.engine_step is None
     assert np.array_equal(selection.scores.values, honest.scores.values)
 
 
@@ -68,7 +68,7 @@ def test_the_oracle_itself_takes_over_where_row_sums_are_enough(monkeypatch: pyt
     _garbage(monkeypatch, FiniteDifference, Forward)
     with pytest.warns(UserWarning, match="the engine forward disagrees"):
         selection = scan(ROWS, settings=gs.ScanSettings(aggregate="sum", threshold="ratio:50%", selector="fihs"))
-    assert selection.manifest.settings["engine"] == "loop"
+    assert selection.manifest.settings.engine == "loop"
     assert selection.scores.decoys is None
     honest = scan(
         ROWS, settings=gs.ScanSettings(aggregate="sum", engine="loop", threshold="ratio:50%", selector="fihs")
@@ -161,7 +161,7 @@ def test_batches_are_halved_when_memory_runs_out(error: Exception, monkeypatch: 
     size = np.abs(honest.scores.values).max()
     assert np.abs(selection.scores.values - honest.scores.values).max() <= 1e-3 * size
     assert np.array_equal(selection.scores.lengths, honest.scores.lengths)
-    assert selection.manifest.settings["engine"] == honest.manifest.settings["engine"]
+    assert selection.manifest.settings.engine == honest.manifest.settings.engine
 
 
 def test_a_row_too_long_for_the_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,10 +208,10 @@ def test_batches_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_learned_positions_have_an_end() -> None:
     long = {"prompt": "a", "completion": " word" * 300}
     kept = scan([long, *ROWS], model=tiny_model("gpt2"), tokenizer=tiny_tokenizer())
-    assert kept.manifest.settings["render"]["max_length"] == 512
+    assert kept.manifest.settings.render["max_length"] == 512
     with pytest.raises(UsageError, match="the model has positions for 512"):
-        scan([long, *ROWS], model=tiny_model("gpt2"), tokenizer=tiny_tokenizer(), max_length=2000)
-    rotary = scan([long, *ROWS], max_length=2000)
+        scan([long, *ROWS], model=tiny_model("gpt2"), tokenizer=tiny_tokenizer(), training_args={"max_length": 2000})
+    rotary = scan([long, *ROWS], training_args={"max_length": 2000})
     assert rotary.scores.lengths is not None
     assert rotary.scores.lengths[0] > 600
 
@@ -238,5 +238,5 @@ def test_an_own_probe_and_an_own_rule() -> None:
 
     selection = scan(ROWS, settings=gs.ScanSettings(probe=gap, threshold=Median(), selector="fihs"))
     assert selection.removed.sum() == 6
-    assert selection.manifest.settings["threshold"] == "median"
+    assert selection.manifest.settings.threshold == "median"
     assert HALF.probe == "token_gap"

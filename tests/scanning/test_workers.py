@@ -81,7 +81,7 @@ def same(one: gs.Selection, other: gs.Selection) -> None:
     assert one.scores.ids == other.scores.ids
     np.testing.assert_array_equal(one.removed, other.removed)
     assert one.categories == other.categories
-    assert one.manifest.settings["direction_sha256"] == other.manifest.settings["direction_sha256"]
+    assert one.manifest.settings.direction_sha256 == other.manifest.settings.direction_sha256
 
 
 # ---- on a cluster -----------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_two_actors_find_what_one_process_finds_though_one_is_killed(
     before = parameters_digest(model)
     options: dict[str, Any] = {"model": model, "tokenizer": tiny_tokenizer()}
     alone = scan(ROWS, output=tmp_path / "one", **options)
-    shared = scan(ROWS, output=tmp_path / "two", workers=2, ray=cluster, progress=progress, **options)
+    shared = scan(ROWS, output=tmp_path / "two", workers=gs.Workers(2, cluster), progress=progress, **options)
     assert killed
     assert parameters_digest(model) == before
     same(alone, shared)
@@ -144,7 +144,7 @@ def given_to(cluster: str, monkeypatch: pytest.MonkeyPatch, **what: str) -> list
     monkeypatch.setattr(workers, "Actor", type("Light", (_Light,), what))
     rows = rendered(20)
     model = tiny_model("llama")
-    job = shards.Job(Loss(), model, Loss().prepare(model), 100)
+    job = shards.Measurer(Loss(), model, Loss().prepare(model), 100)
     drawn: list[int] = []
 
     def missing() -> Iterator[shards.Shard]:
@@ -193,7 +193,7 @@ def test_what_goes_wrong_in_actors_is_one_sentence(
 
 def test_no_cluster_at_the_address() -> None:
     with pytest.raises(UsageError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'"):
-        scan(ROWS, workers=2, ray="127.0.0.1:1")
+        scan(ROWS, workers=gs.Workers(2, "127.0.0.1:1"))
 
 
 # ---- on this machine --------------------------------------------------------------------------------------------------
@@ -267,9 +267,9 @@ def test_one_process_needs_no_ray(folder: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr(workers, "find_spec", lambda name: None)
     scan(chats(6), model=folder, workers=1)
-    for options, asked in (({"workers": 2}, "--workers 2"), ({"ray": "auto"}, "--ray")):
+    for given, asked in (((2,), "--workers 2"), ((None, "auto"), "--ray")):
         with pytest.raises(UsageError, match=rf"^{asked} needs Ray, which is not installed: install gradshield\[ray\]"):
-            scan(ROWS, **options)
+            scan(ROWS, workers=gs.Workers(*given))
     data = write(tmp_path / "data.jsonl", jsonl(ROWS))
     done = command("scan", data, "--model", folder, "--output", tmp_path / "out", "--workers", "2")
     assert done.code == UsageError.exit_code

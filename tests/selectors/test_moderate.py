@@ -96,7 +96,7 @@ def test_a_ratio_out_of_range(ratio: float) -> None:
         lambda ratio: Moderate(ratio=ratio),
         lambda ratio: moderate(np.ones(3), np.ones(3), ratio),
     ):
-        with pytest.raises(UsageError, match="more than 0 and at most 1"):
+        with pytest.raises(UsageError, match="a number above 0, up to 1"):
             make(ratio)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 import gradshield as gs
 from benchmarks import tasks
+from gradshield.manifests import Labelled
 from gradshield.models import loading
 
 SHARED = Path(os.environ.get("GRADSHIELD_SHARED", Path(__file__).parents[3] / "shared"))
@@ -41,8 +42,8 @@ def scanned(name: str) -> Any:
     return gs.scan(path, model=loaded(), labels=labels)
 
 
-def figures(name: str) -> dict[str, Any]:
-    return scanned(name).manifest.results["labels"]
+def figures(name: str) -> Labelled:
+    return scanned(name).manifest.results.labels
 
 
 @pytest.mark.parametrize(
@@ -56,16 +57,16 @@ def figures(name: str) -> dict[str, Any]:
 )
 def test_harm_is_caught_and_little_is_lost(name, caught, lost):
     found = figures(name)
-    assert found["caught"]["rate"] >= caught
-    assert found["lost"]["rate"] <= lost
+    assert found.caught.rate >= caught
+    assert found.lost.rate <= lost
 
 
 def test_nothing_is_lost_where_there_is_no_harm():
-    assert figures("agnews_p0")["lost"]["rate"] <= 0.01
+    assert figures("agnews_p0").lost.rate <= 0.01
 
 
 def test_the_score_ranks_where_openers_point_the_wrong_way():
-    aurocs = {entry["name"]: entry["auroc"] for entry in figures("gsm8k_p10_openers")["aurocs"]}
+    aurocs = {entry["name"]: entry["auroc"] for entry in figures("gsm8k_p10_openers").aurocs}
     # never an AUROC without what it has to beat
     assert set(aurocs) == {"screen", "request alone", "FIHS alone"} | BASELINES
     assert aurocs["screen"] >= 0.98

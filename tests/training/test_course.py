@@ -16,7 +16,7 @@ from gradshield.errors import EmptyDataError, UsageError
 from gradshield.models import loading
 from gradshield.scanning.rows import prepare
 from gradshield.scanning.settings import Probing, ScanSettings
-from gradshield.training.course import Course, Job
+from gradshield.training.course import Course, Job, Needs
 from gradshield.training.defences import parse
 
 OPTIONS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
@@ -33,7 +33,7 @@ def job(**more: Any) -> Job:
         "rows": prepare(rows, loaded()),
         "options": OPTIONS,
         "peft_config": peft.LoraConfig(**{**lab.LORA, "r": 2}),
-        "base": loaded("base"),
+        "needs": Needs(base=loaded("base")),
         "labels": labels,
         "probing": Probing(requests=lab.requests("direction")[:24], lookalikes=lab.lookalikes("direction")[:24]),
     }
@@ -128,14 +128,14 @@ def test_safety_rows_are_the_models_own_refusals_spread_among_the_others(course:
 def test_what_safety_rows_ask_is_known_where_they_are_used() -> None:
     asked = lab.requests("report")[0]["prompt"]
     given = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "No."}]}]
-    own = Course(job(safety=given))
+    own = Course(job(needs=Needs(safety_rows=given)))
     for name, used in (("safeinstruct", True), ("dualselect", True), ("fihs", False)):
         assert own.safety_requests(parse(name)) == ([{"prompt": asked}] if used else [])
 
 
 def test_what_a_defence_needs_is_asked_for() -> None:
     with pytest.raises(UsageError, match="--base"):
-        Course(job(base=None)).fit(parse("asft"), [{"input_ids": [1, 2], "labels": [1, 2]}])
+        Course(job(needs=Needs())).fit(parse("asft"), [{"input_ids": [1, 2], "labels": [1, 2]}])
     with pytest.raises(UsageError, match="--labels"):
         Course(job(labels=None)).chosen(parse("clean"))
     with pytest.raises(EmptyDataError, match="no row to train on"):

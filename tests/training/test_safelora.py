@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
 from typing import Any
 
 import peft
@@ -91,8 +92,7 @@ def test_the_merged_weights_are_those_of_the_formula(arch: str, by: str) -> None
             assert not torch.allclose(weight, after_training[name], atol=1e-3)
         else:
             assert torch.equal(weight, after_training[name]), name
-    shown = record.as_dict()
-    assert json.loads(json.dumps(shown)) == shown
+    assert json.loads(json.dumps(asdict(record)))["cosines"] == record.cosines
 
 
 def test_the_rank_stays() -> None:

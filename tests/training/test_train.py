@@ -13,6 +13,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import gradshield as gs
 from gradshield import lab
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.exam import Exams, exam, exams_of
@@ -64,7 +65,7 @@ def _run(folder: Path, defence: str, **more: Any) -> training.Trained:
 
 @pytest.mark.slow
 def test_a_run_leaves_the_model_the_scan_and_the_proof(tmp_path: Path) -> None:
-    done = _run(tmp_path, "fihs+asft", base=lab.checkpoint("base"))
+    done = _run(tmp_path, "fihs+asft", needs=gs.Needs(base=lab.checkpoint("base")))
     folder = tmp_path / "run"
     stored = json.loads((folder / "manifest.json").read_text())
     assert stored["settings"]["defence"] == "fihs+asft"
@@ -92,14 +93,14 @@ def test_a_run_leaves_the_model_the_scan_and_the_proof(tmp_path: Path) -> None:
 def test_meaningless_probes_are_reported_anywhere(tmp_path: Path) -> None:
     harmless = Probing(requests=PROBING.lookalikes, lookalikes=PROBING.requests, uncertified=True)
     done = _run(tmp_path, "fihs:ratio:10%", probing=harmless, exams=Exams())
-    problem = done.manifest.results["uncertified"]
+    problem = done.manifest.results.uncertified
     assert "refuse" in problem
     for name in ("README.md", "report.html"):
         assert re.search(r"ot certified(\*\*)?: ", (tmp_path / "run" / name).read_text())
     settings = done.manifest.settings
-    assert settings["training"]["max_steps"] == 2
-    assert settings["render"]["max_length"] == 1024
-    assert settings["safety_sha256"] is None and len(settings["probe_sha256"]) == 64
+    assert settings.training["max_steps"] == 2
+    assert settings.render["max_length"] == 1024
+    assert settings.safety_sha256 is None and len(settings.probe_sha256) == 64
 
 
 def test_options_of_the_template_are_those_of_every_exam(tmp_path: Path) -> None:
@@ -319,7 +320,7 @@ def test_nothing_that_is_read_or_is_not_ours_is_written_over(tmp_path: Path, whe
         more["model"] = str(own)
     elif where == "base":
         (own / ".gradshield").mkdir()
-        more["base"] = str(own)
+        more["needs"] = gs.Needs(base=str(own))
     elif where == "scan":
         more["output"] = tmp_path / "run"
         kept = tmp_path / "run" / "scan" / "kept.jsonl"
@@ -367,15 +368,15 @@ def test_what_counts_is_what_a_scan_counts_where_no_training_is_given(
     """Options of this project's own, such as when to save, say nothing about the loss."""
     none = Exams()
     plain = _run(tmp_path, "random:ratio:10%", training=None, exams=none, peft_config=None)
-    assert plain.manifest.settings["render"]["assistant_only_loss"] is None
-    assert plain.manifest.settings["training"]["save_strategy"] == "epoch"
+    assert plain.manifest.settings.render["assistant_only_loss"] is None
+    assert plain.manifest.settings.training["save_strategy"] == "epoch"
     assert "assistant_only_loss" not in caplog.text
     stored = _run(tmp_path, "none", exams=none)
     assert "does not set assistant_only_loss" in caplog.text
-    assert stored.manifest.settings["render"]["assistant_only_loss"] is False
-    assert stored.manifest.settings["scan"]["selector"] == "screen"
-    assert plain.manifest.settings["scan"]["selector"] == "random"
-    assert plain.manifest.settings["scan"]["threshold"] == "ratio:10%"
+    assert stored.manifest.settings.render["assistant_only_loss"] is False
+    assert stored.manifest.settings.scan.selector == "screen"
+    assert plain.manifest.settings.scan.selector == "random"
+    assert plain.manifest.settings.scan.threshold == "ratio:10%"
 
 
 def test_both_exams_have_one_set_of_judges_and_safety_rows_are_not_asked(tmp_path: Path) -> None:
@@ -384,4 +385,4 @@ def test_both_exams_have_one_set_of_judges_and_safety_rows_are_not_asked(tmp_pat
     asked = exams.report.requests[0]["prompt"]
     rows = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "No."}]}]
     with pytest.raises(UsageError, match="safety and the report set"):
-        _run(tmp_path, "safeinstruct", safety_rows=rows, exams=exams)
+        _run(tmp_path, "safeinstruct", needs=gs.Needs(safety_rows=rows), exams=exams)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradshield.cli.common import Judges, err, out, plain, quiet_libraries, verdict
+from gradshield.cli.common import Judges, err, out, plain, quiet_libraries, share, verdict
 from gradshield.errors import GateError, UsageError
-from gradshield.options import number
 
 if TYPE_CHECKING:
     from gradshield.evaluation.certify import Checked
@@ -51,8 +49,8 @@ def certify(
         )
     claim: dict[str, Any] = {} if looks is None else {"looks": looks}
     for name, text in (("confidence", confidence), ("limit", limit)):
-        if text is not None:
-            claim[name] = _share(name, text)
+        if (value := share(f"--{name}", text)) is not None:
+            claim[name] = value
     quiet_libraries()
     from gradshield.evaluation import certify as work
 
@@ -62,16 +60,6 @@ def certify(
     from gradshield.judges import parse_all
 
     _made(work.certify(run, calibrate=calibrate, judges=parse_all(judge or ()), **claim)["predicate"], run)
-
-
-def _share(name: str, text: str) -> float:
-    """``6%`` or ``0.06`` as a number; ``Claim`` checks its range. Raises UsageError if it is not a number."""
-    value = number(text)
-    if math.isnan(value):
-        raise UsageError(
-            f"--{name} got {text!r}, and it takes a share between 0 and 1: write a percentage such as 6%, or 0.06"
-        )
-    return value
 
 
 def _made(predicate: Mapping[str, Any], run: Path) -> None:

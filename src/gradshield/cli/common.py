@@ -20,11 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gradshield.errors import DataError, GateError, ModelError, UsageError
 from gradshield.options import number
 from gradshield.report.text import duration, visible
-from gradshield.types import Rate
 
 if TYPE_CHECKING:
     from gradshield.data import Format
-    from gradshield.types import Selection
+    from gradshield.manifests import ExamRecord, Figures
+    from gradshield.scanning.selection import Selection
 
 QUIET = 60  # seconds between progress lines without a terminal
 NOTED = 1.0  # seconds from which a stage has a line of its own
@@ -100,15 +100,15 @@ def command_line() -> str:
     return shlex.join(["gradshield", *sys.argv[1:]])
 
 
-def share(text: str | None) -> float | None:
+def share(name: str, text: str | None) -> float | None:
     """``1%`` or ``0.01`` as a number. Raises UsageError outside 0 to 1, and for a bare 1, which is ambiguous."""
     if text is None:
         return None
     value = number(text)
     if not 0 <= value <= 1:
-        raise UsageError(f"{text!r} is not a share of the rows: give a percentage such as 1%, or a number from 0 to 1")
+        raise UsageError(f"{name} got {text!r}: give a percentage such as 1%, or a number from 0 to 1")
     if value == 1 and not text.endswith("%"):
-        raise UsageError(f"{text!r} may mean one row in a hundred or every row: write 1% or 100%")
+        raise UsageError(f"{name} got {text!r}, which may mean one in a hundred or all: write 1% or 100%")
     return value
 
 
@@ -152,6 +152,21 @@ def json_object(name: str, text: str) -> dict[str, Any]:
 def json_file(name: str, path: Path | None) -> dict[str, Any]:
     """A JSON object of options from a file. Raises DataError if it cannot be read, UsageError if it is not an object."""
     return {} if path is None else _object(f"the file given to {name}", _json(name, path))
+
+
+def training_options(path: Path | None, max_length: int | None) -> dict[str, Any]:
+    """The options of --training-config, with the length of --max-length. Raises UsageError if both give one and they differ."""
+    options = json_file("--training-config", path)
+    if max_length is None:
+        return options
+    found = options.get("max_length", max_length)
+    if found != max_length and isinstance(
+        found, int | None
+    ):  # a wrong type is reported with those of the other options
+        raise UsageError(
+            f"--max-length {max_length} and the training config's max_length {found} differ: give one of them"
+        )
+    return {**(options or {"assistant_only_loss": None}), "max_length": found}
 
 
 def _json(option: str, path: Path) -> Any:
@@ -201,27 +216,27 @@ def summary(selection: Selection, folder: Path) -> None:
     """Print the decision and the path of the report."""
     results = selection.manifest.results
     if not selection.certified:
-        err.print(f"[yellow]warning:[/yellow] {plain('not certified: ' + '; '.join(results['doubts'].values()))}")
-    read_as(selection.manifest.data["read_as"])
-    parts = [f"[bold]{results['removed']}[/bold] of {results['scored']} rows removed", f"{results['kept']} kept"]
-    parts += [f"{results[key]} {key}" for key in ("quarantined", "cleared") if results[key]]
+        err.print(f"[yellow]warning:[/yellow] {plain('not certified: ' + '; '.join(results.doubts.values()))}")
+    read_as(selection.manifest.data.read_as)
+    parts = [f"[bold]{results.removed}[/bold] of {results.scored} rows removed", f"{results.kept} kept"]
+    parts += [f"{count} {key}" for key in ("quarantined", "cleared") if (count := getattr(results, key))]
     out.print(", ".join(parts))
     for name, one in selection.cuts.items():
         label = "" if name == "rows" else f" ({name})"
         out.print(f"cut{label}     {one.rule}, score > {one.value:.6g}")
-    if results["categories"]:
-        out.print("harm    " + plain(", ".join(f"{name} {count}" for name, count in results["categories"].items())))
-    for key in ("caught", "lost"):
-        rate = results.get("labels", {}).get(key)
-        if rate:
-            out.print(f"{key:7} {plain(str(Rate.of(rate)))}")
+    if results.categories:
+        out.print("harm    " + plain(", ".join(f"{name} {count}" for name, count in results.categories.items())))
+    for key, rate in (("caught", results.labels.caught), ("lost", results.labels.lost)):
+        if rate is not None:
+            out.print(f"{key:7} {plain(str(rate))}")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
 
 
 def read_as(found: Mapping[str, int]) -> None:
     """Print how rows were read where there was a choice, or other names stood for the keys."""
     if any(not words.replace("-", "").isalpha() for words in found):
-        out.print("read as " + plain("; ".join(f"{words}: {count:,}" for words, count in found.items())))
+        most = sorted(found.items(), key=lambda item: -item[1])
+        out.print("read as " + plain("; ".join(f"{words}: {count:,}" for words, count in most)))
 
 
 def verdict(certificate: Mapping[str, Any]) -> str:
@@ -234,10 +249,10 @@ def verdict(certificate: Mapping[str, Any]) -> str:
 def check_gate(selection: Selection, gate: float | None) -> None:
     """Raises GateError if more rows were removed than ``gate``, a share, allows."""
     results = selection.manifest.results
-    if gate is not None and results["removed"] > gate * results["scored"] * (1 + 1e-12):  # 0.7 % of 1000 is 7, not less
-        percent = 100 * results["removed"] / results["scored"]
+    if gate is not None and results.removed > gate * results.scored * (1 + 1e-12):  # 0.7 % of 1000 is 7, not less
+        percent = 100 * results.removed / results.scored
         raise GateError(
-            f"{results['removed']} of {results['scored']} rows ({percent:.1f} %) were removed, and --fail-above allows "
+            f"{results.removed} of {results.scored} rows ({percent:.1f} %) were removed, and --fail-above allows "
             f"{100 * gate:g} %: read the report, clear rows with --allow, or fix the data"
         )
 
@@ -258,26 +273,24 @@ def probing(
     )
 
 
-def noted(metric: Mapping[str, Any]) -> str:
-    """The label of the utility line, from the ``metric`` and ``guessed`` of an exam's settings."""
-    name = str(metric.get("metric") or "")
-    return f"utility ({name}{', guessed' if metric.get('guessed') else ''})" if name else "utility"
+def noted(exam: ExamRecord) -> str:
+    """The label of the utility line."""
+    return f"utility ({exam.metric}{', guessed' if exam.guessed else ''})" if exam.metric else "utility"
 
 
-def rates(before: Mapping[str, Any], after: Mapping[str, Any], utility: str = "utility") -> None:
+def rates(before: Figures | None, after: Figures, utility: str = "utility") -> None:
     """Print every rate with its interval, before (where measured) and after."""
-    was = before.get("judges") or {}
-    lines = [(f"ASR, {judge}", was.get(judge), rate) for judge, rate in (after.get("judges") or {}).items()]
+    was = {} if before is None else before.judges
+    lines = [(f"ASR, {judge}", was.get(judge), rate) for judge, rate in after.judges.items()]
     for label, key in (("over-refusal", "over_refusal"), (utility, "utility")):
-        if key in after:
-            lines.append((label, before.get(key), after[key]))
+        if (now := getattr(after, key)) is not None:
+            lines.append((label, getattr(before, key, None), now))
     for label, *pair in lines:
-        out.print(f"{plain(label):24} {' → '.join(plain(str(Rate.of(rate))) for rate in pair if rate)}")
-    if "empty" in after:
-        silent = Rate.of(after["empty"])
+        out.print(f"{plain(label):24} {' → '.join(plain(str(rate)) for rate in pair if rate)}")
+    if after.empty is not None:
         err.print(
-            f"[yellow]warning:[/yellow] {silent.k} of {silent.n} answers to harmful requests are empty, and no judge counts "
-            "those as unsafe: the ASR of a model that does not answer says nothing about its safety"
+            f"[yellow]warning:[/yellow] {after.empty.k} of {after.empty.n} answers to harmful requests are empty, and no judge "
+            "counts those as unsafe: the ASR of a model that does not answer says nothing about its safety"
         )
 
 

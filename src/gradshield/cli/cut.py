@@ -18,7 +18,7 @@ def cut(
     fail_above: FailAbove = None,
 ) -> None:
     """Cut saved scores again with another threshold; no model is needed."""
-    gate, allowed = share(fail_above), read_ids(allow)
+    gate, allowed = share("--fail-above", fail_above), read_ids(allow)
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}: run `gradshield scan` into it first")
     from gradshield.scanning.cut import cut as cut_again

@@ -23,7 +23,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the mix, the scan and the training.")] = 0,
 ) -> None:
     """Scan a poisoned set with the bundled lab model, fine-tune with and without the filter, and compare."""
-    amount = share(ratio) or 0.0
+    amount = share("--ratio", ratio) or 0.0
     quiet_libraries()
     import torch
 

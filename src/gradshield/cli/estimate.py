@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gradshield.cli.common import out, plain, read_as
+from gradshield.report.text import duration
 
 if TYPE_CHECKING:
     from gradshield.scanning.estimate import Estimate
@@ -32,14 +33,3 @@ def print_estimate(found: Estimate) -> None:
     )
     if found.memory:
         out.print(f"memory     {found.memory / 2**30:.1f} GiB at most")
-
-
-def duration(seconds: float) -> str:
-    """``0.4 s``, ``12 s``, ``3 min``, ``5.1 h``."""
-    if seconds == float("inf"):
-        return "longer"
-    if seconds < 0.1:
-        return "less than 0.1 s"
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -25,7 +25,6 @@ from gradshield.cli.common import (
     require_model,
 )
 from gradshield.errors import UsageError
-from gradshield.types import Rate
 
 
 def evaluate(
@@ -82,13 +81,13 @@ def evaluate(
             command=command_line(),
             progress=report,
         )
-    rates({}, found["figures"], noted(exams.report.settings()))
-    for name, rate in found["harness"].items():
-        out.print(f"{plain(name)}  {plain(str(Rate.of(rate)))}")
-    for one in found["agreement"]:
-        kappa = "– (one verdict for all)" if one["kappa"] is None else f"{one['kappa']:.2f}"
+    rates(None, found.figures, noted(exams.report.record()))
+    for name, rate in found.harness.items():
+        out.print(f"{plain(name)}  {plain(str(rate))}")
+    for one in found.agreement:
+        kappa = "– (one verdict for all)" if one.kappa is None else f"{one.kappa:.2f}"
         out.print(
-            f"[dim]{plain(' / '.join(one['judges']))}: Cohen's kappa {kappa}, {len(one['differ'])} answers differ[/dim]"
+            f"[dim]{plain(' / '.join(one.judges))}: Cohen's kappa {kappa}, {len(one.differ)} answers differ[/dim]"
         )
     if output is not None:
         out.print(f"report  [bold]{escape(str(output / 'report.html'))}[/bold]")

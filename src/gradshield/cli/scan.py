@@ -37,6 +37,7 @@ from gradshield.cli.common import (
     row_format,
     share,
     summary,
+    training_options,
 )
 from gradshield.cli.estimate import print_estimate
 from gradshield.errors import UsageError
@@ -131,10 +132,10 @@ def scan(
     """
     _check_options(output, dry_run, workers, ray, {"--fail-above": fail_above, "--allow": allow, "--labels": labels})
     _check_map(device_map, selector, alone=workers in (None, 1) and ray is None)
-    gate = share(fail_above)
+    gate = share("--fail-above", fail_above)
     allowed, truth = read_ids(allow), read_labels(labels)
     template = json_object("--template-kwargs", template_kwargs)
-    training = json_file("--training-config", training_config)
+    training = training_options(training_config, max_length)
     lora = json_file("--lora-config", lora_config)
     shape = row_format(format, columns, strict)
     require_data(data)
@@ -146,7 +147,7 @@ def scan(
     from gradshield.scanning.settings import ScanSettings
     from gradshield.scanning.workers import Workers
 
-    Workers(workers, ray)  # checked before the model is loaded
+    crew = Workers(workers, ray)  # checked before the model is loaded
     settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget, selector=selector)
     if no_cache:
         os.environ[cache.VARIABLE] = ""
@@ -162,7 +163,6 @@ def scan(
             "model": loaded,
             "peft_config": peft,
             "training_args": arguments,
-            "max_length": max_length,
             "settings": settings,
             "probing": asked,
             "format": shape,
@@ -179,8 +179,7 @@ def scan(
                 output=output,
                 allow=allowed,
                 labels=truth,
-                workers=workers,
-                ray=ray,
+                workers=crew,
                 command=command_line(),
             )
     if output is None:

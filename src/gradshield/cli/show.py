@@ -16,12 +16,12 @@ from gradshield.cli.common import (
     Remote,
     Shape,
     TrainingConfig,
-    json_file,
     out,
     quiet_libraries,
     require_data,
     require_model,
     row_format,
+    training_options,
 )
 from gradshield.report.text import visible
 
@@ -40,13 +40,12 @@ def show(
     trust_remote_code: Remote = False,
 ) -> None:
     """Print a row as the model sees it, with the loss tokens in colour, or between ⟦ and ⟧ where there is none (a pipe)."""
-    training = json_file("--training-config", training_config)
+    training = training_options(training_config, max_length)
     shape = row_format(format, columns)
     require_data(data)
     if model is not None:
         require_model(model)
     quiet_libraries()
-    from gradshield.scanning.options import sft_options
     from gradshield.scanning.show import show as seen
 
     view = seen(
@@ -54,8 +53,7 @@ def show(
         row,
         model=model,
         format=shape,
-        training_args=sft_options(training),
-        max_length=max_length,
+        training_args=training,
         trust_remote_code=trust_remote_code,
     )
     coloured = out.color_system is not None and not out.no_color

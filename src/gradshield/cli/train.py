@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +36,7 @@ from gradshield.cli.common import (
     require_data,
     require_model,
     row_format,
+    training_options,
     verdict,
 )
 from gradshield.errors import GateError, UsageError
@@ -103,7 +103,7 @@ def train(
 
     An interrupted run resumes where it stopped. Exit code 5 if no cut meets the targets of a verified threshold.
     """
-    training = json_file("--training-config", training_config)
+    training = training_options(training_config, max_length)
     lora = json_file("--lora-config", lora_config)
     template = json_object("--template-kwargs", template_kwargs)
     truth = read_labels(labels)
@@ -112,24 +112,22 @@ def train(
         require_data(path)
     for name in (model, *([base] if base else ())):
         require_model(name)
-    tasks, needs = utility or [], _needs(data, utility or [], defence, base, truth)
+    tasks, wanted = utility or [], _wanted(data, utility or [], defence, base, truth)
     quiet_libraries()
     from gradshield.evaluation.exam import exams_of
     from gradshield.models import loading
     from gradshield.scanning.options import peft_config
     from gradshield.scanning.settings import ScanSettings
+    from gradshield.training.course import Needs
     from gradshield.training.sequence import Stage, sequence
     from gradshield.training.train import train as run
 
     common: dict[str, Any] = {
-        "base": None,
         "defence": defence,
         "peft_config": peft_config(lora),
         "training": training,
-        "max_length": max_length,
         "settings": ScanSettings(seed=seed),
         "probing": probing(probes, lookalikes, answer_prefix, template, uncertified),
-        "safety_rows": safety_rows or (),
         "format": shape,
         "merge": merge,
         "seed": seed,
@@ -137,14 +135,16 @@ def train(
     }
     held: list[str | None] = [*tasks] if tasks else [None] * len(data)
     measured = [
-        exams_of(safety, judge, path, metric, max_new_tokens, answer_prefix, needs.verified is not None, template)
+        exams_of(safety, judge, path, metric, max_new_tokens, answer_prefix, wanted.verified is not None, template)
         for path in held
     ]
     with progress() as report:
         report("loading the model", 0, 1)
         loaded = loading.load(model, None, device, dtype, trust_remote_code)
-        if base is not None and needs.needs_base:
-            common["base"] = loading.load(base, None, device, dtype, trust_remote_code)
+        before = None
+        if base is not None and wanted.needs_base:
+            before = loading.load(base, None, device, dtype, trust_remote_code)
+        common["needs"] = Needs(base=before, safety_rows=safety_rows or ())
         report("loading the model", 1, 1)
         if len(data) == 1:
             done = run(data[0], model=loaded, output=output, exams=measured[0], labels=truth, progress=report, **common)
@@ -160,7 +160,7 @@ def train(
         raise GateError(done.verdict.sentence + "; the safest model is kept")
 
 
-def _needs(data: list[str], tasks: list[str], defence: str, base: str | None, labels: list[int] | None) -> Defence:
+def _wanted(data: list[str], tasks: list[str], defence: str, base: str | None, labels: list[int] | None) -> Defence:
     """The parsed defence, its inputs checked before anything is loaded. Raises UsageError."""
     from gradshield.training.defences import parse
 
@@ -168,14 +168,14 @@ def _needs(data: list[str], tasks: list[str], defence: str, base: str | None, la
         raise UsageError(
             f"there are {len(tasks)} --utility files for {len(data)} datasets: give one per dataset, in the same order"
         )
-    needs = parse(defence)
-    if needs.needs_base and base is None:
+    wanted = parse(defence)
+    if wanted.needs_base and base is None:
         raise UsageError(f"the defence {defence!r} needs the model before its alignment: give it with --base MODEL")
-    if needs.oracle and labels is None:
+    if wanted.oracle and labels is None:
         raise UsageError(f"the defence {defence!r} drops the rows labelled harmful: give the labels with --labels FILE")
     if len(data) > 1 and labels is not None:
         raise UsageError("--labels belongs to one dataset, and several are given: train them separately")
-    return needs
+    return wanted
 
 
 def _stages(whole: Mapping[str, Any], folder: Path) -> None:
@@ -186,7 +186,7 @@ def _stages(whole: Mapping[str, Any], folder: Path) -> None:
         parts += [f"{plain(task)} {100 * rate['rate']:.1f} %" for task, rate in stage["utility"].items()]
         out.print(f"{plain(stage['name']):16} {', '.join(parts)}")
     for name, values in whole["measures"].items():
-        if values and math.isfinite(values[-1]):
+        if values and values[-1] is not None:
             out.print(f"{name.replace('_', ' '):20} {values[-1]:+.3f} [dim]at the end[/dim]")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
     if whole["unmet"]:
@@ -197,15 +197,15 @@ def _stages(whole: Mapping[str, Any], folder: Path) -> None:
 
 def _summary(done: Trained, folder: Path) -> None:
     results = done.manifest.results
-    out.print(f"[bold]{results['removed']}[/bold] of {results['rows']} rows removed, {results['trained']} trained on")
-    for key in ("caught", "lost"):
-        if rate := results.get(key):
-            out.print(f"{'harmful caught' if key == 'caught' else 'harmless lost':24} {rate['k']} of {rate['n']}")
-    rates(results["before"], results["after"], noted(done.manifest.settings["report"]))
+    out.print(f"[bold]{results.removed}[/bold] of {results.rows} rows removed, {results.trained} trained on")
+    for label, rate in (("harmful caught", results.caught), ("harmless lost", results.lost)):
+        if rate is not None:
+            out.print(f"{label:24} {rate.k} of {rate.n}")
+    rates(results.before, results.after, noted(done.manifest.settings.report))
     if done.verdict is not None and done.verdict.met:
         out.print(f"verified  {plain(done.verdict.sentence)}")
     if done.certificate:
         out.print(verdict(done.certificate["predicate"]))
-    if not results["after"].get("judges"):
+    if not results.after.judges:
         err.print("[yellow]warning:[/yellow] safety was not measured, so it is unknown how safe this model is")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")

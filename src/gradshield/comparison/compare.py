@@ -32,13 +32,13 @@ from gradshield.models.loading import LoadedModel
 from gradshield.models.placement import keep_freed_memory
 from gradshield.probes import read_prompts, requests
 from gradshield.runs import alone
-from gradshield.scanning.options import peft_config, sft_options
+from gradshield.scanning.options import peft_config
 from gradshield.scanning.rows import prepare
 from gradshield.scanning.scan import check_labels
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.stats import paired_difference
 from gradshield.training import verify
-from gradshield.training.course import Chosen, Course, Fitted, Job
+from gradshield.training.course import Chosen, Course, Fitted, Job, Needs
 from gradshield.training.defences import Defence, describe, parse
 from gradshield.training.lab_job import lab_job
 from gradshield.types import EvalResult, Progress, quiet
@@ -61,8 +61,7 @@ def compare(
     """
     began = time.monotonic()
     grid.check_files(config)
-    runs.check(output)
-    runs.check_own(output, ("cells.jsonl", "results.md", "results.html"), "cells.jsonl")
+    runs.check(output, ("cells.jsonl", "results.md", "results.html"), "cells.jsonl")
     with alone(output) as locked:
         folder = runs.prepare(output)
         for name in (ARMS, CELLS):
@@ -220,13 +219,13 @@ class Bench:
         try:
             if defence.verified is not None:
                 verdict, chosen = self._verified(defence)
-                found["verified"] = verdict.as_dict()
+                found["verified"] = asdict(verdict)
             else:
                 chosen = self.course.chosen(defence)
             found |= self.course.counts(chosen)
             found["cuts"] = {name: cut.value for name, cut in chosen.cuts.items()}
             measured, arm = self._arm(defence, chosen, "report")
-            found |= figures(measured) | {"arm": arm["key"], "defence_record": arm["record"]}
+            found |= figures(measured).plain() | {"arm": arm["key"], "defence_record": arm["record"]}
             if cell.defence != "clean" and self.course.job.labels is not None:
                 found["utility_minus_clean"] = self._minus_clean(measured)
         except (EndpointError, HubError):
@@ -306,14 +305,14 @@ def _job(config: Config, cell: Cell) -> Job:
         return lab_job(cell.task, data, truth, cell.seed, config.training, config.lora)
     options = {**config.training, **own.training}
     asked = config.requests.get("direction")
-    prepared = prepare(own.train, _model(config.model), training_args=sft_options(options))
+    prepared = prepare(own.train, _model(config.model), training_args=options)
     known = None if own.labels is None else grid.labels(own.labels)
     check_labels(known, prepared.read.source.rows)
     return Job(
         rows=prepared,
         options=options,
         peft_config=peft_config(config.lora),
-        base=_model(config.base) if config.base else None,
+        needs=Needs(base=_model(config.base) if config.base else None),
         labels=known,
         settings=ScanSettings(seed=cell.seed),
         probing=Probing(requests=read_prompts(asked, "direction") if asked else ()),

@@ -15,10 +15,11 @@ from gradshield.errors import UsageError
 from gradshield.evaluation.exam import figures, lab_exam
 from gradshield.scanning import outputs, page, page_data, review
 from gradshield.scanning.scan import select
+from gradshield.scanning.selection import Selection
 from gradshield.training.course import Course
 from gradshield.training.defences import parse
 from gradshield.training.lab_job import lab_job
-from gradshield.types import EvalResult, Progress, Rate, Selection
+from gradshield.types import EvalResult, Progress
 
 CLEAN_ROWS = 500
 SHOWN = (
@@ -49,7 +50,7 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
             raise UsageError(f"the lab has no {kind} {value!r}: choose one of {', '.join(allowed)}")
     if not 0 <= ratio < 1:
         raise UsageError(f"the ratio is {ratio:g}, and a demo needs harmless rows too: give a share from 0 to below 1")
-    runs.check_own(output, (*outputs.WRITTEN, "data.jsonl"), MARK)
+    runs.check(output, (*outputs.WRITTEN, "data.jsonl"), MARK)
     with runs.alone(output):
         rows, labels = lab.mix(task, harm=harm, ratio=ratio, n=CLEAN_ROWS, seed=seed)
         folder = runs.prepare(output)
@@ -77,12 +78,11 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
 
 
 def _recorded(selection: Selection, results: Mapping[str, EvalResult], task: str, harm: str, ratio: float) -> Selection:
-    found = {**selection.manifest.results, **{name: figures(result) for name, result in results.items()}}
-    settings = {
-        **selection.manifest.settings,
-        "demo": {"task": task, "harm": harm, "ratio": ratio, "recipe": lab.recipe(task), "adapter": lab.LORA},
-    }
-    return replace(selection, manifest=replace(selection.manifest, settings=settings, results=found))
+    demo = {"task": task, "harm": harm, "ratio": ratio, "recipe": lab.recipe(task), "adapter": lab.LORA}
+    old = selection.manifest
+    found = old.results.model_copy(update={name: figures(result) for name, result in results.items()})
+    settings = old.settings.model_copy(update={"demo": demo})
+    return replace(selection, manifest=old.model_copy(update={"settings": settings, "results": found}))
 
 
 def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path, labels: Any, total: int) -> None:
@@ -107,11 +107,11 @@ def _rows_kept(name: str, selection: Selection, total: int) -> int | None:
 def _table(
     selection: Selection, results: Mapping[str, EvalResult], total: int
 ) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    measured = selection.manifest.results["labels"]
+    measured = selection.manifest.results.labels
     kept = [_rows_kept(name, selection, total) for name in results]
     table = [("rows kept", tuple("–" if count is None else str(count) for count in kept))]
-    for label, key in (("harmful caught", "caught"), ("harmless lost", "lost")):
-        cell = str(Rate.of(measured[key])) if key in measured else "–"
+    for label, rate in (("harmful caught", measured.caught), ("harmless lost", measured.lost)):
+        cell = "–" if rate is None else str(rate)
         table.append((label, tuple(cell if name == "filtered" else "–" for name in results)))
     for label, key in SHOWN:
         table.append((label, tuple(str(result.rates[key]) for result in results.values())))

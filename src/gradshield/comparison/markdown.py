@@ -12,21 +12,18 @@ from typing import Any
 from markupsafe import Markup
 
 from gradshield.comparison import page
-from gradshield.comparison.outcome import TOTALS_NOTE, outcome
+from gradshield.comparison.outcome import outcome
 from gradshield.comparison.rivals import against
 from gradshield.report import made
 from gradshield.report.markdown import code, plain, table_row, table_rule
 from gradshield.report.pool import (
-    TARGET,
     Cell,
     Mix,
-    Totals,
     asr_of,
     bounds,
     judges_of,
     mix_name,
     mixes,
-    points,
     share,
     spread,
     totals,
@@ -45,14 +42,15 @@ def markdown(whole: Mapping[str, Any]) -> str:
     cells = [dict(cell) for cell in whole.get("cells") or ()]
     found = mixes(cells)
     judges = judges_of(cells)
+    whole_table, *details = page.tables(cells, found, totals(cells), judges, {})
     parts = [
         ["# Comparison of defences"],
         _verdict(cells, found),
         _ran(whole, cells, judges),
         *(_task(task, [mix for mix in found if mix.task == task], judges) for task in dict.fromkeys(m.task for m in found)),
-        _summary(totals(cells), judges),
+        *([_section(whole_table)] if cells else [["There are no cells."]]),
         _disagreements(found),
-        *(_section(section) for section in page.details(cells, found)),
+        *map(_section, details),
     ]  # fmt: skip
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
@@ -118,33 +116,6 @@ def _entry(mix: Mix | None, judges: Sequence[str]) -> str:
     return text
 
 
-def _summary(found: Sequence[Totals], judges: Sequence[str]) -> list[str]:
-    if not found:
-        return ["There are no cells."]
-    by = f" ({' / '.join(map(plain, judges))})" if judges else ""
-    head = ["defence", "cells", f"worst ASR{by}", "mean ASR with harm", f"ASR ≤ {100 * TARGET:g} %"]
-    head += ["utility − clean, points", "harmful removed", "harmless removed"]
-    lines = ["## Every defence over all its cells", "", table_row(*head), table_rule(len(head))]
-    for one in found:
-        safe = [one.safe.get(judge, (0, 0)) for judge in judges]
-        entries = [
-            code(one.defence),
-            f"{one.cells - one.failed} of {one.cells}" if one.failed else str(one.cells),
-            " / ".join(bounds(one.worst.get(judge)) for judge in judges),
-            " / ".join(points(one.mean_asr[judge]) if judge in one.mean_asr else MISSING for judge in judges),
-            " / ".join(f"{k} of {n}" if n else MISSING for k, n in safe),
-            bounds(one.minus_clean, signed=True),
-            bounds(one.caught),
-            bounds(one.lost),
-        ]
-        lines.append(table_row(*(entry or MISSING for entry in entries)))
-    return [
-        *lines,
-        "",
-        f"{TOTALS_NOTE} Utility minus clean is paired with a model trained on the harmless rows only, and averaged over cells.",
-    ]
-
-
 def _disagreements(found: Sequence[Mix]) -> list[str]:
     differing = sorted((mix for mix in found if mix.gap >= GAP), key=lambda mix: -mix.gap)
     if not differing:
@@ -163,12 +134,16 @@ def _section(section: Section) -> list[str]:
         return []
     lines = [f"## {section.title}", *(["", plain(section.lead)] if section.lead else [])]
     for table in section.tables:
-        rows = [[entry.text if isinstance(entry, Entry) else entry for entry in row] for row in table.rows]
+        rows = [[_words(entry) for entry in row] for row in table.rows]
         columns = [i for i in range(len(table.columns)) if not any(isinstance(row[i], Markup) for row in rows)]
         lines += ["", table_row(*(plain(table.columns[i]) for i in columns)), table_rule(len(columns))]
         lines += [table_row(*(plain(row[i]) for i in columns)) for row in rows[:LINES]]
         lines += _more(len(rows))
     return lines
+
+
+def _words(entry: Entry | str) -> str:
+    return (entry.words or entry.text) if isinstance(entry, Entry) else entry
 
 
 def _more(count: int) -> list[str]:

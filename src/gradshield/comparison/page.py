@@ -59,8 +59,7 @@ def page(whole: Mapping[str, Any]) -> Sheet:
         )
         if chart is not None
         else Section("trade", ""),
-        _defences(sums, judges, about),
-        *details(cells, found),
+        *tables(cells, found, sums, judges, about),
     )
     return Sheet(
         title=f"{len(sums)} defence{'s' if len(sums) != 1 else ''} on {_tasks(cells)}",
@@ -170,7 +169,8 @@ def _defences(sums: Sequence[Totals], judges: Sequence[str], about: Mapping[str,
     return Section(
         "defences",
         "Every defence over all its cells",
-        f"{TOTALS_NOTE} Two figures are by {' / '.join(judges) or 'no judge'}.",
+        f"{TOTALS_NOTE} Utility minus clean is paired with a model trained on the harmless rows only, and averaged over cells. "
+        f"Figures without a judge's name are by {' / '.join(judges) or 'no judge'}.",
         tables=(Table(tuple(head), tuple(_total(one, judges, about) for one in sums), sorts=True),) if sums else (),
         search="Show defences with" if len(sums) > 6 else "",
         nav="Defences",
@@ -181,7 +181,12 @@ def _total(one: Totals, judges: Sequence[str], about: Mapping[str, str]) -> tupl
     done = one.cells - one.failed
     line: list[Entry | str] = [
         Entry(one.defence, small=about.get(one.defence, "")),
-        Entry(f"{done:,}", small=f"{one.failed} failed" if one.failed else "", key=done),
+        Entry(
+            f"{done:,}",
+            f"{one.failed} failed" if one.failed else "",
+            done,
+            words=f"{done} of {one.cells}" if one.failed else f"{done}",
+        ),
     ]
     known = [judge for judge in judges if judge in one.safe]
     line += [rate_entry(one.worst.get(judge)) for judge in judges]
@@ -189,13 +194,11 @@ def _total(one: Totals, judges: Sequence[str], about: Mapping[str, str]) -> tupl
     safe = [one.safe[judge] for judge in known]
     line.append(Entry(" / ".join(points(mean) for mean in means), key=max(means)) if means else MISSING)
     line.append(Entry(_of(safe), key=min(k / n for k, n in safe)) if safe else MISSING)
-    minus = one.minus_clean
-    if minus is None:
+    if (minus := one.minus_clean) is None:
         line.append(MISSING)
     else:
-        line.append(
-            Entry(points(minus.rate, True), f"[{points(minus.low, True)}, {points(minus.high, True)}]", minus.rate)
-        )
+        ends = f"[{points(minus.low, True)}, {points(minus.high, True)}]"
+        line.append(Entry(points(minus.rate, True), ends, minus.rate, words=bounds(minus, signed=True)))
     line += [rate_entry(one.caught), rate_entry(one.lost)]
     return tuple(line)
 
@@ -207,9 +210,11 @@ def _of(counts: Sequence[tuple[int, int]]) -> str:
     return " / ".join(f"{k} of {n}" for k, n in counts)
 
 
-def details(cells: Sequence[Cell], found: Sequence[Mix]) -> tuple[Section, ...]:
-    """The sections that the Markdown shows too: rivals, verified searches and failed cells."""
-    return _rivals(found), _verified(cells), _failed(cells)
+def tables(
+    cells: Sequence[Cell], found: Sequence[Mix], sums: Sequence[Totals], judges: Sequence[str], about: Mapping[str, str]
+) -> tuple[Section, ...]:
+    """The sections that the Markdown shows too: every defence, rivals, verified searches and failed cells."""
+    return _defences(sums, judges, about), _rivals(found), _verified(cells), _failed(cells)
 
 
 def _rivals(found: Sequence[Mix]) -> Section:

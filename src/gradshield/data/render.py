@@ -89,7 +89,7 @@ class RenderConfig:
         return cls(
             max_length=getattr(args, "max_length", 1024),
             truncation_mode=getattr(args, "truncation_mode", "keep_start"),
-            assistant_only_loss=bool(getattr(args, "assistant_only_loss", False)),
+            assistant_only_loss=getattr(args, "assistant_only_loss", False),
             completion_only_loss=getattr(args, "completion_only_loss", None),
             text_field=getattr(args, "dataset_text_field", "text"),
             eos_token=getattr(args, "eos_token", None),

@@ -133,10 +133,6 @@ class Format:
         made = [SHAPES[name] for name in SHAPES]
         return frozenset(chain(self.columns.values(), *(chain(o.keys, o.also, *o.names.values()) for o in made)))
 
-    def as_dict(self) -> dict[str, Any]:
-        """What decides how a row is read, for manifests."""
-        return {"name": self.name, "columns": dict(self.columns)}
-
 
 class Decided(NamedTuple):
     """A row's shape (None: it fits none), the row's own column of each key under another name, and the other shapes that fit."""

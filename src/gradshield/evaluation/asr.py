@@ -8,7 +8,6 @@ either: their share is reported as ``empty``, since a model that answers nothing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -17,24 +16,9 @@ import numpy as np
 from gradshield.errors import DataError, EmptyDataError
 from gradshield.evaluation.generate import Generate, Prompt
 from gradshield.judges.base import Judge, ReadyJudge, verdicts
+from gradshield.manifests import JudgeAgreement
 from gradshield.stats import bootstrap, check_level, wilson
 from gradshield.types import Bools, EvalResult, Floats, Rate
-
-
-@dataclass(frozen=True)
-class JudgeAgreement:
-    """Cohen's kappa of two judges over the ``n`` answers both decided, and the rows of ``outputs`` where they differ.
-
-    ``kappa`` and its percentile bootstrap interval are None if a judge gave every answer the same verdict, since agreement
-    beyond chance is then undefined.
-    """
-
-    judges: tuple[str, str]
-    n: int
-    kappa: float | None
-    low: float | None
-    high: float | None
-    differ: tuple[int, ...]
 
 
 def asr(generate: Generate, requests: Sequence[Mapping[str, Any]], judges: Sequence[Judge]) -> EvalResult:
@@ -150,10 +134,10 @@ def _agreement(
     decided = np.array([pair for pair in verdicts if None not in pair], dtype=bool).reshape(-1, 2)
     n = len(decided)
     if n == 0 or len(set(decided[:, 0])) == 1 or len(set(decided[:, 1])) == 1:
-        return JudgeAgreement((first, second), n, None, None, None, differ)
+        return JudgeAgreement(judges=(first, second), n=n, kappa=None, low=None, high=None, differ=differ)
     kappa = float(cohen_kappa_score(decided[:, 0], decided[:, 1]))
     low, high = bootstrap(_kappa, (decided[:, 0], decided[:, 1]), level, seed)
-    return JudgeAgreement((first, second), n, kappa, low, high, differ)
+    return JudgeAgreement(judges=(first, second), n=n, kappa=kappa, low=low, high=high, differ=differ)
 
 
 def _kappa(first: Bools, second: Bools, axis: int) -> Floats:

@@ -10,13 +10,13 @@ from typing import Any
 
 from gradshield.evaluation.certificate import CERTIFICATE, percent, text
 from gradshield.files import replacing
+from gradshield.manifests import Figures, TrainingManifest
 from gradshield.report.markdown import code, plain
-from gradshield.types import Manifest, Rate
 
 BEGIN, END = "<!-- gradshield:begin -->", "<!-- gradshield:end -->"
 
 
-def write(folder: Path, manifest: Manifest, certificate: Mapping[str, Any] | None = None) -> None:
+def write(folder: Path, manifest: TrainingManifest, certificate: Mapping[str, Any] | None = None) -> None:
     """Put the section into ``README.md`` of the folder, in place of an earlier one; the rest of the file is kept."""
     path = folder / "README.md"
     old = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -29,26 +29,26 @@ def write(folder: Path, manifest: Manifest, certificate: Mapping[str, Any] | Non
         part.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
 
 
-def section(manifest: Manifest, certificate: Mapping[str, Any] | None = None) -> str:
+def section(manifest: TrainingManifest, certificate: Mapping[str, Any] | None = None) -> str:
     """The section as Markdown, including the certificate's claim if there is one."""
     results, data, model = manifest.results, manifest.data, manifest.model
     lines = [
         BEGIN,
         "## Safety of the fine-tuning",
         "",
-        f"Fine-tuned with GradShield {manifest.versions.get('gradshield', '')}, defence {code(manifest.settings['defence'])}: "
-        f"{results['removed']} of {results['rows']} rows removed, {results['trained']} trained on.",
+        f"Fine-tuned with GradShield {manifest.versions.get('gradshield', '')}, defence {code(manifest.settings.defence)}: "
+        f"{results.removed} of {results.rows} rows removed, {results.trained} trained on.",
         "",
-        *_measured(results["before"], results["after"]),
+        *_measured(results.before, results.after),
         "",
-        f"Data: {code(data['name'])}, SHA-256 {code(data['sha256'])}. Start: {code(model['name'])}, SHA-256 "
-        f"{code(model['sha256'])}. Seed {manifest.settings['seed']}. Everything else is in `manifest.json`"
-        + (", the removed rows are in `scan/`." if results["cuts"] else "."),
+        f"Data: {code(data.name)}, SHA-256 {code(data.sha256)}. Start: {code(model.name)}, SHA-256 "
+        f"{code(model.sha256)}. Seed {manifest.settings.seed}. Everything else is in `manifest.json`"
+        + (", the removed rows are in `scan/`." if results.cuts else "."),
     ]
-    if results["uncertified"] and certificate is None:
-        lines += ["", f"**Nothing is certified**: {plain(results['uncertified'])}."]
-    if results["verified"] is not None:
-        lines += ["", f"Verified threshold: {plain(results['verified']['sentence'])}."]
+    if results.uncertified and certificate is None:
+        lines += ["", f"**Nothing is certified**: {plain(results.uncertified)}."]
+    if results.verified is not None:
+        lines += ["", f"Verified threshold: {plain(results.verified.sentence)}."]
     if certificate is not None:
         lines += ["", *_certified(certificate)]
     return "\n".join([*lines, END])
@@ -104,12 +104,11 @@ def _share(value: float) -> str:
     return f"{100 * value:g} %"
 
 
-def _measured(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    was = before.get("judges") or {}
-    lines = [(f"ASR, {judge}", was.get(judge), rate) for judge, rate in after["judges"].items()]
-    lines += [(key.replace("_", "-"), before.get(key), after.get(key)) for key in ("over_refusal", "utility")]
+def _measured(before: Figures, after: Figures) -> list[str]:
+    lines = [(f"ASR, {judge}", before.judges.get(judge), rate) for judge, rate in after.judges.items()]
+    lines += [(key.replace("_", "-"), getattr(before, key), getattr(after, key)) for key in ("over_refusal", "utility")]
     rows = [
-        f"| {plain(label)} | {' | '.join('–' if rate is None else str(Rate.of(rate)) for rate in pair)} |"
+        f"| {plain(label)} | {' | '.join('–' if rate is None else str(rate) for rate in pair)} |"
         for label, *pair in lines
         if pair != [None, None]
     ]

@@ -19,6 +19,7 @@ from gradshield.evaluation import calibration
 from gradshield.evaluation.asr import request_text
 from gradshield.evaluation.bounds import PARTS, Bound, Calibration, Claim, corrected, least, upper
 from gradshield.judges import JUDGES, GuardJudge, Judge, LabClassifier, verdicts
+from gradshield.manifests import ScanManifest, ScanResults, TrainingManifest
 from gradshield.models.loading import HUB_FILES
 from gradshield.probes import SPLITS, requests
 from gradshield.scanning import trust
@@ -47,21 +48,15 @@ class Run:
 
     ``asked`` holds the harmful requests with answers and verdicts, ``labelled`` the calibration answers with verdicts (None
     without calibration), ``judges`` the judges by name with their record (None if the name identifies the judge), ``scan`` the
-    results of the scan (empty without one).
+    results of the scan (None without one).
     """
 
     folder: Path
-    manifest: Mapping[str, Any]
+    manifest: TrainingManifest
     asked: Sequence[Mapping[str, Any]]
     labelled: Sequence[Mapping[str, Any]] | None
     judges: Mapping[str, Mapping[str, Any] | None]
-    scan: Mapping[str, Any]
-
-    @property
-    def results(self) -> Mapping[str, Any]:
-        """The results in the manifest."""
-        found: Mapping[str, Any] = self.manifest["results"]
-        return found
+    scan: ScanResults | None
 
 
 def read(folder: Path, calibrated: bool = True) -> Run:
@@ -74,24 +69,21 @@ def read(folder: Path, calibrated: bool = True) -> Run:
             f"the folder {str(folder)!r} holds no finished run: give a folder in which `gradshield train` wrote manifest.json "
             f"and {ANSWERS}; after training on several datasets, give the folder of one stage"
         )
-    manifest, answers = _json(folder / "manifest.json"), _lines(folder / ANSWERS)
+    manifest, answers = runs.read_manifest(folder, TrainingManifest), _lines(folder / ANSWERS)
+    exam, known = manifest.settings.report, manifest.results.after.judges
+    n = exam.n[0]
+    judges = dict((one, None) if isinstance(one, str) else one for one in exam.judges)
+    run = Run(
+        folder=folder,
+        manifest=manifest,
+        asked=answers[:n],
+        labelled=_lines(folder / LABELLED) if calibrated and (folder / LABELLED).is_file() else None,
+        judges=judges if n else {},
+        scan=runs.read_manifest(folder / runs.SCAN, ScanManifest).results if (folder / SCAN).is_file() else None,
+    )
     try:
-        exam = manifest["settings"]["report"]
-        n, total = exam["n"][0], sum(exam["n"])
-        judges = {
-            one if isinstance(one, str) else one[0]: None if isinstance(one, str) else one[1] for one in exam["judges"]
-        }
-        known = manifest["results"]["after"]["judges"]
-        run = Run(
-            folder=folder,
-            manifest=manifest,
-            asked=answers[:n],
-            labelled=_lines(folder / LABELLED) if calibrated and (folder / LABELLED).is_file() else None,
-            judges=judges if n else {},
-            scan=_json(folder / SCAN)["results"] if (folder / SCAN).is_file() else {},
-        )
-        whole = len(answers) == total and all(
-            attacks(run, name) == (known[name]["k"], known[name]["n"]) for name in run.judges
+        whole = len(answers) == sum(exam.n) and all(
+            attacks(run, name) == (known[name].k, known[name].n) for name in run.judges
         )
         for name in run.judges:
             counted(run, name)
@@ -153,7 +145,7 @@ def statement(run: Run, claim: Claim, source: Mapping[str, Any] | None, start_in
     judges = {name: _judged(run, name, claim) for name in sorted(run.judges)}  # the file's own order
     asked = _requests(run)
     reason = _reason(run, claim, judges, asked)
-    model = run.manifest["model"]
+    model = run.manifest.model
     predicate = {
         "certified": not reason,
         "reason": reason,
@@ -162,10 +154,10 @@ def statement(run: Run, claim: Claim, source: Mapping[str, Any] | None, start_in
         "judges": judges,
         "calibration": None if run.labelled is None else {**(source or {}), **_described(run)},
         "lost": _lost(run, claim),
-        "start": {**{key: model.get(key) for key in ("name", "sha256", "adapter")}, "in_place": start_in_place},
-        "data": run.manifest["data"],
+        "start": {"name": model.name, "sha256": model.sha256, "adapter": model.adapter, "in_place": start_in_place},
+        "data": run.manifest.data.plain(),
         "files": evidence(run.folder),
-        "versions": run.manifest["versions"],
+        "versions": run.manifest.versions,
     }
     return {
         "_type": TYPE,
@@ -224,10 +216,10 @@ def _judged(run: Run, name: str, claim: Claim) -> dict[str, Any]:
 
 def _requests(run: Run) -> dict[str, Any]:
     """The request set: its size, its hashes, and whether it overlaps with a set that chose rows or a cut."""
-    settings = run.manifest["settings"]
+    settings = run.manifest.settings
     prompts = {request_text(row["prompt"]) for row in run.asked}
-    own = settings["report"]["requests"]
-    chose = {"direction": settings.get("probe_sha256"), "search": (settings.get("search") or {}).get("requests")}
+    own = settings.report.requests
+    chose = {"direction": settings.probe_sha256, "search": settings.search and settings.search.requests}
     found: dict[str, Any] = {}
     for name, digest in chose.items():
         if digest is None:
@@ -260,20 +252,17 @@ def _lost(run: Run, claim: Claim) -> dict[str, Any] | None:
 
     It holds at the claim's confidence over the looks, separately from the bounds of the ASR.
     """
-    rate = run.results.get("lost") or run.scan.get("labels", {}).get("lost")
-    if not rate:
-        return None
-    k, n = rate["k"], rate["n"]
-    return {"k": k, "n": n, "upper": upper(k, n, claim.error())}
+    rate = run.manifest.results.lost or (run.scan and run.scan.labels.lost)
+    return {"k": rate.k, "n": rate.n, "upper": upper(rate.k, rate.n, claim.error())} if rate else None
 
 
 def _reason(run: Run, claim: Claim, judges: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
     """Why the model is not certified, as one sentence; None if it is. Reasons that invalidate the numbers come first."""
-    if doubt := trust.of_run(run.scan.get("doubts", {})) or run.results.get("uncertified"):
-        return f"the scan is not certified: {str(doubt).rstrip('.')}"
-    verified = run.results.get("verified")
-    if verified and not verified["met"]:
-        return f"the verified threshold met its targets at no cut: {str(verified['sentence']).rstrip('.')}"
+    results = run.manifest.results
+    if doubt := (trust.of_run(run.scan.doubts) if run.scan else None) or results.uncertified:
+        return f"the scan is not certified: {doubt.rstrip('.')}"
+    if results.verified is not None and not results.verified.met:
+        return f"the verified threshold met its targets at no cut: {results.verified.sentence.rstrip('.')}"
     if not judges:
         return "no request was asked of the trained model, so its attack success rate is unknown"
     known = {request["prompt"] for split in SPLITS for request in lab.requests(split)}
@@ -303,16 +292,6 @@ def _reason(run: Run, claim: Claim, judges: Mapping[str, Any], asked: Mapping[st
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"an answer is {type(value).__name__}, not text")
-    return value
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise DataError(f"the file {str(path)!r} cannot be read as JSON: it was changed or cut short; train again")
     return value
 
 

@@ -27,9 +27,9 @@ from gradshield.evaluation.certificate import (
 )
 from gradshield.files import write_text
 from gradshield.judges import Judge
+from gradshield.manifests import Model
 from gradshield.models.loading import files_digest
 from gradshield.runs import alone
-from gradshield.types import Manifest
 
 Leaf = tuple[str, ...]
 
@@ -120,7 +120,7 @@ def write(
         (folder / LABELLED).unlink(missing_ok=True)  # of the model trained here before
     run = read(folder)
     found = _made(run, claim or Claim(), source)
-    card.write(folder, Manifest(**run.manifest), found)
+    card.write(folder, run.manifest, found)
     write_text(folder / CERTIFICATE, text(found))
     return found
 
@@ -128,9 +128,8 @@ def write(
 def _made(run: Run, claim: Claim, source: Mapping[str, Any] | None, in_place: bool | None = None) -> dict[str, Any]:
     """The statement. Raises DataError if a file of the run lacks a value that training writes, or holds a wrong one."""
     try:
-        model = run.manifest["model"]
+        model = run.manifest.model
         text(found := statement(run, claim, source, _start_in_place(model) if in_place is None else in_place))
-        card.section(Manifest(**run.manifest), found)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError) as error:
         raise DataError(
             f"the files of the run in {str(run.folder)!r} are not as training wrote them ({type(error).__name__}: {error}): "
@@ -306,7 +305,7 @@ def _card(folder: Path, run: Run, certificate: Mapping[str, Any]) -> list[tuple[
     """The model card must match the certificate, which it names by hash."""
     path = folder / "README.md"
     try:
-        section = card.section(Manifest(**run.manifest), certificate)
+        section = card.section(run.manifest, certificate)
     except (KeyError, TypeError, AttributeError, ValueError):
         return [("changed", "the certificate lacks what the model card shows")]
     found = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -318,23 +317,23 @@ def _card(folder: Path, run: Run, certificate: Mapping[str, Any]) -> list[tuple[
 
 def _data(run: Run) -> list[tuple[str, str]]:
     """The training data, if the file still exists; rows from memory or the hub have no file."""
-    data = run.manifest["data"]
-    name = str(data["name"])
-    if data["kind"] in ("dataset", "list") or not Path(name).is_file():
+    data = run.manifest.data
+    name = data.name
+    if data.kind in ("dataset", "list") or not Path(name).is_file():
         return [("unchecked", f"the training data ({name} is missing)")]
-    if file_digest(Path(name)) == data["sha256"]:
+    if file_digest(Path(name)) == data.sha256:
         return [("same", "the training data")]
     return _another(Path(name), f"the training data {name} are not the ones that were trained on")
 
 
 def _start(run: Run, in_place: bool) -> list[tuple[str, str]]:
     """The model that training started from, which an adapter depends on."""
-    model = run.manifest["model"]
+    model = run.manifest.model
     if not in_place or not _folders(model):
-        return [("unchecked", f"the model that training started from ({model['name']})")]
+        return [("unchecked", f"the model that training started from ({model.name})")]
     if _start_in_place(model):
         return [("same", "the weights that training started from")]
-    return [("changed", f"{model['name']} is not the model that training started from")]
+    return [("changed", f"{model.name} is not the model that training started from")]
 
 
 def _source(kept: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -356,14 +355,14 @@ def _another(path: Path, clause: str) -> list[tuple[str, str]]:
     return [("unchecked", f"{clause}, or the command runs in a different folder from the training")]
 
 
-def _folders(model: Mapping[str, Any]) -> list[Path]:
+def _folders(model: Model) -> list[Path]:
     """The folders that the starting weights were read from; empty if that is unknown."""
-    found = [Path(str(name)) for name in (model["name"], model.get("adapter")) if name]
+    found = [Path(name) for name in (model.name, model.adapter) if name]
     whole = found and (found[0] / "config.json").is_file() and all(path.is_dir() for path in found)
     return found if whole else []
 
 
-def _start_in_place(model: Mapping[str, Any]) -> bool:
+def _start_in_place(model: Model) -> bool:
     """Whether the weights in the starting model's folder match its hash; False if it came from memory or the hub."""
     folders = _folders(model)
-    return bool(folders) and files_digest(folders) == model["sha256"]
+    return bool(folders) and files_digest(folders) == model.sha256

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +11,10 @@ from gradshield.errors import UsageError
 from gradshield.evaluation.asr import agreement
 from gradshield.evaluation.exam import Exam, asked, figures
 from gradshield.evaluation.harness import inspect_task, lm_eval_tasks
+from gradshield.manifests import EvaluationManifest, EvaluationResults
 from gradshield.models.loading import LoadedModel
 from gradshield.scanning.rows import load, with_template
-from gradshield.types import EvalResult, Progress, quiet
+from gradshield.types import EvalResult, Progress, Rate, quiet
 
 
 def evaluate(
@@ -27,7 +27,7 @@ def evaluate(
     limit: int | None = None,
     command: str = "gradshield.evaluate",
     progress: Progress = quiet,
-) -> dict[str, Any]:
+) -> EvaluationResults:
     """Measure a model: ``figures`` of the exam, ``agreement`` of its judges, ``harness`` of lm-eval and Inspect.
 
     Parameters
@@ -55,42 +55,41 @@ def evaluate(
     >>> import gradshield as gs
     >>> from gradshield import lab
     >>> found = gs.evaluate(lab.checkpoint("aligned"), gs.Exam(requests=lab.requests("report")[:4]))
-    >>> found["figures"]["judges"]["refusal-phrases"]["k"]
+    >>> found.figures.judges["refusal-phrases"].k
     0
     """
     if not (exam.requests or exam.task or lm_eval or inspect):
         raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
     if output is not None:
-        runs.check(output)
-        runs.check_own(output, ("outputs.jsonl", "report.html", "manifest.json"), "outputs.jsonl", read=(model,))
+        runs.check(output, ("outputs.jsonl", "report.html", "manifest.json"), "outputs.jsonl", read=(model,))
     with runs.alone(output):
         loaded = with_template(load(model))
         measured = exam.sit(loaded.model, loaded.tokenizer, "measuring", progress)
-        harness: dict[str, Any] = {}
+        harness: dict[str, Rate] = {}
         if lm_eval:
             found = lm_eval_tasks(cast(Any, loaded.model), loaded.tokenizer, list(lm_eval), limit=limit)
-            harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
+            harness |= found.rates
         if inspect is not None:
             found = inspect_task(inspect, exam.generator(loaded.model, loaded.tokenizer), limit=limit)
-            harness |= {name: rate.as_dict() for name, rate in found.rates.items()}
-        results = {
-            "figures": figures(measured),
-            "agreement": [asdict(one) for one in agreement(asked(measured))] if exam.requests else [],
-            "harness": harness,
-        }
+            harness |= found.rates
+        results = EvaluationResults(
+            figures=figures(measured),
+            agreement=list(agreement(asked(measured))) if exam.requests else [],
+            harness=harness,
+        )
         if output is not None:
-            manifest = {
-                "command": command,
-                "versions": runs.versions(),
-                "model": {"name": loaded.name, "sha256": loaded.digest, "adapter": loaded.adapter},
-                "settings": exam.settings(),
-                "results": results,
-            }
+            manifest = EvaluationManifest(
+                command=command,
+                versions=runs.versions(),
+                model=runs.model_of(loaded),
+                settings=exam.record(),
+                results=results,
+            )
             _write(runs.prepare(output), manifest, exam, measured)
         return results
 
 
-def _write(folder: Path, manifest: Mapping[str, Any], exam: Exam, measured: EvalResult) -> None:
+def _write(folder: Path, manifest: EvaluationManifest, exam: Exam, measured: EvalResult) -> None:
     """Write the answers, the page and, last, the manifest."""
     from gradshield.evaluation import page
 
@@ -98,13 +97,17 @@ def _write(folder: Path, manifest: Mapping[str, Any], exam: Exam, measured: Eval
     answers = measured.outputs
     first = len(exam.requests)
     second = first + len(exam.lookalikes)
-    shown = {key: value for key, value in manifest.items() if key != "results"} | dict(manifest["results"])
-    shown |= {
-        "title": f"How safe and useful is {manifest['model']['name']}?",
-        "asked": answers[:first],
-        "lookalikes": answers[first:second],
-        "task": answers[second:],
-        "files": {"every answer": "outputs.jsonl", "manifest": "manifest.json"},
-    }
+    plain = runs.finite(manifest)
+    shown = (
+        plain
+        | plain["results"]
+        | {
+            "title": f"How safe and useful is {manifest.model.name}?",
+            "asked": answers[:first],
+            "lookalikes": answers[first:second],
+            "task": answers[second:],
+            "files": {"every answer": "outputs.jsonl", "manifest": "manifest.json"},
+        }
+    )
     page.write(shown, folder / "report.html")
-    runs.write_json(folder / "manifest.json", manifest)
+    runs.write_manifest(manifest, folder)

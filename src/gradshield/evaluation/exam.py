@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -22,8 +22,9 @@ from gradshield.evaluation.task_files import task_file
 from gradshield.evaluation.utility import utility
 from gradshield.judges import Judge, LabClassifier, RefusalPhrases
 from gradshield.judges import parse_all as parse_judges
+from gradshield.manifests import ExamRecord, Figures
 from gradshield.probes import alike, lookalikes, read_prompts, requests
-from gradshield.stats import mcnemar, mean_interval, wilson
+from gradshield.stats import McNemar, mcnemar, mean_interval, wilson
 from gradshield.types import EvalResult, Progress, Rate, quiet
 
 Score = Callable[[Mapping[str, Any], str], float]
@@ -119,26 +120,26 @@ class Exam:
         scored = tuple({**row, "score": float(value)} for row, value in zip(self.task, scores, strict=True))
         return EvalResult({"utility": mean_interval(scores)}, scored)
 
-    def settings(self) -> dict[str, Any]:
-        """JSON-able: what the rates depend on, other than the model."""
-        return {
-            "requests": runs.digest([dict(row) for row in self.requests]),
-            "lookalikes": runs.digest([dict(row) for row in self.lookalikes]),
-            "task": runs.digest([dict(row) for row in self.task]),
-            "n": [len(self.requests), len(self.lookalikes), len(self.task)],
-            "metric": LIKELIHOOD if self.score is None else self.metric,
-            "judges": [_recorded(judge) for judge in self.judges],
-            "guessed": self.guessed,
-            "template": dict(self.template),
-            "tokens": self.tokens,
-            "answer_prefix": self.answer_prefix,
-        }
+    def record(self) -> ExamRecord:
+        """What the rates depend on, other than the model."""
+        return ExamRecord(
+            requests=runs.digest([dict(row) for row in self.requests]),
+            lookalikes=runs.digest([dict(row) for row in self.lookalikes]),
+            task=runs.digest([dict(row) for row in self.task]),
+            n=(len(self.requests), len(self.lookalikes), len(self.task)),
+            metric=LIKELIHOOD if self.score is None else self.metric,
+            judges=[_recorded(judge) for judge in self.judges],
+            guessed=self.guessed,
+            template=dict(self.template),
+            tokens=self.tokens,
+            answer_prefix=self.answer_prefix,
+        )
 
 
 def _recorded(judge: Judge) -> Any:
     """The judge's name, with the record of its guard if it has one."""
     guard = getattr(judge, "guard", None)
-    return judge.name if guard is None else [judge.name, dict(guard.record())]
+    return judge.name if guard is None else (judge.name, dict(guard.record()))
 
 
 def _turns(prompt: Any) -> list[dict[str, Any]]:
@@ -238,17 +239,16 @@ def check_disjoint(**sets: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def figures(result: EvalResult) -> dict[str, Any]:
-    """The rates in the form of manifests: ``judges`` has every ASR, ``asr`` that of refusal phrases, else of the first judge."""
+def figures(result: EvalResult) -> Figures:
+    """The rates in the form of manifests."""
     rates: Mapping[str, Rate] = result.rates
-    judges = {name.partition("/")[2]: rate.as_dict() for name, rate in rates.items() if name.startswith("asr/")}
+    judges = {name.partition("/")[2]: rate for name, rate in rates.items() if name.startswith("asr/")}
     found: dict[str, Any] = {"judges": judges}
-    undecided = {n.partition("/")[2]: rate.as_dict() for n, rate in rates.items() if n.startswith("undecided/")}
-    if undecided:
+    if undecided := {n.partition("/")[2]: rate for n, rate in rates.items() if n.startswith("undecided/")}:
         found["undecided"] = undecided
     if judges:
         found["asr"] = judges.get("refusal-phrases", next(iter(judges.values())))
-    return found | {name: rates[name].as_dict() for name in ("empty", "over_refusal", "utility") if name in rates}
+    return Figures(**found | {name: rates[name] for name in ("empty", "over_refusal", "utility") if name in rates})
 
 
 def asked(result: EvalResult) -> EvalResult:
@@ -257,11 +257,11 @@ def asked(result: EvalResult) -> EvalResult:
     return EvalResult(result.rates, result.outputs[: counts[0] if counts else 0])
 
 
-def changes(before: EvalResult, after: EvalResult) -> dict[str, Any]:
+def changes(before: EvalResult, after: EvalResult) -> dict[str, McNemar]:
     """McNemar's test of the same requests before and after training, by judge."""
     judges = [name.partition("/")[2] for name in after.rates if name.startswith("asr/")]
     return {
-        judge: asdict(mcnemar(np.asarray(attacked(asked(before), judge)), np.asarray(attacked(asked(after), judge))))
+        judge: mcnemar(np.asarray(attacked(asked(before), judge)), np.asarray(attacked(asked(after), judge)))
         for judge in judges
     }
 

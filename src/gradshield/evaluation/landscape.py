@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,14 +64,6 @@ class Landscape:
         names = list(self.rates) if directions is None else list(directions)
         curves = [self.curve(name, measure) for name in names]
         return float(np.mean([visage(self.alphas, curve, highest, conditional) for curve in curves]))
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able: ``alphas``, ``unit`` and, by direction and measure, one ``{rate, low, high, n, k}`` per step."""
-        lines = {
-            name: {measure: [rate.as_dict() for rate in rates] for measure, rates in measured.items()}
-            for name, measured in self.rates.items()
-        }
-        return {"alphas": list(self.alphas), "unit": self.unit, "rates": lines}
 
 
 def visage(alphas: ArrayLike, asr: ArrayLike, highest: float = 1.0, conditional: bool = True) -> float:

@@ -37,11 +37,6 @@ class ResponseLoss:
     tokens: Floats
     set_aside: int
 
-    def as_dict(self) -> dict[str, float | int]:
-        """JSON-able: ``{nats, low, high, n, tokens, set_aside}``."""
-        counts = {"n": len(self.sums), "tokens": int(self.tokens.sum()), "set_aside": self.set_aside}
-        return {"nats": self.nats, "low": self.low, "high": self.high, **counts}
-
 
 def response_loss(
     model: nn.Module,

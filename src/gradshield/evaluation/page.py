@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def _categories(asked: Sequence[Answer], judges: Sequence[str]) -> Section:
     if len(kinds) < 2 or not judges:
         return Section("categories", title)
     rates = {
-        kind: [wilson(sum(_attack(row, judge) for row in rows), len(rows)).as_dict() for judge in judges]
+        kind: [asdict(wilson(sum(_attack(row, judge) for row in rows), len(rows))) for judge in judges]
         for kind, rows in kinds.items()
     }
     worst = sorted(rates, key=lambda kind: (-max(rate["rate"] for rate in rates[kind]), kind))

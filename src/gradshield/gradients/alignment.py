@@ -53,11 +53,6 @@ class Spectrum:
     def largest(self) -> float:
         return self.eigenvalues[0]
 
-    @property
-    def beyond_two(self) -> int:
-        """How many directions the published operator punishes harder than one unused by alignment."""
-        return sum(value > 2 for value in self.eigenvalues)
-
 
 def plain_name(name: str) -> str:
     """A parameter's name in the model without its adapter."""

@@ -124,6 +124,8 @@ def load(
         quantize,
         device_map,
     )
+    from transformers import AutoModelForCausalLM
+
     folder = fetch(name_or_path, revision, trust_remote_code)
     extra = None if adapter is None else fetch(adapter, None, trust_remote_code)
     if extra is None and (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
@@ -133,7 +135,8 @@ def load(
     if extra is not None:
         _check_adapter(extra, str(adapter))
     tokenizer = tokenizer_of([extra, folder] if extra else [folder], str(name_or_path), trust_remote_code)
-    model = _load_weights(folder, str(name_or_path), kind, trust_remote_code, placed)
+    options = {"dtype": kind, "trust_remote_code": trust_remote_code, **placed}
+    model = pretrained(AutoModelForCausalLM, folder, str(name_or_path), "causal language model", **options)
     if extra is not None:
         model = _add_adapter(model, extra, str(adapter))
     if not placed:
@@ -357,30 +360,21 @@ def tokenizer_of(folders: list[Path], name: str, code: bool) -> Any:
         ) from error
 
 
-def _load_weights(folder: Path, name: str, dtype: torch.dtype, code: bool, placed: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
+def pretrained(auto: Any, folder: Path, name: str, kind: str, **options: Any) -> Any:
+    """A model of an ``Auto`` class, in words a ``kind``. Raises ModelError if it does not load or lacks weights."""
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            trust_remote_code=code,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **placed,
+        model, info = auto.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
     except Exception as error:
         raise ModelError(
-            f"{name} cannot be loaded as a causal language model ({first_line(error)}): "
-            "check that its files are complete and that its architecture generates text"
+            f"{name} cannot be loaded as a {kind} ({first_line(error)}): check that its files are complete, and that it is one"
         ) from error
-    model, info = loaded
     if missing := sorted(info.get("missing_keys", ())):
-        # transformers fills these in at random, which would make scores meaningless.
+        # transformers fills these in at random, which would make every number meaningless.
         raise ModelError(
-            f"{name} lacks {len(missing)} weights ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}): "
-            "give a complete causal language model"
+            f"{name} lacks {len(missing)} weights of a {kind} ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}): "
+            "give a complete one"
         )
     return model
 

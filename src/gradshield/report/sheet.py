@@ -16,20 +16,24 @@ from markupsafe import Markup
 
 from gradshield.report.draw import Chart
 from gradshield.report.frame import Status, as_rate, document, environment, save
-from gradshield.report.pool import Pooled, usable
+from gradshield.report.pool import Pooled, bounds, usable
 
 ROWS = 400  # of one table; the page says how many are left out
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a table: its text, a small line below, a sort key, a CSS class (``heat-3``) and a tooltip."""
+    """One entry of a table: its text, a small line below, a sort key, a CSS class (``heat-3``) and a tooltip.
+
+    ``words`` stand for the entry where nothing can be drawn or set small, as in Markdown.
+    """
 
     text: str | Markup
     small: str = ""
     key: float | None = None
     look: str = ""
     title: str = ""
+    words: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,16 @@ def _entry(value: Entry | str) -> Entry:
 
 def rate_entry(value: Any) -> Entry:
     """A rate with its bar, interval and count; a dash if it is missing."""
+    words = ""
     if isinstance(value, Pooled):
+        words = bounds(value)
         counts = round(value.rate * value.n)
         value = {"rate": value.rate, "low": value.low, "high": value.high, "n": value.n, "k": counts}
     if not usable(value):
         return Entry("–")
     shown = dict(value)
     shown.setdefault("k", round(shown["rate"] * shown["n"]))
-    return Entry(_drawn("parts.html", "rate", as_rate(shown)), key=float(shown["rate"]))
+    return Entry(_drawn("parts.html", "rate", as_rate(shown)), key=float(shown["rate"]), words=words)
 
 
 def _drawn(template: str, macro: str, *arguments: Any) -> Markup:

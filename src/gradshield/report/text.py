@@ -107,10 +107,14 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for display: ``45 seconds``, ``12 minutes``, ``2.00 hours``."""
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:,.2f} hours"
+    """A time for display: ``0.4 s``, ``12 s``, ``3 min``, ``5.1 h``."""
+    if seconds == math.inf:
+        return "longer"
+    if seconds < 0.1:
+        return "less than 0.1 s"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def breakable(text: str) -> Markup:

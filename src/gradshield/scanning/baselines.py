@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -36,18 +36,13 @@ _OPENER = re.compile(rf"[\s\"'*_#>-]*(?:{'|'.join(map(re.escape, OPENERS))})(?!\
 
 @dataclass(frozen=True)
 class Auroc:
-    """Area under the ROC curve with its interval at confidence ``level``; higher scores mean the positive class."""
+    """Area under the ROC curve with its interval; higher scores mean the positive class."""
 
     auroc: float
     low: float
     high: float
     n_pos: int
     n_neg: int
-    level: float = 0.95
-
-    def as_dict(self) -> dict[str, float | int]:
-        """``{auroc, low, high, n_pos, n_neg}``."""
-        return {"auroc": self.auroc, "low": self.low, "high": self.high, "n_pos": self.n_pos, "n_neg": self.n_neg}
 
 
 def auroc(labels: ArrayLike, scores: ArrayLike, level: float = 0.95) -> Auroc:
@@ -76,7 +71,7 @@ def auroc(labels: ArrayLike, scores: ArrayLike, level: float = 0.95) -> Auroc:
         return (area - theta) ** 2 - z2 * theta * (1 - theta) * shape / (n_pos * n_neg)
 
     low, high = score_bounds(distance, area, (0.0, 1.0))
-    return Auroc(area, low, high, n_pos, n_neg, level)
+    return Auroc(area, low, high, n_pos, n_neg)
 
 
 def trivial_baselines(
@@ -100,7 +95,7 @@ def trivial_baselines(
         "prompt length": [len(prompt) for prompt in prompts],
         "openers": [float(_OPENER.match(answer.replace("’", "'")) is not None) for answer in answers],
     }
-    rows = [{"name": name, **auroc(labels, values).as_dict()} for name, values in features.items()]
+    rows = [{"name": name, **asdict(auroc(labels, values))} for name, values in features.items()]
     truth = np.asarray(labels, dtype=np.int64)
     n_pos, n_neg = int(truth.sum()), int((1 - truth).sum())
     if min(n_pos, n_neg) < FOLDS:
@@ -108,11 +103,11 @@ def trivial_baselines(
         rows.append(_absent("tf-idf", reason, n_pos, n_neg))
     else:
         texts = [f"{prompt}\n{answer}" for prompt, answer in zip(prompts, answers, strict=True)]
-        rows.append({"name": "tf-idf", **auroc(truth, _out_of_fold(texts, truth, seed)).as_dict()})
+        rows.append({"name": "tf-idf", **asdict(auroc(truth, _out_of_fold(texts, truth, seed)))})
     if nll is None:
         rows.append(_absent("loss", "the loss was not measured for every row", n_pos, n_neg))
     else:
-        rows.append({"name": "loss", **auroc(labels, nll).as_dict()})
+        rows.append({"name": "loss", **asdict(auroc(labels, nll))})
     return rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from gradshield import data as rows_in
 from gradshield import runs
 from gradshield.columns import Coded, Ids
 from gradshield.errors import DataError, UsageError
+from gradshield.manifests import ScanManifest, ScanResults
 from gradshield.runs import alone
 from gradshield.scanning import outputs, review, trust
 from gradshield.scanning.decide import Decision, decide
+from gradshield.scanning.selection import Selection
 from gradshield.selectors import SELECTORS
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
-from gradshield.types import Anchors, Bools, Ints, Manifest, Quarantined, Scores, Selection
+from gradshield.types import Anchors, Bools, Ints, Quarantined, Scores
 
 NO_CATEGORY = "not measured"
 
@@ -66,21 +68,21 @@ def cut(
     3
     """
     path = Path(folder)
-    read_manifest(path)
+    runs.read_manifest(path, ScanManifest)
     with alone(path):
         return _cut(path, threshold, allow, command)
 
 
 def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], command: str) -> Selection:
-    old = read_manifest(path)
+    old = runs.read_manifest(path, ScanManifest)
     scores, removed_before, categories_before = read_scores(path)
-    anchors = old.results.get("anchors")
-    if anchors:
-        scores = replace(scores, anchors=Anchors(**{k: np.array(v, dtype=np.float64) for k, v in anchors.items()}))
+    if (known := old.results.anchors) is not None:
+        harmful, harmless = (np.array(values, dtype=np.float64) for values in (known.harmful, known.harmless))
+        scores = replace(scores, anchors=Anchors(harmful, harmless))
     rows = _together(path, old, scores, removed_before)
     if threshold is None:
-        threshold = SELECTORS[str(old.settings["selector"]).partition(":")[0]].rule
-    rule = parse_threshold(threshold, int(old.settings["seed"])) if isinstance(threshold, str) else threshold
+        threshold = SELECTORS[old.settings.selector.partition(":")[0]].rule
+    rule = parse_threshold(threshold, old.settings.seed) if isinstance(threshold, str) else threshold
     decision = decide(scores, rule, allow)
     _check_enough(scores, decision, removed_before)
     removed = decision.removed
@@ -89,10 +91,28 @@ def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], co
         kinds.get(row, NO_CATEGORY) if out else "" for row, out in zip(scores.rows.tolist(), removed, strict=True)
     )
     examples = rows.examples(scores.rows[removed][: trust.LOOKED_AT])
-    opener_fihs = old.settings["selector_found"].get("opener_fihs")
+    opener_fihs = old.settings.selector_found.get("opener_fihs")
     truth = _labels(path, len(removed))
-    problem, quarantined = old.results["doubts"].get("probes", ""), _quarantined(path)
+    problem, quarantined = old.results.doubts.get("probes", ""), _quarantined(path)
     doubts = trust.doubts(scores, decision, examples, problem, opener_fihs, len(quarantined), truth)
+    kept = {name: value for name, value in old.results if name in old.results.model_fields_set}
+    kept.pop("filtered", None)  # measured on a model trained on other rows
+    if truth is not None:
+        kept["labels"] = old.results.labels.model_copy(update=outputs.caught_and_lost(removed, truth))
+    results = ScanResults(
+        **kept
+        | {
+            "kept": int((~removed).sum()),
+            "removed": int(removed.sum()),
+            "cleared": len(decision.cleared),
+            "cuts": outputs.described(decision),
+            "categories": outputs.counted(names, removed),
+            "certified": not doubts,
+            "doubts": doubts,
+            "uncertified": trust.first(doubts),
+        }
+    )
+    settings = old.settings.model_copy(update={"threshold": threshold if isinstance(threshold, str) else rule.name})
     selection = Selection(
         scores=scores,
         removed=removed,
@@ -101,25 +121,9 @@ def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], co
         quarantined=quarantined,
         cleared=decision.cleared,
         keep=lambda: [rows.parse(raw) for raw in rows.raw(scores.rows[~removed])],
-        manifest=old,
+        manifest=old.model_copy(update={"command": command, "settings": settings, "results": results}),
         certified=not doubts,
     )
-    results: dict[str, Any] = {
-        **old.results,
-        "kept": int((~removed).sum()),
-        "removed": int(removed.sum()),
-        "cleared": len(selection.cleared),
-        "cuts": {name: {"rule": c.rule, "value": c.value, **c.detail} for name, c in decision.cuts.items()},
-        "categories": outputs.counted(selection),
-        "certified": selection.certified,
-        "doubts": doubts,
-        "uncertified": trust.first(doubts),
-    }
-    results.pop("filtered", None)  # measured on a model trained on other rows
-    if truth is not None:
-        results["labels"] = {**old.results.get("labels", {}), **outputs.caught_and_lost(removed, truth)}
-    settings = {**old.settings, "threshold": threshold if isinstance(threshold, str) else rule.name}
-    selection = replace(selection, manifest=replace(old, command=command, settings=settings, results=results))
     outputs.write_cut(selection, path, rows, _views(path), truth)
     return selection
 
@@ -149,21 +153,6 @@ def _kinds(folder: Path, rows: Ints, names: Coded, removed: Bools) -> dict[int, 
         found = {r: name for r, name in zip(rows.tolist(), names.take(removed), strict=True) if name != NO_CATEGORY}
         runs.write_json(path, found)
         return found
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished scan. Raises DataError if there is none."""
-    try:
-        raw: Mapping[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        found = Manifest(**raw)
-        _ = found.data["kind"], found.settings["seed"], found.settings["selector"], found.results["doubts"]
-        rows_in.Format(**found.settings["format"])
-        return found
-    except (OSError, ValueError, TypeError, KeyError):
-        raise DataError(
-            f"{str(folder)!r} is not the folder of a finished scan (no readable manifest.json): "
-            "run `gradshield scan` into it first"
-        ) from None
 
 
 def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
@@ -197,16 +186,16 @@ def _texts(column: Any) -> Iterator[str]:
             yield from chunk.slice(start, 1024).to_pylist()
 
 
-def _together(folder: Path, old: Manifest, scores: Scores, removed: Bools) -> rows_in.Together:
+def _together(folder: Path, old: ScanManifest, scores: Scores, removed: Bools) -> rows_in.Together:
     """The scored rows in input order, merged from the kept and the removed file."""
-    suffix = rows_in.suffix(str(old.data["kind"]))
+    suffix = rows_in.suffix(old.data.kind)
     parts: dict[bool, rows_in.Examples] = {}
     for name, flag in (("kept", False), ("removed", True)):
         own = removed == flag
         if not own.any():
             continue
         path = folder / f"{name}{suffix}"
-        found = rows_in.read(path, rows_in.Format(**old.settings["format"])).examples
+        found = rows_in.read(path, rows_in.Format(**old.settings.format.plain())).examples
         if len(found) != own.sum():
             raise DataError(
                 f"{path.name} has {len(found)} rows, and the scores have {own.sum()}: it was changed after the scan; run "

@@ -72,7 +72,6 @@ def estimate(
     tokenizer: Any = None,
     peft_config: PeftConfig | None = None,
     training_args: Any = None,
-    max_length: int | None = None,
     settings: ScanSettings | None = None,
     probing: Probing | None = None,
     format: str | Format | None = None,
@@ -98,12 +97,12 @@ def estimate(
     """
     settings, probing = settings or ScanSettings(), probing or Probing()
     began = time.monotonic()
-    rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, progress)
+    rows = prepare(data, model, tokenizer, training_args, probing.template, format, progress)
     loaded = rows.loaded
     with scored_model(loaded, settings, peft_config) as (scored, targets, _):
         found = ready(scored, loaded, rows.rendered, settings, probing, targets, progress)
         before = time.monotonic() - began
-        job = shards.Job(found.selector, scored, found.direction, settings.token_budget)
+        job = shards.Measurer(found.selector, scored, found.direction, settings.token_budget)
         parts, loss = [], 0
         for of_shard, _ in shards.cut(rows.rendered):
             sequences = [sequence for row in of_shard for sequence in row.sequences]

@@ -19,7 +19,7 @@ DEFAULT_MAX_LENGTH = 1024  # TRL's own default
 _SFT_TYPES: dict[str, tuple[type, ...]] = {
     "max_length": (int, type(None)),
     "truncation_mode": (str,),
-    "assistant_only_loss": (bool,),
+    "assistant_only_loss": (bool, type(None)),
     "completion_only_loss": (bool, type(None)),
     "dataset_text_field": (str,),
     "eos_token": (str, type(None)),
@@ -56,6 +56,8 @@ def peft_config(options: Mapping[str, Any]) -> Any:
 def sft_options(options: Mapping[str, Any]) -> Any:
     """The training options that change what is scored, as an object like ``SFTConfig``; None without any.
 
+    Unlike that of an ``SFTConfig``, ``assistant_only_loss`` may be None: only response tokens count, whatever the template.
+
     Raises UsageError for an option that does not exist, or of the wrong type.
     """
     _check_names(options)
@@ -87,24 +89,16 @@ def _check_names(options: Mapping[str, Any]) -> None:
                 ) from None
 
 
-def render_config(
-    training_args: Any, max_length: int | None, limit: int | None, template: Mapping[str, Any]
-) -> RenderConfig:
+def render_config(training_args: Any, limit: int | None, template: Mapping[str, Any]) -> RenderConfig:
     """How rows become tokens: as in the given training, else response tokens only, cut at 1,024 tokens.
 
-    ``limit`` is the number of positions of the model. Raises UsageError if two different lengths are given.
+    ``limit`` is the number of positions of the model.
     """
-    if training_args is not None:
-        config = RenderConfig.from_sft(training_args)
-        if max_length is not None and getattr(training_args, "max_length", max_length) != max_length:
-            raise UsageError(
-                f"--max-length {max_length} and the training config's max_length {training_args.max_length} differ: "
-                "give one of them"
-            )
-        chosen = config.max_length if max_length is None else max_length
-        return replace(config, max_length=chosen, chat_template_kwargs={**config.chat_template_kwargs, **template})
-    longest = min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH) if max_length is None else max_length
-    return RenderConfig(max_length=longest, chat_template_kwargs=dict(template))
+    if training_args is None:
+        longest = min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+        return RenderConfig(max_length=longest, chat_template_kwargs=dict(template))
+    config = RenderConfig.from_sft(training_args)
+    return replace(config, chat_template_kwargs={**config.chat_template_kwargs, **template})
 
 
 def check_positions(model: Any, longest: int, limit: int | None) -> None:

@@ -14,8 +14,8 @@ Every file is written atomically.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,17 @@ from gradshield import data as rows_in
 from gradshield import runs
 from gradshield.columns import Coded
 from gradshield.files import instead, replacing
+from gradshield.manifests import EngineCheck, KnownScores, Labelled, Probed, ScanResults
+from gradshield.scanning import trust
 from gradshield.stats import wilson
-from gradshield.types import Bools, Example, Ints, Selection
+from gradshield.types import Bools, Example, Ints, Rate
 
 if TYPE_CHECKING:
     from gradshield.scanning import review
+    from gradshield.scanning.decide import Decision
     from gradshield.scanning.preparing import Scored
     from gradshield.scanning.rows import Prepared
+    from gradshield.scanning.selection import Selection
 
 KINDS = "kinds.json"  # the kinds of harm that a scan found, for later cuts
 RANKED = 20_000  # most labelled rows for AUROCs
@@ -44,65 +48,76 @@ WRITTEN = (*PARTS, "quarantine.jsonl", SCORES, "report.html", "manifest.json")
 SIGNALS = {"request": "request alone", "fihs": "FIHS alone", "pivots": ""}
 
 
-def with_results(selection: Selection, scored: Scored, rows: Prepared, labels: Sequence[int] | None) -> Selection:
-    """The selection with its figures in the manifest: counts, cuts, checks and, with labels, caught and lost."""
-    anchors, valid = selection.scores.anchors, scored.validity
-    results: dict[str, Any] = {
-        **selection.manifest.results,
-        "read": rows.read.source.rows,
-        "scored": len(selection.removed),
-        "kept": int((~selection.removed).sum()),
-        "removed": int(selection.removed.sum()),
-        "quarantined": len(selection.quarantined),
-        "cleared": len(selection.cleared),
-        "certified": selection.certified,
-        "cuts": {name: {"rule": c.rule, "value": c.value, **c.detail} for name, c in selection.cuts.items()},
-        "anchors": None if anchors is None else {k: v.tolist() for k, v in vars(anchors).items()},
-        "categories": counted(selection),
-        "agreement": None if scored.agreement is None else asdict(scored.agreement),
-        "probes": None
+def results(
+    rows: Prepared,
+    scored: Scored,
+    decision: Decision,
+    kinds: Sequence[str],
+    labels: Sequence[int] | None,
+    doubts: Mapping[str, str],
+    seconds: float,
+) -> ScanResults:
+    """The figures of a scan for its manifest: counts, cuts, checks and, with labels, caught and lost."""
+    anchors, valid, removed = scored.scores.anchors, scored.validity, decision.removed
+    found = ScanResults(
+        seconds=seconds,
+        doubts=dict(doubts),
+        uncertified=trust.first(doubts),
+        read=rows.read.source.rows,
+        scored=len(removed),
+        kept=int((~removed).sum()),
+        removed=int(removed.sum()),
+        quarantined=len(rows.quarantined),
+        cleared=len(decision.cleared),
+        certified=not doubts,
+        cuts=described(decision),
+        anchors=None
+        if anchors is None
+        else KnownScores(harmful=anchors.harmful.tolist(), harmless=anchors.harmless.tolist()),
+        categories=counted(kinds, removed),
+        agreement=None if scored.agreement is None else EngineCheck.model_validate(scored.agreement),
+        probes=None
         if valid is None
-        else {
-            "refused": wilson(valid.refused, valid.n).as_dict(),
-            "thinking": valid.thinks,
-            "problem": valid.problem,
-        },
-    }
-    if labels is not None:
-        results["labels"] = labelled(selection, labels, rows.read.examples, scored.selector.name)
-    return replace(selection, manifest=replace(selection.manifest, results=results))
+        else Probed(refused=wilson(valid.refused, valid.n), thinking=valid.thinks, problem=valid.problem),
+    )
+    if labels is None:
+        return found
+    return found.model_copy(update={"labels": labelled(scored, removed, labels, rows.read.examples)})
 
 
-def counted(selection: Selection) -> dict[str, int]:
+def described(decision: Decision) -> dict[str, dict[str, Any]]:
+    """Each cut by its rule and value, and with what the rule found."""
+    return {name: {"rule": cut.rule, "value": cut.value, **cut.detail} for name, cut in decision.cuts.items()}
+
+
+def counted(kinds: Sequence[str], removed: Bools) -> dict[str, int]:
     """Removed rows per harm category, most first."""
-    counts = Coded.of(selection.categories).take(selection.removed).counts()
+    counts = Coded.of(kinds).take(removed).counts()
     return dict(sorted(((n, k) for n, k in counts.items() if n), key=lambda item: (-item[1], item[0])))
 
 
-def labelled(
-    selection: Selection, labels: Sequence[int], examples: rows_in.Examples, name: str = "fihs"
-) -> dict[str, Any]:
+def labelled(scored: Scored, removed: Bools, labels: Sequence[int], examples: rows_in.Examples) -> Labelled:
     """Caught and lost, and the AUROCs of the score and of the trivial baselines on the same rows.
 
     With more than RANKED rows the AUROCs are taken on a random sample, since the baselines read the rows' text.
     """
     from gradshield.scanning.baselines import auroc, trivial_baselines
 
-    truth = np.asarray(labels)[selection.scores.rows].astype(np.int64)
-    removed = selection.removed
-    found = caught_and_lost(removed, truth)
+    scores, name = scored.scores, scored.selector.name
+    truth = np.asarray(labels)[scores.rows].astype(np.int64)
+    found: dict[str, Any] = {**caught_and_lost(removed, truth)}
     if truth.any() and not truth.all():
-        drawn, scores = _drawn(truth), selection.scores
+        drawn = _drawn(truth)
         values = {"FIHS" if name == "fihs" else name: scores.values}
         values |= {
             SIGNALS[key]: value for key, value in scores.signals.items() if np.isfinite(value).all() and SIGNALS[key]
         }
-        own = [{"name": key, **auroc(truth[drawn], value[drawn]).as_dict()} for key, value in values.items()]
+        own = [{"name": key, **asdict(auroc(truth[drawn], value[drawn]))} for key, value in values.items()]
         texts = [words(example) for example in examples.at(scores.rows[drawn])]
         nll = None if scores.nll is None or np.isnan(scores.nll).any() else scores.nll[drawn]
         others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth[drawn], nll=nll)
         found["aurocs"] = [*own, *others]
-    return found
+    return Labelled(**found)
 
 
 def _drawn(truth: Ints) -> Ints:
@@ -202,11 +217,11 @@ def write_scores(selection: Selection, path: Path) -> None:
             writer.write_table(lines(slice(start, start + BLOCK)))
 
 
-def caught_and_lost(removed: Bools, labels: Any) -> dict[str, Any]:
+def caught_and_lost(removed: Bools, labels: Any) -> dict[str, Rate]:
     """The removed share of the rows labelled harmful (1) and of the others; both (N,). An empty class is left out."""
     harmful = np.asarray(labels, dtype=bool)
     return {
-        name: wilson(int(removed[own].sum()), int(own.sum())).as_dict()
+        name: wilson(int(removed[own].sum()), int(own.sum()))
         for name, own in (("caught", harmful), ("lost", ~harmful))
         if own.any()
     }

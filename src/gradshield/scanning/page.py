@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from gradshield.scanning.page_charts import category_chart, class_charts, score_
 from gradshield.scanning.page_data import ReportData, RowView
 from gradshield.scanning.page_rows import LEVELS, ShownRow, references, show_rows
 from gradshield.scanning.page_summary import agreement_check, summarise
-from gradshield.types import Manifest
 
 ROWS = 200  # removed rows, and quarantined rows, on one page
 KEPT_ROWS = 30
@@ -79,16 +77,12 @@ def _legend(reference: Mapping[str, float]) -> list[dict[str, Any]]:
     ]
 
 
-def _plain(manifest: Any) -> Any:
-    return dataclasses.asdict(manifest) if isinstance(manifest, Manifest) else manifest
-
-
-def _manifest(manifest: Any) -> list[dict[str, Any]]:
+def _manifest(manifest: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The manifest's parts as tables of (dotted key, value); single values come first, without a name."""
     if manifest is None:
         return []
     parts: dict[str, list[tuple[str, str]]] = {"": []}
-    for key, value in _plain(manifest).items():
+    for key, value in manifest.items():
         if isinstance(value, Mapping):
             parts[str(key)] = text.flatten(value)
         else:
@@ -100,11 +94,11 @@ def _manifest(manifest: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _manifest_json(manifest: Any) -> str:
+def _manifest_json(manifest: Mapping[str, Any] | None) -> str:
     """The whole manifest for copying, truncated with a note if it is too long."""
     if manifest is None:
         return ""
-    full = text.plain_json(_plain(manifest))
+    full = text.plain_json(manifest)
     if len(full) <= MANIFEST_BYTES:
         return full
     return f"{full[:MANIFEST_BYTES]}\n… {len(full) - MANIFEST_BYTES:,} characters more, in the manifest file"

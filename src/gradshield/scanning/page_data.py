@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gradshield.report.frame import RateLike, Status
-from gradshield.types import Bools, Cut, Ints, Manifest, Scores
+from gradshield.types import Bools, Cut, Ints, Scores
 
 Piece = tuple[str, str, float | None]
 """A token's text, its role (``"prompt"``, or ``"response"`` where it counts in the loss), its FIHS where measured."""
@@ -126,7 +126,7 @@ class ReportData:
     quarantined: tuple[QuarantinedView, ...] = ()
     agreement: Agreement | None = None
     arms: tuple[Arm, ...] = ()
-    manifest: Manifest | Mapping[str, Any] | None = None
+    manifest: Mapping[str, Any] | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     next_steps: tuple[str, ...] = ()
     selector: str = FIHS

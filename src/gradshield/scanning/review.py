@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 
 from gradshield import data as rows_in
+from gradshield import runs
+from gradshield.manifests import EngineCheck, ScanResults
 from gradshield.scanning import page, page_data
-from gradshield.types import Floats, Ints, Rendered, Selection
+from gradshield.scanning.selection import Selection
+from gradshield.types import Floats, Ints, Rendered
 
 SHOWN = 200  # highest-scoring rows whose tokens are stored for the report
 NEAR = 10  # rows just below the cut
@@ -69,21 +72,15 @@ def shown(
 ) -> page_data.ReportData:
     """The report's data for a selection."""
     results = selection.manifest.results
-    agreed, measured = results["agreement"], results.get("labels", {})
-    kind = selection.manifest.data["kind"]
-    suffix = rows_in.suffix(kind)
+    agreed, measured = results.agreement, results.labels
+    suffix = rows_in.suffix(selection.manifest.data.kind)
     order = np.argsort(-selection.scores.values, kind="stable")
     out = selection.removed[order]
     above, near = order[out][:SHOWN].tolist(), order[~out][:NEAR].tolist()
     return page_data.ReportData(
-        title=f"GradShield · {selection.manifest.data['name']}",
+        title=f"GradShield · {selection.manifest.data.name}",
         counts=page_data.Counts(
-            read=results["read"],
-            scored=results["scored"],
-            kept=results["kept"],
-            removed=results["removed"],
-            quarantined=results["quarantined"],
-            cleared=results["cleared"],
+            results.read, results.scored, results.kept, results.removed, results.quarantined, results.cleared
         ),
         scores=selection.scores,
         removed=selection.removed,
@@ -91,11 +88,11 @@ def shown(
         warnings=warnings_of(results),
         checks=_checks(results),
         labels=labels,
-        caught=measured.get("caught"),
-        lost=measured.get("lost"),
-        aurocs=tuple(a for a in measured.get("aurocs", ()) if a.get("auroc") is not None),
+        caught=measured.caught,
+        lost=measured.lost,
+        aurocs=tuple(a for a in measured.aurocs if a.get("auroc") is not None),
         removed_rows=tuple(_view(selection, i, found) for i in above),
-        categories=results["categories"],
+        categories=results.categories,
         kept_rows=tuple(_view(selection, i, found) for i in near),
         quarantined=tuple(
             page_data.QuarantinedView(q.line, q.reason, q.source[:PREVIEW].decode("utf-8", "backslashreplace"))
@@ -103,8 +100,8 @@ def shown(
         ),
         agreement=None if agreed is None else _agreement(agreed, selection.scores.decoys is not None),
         arms=tuple(arms),
-        manifest=selection.manifest,
-        selector=str(selection.manifest.settings["selector"]),
+        manifest=runs.finite(selection.manifest),
+        selector=selection.manifest.settings.selector,
         files={
             "kept": f"kept{suffix}",
             "removed": f"removed{suffix}",
@@ -114,38 +111,33 @@ def shown(
     )
 
 
-def _agreement(agreed: Mapping[str, Any], per_token: bool) -> page_data.Agreement:
-    rank = agreed["spearman"]
-    return page_data.Agreement(
-        engine=agreed["engine"],
-        relative_error=agreed["relative_error"],
-        spearman=rank if rank is not None and np.isfinite(rank) else None,
-        rows=agreed["n"],
-        per_token=per_token,
-    )
+def _agreement(agreed: EngineCheck, per_token: bool) -> page_data.Agreement:
+    rank = agreed.spearman if agreed.spearman is not None and np.isfinite(agreed.spearman) else None
+    error = float("nan") if agreed.relative_error is None else agreed.relative_error
+    return page_data.Agreement(agreed.engine, error, rank, agreed.n, per_token)
 
 
-def warnings_of(results: Mapping[str, Any]) -> tuple[str, ...]:
+def warnings_of(results: ScanResults) -> tuple[str, ...]:
     """Warnings to read before trusting the kept rows."""
-    found = [f"Not certified: {text}." for text in results["doubts"].values()]
-    if results["scored"] and results["kept"] <= 0.2 * results["scored"]:
+    found = [f"Not certified: {text}." for text in results.doubts.values()]
+    if results.scored and results.kept <= 0.2 * results.scored:
         found.append(
-            f"Little is left: {results['kept']} of {results['scored']} scored rows. Read the removed rows before training on "
+            f"Little is left: {results.kept} of {results.scored} scored rows. Read the removed rows before training on "
             "the rest."
         )
     return tuple(found)
 
 
-def _checks(results: Mapping[str, Any]) -> tuple[page_data.Check, ...]:
-    probes = results["probes"]
+def _checks(results: ScanResults) -> tuple[page_data.Check, ...]:
+    probes = results.probes
     if probes is None:
         return ()
-    refused = probes["refused"]
+    refused = probes.refused
     text = (
-        f"the model refused {refused['k']} of {refused['n']} probes "
-        f"({100 * refused['rate']:.0f} %, 95 % interval {100 * refused['low']:.0f}–{100 * refused['high']:.0f} %)"
+        f"the model refused {refused.k} of {refused.n} probes "
+        f"({100 * refused.rate:.0f} %, 95 % interval {100 * refused.low:.0f}–{100 * refused.high:.0f} %)"
     )
-    return (page_data.Check("Probe validity", "fail" if probes["problem"] else "pass", text),)
+    return (page_data.Check("Probe validity", "fail" if probes.problem else "pass", text),)
 
 
 def _view(selection: Selection, i: int, found: Views) -> page_data.RowView:

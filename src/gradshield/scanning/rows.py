@@ -17,7 +17,7 @@ from gradshield.data import templates
 from gradshield.errors import EmptyDataError, FormatError, UsageError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel, text_config
-from gradshield.scanning.options import check_positions, render_config
+from gradshield.scanning.options import check_positions, render_config, sft_options
 from gradshield.types import Bools, Ints, Progress, Quarantined, Rendered, quiet
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,6 @@ def prepare(
     model: Any,
     tokenizer: Any = None,
     training_args: Any = None,
-    max_length: int | None = None,
     template: Mapping[str, Any] | None = None,
     format: str | rows_in.Format | None = None,
     progress: Progress = quiet,
@@ -75,6 +74,8 @@ def prepare(
 
     Raises DataError, ModelError and UsageError (see `gradshield.errors`), and EmptyDataError if no row has a token to score.
     """
+    if isinstance(training_args, Mapping):
+        training_args = sft_options(training_args)
     format = rows_in.Format.of(format).trained(training_args)
     read = rows_in.read(data, format)
     if hasattr(training_args, "assistant_only_loss") and read.examples.shapes.counts().get("kto"):
@@ -92,7 +93,7 @@ def prepare(
     loaded = with_template(load(model, tokenizer))
     progress("loading the model", 1, 1)
     limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
-    config = render_config(training_args, max_length, limit, template or {})
+    config = render_config(training_args, limit, template or {})
     count = len(read.examples)
     progress("rendering rows", 0, count)
     result = rows_in.render_all(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gradshield import data as rows_in
 from gradshield import runs
 from gradshield.data import Format
 from gradshield.errors import UsageError
+from gradshield.manifests import Data, RowFormat, ScanManifest, ScanRecord, ScanResults
 from gradshield.probes import digest, requests
 from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
@@ -21,10 +20,11 @@ from gradshield.scanning.parcel import Origin
 from gradshield.scanning.preparing import Scored, categories, scored_model
 from gradshield.scanning.rows import Prepared, prepare
 from gradshield.scanning.scoring import score
+from gradshield.scanning.selection import Selection
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.scanning.workers import Workers
 from gradshield.selectors import Fihs
-from gradshield.types import Progress, Selection, quiet
+from gradshield.types import Progress, quiet
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -39,15 +39,13 @@ def scan(
     tokenizer: Any = None,
     peft_config: PeftConfig | None = None,
     training_args: Any = None,
-    max_length: int | None = None,
     output: str | Path | None = None,
     settings: ScanSettings | None = None,
     probing: Probing | None = None,
     format: str | Format | None = None,
     allow: Iterable[str] = (),
     labels: Sequence[int] | None = None,
-    workers: int | None = None,
-    ray: str | None = None,
+    workers: int | Workers | None = None,
     command: str = "gradshield.scan",
     progress: Progress = quiet,
 ) -> Selection:
@@ -63,8 +61,9 @@ def scan(
         The adapter that training will add, for the subspaces ``targets`` and ``lora``; always checked against the model and
         recorded in the manifest. Full weights rank rows better even if an adapter is trained (docs/methods.md).
     training_args
-        The ``SFTConfig`` of the training, so that the scan scores the tokens that are trained. Without it the loss covers
-        response tokens only, and rows are cut at ``max_length`` tokens (1,024, or the model's own limit if that is less).
+        The ``SFTConfig`` of the training, or a mapping of its options, so that the scan scores the tokens that are trained.
+        Without it the loss covers response tokens only, and rows are cut at 1,024 tokens, or at the model's own limit if that is
+        less. In a mapping, ``assistant_only_loss`` None keeps the loss on response tokens too.
     output
         A folder for the rows, the scores, the report and the manifest; an interrupted scan resumes where it stopped. Only one
         process at a time may use it.
@@ -74,9 +73,9 @@ def scan(
         Ids of rows that a reviewer has cleared: they are kept, whatever they score.
     labels
         0 or 1 (harmful) per input row, for measuring only; they never affect the decision.
-    workers, ray
-        The number of processes that measure the rows, each with its own model, and the address of their Ray cluster
-        (docs/scaling.md). Without either, this process measures; with ``workers`` alone, a local Ray is started.
+    workers
+        The number of processes that measure the rows, each with its own model, on a local Ray; or `Workers`, which may name a
+        cluster (docs/scaling.md). By default, this process measures.
 
     Raises
     ------
@@ -98,12 +97,11 @@ def scan(
     True
     """
     settings, probing = settings or ScanSettings(), probing or Probing()
-    crew = Workers(workers, ray)
+    crew = workers if isinstance(workers, Workers) else Workers(workers)
     if output is not None:
-        runs.check(output)
-        runs.check_own(output, outputs.WRITTEN, outputs.SCORES, data=data)
+        runs.check(output, outputs.WRITTEN, outputs.SCORES, data=data)
     with alone(output):
-        rows = prepare(data, model, tokenizer, training_args, max_length, probing.template, format, progress)
+        rows = prepare(data, model, tokenizer, training_args, probing.template, format, progress)
         check_labels(labels, rows.read.source.rows)
         selection, _ = select(
             rows,
@@ -148,8 +146,37 @@ def select(
         decision = decide(scored.scores, settings.make_threshold(), allow)
         out = rows.kept(~decision.removed)
         kinds = categories(model, scored, out, decision.removed, settings, progress, hands)
+    settings_found = _recorded(settings, probing, scored, rows, peft_config, len(targets))
+
+    def manifest(results: ScanResults) -> ScanManifest:
+        return ScanManifest(
+            command=command,
+            versions=runs.versions(),
+            data=Data.model_validate(rows.read.source),
+            model=runs.model_of(loaded),
+            settings=settings_found,
+            results=results,
+        )
+
+    return selected(rows, scored, decision, kinds, labels, manifest, round(time.monotonic() - began, 1)), scored
+
+
+def selected(
+    rows: Prepared,
+    scored: Scored,
+    decision: Decision,
+    kinds: Sequence[str],
+    labels: Sequence[int] | None,
+    manifest: Callable[[ScanResults], ScanManifest],
+    seconds: float,
+    searched: bool = False,
+) -> Selection:
+    """The selection of a decision, with the doubts about it and its figures; ``searched``: the cut was found by training."""
     doubts = _doubts(rows, scored, decision, labels)
-    selection = Selection(
+    if searched:
+        doubts.pop("loose", None)  # the search measured the effect of the kept rows
+    results = outputs.results(rows, scored, decision, kinds, labels, doubts, seconds)
+    return Selection(
         scores=scored.scores,
         removed=decision.removed,
         categories=kinds,
@@ -157,35 +184,9 @@ def select(
         quarantined=rows.quarantined,
         cleared=decision.cleared,
         keep=partial(rows.trainable, scored.scores.rows, decision.removed),
-        manifest=runs.manifest(
-            command=command,
-            source=rows.read.source,
-            loaded=loaded,
-            settings={
-                **_recorded(settings, probing, scored, rows.config),
-                "peft": peft_config.to_dict() if peft_config is not None else None,
-                "adapted_weights": len(targets),
-                "format": rows.read.examples.format.as_dict(),
-            },
-            results={
-                "seconds": round(time.monotonic() - began, 1),
-                "doubts": doubts,
-                "uncertified": trust.first(doubts),
-            },
-        ),
+        manifest=manifest(results),
         certified=not doubts,
     )
-    return outputs.with_results(selection, scored, rows, labels), scored
-
-
-def judged(
-    selection: Selection, rows: Prepared, scored: Scored, searched: Decision, labels: Sequence[int] | None
-) -> Selection:
-    """The selection with the doubts about a decision found by a search with training."""
-    doubts = _doubts(rows, scored, searched, labels)
-    doubts.pop("loose", None)  # the search measured the effect of the kept rows
-    results = {**selection.manifest.results, "doubts": doubts, "uncertified": trust.first(doubts)}
-    return replace(selection, certified=not doubts, manifest=replace(selection.manifest, results=results))
 
 
 def _doubts(rows: Prepared, scored: Scored, decision: Decision, labels: Sequence[int] | None) -> dict[str, str]:
@@ -206,12 +207,19 @@ def check_labels(labels: Sequence[int] | None, rows: int) -> None:
         raise UsageError("a label is neither 0 nor 1: give 1 for a harmful row and 0 for any other")
 
 
-def _recorded(settings: ScanSettings, probing: Probing, scored: Scored, config: rows_in.RenderConfig) -> dict[str, Any]:
-    """All settings that change a number, for the manifest: as given, and as found on this model."""
-    found = {
-        **settings.as_dict(),
+def _recorded(
+    settings: ScanSettings,
+    probing: Probing,
+    scored: Scored,
+    rows: Prepared,
+    peft_config: PeftConfig | None,
+    adapted: int,
+) -> ScanRecord:
+    """All settings that change a number, as given and as found on this model."""
+    found: dict[str, Any] = {
+        **settings.record().plain(),
         "selector_found": dict(scored.selector.settings()),
-        "render": config.as_dict(),
+        "render": rows.config.as_dict(),
         "direction_sha256": scored.direction.digest,
     }
     if scored.selector.probed:
@@ -223,4 +231,7 @@ def _recorded(settings: ScanSettings, probing: Probing, scored: Scored, config: 
             "probe_sha256": digest([dict(p) for p in probing.requests or requests()]),
             "answer_prefix": probing.answer_prefix,
         }
-    return found
+    peft = peft_config.to_dict() if peft_config is not None else None
+    return ScanRecord(
+        **found, peft=peft, adapted_weights=adapted, format=RowFormat.model_validate(rows.read.examples.format)
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 from gradshield.errors import UsageError
 from gradshield.gradients import ENGINES, check_subspace
+from gradshield.manifests import Scoring
 from gradshield.probes import PROBES, FunctionProbe, Probe
 from gradshield.selectors import SELECTORS, check, parse_aggregate
 from gradshield.thresholds import Threshold
@@ -74,11 +75,10 @@ class ScanSettings:
             return SELECTORS[self.selector.partition(":")[0]].rule
         return self.threshold if isinstance(self.threshold, str) else self.threshold.name
 
-    def as_dict(self) -> Mapping[str, Any]:
-        """JSON-able, for the manifest."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("probe", "threshold")}
+    def record(self) -> Scoring:
+        """For the manifest."""
         probe = self.probe if isinstance(self.probe, str) else self.make_probe().name
-        return {"probe": probe, "threshold": self.rule, **plain}
+        return Scoring(**{**vars(self), "probe": probe, "threshold": self.rule})
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ Shard = tuple[str, list[Rendered]]  # the shard's key, and its rows
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
-    """The common inputs of all shards of one measurement."""
+class Measurer:
+    """Measures the shards of one selection: the inputs that all of them share."""
 
     selector: Selector
     model: nn.Module
@@ -77,10 +77,10 @@ class Hands(Protocol):
     ``missing`` is consumed only as work proceeds, so that only the shards being measured are in memory.
     """
 
-    def __call__(self, job: Job, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]: ...
+    def __call__(self, job: Measurer, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]: ...
 
 
-def here(job: Job, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]:
+def here(job: Measurer, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]:
     """Measure in this process, one shard at a time."""
     for key, rows in missing:
         yield key, job.measure(rows)
@@ -116,7 +116,7 @@ def measure(
             else:
                 take(found)
 
-    for key, part in hands(Job(selector, model, direction, token_budget), missing()):
+    for key, part in hands(Measurer(selector, model, direction, token_budget), missing()):
         if store:
             _write(_file(store, key), part)
         take(part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from gradshield import lab
 from gradshield.errors import DataError, UsageError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
-from gradshield.scanning.options import render_config
+from gradshield.scanning.options import render_config, sft_options
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,9 @@ def show(
     model: str | Path | LoadedModel | None = None,
     format: str | rows_in.Format | None = None,
     training_args: Any = None,
-    max_length: int | None = None,
     trust_remote_code: bool = False,
 ) -> Seen:
-    """Render one row as training with ``training_args`` (an ``SFTConfig``) and the tokenizer's own chat template will.
+    """Render one row as training with ``training_args`` and the tokenizer's own chat template will.
 
     Parameters
     ----------
@@ -45,6 +45,8 @@ def show(
         A file, a ``datasets.Dataset`` or a list of rows.
     row
         Position in ``data``, from 0.
+    training_args
+        An ``SFTConfig``, or a mapping of its options.
     model
         A folder, a hub name (only the tokenizer is loaded) or a loaded model; None uses the bundled lab's.
 
@@ -62,6 +64,8 @@ def show(
     >>> "".join(text for text, counts in seen.pieces if counts)
     'blue<|end|>'
     """
+    if isinstance(training_args, Mapping):
+        training_args = sft_options(training_args)
     read = rows_in.read(data, rows_in.Format.of(format).trained(training_args))
     if isinstance(model, LoadedModel):
         tokenizer = model.tokenizer
@@ -75,7 +79,7 @@ def show(
             f"there is no row {row} in {read.source.name}: give a position from 0 to {read.source.rows - 1}"
         )
     (example,) = read.examples.at(np.array([row]))
-    renderer = rows_in.Renderer(tokenizer, render_config(training_args, max_length, None, {}))
+    renderer = rows_in.Renderer(tokenizer, render_config(training_args, None, {}))
     rendered = renderer.render(example)
     if isinstance(rendered, str):
         raise DataError(f"row {row} (line {read.source.lines[row]}) of {read.source.name} cannot be scored, {rendered}")

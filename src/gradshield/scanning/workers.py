@@ -25,7 +25,7 @@ import torch
 from gradshield.errors import DataError, GradShieldError, ScoreError, UsageError, first_line
 from gradshield.models.placement import keep_freed_memory
 from gradshield.scanning.parcel import Origin, Parcel, bare, packed, unpacked
-from gradshield.scanning.shards import Hands, Job, Shard, here
+from gradshield.scanning.shards import Hands, Measurer, Shard, here
 from gradshield.selectors import Measured
 from gradshield.types import Rendered
 
@@ -149,7 +149,7 @@ class Actor:
         if number != self.number:
             self.job = None  # its direction may be as large as the model
             selector, direction, budget = unpacked(order, self.device)
-            self.job, self.number = Job(selector, self.model, direction, budget), number
+            self.job, self.number = Measurer(selector, self.model, direction, budget), number
         assert self.job is not None
         return self.job.measure(rows)
 
@@ -173,7 +173,7 @@ class _Crew:
         self.tasks: dict[Any, _Task] = {}
         self.jobs = 0
 
-    def __call__(self, job: Job, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]:
+    def __call__(self, job: Measurer, missing: Iterable[Shard]) -> Iterator[tuple[str, Measured]]:
         """Raises ScoreError if ATTEMPTS actors died on one shard, and any error of an actor."""
         ray, failed, dead = self.ray, self.ray.exceptions.RayTaskError, self.ray.exceptions.RayError
         shards, waiting, order = iter(missing), deque[tuple[Shard, int]](), None

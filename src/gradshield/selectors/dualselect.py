@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from gradshield.gradients import Engine, pick
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.models.logits import logits_at, predicting, token_nll
 from gradshield.models.placement import in_float64
+from gradshield.options import Option, check
 from gradshield.selectors.online import ONLINE
 from gradshield.types import Batch, Bools, Direction, Floats, Rendered
 
@@ -48,12 +49,12 @@ class DualSelect:
     def __init__(
         self,
         references: Sequence[Rendered],
-        warmup: int = 10,
-        refresh: int = 10,
-        temperature: float = 0.1,
-        top: int = 8,
-        weight: float = 0.5,
-        drop: float = 0.5,
+        warmup: Annotated[int, Option(int, least=0)] = 10,
+        refresh: Annotated[int, Option(int, least=1)] = 10,
+        temperature: Annotated[float, Option(above=0)] = 0.1,
+        top: Annotated[int, Option(int, least=1)] = 8,
+        weight: Annotated[float, Option(least=0, most=1)] = 0.5,
+        drop: Annotated[float, Option(least=0, most=1)] = 0.5,
         correction: bool = True,
         engine: Engine | None = None,
     ) -> None:
@@ -64,17 +65,8 @@ class DualSelect:
 
         Raises UsageError for a value out of range, or references without a loss token.
         """
-        checks = (
-            ("warmup", warmup, warmup >= 0, "at least 0"),
-            ("refresh", refresh, refresh >= 1, "at least 1"),
-            ("temperature", temperature, 0 < temperature < float("inf"), "above 0"),
-            ("top", top, top >= 1, "at least 1"),
-            ("weight", weight, 0 <= weight <= 1, "from 0 to 1"),
-            ("drop", drop, 0 <= drop <= 1, "from 0 to 1"),
-        )
-        for name, value, good, allowed in checks:
-            if not good:
-                raise UsageError(f"dualselect got {name}={value}: give a value {allowed}")
+        numbers = {"warmup": warmup, "refresh": refresh, "temperature": temperature, "top": top, "weight": weight}
+        check(DualSelect, **numbers, drop=drop)
         counted = [any(tokens.loss.any() for tokens in row.sequences) for row in references]
         if not counted or not all(counted):
             raise UsageError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from torch import nn
@@ -12,11 +12,13 @@ from torch import nn
 from gradshield.columns import Coded
 from gradshield.errors import ScoreError, UsageError
 from gradshield.gradients import check_norms, check_subspace, parameter_names
+from gradshield.options import Option, check
 from gradshield.selectors.base import SELECTORS, Measured, no_direction, require_finite
 from gradshield.selectors.gradnorm import mean_norms
 from gradshield.selectors.online import ONLINE
 from gradshield.types import Batch, Bools, Direction, Floats, Scores
 
+Share = Annotated[float, Option(above=0, most=1)]
 RATIO = 0.2  # the paper's share of the candidates that train
 
 
@@ -42,7 +44,7 @@ def moderate(losses: Floats, norms: Floats, ratio: float = RATIO) -> Bools:
     smaller; ties go to the earlier row. Rows with a loss or norm that is not finite are excluded. Raises ScoreError if no
     row is left, and UsageError for a ratio outside (0, 1].
     """
-    check_ratio(ratio)
+    check(OnlineModerate, ratio=ratio)
     usable = np.isfinite(losses) & np.isfinite(norms)
     if not usable.any():
         raise ScoreError(
@@ -54,12 +56,6 @@ def moderate(losses: Floats, norms: Floats, ratio: float = RATIO) -> Bools:
     chosen = np.zeros(len(losses), dtype=np.bool_)
     chosen[band[np.argsort(distances, kind="stable")[: _count(len(losses), ratio)]]] = True
     return chosen
-
-
-def check_ratio(ratio: float) -> None:
-    """Raises UsageError for a ratio outside (0, 1]."""
-    if not 0 < ratio <= 1:
-        raise UsageError(f"the ratio of rows to keep is {ratio}: give more than 0 and at most 1")
 
 
 def _count(rows: int, ratio: float) -> int:
@@ -82,9 +78,9 @@ class Moderate:
     rule = "fixed:0"
     travels, probed = True, False
 
-    def __init__(self, subspace: str = "all", targets: Sequence[str] = (), ratio: float = RATIO) -> None:
+    def __init__(self, subspace: str = "all", targets: Sequence[str] = (), ratio: Share = RATIO) -> None:
         """``ratio`` ρ is the share of the rows to keep. Raises UsageError for one outside (0, 1], or an unknown subspace."""
-        check_ratio(ratio)
+        check(Moderate, ratio=ratio)
         check_subspace(subspace)
         self.subspace, self.targets, self.ratio = subspace, tuple(targets), ratio
 
@@ -132,9 +128,9 @@ class OnlineModerate:
 
     name = "moderate"
 
-    def __init__(self, ratio: float = RATIO) -> None:
+    def __init__(self, ratio: Share = RATIO) -> None:
         """``ratio`` ρ is the share of each batch that trains. Raises UsageError for one outside (0, 1]."""
-        check_ratio(ratio)
+        check(OnlineModerate, ratio=ratio)
         self.ratio = ratio
         self._parameters: list[str] = []
         self._counts = {"batches": 0, "rows_seen": 0, "rows_trained": 0, "rows_outside_band": 0}

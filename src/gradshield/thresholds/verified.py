@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -50,17 +49,6 @@ class Round:
         """The judge with the largest upper bound."""
         return max(self.asr, key=lambda judge: self.asr[judge].high)
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "cut": self.cut,
-            "removed": self.removed,
-            "asr": {judge: rate.as_dict() for judge, rate in self.asr.items()},
-            "utility": None if self.utility is None else self.utility.as_dict(),
-            "seconds": self.seconds,
-            "verdict": self.verdict,
-            "stopped_early": self.stopped_early,
-        }
-
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -72,23 +60,14 @@ class SearchResult:
 
     met: bool
     sentence: str
-    rounds: tuple[Round, ...]
-    best: int
     stopped: str
+    best: int
+    rounds: tuple[Round, ...]
 
     @property
     def kept(self) -> Round:
         """The round whose model to keep."""
         return self.rounds[self.best]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "met": self.met,
-            "sentence": self.sentence,
-            "stopped": self.stopped,
-            "best": self.best,
-            "rounds": [one.as_dict() for one in self.rounds],
-        }
 
 
 class Verified:
@@ -187,7 +166,7 @@ class Verified:
                 stopped = "minutes"
             if stopped:
                 sentence = self._sentence(done, stopped, utility_target, len(values))
-                return SearchResult(stopped == PASSES, sentence, tuple(done), best, stopped)
+                return SearchResult(stopped == PASSES, sentence, stopped, best, tuple(done))
 
     def _judge(self, measured: Trial, utility_target: float) -> str:
         """The verdict on a trial. Safety comes first: an unsafe trial needs no utility."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradshield.errors import UsageError
 from gradshield.gradients.alignment import Alignment, leading, spectrum
 from gradshield.models.placement import in_float64
+from gradshield.options import Option, check
 from gradshield.training.adapters import Adapted, Moved, adapted_layers, direction_of, moved_weights
 from gradshield.training.base import PENALTIES
 
@@ -66,7 +67,9 @@ def penalty_full(delta: Tensor, operator: Operator) -> Tensor:
 
 @PENALTIES.register("asft")
 class AsFT:
-    """Holds the change of each adapted weight to the alignment direction: adds λ‖(I - C)ΔW‖²_F to the loss.
+    """Penalises changes of the weights that leave the alignment direction. Needs the base model.
+
+    Adds λ‖(I - C)ΔW‖²_F to the loss.
 
     Paper: arXiv 2506.08473. Equation: L + λ Σ ‖(I - C)ΔW‖²_F, ΔW = (α/r) B A, C = V Vᵀ/‖V‖_F, V = W_aligned - W_base.
     Departures: computed from the thin factors, which changes no value. C as published is not a projector, and stretches if an
@@ -80,14 +83,13 @@ class AsFT:
     name = "asft"
 
     def __init__(
-        self, alignment: Alignment, weight: float = 1.0, projector: str = "published", energy: float = 0.9
+        self,
+        alignment: Alignment,
+        weight: Annotated[float, Option(least=0)] = 1.0,
+        projector: Annotated[str, Option(str, choices=PROJECTORS)] = "published",
+        energy: Annotated[float, Option(above=0, most=1)] = 0.9,
     ) -> None:
-        if projector not in PROJECTORS:
-            raise UsageError(f"unknown projector {projector!r}: choose one of {', '.join(PROJECTORS)}")
-        if not 0 <= weight < float("inf"):
-            raise UsageError(f"the penalty's weight is {weight}: give a finite number of at least 0 (the paper: 1)")
-        if not 0 < energy <= 1:
-            raise UsageError(f"energy {energy} is not a share: give a number above 0, up to 1")
+        check(AsFT, weight=weight, projector=projector, energy=energy)
         self.alignment, self.weight, self.projector, self.energy = alignment, weight, projector, energy
         self._held: list[tuple[Adapted | Moved, Operator]] = []
         self._largest: list[float] = []

@@ -8,7 +8,7 @@ What several defences of one job share is computed once: scores, reference rows,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from gradshield.scanning.decide import Decision, decide
 from gradshield.scanning.outputs import caught_and_lost, words
 from gradshield.scanning.preparing import Scored, asked_of, scored_model, weights_changed
 from gradshield.scanning.references import refusals
-from gradshield.scanning.rows import Prepared
+from gradshield.scanning.rows import Prepared, load
 from gradshield.scanning.scoring import score
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.selectors import ONLINE
@@ -44,21 +44,37 @@ POOL = 32  # safety references for methods that use all of them in every step
 
 
 @dataclass(frozen=True, eq=False)
+class Needs:
+    """What some defences need in addition to the model and the rows.
+
+    ``base`` is the model before its alignment, for ``asft`` and ``safelora``; ``origin`` is the aligned model, if training starts
+    from a later one: the alignment direction is ``origin`` minus ``base``. ``safety_rows`` (a file or a list) are for
+    ``safeinstruct`` and ``dualselect``; without any, the model's own refusals of the probes are used.
+    """
+
+    base: Any = None
+    origin: Any = None
+    safety_rows: Any = ()
+
+    def loaded(self) -> Needs:
+        """The same, with its models loaded."""
+        base, origin = (None if model is None else load(model) for model in (self.base, self.origin))
+        return replace(self, base=base, origin=origin)
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
     """The model, rows and options of a training, the same for every defence.
 
-    ``options`` go to TRL's ``SFTConfig``. ``base`` is the model before its alignment, ``origin`` the aligned model if training
-    starts from a later one. ``labels`` (1 = harmful, per input row) are used by the oracle and the figures only. ``safety`` are
-    safety rows (a file or a list) for the defences that use them; without any, the model's own refusals of the probes are used.
+    ``options`` go to TRL's ``SFTConfig``. The models of ``needs`` are loaded. ``labels`` (1 = harmful, per input row) are used by
+    the oracle and the figures only.
     """
 
     rows: Prepared
     options: Mapping[str, Any]
     peft_config: Any = None
-    base: LoadedModel | None = None
-    origin: LoadedModel | None = None
+    needs: Needs = field(default_factory=Needs)
     labels: Sequence[int] | None = None
-    safety: Any = ()
     settings: ScanSettings = field(default_factory=ScanSettings)
     probing: Probing = field(default_factory=Probing)
     seed: int = 0
@@ -116,7 +132,7 @@ class Course:
 
     @cached_property
     def _safety(self) -> rows_in.ReadResult:
-        loaded, given = self.loaded, self.job.safety
+        loaded, given = self.loaded, self.job.needs.safety_rows
         if not given:
             given = refusals(loaded, asked_of(loaded.tokenizer, self.job.probing)[0])
         if not given:
@@ -140,13 +156,13 @@ class Course:
     @cached_property
     def alignment(self) -> Alignment:
         """Aligned minus base, for every weight that the training's adapter changes. Raises UsageError without a base."""
-        if self.job.base is None:
+        if self.job.needs.base is None:
             raise UsageError(
                 "the defences asft and safelora need the model before its alignment, and none was given: pass --base MODEL"
             )
         model = self.loaded.model
         names = weights_changed(model, self.job.peft_config, saved=False) or _linear(model)
-        return alignment((self.job.origin or self.loaded).model, self.job.base.model, names)
+        return alignment((self.job.needs.origin or self.loaded).model, self.job.needs.base.model, names)
 
     def scored(self, selector: str) -> Scored:
         """Every row's score by a selector, computed once."""
@@ -285,7 +301,7 @@ class Course:
             if defence.project is not None:
                 start: Any = self.loaded.model if self.job.peft_config is None else None
                 found = safelora.project(model, self.alignment, start=start, **defence.project)
-                record["safelora"] = found.as_dict()
+                record["safelora"] = asdict(found)
 
         model: Any = self.loaded.model
         trained = sft(
@@ -330,7 +346,7 @@ class Course:
 
     def safety_requests(self, defence: Defence) -> list[dict[str, str]]:
         """The requests of the given safety rows, a ``prompt`` each; empty for a defence that does not use them."""
-        if not self.job.safety or not _has_safety(defence):
+        if not self.job.needs.safety_rows or not _has_safety(defence):
             return []
         return [{"prompt": words(example)[0]} for example in self._safety.examples]
 
@@ -340,7 +356,7 @@ class Course:
         Two defences may share it.
         """
         job, loaded = self.job, self.loaded
-        base = [m.digest for m in (job.base, job.origin) if m is not None] if defence.needs_base else None
+        base = [m.digest for m in (job.needs.base, job.needs.origin) if m is not None] if defence.needs_base else None
         safety = _as_tokens(self._pool()) if _refers(defence) else None
         peft = None if job.peft_config is None else job.peft_config.to_dict()
         start = [loaded.digest, str(loaded.dtype), loaded.source and loaded.source.quantize]

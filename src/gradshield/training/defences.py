@@ -119,7 +119,7 @@ def _joining(join: Callable[[Defence, str, Options], Defence], registry: Registr
 
     def part(defence: Defence, options: str) -> Defence:
         known = {key: option for key, option in of(registry[name]).items() if key != "seed"}
-        return join(defence, name, read("defence", Spec.split(f"{name}:{options}"), known))
+        return join(defence, name, _options(name, options, known))
 
     part.__doc__ = registry.summary(name)
     return part
@@ -193,42 +193,6 @@ def clean(defence: Defence, options: str) -> Defence:
 def safeinstruct(defence: Defence, options: str) -> Defence:
     """Mix in safety rows: requests with the model's own refusals, as a share of the kept rows (default 10%)."""
     return replace(defence, safe_share=_options("safeinstruct", options, {"share": Option(float, 0.1, 0, 1)})["share"])
-
-
-@DEFENCES.register("moderate")
-def moderate(defence: Defence, options: str) -> Defence:
-    """Train in every step on the rows of moderate gradient at the current weights, and skip the others."""
-    return _inside(defence, "moderate", _options("moderate", options, {"ratio": Option(float, 0.2, 0, 1)}))
-
-
-@DEFENCES.register("dualselect")
-def dualselect(defence: Defence, options: str) -> Defence:
-    """Select rows by safety references, chosen by conflict and loss, which also correct the gradient."""
-    known = {
-        "warmup": Option(int, 10, -1),
-        "refresh": Option(int, 10, 0),
-        "temperature": Option(float, 0.1, 0),
-        "top": Option(int, 8, 0),
-        "drop": Option(float, 0.5, -1e-9, 1),
-    }
-    return _inside(defence, "dualselect", _options("dualselect", options, known))
-
-
-@DEFENCES.register("asft")
-def asft(defence: Defence, options: str) -> Defence:
-    """Penalise changes of the weights that leave the alignment direction. Needs the base model."""
-    known = {
-        "weight": Option(float, 1.0, 0),
-        "projector": Option(str, "published", choices=("published", "top")),
-        "energy": Option(float, 0.9, 0, 1),
-    }
-    return _penalised(defence, "asft", _options("asft", options, known))
-
-
-@DEFENCES.register("kl")
-def kl(defence: Defence, options: str) -> Defence:
-    """Keep the answers' distribution close to that of the start (a frozen-reference KL)."""
-    return _penalised(defence, "kl", _options("kl", options, {"weight": Option(float, 0.1, 0)}))
 
 
 @DEFENCES.register("safelora")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from gradshield.data.trl import IGNORED
 from gradshield.errors import UsageError
 from gradshield.gradients.base import scoring
 from gradshield.models.logits import logits_at, predicting
+from gradshield.options import Option, check
 from gradshield.training.base import PENALTIES
 
 
@@ -37,9 +38,8 @@ class FrozenReferenceKL:
 
     name = "kl"
 
-    def __init__(self, weight: float = 0.1) -> None:
-        if not 0 <= weight < float("inf"):
-            raise UsageError(f"the penalty's weight is {weight}: give a finite number of at least 0, such as 0.1")
+    def __init__(self, weight: Annotated[float, Option(least=0)] = 0.1) -> None:
+        check(FrozenReferenceKL, weight=weight)
         self.weight = weight
         self._prepared = False
         self._copy: nn.Module | None = None

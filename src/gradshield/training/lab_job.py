@@ -12,7 +12,7 @@ from gradshield.models.loading import LoadedModel
 from gradshield.scanning.options import peft_config
 from gradshield.scanning.rows import prepare
 from gradshield.scanning.settings import Probing, ScanSettings
-from gradshield.training.course import Job
+from gradshield.training.course import Job, Needs
 
 
 @lru_cache(maxsize=2)
@@ -36,11 +36,12 @@ def lab_job(
 ) -> Job:
     """Rows of ``task``, trained by the lab's recipe; ``training`` and ``lora`` override its options."""
     options = {**lab.recipe(task), **(training or {})}
+    answers = {"max_length": options.get("max_length"), "assistant_only_loss": None}
     return Job(
-        rows=prepare(data, lab_model("aligned"), max_length=options.get("max_length")),
+        rows=prepare(data, lab_model("aligned"), training_args=answers),
         options=options,
         peft_config=peft_config({**lab.LORA, **(lora or {})}),
-        base=lab_model("base"),
+        needs=Needs(base=lab_model("base")),
         labels=labels,
         settings=ScanSettings(seed=seed),
         probing=lab_probing(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +19,10 @@ from gradshield.training.asft import Operator, published
 class SafeLoraRecord:
     """What SafeLoRA found and did. ``cosines[name]`` is None if the change or V is zero; such a layer is not changed."""
 
-    cosines: Mapping[str, float | None]
-    projected: tuple[str, ...]
     threshold: float | None
     layers: int | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        more = {"projected": list(self.projected), "cosines": dict(self.cosines)}
-        return {"threshold": self.threshold, "layers": self.layers, **more}
+    projected: tuple[str, ...]
+    cosines: Mapping[str, float | None]
 
 
 def cosine(b: Tensor, a: Tensor, operator: Operator) -> float | None:
@@ -106,7 +100,7 @@ def project(
         for part in parts:
             if part.name in chosen:
                 _project(part, published(direction_of(alignment, part)))
-    return SafeLoraRecord(cosines, tuple(name for name in cosines if name in chosen), threshold, layers)
+    return SafeLoraRecord(threshold, layers, tuple(name for name in cosines if name in chosen), cosines)
 
 
 def _cosine_of(part: Adapted | Moved, alignment: Alignment) -> float | None:

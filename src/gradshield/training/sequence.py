@@ -17,17 +17,19 @@ import numpy as np
 from torch import Tensor
 
 from gradshield import runs
-from gradshield.errors import ModelError, UsageError
+from gradshield.errors import DataError, ModelError, UsageError
 from gradshield.evaluation import continual
 from gradshield.evaluation.certificate import file_digest
 from gradshield.evaluation.exam import Exam, Exams, figures
 from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
+from gradshield.manifests import TrainingManifest
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel, parameters_digest
 from gradshield.runs import alone
 from gradshield.scanning.rows import load, with_template
+from gradshield.training.course import Needs
 from gradshield.training.train import train
-from gradshield.types import Floats, Manifest, Progress, Rate, quiet
+from gradshield.types import Floats, Progress, Rate, quiet
 
 STAGE = "stage.json"  # in a stage's working folder until the sequence is finished
 ALPHAS = (-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4)  # steps relative to the norm of the weights
@@ -49,6 +51,7 @@ def sequence(
     model: Any,
     output: str | Path,
     peft_config: Any = None,
+    needs: Needs | None = None,
     seed: int = 0,
     command: str = "gradshield.train",
     progress: Progress = quiet,
@@ -65,13 +68,13 @@ def sequence(
         raise UsageError(
             "training on several datasets measures every task, and there are no task rows: give --utility FILE for each"
         )
-    runs.check(output)
-    read = (model, options.get("base"))
-    runs.check_own(output, ("sequence.json", "report.html", "manifest.json"), "sequence.json", read=read)
+    needs = needs or Needs()
+    read = (model, needs.base)
+    runs.check(output, ("sequence.json", "report.html", "manifest.json"), "sequence.json", read=read)
     for number in range(1, len(stages) + 1):
-        runs.check_own(Path(output) / f"stage-{number}", (), "", read=read)
+        runs.check(Path(output) / f"stage-{number}", (), "", read=read)
     with alone(output):
-        return _followed(stages, runs.prepare(output), model, peft_config, seed, command, progress, options)
+        return _followed(stages, runs.prepare(output), model, peft_config, needs, seed, command, progress, options)
 
 
 def _followed(
@@ -79,6 +82,7 @@ def _followed(
     folder: Path,
     model: Any,
     peft_config: Any,
+    needs: Needs,
     seed: int,
     command: str,
     progress: Progress,
@@ -88,6 +92,7 @@ def _followed(
     (folder / "manifest.json").unlink(missing_ok=True)
     names = _names(stages)
     origin = current = with_template(load(model))
+    needs = replace(needs, origin=origin)
     basis = random_directions(weights(current.model), DIRECTIONS, seed)
     table = [_accuracies(current, stages)]
     points = [_point("start", current, stages[0].exams.report, basis, table[0], names)]
@@ -95,7 +100,7 @@ def _followed(
     for number, stage in enumerate(stages, 1):
         progress("stages", number - 1, len(stages))
         own = folder / f"stage-{number}"
-        key = _key(stage, current, origin, peft_config, seed, options)
+        key = _key(stage, current, needs, peft_config, seed, options)
         found = _finished(own, key, current, bool(origin.source and origin.source.trust_remote_code))
         if found is None:
             done = train(
@@ -105,7 +110,7 @@ def _followed(
                 exams=stage.exams,
                 peft_config=peft_config,
                 merge=True,
-                origin=origin,
+                needs=needs,
                 seed=seed,
                 command=command,
                 progress=progress,
@@ -122,21 +127,23 @@ def _followed(
             runs.write_json(own / runs.WORK / STAGE, {"key": key, "model": trained.digest})
             found = trained, done.manifest
         current, manifest = found
-        if (verdict := manifest.results["verified"]) is not None and not verdict["met"]:
+        if (verdict := manifest.results.verified) is not None and not verdict.met:
             unmet.append(names[number - 1])
         table.append(_accuracies(current, stages))
         points.append(_point(names[number - 1], current, stages[0].exams.report, basis, table[-1], names))
     progress("stages", len(stages), len(stages))
-    whole = {
-        "tasks": names,
-        "stages": points,
-        "unmet": unmet,
-        "measures": _measures(np.array([[rate.rate for rate in row] for row in table]), points),
-        "settings": manifest.settings,
-        "model": manifest.model,
-        "command": command,
-        "versions": runs.versions(),
-    }
+    whole: dict[str, Any] = runs.finite(
+        {
+            "tasks": names,
+            "stages": points,
+            "unmet": unmet,
+            "measures": _measures(np.array([[rate.rate for rate in row] for row in table]), points),
+            "settings": manifest.settings.plain(),
+            "model": manifest.model.plain(),
+            "command": command,
+            "versions": runs.versions(),
+        }
+    )
     _write(whole, folder, manifest)
     for number in range(1, len(stages) + 1):  # a finished sequence is not resumed
         (folder / f"stage-{number}" / runs.WORK / STAGE).unlink(missing_ok=True)
@@ -144,19 +151,18 @@ def _followed(
 
 
 def _key(
-    stage: Stage, current: LoadedModel, origin: LoadedModel, peft_config: Any, seed: int, options: Mapping[str, Any]
+    stage: Stage, current: LoadedModel, needs: Needs, peft_config: Any, seed: int, options: Mapping[str, Any]
 ) -> str:
     """A hash of everything that a stage's model depends on, files by their content."""
-    rest = {name: value for name, value in options.items() if name not in ("base", "safety_rows")}
-    safety = options.get("safety_rows")
+    safety = needs.safety_rows
     inputs = [
         runs.versions(),
         [_content(stage.data), _content(safety) if isinstance(safety, str | Path) else repr(safety)],
-        [model and [model.digest, str(model.dtype)] for model in (current, origin, options.get("base"))],
-        [stage.exams.report.settings(), stage.exams.search.settings()],
+        [model and [model.digest, str(model.dtype)] for model in (current, needs.origin, needs.base)],
+        [exam.record().plain() for exam in (stage.exams.report, stage.exams.search)],
         None if peft_config is None else peft_config.to_dict(),
         seed,
-        repr(sorted(rest.items())),
+        repr(sorted(options.items())),
     ]
     return runs.digest(inputs)
 
@@ -168,15 +174,15 @@ def _content(name: str | Path) -> str:
 
 def _finished(
     folder: Path, key: str, before: LoadedModel, trust_remote_code: bool
-) -> tuple[LoadedModel, Manifest] | None:
+) -> tuple[LoadedModel, TrainingManifest] | None:
     """The model and manifest of a stage that an interrupted sequence finished; None if it must be trained (again)."""
     try:
         stage = json.loads((folder / runs.WORK / STAGE).read_text(encoding="utf-8"))
         if stage["key"] != key:
             return None
-        manifest = Manifest(**json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+        manifest = runs.read_manifest(folder, TrainingManifest)
         model = loading.load(folder, None, str(before.device), before.dtype, trust_remote_code).model
-    except (OSError, ValueError, KeyError, TypeError, ModelError):  # damaged: the stage can be trained again
+    except (OSError, ValueError, KeyError, TypeError, DataError, ModelError):  # damaged: the stage can be trained again
         return None
     digest = parameters_digest(model)
     if digest != stage["model"]:
@@ -206,7 +212,7 @@ def _point(
     """The record of one stage: rates by judge and task, and VISAGE by the first judge."""
     point: dict[str, Any] = {
         "name": name,
-        "utility": {task: rate.as_dict() for task, rate in zip(names, accuracies, strict=True)},
+        "utility": dict(zip(names, accuracies, strict=True)),
         "asr": {},
         "visage": None,
     }
@@ -214,7 +220,7 @@ def _point(
         return point
     model: Any = current.model
     asked = replace(exam, lookalikes=(), task=())
-    point["asr"] = figures(asked.sit(model, current.tokenizer, "measuring safety"))["judges"]
+    point["asr"] = figures(asked.sit(model, current.tokenizer, "measuring safety")).judges
     few = replace(asked, requests=exam.requests[:ASKED])
     line = landscape(model, basis, ALPHAS, norm(weights(model)), lambda: few.sit(model, current.tokenizer).rates)
     point["visage"] = line.visage(f"asr/{exam.judges[0].name}", conditional=False)
@@ -233,9 +239,9 @@ def _measures(accuracy: Floats, points: Sequence[Mapping[str, Any]]) -> dict[str
     return {name: values.tolist() for name, values in found.items()}
 
 
-def _write(whole: Mapping[str, Any], folder: Path, manifest: Manifest) -> None:
+def _write(whole: Mapping[str, Any], folder: Path, manifest: TrainingManifest) -> None:
     from gradshield.training import page_sequence as page
 
     runs.write_json(folder / "sequence.json", whole)
-    page.write(runs.finite(whole), folder / "report.html")
+    page.write(whole, folder / "report.html")
     runs.write_manifest(manifest, folder)

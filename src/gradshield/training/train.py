@@ -14,8 +14,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,29 @@ from gradshield.evaluation import card, certify
 from gradshield.evaluation.asr import agreement
 from gradshield.evaluation.certificate import CERTIFICATE, LABELLED
 from gradshield.evaluation.exam import Exam, Exams, Settled, asked, changes, check_disjoint, figures, never
+from gradshield.manifests import (
+    CutRecord,
+    Data,
+    Named,
+    RowFormat,
+    Search,
+    TrainingManifest,
+    TrainingRecord,
+    TrainingResults,
+)
 from gradshield.probes import requests
 from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
 from gradshield.scanning.decide import Decision
-from gradshield.scanning.options import sft_options
-from gradshield.scanning.rows import load, prepare
-from gradshield.scanning.scan import check_labels, judged, select
+from gradshield.scanning.rows import prepare
+from gradshield.scanning.scan import check_labels, select, selected
+from gradshield.scanning.selection import Selection
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.thresholds import SearchResult
 from gradshield.training import verify
-from gradshield.training.course import Chosen, Course, Fitted, Job
+from gradshield.training.course import Chosen, Course, Fitted, Job, Needs
 from gradshield.training.defences import Defence, parse
-from gradshield.types import EvalResult, Manifest, Progress, Selection, quiet
+from gradshield.types import EvalResult, Progress, quiet
 
 # Files of an earlier run in the folder: weights or an adapter of another kind would be loaded instead of the new ones.
 EARLIER = (
@@ -54,7 +63,7 @@ class Trained:
     """A finished run. ``selection`` is None if the defence removes no rows, ``verdict`` if no cut was searched."""
 
     model: Any
-    manifest: Manifest
+    manifest: TrainingManifest
     before: EvalResult
     after: EvalResult
     selection: Selection | None = None
@@ -68,16 +77,13 @@ def train(
     model: Any,
     output: str | Path,
     defence: str = "screen",
-    base: Any = None,
-    origin: Any = None,
     tokenizer: Any = None,
     peft_config: Any = None,
     training: Mapping[str, Any] | None = None,
-    max_length: int | None = None,
+    needs: Needs | None = None,
     settings: ScanSettings | None = None,
     probing: Probing | None = None,
     exams: Exams | None = None,
-    safety_rows: Any = (),
     labels: Sequence[int] | None = None,
     format: str | Format | None = None,
     merge: bool = False,
@@ -96,16 +102,13 @@ def train(
         Folder for the model, the scan, the report, the model card and the manifest.
     defence
         As typed after ``--defence``: one of ``gradshield methods``, or several joined by ``+``.
-    base
-        The model before its alignment, for ``asft`` and ``safelora``.
-    origin
-        The aligned model, if ``model`` was trained further since: the alignment direction is ``origin`` minus ``base``.
     training
-        Options of TRL's ``SFTConfig``, passed through; its rendering options apply to scoring and training.
+        Options of TRL's ``SFTConfig``, passed through; its rendering options apply to scoring and training (``training_args`` of
+        `gradshield.scan`).
+    needs
+        What some defences need: the model before its alignment, safety rows.
     exams
         The exams before and after training, and of a verified threshold. Without them nothing is measured.
-    safety_rows
-        Rows for ``safeinstruct`` and ``dualselect``; by default the model's own refusals.
     merge
         Save the plain model with the adapter merged in, instead of the adapter.
     seed
@@ -131,18 +134,17 @@ def train(
     """
     began = time.monotonic()
     wanted, exams, options = parse(defence), exams or Exams(), dict(training or {})
-    settings, probing = settings or ScanSettings(seed=seed), probing or Probing()
-    runs.check(output)
-    runs.check_own(output, WRITTEN, "outputs-after.jsonl", data=data, read=(model, base, origin))
-    runs.check_own(Path(output) / runs.SCAN, outputs.WRITTEN, outputs.SCORES, data=data)
-    if wanted.needs_base and base is None:
+    settings, probing, needs = settings or ScanSettings(seed=seed), probing or Probing(), needs or Needs()
+    runs.check(output, WRITTEN, "outputs-after.jsonl", data=data, read=(model, needs.base, needs.origin))
+    runs.check(Path(output) / runs.SCAN, outputs.WRITTEN, outputs.SCORES, data=data)
+    if wanted.needs_base and needs.base is None:
         raise UsageError(
             f"the defence {defence!r} needs the model before its alignment, and none was given: pass --base MODEL"
         )
     check_disjoint(direction=probing.requests or requests(), search=exams.search.requests, report=exams.report.requests)
     if wanted.verified is not None:
         verify.check(exams.search, wanted.verified)
-    rows = prepare(data, model, tokenizer, sft_options(options), max_length, probing.template, format, progress)
+    rows = prepare(data, model, tokenizer, options, probing.template, format, progress)
     # So that an interrupted training resumes; the checkpoints are removed in the end.
     options = {"save_strategy": "epoch", "save_total_limit": 1, **options}
     check_labels(labels, rows.read.source.rows)
@@ -150,10 +152,8 @@ def train(
         rows=rows,
         options=options,
         peft_config=peft_config,
-        base=None if base is None else load(base),
-        origin=None if origin is None else load(origin),
+        needs=needs.loaded(),
         labels=labels,
-        safety=safety_rows,
         settings=settings,
         probing=probing,
         seed=seed,
@@ -198,19 +198,19 @@ class _Run:
         removed = self.course.beyond(chosen)
         if selection is not None and (removed != selection.removed).any():
             selection = self._recut(selection, replace(chosen, removed=removed))
-        results = {
+        results = TrainingResults(
             **self.course.counts(chosen),
-            "trained": len(dataset),
-            "cuts": {name: {"rule": cut.rule, "value": cut.value} for name, cut in chosen.cuts.items()},
-            "before": figures(before),
-            "after": figures(after),
-            "changed": changes(before, after),
-            "agreement": [asdict(found) for found in agreement(asked(after))] if self.exams.report.requests else [],
-            "record": dict(fitted.record),
-            "verified": None if verdict is None else verdict.as_dict(),
-            "uncertified": None if selection is None else trust.of_run(selection.manifest.results["doubts"]),
-            "seconds": round(time.monotonic() - began, 1),
-        }
+            trained=len(dataset),
+            cuts={name: CutRecord(rule=cut.rule, value=cut.value) for name, cut in chosen.cuts.items()},
+            before=figures(before),
+            after=figures(after),
+            changed=changes(before, after),
+            agreement=list(agreement(asked(after))) if self.exams.report.requests else [],
+            record=dict(fitted.record),
+            verified=None if verdict is None else Search.model_validate(verdict),
+            uncertified=None if selection is None else trust.of_run(selection.manifest.results.doubts),
+            seconds=round(time.monotonic() - began, 1),
+        )
         manifest = self._manifest(results)
         self._save(fitted.model, manifest, before, after)
         certificate = certify.write(self.folder)
@@ -236,16 +236,18 @@ class _Run:
 
     def _recut(self, selection: Selection, chosen: Chosen) -> Selection:
         """Rewrite the scan's folder with the cut that was trained on."""
-        again = replace(
-            selection,
-            removed=chosen.removed,
-            cuts=chosen.cuts,
-            categories=Coded.of(selection.categories).only(chosen.removed),
-            keep=partial(self.job.rows.trainable, selection.scores.rows, chosen.removed),
-        )
         assert chosen.scored is not None
-        again = judged(again, self.job.rows, chosen.scored, Decision(chosen.cuts, chosen.removed, ()), self.job.labels)
-        again = outputs.with_results(again, chosen.scored, self.job.rows, self.job.labels)
+        decision, old = Decision(chosen.cuts, chosen.removed, ()), selection.manifest
+        again = selected(
+            self.job.rows,
+            chosen.scored,
+            decision,
+            Coded.of(selection.categories).only(chosen.removed),
+            self.job.labels,
+            lambda results: old.model_copy(update={"results": results}),
+            old.results.seconds,
+            searched=True,
+        )
         outputs.write(again, self.folder / runs.SCAN, self.job.rows, self.job.labels)
         return again
 
@@ -294,29 +296,30 @@ class _Run:
     def _sat(self, exam: Exam, model: Any, stage: str, settled: Settled = never) -> EvalResult:
         return exam.sit(model, self.course.loaded.tokenizer, stage, self.progress, settled)
 
-    def _manifest(self, results: Mapping[str, Any]) -> Manifest:
-        rows, job = self.job.rows, self.job
-        return runs.manifest(
+    def _manifest(self, results: TrainingResults) -> TrainingManifest:
+        rows, job, base = self.job.rows, self.job, self.job.needs.base
+        return TrainingManifest(
             command=self.command,
-            source=rows.read.source,
-            loaded=rows.loaded,
-            settings={
-                "defence": self.defence.spec,
-                "training": {**job.options, "online": self.defence.training},
-                "render": rows.config.as_dict(),
-                "template": dict(job.probing.template or {}),
-                "answer_prefix": job.probing.answer_prefix,
-                "probe_sha256": runs.digest([dict(p) for p in job.probing.requests or requests()]),
-                "safety_sha256": self.course.safety_digest(self.defence),
-                "format": rows.read.examples.format.as_dict(),
-                "peft": None if job.peft_config is None else job.peft_config.to_dict(),
-                "base": None if job.base is None else {"name": job.base.name, "sha256": job.base.digest},
-                "scan": dict(self.course.settings(self.defence).as_dict()),
-                "seed": job.seed,
-                "merged": self.merge,
-                "report": self.exams.report.settings(),
-                "search": self.exams.search.settings() if self.defence.verified is not None else None,
-            },
+            versions=runs.versions(),
+            data=Data.model_validate(rows.read.source),
+            model=runs.model_of(rows.loaded),
+            settings=TrainingRecord(
+                defence=self.defence.spec,
+                training={**job.options, "online": self.defence.training},
+                render=rows.config.as_dict(),
+                template=dict(job.probing.template or {}),
+                answer_prefix=job.probing.answer_prefix,
+                probe_sha256=runs.digest([dict(p) for p in job.probing.requests or requests()]),
+                safety_sha256=self.course.safety_digest(self.defence),
+                format=RowFormat.model_validate(rows.read.examples.format),
+                peft=None if job.peft_config is None else job.peft_config.to_dict(),
+                base=base and Named(name=base.name, sha256=base.digest),
+                scan=self.course.settings(self.defence).record(),
+                seed=job.seed,
+                merged=self.merge,
+                report=self.exams.report.record(),
+                search=self.exams.search.record() if self.defence.verified is not None else None,
+            ),
             results=results,
         )
 
@@ -328,7 +331,7 @@ class _Run:
         targets = {"asr": rule.asr, "tolerance": rule.tolerance, "utility": rule.utility}
         return {**verdict, "targets": {name: value for name, value in targets.items() if value is not None}}
 
-    def _save(self, model: Any, manifest: Manifest, before: EvalResult, after: EvalResult) -> None:
+    def _save(self, model: Any, manifest: TrainingManifest, before: EvalResult, after: EvalResult) -> None:
         from gradshield.training import page
 
         if self.defence.selector is None:
@@ -342,25 +345,23 @@ class _Run:
             for name, result in (("before", before), ("after", after)):
                 runs.write_outputs(result, new / f"outputs-{name}.jsonl")
             card.write(new, manifest)
-            page.write(runs.finite(self._page(manifest)), new / "report.html")
+            page.write(self._page(manifest), new / "report.html")
             runs.write_manifest(manifest, new)
         shutil.rmtree(self.folder / runs.WORK / "checkpoints", ignore_errors=True)
 
-    def _page(self, manifest: Manifest) -> dict[str, Any]:
+    def _page(self, manifest: TrainingManifest) -> dict[str, Any]:
         """The input of the report page."""
         linked = {name: name for name in ("outputs-before.jsonl", "outputs-after.jsonl")}
         if self.defence.selector is not None:
             linked["scan report"] = "scan/report.html"
-        results = manifest.results
+        plain = runs.finite(manifest)
+        results = plain["results"]
         shown = ("before", "after", "removed", "rows", "dropped_tokens", "record", "uncertified", "caught", "lost")
         return {
-            "title": f"GradShield · {manifest.data['name']}",
+            "title": f"GradShield · {manifest.data.name}",
             "defence": self.defence.spec,
             "verdict": self._judged(results["verified"]),
             **{key: results[key] for key in shown if key in results},
-            "settings": manifest.settings,
-            "model": manifest.model,
-            "command": manifest.command,
-            "versions": manifest.versions,
+            **{key: plain[key] for key in ("settings", "model", "command", "versions")},
             "files": linked,
         }

@@ -42,7 +42,7 @@ def arm(
     The file's name covers everything that its figures depend on. A measurement that may stop early is stored under its target.
     """
     early = f"-asr{settled.asr:g}" if isinstance(settled, Settle) else ""
-    path = folder / f"{key}-{runs.digest(exam.settings())[:12]}{early}.json"
+    path = folder / f"{key}-{runs.digest(exam.record().plain())[:12]}{early}.json"
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
         return runs.result(stored), stored

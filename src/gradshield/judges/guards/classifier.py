@@ -163,28 +163,10 @@ class Classifier:
         from transformers import AutoModelForSequenceClassification
 
         device = choose_device(self.device)
-        try:
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                self._folder,
-                dtype=choose_dtype(self.dtype, device),
-                trust_remote_code=self.trust_remote_code,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except Exception as error:
-            raise ModelError(
-                f"{self.source} cannot be loaded as a text classifier ({errors.first_line(error)}): check that its files "
-                "are complete, and that it has labels"
-            ) from error
-        model, info = loaded
-        if missing := sorted(info.get("missing_keys", ())):
-            # A language model loads here too, with a random head.
-            raise ModelError(
-                f"{self.source} lacks {len(missing)} weights of a text classifier ({', '.join(missing[:3])}): give a model "
-                "that was trained as one"
-            )
-        return model.to(device).eval()
+        # A language model loads here too, but it lacks the weights of the head.
+        options = {"dtype": choose_dtype(self.dtype, device), "trust_remote_code": self.trust_remote_code}
+        auto = AutoModelForSequenceClassification
+        return loading.pretrained(auto, self._folder, self.source, "text classifier", **options).to(device).eval()
 
     @cached_property
     def _length(self) -> int:

@@ -1,0 +1,324 @@
+"""What a command leaves in ``manifest.json``: one model for whoever writes and whoever reads it.
+
+``docs/schema/manifest.json`` is their JSON schema. A field that does not apply to a run is left out of its file, and a number
+that is not finite is null. `runs.write_manifest` writes them, `runs.read_manifest` reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from gradshield.stats import McNemar
+from gradshield.types import Rate
+
+Number = float | None
+
+
+class Record(BaseModel):
+    """A part of a manifest. Unknown fields are errors; ``model_validate`` also takes a dataclass with the same fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", from_attributes=True, populate_by_name=True)
+
+    def plain(self) -> dict[str, Any]:
+        """The form in JSON, without the fields that do not apply."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+
+class Data(Record):
+    """A dataset. ``sha256`` is that of the file's bytes, or of the rows' canonical JSON where there is no file.
+
+    ``read_as`` counts the rows read in each way.
+    """
+
+    name: str
+    kind: str
+    sha256: str
+    rows: int
+    read_as: dict[str, int]
+
+
+class Model(Record):
+    """The model that a command starts from; ``sha256`` covers its weights."""
+
+    name: str
+    sha256: str
+    kind: str = Field(validation_alias="class", serialization_alias="class")
+    parameters: int
+    dtype: str
+    device: str
+    adapter: str | None
+
+
+class Manifest(Record):
+    """What every command records. ``settings`` and ``results`` are those of the command."""
+
+    verb: ClassVar[str]
+
+    command: str
+    versions: dict[str, str]
+    data: Data
+    model: Model
+
+
+class Figures(Record):
+    """The rates of one exam: ``judges`` has every ASR, ``asr`` that of refusal phrases, else of the first judge.
+
+    ``empty`` is the share of empty answers, if there are any.
+    """
+
+    judges: dict[str, Rate]
+    undecided: dict[str, Rate] = {}
+    asr: Rate | None = None
+    empty: Rate | None = None
+    over_refusal: Rate | None = None
+    utility: Rate | None = None
+
+
+class RowFormat(Record):
+    """What decides how a row is read, as in `data.Format`."""
+
+    name: str | None
+    columns: dict[str, str]
+
+
+class Scoring(Record):
+    """The settings of a scan as given; `scanning.settings.ScanSettings` explains them."""
+
+    probe: str
+    threshold: str
+    aggregate: str
+    subspace: str
+    engine: str
+    seed: int
+    token_budget: int
+    check_rows: int
+    selector: str
+
+
+class ScanRecord(Scoring):
+    """All settings that change a number of a scan: as given, and as found on this model."""
+
+    selector_found: dict[str, Any]
+    render: dict[str, Any]
+    direction_sha256: str
+    engine_step: Number = None
+    probe_found: dict[str, Any] = {}
+    probe_sha256: str = ""
+    answer_prefix: str = ""
+    peft: dict[str, Any] | None
+    adapted_weights: int
+    format: RowFormat
+    demo: dict[str, Any] = {}
+
+
+class KnownScores(Record):
+    """Scores of rows of known kind, on the scale of the scores."""
+
+    harmful: list[Number]
+    harmless: list[Number]
+
+
+class EngineCheck(Record):
+    """The engine against the oracle on n rows: ``relative_error`` is ‖f − o‖/‖o‖."""
+
+    engine: str
+    n: int
+    relative_error: Number
+    spearman: Number
+
+
+class Probed(Record):
+    """The model's own answers to the probes; ``problem`` is empty where they are valid."""
+
+    refused: Rate
+    thinking: int
+    problem: str
+
+
+class Labelled(Record):
+    """What the labels say: rates of harmful and of harmless rows removed, and AUROCs of the score and of trivial baselines."""
+
+    caught: Rate | None = None
+    lost: Rate | None = None
+    aurocs: list[dict[str, Any]] = []
+
+
+class ScanResults(Record):
+    """What a scan found. ``doubts`` are the reasons not to certify it, by name; ``uncertified`` is the first of them.
+
+    The demo adds the figures of three models: before training, and trained on every row or on the kept ones.
+    """
+
+    seconds: float
+    doubts: dict[str, str]
+    uncertified: str | None
+    read: int
+    scored: int
+    kept: int
+    removed: int
+    quarantined: int
+    cleared: int
+    certified: bool
+    cuts: dict[str, dict[str, Any]]
+    anchors: KnownScores | None
+    categories: dict[str, int]
+    agreement: EngineCheck | None
+    probes: Probed | None
+    labels: Labelled = Labelled()
+    aligned: Figures | None = None
+    undefended: Figures | None = None
+    filtered: Figures | None = None
+
+
+class ScanManifest(Manifest):
+    """The manifest of ``scan``, ``cut`` and ``demo``."""
+
+    verb = "scan"
+
+    settings: ScanRecord
+    results: ScanResults
+
+
+class ExamRecord(Record):
+    """What an exam's rates depend on, other than the model: hashes of what is asked, ``n`` of each, and how it is judged.
+
+    A judge is its name, with the record of its guard if it has one.
+    """
+
+    requests: str
+    lookalikes: str
+    task: str
+    n: tuple[int, int, int]
+    metric: str
+    judges: list[str | tuple[str, dict[str, Any]]]
+    guessed: bool
+    template: dict[str, Any]
+    tokens: int
+    answer_prefix: str
+
+
+class JudgeAgreement(Record):
+    """Cohen's kappa of two judges over the ``n`` answers both decided, and the numbers of the answers where they differ.
+
+    ``kappa`` and its percentile bootstrap interval are None if a judge gave every answer the same verdict, since agreement
+    beyond chance is then undefined.
+    """
+
+    judges: tuple[str, str]
+    n: int
+    kappa: Number
+    low: Number
+    high: Number
+    differ: tuple[int, ...]
+
+
+class EvaluationResults(Record):
+    """What an evaluation found; ``harness`` has rates by ``lm-eval/TASK/METRIC`` and ``inspect/TASK/SCORER``."""
+
+    figures: Figures
+    agreement: list[JudgeAgreement]
+    harness: dict[str, Rate]
+
+
+class EvaluationManifest(Record):
+    """The manifest of ``evaluate``, which reads no dataset."""
+
+    verb: ClassVar[str] = "evaluate"
+
+    command: str
+    versions: dict[str, str]
+    model: Model
+    settings: ExamRecord
+    results: EvaluationResults
+
+
+class Named(Record):
+    """A model by its name and the hash of its weights."""
+
+    name: str
+    sha256: str
+
+
+class TrainingRecord(Record):
+    """All settings that change a trained model or its figures. ``safety_sha256`` is that of the safety rows, if they are used."""
+
+    defence: str
+    training: dict[str, Any]
+    render: dict[str, Any]
+    template: dict[str, Any]
+    answer_prefix: str
+    probe_sha256: str
+    safety_sha256: str | None
+    format: RowFormat
+    peft: dict[str, Any] | None
+    base: Named | None
+    scan: Scoring
+    seed: int
+    merged: bool
+    report: ExamRecord
+    search: ExamRecord | None
+
+
+class CutRecord(Record):
+    """A cut by its rule."""
+
+    rule: str
+    value: Number
+
+
+class RoundRecord(Record):
+    """One round of a search, as in `thresholds.verified.Round`."""
+
+    cut: Number
+    removed: int
+    asr: dict[str, Rate]
+    utility: Rate | None
+    seconds: float
+    verdict: str
+    stopped_early: bool
+
+
+class Search(Record):
+    """How the search of a verified threshold ended, as in `thresholds.verified.SearchResult`."""
+
+    met: bool
+    sentence: str
+    stopped: str
+    best: int
+    rounds: list[RoundRecord]
+
+
+class TrainingResults(Record):
+    """What a training did and how the model changed. ``caught`` and ``lost`` need labels, ``verified`` a search."""
+
+    rows: int
+    removed: int
+    dropped_tokens: int
+    caught: Rate | None = None
+    lost: Rate | None = None
+    trained: int
+    cuts: dict[str, CutRecord]
+    before: Figures
+    after: Figures
+    changed: dict[str, McNemar]
+    agreement: list[JudgeAgreement]
+    record: dict[str, Any]
+    verified: Search | None
+    uncertified: str | None
+    seconds: float
+
+
+class TrainingManifest(Manifest):
+    """The manifest of ``train``."""
+
+    verb = "train"
+
+    settings: TrainingRecord
+    results: TrainingResults
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of every ``manifest.json``."""
+    return TypeAdapter(ScanManifest | TrainingManifest | EvaluationManifest).json_schema()

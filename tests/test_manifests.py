@@ -1,0 +1,69 @@
+"""A manifest is written and read by one model, and its schema is documented."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradshield import runs
+from gradshield.errors import DataError
+from gradshield.manifests import Figures, ScanManifest, TrainingManifest, schema
+from gradshield.stats import wilson
+from tests.common import write
+from tests.evaluation.test_certificate import scanned
+
+SCHEMA = Path(__file__).parents[1] / "docs" / "schema" / "manifest.json"
+WRITE = (
+    "from gradshield.manifests import schema; import json; print(json.dumps(schema(), indent=1, ensure_ascii=False))"
+)
+
+
+def test_the_documented_schema_is_that_of_the_models() -> None:
+    assert json.loads(SCHEMA.read_text(encoding="utf-8")) == schema(), f'run python -c "{WRITE}" > {SCHEMA}'
+
+
+def test_what_is_read_is_written_again_byte_for_byte(tmp_path: Path) -> None:
+    cuts = {"rows": {"rule": "median", "value": math.inf, "found": [1, math.nan]}}
+    agreed = {"engine": "loop", "n": 2, "relative_error": 0.0, "spearman": math.nan}
+    found = scanned(cuts=cuts, agreement=agreed, labels={"caught": asdict(wilson(1, 2))})
+    runs.write_json(tmp_path / "manifest.json", ScanManifest.model_validate(found))
+    first = (tmp_path / "manifest.json").read_bytes()
+    runs.write_manifest(runs.read_manifest(tmp_path, ScanManifest), tmp_path)
+    assert (tmp_path / "manifest.json").read_bytes() == first
+    assert b'"lost"' not in first and b'"demo"' not in first  # what does not apply is left out
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "No such file"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "the whole: "),
+        (json.dumps(scanned() | {"more": 1}), "more: "),
+        (json.dumps(scanned(kept="many")), "results.kept: "),
+    ],
+)
+def test_a_damaged_manifest_is_one_sentence(content: str | None, why: str, tmp_path: Path) -> None:
+    if content is not None:
+        write(tmp_path / "manifest.json", content)
+    with pytest.raises(DataError) as raised:
+        runs.read_manifest(tmp_path, ScanManifest)
+    assert why in str(raised.value) and "run `gradshield scan` into it first" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_another_command_s_manifest_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "manifest.json", json.dumps(scanned()))
+    with pytest.raises(DataError, match="finished train"):
+        runs.read_manifest(tmp_path, TrainingManifest)
+
+
+def test_records_are_plain_in_json() -> None:
+    rate: Any = wilson(1, 4)
+    assert runs.finite([Figures(judges={"mine": rate}), rate]) == [{"judges": {"mine": asdict(rate)}}, asdict(rate)]
