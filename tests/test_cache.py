@@ -61,7 +61,7 @@ def test_the_second_scan_finds_what_the_first_found(kept: Path, worked: list[str
     assert worked == []
     assert np.array_equal(first.scores.values, second.scores.values)
     assert np.array_equal(first.scores.signals["fihs"], second.scores.signals["fihs"], equal_nan=True)
-    assert first.manifest.settings["direction_sha256"] == second.manifest.settings["direction_sha256"]
+    assert first.manifest.settings.direction_sha256 == second.manifest.settings.direction_sha256
 
 
 @pytest.mark.parametrize("change", ["weights", "probes", "subspace", "another model"])

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from gradshield import cut, runs
 from gradshield.errors import DataError, GradShieldError
 from gradshield.files import replacing
+from gradshield.scanning import shards
 from tests import killing
 from tests.common import chats, files, scan
 
@@ -104,13 +105,10 @@ def test_a_full_disk_is_a_sentence_and_a_rerun_goes_on(
     assert again.scores.values.tolist() == fresh.scores.values.tolist()
 
 
-@pytest.mark.parametrize("writer", ["gradshield.gradients.direction.save_file", "gradshield.scanning.shards.save_file"])
-def test_a_disk_that_is_full_of_tensors_is_a_sentence(
-    writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_is_full_of_tensors_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(writer, full)
+    monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(DataError, match=r"cannot be written.*No space left on device.*free some space"):
         scan(chats(6), output=tmp_path)

@@ -54,9 +54,9 @@ def scanned(**results: Any) -> dict[str, Any]:
     return {
         "command": "gradshield scan",
         "versions": {},
-        "data": {"name": "rows", "kind": "list", "sha256": "", "rows": 0},
+        "data": {"name": "rows", "kind": "list", "sha256": "", "rows": 0, "read_as": {}},
         "model": MODEL,
-        "settings": settings | {"peft": None, "adapted_weights": 0, "format": None},
+        "settings": settings | {"peft": None, "adapted_weights": 0, "format": {"name": None, "columns": {}}},
         "results": found,
     }
 
@@ -94,6 +94,7 @@ def _run(
             "kind": "jsonl",
             "sha256": hashlib.sha256(rows.read_bytes()).hexdigest(),
             "rows": 1,
+            "read_as": {"messages": 1},
         },
         "model": MODEL,
         "settings": {
@@ -104,7 +105,7 @@ def _run(
             "answer_prefix": "",
             "probe_sha256": runs.digest(requests("direction")),
             "safety_sha256": None,
-            "format": None,
+            "format": {"name": None, "columns": {}},
             "peft": None,
             "base": None,
             "scan": runs.finite(ScanSettings().record()),

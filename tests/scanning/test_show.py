@@ -75,7 +75,7 @@ def test_an_answer_to_avoid_is_marked(folder: Path, tmp_path: Path) -> None:
     data = _data(tmp_path, {"q": "Say it", "a": " badly", "good": False})
     done = command("show", data, "--model", folder, "--columns", "prompt=q,completion=a,label=good")
     assert done.code == 0, done.err
-    assert done.out.startswith("── rejected ──\nSay it badly") and "· kto ·" in done.out
+    assert done.out.startswith("── rejected ──\nSay it⟦ badly") and "· kto ·" in done.out
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gradshield.data import collate
 from gradshield.errors import ProbeError
 from gradshield.probes import Prompts, only_refuses, pivots
-from gradshield.scanning.shards import Job
+from gradshield.scanning.shards import Measurer
 from gradshield.selectors import Measured, Screen
 from gradshield.selectors.reading import Reading, Turn, _held_out, _ruler, read_blocks
 from gradshield.selectors.screen import LEAST_READING
@@ -202,7 +202,7 @@ def test_two_stages_score_like_one(answers):
     few.one_in, full.one_in = 3, 1
     direction = few.prepare(model)
     found, whole = (
-        one.finish(Job(one, model, direction, 64).measure(made), [row.id for row in made], ["rows"] * len(made))
+        one.finish(Measurer(one, model, direction, 64).measure(made), [row.id for row in made], ["rows"] * len(made))
         for one in (few, full)
     )
     unknown = np.isnan(found.signals["fihs"])
