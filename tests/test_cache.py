@@ -40,7 +40,7 @@ def names(folder: Path) -> list[str]:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What had to be computed."""
     seen: list[str] = []
-    for owner, name in ((preparing, "openings"), (Fihs, "prepare"), (preparing, "_fihs_of")):
+    for owner, name in ((preparing, "openings"), (Fihs, "prepare"), (preparing, "_fihs_of"), (preparing, "_step")):
         real = getattr(owner, name)
 
         def noted(*given: Any, real: Any = real, name: str = name, **more: Any) -> Any:
@@ -54,8 +54,8 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_second_scan_finds_what_the_first_found(kept: Path, worked: list[str]) -> None:
     model = tiny_model("llama")
     first = scanned(model)
-    assert set(worked) == {"openings", "prepare", "_fihs_of"}
-    assert names(kept) == ["answers", "direction", "known", "ruler"]
+    assert set(worked) == {"openings", "prepare", "_fihs_of", "_step"}
+    assert names(kept) == ["answers", "direction", "known", "ruler", "step"]
     worked.clear()
     second = scanned(model)
     assert worked == []
@@ -88,7 +88,7 @@ def test_a_probe_of_ones_own_is_not_kept(kept: Path) -> None:
         return (logits[:, 20] - logits[:, 30]).mean()
 
     scanned(tiny_model("llama"), settings=gs.ScanSettings(probe=gap, selector="fihs", threshold="ratio:50%"))
-    assert names(kept) == ["answers"]
+    assert names(kept) == ["answers", "step"]
 
 
 @pytest.mark.parametrize("damage", ["", "{", "flipped"])
@@ -100,7 +100,7 @@ def test_a_damaged_entry_is_found_anew(damage: str, kept: Path, worked: list[str
         path.write_bytes(whole[:-9] + b"7" + whole[-8:] if damage == "flipped" else damage.encode())
     worked.clear()
     assert np.array_equal(scanned(model).scores.values, first.scores.values)
-    assert set(worked) == {"openings", "prepare", "_fihs_of"}
+    assert set(worked) == {"openings", "prepare", "_fihs_of", "_step"}
     worked.clear()
     scanned(model)
     assert worked == []
@@ -136,5 +136,5 @@ def test_the_command_lists_and_clears(kept: Path, folder: Path, probes: Path, tm
     os.environ[cache.VARIABLE] = str(kept)  # --no-cache is for its own process
     assert command(*scan_arguments(data, folder, tmp_path / "two", probes)).code == 0
     listed = command("cache").out
-    assert "2 entries" in listed and "direction" in listed and str(kept) in listed.replace("\n", "")
-    assert "2 entries deleted" in command("cache", "--clear").out and names(kept) == []
+    assert "3 entries" in listed and "direction" in listed and str(kept) in listed.replace("\n", "")
+    assert "3 entries deleted" in command("cache", "--clear").out and names(kept) == []

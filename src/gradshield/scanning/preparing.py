@@ -24,6 +24,7 @@ from gradshield.gradients import (
     ROW_SUMS,
     Engine,
     EngineAgreement,
+    FiniteDifference,
     Loop,
     adapted,
     agreement,
@@ -55,10 +56,9 @@ from gradshield.scanning.shards import Hands, here
 from gradshield.selectors import SELECTORS, Fihs, Measured, Selector, parse_aggregate
 from gradshield.selectors.base import no_direction
 from gradshield.selectors.reading import LEAST, Reading, Turn
-from gradshield.types import Anchors, Batch, Bools, Direction, Floats, Progress, Rendered, Scores
+from gradshield.types import Anchors, Bools, Direction, Floats, Progress, Rendered, Scores
 
 LEAST_SPEARMAN = 0.99  # least rank correlation of an engine with the oracle
-CLOSE = 0.01  # relative error within which finite differences need no step of their own
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ def ready_fihs(
         settings.make_threshold().cut(np.zeros(1), decoys, None if made.decoys else Anchors(np.ones(1), np.zeros(1)))
     sample = _sample(rendered, settings)
     progress("checking the engine", 0, 1)
-    selector.engine, agreed = _trusted(chosen, selector, model, direction, sample, asked, harmless, pad)
+    selector.engine, agreed = _trusted(chosen, selector, model, direction, sample, known, pad)
     progress("checking the engine", 1, 1)
     return Ready(selector, direction, agreed, valid, harmless)
 
@@ -146,11 +146,11 @@ class Known:
         return replace(found, tensors=tensors)
 
     def _key(self, given: Any) -> str:
-        return runs.digest([runs.versions(), self._model, self.asked.ids, self.harmless.ids, given])[:40]
+        return runs.digest([self._found_with, self.asked.ids, self.harmless.ids, given])[:40]
 
     @cached_property
-    def _model(self) -> str:
-        return fingerprint(self.loaded, self.model)
+    def _found_with(self) -> list[Any]:
+        return [runs.versions(), fingerprint(self.loaded, self.model)]
 
 
 def given_by(
@@ -301,8 +301,7 @@ def _trusted(
     model: nn.Module,
     direction: Direction,
     sample: Sequence[Rendered],
-    asked: Prompts,
-    harmless: Prompts,
+    known: Known,
     pad: int,
 ) -> tuple[Engine, EngineAgreement]:
     """The first engine, from the chosen one to slower ones, that ranks a random sample like the oracle."""
@@ -311,43 +310,29 @@ def _trusted(
         truth, [row.id for row in sample], [group(row.shape) for row in sample]
     )  # raises for values that are not finite
     oracle = truth.sums
+    slower: list[Engine] = [engine]
+    if engine.name == "finite-difference":
+        step = known.json("step", direction.digest, lambda: _step(model, known.asked, known.harmless, pad, direction))
+        slower = [FiniteDifference(step), ENGINES["forward"]()]
+    if not selector.aggregate.per_token and engine.name != "loop":
+        slower.append(Loop())
     found: EngineAgreement | None = None
-    for number, candidate in enumerate(_candidates(engine, selector, model, direction, asked, harmless, pad)):
+    for candidate in slower:
         found = agreement(candidate.name, _measured(candidate, selector, model, direction, sample).sums, oracle)
         # Too few or equal rows have no rank correlation: then the relative error decides.
-        good = found.spearman >= LEAST_SPEARMAN if np.isfinite(found.spearman) else found.relative_error <= CLOSE
-        usual_step = number == 0 and engine.name == "finite-difference"  # the model's own may be better
-        if good and (found.relative_error <= CLOSE or not usual_step):
+        good = found.spearman >= LEAST_SPEARMAN if np.isfinite(found.spearman) else found.relative_error <= 0.01
+        if good:
             return candidate, found
-        if not usual_step:
-            warnings.warn(
-                f"the engine {candidate.name} disagrees with the oracle on {found.n} rows (Spearman {found.spearman:.3f}, "
-                f"relative error {found.relative_error:.1e}); a slower engine is used",
-                stacklevel=2,
-            )
+        warnings.warn(
+            f"the engine {candidate.name} disagrees with the oracle on {found.n} rows (Spearman {found.spearman:.3f}, "
+            f"relative error {found.relative_error:.1e}); a slower engine is used",
+            stacklevel=2,
+        )
     assert found is not None
     raise ScoreError(
         f"no engine agrees with the oracle on this model (the last, {found.engine}, has Spearman {found.spearman:.3f} on "
         f"{found.n} rows, and {LEAST_SPEARMAN} is needed): load the model in float32, or use --engine loop with {ROW_SUMS}"
     )
-
-
-def _candidates(
-    engine: Engine,
-    selector: Fihs,
-    model: nn.Module,
-    direction: Direction,
-    asked: Prompts,
-    harmless: Prompts,
-    pad: int,
-) -> Iterator[Engine]:
-    """The chosen engine and slower ones; finite differences first with their usual step, then with the model's best."""
-    yield engine
-    if engine.name == "finite-difference":
-        yield calibrated(model, _calibration(model, asked, harmless, pad), direction)[0]
-        yield ENGINES["forward"]()
-    if not selector.aggregate.per_token and engine.name != "loop":
-        yield Loop()
 
 
 def _measured(
@@ -358,14 +343,14 @@ def _measured(
     return shards.measure(with_engine, model, direction, rows, 4096)
 
 
-def _calibration(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int) -> Batch:
-    """A small batch for choosing the finite-difference step: probes with the model's own answers."""
-    some = [p.take(range(min(8, len(p)))) for p in (asked, harmless)]
+def _step(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int, direction: Direction) -> float:
+    """The finite-difference step of this model, by a small batch of probes with its own answers."""
+    some = [p.take(range(min(4, len(p)))) for p in (asked, harmless)]
     rows: list[Rendered] = []
     for prompts in some:
         for prompt, answer in zip(prompts.ids, greedy(model, prompts, 16, pad), strict=True):
             rows.append(answered(len(rows), prompt, answer or [pad]))
-    return rows_in.collate(rows)
+    return calibrated(model, rows_in.collate(rows), direction)[0].relative_step
 
 
 def categories(
