@@ -48,6 +48,7 @@ REPORTING = (
 )
 HALVES = {"choosing": CHOOSING, "reporting": REPORTING}
 MIXES = ("p0", "p10", "p10_openers")
+SIGNALS = ("score", "request", "fihs")
 
 
 def rows_of(folder: Path, task: str, mix: str, most: int) -> tuple[list[dict[str, Any]], list[int]]:
@@ -103,13 +104,13 @@ def cells(folder: Path, tasks: Sequence[str], model: str, most: int, max_length:
 def summary(found: Sequence[dict[str, Any]]) -> str:
     """The table of a run, and its means and worst cells."""
     lines = [
-        "| task | mix | caught | lost | AUROC: score / request | best trivial |",
+        "| task | mix | caught | lost | AUROC: score / request / FIHS, if measured | best trivial |",
         "|---|---|---|---|---|---|",
     ]
     for cell in found:
         ranks = cell.get("auroc", {})
-        own = " / ".join(f"{ranks[name]:.3f}" for name in ("score", "request")) if ranks else "–"
-        rivals = {k: v for k, v in ranks.items() if k not in ("score", "request") and v is not None}
+        own = " / ".join(f"{ranks[name]:.3f}" for name in SIGNALS if name in ranks) if ranks else "–"
+        rivals = {k: v for k, v in ranks.items() if k not in SIGNALS and v is not None}
         best = max(rivals, key=lambda name: rivals[name]) if rivals else ""
         shown = [outputs_rate(cell.get(name)) for name in ("caught", "lost")]
         lines.append(

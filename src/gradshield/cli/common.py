@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gradshield.scanning.selection import Selection
 
 QUIET = 60  # seconds between progress lines without a terminal
-NOTED = 1.0  # seconds from which a stage has a line of its own
+NOTED = 5.0  # seconds from which a stage has a line of its own
 out = Console(soft_wrap=True, highlight=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
@@ -298,7 +298,7 @@ def rates(before: Figures | None, after: Figures, utility: str = "utility") -> N
 def progress() -> Iterator[Any]:
     """A callable (stage, done, total) that draws one bar per stage on standard error.
 
-    Without a terminal it prints a line for each stage of a second or more, and in a long one a line a minute, with the time left.
+    Without a terminal it prints a line for each stage of some seconds, and in a long one a line a minute, with the time left.
     """
     bars: dict[str, Any] = {}
     columns = TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn()
