@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,11 @@ def prepare_directions(case: Case, subspaces: Sequence[str]) -> None:
                 steps[subspace] = calibrated(model, sample, direction)[0].relative_step
             if subspace == "lora":
                 kinds = sorted(set(case.asked.categories))
-                joined = together([selector.by_category(model, kind) for kind in kinds])
+                parts = []
+                for kind in kinds:
+                    selector.requests = case.asked.where(kind)
+                    parts.append(replace(selector.prepare(model), names=(kind,)))
+                joined = together(parts)
                 directions.save(joined, folder / f"{KINDS}.safetensors")
     (folder / "steps.json").write_text(json.dumps(steps), encoding="utf-8")
 

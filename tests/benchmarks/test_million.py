@@ -24,7 +24,7 @@ def test_a_short_run_gives_every_figure(tmp_path: Path) -> None:
     tokens = million.write(300, tmp_path)
     found = million.figures(tmp_path, tokens, *million.scan(tmp_path))
     assert found["rows"] == 300 and found["tokens"] == tokens.sum()
-    counts = million._shards(tmp_path / "out" / ".gradshield" / "shards", 0.0, tokens)[2]
+    counts = million._shards(tmp_path / "out" / ".gradshield" / "shards", tokens)[2]
     assert found["shards"] == len(counts) and counts.sum() == 300
     assert all(seconds > 0 for seconds in found["seconds"].values())
     assert found["resident_mb"]["peak"] >= found["resident_mb"]["all measured"] > 0
