@@ -36,10 +36,10 @@ def loaded() -> Any:
 
 
 @cache
-def scanned(name: str) -> Any:
+def scanned(name: str, selector: str = "screen") -> Any:
     path = SHARED / "data" / f"{name}.jsonl"
     labels = json.loads(path.with_name(f"{name}.labels.json").read_text())
-    return gs.scan(path, model=loaded(), labels=labels)
+    return gs.scan(path, model=loaded(), labels=labels, settings=gs.ScanSettings(selector=selector))
 
 
 def figures(name: str) -> Labelled:
@@ -66,7 +66,9 @@ def test_nothing_is_lost_where_there_is_no_harm():
 
 
 def test_the_score_ranks_where_openers_point_the_wrong_way():
-    aurocs = {entry["name"]: entry["auroc"] for entry in figures("gsm8k_p10_openers").aurocs}
+    whole = scanned("gsm8k_p10_openers", "screen:all")
+    assert (whole.removed == scanned("gsm8k_p10_openers").removed).all()  # two stages decide as one
+    aurocs = {entry["name"]: entry["auroc"] for entry in whole.manifest.results.labels.aurocs}
     # never an AUROC without what it has to beat
     assert set(aurocs) == {"screen", "request alone", "FIHS alone"} | BASELINES
     assert aurocs["screen"] >= 0.98
