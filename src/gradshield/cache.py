@@ -93,9 +93,11 @@ def entries() -> list[Entry]:
 
 def clear() -> int:
     """Delete all entries; returns how many."""
-    found = entries()
+    found, kept = entries(), folder()
     for entry in found:
         entry.path.unlink(missing_ok=True)
+    if kept is not None:
+        files.sweep(kept)
     return len(found)
 
 

@@ -49,6 +49,12 @@ class Conversation:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     coefficient: float = 1.0
 
+    @property
+    def weightless(self) -> bool:
+        """Whether an answer of it is not to be trained on."""
+        turns = zip(self.messages or (), self.trained, strict=False)
+        return any(turn["role"] == "assistant" and not trained for turn, trained in turns)
+
 
 @dataclass(frozen=True)
 class Example:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -311,8 +312,10 @@ def progress() -> Iterator[Any]:
             nonlocal printed
             now = time.monotonic()
             taken = now - began.setdefault(stage, now)
-            if done >= total and taken >= NOTED:
-                err.print(f"{plain(stage)}: {done:,} in {duration(taken)}")
+            if done >= total:
+                del began[stage]  # a stage may be reported as finished twice
+                if taken >= NOTED:
+                    err.print(f"{plain(stage)}: {done:,} in {duration(taken)}")
             elif 0 < done < total and taken >= NOTED and now - printed >= QUIET:
                 printed = now
                 err.print(f"{plain(stage)}: {done:,} of {total:,}, {duration(taken / done * (total - done))} left")
@@ -338,6 +341,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)  # from one library to another: no user can act on them
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that only its own kernels need
     import datasets
     import transformers
 

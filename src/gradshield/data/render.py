@@ -158,9 +158,8 @@ class Renderer:
         self.tokenizer = tokenizer
         self.config = config or RenderConfig()
         self.rewritten = array("q")
-        self._templates: dict[
-            bool, str | None
-        ] = {}  # by whether answers have to be marked; looked up when first needed
+        # By whether answers have to be marked; looked up when first needed.
+        self._templates: dict[bool, str | None] = {}
         self._takes: dict[Any, Takes] = {}
         self._lacks: dict[Any, tuple[tuple[int, str], ...] | None] = {}
         self._unwritten: Counter[tuple[str, str]] = Counter()  # by part and role: rows
@@ -196,7 +195,7 @@ class Renderer:
                 return tokens
             sequences.append(tokens)
         self._unwritten.update(lacking)
-        self._weighted += any(_weightless(conversation) for conversation in example.conversations)
+        self._weighted += any(conversation.weightless for conversation in example.conversations)
         if fitted is not example:
             self.rewritten.append(example.row)
         return Rendered(example.row, example.id, example.shape, tuple(sequences))
@@ -254,7 +253,7 @@ class Renderer:
                     conversation.messages is not None
                     and conversation.tools is None
                     and not conversation.template_kwargs
-                    and not any("tool_calls" in m or isinstance(m.get("content"), list) for m in conversation.messages)
+                    and not _structured(conversation.messages)
                 ):
                     kwargs = self._template_kwargs(conversation, example.shape)
                     marked = self._marked(kwargs, example.shape)
@@ -380,7 +379,7 @@ class Renderer:
 
     def _fit(self, conversation: Conversation, shape: str) -> Conversation:
         messages = conversation.messages
-        if messages is None or not any("tool_calls" in m or isinstance(m.get("content"), list) for m in messages):
+        if messages is None or not _structured(messages):
             return conversation
         kwargs = self._template_kwargs(conversation, shape)
         key = (kwargs["chat_template"], kwargs["tools"] is None)
@@ -499,7 +498,6 @@ def _special_tokens(tokenizer: Any) -> list[str]:
     return sorted({*map(str, tokenizer.all_special_tokens), *added} - {""}, key=len, reverse=True)
 
 
-def _weightless(conversation: Conversation) -> bool:
-    """Whether an answer of it is not to be trained on."""
-    turns = zip(conversation.messages or (), conversation.trained, strict=False)
-    return any(turn["role"] == "assistant" and not trained for turn, trained in turns)
+def _structured(messages: Messages) -> bool:
+    """Whether a message holds more than a role and a text: tool calls, or a list of parts."""
+    return any("tool_calls" in m or isinstance(m.get("content"), list) for m in messages)

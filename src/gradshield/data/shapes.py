@@ -352,8 +352,7 @@ def as_trl(row: Row, shape: str, conversations: tuple[Conversation, ...]) -> boo
     own = {id(turn) for key in TRL_KEYS if isinstance(row.get(key), list) for turn in row[key]}
     for one in conversations:
         turns = one.messages or ()
-        weighted = any(turn["role"] == "assistant" and not kept for turn, kept in zip(turns, one.trained, strict=False))
-        if weighted or not own.issuperset(map(id, turns)) or (turns and isinstance(row.get("prompt"), str)):
+        if one.weightless or not own.issuperset(map(id, turns)) or (turns and isinstance(row.get("prompt"), str)):
             return False
     return True
 

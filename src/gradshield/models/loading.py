@@ -231,7 +231,7 @@ def parameters_digest(model: torch.nn.Module) -> str:
 def fingerprint(loaded: LoadedModel, model: torch.nn.Module) -> str:
     """SHA-256 that tells whether this is the loaded model, or has other weights since: its digest, and values of every parameter.
 
-    ``model`` is the loaded one, maybe with an adapter. 64 values of a parameter, evenly spaced, are read.
+    ``model`` is the loaded one, maybe with an adapter. Of each parameter 64 to 127 values are read, evenly spaced.
     """
     import torch
 

@@ -6,7 +6,7 @@ S rises as the model moves away from refusal, so that FIHS = -<∇L, ∇S> is po
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -116,7 +116,14 @@ def first_token(tokenizer: Any, text: str) -> int:
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, prompts: Prompts, tokens: int, pad: int, chunk: int = 32) -> list[list[int]]:
+def greedy(
+    model: nn.Module,
+    prompts: Prompts,
+    tokens: int,
+    pad: int,
+    chunk: int = 32,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[int]]:
     """The model's greedy answers, at most ``tokens`` long, cut at its end-of-sequence token; always without dropout."""
     device = next(model.parameters()).device
     config = getattr(model, "generation_config", None)
@@ -137,4 +144,5 @@ def greedy(model: nn.Module, prompts: Prompts, tokens: int, pad: int, chunk: int
         for row in out[:, ids.shape[1] :].tolist():
             end = next((i for i, t in enumerate(row) if t in stops), len(row))
             answers.append(row[:end])
+        progress(len(answers), len(prompts))
     return answers

@@ -111,13 +111,8 @@ def openings(
 ) -> list[str]:
     """How the model begins to answer every probe, greedily."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    found: list[str] = []
-    while len(found) < len(requests):
-        progress(len(found), len(requests))
-        some = requests.take(range(len(found), min(len(found) + AT_ONCE, len(requests))))
-        found += [tokenizer.decode(ids) for ids in greedy(model, some, tokens, pad)]
-    progress(len(found), len(requests))
-    return found
+    progress(0, len(requests))
+    return [tokenizer.decode(ids) for ids in greedy(model, requests, tokens, pad, AT_ONCE, progress)]
 
 
 def validity(tokenizer: Any, requests: Prompts, answers: Sequence[str]) -> Validity:

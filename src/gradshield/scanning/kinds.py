@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.placement import in_float64
 from gradshield.probes import Prompts
 from gradshield.selectors import Measured
 from gradshield.selectors.base import members
-from gradshield.selectors.reading import states
+from gradshield.selectors.reading import block_names, states
 from gradshield.types import Batch, Direction, Floats, Ints
 
 DEPTH = 0.75  # share of the model's depth from which blocks are read: nearer to the output, topics lie further apart
@@ -45,9 +44,8 @@ class Kinds:
     @classmethod
     def fit(cls, model: nn.Module, asked: Prompts) -> Kinds:
         """The kinds of the probe requests."""
-        prefix, layers = decoder_layers(model)
-        first = min(int(DEPTH * len(layers)), len(layers) - 1)
-        blocks = tuple(f"{prefix}.{i}" if prefix else str(i) for i in range(first, len(layers)))
+        blocks = block_names(model)
+        blocks = blocks[min(int(DEPTH * len(blocks)), len(blocks) - 1) :]
         found = states(model, asked.ids, blocks, over_tokens)
         names = tuple(sorted(set(asked.categories)))
         own = np.array([names.index(name) for name in asked.categories])

@@ -53,13 +53,16 @@ def peft_config(options: Mapping[str, Any]) -> Any:
         ) from None
 
 
-def sft_options(options: Mapping[str, Any]) -> Any:
+def sft_options(options: Any) -> Any:
     """The training options that change what is scored, as an object like ``SFTConfig``; None without any.
 
-    Unlike that of an ``SFTConfig``, ``assistant_only_loss`` may be None: only response tokens count, whatever the template.
+    An object is returned as it is. Unlike that of an ``SFTConfig``, ``assistant_only_loss`` may be None: only response tokens
+    count, whatever the template.
 
     Raises UsageError for an option that does not exist, or of the wrong type.
     """
+    if not isinstance(options, Mapping):
+        return options
     _check_names(options)
     for name, kinds in _SFT_TYPES.items():
         if name in options and type(options[name]) not in kinds:

@@ -79,56 +79,15 @@ class Scored(Ready):
     scores: Scores
 
 
-def ready_fihs(
-    model: nn.Module,
-    loaded: LoadedModel,
-    rendered: Sequence[Rendered],
-    settings: ScanSettings,
-    probing: Probing,
-    targets: Sequence[str],
-    progress: Progress,
-) -> Ready:
-    """Check the probes, compute the direction, and choose an engine that agrees with the oracle.
-
-    Raises ProbeError for a model on which the probes are invalid, and ScoreError if no engine agrees.
-    """
-    tokenizer, pad = loaded.tokenizer, loaded.pad_token_id
-    asked, harmless = asked_of(tokenizer, probing)
-    known = Known(model, loaded, asked, harmless)
-    asking = partial(progress, "asking the probes")
-    answers = known.json("answers", (), lambda: openings(model, tokenizer, asked, progress=asking))
-    asking(len(asked), len(asked))
-    valid = validity(tokenizer, asked, answers)
-    if valid.problem and not probing.uncertified:
-        raise ProbeError(valid.problem + "; or pass --uncertified to score it anyway, without a certificate")
-    probe = settings.make_probe()
-    probe.fit(model, tokenizer, asked, harmless)
-    aggregate = parse_aggregate(settings.aggregate)
-    selector = Fihs(probe, asked, Loop(), aggregate, settings.subspace, targets)
-    progress("finding the direction", 0, 1)
-    given = (dict(probe.settings()), settings.subspace, list(targets))
-    direction = known.direction(given, lambda: selector.prepare(model), isinstance(settings.probe, str))
-    progress("finding the direction", 1, 1)
-    chosen = pick(settings.engine, model, aggregate.per_token)
-    if not hasattr(settings.threshold, "cut"):  # a rule that cannot cut fails now, not after the rows are measured
-        made = cast(type[Fihs], SELECTORS[Spec.split(settings.selector).name])
-        decoys = np.zeros(1) if chosen.per_token and made.decoys else None
-        settings.make_threshold().cut(np.zeros(1), decoys, None if made.decoys else Anchors(np.ones(1), np.zeros(1)))
-    sample = _sample(rendered, settings)
-    progress("checking the engine", 0, 1)
-    selector.engine, agreed = _trusted(chosen, selector, model, direction, sample, known, pad)
-    progress("checking the engine", 1, 1)
-    return Ready(selector, direction, agreed, valid, harmless)
-
-
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What was found on this model before (`cache`), under a hash of the model, the prompts and what else it depends on."""
+    """A model, and what was found on it before (`cache`), under a hash of the model and of all that is ``given``.
+
+    ``model`` is the loaded one, with its adapter if the subspace needs it.
+    """
 
     model: nn.Module
     loaded: LoadedModel
-    asked: Prompts
-    harmless: Prompts
 
     def json(self, name: str, given: Any, make: Callable[[], Any]) -> Any:
         """A JSON-able finding."""
@@ -146,19 +105,57 @@ class Known:
         return replace(found, tensors=tensors)
 
     def _key(self, given: Any) -> str:
-        return runs.digest([self._found_with, self.asked.ids, self.harmless.ids, given])[:40]
+        return runs.digest([self._found_with, given])[:40]
 
     @cached_property
     def _found_with(self) -> list[Any]:
         return [runs.versions(), fingerprint(self.loaded, self.model)]
 
 
-def given_by(
-    model: nn.Module, loaded: LoadedModel, found: Ready, probing: Probing, progress: Progress
-) -> dict[str, Callable[[], Any]]:
+def ready_fihs(
+    known: Known,
+    rendered: Sequence[Rendered],
+    settings: ScanSettings,
+    probing: Probing,
+    targets: Sequence[str],
+    progress: Progress,
+) -> Ready:
+    """Check the probes, compute the direction, and choose an engine that agrees with the oracle.
+
+    Raises ProbeError for a model on which the probes are invalid, and ScoreError if no engine agrees.
+    """
+    model, tokenizer = known.model, known.loaded.tokenizer
+    asked, harmless = asked_of(tokenizer, probing)
+    asking = partial(progress, "asking the probes")
+    answers = known.json("answers", asked.ids, lambda: openings(model, tokenizer, asked, progress=asking))
+    asking(len(asked), len(asked))
+    valid = validity(tokenizer, asked, answers)
+    if valid.problem and not probing.uncertified:
+        raise ProbeError(valid.problem + "; or pass --uncertified to score it anyway, without a certificate")
+    probe = settings.make_probe()
+    probe.fit(model, tokenizer, asked, harmless)
+    aggregate = parse_aggregate(settings.aggregate)
+    selector = Fihs(probe, asked, Loop(), aggregate, settings.subspace, targets)
+    progress("finding the direction", 0, 1)
+    given = (asked.ids, dict(probe.settings()), settings.subspace, list(targets))
+    direction = known.direction(given, lambda: selector.prepare(model), isinstance(settings.probe, str))
+    progress("finding the direction", 1, 1)
+    chosen = pick(settings.engine, model, aggregate.per_token)
+    if not hasattr(settings.threshold, "cut"):  # a rule that cannot cut fails now, not after the rows are measured
+        made = cast(type[Fihs], SELECTORS[Spec.split(settings.selector).name])
+        decoys = np.zeros(1) if chosen.per_token and made.decoys else None
+        settings.make_threshold().cut(np.zeros(1), decoys, None if made.decoys else Anchors(np.ones(1), np.zeros(1)))
+    sample = _sample(rendered, settings)
+    progress("checking the engine", 0, 1)
+    selector.engine, agreed = _trusted(chosen, selector, known, direction, sample, asked, harmless)
+    progress("checking the engine", 1, 1)
+    return Ready(selector, direction, agreed, valid, harmless)
+
+
+def given_by(known: Known, found: Ready, probing: Probing, progress: Progress) -> dict[str, Callable[[], Any]]:
     """Constructor arguments for methods built on FIHS: the prepared FIHS, its parts, and the extras of `Screen`."""
     fihs = cast(Fihs, found.selector)
-    screened = once(lambda: _ruler(model, loaded, found, probing, progress))
+    screened = once(lambda: _ruler(known, found, probing, progress))
     return {
         "fihs": lambda: fihs,
         "probe": lambda: fihs.probe,
@@ -170,14 +167,13 @@ def given_by(
     }
 
 
-def _ruler(
-    model: nn.Module, loaded: LoadedModel, found: Ready, probing: Probing, progress: Progress
-) -> tuple[Reading, Anchors]:
+def _ruler(known: Known, found: Ready, probing: Probing, progress: Progress) -> tuple[Reading, Anchors]:
     """The refusal ruler, and the FIHS of compliant openers.
 
     Raises ProbeError if too few probes are refused, or there are too few harmless prompts, to fit a ruler.
     """
-    fihs, valid, tokenizer = cast(Fihs, found.selector), found.validity, loaded.tokenizer
+    model, tokenizer = known.model, known.loaded.tokenizer
+    fihs, valid = cast(Fihs, found.selector), found.validity
     assert valid is not None
     template = dict(probing.template or {})  # without the answer prefix: rows are read at their own opened turn
     asked, harmless = (
@@ -189,10 +185,13 @@ def _ruler(
     )
     declined = [refuses(answer) for answer in valid.answers]
     refused = asked.take(np.flatnonzero(declined).tolist()) if sum(declined) >= LEAST else asked
-    known = Known(model, loaded, refused, harmless)
     progress("reading known requests", 0, 2)
     reading = Reading.from_json(
-        known.json("ruler", (), lambda: Reading.fit(model, Turn.of(harmless), refused, harmless).as_json())
+        known.json(
+            "ruler",
+            (refused.ids, harmless.ids),
+            lambda: Reading.fit(model, Turn.of(harmless), refused, harmless).as_json(),
+        )
     )
     progress("reading known requests", 1, 2)
     alike = len(probing.lookalikes or lookalikes())
@@ -201,7 +200,7 @@ def _ruler(
     def pushes() -> list[list[float]]:
         return [_fihs_of(fihs, model, found.direction, opened(tokenizer, p)).tolist() for p in (refused, tricky)]
 
-    given = (found.direction.digest, dict(fihs.settings()), fihs.aggregate.name)
+    given = (refused.ids, tricky.ids, found.direction.digest, dict(fihs.settings()), fihs.aggregate.name)
     anchors = Anchors(*(np.array(values) for values in known.json("known", given, pushes)))
     progress("reading known requests", 2, 2)
     return reading, anchors
@@ -298,13 +297,14 @@ def _sample(rendered: Sequence[Rendered], settings: ScanSettings) -> list[Render
 def _trusted(
     engine: Engine,
     selector: Fihs,
-    model: nn.Module,
+    known: Known,
     direction: Direction,
     sample: Sequence[Rendered],
-    known: Known,
-    pad: int,
+    asked: Prompts,
+    harmless: Prompts,
 ) -> tuple[Engine, EngineAgreement]:
     """The first engine, from the chosen one to slower ones, that ranks a random sample like the oracle."""
+    model, pad = known.model, known.loaded.pad_token_id
     truth = _measured(Loop(), selector, model, direction, sample)
     selector.finish(
         truth, [row.id for row in sample], [group(row.shape) for row in sample]
@@ -312,7 +312,8 @@ def _trusted(
     oracle = truth.sums
     slower: list[Engine] = [engine]
     if engine.name == "finite-difference":
-        step = known.json("step", direction.digest, lambda: _step(model, known.asked, known.harmless, pad, direction))
+        given = (asked.ids, harmless.ids, direction.digest)
+        step = known.json("step", given, lambda: _step(model, asked, harmless, pad, direction))
         slower = [FiniteDifference(step), ENGINES["forward"]()]
     if not selector.aggregate.per_token and engine.name != "loop":
         slower.append(Loop())

@@ -74,8 +74,7 @@ def prepare(
 
     Raises DataError, ModelError and UsageError (see `gradshield.errors`), and EmptyDataError if no row has a token to score.
     """
-    if isinstance(training_args, Mapping):
-        training_args = sft_options(training_args)
+    training_args = sft_options(training_args)
     format = rows_in.Format.of(format).trained(training_args)
     read = rows_in.read(data, format)
     if hasattr(training_args, "assistant_only_loss") and read.examples.shapes.counts().get("kto"):

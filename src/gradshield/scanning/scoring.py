@@ -13,7 +13,7 @@ from gradshield import runs
 from gradshield.models.loading import LoadedModel
 from gradshield.options import Spec
 from gradshield.scanning import shards
-from gradshield.scanning.preparing import Ready, Scored, anchors, asked_of, given_by, named, ready_fihs
+from gradshield.scanning.preparing import Known, Ready, Scored, anchors, asked_of, given_by, named, ready_fihs
 from gradshield.scanning.references import references
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.scanning.shards import Hands, here
@@ -44,8 +44,9 @@ def ready(
         "references": lambda: references(model, tokenizer, *asked_of(tokenizer, probing), pad),
     }
     if SELECTORS[Spec.split(settings.selector).name].probed:
-        found = ready_fihs(model, loaded, rendered, settings, probing, targets, progress)
-        given |= given_by(model, loaded, found, probing, progress)
+        known = Known(model, loaded)
+        found = ready_fihs(known, rendered, settings, probing, targets, progress)
+        given |= given_by(known, found, probing, progress)
         return replace(found, selector=make(settings.selector, given))
     progress("preparing the method", 0, 1)
     selector = make(settings.selector, given)

@@ -15,7 +15,7 @@ from gradshield.types import Bools, Cut, Ints, Quarantined, Scores
 class Selection:
     """A scan's decision for every row.
 
-    ``removed`` and ``categories`` (the kind of harm a removed row pulls toward, else empty) are aligned with
+    ``removed`` and ``categories`` (the kind of harm a removed row asks for, else empty) are aligned with
     ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows above the cut that a reviewer allowed.
     ``kept``, made on first access, is ready for a trainer: the caller's own ``Dataset`` without the removed rows if TRL knows
     its shape, else the rows tokenised as they were scored. ``certified`` is True if the model refused its probes and no

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +63,7 @@ def show(
     >>> "".join(text for text, counts in seen.pieces if counts)
     'blue<|end|>'
     """
-    if isinstance(training_args, Mapping):
-        training_args = sft_options(training_args)
+    training_args = sft_options(training_args)
     read = rows_in.read(data, rows_in.Format.of(format).trained(training_args))
     if isinstance(model, LoadedModel):
         tokenizer = model.tokenizer

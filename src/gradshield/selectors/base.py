@@ -151,12 +151,7 @@ SELECTORS: Registry[type[Selector]] = Registry(
 )
 
 
-GIVEN = (
-    "subspace",
-    "targets",
-    "seed",
-    "rows",
-)  # constructor arguments that come from the scan's settings, not from the spec
+GIVEN = ("subspace", "targets", "seed", "rows")  # constructor arguments that come from the scan, not from the spec
 
 
 def check(text: str) -> None:

@@ -27,9 +27,8 @@ OPENER = 0.02  # a token that begins this share of the refusals counts as a refu
 LEAST = 2  # prompts of a kind: each half is read with a ruler fitted on the other
 _POSITIONS = 4096  # in one batch, padding included
 
-Take = Callable[
-    ..., Tensor
-]  # of hidden states (B, T, D) and the index ``last`` (B,): what is read, (B, D) in float64 on the CPU
+# Of hidden states (B, T, D) and the index ``last`` (B,): what is read, (B, D) in float64 on the CPU.
+Take = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -171,11 +170,17 @@ class Reading:
 
 def read_blocks(model: nn.Module) -> tuple[str, ...]:
     """Names of the decoder blocks within DEPTH; a model too shallow for any gives the block nearest to its middle."""
-    prefix, layers = decoder_layers(model)
-    depth = len(layers)
+    blocks = block_names(model)
+    depth = len(blocks)
     chosen = [i for i in range(1, depth + 1) if DEPTH[0] * depth <= i <= DEPTH[1] * depth]
     chosen = chosen or [max(1, round(sum(DEPTH) / 2 * depth))]
-    return tuple(f"{prefix}.{i - 1}" if prefix else str(i - 1) for i in chosen)
+    return tuple(blocks[i - 1] for i in chosen)
+
+
+def block_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of all decoder blocks, in the order in which they run."""
+    prefix, layers = decoder_layers(model)
+    return tuple(f"{prefix}.{i}" if prefix else str(i) for i in range(len(layers)))
 
 
 def _ruler(high: Floats, low: Floats) -> tuple[Floats, float]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from gradshield.columns import Coded
 from gradshield.probes import only_refuses, pivots
-from gradshield.selectors.base import SELECTORS, Measured, members, standing
+from gradshield.selectors.base import SELECTORS, Measured, by_row, members, standing
 from gradshield.selectors.fihs import Fihs
 from gradshield.selectors.reading import Reading
 from gradshield.types import Anchors, Batch, Bools, Ints, Scores
@@ -86,8 +86,7 @@ class Screen(Fihs):
         extra = np.array(list(found.values()))
         drawn = [zlib.crc32(batch.ids[own][batch.attention[own] > 0].tobytes()) % self.one_in == 0 for own in sequences]
         extra[:, 2] = (extra[:, 0] >= LEAST_READING) | drawn
-        unknown = np.full(len(rows), np.nan)
-        lengths = np.array([int(batch.loss[own].sum()) for own in sequences], dtype=np.int64)
+        _, unknown, lengths = by_row(batch, np.full(len(batch.rows), np.nan))
         return Measured(rows, unknown, unknown, lengths, (np.zeros(0),) * len(rows), extra), extra[:, 2] > 0
 
     def _words(self, ids: Ints, loss: Bools) -> str:
