@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gradshield.comparison.pool import Pooled, Totals, bounds
 from gradshield.report.draw import Chart, axis_style, base_layout
-from gradshield.report.pool import TARGET, Pooled, Totals, bounds
 from gradshield.report.text import chart_text
+from gradshield.thresholds.verified import TARGET
 
 LONGEST = 24  # characters of a name in the legend
 REACH = 100 * TARGET + 2  # least end of the axis in percent, so that it shows the target
@@ -26,7 +27,7 @@ def trade_off(sums: Sequence[Totals]) -> Chart | None:
     for one in sums:
         y = one.minus_clean if relative else one.utility
         if relative and y is None and one.defence == "clean" and one.utility is not None:
-            y = Pooled(0.0, 0.0, 0.0, one.utility.n, one.utility.cells, 0.0, 0.0)
+            y = Pooled(0.0, 0.0, 0.0, one.utility.n, 0, one.utility.cells, 0.0, 0.0)
         if one.harmed and y is not None:
             found.append((one, max(one.harmed.values(), key=lambda rate: rate.rate), y))
     if not found:
