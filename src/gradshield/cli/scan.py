@@ -208,7 +208,10 @@ def _check_map(device_map: str | None, selector: str, alone: bool) -> None:
     """Raises UsageError for options that do not work with a model spread over several devices."""
     if device_map is None:
         return
-    if selector not in ("screen", "fihs"):
+    from gradshield.options import Spec
+    from gradshield.selectors import SELECTORS
+
+    if not SELECTORS[Spec.split(selector).name].probed:
         raise UsageError(
             f"the selector {selector!r} needs the model on one device, and --device-map spreads it: leave one of them out"
         )
