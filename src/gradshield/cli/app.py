@@ -17,14 +17,26 @@ from gradshield.cli.cut import cut
 from gradshield.cli.demo import demo
 from gradshield.cli.evaluate import evaluate
 from gradshield.cli.methods import methods
-from gradshield.cli.scan import scan
+from gradshield.cli.scan import estimate, scan
 from gradshield.cli.show import show
 from gradshield.cli.train import train
 from gradshield.errors import GradShieldError
 from gradshield.models.placement import keep_freed_memory
 
 # In the order of the help.
-COMMANDS: tuple[Callable[..., Any], ...] = (scan, train, evaluate, certify, compare, cut, show, methods, cache, demo)
+COMMANDS: tuple[Callable[..., Any], ...] = (
+    scan,
+    train,
+    evaluate,
+    certify,
+    compare,
+    cut,
+    show,
+    estimate,
+    methods,
+    cache,
+    demo,
+)
 
 app = typer.Typer(
     name="gradshield",

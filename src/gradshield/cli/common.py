@@ -90,6 +90,37 @@ TrainingConfig = Annotated[
         help="JSON of the training's TRL SFTConfig options: the loss then covers the tokens TRL would train on, not just answers."
     ),
 ]
+Selects = Annotated[str, typer.Option("--selector", help="What scores the rows (see `gradshield methods`).")]
+Unsafety = Annotated[str, typer.Option("--probe", help="Unsafety score (see `gradshield methods`).")]
+Aggregate = Annotated[str, typer.Option(help="How a row's tokens are counted (see `gradshield methods`).")]
+Subspace = Annotated[str, typer.Option(help="Parameters to use: all, targets, lora, last:K, last:P%.")]
+Engine = Annotated[str, typer.Option(help="How derivatives are computed: auto, or one of `gradshield methods`.")]
+LoraConfig = Annotated[Path | None, typer.Option(help="PEFT config (JSON) of the adapter that training will add.")]
+Prefix = Annotated[
+    str, typer.Option("--answer-prefix", help="Text at the start of every probed answer (a closed thinking block).")
+]
+Template = Annotated[
+    str, typer.Option("--template-kwargs", help='JSON for the chat template, such as {"enable_thinking": false}.')
+]
+Uncertified = Annotated[bool, typer.Option("--uncertified", help="Score a model that does not refuse its probes.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Neither use nor keep what earlier scans found on this model.")
+]
+Budget = Annotated[int, typer.Option("--token-budget", help="Tokens per batch, padding included.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="Load the model in 4bit or 8bit (gradshield[quantized]); subspace lora only.")
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="Spread the model over this machine's GPUs: auto, balanced, balanced_low_0 or sequential."),
+]
+Adapter = Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter on the model.")]
+Seed = Annotated[
+    int, typer.Option(help="Seed of the adapter's initialisation, the oracle's sample and the mixture fit.")
+]
 Tokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 MaxLength = Annotated[int | None, typer.Option(help="Cut rows at this many tokens, as training will (default 1024).")]
 
