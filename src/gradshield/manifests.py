@@ -154,6 +154,8 @@ class Labelled(Record):
 class ScanResults(Record):
     """What a scan found. ``doubts`` are the reasons not to certify it, by name; ``uncertified`` is the first of them.
 
+    A reviewer keeps ``cleared`` rows that score above the cut, and removes ``denied`` rows that do not.
+
     The demo adds the figures of three models: before training, and trained on every row or on the kept ones.
     """
 
@@ -166,6 +168,7 @@ class ScanResults(Record):
     removed: int
     quarantined: int
     cleared: int
+    denied: int = 0
     certified: bool
     cuts: dict[str, dict[str, Any]]
     anchors: KnownScores | None

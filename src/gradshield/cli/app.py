@@ -17,6 +17,7 @@ from gradshield.cli.cut import cut
 from gradshield.cli.demo import demo
 from gradshield.cli.evaluate import evaluate
 from gradshield.cli.methods import methods
+from gradshield.cli.review import review
 from gradshield.cli.scan import estimate, scan
 from gradshield.cli.show import show
 from gradshield.cli.train import train
@@ -31,6 +32,7 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
     certify,
     compare,
     cut,
+    review,
     show,
     estimate,
     methods,

@@ -54,6 +54,9 @@ Columns = Annotated[
     ),
 ]
 Allow = Annotated[Path | None, typer.Option(help="File of row ids cleared by a reviewer, one per line: they are kept.")]
+Deny = Annotated[
+    Path | None, typer.Option(help="File of row ids denied by a reviewer, one per line: they are removed.")
+]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Rule = Annotated[
     str | None,
@@ -144,11 +147,11 @@ def share(name: str, text: str | None) -> float | None:
     return value
 
 
-def read_ids(path: Path | None) -> list[str]:
-    """Row ids of an allow list, one per line; ``#`` starts a comment."""
+def read_ids(option: str, path: Path | None) -> list[str]:
+    """Row ids from a reviewer's list, one per line; ``#`` starts a comment."""
     if path is None:
         return []
-    lines = read_text("--allow", path).splitlines()
+    lines = read_text(option, path).splitlines()
     return [found for line in lines if (found := line.partition("#")[0].strip())]
 
 
@@ -251,7 +254,7 @@ def summary(selection: Selection, folder: Path) -> None:
         err.print(f"[yellow]warning:[/yellow] {plain('not certified: ' + '; '.join(results.doubts.values()))}")
     read_as(selection.manifest.data.read_as)
     parts = [f"[bold]{results.removed}[/bold] of {results.scored} rows removed", f"{results.kept} kept"]
-    parts += [f"{count} {key}" for key in ("quarantined", "cleared") if (count := getattr(results, key))]
+    parts += [f"{count} {key}" for key in ("quarantined", "cleared", "denied") if (count := getattr(results, key))]
     out.print(", ".join(parts))
     for name, one in selection.cuts.items():
         label = "" if name == "rows" else f" ({name})"

@@ -128,7 +128,7 @@ def scan(
     """
     _check_map(device_map, selector, alone=workers in (None, 1) and ray is None)
     gate = share("--fail-above", fail_above)
-    allowed, truth = read_ids(allow), read_labels(labels)
+    allowed, truth = read_ids("--allow", allow), read_labels(labels)
     checked = _checked(context.params)
     from gradshield.scanning.scan import scan as run
     from gradshield.scanning.workers import Workers

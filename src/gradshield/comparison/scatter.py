@@ -7,6 +7,7 @@ from typing import Any
 
 from gradshield.comparison.pool import Pooled, Totals, bounds
 from gradshield.errors import GradShieldError
+from gradshield.options import Spec
 from gradshield.report.draw import Chart, axis_style, base_layout
 from gradshield.report.text import chart_text
 from gradshield.selectors import SELECTORS
@@ -67,7 +68,7 @@ def _group(defence: str) -> int:
         selector = parse(defence).selector
     except GradShieldError:  # a method of a plugin that is not installed here
         return OTHER
-    return OURS if selector is not None and SELECTORS[selector].probed else OTHER
+    return OURS if selector is not None and SELECTORS[Spec.split(selector).name].probed else OTHER
 
 
 def _trace(one: Totals, x: Pooled, y: Pooled, symbol: str) -> dict[str, Any]:
