@@ -25,4 +25,4 @@ def cut(
 
     selection = cut_again(folder, threshold, allowed, command_line())
     summary(selection, folder)
-    check_gate(selection, gate)
+    check_gate(selection.manifest.results, gate)
