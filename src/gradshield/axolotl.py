@@ -88,7 +88,8 @@ class Plugin(BasePlugin):  # type: ignore[misc]
         from filelock import FileLock
 
         from gradshield import runs
-        from gradshield.cli.common import check_gate, share
+        from gradshield.cli.common import share
+        from gradshield.cli.gate import check_gate
         from gradshield.manifests import ScanManifest
         from gradshield.scanning.cut import read_scores
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from gradshield.cli.common import Allow, FailAbove, Rule, check_gate, command_line, read_ids, share, summary
+from gradshield.cli.common import Allow, FailAbove, Rule, command_line, read_ids, share, summary
+from gradshield.cli.gate import Sarif, check_sarif, judge
 from gradshield.errors import DataError
 
 
@@ -16,13 +17,15 @@ def cut(
     threshold: Rule = None,
     allow: Allow = None,
     fail_above: FailAbove = None,
+    sarif: Sarif = None,
 ) -> None:
     """Cut saved scores again with another threshold; no model is needed."""
     gate, allowed = share("--fail-above", fail_above), read_ids(allow)
+    check_sarif(sarif)
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}: run `gradshield scan` into it first")
     from gradshield.scanning.cut import cut as cut_again
 
     selection = cut_again(folder, threshold, allowed, command_line())
     summary(selection, folder)
-    check_gate(selection.manifest.results, gate)
+    judge(selection, sarif, gate)

@@ -76,6 +76,7 @@ def cut(
 def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], command: str) -> Selection:
     old = runs.read_manifest(path, ScanManifest)
     scores, removed_before, categories_before = read_scores(path)
+    lines, files = read_places(path)
     if (known := old.results.anchors) is not None:
         harmful, harmless = (np.array(values, dtype=np.float64) for values in (known.harmful, known.harmless))
         scores = replace(scores, anchors=Anchors(harmful, harmless))
@@ -122,6 +123,8 @@ def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], co
         cleared=decision.cleared,
         keep=lambda: [rows.parse(raw) for raw in rows.raw(scores.rows[~removed])],
         manifest=old.model_copy(update={"command": command, "settings": settings, "results": results}),
+        lines=lines,
+        files=files,
         certified=not doubts,
     )
     outputs.write_cut(selection, path, rows, _views(path), truth)
@@ -155,16 +158,33 @@ def _kinds(folder: Path, rows: Ints, names: Coded, removed: Bools) -> dict[int, 
         return found
 
 
-def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
-    """Scores, removed flags and categories from ``scores.parquet``. Raises DataError if it cannot be read."""
+def read_places(folder: Path) -> tuple[Ints, Coded]:
+    """The line and the file of each row from ``scores.parquet``. Raises DataError if it cannot be read."""
+    _, columns = _columns(folder, "line", "file")
+    return columns["line"].to_numpy(), Coded.of(_texts(columns["file"]))
+
+
+def _columns(folder: Path, *names: str) -> tuple[Any, dict[str, Any]]:
     try:
         table = pq.read_table(folder / "scores.parquet")
-        columns = {name: table[name] for name in ("row", "id", "score", "removed", "category", "group")}
+        return table, {name: table[name] for name in names}
+    except (OSError, pa.ArrowException, KeyError):
+        raise _unreadable(folder) from None
+
+
+def _unreadable(folder: Path) -> DataError:
+    return DataError(
+        f"the scores of {str(folder)!r} cannot be read (scores.parquet): run `gradshield scan` into it again"
+    )
+
+
+def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
+    """Scores, removed flags and categories from ``scores.parquet``. Raises DataError if it cannot be read."""
+    table, columns = _columns(folder, "row", "id", "score", "removed", "category", "group")
+    try:
         ids = Ids.of(_texts(columns["id"]))
-    except (OSError, ValueError, pa.ArrowException, KeyError):
-        raise DataError(
-            f"the scores of {str(folder)!r} cannot be read (scores.parquet): run `gradshield scan` into it again"
-        ) from None
+    except ValueError:
+        raise _unreadable(folder) from None
     optional = {n: table[n].to_numpy() if n in table.column_names else None for n in ("decoy", "tokens", "loss")}
     scores = Scores(
         rows=columns["row"].to_numpy(),
