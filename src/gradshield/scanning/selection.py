@@ -40,11 +40,11 @@ class Marks:
 class Selection:
     """A scan's decision for every row.
 
-    Aligned with ``scores.rows``: ``removed``, ``categories`` (the kind of harm a removed row asks for, else empty), ``lines`` and
-    ``files`` (where a row begins; the file is empty where there is none). ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are
-    rows above the cut that a reviewer allowed. ``kept``, made on first access, is ready for a trainer: the caller's own ``Dataset``
-    without the removed rows if TRL knows its shape, else the rows tokenised as they were scored. ``certified`` is True if the
-    model refused its probes and no check of the scan failed (`scanning.trust`).
+    ``removed`` and ``categories`` (the kind of harm a removed row asks for, else empty) are aligned with ``scores.rows``, as are
+    ``lines`` and ``files``: where a row begins (the file is empty where there is none). ``cuts`` is keyed like ``scores.shapes``.
+    ``cleared`` are rows above the cut that a reviewer allowed. ``kept``, made on first access, is ready for a trainer: the
+    caller's own ``Dataset`` without the removed rows if TRL knows its shape, else the rows tokenised as they were scored.
+    ``certified`` is True if the model refused its probes and no check of the scan failed (`scanning.trust`).
     """
 
     scores: Scores
