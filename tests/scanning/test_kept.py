@@ -14,7 +14,9 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 import gradshield as gs
+from gradshield import data as rows_in
 from gradshield.errors import UsageError
+from gradshield.models import loading
 from gradshield.models.loading import parameters_digest
 from gradshield.selectors import Fihs
 from tests.common import HALF, PROBING, chats, command, jsonl, scan, scan_arguments, write
@@ -151,6 +153,53 @@ def test_rows_that_trl_does_not_know_come_as_tokens(rows: list[Any], tmp_path: P
     )
     prepared = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
     assert prepared == [(row["input_ids"], row["labels"]) for row in selection.kept]
+
+
+def test_rows_that_are_tokens_already_are_scored_as_their_text_is(tmp_path: Path) -> None:
+    """Whatever they came from, rows of the same tokens have the same scores; the baselines and the report read their text."""
+    tokenizer = tiny_tokenizer()
+    first = scan(chats(8), labels=[0, 1] * 4)
+    rendered = rows_in.render_all(rows_in.read(chats(8)).examples, tokenizer).rendered
+    dataset = datasets.Dataset.from_list([rows_in.labelled(row) for row in rendered])
+    again = scan(dataset, labels=[0, 1] * 4, output=tmp_path / "out")
+
+    assert again.scores.values.tolist() == first.scores.values.tolist()
+    assert again.kept.column_names == ["input_ids", "labels"] and len(again.kept) == 4
+    assert again.manifest.data.read_as == {"tokens": 8}
+    assert again.manifest.results.labels.aurocs == first.manifest.results.labels.aurocs
+    removed = int(again.removed_rows[0])
+    assert f"Question {removed}?" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    best = again.scores.rows[np.argsort(-again.scores.values)[:2]]
+    assert sorted(gs.cut(tmp_path / "out", "ratio:25%").removed_rows) == sorted(best)
+    shown = gs.show(tmp_path / "out" / "kept.jsonl", model=loading.wrap(tiny_model("llama"), tokenizer))
+    assert shown.shape == "tokens" and "The answer is" in "".join(text for text, counts in shown.pieces if counts)
+
+
+def test_the_rows_of_a_trainer_are_scored_and_go_back_into_it(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    args = _config(tmp_path, assistant_only_loss=True)
+    trainer = SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list(chats(8)), processing_class=tokenizer)
+    rows = trainer.train_dataset.to_list()
+    selection = scan(trainer.train_dataset, model=model, tokenizer=tokenizer)
+    assert selection.scores.values.tolist() == scan(chats(8)).scores.values.tolist()
+    trainer.train_dataset = selection.kept
+    assert trainer.train_dataset.to_list() == [rows[row] for row in selection.kept_rows]
+    trainer.train()
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_marks_are_columns_of_a_dataset(processes: int | None) -> None:
+    dataset = datasets.Dataset.from_list([*chats(4), {"messages": []}, *chats(3, "again")])
+    selection = scan(dataset)
+    marked = dataset.map(selection.marks, batched=True, batch_size=2, with_indices=True, num_proc=processes)
+    assert marked.column_names == ["messages", "gradshield_score", "gradshield_removed", "gradshield_category"]
+    scored = selection.scores.rows.tolist()
+    assert [row for row, score in enumerate(marked["gradshield_score"]) if score is None] == [4]
+    assert marked.select(scored)["gradshield_score"][:] == selection.scores.values.tolist()
+    assert marked.select(scored)["gradshield_removed"][:] == selection.removed.tolist()
+    assert marked.select(scored)["gradshield_category"][:] == [str(name) for name in selection.categories]
+    again = dataset.map(selection.marks, batched=True, batch_size=2, with_indices=True, num_proc=processes)
+    assert again._fingerprint == marked._fingerprint  # known by its content: nothing is computed twice
 
 
 def _parts(text: str) -> list[dict[str, str]]:

@@ -115,6 +115,7 @@ class Scanned:
 def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, command: str) -> Selection:
     """Rewrite the outputs of a scan, whose folder this process has alone, for another decision on its scores."""
     old, scores, rows, removed = scanned.manifest, scanned.scores, scanned.rows, decision.removed
+    lines, files = read_places(path)
     kinds = _kinds(path, scores.rows[scanned.removed], scanned.categories, scanned.removed)
     names = Coded.of(
         kinds.get(row, NO_CATEGORY) if out else "" for row, out in zip(scores.rows.tolist(), removed, strict=True)
@@ -153,6 +154,8 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
         denied=decision.denied,
         keep=lambda: [rows.parse(raw) for raw in rows.raw(scores.rows[~removed])],
         manifest=old.model_copy(update={"command": command, "settings": settings, "results": results}),
+        lines=lines,
+        files=files,
         certified=not doubts,
     )
     outputs.write_cut(selection, path, rows, stored_views(path), truth)
@@ -186,16 +189,33 @@ def _kinds(folder: Path, rows: Ints, names: Coded, removed: Bools) -> dict[int, 
         return found
 
 
-def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
-    """Scores, removed flags and categories from ``scores.parquet``. Raises DataError if it cannot be read."""
+def read_places(folder: Path) -> tuple[Ints, Coded]:
+    """The line and the file of each row from ``scores.parquet``. Raises DataError if it cannot be read."""
+    _, columns = _columns(folder, "line", "file")
+    return columns["line"].to_numpy(), Coded.of(_texts(columns["file"]))
+
+
+def _columns(folder: Path, *names: str) -> tuple[Any, dict[str, Any]]:
     try:
         table = pq.read_table(folder / "scores.parquet")
-        columns = {name: table[name] for name in ("row", "id", "score", "removed", "category", "group")}
+        return table, {name: table[name] for name in names}
+    except (OSError, pa.ArrowException, KeyError):
+        raise _unreadable(folder) from None
+
+
+def _unreadable(folder: Path) -> DataError:
+    return DataError(
+        f"the scores of {str(folder)!r} cannot be read (scores.parquet): run `gradshield scan` into it again"
+    )
+
+
+def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
+    """Scores, removed flags and categories from ``scores.parquet``. Raises DataError if it cannot be read."""
+    table, columns = _columns(folder, "row", "id", "score", "removed", "category", "group")
+    try:
         ids = Ids.of(_texts(columns["id"]))
-    except (OSError, ValueError, pa.ArrowException, KeyError):
-        raise DataError(
-            f"the scores of {str(folder)!r} cannot be read (scores.parquet): run `gradshield scan` into it again"
-        ) from None
+    except ValueError:
+        raise _unreadable(folder) from None
     optional = {n: table[n].to_numpy() if n in table.column_names else None for n in ("decoy", "tokens", "loss")}
     scores = Scores(
         rows=columns["row"].to_numpy(),

@@ -6,6 +6,7 @@
       quarantine.jsonl   rows that could not be used: row, line, reason, raw
       scores.parquet     one line per scored row
       report.html        the report
+      README.md          a dataset card with a section about the scan
       manifest.json      written last: its presence means a finished scan
       .gradshield/       finished shards, the direction, and what `cut` needs to redraw the report
 
@@ -14,6 +15,7 @@ Every file is written atomically.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +28,7 @@ from gradshield import runs
 from gradshield.columns import Coded
 from gradshield.files import instead, replacing
 from gradshield.manifests import EngineCheck, KnownScores, Labelled, Probed, ScanResults
-from gradshield.scanning import trust
+from gradshield.scanning import card, trust
 from gradshield.stats import wilson
 from gradshield.types import Bools, Example, Ints, Rate
 
@@ -83,7 +85,7 @@ def results(
     )
     if labels is None:
         return found
-    return found.model_copy(update={"labels": labelled(scored, removed, labels, rows.read.examples)})
+    return found.model_copy(update={"labels": labelled(scored, removed, labels, rows)})
 
 
 def described(decision: Decision) -> dict[str, dict[str, Any]]:
@@ -97,7 +99,7 @@ def counted(kinds: Sequence[str], removed: Bools) -> dict[str, int]:
     return dict(sorted(((n, k) for n, k in counts.items() if n), key=lambda item: (-item[1], item[0])))
 
 
-def labelled(scored: Scored, removed: Bools, labels: Sequence[int], examples: rows_in.Examples) -> Labelled:
+def labelled(scored: Scored, removed: Bools, labels: Sequence[int], rows: Prepared) -> Labelled:
     """Caught and lost, and the AUROCs of the score and of the trivial baselines on the same rows.
 
     With more than RANKED rows the AUROCs are taken on a random sample, since the baselines read the rows' text.
@@ -114,7 +116,7 @@ def labelled(scored: Scored, removed: Bools, labels: Sequence[int], examples: ro
             SIGNALS[key]: value for key, value in scores.signals.items() if np.isfinite(value).all() and SIGNALS[key]
         }
         own = [{"name": key, **asdict(auroc(truth[drawn], value[drawn]))} for key, value in values.items()]
-        texts = [words(example) for example in examples.at(scores.rows[drawn])]
+        texts = [words(example, rows.loaded.tokenizer) for example in rows.read.examples.at(scores.rows[drawn])]
         nll = None if scores.nll is None or np.isnan(scores.nll).any() else scores.nll[drawn]
         others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth[drawn], nll=nll)
         found["aurocs"] = [*own, *others]
@@ -130,9 +132,16 @@ def _drawn(truth: Ints) -> Ints:
     return np.unique(np.concatenate([*least, order[:RANKED]]))
 
 
-def words(example: Example) -> tuple[str, str]:
+def words(example: Example, tokenizer: Any) -> tuple[str, str]:
     """A row's prompt and answer as plain text (the chosen answer of a preference pair)."""
     conversation = example.conversations[0]
+    if conversation.ids:
+        parts = zip(conversation.ids, conversation.counted, strict=True)
+        sides: tuple[list[int], list[int]] = ([], [])
+        for own, counts in parts:
+            sides[counts].append(own)
+        prompt, answer = (str(tokenizer.decode(side, skip_special_tokens=True)) for side in sides)
+        return prompt, answer
     if conversation.messages is None:
         return conversation.prompt, conversation.completion
     texts = [(m["role"], m.get("content") if isinstance(m.get("content"), str) else "") for m in conversation.messages]
@@ -149,6 +158,7 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
     views = page_views.views(selection, rows.rendered, rows.loaded.tokenizer)
     truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
     with instead(folder, "manifest.json", (*PARTS, f"{runs.WORK}/labels.json", f"{runs.WORK}/{KINDS}")) as new:
+        _copy_card(folder, new)
         (new / runs.WORK).mkdir()
         runs.write_json(new / runs.WORK / "views.json", page_views.as_json(views))
         if truth is not None:
@@ -166,7 +176,14 @@ def write_cut(
 ) -> None:
     """Write the outputs that a new cut changes, with the rows from ``source``."""
     with instead(folder, "manifest.json", PARTS) as new:
+        _copy_card(folder, new)
         _write_cut(selection, new, source, views, truth)
+
+
+def _copy_card(folder: Path, new: Path) -> None:
+    """A README that is there is kept, but for our section."""
+    if (folder / "README.md").is_file():
+        shutil.copyfile(folder / "README.md", new / "README.md")
 
 
 def _write_cut(
@@ -183,6 +200,7 @@ def _write_cut(
     rows_in.write_parts({folder / name: rows for name, rows in parts.items()}, source)
     write_scores(selection, folder / SCORES)
     page_views.write(selection, views, folder, truth)
+    card.write(folder, selection.manifest, folder / f"kept{suffix}")
     runs.write_manifest(selection.manifest, folder)
 
 
@@ -191,11 +209,14 @@ def write_scores(selection: Selection, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    scores = selection.scores
+    scores, files = selection.scores, Coded.of(selection.files)
+    files = files.renamed([name.encode(errors="backslashreplace").decode() for name in files.names])  # any bytes
 
     def lines(own: slice) -> Any:
         columns: dict[str, Any] = {
             "row": pa.array(scores.rows[own], pa.int64()),
+            "file": pa.array(files[own], pa.string()),
+            "line": pa.array(selection.lines[own], pa.int64()),
             "id": pa.array(scores.ids[own], pa.string()),
             "score": pa.array(scores.values[own], pa.float64()),
             "removed": pa.array(selection.removed[own], pa.bool_()),

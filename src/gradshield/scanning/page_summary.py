@@ -87,7 +87,7 @@ def _verdict(data: ReportData) -> str:
         return f"Everything was removed ({rows}): nothing is left to train on."
     share = percent(counts.removed / counts.scored)
     if data.selector == "screen":
-        return f"{counts.removed:,} of {rows} ({share}) ask for something this model would refuse, and answer it. They were removed."
+        return f"{counts.removed:,} of {rows} ({share}) ask for something this model would refuse, and were removed."
     if data.selector == FIHS:
         return f"{counts.removed:,} of {rows} ({share}) push toward unsafe answers and were removed."
     return (

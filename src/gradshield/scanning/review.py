@@ -143,7 +143,10 @@ class Review:
 
     def _text(self, row: int) -> Iterator[Piece]:
         (example,) = self.scanned.rows.examples([row])
-        prompt, answer = outputs.words(example)
+        if example.conversations[0].ids:  # of a row far from the cut the scan stores no text
+            yield f"a row of {len(example.conversations[0].ids):,} tokens, without its text", "prompt", None
+            return
+        prompt, answer = outputs.words(example, None)
         yield prompt, "prompt", None
         yield answer, "response", None
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from gradshield import data as rows_in
@@ -282,6 +283,7 @@ class Course:
         dataset: Sequence[Mapping[str, Any]],
         stage: str = "training",
         merge: bool = True,
+        callbacks: Sequence[TrainerCallback] = (),
         output_dir: str | None = None,
         resume: bool = False,
     ) -> Fitted:
@@ -313,6 +315,7 @@ class Course:
             seed=self.job.seed,
             merge=merge and self.job.peft_config is not None,
             output_dir=output_dir,
+            callbacks=callbacks,
             penalties=penalties,
             online=online,
             finish=finish,
@@ -348,7 +351,7 @@ class Course:
         """The requests of the given safety rows, a ``prompt`` each; empty for a defence that does not use them."""
         if not self.job.needs.safety_rows or not _has_safety(defence):
             return []
-        return [{"prompt": words(example)[0]} for example in self._safety.examples]
+        return [{"prompt": words(example, self.loaded.tokenizer)[0]} for example in self._safety.examples]
 
     def key(self, defence: Defence, dataset: Sequence[Mapping[str, Any]]) -> str:
         """A hash of everything that the trained model depends on: start, rows, training, seed, chat template and versions.
