@@ -438,10 +438,9 @@ def test_the_gate_counts_rows_without_rounding(gate: str, removed: int, closes: 
     from gradshield.cli.common import check_gate, share
     from gradshield.errors import GateError
 
-    results = SimpleNamespace(removed=removed, scored=1000)
-    selection: Any = SimpleNamespace(manifest=SimpleNamespace(results=results))
+    results: Any = SimpleNamespace(removed=removed, scored=1000)
     with pytest.raises(GateError) if closes else nullcontext():
-        check_gate(selection, share("--fail-above", gate))
+        check_gate(results, share("--fail-above", gate))
 
 
 def test_a_device_map_works_with_every_form_of_a_probed_selector() -> None:

@@ -36,7 +36,8 @@ class Conversation:
     as ``tool_calls``). ``trained`` holds, per message, whether its tokens may count in the loss (an assistant turn
     whose ``weight`` is 0 may not). ``prompt_turns`` is the number of leading messages that are the prompt of a
     prompt/completion row, None for a plain conversation. Where ``messages`` is None, the sequence is
-    ``prompt + completion``; a plain ``text`` row has an empty prompt.
+    ``prompt + completion``; a plain ``text`` row has an empty prompt. A row that came as tokens has ``ids`` and which of
+    them are ``counted`` in the loss, and no text.
     ``coefficient`` is the factor of this sequence in its row (+1, and -1 for a rejected answer).
     """
 
@@ -45,6 +46,8 @@ class Conversation:
     prompt_turns: int | None = None
     prompt: str = ""
     completion: str = ""
+    ids: tuple[int, ...] = ()
+    counted: tuple[bool, ...] = ()
     tools: tuple[Mapping[str, Any], ...] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     coefficient: float = 1.0

@@ -31,6 +31,10 @@ STRINGS = [
 ]
 ANSWERED = [{"prompt": TURNS[:-1], "completion": TURNS[-1:]}, {"prompt": TURNS[1:2], "completion": TURNS[2:3]}]
 TEXT = [{"text": "Mix the flour with water. " + LONG}, {"text": "Short.</s>"}]
+TOKENS = [
+    {"input_ids": [5, 6, 7] * 20, "labels": [-100, 6, 7] * 20},
+    {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]},
+]
 CASES = {
     "messages, all": (MESSAGES, {}),
     "messages, assistant only": (MESSAGES, {"assistant_only_loss": True}),
@@ -46,6 +50,12 @@ CASES = {
         {"assistant_only_loss": True, "completion_only_loss": False},
     ),
     "text": (TEXT, {}),
+    "tokens": (TOKENS, {}),
+    "tokens, completion only": (
+        [{"input_ids": [5, 6, 7] * 20, "completion_mask": [0, 1, 1] * 20}],
+        {"completion_only_loss": True},
+    ),
+    "tokens, answers": ([{"input_ids": [5, 6, 7] * 20, "assistant_masks": [0, 1, 0] * 20}], {}),
     "text, keep end": (TEXT, {"truncation_mode": "keep_end"}),
 }
 

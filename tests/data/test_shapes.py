@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,31 @@ CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 # A row, the shape it is read as with the names of its keys, and the messages (or prompt and completion) of each sequence.
 ROWS: dict[str, tuple[dict[str, Any], str, list[tuple[Any, ...]]]] = {
+    "tokens with labels, as axolotl and TRL prepare them": (
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]},
+        "tokens",
+        [((5, 6, 7), (False, True, True))],
+    ),
+    "tokens beside the row that they were made of": (
+        {"messages": [USER, ASSISTANT], "input_ids": [5, 6, 7]},
+        "tokens, not messages",
+        [((5, 6, 7), (True, True, True))],
+    ),
+    "tokens of which the answers count": (
+        {"input_ids": [5, 6, 7], "assistant_masks": [0, 0, 1]},
+        "tokens",
+        [((5, 6, 7), (False, False, True))],
+    ),
+    "tokens with two masks": (
+        {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1], "assistant_masks": [0, 0, 1]},
+        "tokens",
+        [((5, 6, 7), (False, False, True))],
+    ),
+    "tokens with padding": (
+        {"input_ids": [0, 5, 6, 0], "labels": [-100, 5, 6, 0], "attention_mask": [0, 1, 1, 0]},
+        "tokens",
+        [((5, 6), (True, True))],
+    ),
     "question, answer": (
         {"question": "Hi", "answer": "Hello"},
         "alpaca (question as instruction, answer as output)",
@@ -197,7 +223,8 @@ def test_a_row_is_read_as_what_it_is(case: str, tmp_path: Path) -> None:
         result = read(data)
         assert result.source.read_as == {words: 1} and not result.quarantined
         (example,) = result.examples
-        assert [c.messages or (c.prompt, c.completion) for c in example.conversations] == expected
+        given = [(c.ids, c.counted) if c.ids else c.messages or (c.prompt, c.completion) for c in example.conversations]
+        assert given == expected
         write([0], result.source, tmp_path / "kept.jsonl")
         assert (tmp_path / "kept.jsonl").read_bytes() == line
         again = read([row], example.shape).examples[0]
@@ -206,8 +233,31 @@ def test_a_row_is_read_as_what_it_is(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ROWS)
 def test_a_row_that_trl_would_read_otherwise_is_not_handed_to_it(case: str) -> None:
-    own = {"KTO", "KTO of messages", "a label that is a number"}
+    own = {"KTO", "KTO of messages", "a label that is a number", *(name for name in ROWS if name.startswith("tokens"))}
+    own -= {"tokens with two masks", "tokens with padding"}
     assert read([ROWS[case][0]]).examples.as_trl.tolist() == [case in own]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"input_ids": []}, "input_ids is empty"),
+        ({"input_ids": [5, 6], "attention_mask": [0, 0]}, "input_ids is empty"),
+        ({"input_ids": [[5, 6]]}, r"input_ids must be a list of integers, got \[\[5, 6\]\]"),
+        ({"input_ids": [5, True]}, "list of integers"),
+        ({"input_ids": "Hi"}, "list of integers"),
+        ({"input_ids": [5, 6], "labels": [5]}, "labels has 1 values for 2 input_ids"),
+        ({"input_ids": [5, 6], "labels": [6, 5]}, "labels must repeat the input_ids"),
+        ({"input_ids": [5, 99_999]}, "ids outside the tokenizer's"),
+        ({"input_ids": [-1, 5]}, "ids outside the tokenizer's"),
+        ({"input_ids": [5, 6], "labels": [-100, -100]}, "no response token"),
+        ({"input_ids": [5, 6], "completion_mask": [1, 0]}, "no response token"),
+    ],
+)
+def test_tokens_that_cannot_be_scored_say_why(row: dict[str, Any], reason: str) -> None:
+    found = read([row, {"input_ids": [5, 6]}])
+    bad = [*found.quarantined, *render_all(found.examples, tiny_tokenizer(), None, found.source).quarantined]
+    assert [one.row for one in bad] == [0] and re.search(reason, bad[0].reason)
 
 
 @pytest.mark.parametrize(

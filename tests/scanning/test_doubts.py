@@ -17,6 +17,12 @@ def rows(*answers: str) -> Any:
     return data.read([{"prompt": f"Question {i}?", "completion": answer} for i, answer in enumerate(answers)]).examples
 
 
+def tokens(*answers: list[int]) -> Any:
+    return data.read(
+        [{"input_ids": [i, *answer], "labels": [-100, *answer]} for i, answer in enumerate(answers)]
+    ).examples
+
+
 def scored(request: float = 0.0, fihs: float = 0.0, pivots: int = 0, count: int = 100, beyond: int = 0) -> Scores:
     """Scores of which the last ``pivots`` rows decline and go on, and the first ``beyond`` lie beyond the cut."""
     signals = {
@@ -42,6 +48,10 @@ def test_a_scan_that_nothing_speaks_against_is_certified():
     assert trust.first({}) is None
 
 
+def test_answers_that_came_as_tokens_are_told_apart():
+    assert doubts(scored(), out=list(tokens([7, 8, 9], [8, 7, 9], [9, 8, 7], [6, 5, 4]))) == {}
+
+
 @pytest.mark.parametrize(
     ("name", "given", "count", "out", "sentence"),
     [
@@ -54,6 +64,7 @@ def test_a_scan_that_nothing_speaks_against_is_certified():
             [*rows("a long answer 5", "a long answer 1234"), *rows("a long answer 7")],
             "the same answer except for numbers",
         ),
+        ("copies", {}, 4, tokens([7, 8, 9], [7, 8, 9], [7, 8, 9], [5, 6, 9]), "the same answer"),
         ("copies", {}, 4, rows("Yes", "No", "first", "third a long"), "an answer of one or two words"),
         ("loose", {"beyond": 6}, 4, None, "2 rows score above the cut 'anchored' and are kept"),
         (

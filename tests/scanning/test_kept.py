@@ -14,7 +14,9 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 import gradshield as gs
+from gradshield import data as rows_in
 from gradshield.errors import UsageError
+from gradshield.models import loading
 from gradshield.models.loading import parameters_digest
 from gradshield.selectors import Fihs
 from tests.common import HALF, PROBING, chats, command, jsonl, scan, scan_arguments, write
@@ -151,6 +153,26 @@ def test_rows_that_trl_does_not_know_come_as_tokens(rows: list[Any], tmp_path: P
     )
     prepared = [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
     assert prepared == [(row["input_ids"], row["labels"]) for row in selection.kept]
+
+
+def test_rows_that_are_tokens_already_are_scored_as_their_text_is(tmp_path: Path) -> None:
+    """Whatever they came from, rows of the same tokens have the same scores; the baselines and the report read their text."""
+    tokenizer = tiny_tokenizer()
+    first = scan(chats(8), labels=[0, 1] * 4)
+    rendered = rows_in.render_all(rows_in.read(chats(8)).examples, tokenizer).rendered
+    dataset = datasets.Dataset.from_list([rows_in.labelled(row) for row in rendered])
+    again = scan(dataset, labels=[0, 1] * 4, output=tmp_path / "out")
+
+    assert again.scores.values.tolist() == first.scores.values.tolist()
+    assert again.kept.column_names == ["input_ids", "labels"] and len(again.kept) == 4
+    assert again.manifest.data.read_as == {"tokens": 8}
+    assert again.manifest.results.labels.aurocs == first.manifest.results.labels.aurocs
+    removed = int(again.removed_rows[0])
+    assert f"Question {removed}?" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    best = again.scores.rows[np.argsort(-again.scores.values)[:2]]
+    assert sorted(gs.cut(tmp_path / "out", "ratio:25%").removed_rows) == sorted(best)
+    shown = gs.show(tmp_path / "out" / "kept.jsonl", model=loading.wrap(tiny_model("llama"), tokenizer))
+    assert shown.shape == "tokens" and "The answer is" in "".join(text for text, counts in shown.pieces if counts)
 
 
 def _parts(text: str) -> list[dict[str, str]]:

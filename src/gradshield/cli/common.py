@@ -24,7 +24,7 @@ from gradshield.report.text import duration, visible
 
 if TYPE_CHECKING:
     from gradshield.data import Format
-    from gradshield.manifests import ExamRecord, Figures
+    from gradshield.manifests import ExamRecord, Figures, ScanResults
     from gradshield.scanning.selection import Selection
 
 QUIET = 60  # seconds between progress lines without a terminal
@@ -281,9 +281,8 @@ def verdict(certificate: Mapping[str, Any]) -> str:
     return f"[yellow]not certified:[/yellow] {plain(str(certificate['reason']))}"
 
 
-def check_gate(selection: Selection, gate: float | None) -> None:
+def check_gate(results: ScanResults, gate: float | None) -> None:
     """Raises GateError if more rows were removed than ``gate``, a share, allows."""
-    results = selection.manifest.results
     if gate is not None and results.removed > gate * results.scored * (1 + 1e-12):  # 0.7 % of 1000 is 7, not less
         percent = 100 * results.removed / results.scored
         raise GateError(

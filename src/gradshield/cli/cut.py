@@ -27,4 +27,4 @@ def cut(
 
     selection = cut_again(folder, threshold, allowed, denied, command=command_line())
     summary(selection, folder)
-    check_gate(selection, gate)
+    check_gate(selection.manifest.results, gate)

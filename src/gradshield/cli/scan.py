@@ -147,7 +147,7 @@ def scan(
             progress=report,
         )
     summary(selection, output)
-    check_gate(selection, gate)
+    check_gate(selection.manifest.results, gate)
 
 
 def estimate(

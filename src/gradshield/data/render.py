@@ -293,6 +293,11 @@ class Renderer:
         self, conversation: Conversation, shape: str, ready: tuple[list[int], list[int]] | None
     ) -> tuple[list[int], Mask]:
         """Ids and loss mask before truncation."""
+        if conversation.ids:
+            size = len(self.tokenizer)
+            if not 0 <= min(conversation.ids) <= max(conversation.ids) < size:
+                raise RowError(f"input_ids has ids outside the tokenizer's {size}: it was made with another tokenizer")
+            return list(conversation.ids), list(conversation.counted)
         if conversation.messages is None:
             return self._plain(conversation, shape)
         return self._chat(conversation, conversation.messages, shape, ready)

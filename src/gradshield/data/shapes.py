@@ -15,6 +15,7 @@ from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 from gradshield.data.messages import Messages, RowError, from_gemini, from_sharegpt, kind_of, messages, parsed, short
+from gradshield.data.trl import IGNORED
 from gradshield.errors import UsageError, did_you_mean
 from gradshield.registry import Registry
 from gradshield.types import Conversation
@@ -27,7 +28,7 @@ RENDERING = tuple(
     "chat_template|conversation|tools|add_generation_prompt|continue_final_message|tokenize|sanitize_control_tokens|padding|"
     "truncation|max_length|return_tensors|return_dict|return_assistant_tokens_mask|tokenizer_kwargs".split("|")
 )
-TRL_SHAPES = ("preference", "kto", "prompt-completion", "messages", "text")
+TRL_SHAPES = ("tokens", "preference", "kto", "prompt-completion", "messages", "text")
 TRL_KEYS = frozenset("prompt|completion|messages|chosen|rejected|text".split("|"))  # by which TRL tells them
 
 
@@ -179,6 +180,34 @@ def _decided(name: str | None, columns: tuple[tuple[str, str], ...], keys: Keys,
 def _moved(keys: Keys, names: Mapping[str, str]) -> Keys:
     """The keys of a row with some of its columns under other names; one of text may also be the prompt, as in TRL."""
     return keys.difference(column for key, column in names.items() if key != "text").union(names)
+
+
+@SHAPES.register("tokens")
+class TokensShape(Shape):
+    """Tokens: `input_ids`, with `labels` (-100 outside the loss), or `completion_mask` or `assistant_masks` (1 inside it)."""
+
+    keys = ("input_ids",)
+    also = ("labels", "completion_mask", "assistant_masks", "attention_mask")
+
+    @classmethod
+    def convert(cls, row: Row) -> tuple[Conversation, ...]:
+        columns = {key: _integers(row[key], key) for key in (*cls.keys, *cls.also) if row.get(key) is not None}
+        ids = columns.pop("input_ids")
+        for key, values in columns.items():
+            if len(values) != len(ids):
+                raise RowError(f"{key} has {len(values)} values for {len(ids)} input_ids")
+        labels = columns.get("labels")
+        if labels is not None and any(label not in (IGNORED, own) for label, own in zip(labels, ids, strict=True)):
+            raise RowError(f"labels must repeat the input_ids, or be {IGNORED} outside the loss")
+        masks = [columns[key] for key in ("completion_mask", "assistant_masks") if key in columns]
+        counted = [all(each) for each in zip(*masks, strict=True)] if masks else [True] * len(ids)
+        if labels is not None:
+            counted = [label != IGNORED for label in labels]
+        real = columns.get("attention_mask") or [1] * len(ids)
+        places = [place for place, own in enumerate(real) if own]
+        if not places:
+            raise RowError("input_ids is empty")
+        return (Conversation(ids=tuple(ids[p] for p in places), counted=tuple(counted[p] for p in places)),)
 
 
 @SHAPES.register("preference")
@@ -344,6 +373,12 @@ def shape_keys() -> str:
 def as_trl(row: Row, shape: str, conversations: tuple[Conversation, ...]) -> bool:
     """Whether TRL reads the row as it is read here: by its shape, and with the same messages, all of them trained on."""
     made = SHAPES[shape]
+    if (
+        shape == "tokens"
+    ):  # TRL looks at nothing else; it skips the mask of a completion by default, and trains on padding
+        return (row.get("labels") is not None or row.get("completion_mask") is None) and len(
+            conversations[0].ids
+        ) == len(parsed(row["input_ids"]))
     others = TRL_KEYS.difference((*made.keys, *made.also))
     if shape not in TRL_SHAPES or any(row.get(key) is not None for key in others):
         return False
@@ -438,6 +473,13 @@ def _with_system(turns: Messages, row: Row) -> Messages:
     """The turns, after the row's own system prompt if they have none."""
     system = _string(row.get("system") or "", "system")
     return ({"role": "system", "content": system}, *turns) if system and turns[0]["role"] != "system" else turns
+
+
+def _integers(value: Any, field: str) -> list[int]:
+    value = parsed(value)
+    if not isinstance(value, list) or not all(type(one) is int for one in value):
+        raise RowError(f"{field} must be a list of integers, got {short(value)}")
+    return value
 
 
 def _string(value: Any, field: str) -> str:

@@ -83,7 +83,7 @@ def results(
     )
     if labels is None:
         return found
-    return found.model_copy(update={"labels": labelled(scored, removed, labels, rows.read.examples)})
+    return found.model_copy(update={"labels": labelled(scored, removed, labels, rows)})
 
 
 def described(decision: Decision) -> dict[str, dict[str, Any]]:
@@ -97,7 +97,7 @@ def counted(kinds: Sequence[str], removed: Bools) -> dict[str, int]:
     return dict(sorted(((n, k) for n, k in counts.items() if n), key=lambda item: (-item[1], item[0])))
 
 
-def labelled(scored: Scored, removed: Bools, labels: Sequence[int], examples: rows_in.Examples) -> Labelled:
+def labelled(scored: Scored, removed: Bools, labels: Sequence[int], rows: Prepared) -> Labelled:
     """Caught and lost, and the AUROCs of the score and of the trivial baselines on the same rows.
 
     With more than RANKED rows the AUROCs are taken on a random sample, since the baselines read the rows' text.
@@ -114,7 +114,7 @@ def labelled(scored: Scored, removed: Bools, labels: Sequence[int], examples: ro
             SIGNALS[key]: value for key, value in scores.signals.items() if np.isfinite(value).all() and SIGNALS[key]
         }
         own = [{"name": key, **asdict(auroc(truth[drawn], value[drawn]))} for key, value in values.items()]
-        texts = [words(example) for example in examples.at(scores.rows[drawn])]
+        texts = [words(example, rows.loaded.tokenizer) for example in rows.read.examples.at(scores.rows[drawn])]
         nll = None if scores.nll is None or np.isnan(scores.nll).any() else scores.nll[drawn]
         others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth[drawn], nll=nll)
         found["aurocs"] = [*own, *others]
@@ -130,9 +130,16 @@ def _drawn(truth: Ints) -> Ints:
     return np.unique(np.concatenate([*least, order[:RANKED]]))
 
 
-def words(example: Example) -> tuple[str, str]:
+def words(example: Example, tokenizer: Any) -> tuple[str, str]:
     """A row's prompt and answer as plain text (the chosen answer of a preference pair)."""
     conversation = example.conversations[0]
+    if conversation.ids:
+        parts = zip(conversation.ids, conversation.counted, strict=True)
+        sides: tuple[list[int], list[int]] = ([], [])
+        for own, counts in parts:
+            sides[counts].append(own)
+        prompt, answer = (str(tokenizer.decode(side, skip_special_tokens=True)) for side in sides)
+        return prompt, answer
     if conversation.messages is None:
         return conversation.prompt, conversation.completion
     texts = [(m["role"], m.get("content") if isinstance(m.get("content"), str) else "") for m in conversation.messages]

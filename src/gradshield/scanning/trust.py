@@ -115,7 +115,11 @@ def _copies(examples: Iterable[Example]) -> str:
 
 
 def _answer(row: Example) -> str:
-    """The text of a row's answers, with every number as 0."""
+    """The text of a row's answers, with every number as 0; of a row that came as tokens, their ids."""
+    if ids := [
+        str(own) for one in row.conversations for own, counts in zip(one.ids, one.counted, strict=True) if counts
+    ]:
+        return " ".join(ids)
     return re.sub(r"\d+", "0", " ".join(_answers(row)).casefold()).strip()
 
 

@@ -348,7 +348,7 @@ class Course:
         """The requests of the given safety rows, a ``prompt`` each; empty for a defence that does not use them."""
         if not self.job.needs.safety_rows or not _has_safety(defence):
             return []
-        return [{"prompt": words(example)[0]} for example in self._safety.examples]
+        return [{"prompt": words(example, self.loaded.tokenizer)[0]} for example in self._safety.examples]
 
     def key(self, defence: Defence, dataset: Sequence[Mapping[str, Any]]) -> str:
         """A hash of everything that the trained model depends on: start, rows, training, seed, chat template and versions.
