@@ -5,6 +5,7 @@ Commands and files are taken from README.md and the how-tos as they stand, and r
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import json
@@ -20,10 +21,12 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
 import gradshield
 from gradshield import lab
 from gradshield.cli.app import app
+from gradshield.data import read
 from gradshield.scanning.review_server import Server
 from tests.common import command, jsonl
 
@@ -165,6 +168,33 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     success = names["success"]
     assert success["trained on all rows"] > success["trained on the kept rows"]
     assert "certified: True" in capsys.readouterr().out
+
+
+def test_the_configs_for_other_tools_fit_them() -> None:
+    """The keys of the plugin are its settings; LLaMA-Factory's names are columns and roles of rows as the scan leaves them."""
+    made = {name[7:-1]: text for kind, text in blocks("docs/howto/trainers.md") if (name := kind.partition(" ")[2])}
+    ours = yaml.safe_load(made["axolotl.yaml"])
+    tree = ast.parse((ROOT / "src/gradshield/axolotl.py").read_text())
+    (settings,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Settings"]
+    keys = {node.target.id for node in settings.body if isinstance(node, ast.AnnAssign)}
+    assert set(ours["gradshield"]) <= keys
+    guide = (ROOT / "docs/howto/trainers.md").read_text()
+    assert keys == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`\w+`.*?) \|", guide, re.MULTILINE))))
+
+    rows: dict[str, dict[str, Any]] = {
+        "screened_chat": {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+        "screened_sharegpt": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        "screened_alpaca": {"instruction": "Q", "input": "q", "output": "A"},
+        "screened_pairs": {"prompt": "Q", "chosen": "A", "rejected": "B"},
+    }
+    entries = json.loads(made["dataset_info.json"])
+    assert entries.keys() == rows.keys()
+    for name, entry in entries.items():
+        assert set(entry["columns"].values()) == set(rows[name]) and entry["file_name"].endswith("kept.jsonl")
+        assert read([rows[name]]).examples
+    tags, (turn, answer) = entries["screened_chat"]["tags"], rows["screened_chat"]["messages"]
+    assert (turn[tags["role_tag"]], answer[tags["role_tag"]]) == (tags["user_tag"], tags["assistant_tag"])
+    assert yaml.safe_load(made["llamafactory.yaml"])["dataset"] in entries
 
 
 def test_the_readme_is_short() -> None:

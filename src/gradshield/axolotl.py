@@ -8,6 +8,7 @@ axolotl logs a plugin that cannot be imported and trains without it, so this mod
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -122,6 +123,8 @@ def _check(cfg: Any) -> None:
 
 
 def _scan(cfg: Any, given: Settings, dataset: Any, folder: Path) -> None:
+    import torch
+
     import gradshield as gs
     from gradshield.cli.common import probing, read_ids
     from gradshield.errors import UsageError
@@ -143,6 +146,9 @@ def _scan(cfg: Any, given: Settings, dataset: Any, folder: Path) -> None:
         output=folder,
         command="axolotl train",
     )
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # axolotl loads its own model next
 
 
 def _model(cfg: Any) -> LoadedModel:
@@ -158,10 +164,11 @@ def _model(cfg: Any) -> LoadedModel:
         cfg.base_model, cfg.lora_model_dir, device, "auto", bool(cfg.trust_remote_code), cfg.revision_of_model
     )
     tokenizer = load_tokenizer(cfg)
-    known = loaded.model.get_input_embeddings().weight.shape[0]
+    model: Any = loaded.model
+    known = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > known:
         raise UsageError(
-            f"axolotl's tokenizer has {len(tokenizer)} tokens and the model {known}, so the new ones mean nothing to it yet: train "
-            "them first, or leave tokens and special_tokens out of the config"
+            f"axolotl's tokenizer has {len(tokenizer)} tokens and the model {known}, so the new ones mean nothing to it "
+            "yet: train them first, or leave tokens and special_tokens out of the config"
         )
     return replace(loaded, tokenizer=tokenizer)

@@ -175,6 +175,33 @@ def test_rows_that_are_tokens_already_are_scored_as_their_text_is(tmp_path: Path
     assert shown.shape == "tokens" and "The answer is" in "".join(text for text, counts in shown.pieces if counts)
 
 
+def test_the_rows_of_a_trainer_are_scored_and_go_back_into_it(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    args = _config(tmp_path, assistant_only_loss=True)
+    trainer = SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list(chats(8)), processing_class=tokenizer)
+    rows = trainer.train_dataset.to_list()
+    selection = scan(trainer.train_dataset, model=model, tokenizer=tokenizer)
+    assert selection.scores.values.tolist() == scan(chats(8)).scores.values.tolist()
+    trainer.train_dataset = selection.kept
+    assert trainer.train_dataset.to_list() == [rows[row] for row in selection.kept_rows]
+    trainer.train()
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_marks_are_columns_of_a_dataset(processes: int | None) -> None:
+    dataset = datasets.Dataset.from_list([*chats(4), {"messages": []}, *chats(3, "again")])
+    selection = scan(dataset)
+    marked = dataset.map(selection.marks, batched=True, batch_size=2, with_indices=True, num_proc=processes)
+    assert marked.column_names == ["messages", "gradshield_score", "gradshield_removed", "gradshield_category"]
+    scored = selection.scores.rows.tolist()
+    assert [row for row, score in enumerate(marked["gradshield_score"]) if score is None] == [4]
+    assert marked.select(scored)["gradshield_score"][:] == selection.scores.values.tolist()
+    assert marked.select(scored)["gradshield_removed"][:] == selection.removed.tolist()
+    assert marked.select(scored)["gradshield_category"][:] == [str(name) for name in selection.categories]
+    again = dataset.map(selection.marks, batched=True, batch_size=2, with_indices=True, num_proc=processes)
+    assert again._fingerprint == marked._fingerprint  # known by its content: nothing is computed twice
+
+
 def _parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 

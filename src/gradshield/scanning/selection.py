@@ -7,8 +7,33 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from gradshield.manifests import ScanManifest
-from gradshield.types import Bools, Cut, Ints, Quarantined, Scores
+from gradshield.types import Bools, Cut, Floats, Ints, Quarantined, Scores
+
+
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """Each row's decision as new columns, for ``dataset.map(marks, batched=True, with_indices=True)``.
+
+    All fields are (N,), aligned. ``datasets`` hashes a mapped function by its content, so it holds arrays and nothing else.
+    """
+
+    rows: Ints
+    values: Floats
+    removed: Bools
+    categories: Sequence[str]
+
+    def __call__(self, batch: Mapping[str, Any], indices: Sequence[int]) -> dict[str, list[Any]]:
+        """The columns for the rows at these positions in the input; None for a row that was not scored."""
+        places = np.searchsorted(self.rows, indices)
+        found = [p if p < len(self.rows) and self.rows[p] == i else None for p, i in zip(places, indices, strict=True)]
+        return {
+            "gradshield_score": [None if p is None else float(self.values[p]) for p in found],
+            "gradshield_removed": [None if p is None else bool(self.removed[p]) for p in found],
+            "gradshield_category": [None if p is None else str(self.categories[p]) for p in found],
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +62,11 @@ class Selection:
     def kept(self) -> Any:
         """The kept rows, for a trainer."""
         return self.keep()
+
+    @property
+    def marks(self) -> Marks:
+        """Score, decision and kind of harm as columns of a ``Dataset``."""
+        return Marks(self.scores.rows, self.scores.values, self.removed, self.categories)
 
     @property
     def kept_rows(self) -> Ints:
