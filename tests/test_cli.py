@@ -435,7 +435,8 @@ def test_the_installed_command() -> None:
 def test_the_gate_counts_rows_without_rounding(gate: str, removed: int, closes: bool) -> None:
     from types import SimpleNamespace
 
-    from gradshield.cli.common import check_gate, share
+    from gradshield.cli.common import share
+    from gradshield.cli.gate import check_gate
     from gradshield.errors import GateError
 
     results: Any = SimpleNamespace(removed=removed, scored=1000)

@@ -88,7 +88,8 @@ class Plugin(BasePlugin):  # type: ignore[misc]
         from filelock import FileLock
 
         from gradshield import runs
-        from gradshield.cli.common import check_gate, share
+        from gradshield.cli.common import share
+        from gradshield.cli.gate import check_gate
         from gradshield.manifests import ScanManifest
         from gradshield.scanning.cut import read_scores
 
@@ -142,7 +143,7 @@ def _scan(cfg: Any, given: Settings, dataset: Any, folder: Path) -> None:
         format="tokens",
         settings=gs.ScanSettings(selector=given.selector, threshold=given.threshold),
         probing=probing(given.probes, given.lookalikes, "", {}, given.uncertified),
-        allow=read_ids(given.allow),
+        allow=read_ids("allow", given.allow),
         output=folder,
         command="axolotl train",
     )

@@ -22,6 +22,8 @@ from tests.tiny import tiny_model, tiny_tokenizer
 FILES = {"quarantine.jsonl", "scores.parquet", "report.html", "manifest.json"}
 COLUMNS = {
     "row": pa.int64(),
+    "file": pa.string(),
+    "line": pa.int64(),
     "id": pa.string(),
     "score": pa.float64(),
     "removed": pa.bool_(),
@@ -163,6 +165,7 @@ def test_the_scores_are_as_documented(tmp_path: Path) -> None:
     scores = table(output)
     assert {name: scores.schema.field(name).type for name in scores.column_names} == COLUMNS
     assert scores["row"].to_pylist() == [0, 2, 3, 4, 5] == selection.scores.rows.tolist()
+    assert scores["line"].to_pylist() == [1, 3, 4, 5, 6] and set(scores["file"].to_pylist()) == {str(data)}
     ids = scores["id"].to_pylist()
     assert all(re.fullmatch(r"[0-9a-f]{16}(-\d+)?", one) for one in ids)
     assert ids[2:5:2] == [f"{ids[0]}-2", f"{ids[0]}-3"]

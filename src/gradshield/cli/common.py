@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gradshield.errors import DataError, GateError, ModelError, UsageError
+from gradshield.errors import DataError, ModelError, UsageError
 from gradshield.options import number
 from gradshield.report.text import duration, visible
 
 if TYPE_CHECKING:
     from gradshield.data import Format
-    from gradshield.manifests import ExamRecord, Figures, ScanResults
+    from gradshield.manifests import ExamRecord, Figures
     from gradshield.scanning.selection import Selection
 
 QUIET = 60  # seconds between progress lines without a terminal
@@ -279,16 +279,6 @@ def verdict(certificate: Mapping[str, Any]) -> str:
     if certificate["certified"]:
         return "[green]certified[/green]"
     return f"[yellow]not certified:[/yellow] {plain(str(certificate['reason']))}"
-
-
-def check_gate(results: ScanResults, gate: float | None) -> None:
-    """Raises GateError if more rows were removed than ``gate``, a share, allows."""
-    if gate is not None and results.removed > gate * results.scored * (1 + 1e-12):  # 0.7 % of 1000 is 7, not less
-        percent = 100 * results.removed / results.scored
-        raise GateError(
-            f"{results.removed} of {results.scored} rows ({percent:.1f} %) were removed, and --fail-above allows "
-            f"{100 * gate:g} %: read the report, clear rows with --allow, or fix the data"
-        )
 
 
 def probing(

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from gradshield.cli.common import Allow, Deny, FailAbove, Rule, check_gate, command_line, read_ids, share, summary
+from gradshield.cli.common import Allow, Deny, FailAbove, Rule, command_line, read_ids, share, summary
+from gradshield.cli.gate import Sarif, check_sarif, judge
 from gradshield.errors import DataError
 
 
@@ -17,14 +18,16 @@ def cut(
     allow: Allow = None,
     deny: Deny = None,
     fail_above: FailAbove = None,
+    sarif: Sarif = None,
 ) -> None:
     """Cut saved scores again with another threshold; no model is needed."""
     gate = share("--fail-above", fail_above)
     allowed, denied = read_ids("--allow", allow), read_ids("--deny", deny)
+    check_sarif(sarif)
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}: run `gradshield scan` into it first")
     from gradshield.scanning.cut import cut as cut_again
 
     selection = cut_again(folder, threshold, allowed, denied, command=command_line())
     summary(selection, folder)
-    check_gate(selection.manifest.results, gate)
+    judge(selection, sarif, gate)

@@ -40,7 +40,6 @@ from gradshield.cli.common import (
     TrainingConfig,
     Uncertified,
     Unsafety,
-    check_gate,
     command_line,
     json_file,
     json_object,
@@ -59,6 +58,7 @@ from gradshield.cli.common import (
     summary,
     training_options,
 )
+from gradshield.cli.gate import Sarif, check_sarif, judge
 from gradshield.errors import UsageError
 from gradshield.report.text import duration
 from gradshield.types import Progress
@@ -91,6 +91,7 @@ def scan(
     ] = None,
     allow: Allow = None,
     fail_above: FailAbove = None,
+    sarif: Sarif = None,
     format: Shape = None,
     columns: Columns = None,
     strict: Strict = False,
@@ -128,6 +129,7 @@ def scan(
     """
     _check_map(device_map, selector, alone=workers in (None, 1) and ray is None)
     gate = share("--fail-above", fail_above)
+    check_sarif(sarif)
     allowed, truth = read_ids("--allow", allow), read_labels(labels)
     checked = _checked(context.params)
     from gradshield.scanning.scan import scan as run
@@ -147,7 +149,7 @@ def scan(
             progress=report,
         )
     summary(selection, output)
-    check_gate(selection.manifest.results, gate)
+    judge(selection, sarif, gate)
 
 
 def estimate(

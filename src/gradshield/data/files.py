@@ -125,7 +125,7 @@ def _one_after_another(files: Sequence[Path], first: _Opened) -> Iterator[Record
                 f"{path} is not of one kind and with the same columns as {files[0].name} before it: give files that are alike"
             )
         for record in opened.records:
-            yield replace(record, file=path.name)
+            yield replace(record, file=str(path))
 
 
 def _opened(path: Path) -> _Opened:

@@ -71,6 +71,8 @@ def read(data: Any, format: str | Format | None = None) -> ReadResult:
     rows, digests, shapes, as_trl = array("I"), array("Q"), array("B"), array("B")
     for row, record in enumerate(records):
         source.lines.append(record.line)
+        if record.file and (not source.starts or source.starts[-1][1] != record.file):
+            source.starts.append((row, record.file))
         try:
             found = _understood(record, format)
         except RowError as error:

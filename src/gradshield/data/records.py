@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from gradshield.data.messages import RowError
@@ -29,7 +30,7 @@ class Record:
     """One row of the input, parsed but not yet converted, or the ``reason`` why it cannot be parsed.
 
     ``line`` is 1-based. If ``source`` is only the head of a longer row, ``whole`` has the size and SHA-256 of all of it.
-    ``file`` names the row's file if there are several.
+    ``file`` is the path of the row's file if there are several.
     """
 
     line: int
@@ -42,7 +43,7 @@ class Record:
     def set_aside(self, row: int, reason: str = "") -> Quarantined:
         """The row as quarantined, only its head if it is long, since quarantined rows stay in memory."""
         size, sha256 = self.whole or (len(self.source), hashlib.sha256(self.source).hexdigest())
-        reason = (reason or self.reason) + (f" (in {self.file})" if self.file else "")
+        reason = (reason or self.reason) + (f" (in {Path(self.file).name})" if self.file else "")
         return Quarantined(row, self.line, reason, self.source[:HEAD_BYTES], size, sha256)
 
 

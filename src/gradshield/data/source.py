@@ -35,8 +35,9 @@ class Source:
     ``kind`` is ``jsonl``, ``json``, ``csv``, ``tsv``, ``parquet``, ``dataset`` or ``list``. ``digest`` is the SHA-256 of the
     bytes of its ``files``, or without files of the rows' canonical JSON. ``parse`` gives the value of a row's bytes; ``header``
     is the byte order mark and a CSV's first line; ``table`` is the ``Dataset`` or the list. Reading fills ``lines`` with the line
-    of each row, ``copy`` with the bytes of the usable ones (of a table, as a line of JSON), and ``read_as`` with how many rows
-    were read in which way: the shape, and where there was a choice, what was chosen.
+    of each row, ``copy`` with the bytes of the usable ones (of a table, as a line of JSON), ``starts`` with the first row and the
+    path of each of several files, and ``read_as`` with how many rows were read in which way: the shape, and where there was a
+    choice, what was chosen.
     """
 
     kind: str
@@ -48,7 +49,14 @@ class Source:
     files: tuple[Path, ...] = ()
     lines: array[int] = field(default_factory=lambda: array("I"), repr=False)
     copy: Scratch = field(default_factory=Scratch, repr=False)
+    starts: list[tuple[int, str]] = field(default_factory=list, repr=False)
     read_as: Counter[str] = field(default_factory=Counter, repr=False)
+
+    def places(self, rows: Ints) -> tuple[Ints, Coded]:
+        """Of each of some rows the line on which it begins, and its file, empty where there is none: (n,) each."""
+        starts = self.starts or [(0, self.name if self.files else "")]
+        own = np.searchsorted([first for first, _ in starts], rows, side="right") - 1
+        return np.asarray(self.lines, dtype=np.int64)[rows], Coded(own, [name for _, name in starts])
 
     @property
     def sha256(self) -> str:

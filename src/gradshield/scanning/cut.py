@@ -83,13 +83,18 @@ def cut(
 
 @dataclass(frozen=True, eq=False)
 class Scanned:
-    """A finished scan, read back: its rows in input order, ``removed`` (N,) and ``categories`` aligned with the scores."""
+    """A finished scan, read back: its rows in input order.
+
+    ``removed`` (N,), ``categories``, ``lines`` and ``files`` are aligned with the scores.
+    """
 
     manifest: ScanManifest
     scores: Scores
     removed: Bools
     categories: Coded
     rows: rows_in.Together
+    lines: Ints
+    files: Coded
 
     @classmethod
     def read(cls, path: Path) -> Scanned:
@@ -99,7 +104,8 @@ class Scanned:
         if (known := manifest.results.anchors) is not None:
             harmful, harmless = (np.array(values, dtype=np.float64) for values in (known.harmful, known.harmless))
             scores = replace(scores, anchors=Anchors(harmful, harmless))
-        return cls(manifest, scores, removed, categories, _together(path, manifest, scores, removed))
+        rows = _together(path, manifest, scores, removed)
+        return cls(manifest, scores, removed, categories, rows, *read_places(path))
 
     @property
     def cuts(self) -> dict[str, Cut]:
@@ -153,6 +159,8 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
         denied=decision.denied,
         keep=lambda: [rows.parse(raw) for raw in rows.raw(scores.rows[~removed])],
         manifest=old.model_copy(update={"command": command, "settings": settings, "results": results}),
+        lines=scanned.lines,
+        files=scanned.files,
         certified=not doubts,
     )
     outputs.write_cut(selection, path, rows, stored_views(path), truth)
@@ -186,16 +194,33 @@ def _kinds(folder: Path, rows: Ints, names: Coded, removed: Bools) -> dict[int, 
         return found
 
 
-def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
-    """Scores, removed flags and categories from ``scores.parquet``. Raises DataError if it cannot be read."""
+def read_places(folder: Path) -> tuple[Ints, Coded]:
+    """The line and the file of each row from ``scores.parquet``. Raises DataError if it cannot be read."""
+    _, columns = _columns(folder, "line", "file")
+    return columns["line"].to_numpy(), Coded.of(_texts(columns["file"]))
+
+
+def _columns(folder: Path, *names: str) -> tuple[Any, dict[str, Any]]:
     try:
         table = pq.read_table(folder / "scores.parquet")
-        columns = {name: table[name] for name in ("row", "id", "score", "removed", "category", "group")}
+        return table, {name: table[name] for name in names}
+    except (OSError, pa.ArrowException, KeyError):
+        raise _unreadable(folder) from None
+
+
+def _unreadable(folder: Path) -> DataError:
+    return DataError(
+        f"the scores of {str(folder)!r} cannot be read (scores.parquet): run `gradshield scan` into it again"
+    )
+
+
+def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
+    """Scores, removed flags and categories from ``scores.parquet``. Raises DataError if it cannot be read."""
+    table, columns = _columns(folder, "row", "id", "score", "removed", "category", "group")
+    try:
         ids = Ids.of(_texts(columns["id"]))
-    except (OSError, ValueError, pa.ArrowException, KeyError):
-        raise DataError(
-            f"the scores of {str(folder)!r} cannot be read (scores.parquet): run `gradshield scan` into it again"
-        ) from None
+    except ValueError:
+        raise _unreadable(folder) from None
     optional = {n: table[n].to_numpy() if n in table.column_names else None for n in ("decoy", "tokens", "loss")}
     scores = Scores(
         rows=columns["row"].to_numpy(),

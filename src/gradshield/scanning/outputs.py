@@ -198,11 +198,14 @@ def write_scores(selection: Selection, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    scores = selection.scores
+    scores, files = selection.scores, Coded.of(selection.files)
+    files = files.renamed([name.encode(errors="backslashreplace").decode() for name in files.names])  # any bytes
 
     def lines(own: slice) -> Any:
         columns: dict[str, Any] = {
             "row": pa.array(scores.rows[own], pa.int64()),
+            "file": pa.array(files[own], pa.string()),
+            "line": pa.array(selection.lines[own], pa.int64()),
             "id": pa.array(scores.ids[own], pa.string()),
             "score": pa.array(scores.values[own], pa.float64()),
             "removed": pa.array(selection.removed[own], pa.bool_()),

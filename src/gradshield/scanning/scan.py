@@ -176,6 +176,7 @@ def selected(
     if searched:
         doubts.pop("loose", None)  # the search measured the effect of the kept rows
     results = outputs.results(rows, scored, decision, kinds, labels, doubts, seconds)
+    lines, files = rows.read.source.places(scored.scores.rows)
     return Selection(
         scores=scored.scores,
         removed=decision.removed,
@@ -186,6 +187,8 @@ def selected(
         denied=decision.denied,
         keep=partial(rows.trainable, scored.scores.rows, decision.removed),
         manifest=manifest(results),
+        lines=lines,
+        files=files,
         certified=not doubts,
     )
 
