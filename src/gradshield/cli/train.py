@@ -74,6 +74,13 @@ def train(
     lora_config: Annotated[
         Path | None, typer.Option(help="JSON of a PEFT config; without one, all weights are trained.")
     ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where to log the training and the rates, repeatable: wandb, mlflow, tensorboard, … (transformers' report_to).",
+            show_default=False,
+        ),
+    ] = None,
     safety: Safety = "builtin",
     judge: Judges = None,
     utility: Annotated[
@@ -107,6 +114,8 @@ def train(
     An interrupted run resumes where it stopped. Exit code 5 if no cut meets the targets of a verified threshold.
     """
     training = training_options(training_config, max_length)
+    if report_to is not None:
+        training["report_to"] = report_to
     lora = json_file("--lora-config", lora_config)
     template = json_object("--template-kwargs", template_kwargs)
     truth = read_labels(labels)
@@ -122,9 +131,11 @@ def train(
     from gradshield.scanning.options import peft_config
     from gradshield.scanning.settings import ScanSettings
     from gradshield.training.course import Needs
+    from gradshield.training.reporting import Reporters, named
     from gradshield.training.sequence import Stage, sequence
     from gradshield.training.train import train as run
 
+    Reporters(named(training.get("report_to")), output)  # what is not installed is said before the model is loaded
     common: dict[str, Any] = {
         "defence": defence,
         "peft_config": peft_config(lora),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from gradshield import data as rows_in
@@ -282,6 +283,7 @@ class Course:
         dataset: Sequence[Mapping[str, Any]],
         stage: str = "training",
         merge: bool = True,
+        callbacks: Sequence[TrainerCallback] = (),
         output_dir: str | None = None,
         resume: bool = False,
     ) -> Fitted:
@@ -313,6 +315,7 @@ class Course:
             seed=self.job.seed,
             merge=merge and self.job.peft_config is not None,
             output_dir=output_dir,
+            callbacks=callbacks,
             penalties=penalties,
             online=online,
             finish=finish,

@@ -49,6 +49,7 @@ from gradshield.thresholds import SearchResult
 from gradshield.training import verify
 from gradshield.training.course import Chosen, Course, Fitted, Job, Needs
 from gradshield.training.defences import Defence, parse
+from gradshield.training.reporting import Reporters, named, values
 from gradshield.types import EvalResult, Progress, quiet
 
 # Files of an earlier run in the folder: weights or an adapter of another kind would be loaded instead of the new ones.
@@ -135,6 +136,7 @@ def train(
     """
     began = time.monotonic()
     wanted, exams, options = parse(defence), exams or Exams(), dict(training or {})
+    reporters = _reporters(options, wanted, Path(output))
     settings, probing, needs = settings or ScanSettings(seed=seed), probing or Probing(), needs or Needs()
     runs.check(output, WRITTEN, "outputs-after.jsonl", data=data, read=(model, needs.base, needs.origin))
     runs.check(Path(output) / runs.SCAN, outputs.WRITTEN, outputs.SCORES, data=data)
@@ -162,7 +164,22 @@ def train(
     course = Course(job, progress)
     check_disjoint(safety=course.safety_requests(wanted), search=exams.search.requests, report=exams.report.requests)
     with alone(output):
-        return _Run(course, wanted, exams, runs.prepare(output), merge, command, progress).finished(began)
+        run = _Run(course, wanted, exams, runs.prepare(output), merge, command, progress, reporters)
+        return run.finished(began)
+
+
+def _reporters(options: dict[str, Any], defence: Defence, folder: Path) -> Reporters | None:
+    """What follows the training, taken out of its options. Raises UsageError where several trainings would be followed."""
+    names = named(options.pop("report_to", None))
+    if not names:
+        return None
+    if defence.verified is not None:
+        raise UsageError(
+            f"report_to ({', '.join(names)}) follows one training, and a verified threshold trains once for every cut that it "
+            "tries: give another threshold, or report_to none"
+        )
+    options.setdefault("logging_strategy", "steps")
+    return Reporters(names, folder)
 
 
 @dataclass(eq=False)
@@ -176,6 +193,7 @@ class _Run:
     merge: bool
     command: str
     progress: Progress
+    reporters: Reporters | None = None
 
     def __post_init__(self) -> None:
         self.job = self.course.job
@@ -212,6 +230,9 @@ class _Run:
             uncertified=None if selection is None else trust.of_run(selection.manifest.results.doubts),
             seconds=round(time.monotonic() - began, 1),
         )
+        if self.reporters is not None:
+            counts = {"rows_removed": results.removed, "rows_trained": results.trained}
+            self.reporters.finish(values(before, after, counts))
         manifest = self._manifest(results)
         self._save(fitted.model, manifest, before, after)
         certificate = certify.write(self.folder)
@@ -290,6 +311,7 @@ class _Run:
             dataset,
             "training",
             self.merge,
+            callbacks=[self.reporters] if self.reporters is not None else [],
             output_dir=str(checkpoints) if saving else None,
             resume=saving and checkpoints.exists(),
         )
