@@ -19,7 +19,7 @@ from gradshield.errors import DataError
 from tests.common import HALF, PROBING, chat, chats, command, files, jsonl, scan, scan_arguments, table, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
-FILES = {"quarantine.jsonl", "scores.parquet", "report.html", "manifest.json"}
+FILES = {"quarantine.jsonl", "scores.parquet", "report.html", "README.md", "manifest.json"}
 COLUMNS = {
     "row": pa.int64(),
     "file": pa.string(),

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from gradshield import lab, runs
 from gradshield.errors import DataError, UsageError, did_you_mean
-from gradshield.evaluation.certificate import file_digest
+from gradshield.files import file_digest
 from gradshield.judges import parse as parse_judge
 from gradshield.judges.guards import of_rows
 from gradshield.lab import manifest

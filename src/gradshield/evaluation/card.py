@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gradshield.evaluation.certificate import CERTIFICATE, percent, text
-from gradshield.files import replacing
 from gradshield.manifests import Figures, TrainingManifest
-from gradshield.report.markdown import code, plain
-
-BEGIN, END = "<!-- gradshield:begin -->", "<!-- gradshield:end -->"
+from gradshield.report.markdown import BEGIN, END, code, plain, put_section
 
 
 def write(folder: Path, manifest: TrainingManifest, certificate: Mapping[str, Any] | None = None) -> None:
     """Put the section into ``README.md`` of the folder, in place of an earlier one; the rest of the file is kept."""
-    path = folder / "README.md"
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    old = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END) + r"\n?", "", old, flags=re.DOTALL).rstrip()
-    # After the front matter, which must come first, and before PEFT's text.
-    front = re.match(r"---\n.*?\n---\n", old, flags=re.DOTALL)
-    head, rest = (old[: front.end()], old[front.end() :]) if front else ("", old)
-    parts = [head.strip(), section(manifest, certificate), rest.strip()]
-    with replacing(path) as part:
-        part.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    put_section(folder / "README.md", section(manifest, certificate))
 
 
 def section(manifest: TrainingManifest, certificate: Mapping[str, Any] | None = None) -> str:

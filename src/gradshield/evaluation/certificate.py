@@ -5,7 +5,6 @@ The same files give the same statement, byte for byte, so that anyone with the f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from gradshield.errors import DataError
 from gradshield.evaluation import calibration
 from gradshield.evaluation.asr import request_text
 from gradshield.evaluation.bounds import PARTS, Bound, Calibration, Claim, corrected, least, upper
+from gradshield.files import file_digest
 from gradshield.judges import JUDGES, GuardJudge, Judge, LabClassifier, verdicts
 from gradshield.manifests import ScanManifest, ScanResults, TrainingManifest
 from gradshield.models.loading import HUB_FILES
@@ -184,12 +184,6 @@ def evidence(folder: Path) -> dict[str, str]:
     """The hashes of the other files that a certificate rests on, if they exist."""
     found = sorted(path for pattern in EVIDENCE for path in folder.glob(pattern) if path.is_file())
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in found}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def percent(share: float) -> str:

@@ -18,17 +18,17 @@ from gradshield.evaluation.certificate import (
     Run,
     differing,
     evidence,
-    file_digest,
     offline,
     read,
     statement,
     subject,
     text,
 )
-from gradshield.files import write_text
+from gradshield.files import file_digest, write_text
 from gradshield.judges import Judge
 from gradshield.manifests import Model
 from gradshield.models.loading import files_digest
+from gradshield.report.markdown import BEGIN, END
 from gradshield.runs import alone
 from gradshield.thresholds.verified import TARGET
 
@@ -310,7 +310,7 @@ def _card(folder: Path, run: Run, certificate: Mapping[str, Any]) -> list[tuple[
     except (KeyError, TypeError, AttributeError, ValueError):
         return [("changed", "the certificate lacks what the model card shows")]
     found = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    once = found.count(card.BEGIN) == found.count(card.END) == found.count("## Safety of the fine-tuning") == 1
+    once = found.count(BEGIN) == found.count(END) == found.count("## Safety of the fine-tuning") == 1
     if once and "\n".join(section.splitlines()) in "\n".join(found.splitlines()):
         return [("same", "the model card's section")]
     return [("changed", "README.md does not match the certificate")]

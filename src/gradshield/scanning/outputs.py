@@ -6,6 +6,7 @@
       quarantine.jsonl   rows that could not be used: row, line, reason, raw
       scores.parquet     one line per scored row
       report.html        the report
+      README.md          a dataset card with a section about the scan
       manifest.json      written last: its presence means a finished scan
       .gradshield/       finished shards, the direction, and what `cut` needs to redraw the report
 
@@ -14,6 +15,7 @@ Every file is written atomically.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +28,7 @@ from gradshield import runs
 from gradshield.columns import Coded
 from gradshield.files import instead, replacing
 from gradshield.manifests import EngineCheck, KnownScores, Labelled, Probed, ScanResults
-from gradshield.scanning import trust
+from gradshield.scanning import card, trust
 from gradshield.stats import wilson
 from gradshield.types import Bools, Example, Ints, Rate
 
@@ -156,6 +158,7 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
     views = page_views.views(selection, rows.rendered, rows.loaded.tokenizer)
     truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
     with instead(folder, "manifest.json", (*PARTS, f"{runs.WORK}/labels.json", f"{runs.WORK}/{KINDS}")) as new:
+        _copy_card(folder, new)
         (new / runs.WORK).mkdir()
         runs.write_json(new / runs.WORK / "views.json", page_views.as_json(views))
         if truth is not None:
@@ -173,7 +176,14 @@ def write_cut(
 ) -> None:
     """Write the outputs that a new cut changes, with the rows from ``source``."""
     with instead(folder, "manifest.json", PARTS) as new:
+        _copy_card(folder, new)
         _write_cut(selection, new, source, views, truth)
+
+
+def _copy_card(folder: Path, new: Path) -> None:
+    """A README that is there is kept, but for our section."""
+    if (folder / "README.md").is_file():
+        shutil.copyfile(folder / "README.md", new / "README.md")
 
 
 def _write_cut(
@@ -190,6 +200,7 @@ def _write_cut(
     rows_in.write_parts({folder / name: rows for name, rows in parts.items()}, source)
     write_scores(selection, folder / SCORES)
     page_views.write(selection, views, folder, truth)
+    card.write(folder, selection.manifest, folder / f"kept{suffix}")
     runs.write_manifest(selection.manifest, folder)
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from gradshield import runs
 from gradshield.errors import DataError, ModelError, UsageError
 from gradshield.evaluation import continual
-from gradshield.evaluation.certificate import file_digest
 from gradshield.evaluation.exam import Exam, Exams, figures
 from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
+from gradshield.files import file_digest
 from gradshield.manifests import SequenceRecord, StageRecord, TrainingManifest
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel, parameters_digest
