@@ -28,6 +28,7 @@ GOOD = b'{"text": "good"}\n'
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
 ROWS: dict[str, dict[str, Any]] = {
+    "tokens": {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
     "preference": {"prompt": "p", "chosen": "a", "rejected": "b"},
     "kto": {"prompt": "a", "completion": "b", "label": False},
     "prompt-completion": {"prompt": "a", "completion": "b"},
@@ -208,7 +209,7 @@ def test_a_null_is_an_absent_value() -> None:
 
 
 def test_what_is_wrong_with_a_whole_file(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"known formats and their keys are preference \(chosen") as raised:
+    with pytest.raises(FormatError, match=r"known formats and their keys are tokens \(input_ids") as raised:
         read(_file(tmp_path, b'{"ask": "a"}\n'))
     _sentence(raised.value)
     for content, kind in ((b"", EmptyDataError), (b"\n \n", EmptyDataError), (b"{broken\n", EmptyDataError)):

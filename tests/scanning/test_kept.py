@@ -18,6 +18,7 @@ from gradshield import data as rows_in
 from gradshield.errors import UsageError
 from gradshield.models import loading
 from gradshield.models.loading import parameters_digest
+from gradshield.scanning.review import Review
 from gradshield.selectors import Fihs
 from tests.common import HALF, PROBING, chats, command, jsonl, scan, scan_arguments, write
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -171,6 +172,10 @@ def test_rows_that_are_tokens_already_are_scored_as_their_text_is(tmp_path: Path
     assert f"Question {removed}?" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     best = again.scores.rows[np.argsort(-again.scores.values)[:2]]
     assert sorted(gs.cut(tmp_path / "out", "ratio:25%").removed_rows) == sorted(best)
+    (tmp_path / "out" / ".gradshield" / "views.json").unlink()
+    ids = dataset[0]["input_ids"]
+    seen = [word for text, *_ in Review(tmp_path / "out").row(0).pieces for word in text.split()]
+    assert seen == [str(one) for one in ids]  # without a tokenizer
     shown = gs.show(tmp_path / "out" / "kept.jsonl", model=loading.wrap(tiny_model("llama"), tokenizer))
     assert shown.shape == "tokens" and "The answer is" in "".join(text for text, counts in shown.pieces if counts)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from gradshield.scanning.rows import prepare
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.training.course import Course, Job, Needs
 from gradshield.training.defences import parse
+from tests.common import command
 
 OPTIONS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
 
@@ -140,6 +143,16 @@ def test_what_a_defence_needs_is_asked_for() -> None:
         Course(job(labels=None)).chosen(parse("clean"))
     with pytest.raises(EmptyDataError, match="no row to train on"):
         Course(job(labels=[1] * 50)).chosen(parse("clean"))
+
+
+def test_without_trl_a_training_says_what_to_install_before_it_scans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(UsageError, match="gradshield\\[train\\]"):
+        Course(job())
+    done = command("demo", "--output", tmp_path / "demo")
+    assert done.code == 2 and "gradshield[train]" in done.sentence and not (tmp_path / "demo").exists()
 
 
 def test_preference_pairs_are_refused() -> None:

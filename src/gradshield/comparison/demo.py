@@ -16,7 +16,7 @@ from gradshield.evaluation.exam import figures, lab_exam
 from gradshield.scanning import outputs, page, page_data, page_views
 from gradshield.scanning.scan import select
 from gradshield.scanning.selection import Selection
-from gradshield.training.course import Course
+from gradshield.training.course import Course, require_trl
 from gradshield.training.defences import parse
 from gradshield.training.lab_job import lab_job
 from gradshield.types import EvalResult, Progress
@@ -50,6 +50,7 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
             raise UsageError(f"the lab has no {kind} {value!r}: choose one of {', '.join(allowed)}")
     if not 0 <= ratio < 1:
         raise UsageError(f"the ratio is {ratio:g}, and a demo needs harmless rows too: give a share from 0 to below 1")
+    require_trl()
     runs.check(output, (*outputs.WRITTEN, "data.jsonl"), MARK)
     with runs.alone(output):
         rows, labels = lab.mix(task, harm=harm, ratio=ratio, n=CLEAN_ROWS, seed=seed)

@@ -83,13 +83,18 @@ def cut(
 
 @dataclass(frozen=True, eq=False)
 class Scanned:
-    """A finished scan, read back: its rows in input order, ``removed`` (N,) and ``categories`` aligned with the scores."""
+    """A finished scan, read back: its rows in input order.
+
+    ``removed`` (N,), ``categories``, ``lines`` and ``files`` are aligned with the scores.
+    """
 
     manifest: ScanManifest
     scores: Scores
     removed: Bools
     categories: Coded
     rows: rows_in.Together
+    lines: Ints
+    files: Coded
 
     @classmethod
     def read(cls, path: Path) -> Scanned:
@@ -99,7 +104,8 @@ class Scanned:
         if (known := manifest.results.anchors) is not None:
             harmful, harmless = (np.array(values, dtype=np.float64) for values in (known.harmful, known.harmless))
             scores = replace(scores, anchors=Anchors(harmful, harmless))
-        return cls(manifest, scores, removed, categories, _together(path, manifest, scores, removed))
+        rows = _together(path, manifest, scores, removed)
+        return cls(manifest, scores, removed, categories, rows, *read_places(path))
 
     @property
     def cuts(self) -> dict[str, Cut]:
@@ -115,7 +121,6 @@ class Scanned:
 def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, command: str) -> Selection:
     """Rewrite the outputs of a scan, whose folder this process has alone, for another decision on its scores."""
     old, scores, rows, removed = scanned.manifest, scanned.scores, scanned.rows, decision.removed
-    lines, files = read_places(path)
     kinds = _kinds(path, scores.rows[scanned.removed], scanned.categories, scanned.removed)
     names = Coded.of(
         kinds.get(row, NO_CATEGORY) if out else "" for row, out in zip(scores.rows.tolist(), removed, strict=True)
@@ -154,8 +159,8 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
         denied=decision.denied,
         keep=lambda: [rows.parse(raw) for raw in rows.raw(scores.rows[~removed])],
         manifest=old.model_copy(update={"command": command, "settings": settings, "results": results}),
-        lines=lines,
-        files=files,
+        lines=scanned.lines,
+        files=scanned.files,
         certified=not doubts,
     )
     outputs.write_cut(selection, path, rows, stored_views(path), truth)

@@ -132,15 +132,18 @@ def _drawn(truth: Ints) -> Ints:
     return np.unique(np.concatenate([*least, order[:RANKED]]))
 
 
-def words(example: Example, tokenizer: Any) -> tuple[str, str]:
-    """A row's prompt and answer as plain text (the chosen answer of a preference pair)."""
+def words(example: Example, tokenizer: Any = None) -> tuple[str, str]:
+    """A row's prompt and answer as plain text (the chosen answer of a preference pair); without a tokenizer, tokens are ids."""
     conversation = example.conversations[0]
     if conversation.ids:
         parts = zip(conversation.ids, conversation.counted, strict=True)
         sides: tuple[list[int], list[int]] = ([], [])
         for own, counts in parts:
             sides[counts].append(own)
-        prompt, answer = (str(tokenizer.decode(side, skip_special_tokens=True)) for side in sides)
+        prompt, answer = (
+            " ".join(map(str, side)) if tokenizer is None else str(tokenizer.decode(side, skip_special_tokens=True))
+            for side in sides
+        )
         return prompt, answer
     if conversation.messages is None:
         return conversation.prompt, conversation.completion

@@ -143,10 +143,7 @@ class Review:
 
     def _text(self, row: int) -> Iterator[Piece]:
         (example,) = self.scanned.rows.examples([row])
-        if example.conversations[0].ids:  # of a row far from the cut the scan stores no text
-            yield f"a row of {len(example.conversations[0].ids):,} tokens, without its text", "prompt", None
-            return
-        prompt, answer = outputs.words(example, None)
+        prompt, answer = outputs.words(example)
         yield prompt, "prompt", None
         yield answer, "response", None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,10 @@ class Fitted:
 
 
 class Course:
-    """A job, with the results that its defences share."""
+    """A job, with the results that its defences share. Raises UsageError if TRL is not installed."""
 
     def __init__(self, job: Job, progress: Progress = quiet) -> None:
+        require_trl()
         self.job, self.progress = job, progress
         self._scored: dict[str, Scored] = {}
 
@@ -287,14 +289,10 @@ class Course:
         output_dir: str | None = None,
         resume: bool = False,
     ) -> Fitted:
-        """A trained copy of the model. Raises UsageError if TRL is not installed."""
-        try:
-            from gradshield.training import safelora
-            from gradshield.training.sft import sft
-        except ImportError:
-            raise UsageError(
-                "training needs TRL, which is not installed: run pip install 'gradshield[train]'"
-            ) from None
+        """A trained copy of the model."""
+        from gradshield.training import safelora
+        from gradshield.training.sft import sft
+
         record: dict[str, Any] = {}
         penalties = [self._penalty(name, options) for name, options in defence.penalties]
         online = self._online(defence)
@@ -366,6 +364,12 @@ class Course:
         whole = [start, base, dataset, job.sft_options, peft, job.seed, defence.training, safety]
         asked = [getattr(loaded.tokenizer, "chat_template", None), versions()]
         return digest([*whole, *asked])[:24]
+
+
+def require_trl() -> None:
+    """Raises UsageError if TRL is not installed, without importing it, which takes seconds."""
+    if find_spec("trl") is None:
+        raise UsageError("training needs TRL, which is not installed: run pip install 'gradshield[train]'")
 
 
 def _has_safety(defence: Defence) -> bool:
