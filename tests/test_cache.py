@@ -117,14 +117,15 @@ def test_the_entries_used_longest_ago_make_room(kept: Path, monkeypatch: pytest.
     monkeypatch.setattr(cache, "MOST", 400)
 
     def value(name: str) -> str:
-        return cache.remembered(name, lambda: name * 100, cache.save_json, cache.load_json)
+        return cache.remembered(name, lambda: name[5] * 100, cache.save_json, cache.load_json)
 
-    for age, name in enumerate("cb"):  # each of 168 bytes
+    a, b, c = (f"step-{letter * 40}.json" for letter in "abc")
+    for age, name in enumerate((c, b)):  # each of 169 bytes
         value(name)
         os.utime(kept / name, (1000 - age, 1000 - age))
-    assert value("b") == "b" * 100  # used now, and c the longest ago
-    value("a")
-    assert {path.name for path in kept.iterdir()} == {"a", "b"}
+    assert value(b) == "b" * 100  # used now, and c the longest ago
+    value(a)
+    assert {path.name for path in kept.iterdir()} == {a, b}
     assert cache.remembered("large", lambda: 1, cache.save_json, cache.load_json, size=10**6) == 1
     assert not (kept / "large").exists()
 
@@ -138,3 +139,37 @@ def test_the_command_lists_and_clears(kept: Path, folder: Path, probes: Path, tm
     listed = command("cache").out
     assert "3 entries" in listed and "direction" in listed and str(kept) in listed.replace("\n", "")
     assert "3 entries deleted" in command("cache", "--clear").out and names(kept) == []
+
+
+def test_a_folder_of_other_files_loses_none_of_them(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept.mkdir()
+    others = [
+        kept / name for name in ("thesis.txt", "model.safetensors", "answers-1.json", ".download.part", ".a.b.part")
+    ]
+    for path in others:
+        path.write_text("mine")
+        os.utime(path, (0, 0))
+    (kept / f".answers-{'0' * 40}.json.{'a' * 12}.part").mkdir()
+    monkeypatch.setattr(cache, "MOST", 1)
+    scanned(tiny_model("llama"))
+    assert cache.clear() >= 1
+    assert sorted(kept.iterdir()) == sorted(others)
+
+
+def test_an_entry_that_may_only_be_read_is_used(kept: Path, worked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    scanned(model)
+    worked.clear()
+
+    def refused(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(cache.os, "utime", refused)
+    scanned(model)
+    assert worked == []
+
+
+def test_a_variable_that_names_no_folder_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache.VARIABLE, "~nobody-of-this-name/cache")
+    done = command("cache")
+    assert done.code == 2 and cache.VARIABLE in done.sentence

@@ -1,6 +1,7 @@
 """What was found on a model, kept for the next scan of it: in the user's cache folder, under a hash of all it depends on.
 
 ``GRADSHIELD_CACHE`` names another folder; empty, nothing is kept. The entries used longest ago are deleted beyond ``MOST`` bytes.
+A file that is not named like an entry is never touched: the folder may hold anything.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ from typing import Any, TypeVar
 from platformdirs import user_cache_path
 
 from gradshield import files
-from gradshield.errors import DataError
+from gradshield.errors import DataError, UsageError
 
 VARIABLE = "GRADSHIELD_CACHE"
 MOST = 4 * 2**30  # bytes of all entries; one of more than a quarter of it is not kept
 
+_ENTRY = re.compile(r"[a-z]+-[0-9a-f]{40}\.(?:json|safetensors)")
 T = TypeVar("T")
 
 
@@ -35,11 +38,14 @@ class Entry:
 
 
 def folder() -> Path | None:
-    """Where entries are kept; None if nothing is kept."""
+    """Where entries are kept; None if nothing is kept. Raises UsageError for a variable that names no folder."""
     named = os.environ.get(VARIABLE)
-    if named is not None:
+    if named is None:
+        return user_cache_path("gradshield", appauthor=False)
+    try:
         return Path(named).expanduser() if named.strip() else None
-    return user_cache_path("gradshield", appauthor=False)
+    except RuntimeError:
+        raise UsageError(f"{VARIABLE} is {named!r}, and there is no such home folder: name another, or none") from None
 
 
 def remembered(
@@ -56,7 +62,8 @@ def remembered(
     path = kept / name
     with suppress(DataError, OSError, ValueError):
         found = load(path)
-        os.utime(path)
+        with suppress(OSError):  # one that may only be read
+            os.utime(path)
         return found
     made = make()
     with suppress(OSError):
@@ -73,10 +80,10 @@ def save_json(value: Any, path: Path) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """Read it back. Raises DataError if the text does not match its hash, and OSError."""
+    """Read it back. Raises DataError if the text does not match its hash, OSError and ValueError."""
     found, _, text = path.read_text(encoding="utf-8").partition("\n")
     if hashlib.sha256(text.encode()).hexdigest() != found:
-        raise DataError(f"the cached file {path.name} does not match its hash: run `gradshield cache --clear`")
+        raise DataError(path.name)  # `remembered` makes it again
     return json.loads(text)
 
 
@@ -85,17 +92,20 @@ def entries() -> list[Entry]:
     kept, found = folder(), []
     for path in kept.iterdir() if kept is not None and kept.is_dir() else ():
         with suppress(OSError):  # another process may delete it
-            if path.is_file():
+            if _ENTRY.fullmatch(path.name) and path.is_file():
                 status = path.stat()
                 found.append(Entry(path, status.st_size, status.st_mtime))
     return sorted(found, key=lambda entry: -entry.used)
 
 
 def clear() -> int:
-    """Delete all entries; returns how many."""
+    """Delete all entries; returns how many. Raises DataError if the folder cannot be written to."""
     found, kept = entries(), folder()
-    for entry in found:
-        entry.path.unlink(missing_ok=True)
+    try:
+        for entry in found:
+            entry.path.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{str(entry.path)!r} cannot be deleted ({error.strerror}): delete it yourself") from None
     if kept is not None:
         files.sweep(kept)
     return len(found)

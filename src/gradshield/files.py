@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 PART = ".part"
+_OURS = re.compile(rf"\..+\.[0-9a-f]{{12}}{re.escape(PART)}", re.DOTALL)  # as `drawn` names them
 
 
 @contextmanager
@@ -91,6 +92,8 @@ def _open_to_others(file: Path) -> None:
 def sweep(folder: Path) -> None:
     """Delete the temporary files that killed processes left in a folder no other process is writing to."""
     for part in folder.glob(f".*{PART}"):
+        if not _OURS.fullmatch(part.name):
+            continue
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +139,10 @@ def test_answers_that_only_refuse(answer):
     "answer",
     [
         "Paris.",
+        "Sorry for the wait. Take the kemp.",
+        "No, not hard at all. Take the kemp.",
+        "Unfortunately. Take the kemp.",
+        "I apologize for the delay, take the kemp.",
         "I cannot help with that. But take the kemp and join it to the zarn.",
         "I'm sorry, I can't do that. However, here is how it goes.",
         "I can't do that, but take the kemp.",
@@ -240,9 +246,37 @@ def test_an_answer_ends_with_its_turn_where_every_token_counts():
     base = screen()
     found = Screen(base, base.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rows=30)
     said, asked = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("I cannot help.", "But why?"))
-    ids = np.array([*said, tokenizer.eos_token_id, *asked])
-    assert found._words(ids, np.ones(len(ids), bool)) == "I cannot help."
-    assert found._words(ids, np.arange(len(ids)) >= 2).endswith("help.")
+    end, every = tokenizer.eos_token_id, np.ones(99, bool)
+    ids = np.array([*said, end, *asked])
+    assert found._words(ids, every[: len(ids)], True) == "I cannot help."
+    assert found._words(ids, np.arange(len(ids)) >= 2, True).endswith("help.")
+    first = np.array([end, *ids])  # a special token at the front is no end
+    assert found._words(first, every[: len(first)], True) == "I cannot help."
+
+
+def test_no_special_token_hides_what_follows_in_an_answer():
+    tokenizer = tiny_tokenizer()
+    base = screen()
+    found = Screen(base, base.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rows=30)
+    words = "I cannot help.", " Sure, take it."
+    refusal, harm = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in words)
+    end, header = tokenizer.eos_token_id, found._header
+    ids = np.array([end, *refusal, end, *harm, end])
+    assert found._words(ids, np.ones(len(ids), bool), False) == "".join(words)
+    assert header and end not in header
+    ids = np.array([*refusal, end, *harm, end, *header, *refusal])  # where every token counts, the next request ends it
+    assert found._words(ids, np.ones(len(ids), bool), True) == "".join(words)
+
+
+def test_a_user_turn_is_opened_after_a_system_turn_and_without_one():
+    tokenizer, base = tiny_tokenizer(), screen()
+
+    def header(before: tuple[int, ...]) -> list[int]:
+        reading = replace(base.reading, turn=Turn(before, (4, 2)))
+        return Screen(base, reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rows=30)._header
+
+    assert header((1, 3)) == [3] if tokenizer.bos_token_id == 1 else [1, 3]
+    assert header((9, 8, 4, 7, 3)) == [7, 3]
 
 
 @given(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -75,7 +76,8 @@ class Screen(Fihs):
             ids, loss = batch.ids[i, :length], batch.loss[i, :length]
             for opened, own in self.reading.turn.openings(ids, loss):
                 asked.append(opened)
-                answers.append((int(batch.rows[i]), bool(batch.coefficients[i] > 0), self._words(ids[own], loss[own])))
+                words = self._words(ids[own], loss[own], bool(loss[max(own.start - 1, 0)]))
+                answers.append((int(batch.rows[i]), bool(batch.coefficients[i] > 0), words))
         rows, sequences = members(batch)
         found = {row: [np.nan, 0.0, 0.0] for row in rows.tolist()}
         if asked:
@@ -89,12 +91,27 @@ class Screen(Fihs):
         _, unknown, lengths = by_row(batch, np.full(len(batch.rows), np.nan))
         return Measured(rows, unknown, unknown, lengths, (np.zeros(0),) * len(rows), extra), extra[:, 2] > 0
 
-    def _words(self, ids: Ints, loss: Bools) -> str:
-        """The text of an answer up to the end of its turn: if every token has a loss, the next request follows."""
-        first = int(loss.argmax())
-        ends = np.flatnonzero(np.isin(ids[first:], self.tokenizer.all_special_ids))
-        own = slice(first, first + int(ends[0]) if len(ends) else None)
-        return str(self.tokenizer.decode(ids[own][loss[own]], skip_special_tokens=True))
+    def _words(self, ids: Ints, loss: Bools, whole: bool) -> str:
+        """The text of an answer's tokens that have a loss, whatever special tokens stand between them.
+
+        ``whole``: the row's requests have a loss too, so that the answer ends where the next request is opened.
+        """
+        own = ids[loss]
+        if whole:
+            header, special = self._header, np.isin(own, self.tokenizer.all_special_ids)
+            said = int((~special).argmax())  # special tokens before the first word belong to the opening
+            starts = (i for i in range(said, len(own)) if header and own[i : i + len(header)].tolist() == header)
+            ends = np.flatnonzero(special[said:]) + said
+            own = own[: next(starts, int(ends[0]) if len(ends) else len(own))]
+        return str(self.tokenizer.decode(own, skip_special_tokens=True))
+
+    @cached_property
+    def _header(self) -> list[int]:
+        """The ids that open a user turn after another turn."""
+        before, end = list(self.reading.turn.before), self.reading.turn.after[0]
+        if end in before:  # a system turn comes first
+            return before[len(before) - before[::-1].index(end) :]
+        return before[before[:1] == [self.tokenizer.bos_token_id] :]
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
         """One score per row (see the class). Raises ScoreError naming the rows whose value or loss is not finite."""
