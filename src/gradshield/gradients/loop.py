@@ -14,6 +14,8 @@ from gradshield.models.logits import token_nll
 from gradshield.models.placement import in_float64
 from gradshield.types import Batch, Direction
 
+_AT_ONCE = 2**16  # entries in float64: a few parameters' worth would not fit a processor's cache
+
 
 @ENGINES.register("loop")
 class Loop:
@@ -68,5 +70,6 @@ class Loop:
             if g is None:  # a parameter the row does not reach (an expert it was not routed to)
                 continue
             v = direction.tensors[name].to(g.device)
-            total += (in_float64(v.flatten(1)) @ in_float64(g.flatten())).cpu()
+            parts = zip(v.flatten(1).split(_AT_ONCE, 1), g.flatten().split(_AT_ONCE), strict=True)
+            total += sum(in_float64(one) @ in_float64(other) for one, other in parts).cpu()
         return total
