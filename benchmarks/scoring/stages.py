@@ -1,4 +1,4 @@
-"""Whole scans from a folder of weights to the report, split by stage, in floors of the same rows.
+"""Whole scans from a folder of weights to the report, split by stage, in floors of the same rows, both in processor time.
 
 Three arms a number of rows: ``before`` measures FIHS on every row and keeps nothing (``screen:all``, no cache), ``first`` is the
 default on a model that was never scanned, ``cached`` the same once more. The stages are those a scan reports as its progress;
@@ -47,21 +47,21 @@ STAGES = (
 
 
 class Clock:
-    """A scan's progress as seconds of each stage; ``first`` are the seconds until the first rows are scored."""
+    """A scan's progress as processor seconds of each stage; ``first`` are the clock's until the first rows are scored."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.first = float("nan")
-        self._began = self._last = time.perf_counter()
+        self._began, self._last = time.perf_counter(), time.process_time()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         self.add(stage if done else REST)
         if stage == SCORING and self.first != self.first:
-            self.first = self._last - self._began
+            self.first = time.perf_counter() - self._began
 
     def add(self, stage: str) -> None:
         """Count the time since the last call for a stage."""
-        now = time.perf_counter()
+        now = time.process_time()
         self.seconds[stage] += now - self._last
         self._last = now
 
@@ -112,12 +112,12 @@ def measure(spec: Spec, counts: Sequence[int], rounds: int, told: Callable[[str]
 
 
 def _once(case: Case, arm: str, folder: Path) -> dict[str, float]:
-    """Seconds of each stage, of the floor just before it, and until the first row is scored."""
+    """Processor seconds of each stage and of the floor just before it, and the clock's until the first row is scored."""
     with floor(case, case.rendered) as run:
         run()
-        began = time.perf_counter()
+        began = time.process_time()
         run()
-        base = time.perf_counter() - began
+        base = time.process_time() - began
     kept = "" if arm == "before" else str(folder / "cache")
     with patch.dict(os.environ, {cache.VARIABLE: kept}):
         clock = Clock()

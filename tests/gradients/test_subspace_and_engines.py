@@ -174,9 +174,7 @@ def test_exact_engines_stay_near_the_oracle_in_bfloat16(name: str, arch: str) ->
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("default", [1e-5, 1e-4, 3e-3])
-def test_calibration_takes_the_step_of_least_error(
-    arch: str, default: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibration_takes_the_step_of_least_error(arch: str, default: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it begins it finds the one that trying them all finds, for fewer tries."""
     model = tiny_model(arch)
     direction, batch = two_directions(model, "all"), batch_of(rows((10, 17, 25)))

@@ -95,7 +95,9 @@ def test_a_verdict_is_known_only_when_no_more_text_can_change_it(answer: str) ->
     assert whole[0] <= bool(ends)  # a refusal is always decided
 
 
-@pytest.mark.parametrize("text", ["", "I", "I ca", "  ", "I'", "No", "As a", "<", "<|channel", "That is not", "I�", "It"])
+@pytest.mark.parametrize(
+    "text", ["", "I", "I ca", "  ", "I'", "No", "As a", "<", "<|channel", "That is not", "I�", "It"]
+)
 def test_a_beginning_that_may_still_become_either_is_not_decided(text: str) -> None:
     assert not decided(text)
 

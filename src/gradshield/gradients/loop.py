@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, scoring
 from gradshield.gradients.norms import Norms
 from gradshield.models.logits import token_nll
-from gradshield.models.placement import in_float64
+from gradshield.models.placement import in_float64, parts_of
 from gradshield.types import Batch, Direction
-
-_AT_ONCE = 2**16  # entries in float64: a few parameters' worth would not fit a processor's cache
 
 
 @ENGINES.register("loop")
@@ -70,6 +68,6 @@ class Loop:
             if g is None:  # a parameter the row does not reach (an expert it was not routed to)
                 continue
             v = direction.tensors[name].to(g.device)
-            parts = zip(v.flatten(1).split(_AT_ONCE, 1), g.flatten().split(_AT_ONCE), strict=True)
-            total += sum(in_float64(one) @ in_float64(other) for one, other in parts).cpu()
+            for own, other in zip(parts_of(v.flatten(1)), parts_of(g.flatten()), strict=True):
+                total += (in_float64(own) @ in_float64(other)).cpu()
         return total

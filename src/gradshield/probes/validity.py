@@ -60,7 +60,7 @@ _THINKS = re.compile(
 
 @dataclass(frozen=True)
 class Validity:
-    """``refused`` of ``n`` probes were refused; ``thinks`` answers began with reasoning. ``answers`` are the openings (`openings`)."""
+    """``refused`` of ``n`` probes were refused; ``thinks`` answers began with reasoning. ``answers`` are `openings`."""
 
     refused: int
     n: int

@@ -58,6 +58,7 @@ from gradshield.selectors.base import no_direction
 from gradshield.selectors.reading import LEAST, Reading, Turn
 from gradshield.types import Anchors, Bools, Direction, Floats, Progress, Rendered, Scores
 
+FEW = 1024  # positions in one batch of a few known rows: fewer of them are padding
 LEAST_SPEARMAN = 0.99  # least rank correlation of an engine with the oracle
 
 
@@ -210,7 +211,7 @@ def _fihs_of(fihs: Fihs, model: nn.Module, direction: Direction, rows: Sequence[
     """FIHS of rows that are not in the data."""
     if not rows:
         return np.zeros(0)
-    raw = shards.measure(fihs, model, direction, rows, 4096)
+    raw = shards.measure(fihs, model, direction, rows, FEW)
     return fihs.finish(raw, [""] * len(rows), [ROWS] * len(rows)).values
 
 
@@ -260,9 +261,7 @@ def asked_of(tokenizer: Any, probing: Probing) -> tuple[Prompts, Prompts]:
     )
 
 
-def anchors(
-    selector: Fihs, model: nn.Module, direction: Direction, harmless: Prompts, tokenizer: Any
-) -> Anchors:
+def anchors(selector: Fihs, model: nn.Module, direction: Direction, harmless: Prompts, tokenizer: Any) -> Anchors:
     """Scores of known rows: compliant openers after the probes, and after the look-alikes that the model itself answers."""
     answers = openings(model, tokenizer, harmless)
     known = harmless.take([i for i, answer in enumerate(answers) if not refuses(answer)])
@@ -341,7 +340,7 @@ def _measured(
 ) -> Measured:
     with_engine = copy(selector)
     with_engine.engine = engine
-    return shards.measure(with_engine, model, direction, rows, 4096)
+    return shards.measure(with_engine, model, direction, rows, FEW)
 
 
 def _step(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int, direction: Direction) -> float:
