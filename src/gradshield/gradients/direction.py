@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradshield.errors import DataError, ScoreError
 from gradshield.files import replacing
 from gradshield.gradients.base import scoring
-from gradshield.models.placement import in_float64, parts_of
+from gradshield.models.placement import in_float64
 from gradshield.types import Direction
 
 Score = Callable[[nn.Module], Tensor]
@@ -63,8 +63,7 @@ def _gradient(model: nn.Module, parts: Iterable[Score], parameters: list[str]) -
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    parts = (part for t in tensors for part in parts_of(t.detach().flatten()))
-    return float(sum(float(in_float64(part).square().sum()) for part in parts) ** 0.5)
+    return float(sum(float(in_float64(t.detach()).pow(2).sum()) for t in tensors) ** 0.5)
 
 
 def digest(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> str:
