@@ -67,11 +67,11 @@ def padded(ids: Sequence[Sequence[int]], device: torch.device) -> PromptBatch:
     return PromptBatch(tokens.to(device), mask.to(device), (mask.sum(1) - 1).to(device))
 
 
-def first_logits(model: nn.Module, batch: PromptBatch) -> Tensor:
-    """Logits of the first response token, (B, V) in float32."""
+def first_logits(model: nn.Module, batch: PromptBatch, **more: Any) -> Tensor:
+    """Logits of the first response token, (B, V) in float32. ``more`` are further arguments of the model."""
     where = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
     where[torch.arange(len(where), device=where.device), batch.last] = True
-    return logits_at(model, batch.input_ids, batch.attention_mask, where)
+    return logits_at(model, batch.input_ids, batch.attention_mask, where, **more)
 
 
 class Probe(Protocol):
