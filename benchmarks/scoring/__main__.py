@@ -4,11 +4,13 @@
     python -m benchmarks.scoring --quick                 the lab's model on few rows, in under a minute
     python -m benchmarks.scoring --models lab --json FILE --plot FILE --docs docs/performance.md
     python -m benchmarks.scoring --models DIR --data FILE.jsonl --labels FILE.json
+    python -m benchmarks.scoring --models DIR --data FILE.jsonl --scans 100 1000 10000 --scans-only
     python -m benchmarks.scoring --models 0.5b 1.5b      on a GPU, in bfloat16
 
-In one process and in turn, on the same model, rows, device and precision: the floor (one batched, length-bucketed forward pass
+Whole scans come first, split by stage (`stages.py`), then, in one process and in turn, on the same model, rows, device and
+precision: the floor (one batched, length-bucketed forward pass
 with loss under inference_mode, our batches, logits of response positions only), the oracle, every engine over every subspace,
-gradient norms, several directions at once, a whole scan, and the peers (bergson, kronfluence, torch.func, opacus) as their users
+gradient norms, several directions at once, and the peers (bergson, kronfluence, torch.func, opacus) as their users
 run them. The order turns from round to round; an arm's ratio is taken to the floor that ran just before it, on the same rows.
 Values are compared with the oracle's. Peak memory is taken apart, each arm in a process of its own. A peer that is not installed
 is left out by name.
@@ -50,6 +52,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--rounds", type=int, help=f"timed rounds ({ROUNDS}; {QUICK_ROUNDS} with --quick)")
     found.add_argument("--rows", type=int, help="rows of every model (default: by model)")
     found.add_argument("--few", type=int, help="rows of the oracle and the peers (default: by model)")
+    found.add_argument(
+        "--scans", type=int, nargs="+", metavar="N", help="rows of the whole scans (100 1000; with --quick as --rows)"
+    )
+    found.add_argument("--scans-only", action="store_true", help="whole scans and nothing else")
     found.add_argument("--data", help="JSON lines for a model of your own")
     found.add_argument("--labels", help="a JSON list of 0 and 1, one for each row of --data")
     found.add_argument("--device", default="auto", help="cpu, cuda, auto (default)")
@@ -88,22 +94,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Every model in turn; the files are written anew after each, so that an interruption loses one model at most."""
-    from benchmarks.scoring import table
+    from benchmarks.scoring import stages, table
+    from benchmarks.scoring.cases import SHAPES
 
     models = ["lab"] if options.quick else options.models
     began = time.monotonic()
+    counts = options.scans or ([options.rows or QUICK[0]] if options.quick else stages.COUNTS)
     report: dict[str, Any] = {
         "command": command,
         "seed": options.seed,
         "rounds": options.rounds,
         "versions": table.versions(),
         "machine": table.machine(options.threads),
+        "scans": [],
         "cases": [],
         "rows": [],
     }
     # The stream is named now: while a peer is silenced, sys.stderr is another.
     watch, out = Console(file=sys.stderr), Console(width=None if sys.stdout.isatty() else 120)
     for model in models:
+        if model not in SHAPES:  # random weights refuse nothing: no scan accepts them
+            scans = scanned(model, counts, options, watch)
+            report["scans"] += scans
+            out.print(table.plain(f"{model}: whole scans, in floors", stages.cells(scans)), soft_wrap=True)
+        if options.scans_only:
+            report["seconds"] = round(time.monotonic() - began, 1)
+            write(options, report)
+            continue
         case, lines = measure(model, options, watch)
         report["cases"].append(case)
         report["rows"] += lines
@@ -124,26 +141,47 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     return report
 
 
+def scanned(model: str, counts: Sequence[int], options: argparse.Namespace, watch: Console) -> list[dict[str, Any]]:
+    """Whole scans of one model."""
+    from benchmarks.scoring import stages
+
+    with tempfile.TemporaryDirectory() as folder, watch.status(model) as status:
+        return stages.measure(
+            spec_of(model, 0, None, options, folder),
+            counts,
+            options.rounds,
+            lambda what: status.update(f"{model}: {what}"),
+        )
+
+
+def spec_of(model: str, rows: int, few: int | None, options: argparse.Namespace, folder: str) -> Any:
+    """The ``Spec`` of a model and so many rows."""
+    from benchmarks.scoring.cases import Spec
+
+    return Spec(
+        model,
+        rows,
+        few,
+        options.seed,
+        options.threads,
+        options.device,
+        folder,
+        options.dtype,
+        options.data,
+        options.labels,
+    )
+
+
 def measure(model: str, options: argparse.Namespace, watch: Console) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One model: directions, a trial of every arm, the rounds, memory."""
     from benchmarks.scoring import rounds
     from benchmarks.scoring.arms import FLOOR, subspaces, truths
-    from benchmarks.scoring.cases import SHAPES, Spec, open_case, prepare_directions
+    from benchmarks.scoring.cases import SHAPES, open_case, prepare_directions
 
     count, few = QUICK if options.quick else ROWS.get(model, OWN_ROWS)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        spec = Spec(
-            model,
-            options.rows or count,
-            options.few or (None if options.rows else few),
-            options.seed,
-            options.threads,
-            options.device,
-            folder,
-            options.dtype,
-            options.data,
-            options.labels,
-        )
+        few = options.few or (None if options.rows else few)
+        spec = spec_of(model, options.rows or count, few, options, folder)
         bar = stack.enter_context(
             Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=watch, transient=True)
         )
@@ -190,9 +228,12 @@ def write(options: argparse.Namespace, report: dict[str, Any]) -> None:
     if options.plot is not None:
         options.plot.write_text(picture, encoding="utf-8")
     if options.docs is not None:
-        beside = options.docs.with_suffix(".svg")
-        beside.write_text(picture, encoding="utf-8")
-        table.rewrite(options.docs, table.section(report, beside.name))
+        if report["scans"]:
+            table.rewrite(options.docs, table.scans(report), "scans")
+        if report["cases"]:
+            beside = options.docs.with_suffix(".svg")
+            beside.write_text(picture, encoding="utf-8")
+            table.rewrite(options.docs, table.section(report, beside.name))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Our arms: the floor, the oracle, every engine over every subspace, norms, several directions at once, a whole scan.
+"""Our arms: the floor, the oracle, every engine over every subspace, norms, several directions at once.
 
 An arm is made ready outside the clock (adapter on the model, direction loaded, rows in batches) and then run inside it,
 again and again. It gives one value for every row and direction, and one per token where it has them.
@@ -19,15 +19,12 @@ from benchmarks.scoring.cases import CATEGORIES, KINDS, Case, leading
 from gradshield.gradients import ENGINES, SUBSPACES, Engine, Loop, parameter_names, row_norms
 from gradshield.gradients.base import DeviceBatch
 from gradshield.models.logits import token_nll
-from gradshield.scanning.scan import scan
-from gradshield.scanning.settings import ScanSettings
 from gradshield.types import Batch, Direction, Floats, Rendered
 
 FLOOR = "floor"
-GROUPS = ("floor", "ours", "directions", "norms", "oracle", "peer", "scan")  # in the order of the tables
+GROUPS = ("floor", "ours", "directions", "norms", "oracle", "peer")  # in the order of the tables
 ORACLE = "loop"
 LAST = "last:25%"  # what stands for last:k
-PRELUDE = 16  # rows of the scan that shows what a scan costs before it scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +77,6 @@ def ours(case: Case) -> list[Arm]:
     for count in (2, CATEGORIES):
         several = partial(directions_ready, "perturbation", count)
         arms.append(Arm(f"perturbation/lora/K={count}", "directions", several, f"{ORACLE}/lora/K={count}"))
-    if case.source is not None:
-        arms.append(Arm("scan", "scan", whole_scan))
-        if len(case.rendered) > 4 * PRELUDE:
-            arms.append(Arm("scan/prelude", "scan", partial(whole_scan, most=PRELUDE)))
     return arms
 
 
@@ -172,18 +165,3 @@ def _norms(made: Sequence[Batch], rows: Sequence[Rendered], measure: Callable[[B
         found = measure(batch)
         values[0, [place[int(row)] for row in found.rows]] = found.values.numpy()
     return Scored(values)
-
-
-@contextmanager
-def whole_scan(case: Case, rows: Sequence[Rendered], most: int | None = None) -> Iterator[Run]:
-    """`gradshield.scan` from end to end, with nothing written: probes, direction, calibration, oracle, rows, cut, kinds of harm.
-
-    With ``most``, of so many rows: what a scan costs whatever the number of rows.
-    """
-    given = [case.source[row.row] for row in rows[:most]]
-
-    def run() -> Scored:
-        found = scan(given, model=case.model, tokenizer=case.tokenizer, probing=case.probing, settings=ScanSettings())
-        return Scored(found.scores.values[np.newaxis])
-
-    yield run

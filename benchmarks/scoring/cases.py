@@ -78,6 +78,7 @@ class Case:
     probe: Probe
     asked: Prompts
     source: Sequence[Mapping[str, Any]] | None = None
+    name: str | Path = ""
     tokenizer: Any = None
     probing: Probing = field(default_factory=Probing)
     truth: Sequence[int] | None = None
@@ -197,6 +198,7 @@ def _real(spec: Spec, dtype: torch.dtype) -> Case:
         probe,
         asked,
         source,
+        name,
         loaded.tokenizer,
         probing,
         None if truth is None else [truth[row.row] for row in rendered],

@@ -215,7 +215,7 @@ def _agreement(found: Measured, arm: Arm) -> Mapping[str, float | None]:
 
 
 def _aurocs(case: Case, arm: Arm, scored: Scored) -> Mapping[str, float | None]:
-    """AUROC of the row's sum (a scan's own value), and of the default aggregate where there are per-token values."""
+    """AUROC of the row's sum, and of the default aggregate where there are per-token values."""
     truth = case.truth
     whole = truth is not None and scored.values is not None and scored.values.shape == (1, len(truth))
     if not whole or truth is None or scored.values is None or len(set(truth)) < 2 or arm.group == "norms":

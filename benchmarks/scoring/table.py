@@ -7,18 +7,20 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.scoring import stages
 from benchmarks.scoring.peers import peers
 from gradshield import runs
 from gradshield.errors import UsageError
 
 Line = Mapping[str, Any]
-BEGIN, END = "<!-- made by benchmarks.scoring, from here -->", "<!-- made by benchmarks.scoring, to here -->"
+BEGIN, END = "<!-- {} made by benchmarks.scoring, from here -->", "<!-- {} made by benchmarks.scoring, to here -->"
 HEAD = ("arm", "rows", "× floor", "range", "memory, MB", "rank", "error", "AUROC sum", "AUROC push")
 
 
@@ -85,36 +87,61 @@ def _text(value: float | None, form: str) -> str:
 
 def terminal(title: str, lines: Sequence[Line]) -> Table:
     """The table of one model for Rich."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold")
-    for n, name in enumerate(HEAD):
-        table.add_column(name, justify="left" if n == 0 else "right", no_wrap=n in (0, 3))
-    for before, line in zip([None, *lines], lines, strict=False):
-        if before is not None and before["group"] != line["group"]:
-            table.add_section()
-        table.add_row(*map(escape, cells(line)))
+    table = plain(title, [HEAD, *map(cells, lines)])
+    for n, (line, after) in enumerate(pairwise(lines)):
+        table.rows[n].end_section = line["group"] != after["group"]
     return table
 
 
-def markdown(lines: Sequence[Line]) -> str:
-    """The same table in Markdown."""
-    rows = [HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *map(cells, lines)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+def plain(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    """Any table for Rich, its head first."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    for n, name in enumerate(rows[0]):
+        table.add_column(name, justify="left" if n == 0 else "right", no_wrap=n in (0, 3))
+    for row in rows[1:]:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Any table in Markdown, its head first."""
+    lines = [rows[0], ("---", *["---:"] * (len(rows[0]) - 1)), *rows[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n"
+
+
+def scans(report: Mapping[str, Any]) -> str:
+    """What a document says of whole scans, between its own marks."""
+    parts = [_made_by(report)]
+    for model in dict.fromkeys(line["model"] for line in report["scans"]):
+        lines = [line for line in report["scans"] if line["model"] == model]
+        sizes = {line["rows"]: f"{line['rows']:,} rows of {line['tokens']:,} tokens" for line in lines}
+        parts += [
+            f"### {Path(model).name}, whole scans\n",
+            f"{', '.join(sizes.values())}.\n",
+            markdown(stages.cells(lines)),
+        ]
+    return "\n".join(parts)
+
+
+def _made_by(report: Mapping[str, Any]) -> str:
+    host = report["machine"]
+    where = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in host.items() if value is not None)
+    packages = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    return (
+        f"`{report['command']}`\n\nMachine: {where}. Versions: {packages}. Seed {report['seed']}, {report['rounds']} rounds, "
+        f"{report['seconds'] / 60:.0f} minutes in all.\n"
+    )
 
 
 def section(report: Mapping[str, Any], picture: str) -> str:
     """What a document says of one run, between its marks: the command, the machine, a table for each model, the picture."""
-    host = report["machine"]
-    where = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in host.items() if value is not None)
-    packages = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     parts = [
-        f"`{report['command']}`\n",
-        f"Machine: {where}. Versions: {packages}. Seed {report['seed']}, {report['rounds']} rounds, "
-        f"{report['seconds'] / 60:.0f} minutes in all.\n",
+        _made_by(report),
         f"![Each arm's cost in forward passes, with its range over the rounds]({picture})\n",
     ]
     for case in report["cases"]:
         lines = [line for line in report["rows"] if line["model"] == case["model"]]
-        parts += [f"### {case['model']}\n", about(case) + "\n", markdown(lines)]
+        parts += [f"### {case['model']}\n", about(case) + "\n", markdown([HEAD, *map(cells, lines)])]
         if compared := beside(lines):
             parts.append(f"Beside our cheapest engine over the same parameters: {compared}.\n")
         if case["left_out"]:
@@ -153,11 +180,12 @@ def beside(lines: Sequence[Line]) -> str:
     return "; ".join(found)
 
 
-def rewrite(path: Path, inside: str) -> None:
+def rewrite(path: Path, inside: str, about: str = "arms") -> None:
     """Put a new section between the marks of a document. Raises UsageError where it has not both of them, once, in order."""
+    begin, end = (mark.format(about) for mark in (BEGIN, END))
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UsageError(f"{path} has no place for the figures: put the lines {BEGIN!r} and {END!r} where they belong")
-    head, _, rest = text.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    path.write_text(f"{head}{BEGIN}\n\n{inside}\n{END}{tail}", encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UsageError(f"{path} has no place for the figures: put the lines {begin!r} and {end!r} where they belong")
+    head, _, rest = text.partition(begin)
+    tail = rest.partition(end)[2]
+    path.write_text(f"{head}{begin}\n\n{inside}\n{end}{tail}", encoding="utf-8")

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from benchmarks.scoring import peers, plot, rounds, table
+from benchmarks.scoring import peers, plot, rounds, stages, table
 from benchmarks.scoring.arms import FLOOR, Arm, Scored, floor, subspaces
 from benchmarks.scoring.cases import Spec, open_case, prepare_directions
 from gradshield.errors import UsageError
@@ -49,16 +49,30 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_every_engine_and_subspace_is_there(report: dict) -> None:
     rows = {row["name"]: row for row in report["rows"]}
     assert {f"{engine}/{subspace}" for engine in ENGINES for subspace in subspaces()} <= set(rows)
-    assert {"floor", "norms/all", "perturbation/lora/K=2", "perturbation/lora/K=4", "scan"} <= set(rows)
+    assert {"floor", "norms/all", "perturbation/lora/K=2", "perturbation/lora/K=4"} <= set(rows)
     assert len(subspaces()) == len(SUBSPACES)
     assert all(set(row) >= KEYS for row in report["rows"])
     assert all(0 < row["low"] <= row["ratio_to_floor"] <= row["high"] for row in report["rows"])
 
 
 @pytest.mark.slow
+def test_whole_scans_are_split_by_stage(report: dict) -> None:
+    before, first, cached = report["scans"]
+    assert [line["arm"] for line in report["scans"]] == ["before", "first", "cached"]
+    for line in report["scans"]:
+        assert set(line["stages"]) == set(stages.STAGES) and line["rows"] == before["rows"]
+        assert sum(line["stages"].values()) == pytest.approx(line["whole"])  # of one round
+        assert all(line["stages"][s] > 0 for s in ("loading the model", "reading rows", "scoring rows", "writing"))
+        assert 0 < line["first_row_seconds"] < line["whole"] * line["floor_seconds"]
+    assert cached["stages"]["finding the direction"] < first["stages"]["finding the direction"]
+    assert cached["stages"]["asking the probes"] < first["stages"]["asking the probes"]
+    assert "whole scan" in report["printed"]
+
+
+@pytest.mark.slow
 def test_every_arm_agrees_with_the_oracle(report: dict) -> None:
     for row in report["rows"]:
-        if row["group"] in ("floor", "scan"):
+        if row["group"] == "floor":
             assert row["agreement"] is None
             continue
         bound = BOUNDS.get(row["name"].partition("/")[0], 1e-4)
@@ -153,9 +167,10 @@ def test_each_arm_is_timed_beside_the_floor_of_its_own_rows(spec: Spec) -> None:
 
 def test_a_document_gets_its_section_anew(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n", encoding="utf-8")
-    table.rewrite(page, "new")
-    assert page.read_text(encoding="utf-8") == f"before\n{table.BEGIN}\n\nnew\n{table.END}\nafter\n"
+    begin, end = table.BEGIN.format("scans"), table.END.format("scans")
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n", encoding="utf-8")
+    table.rewrite(page, "new", "scans")
+    assert page.read_text(encoding="utf-8") == f"before\n{begin}\n\nnew\n{end}\nafter\n"
     page.write_text("no marks\n", encoding="utf-8")
     with pytest.raises(UsageError, match="no place for the figures"):
         table.rewrite(page, "new")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradshield.probes import Prompts, Validity, open_turns, openings, refuses, validity
-from tests.tiny import tiny_tokenizer
+from gradshield.probes import Prompts, Validity, greedy, open_turns, openings, refuses, validity
+from gradshield.probes.validity import decided
+from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -80,6 +81,45 @@ def test_a_refusal_is_recognised(answer: str) -> None:
 @pytest.mark.parametrize("answer", COMPLIANT)
 def test_an_answer_is_no_refusal(answer: str) -> None:
     assert not refuses(answer)
+
+
+@pytest.mark.parametrize(
+    "answer", [*REFUSALS, *COMPLIANT, "<think>\nThe user", "<|channel|>analysis", " [THINK] I", "<thank you", "◁think▷"]
+)
+def test_a_verdict_is_known_only_when_no_more_text_can_change_it(answer: str) -> None:
+    """A text cut where it is decided has the verdict of the whole, and one not yet decided may have either."""
+    whole = verdict(answer)
+    ends = [n for n in range(len(answer) + 1) if decided(answer[:n])]
+    assert all(verdict(answer[:n]) == whole for n in ends)
+    assert ends == list(range(ends[0], len(answer) + 1)) if ends else not refuses(answer)
+    assert whole[0] <= bool(ends)  # a refusal is always decided
+
+
+@pytest.mark.parametrize(
+    "text", ["", "I", "I ca", "  ", "I'", "No", "As a", "<", "<|channel", "That is not", "I�", "It"]
+)
+def test_a_beginning_that_may_still_become_either_is_not_decided(text: str) -> None:
+    assert not decided(text)
+
+
+@pytest.mark.parametrize("text", ["Su", "I can h", "I am hap", "As an e", "<b", "Not", "Il"])
+def test_a_beginning_that_no_refusal_has_is_decided(text: str) -> None:
+    assert decided(text) and not refuses(text)
+
+
+def verdict(answer: str) -> tuple[bool, bool]:
+    prompts = open_turns(TOKENIZER, [{"prompt": "Do it"}])
+    return refuses(answer), validity(TOKENIZER, prompts, [answer]).thinks > 0
+
+
+def test_openings_end_with_the_verdict_and_are_beginnings_of_the_full_answers() -> None:
+    model = tiny_model("llama")
+    prompts = open_turns(TOKENIZER, [{"prompt": f"Do {'it ' * n}"} for n in range(20)])
+    full = [TOKENIZER.decode(ids) for ids in greedy(model, prompts, 12, 0, 16)]
+    short = openings(model, TOKENIZER, prompts)
+    assert all(whole.startswith(part) for whole, part in zip(full, short, strict=True))
+    assert sum(map(len, short)) < sum(map(len, full))
+    assert list(map(verdict, short)) == list(map(verdict, full))
 
 
 class Speaker(nn.Module):

@@ -238,12 +238,8 @@ class Extraction:
     """
 
     def __init__(self, pattern: str) -> None:
-        try:
-            import regex
-        except ImportError:
-            raise UsageError(
-                "the metric regex needs the package regex, which is not installed: run pip install 'gradshield[eval]'"
-            ) from None
+        import regex
+
         self.name = f"regex:{pattern}"
         try:
             self._pattern = regex.compile(pattern, regex.MULTILINE)

@@ -41,14 +41,15 @@ def _gather_before(head: nn.Module, where: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def logits_at(model: nn.Module, ids: Tensor, attention: Tensor, where: Tensor) -> Tensor:
+def logits_at(model: nn.Module, ids: Tensor, attention: Tensor, where: Tensor, **more: Any) -> Tensor:
     """Logits at chosen positions, in float32.
 
     ``ids`` and ``attention`` are (B, T), right-padded; ``where`` is (B, T) bool with M positions set. Returns (M, V) in
-    row-major order of ``where``: logits at position t are the prediction of token t + 1.
+    row-major order of ``where``: logits at position t are the prediction of token t + 1. ``more`` are the model's own
+    arguments.
     """
     with _gather_before(output_head(model), where):
-        output = model(input_ids=ids, attention_mask=attention, use_cache=False)
+        output = model(**{"input_ids": ids, "attention_mask": attention, "use_cache": False, **more})
     logits: Tensor = output.logits[0].float()
     return logits
 

@@ -37,7 +37,7 @@ class _Seen(Exception):
     """The module has run: the rest of the pass is not needed."""
 
 
-def run_until(model: nn.Module, name: str, **inputs: Tensor) -> None:
+def run_until(model: nn.Module, name: str, **inputs: Any) -> None:
     """Run the model up to the end of the named module, the hooks that are already on it included."""
 
     def seen(*_: Any) -> None:
@@ -46,7 +46,7 @@ def run_until(model: nn.Module, name: str, **inputs: Tensor) -> None:
     handle = model.get_submodule(name).register_forward_hook(seen)
     try:
         with suppress(_Seen):
-            model(**inputs, use_cache=False)
+            model(**{"use_cache": False, **inputs})
     finally:
         handle.remove()
 

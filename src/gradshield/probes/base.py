@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gradshield.data import left_padded
 from gradshield.models.loading import evaluating
@@ -66,11 +67,11 @@ def padded(ids: Sequence[Sequence[int]], device: torch.device) -> PromptBatch:
     return PromptBatch(tokens.to(device), mask.to(device), (mask.sum(1) - 1).to(device))
 
 
-def first_logits(model: nn.Module, batch: PromptBatch) -> Tensor:
-    """Logits of the first response token, (B, V) in float32."""
+def first_logits(model: nn.Module, batch: PromptBatch, **more: Any) -> Tensor:
+    """Logits of the first response token, (B, V) in float32. ``more`` are further arguments of the model."""
     where = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
     where[torch.arange(len(where), device=where.device), batch.last] = True
-    return logits_at(model, batch.input_ids, batch.attention_mask, where)
+    return logits_at(model, batch.input_ids, batch.attention_mask, where, **more)
 
 
 class Probe(Protocol):
@@ -115,6 +116,20 @@ def first_token(tokenizer: Any, text: str) -> int:
     return int(after[shared])
 
 
+class _Decided(StoppingCriteria):  # type: ignore[misc]
+    """Ends the answers that ``known`` needs no more of, and tells how long they were then."""
+
+    def __init__(self, known: Callable[[list[int]], bool], width: int, rows: int) -> None:
+        self._known, self._width = known, width
+        self.ends: list[int | None] = [None] * rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        for i, row in enumerate(input_ids[:, self._width :].tolist()):
+            if self.ends[i] is None and self._known(row):
+                self.ends[i] = len(row)
+        return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
+
+
 @torch.no_grad()
 def greedy(
     model: nn.Module,
@@ -123,8 +138,12 @@ def greedy(
     pad: int,
     chunk: int = 32,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    known: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """The model's greedy answers, at most ``tokens`` long, cut at its end-of-sequence token; always without dropout."""
+    """The model's greedy answers, at most ``tokens`` long, cut at its end-of-sequence token; always without dropout.
+
+    With ``known``, an answer also ends with the first token for which it is true of the tokens so far.
+    """
     device = next(model.parameters()).device
     config = getattr(model, "generation_config", None)
     stops = config.eos_token_id if config is not None else None
@@ -132,6 +151,7 @@ def greedy(
     answers: list[list[int]] = []
     for start in range(0, len(prompts), chunk):
         ids, mask = map(torch.from_numpy, left_padded(prompts.ids[start : start + chunk], pad))
+        decided = None if known is None else _Decided(known, ids.shape[1], len(ids))
         with evaluating(model):
             out = model.generate(  # type: ignore[operator]
                 input_ids=ids.to(device),
@@ -140,9 +160,11 @@ def greedy(
                 do_sample=False,
                 pad_token_id=pad,
                 use_cache=True,
+                stopping_criteria=None if decided is None else StoppingCriteriaList([decided]),
             )
-        for row in out[:, ids.shape[1] :].tolist():
-            end = next((i for i, t in enumerate(row) if t in stops), len(row))
-            answers.append(row[:end])
+        for i, row in enumerate(out[:, ids.shape[1] :].tolist()):
+            whole = row if decided is None else row[: decided.ends[i]]
+            end = next((n for n, t in enumerate(whole) if t in stops), len(whole))
+            answers.append(whole[:end])
         progress(len(answers), len(prompts))
     return answers

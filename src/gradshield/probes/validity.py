@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import regex
 from torch import nn
 
 from gradshield.probes.base import Prompts, greedy
@@ -68,7 +69,7 @@ _THINKS = re.compile(
 
 @dataclass(frozen=True)
 class Validity:
-    """``refused`` of ``n`` probes were refused; ``thinks`` answers began with reasoning. ``answers`` are the openings."""
+    """``refused`` of ``n`` probes were refused; ``thinks`` answers began with reasoning. ``answers`` are `openings`."""
 
     refused: int
     n: int
@@ -97,6 +98,16 @@ def refuses(answer: str) -> bool:
     return bool(_REFUSAL.match(answer.replace("’", "'")))
 
 
+def decided(answer: str) -> bool:
+    """Whether every text that begins with this one opens as a refusal, or none does; and as thinking, or none does.
+
+    ``partial`` finds a match that the end of the text cut short. A character may be cut too: its bytes read as U+FFFD.
+    """
+    text = answer.replace("’", "'")
+    found = [regex.match(rule.pattern, text, regex.IGNORECASE, partial=True) for rule in (_REFUSAL, _THINKS)]
+    return not text.endswith("\ufffd") and not any(match is not None and match.partial for match in found)
+
+
 def only_refuses(answer: str) -> bool:
     """Whether the answer opens as a refusal and stays one: it never turns into an answer, and is short (MOST_WORDS)."""
     text = answer.replace("’", "'")
@@ -118,10 +129,11 @@ def openings(
     tokens: int = 12,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """How the model begins to answer every probe, greedily."""
+    """How the model begins to answer every probe, greedily: at most ``tokens``, and none after the verdict is `decided`."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     progress(0, len(requests))
-    return [tokenizer.decode(ids) for ids in greedy(model, requests, tokens, pad, AT_ONCE, progress)]
+    answers = greedy(model, requests, tokens, pad, AT_ONCE, progress, lambda ids: decided(tokenizer.decode(ids)))
+    return [tokenizer.decode(ids) for ids in answers]
 
 
 def validity(tokenizer: Any, requests: Prompts, answers: Sequence[str]) -> Validity:

@@ -58,6 +58,7 @@ from gradshield.selectors.base import no_direction
 from gradshield.selectors.reading import LEAST, Reading, Turn
 from gradshield.types import Anchors, Bools, Direction, Floats, Progress, Rendered, Scores
 
+FEW = 1024  # positions in one batch of a few known rows: fewer of them are padding
 LEAST_SPEARMAN = 0.99  # least rank correlation of an engine with the oracle
 
 
@@ -127,7 +128,7 @@ def ready_fihs(
     model, tokenizer = known.model, known.loaded.tokenizer
     asked, harmless = asked_of(tokenizer, probing)
     asking = partial(progress, "asking the probes")
-    answers = known.json("answers", asked.ids, lambda: openings(model, tokenizer, asked, progress=asking))
+    answers = known.json("openings", asked.ids, lambda: openings(model, tokenizer, asked, progress=asking))
     asking(len(asked), len(asked))
     valid = validity(tokenizer, asked, answers)
     if valid.problem and not probing.uncertified:
@@ -210,7 +211,7 @@ def _fihs_of(fihs: Fihs, model: nn.Module, direction: Direction, rows: Sequence[
     """FIHS of rows that are not in the data."""
     if not rows:
         return np.zeros(0)
-    raw = shards.measure(fihs, model, direction, rows, 4096)
+    raw = shards.measure(fihs, model, direction, rows, FEW)
     return fihs.finish(raw, [""] * len(rows), [ROWS] * len(rows)).values
 
 
@@ -260,12 +261,10 @@ def asked_of(tokenizer: Any, probing: Probing) -> tuple[Prompts, Prompts]:
     )
 
 
-def anchors(
-    selector: Fihs, model: nn.Module, direction: Direction, harmless: Prompts, tokenizer: Any, pad: int
-) -> Anchors:
+def anchors(selector: Fihs, model: nn.Module, direction: Direction, harmless: Prompts, tokenizer: Any) -> Anchors:
     """Scores of known rows: compliant openers after the probes, and after the look-alikes that the model itself answers."""
-    answers = greedy(model, harmless, 12, pad)
-    known = harmless.take([i for i, ids in enumerate(answers) if not refuses(tokenizer.decode(ids))])
+    answers = openings(model, tokenizer, harmless)
+    known = harmless.take([i for i, answer in enumerate(answers) if not refuses(answer)])
     return Anchors(
         *(_fihs_of(selector, model, direction, opened(tokenizer, prompts)) for prompts in (selector.requests, known))
     )
@@ -341,16 +340,15 @@ def _measured(
 ) -> Measured:
     with_engine = copy(selector)
     with_engine.engine = engine
-    return shards.measure(with_engine, model, direction, rows, 4096)
+    return shards.measure(with_engine, model, direction, rows, FEW)
 
 
 def _step(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int, direction: Direction) -> float:
     """The finite-difference step of this model, by a small batch of probes with its own answers."""
     some = [p.take(range(min(4, len(p)))) for p in (asked, harmless)]
-    rows: list[Rendered] = []
-    for prompts in some:
-        for prompt, answer in zip(prompts.ids, greedy(model, prompts, 16, pad), strict=True):
-            rows.append(answered(len(rows), prompt, answer or [pad]))
+    both = Prompts(*(sum(parts, ()) for parts in zip(*((p.ids, p.categories, p.texts) for p in some), strict=True)))
+    answers = greedy(model, both, 16, pad)
+    rows = [answered(n, *pair) for n, pair in enumerate(zip(both.ids, ([*a] or [pad] for a in answers), strict=True))]
     return calibrated(model, rows_in.collate(rows), direction)[0].relative_step
 
 

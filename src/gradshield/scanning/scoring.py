@@ -84,6 +84,6 @@ def score(
     )
     scores = selector.finish(raw, *named(rendered))
     if found.harmless is not None and scores.anchors is None:
-        known = anchors(cast(Fihs, selector), model, direction, found.harmless, loaded.tokenizer, loaded.pad_token_id)
+        known = anchors(cast(Fihs, selector), model, direction, found.harmless, loaded.tokenizer)
         scores = replace(scores, anchors=known)
     return Scored(**vars(found), scores=scores)

@@ -18,6 +18,8 @@ from gradshield.gradients.base import scoring
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.modules import outputs_of, run_until
 from gradshield.models.placement import in_float64
+from gradshield.models.prefix import LEAST as LEAST_ALIKE
+from gradshield.models.prefix import common, prefix_of
 from gradshield.probes import PromptBatch, Prompts, first_logits
 from gradshield.probes.base import padded
 from gradshield.types import Anchors, Bools, Floats, Ints
@@ -211,18 +213,48 @@ def states(
 ) -> Floats:
     """``take`` of the hidden states of each block, (n, blocks, D) in float64; no pass runs beyond the last block.
 
-    With ``begun`` (n,), which receives the most likely token after each sequence, passes run to the end.
+    With ``begun`` (n,), which receives the most likely token after each sequence, passes run to the end. Of `at_end`, tokens
+    that many sequences begin with are run once, where the model allows it (`models.prefix`).
     """
     found: list[Any] = [None] * len(sequences)
-    for own, batch in _padded(model, sequences):
-        with scoring(model), torch.no_grad(), outputs_of(model, blocks, partial(take, last=batch.last)) as seen:
-            if begun is None:
-                run_until(model, blocks[-1], input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            else:
-                begun[own] = first_logits(model, batch).argmax(-1).cpu().numpy()
-        for i, one in zip(own, torch.stack([seen[name] for name in blocks], 1).numpy(), strict=True):
-            found[i] = one
+    with scoring(model), torch.no_grad():
+        for some, count in _groups(sequences) if take is at_end else [(range(len(sequences)), 0)]:
+            until = blocks[-1] if begun is None else None
+            prefix = (
+                prefix_of(model, blocks[-1], min((sequences[i] for i in some), key=len), count, until)
+                if count
+                else None
+            )
+            for own, batch in _padded(model, [sequences[i][count if prefix else 0 :] for i in some]):
+                more = prefix.inputs(batch.attention_mask) if prefix else {"attention_mask": batch.attention_mask}
+                places = [some[i] for i in own]
+                with outputs_of(model, blocks, partial(take, last=batch.last)) as seen:
+                    if begun is None:
+                        run_until(model, blocks[-1], input_ids=batch.input_ids, **more)
+                    else:
+                        begun[places] = first_logits(model, batch, **more).argmax(-1).cpu().numpy()
+                for i, one in zip(places, torch.stack([seen[name] for name in blocks], 1).numpy(), strict=True):
+                    found[i] = one
     return np.stack(found)
+
+
+def _groups(sequences: Sequence[Sequence[int]]) -> list[tuple[Sequence[int], int]]:
+    """The sequences' indices in groups that begin alike, each with the number of tokens that it shares.
+
+    In sorted order a long common beginning, such as a task's instruction, is a run: where neighbours share less than half of
+    what most do, a run ends. Runs too short for a prefix of their own are one group.
+    """
+    if not sequences:
+        return []
+    given = [tuple(map(int, sequence)) for sequence in sequences]
+    order = sorted(range(len(given)), key=given.__getitem__)
+    near = [_shared(given[a], given[b]) for a, b in pairwise(order)]
+    least = float(np.median(near)) / 2 if near else 0.0
+    ends = [n + 1 for n, shared in enumerate(near) if shared < least]
+    runs = [order[a:b] for a, b in pairwise([0, *ends, len(order)])]
+    rest = [i for run in runs if len(run) < LEAST_ALIKE for i in run]
+    groups = [run for run in runs if len(run) >= LEAST_ALIKE] + ([rest] if rest else [])
+    return [(group, common([given[i] for i in group])) for group in groups]
 
 
 def at_end(hidden: Tensor, last: Tensor) -> Tensor:
