@@ -18,13 +18,26 @@ from gradshield.cli.demo import demo
 from gradshield.cli.evaluate import evaluate
 from gradshield.cli.methods import methods
 from gradshield.cli.scan import scan
+from gradshield.cli.serve import keys, serve
 from gradshield.cli.show import show
 from gradshield.cli.train import train
 from gradshield.errors import GradShieldError
 from gradshield.models.placement import keep_freed_memory
 
 # In the order of the help.
-COMMANDS: tuple[Callable[..., Any], ...] = (scan, train, evaluate, certify, compare, cut, show, methods, cache, demo)
+COMMANDS: tuple[Callable[..., Any], ...] = (
+    scan,
+    train,
+    evaluate,
+    certify,
+    compare,
+    cut,
+    show,
+    methods,
+    cache,
+    demo,
+    serve,
+)
 
 app = typer.Typer(
     name="gradshield",
@@ -55,6 +68,7 @@ def gradshield(
 
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(keys)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

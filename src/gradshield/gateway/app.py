@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gradshield import __version__
-from gradshield.errors import GradShieldError
+from gradshield.errors import GradShieldError, UsageError
 from gradshield.gateway import api
 from gradshield.gateway.chat import Chats
 from gradshield.gateway.content import Content
@@ -46,8 +46,14 @@ class Gateway:
 def create_app(settings: Settings, send: Callable[[str], None] | None = None) -> FastAPI:
     """The app on a migrated database. ``send`` takes the id of a job to run; by default the settings' queue does.
 
-    Raises UsageError for a URL that cannot be used.
+    Raises UsageError for a URL or a folder that cannot be used.
     """
+    try:
+        settings.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"the folder {str(settings.folder)!r} cannot be made ({error.strerror}): give another --folder"
+        ) from None
     if send is None:
         send = Queue(settings).send
     store = Store(settings.database_url, settings.webhooks)

@@ -7,6 +7,7 @@ that is lost is sent again (`worker.sweep`).
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from huey import PostgresHuey, RedisHuey, SqliteHuey
@@ -31,16 +32,15 @@ class _Json(Serializer):  # type: ignore[misc]
 
 
 class Queue:
-    """A huey with the gateway's one task."""
+    """A huey with the gateway's one task, which a worker gives its ``work``; whoever only sends needs none."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, work: Callable[[str], None] | None = None) -> None:
         self.huey = _huey(settings)
 
         @self.huey.task()  # type: ignore[untyped-decorator]
         def run(job: str) -> None:
-            from gradshield.gateway import worker
-
-            worker.run(settings, job)
+            assert work is not None, "a job came to a process that runs none"
+            work(job)
 
         self._run = run
 

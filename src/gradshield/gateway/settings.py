@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 from pathlib import Path
 from typing import Any, Literal
@@ -132,8 +131,3 @@ def settings(**given: Any) -> Settings:
         wrong = error.errors()[0]
         where = ".".join(map(str, wrong["loc"]))
         raise UsageError(f"the gateway's setting {where} is not allowed: {wrong['msg']}") from None
-
-
-def environment() -> dict[str, str]:
-    """The environment of a worker or a job."""
-    return {**os.environ, "PYTHONUNBUFFERED": "1"}

@@ -163,7 +163,7 @@ class Store:
             session.add(audit(project, "gradshield keys", "create key", made.id, "", {"name": name, "role": role}))
         return made, secret
 
-    def keys(self, project: str | None = None) -> list[Key]:
+    def all_keys(self, project: str | None = None) -> list[Key]:
         with self.reading() as session:
             wanted = select(Key).order_by(Key.n)
             return list(session.scalars(wanted if project is None else wanted.where(Key.project_id == project)))
@@ -223,6 +223,14 @@ class Store:
             )
             session.add(made)
         return made
+
+    def add_result(self, job: Job, id: str, name: str, bytes: int, sha256: str) -> None:
+        """List a result of a job, or renew it."""
+        with self.writing() as session:
+            file = session.scalar(_one(File, job.project_id, id)) or File(id=id, project_id=job.project_id)
+            file.filename, file.purpose = f"{job.id}/{name}", "fine-tune-results"
+            file.bytes, file.sha256, file.created_at = bytes, sha256, now()
+            session.add(file)
 
     def stored(self, project: str) -> int:
         """Bytes of all files of a project."""
