@@ -13,7 +13,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily
-from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -22,10 +21,10 @@ from gradshield.errors import GradShieldError, UsageError
 from gradshield.gateway import api
 from gradshield.gateway.chat import Chats
 from gradshield.gateway.content import Content
-from gradshield.gateway.edge import ApiError, Edge
+from gradshield.gateway.edge import ApiError, Edge, unavailable
 from gradshield.gateway.queue import Queue
 from gradshield.gateway.settings import Settings
-from gradshield.gateway.store import Missing, Refused, Store
+from gradshield.gateway.store import AWAY, Missing, Refused, Store
 from gradshield.gateway.wire import error_body
 
 log = structlog.get_logger("gradshield.gateway")
@@ -167,9 +166,7 @@ def _ours(_request: Request, error: Any) -> Response:
 
 
 def _database(_request: Request, error: Any) -> Response:
-    log.error("the database cannot be reached", error=str(error.orig))
-    body = error_body("The database cannot be reached: try again.", "server_error", code="unavailable")
-    return JSONResponse(body, 503, {"Retry-After": "5"})
+    return unavailable(error).response()
 
 
 def _gone(_request: Request, _error: Any) -> Response:
@@ -193,7 +190,7 @@ HANDLERS: dict[type[Exception], Callable[[Request, Any], Response]] = {
     Missing: _missing,
     Refused: _refused,
     GradShieldError: _ours,
-    OperationalError: _database,
+    **dict.fromkeys(AWAY, _database),
     ClientDisconnect: _gone,
     OSError: _full,
     Exception: _unexpected,

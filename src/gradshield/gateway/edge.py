@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gradshield.gateway.settings import Limits
-from gradshield.gateway.store import Caller, Store
+from gradshield.gateway.store import AWAY, Caller, Store
 from gradshield.gateway.wire import error_body
 
 API = "/v1/"
@@ -97,12 +97,17 @@ class Edge:
             except ApiError as error:
                 await error.response()(scope, receive, answer)
                 return
+            except AWAY as error:
+                await unavailable(error).response()(scope, receive, answer)
+                return
             await self.app(scope, _bounded(receive, limit, self.limits.idle), answer)
         finally:
             self._record(scope, status, time.perf_counter() - began)
 
     def _admitted(self, scope: Scope) -> int:
-        """The most bytes that the body may have. Raises ApiError if it says that it has more."""
+        """The most bytes that the body may have. Raises ApiError if it says that it has more, and for a zero byte in the URL."""
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:  # no database holds it as text
+            raise ApiError(400, "The URL holds a zero byte.", code="invalid_value")
         upload = scope["method"] == "POST" and scope["path"].rstrip("/") == UPLOAD
         limit = self.limits.upload + ENVELOPE if upload else self.limits.body
         length = _header(scope, b"content-length")
@@ -148,6 +153,12 @@ class Edge:
 
 def too_large(limit: int) -> ApiError:
     return ApiError(413, f"The request is larger than {limit} bytes, the most allowed here.", code="request_too_large")
+
+
+def unavailable(error: Exception) -> ApiError:
+    log.error("the database cannot be reached", error=str(getattr(error, "orig", error)))
+    message = "The database cannot be reached: try again."
+    return ApiError(503, message, code="unavailable", type="server_error", headers={"Retry-After": "5"})
 
 
 def _header(scope: Scope, name: bytes) -> str:

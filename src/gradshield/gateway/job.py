@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from sqlalchemy.exc import OperationalError
 
 from gradshield import data, runs
 from gradshield.errors import DataError, GradShieldError
@@ -322,7 +321,7 @@ def main(arguments: Sequence[str]) -> int:
     except (
         OperationalError
     ) as error:  # the database was away: the job goes on when its lease is over, or its worker says so
-        log.warning("the database cannot be reached", error=str(error.orig))
+        log.warning("the database cannot be reached", error=str(error))
         return ORPHANED
     except Exception as error:
         log.error("the job failed", exc_info=error)

@@ -5,7 +5,7 @@ Source: the published API reference, as typed in the package ``openai`` (``types
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -23,6 +23,31 @@ class Request(BaseModel):
     """The body of a request. An unknown parameter is refused with its name."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _storable(cls, value: Any) -> Any:
+        """Raises ValueError for text that no database holds: zero bytes and halves of surrogate pairs."""
+        if "\0" in (text := "".join(_texts(value))) or (not text.isascii() and _halves(text)):
+            raise ValueError("text holds a zero byte or half of a surrogate pair")
+        return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _halves(text: str) -> bool:
+    return any("\ud800" <= mark <= "\udfff" for mark in text)
 
 
 class Hyperparameters(Request):

@@ -19,11 +19,10 @@ from typing import Any
 
 import structlog
 from huey.consumer import Consumer
-from sqlalchemy.exc import OperationalError
 
 from gradshield.gateway.queue import Queue
 from gradshield.gateway.settings import Settings
-from gradshield.gateway.store import Store
+from gradshield.gateway.store import AWAY, Store
 from gradshield.gateway.webhooks import deliver
 
 ROUND = 2.0  # seconds between looks at what waits
@@ -50,7 +49,7 @@ def _let_go(settings: Settings, job: str, owner: str) -> None:
     store = Store(settings.database_url)
     try:
         store.give_up(job, owner)
-    except OperationalError:
+    except AWAY:
         log.warning("the lease could not be ended and runs out", job=job)
     finally:
         store.close()
