@@ -28,9 +28,6 @@ from gradshield.gateway.tables import Project
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 ROW = b'{"messages": [{"role": "user", "content": "Q%d"}, {"role": "assistant", "content": "A"}]}\n'
 ROWS = b"".join(ROW % i for i in range(12))
-    b'{"messages": [{"role": "user", "content": "Q%d"}, {"role": "assistant", "content": "A"}]}\n' % i
-    for i in range(12)
-)
 
 
 def free_port() -> int:

@@ -318,9 +318,7 @@ def main(arguments: Sequence[str]) -> int:
         failed(run, error)
     except OSError as error:
         return _again(run, error)
-    except (
-        OperationalError
-    ) as error:  # the database was away: the job goes on when its lease is over, or its worker says so
+    except AWAY as error:  # the job goes on when its lease is over, or when its worker ends it
         log.warning("the database cannot be reached", error=str(error))
         return ORPHANED
     except Exception as error:
