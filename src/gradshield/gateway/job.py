@@ -26,7 +26,7 @@ from gradshield.evaluation.certify import certify
 from gradshield.gateway.content import Content
 from gradshield.gateway.recipe import recipe
 from gradshield.gateway.settings import Policy, Settings
-from gradshield.gateway.store import UNSAFE, Lost, Store
+from gradshield.gateway.store import AWAY, UNSAFE, Lost, Store
 from gradshield.gateway.tables import Job
 from gradshield.gateway.wire import LEAST_ROWS, Hyperparameters
 from gradshield.scanning.selection import Selection
@@ -136,7 +136,7 @@ class Run:
         try:
             read = data.read(str(path))
         except DataError as error:
-            raise Stopped(f"invalid_{param}", str(error), param) from None
+            raise Stopped(f"invalid_{param}", self.said(error), param) from None
         if read.quarantined:
             lines = ", ".join(f"line {bad.line}: {bad.reason}" for bad in read.quarantined[:5])
             raise Stopped(f"invalid_{param}", f"{len(read.quarantined)} rows cannot be used ({lines}).", param)
@@ -198,7 +198,7 @@ class Run:
             return
         if self.policy.rows == "reject":
             numbers = ", ".join(map(str, lines[:100])) + (", ..." if len(lines) > 100 else "")
-            raise Stopped("harmful_rows", f"{said}: fix or remove lines {numbers}.", "training_file")
+            raise Stopped("harmful_rows", f"{said}: fix or remove rows {numbers}.", "training_file")
         if self.policy.rows == "review":
             self._hold("review", f"{said}: the job waits for an operator's review", what)
         self._say(f"Training on the other {found.kept} rows")
@@ -256,6 +256,10 @@ class Run:
         self.store.note(self.job.id, self.owner, result_files=ids)
         return ids
 
+    def said(self, error: Exception) -> str:
+        """The sentence of an error, without the server's paths."""
+        return str(error).replace(f"{self.folder}{os.sep}", "").replace(str(self.settings.folder.absolute()), "")
+
     def _say(self, message: str, level: str = "info", data: dict[str, Any] | None = None, **more: Any) -> None:
         self.store.say(self.job.id, self.owner, message, level, data, **more)
 
@@ -292,7 +296,7 @@ def failed(run: Run, error: GradShieldError) -> None:
     if code is None:
         code = "invalid_training_file" if isinstance(error, DataError) else "invalid_job"
     files = run._keep()
-    run.store.fail(run.job.id, run.owner, code, str(error), param, result_files=files)
+    run.store.fail(run.job.id, run.owner, code, run.said(error), param, result_files=files)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -313,7 +317,7 @@ def main(arguments: Sequence[str]) -> int:
     except (Lost, Held):
         pass
     except GradShieldError as error:
-        if isinstance(error.__context__, OSError):  # a full disk, say: nothing is wrong with the job
+        if getattr(error.__context__, "errno", None) in runs.FULL:  # nothing is wrong with the job
             return _again(run, error)
         failed(run, error)
     except OSError as error:

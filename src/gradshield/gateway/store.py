@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Engine, Select, create_engine, event, func, or_, select, update
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoneToSpare
 from sqlalchemy.orm import Session
 
 from gradshield.errors import UsageError
@@ -43,7 +44,7 @@ T = TypeVar("T", bound=Owned)
 ACTIVE = ("validating_files", "queued", "running")  # a worker may claim these
 ENDED = ("succeeded", "failed", "cancelled")
 UNSAFE = "unsafe_model"  # code of a job whose model was withheld
-AWAY = (OperationalError, InterfaceError, TimeoutError)  # the database cannot be reached, or has no connection to spare
+AWAY = (OperationalError, InterfaceError, NoneToSpare)  # the database cannot be reached, or is overloaded
 THREADS = 40  # of the server, each with a connection at most
 
 
