@@ -34,8 +34,8 @@ ENDED = ("succeeded", "failed", "cancelled", "paused")
 
 
 def poisoned(rows: int) -> tuple[bytes, list[int]]:
-    """An upload with one harmful row in ten, and the numbers of those rows, from 1."""
-    found, labels = lab.mix(TASK, harm="explicit", ratio=0.1, n=rows)
+    """An upload with 8 % harmful rows, and the numbers of those rows, from 1."""
+    found, labels = lab.mix(TASK, harm="explicit", ratio=0.08, n=rows)
     content = "".join(json.dumps(row) + "\n" for row in found).encode()
     return content, [number for number, label in enumerate(labels, 1) if label]
 
@@ -204,7 +204,7 @@ def test_a_job_that_is_killed_at_every_stage_ends_once(begun: tuple[Settings, St
         seen = len(events(store, project, id))
         running = process(settings, id, f"owner-{number}")
         while not any(event.message.startswith(stage) for event in events(store, project, id)[seen:]):
-            assert running.poll() is None, stage
+            assert running.poll() is None, (stage, [event.message for event in events(store, project, id)])
             time.sleep(0.02)
         assert store.claim(id, "another", 60) is None  # a message that comes twice starts nothing
         running.kill()
@@ -265,6 +265,7 @@ def test_a_server_that_is_killed_goes_on_with_its_jobs_and_lists_no_half_file(tm
     file = client.files.create(file=("data.jsonl", poisoned(60)[0]), purpose="fine-tune").id
     id = client.fine_tuning.jobs.create(model=LAB, training_file=file).id
     while "Training" not in [event.message for event in client.fine_tuning.jobs.list_events(id, limit=100)]:
+        assert client.fine_tuning.jobs.retrieve(id).status not in ENDED
         time.sleep(0.05)
     with socket.create_connection(("127.0.0.1", port)) as line:
         head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key[0]}\r\n"
