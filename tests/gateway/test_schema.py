@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.gateway.running import serving
 
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method,"
-    "ignored_auth,use_after_free,ensure_resource_availability"
+    "negative_data_rejection,ignored_auth,use_after_free,ensure_resource_availability"
 )
 
 
@@ -31,3 +32,4 @@ def test_the_api_answers_as_its_document_says(kind: str, tmp_path: Path, request
             cwd=tmp_path,
         )
     assert done.returncode == 0, done.stdout[-6000:]
+    assert re.search(r"Selected: (\d+)/\1\n", done.stdout)
