@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from openai import OpenAI
 
+from gradshield.gateway.chat import SEATS
 from gradshield.gateway.settings import LAB
 from gradshield.gateway.store import Caller
 from gradshield.gateway.tables import Job
@@ -277,6 +279,23 @@ def test_chats_are_passed_on_where_another_server_answers(tmp_path: Any) -> None
         pytest.raises(openai.InternalServerError, match="cannot be reached"),
     ):
         served.client().chat.completions.create(model=LAB, messages=ASKED)
+
+
+def test_chats_over_the_most_at_once_are_told_to_wait(served: Served) -> None:
+    ask, seats = served.client().chat.completions.create, served.gateway.chats.seats
+    for _ in range(SEATS):
+        assert seats.acquire(blocking=False)
+    for more in ({}, {"stream": True}):
+        with pytest.raises(openai.RateLimitError, match="at once"):
+            ask(model=LAB, messages=ASKED, **more)
+    seats.release(SEATS)
+    for _ in range(SEATS + 2):  # readers that leave in the middle give their seat back
+        with ask(model=LAB, messages=ASKED, stream=True) as stream:
+            next(iter(stream))
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and seats._value < SEATS:
+        time.sleep(0.05)
+    assert seats._value == SEATS
 
 
 def test_operations_see_health_metrics_and_request_ids(served: Served) -> None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -168,11 +168,9 @@ def test_the_same_upload_without_screening_is_withheld(server: tuple[Path, str, 
 
 
 @pytest.fixture
-def begun(database: Callable[[], str], tmp_path: Path) -> Iterator[tuple[Settings, Store, str, str]]:
+def begun(tmp_path: Path) -> Iterator[tuple[Settings, Store, str, str]]:
     """A small job that waits: settings, store, project and id."""
-    settings = Settings(
-        models={LAB: LAB}, folder=tmp_path / "gateway", database=database(), lease=2.0, policy=Policy(limit=0.5)
-    )
+    settings = Settings(models={LAB: LAB}, folder=tmp_path / "gateway", lease=2.0, policy=Policy(limit=0.5))
     settings.save()
     store, content = Store(settings.database_url), Content(settings.files_url)
     store.migrate()

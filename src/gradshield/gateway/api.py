@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+import anyio
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
+from starlette.types import Receive, Scope, Send
 
 from gradshield.evaluation.certificate import CERTIFICATE
 from gradshield.gateway import wire
@@ -319,12 +322,28 @@ def chat(body: wire.ChatRequest, here: Here, asker: Asker) -> Any:
     else:
         folder = str(here.settings.job_folder(here.store.get(Model, asker.project, body.model).job_id))
     if body.stream:
-        return StreamingResponse(_lines(here.chats.stream(body, folder)), media_type="text/event-stream")
+        chunks = here.chats.stream(body, folder)
+        first = next(chunks, None)  # an error is an answer of its own, not a broken stream
+        if first is None:
+            raise ApiError(502, "The server that answers chats sent nothing.", code="upstream", type="server_error")
+        return _Stream(first, chunks)
     return JSONResponse(here.chats.answer(body, folder))
 
 
-def _lines(chunks: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """Chunks as server-sent events."""
-    for chunk in chunks:
-        yield f"data: {json.dumps(chunk)}\n\n"
-    yield "data: [DONE]\n\n"
+class _Stream(StreamingResponse):
+    """Chunks as server-sent events. However the reader ends, the chunks are closed."""
+
+    def __init__(self, first: dict[str, Any], chunks: Generator[dict[str, Any]]) -> None:
+        super().__init__(map(_event, chain((first,), chunks, (None,))), media_type="text/event-stream")
+        self.chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await run_in_threadpool(self.chunks.close)
+
+
+def _event(chunk: dict[str, Any] | None) -> str:
+    return f"data: {'[DONE]' if chunk is None else json.dumps(chunk)}\n\n"

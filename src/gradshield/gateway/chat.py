@@ -7,8 +7,8 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from gradshield.gateway.settings import LAB, Settings
 from gradshield.gateway.wire import ChatRequest
 
 HELD = 2  # models in memory
+SEATS = 16  # chats that wait or are answered at once
 PATIENCE = 600.0  # seconds for the other server
 
 
@@ -47,6 +48,7 @@ class Chats:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.lock = settings, threading.Lock()
+        self.seats = threading.BoundedSemaphore(SEATS)
         self.loaded: OrderedDict[str, Any] = OrderedDict()
         self.client = httpx2.Client(timeout=PATIENCE) if settings.upstream else None
 
@@ -61,10 +63,11 @@ class Chats:
 
     def answer(self, body: ChatRequest, folder: str) -> dict[str, Any]:
         """A whole answer. Raises ApiError."""
-        if self.client is not None:
-            return self._passed(body)
-        found = self._generate(body, folder)
-        text = "".join(found)
+        with self._seat():
+            if self.client is not None:
+                return self._passed(body)
+            found = self._generate(body, folder)
+            text = "".join(found)
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text, "refusal": None},
@@ -73,11 +76,24 @@ class Chats:
         }
         return {**_head(body, "chat.completion"), "choices": [choice], "usage": found.usage}
 
-    def stream(self, body: ChatRequest, folder: str) -> Iterator[dict[str, Any]]:
-        """An answer in chunks. Raises ApiError before the first one."""
-        if self.client is not None:
-            return self._passed_stream(body)
-        return self._chunks(body, self._generate(body, folder))
+    def stream(self, body: ChatRequest, folder: str) -> Generator[dict[str, Any]]:
+        """An answer in chunks; the first one raises ApiError. To be closed by its reader, which gives its seat back."""
+        with self._seat():
+            if self.client is not None:
+                yield from self._passed_stream(body)
+            else:
+                yield from self._chunks(body, self._generate(body, folder))
+
+    @contextmanager
+    def _seat(self) -> Iterator[None]:
+        """One of the answers that may wait at once, each in a thread of the server. Raises ApiError if all are taken."""
+        if not self.seats.acquire(blocking=False):
+            message = f"{SEATS} chats are being answered, the most at once: try again later."
+            raise ApiError(429, message, code="rate_limit_exceeded", type="requests", headers={"Retry-After": "5"})
+        try:
+            yield
+        finally:
+            self.seats.release()
 
     def _chunks(self, body: ChatRequest, found: _Answer) -> Iterator[dict[str, Any]]:
         head, usage = (
@@ -190,17 +206,11 @@ class Chats:
             return found
 
     def _passed_stream(self, body: ChatRequest) -> Iterator[dict[str, Any]]:
-        held = ExitStack()
-        response = held.enter_context(self._asked(body))
-
-        def chunks() -> Iterator[dict[str, Any]]:
-            with held:
-                for line in response.iter_lines():
-                    data = line.removeprefix("data:").strip()
-                    if line.startswith("data:") and data != "[DONE]":
-                        yield json.loads(data)
-
-        return chunks()
+        with self._asked(body) as response:
+            for line in response.iter_lines():
+                data = line.removeprefix("data:").strip()
+                if line.startswith("data:") and data != "[DONE]":
+                    yield json.loads(data)
 
     @contextmanager
     def _asked(self, body: ChatRequest) -> Iterator[httpx2.Response]:

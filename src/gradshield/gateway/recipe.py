@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradshield import lab
+from gradshield.errors import UsageError
 from gradshield.evaluation.exam import Exam, Exams, exam, exams_of, lab_exam
 from gradshield.evaluation.metrics import LIKELIHOOD
 from gradshield.gateway.settings import LAB, Settings
@@ -34,7 +35,10 @@ class Recipe:
 
 def recipe(settings: Settings, model: str, wanted: Hyperparameters, defence: str, validation: Path | None) -> Recipe:
     """The recipe of a job on a model of the settings. Raises UsageError and DataError for files that cannot be used."""
-    where = settings.models[model]
+    if (where := settings.models.get(model)) is None:
+        raise UsageError(
+            f"the model {model!r} is not offered here any more: choose one of {', '.join(settings.models)}"
+        )
     searching = parse(defence).verified is not None
     task, metric = (None, None) if validation is None else (str(validation), LIKELIHOOD)
     if where == LAB:
