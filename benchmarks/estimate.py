@@ -1,4 +1,4 @@
-"""Whether `gradshield scan --dry-run` tells the truth: what it predicts, next to what the scan then takes.
+"""Whether `gradshield estimate` tells the truth: what it predicts, next to what the scan then takes.
 
     python -m benchmarks.estimate                 the lab's model, and a Llama of 10 M random weights
     python -m benchmarks.estimate --patience 5

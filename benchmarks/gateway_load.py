@@ -2,8 +2,8 @@
 
     python -m benchmarks.gateway_load --clients 200 --seconds 60
 
-Starts a gateway of its own, without a worker, on SQLite in a temporary folder or on ``--database``; prints requests, errors, mixed-up
-objects and the latency of reads and writes as one JSON object, and exits with 1 if anything was lost, mixed up or a 5xx.
+Starts a gateway of its own, without a worker, on SQLite in a temporary folder or on ``--database``; prints requests, errors,
+mixed-up objects and the latency of reads and writes as one JSON object, and exits with 1 if anything was lost, mixed up or a 5xx.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = landscape(aligned.model, directions, alphas, unit, measurement(aligned, prompts), progress)
     summaries = {name: summary(found, name) for name in found.rates}
     moved = list(directions["alignment"])
-    record = {
+    record: dict[str, Any] = {
         "manifest": {
             "command": "python -m benchmarks.landscape" + (" --quick" if options.quick else ""),
             "versions": versions(),
@@ -203,12 +203,9 @@ def main(arguments: list[str] | None = None) -> None:
     }
     rounded = json.loads(json.dumps(finite(record)), parse_float=lambda text: float(f"{float(text):.6g}"))
     (options.output / "landscape.json").write_text(json.dumps(rounded, separators=(",", ":")) + "\n", encoding="utf-8")
-    page = {
-        **rounded["landscape"],
-        **rounded["manifest"],
-        "title": "The lab's aligned model along lines through its weights",
-    }
-    landscape_page.write(page, options.output / "landscape.html")
+    title = "The lab's aligned model along lines through its weights"
+    manifest = record["manifest"]
+    landscape_page.write(found, options.output / "landscape.html", title, manifest["command"], manifest["versions"])
     for name, line in summaries.items():
         print(name, json.dumps(finite(line)))
     print(json.dumps(finite(record["verdict"]), indent=1))

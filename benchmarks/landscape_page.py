@@ -1,69 +1,63 @@
-"""The page of a safety landscape: rates along lines through a model's weights, one direction set apart from the others.
-
-``write(whole, path)`` with ``alphas``, ``unit`` and ``rates`` (by direction and measure, one rate per step), as the landscape
-gives them, and optionally ``highlight`` (the direction set apart, ``alignment`` by default), ``visage`` (by direction and
-measure), ``title``, ``about`` (a paragraph on the directions), ``command`` and ``versions``.
-"""
+"""The page of a safety landscape: rates along lines through a model's weights, one direction set apart from the others."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradshield.evaluation.landscape import Landscape, breaking_steps
 from gradshield.report import sheet
 from gradshield.report.draw import Chart, axis_style, base_layout
 from gradshield.report.frame import Status
 from gradshield.report.lines import STYLES, banded, limit_line, percent_axis, worded
-from gradshield.report.pool import TARGET, usable
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
 from gradshield.report.text import MISSING, chart_text, number, percent
+from gradshield.thresholds.verified import TARGET
 
 HIGHLIGHT = "alignment"
 _OTHERS = (3, 2, 1, 4, 5)  # styles of the kinds of other directions, in the order they come
-Rates = Mapping[str, Mapping[str, Sequence[Any]]]
 
 
-def write(whole: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+def write(
+    found: Landscape, path: str | os.PathLike[str], title: str, command: str, versions: Mapping[str, str]
+) -> Path:
     """The page of a landscape, as one self-contained HTML file."""
-    return sheet.write(page(whole), path)
+    return sheet.write(page(found, title, command, versions), path)
 
 
-def page(whole: Mapping[str, Any]) -> Sheet:
-    """Every part of the page."""
-    alphas = [float(a) for a in whole.get("alphas") or ()]
-    rates: Rates = {str(name): dict(found) for name, found in (whole.get("rates") or {}).items()}
-    apart = str(whole.get("highlight") or HIGHLIGHT)
-    measures = list(dict.fromkeys(name for found in rates.values() for name in found))
-    tone, standing, said, facts = _verdict(alphas, rates, measures, apart)
-    charts = tuple(_chart(i, measure, alphas, rates, apart) for i, measure in enumerate(measures))
-    unit = whole.get("unit")
-    about = str(whole.get("about") or "")
-    lead = (
-        f"The weights are moved along a line and the model is asked again; a step of 1 is {number(unit)} in their norm."
-    )
+def page(found: Landscape, title: str, command: str, versions: Mapping[str, str], apart: str = HIGHLIGHT) -> Sheet:
+    """Every part of the page; ``apart`` is the direction set apart."""
+    measures = list(dict.fromkeys(name for line in found.rates.values() for name in line))
+    tone, standing, said, facts = _verdict(found, measures, apart)
     return Sheet(
-        title=str(whole.get("title") or "Safety landscape"),
+        title=title,
         kind="safety landscape",
         tone=tone,
         standing=standing,
         verdict=said,
         facts=facts,
         figures=(
-            ("directions", str(len(rates)), ""),
-            ("steps", str(len(alphas)), ""),
-            ("length of a step of 1", number(unit), ""),
+            ("directions", str(len(found.rates)), ""),
+            ("steps", str(len(found.alphas)), ""),
+            ("length of a step of 1", number(found.unit), ""),
         ),
         sections=(
-            Section("lines", "Along every direction", f"{lead} {about}".strip(), charts=charts, nav="Directions"),
-            _table(alphas, rates, measures, whole.get("visage") or {}, apart),
+            Section(
+                "lines",
+                "Along every direction",
+                "The weights are moved along a line and the model is asked again; a step of 1 is "
+                f"{number(found.unit)} in their norm.",
+                charts=tuple(_chart(i, measure, found, apart) for i, measure in enumerate(measures)),
+                nav="Directions",
+            ),
+            _table(found, measures, apart),
         ),
-        command=str(whole.get("command", "")),
-        versions=whole.get("versions") or {},
-    )  # fmt: skip
+        command=command,
+        versions=versions,
+    )
 
 
 def worded_measure(measure: str) -> str:
@@ -73,41 +67,25 @@ def worded_measure(measure: str) -> str:
     return f"{name}, {judge}" if judge else name
 
 
-def breaks(alphas: Sequence[float], rates: Sequence[Any], limit: float = TARGET) -> tuple[float | None, float | None]:
-    """The steps nearest to 0 on the negative and the positive side at which the rate is above ``limit``; a step at 0 is both."""
-    over = [a for a, rate in zip(alphas, rates, strict=True) if usable(rate) and rate["rate"] > limit]
-    down, up = [a for a in over if a <= 0], [a for a in over if a >= 0]
-    return max(down, default=None), min(up, default=None)
-
-
-def _verdict(
-    alphas: Sequence[float], rates: Rates, measures: Sequence[str], apart: str
-) -> tuple[Status, str, str, tuple[str, ...]]:
+def _verdict(found: Landscape, measures: Sequence[str], apart: str) -> tuple[Status, str, str, tuple[str, ...]]:
     asked = [measure for measure in measures if measure.startswith("asr/")]
-    if not asked or not alphas:
+    if not asked:
         return "warn", "Nothing was measured", "There is no ASR along any direction.", ()
-    facts = tuple(_fact(measure, alphas, rates, apart) for measure in asked)
+    facts = tuple(_fact(measure, found, apart) for measure in asked)
     said = f"Where the ASR first passes {100 * TARGET:g} %, in steps from the model itself:"
-    here = [_at(0.0, alphas, found[measure]) for measure in asked for found in rates.values() if measure in found]
-    known = [rate for rate in here if rate is not None]
-    if not known:
-        return "warn", "The model itself was not measured", said, facts
-    standing = f"The model itself has an ASR of {percent(max(known))}"
-    return ("pass" if max(known) <= TARGET else "fail"), standing, said, facts
+    start = found.alphas.index(0.0)
+    worst = max(line[measure][start].rate for measure in asked for line in found.rates.values() if measure in line)
+    standing = f"The model itself has an ASR of {percent(worst)}"
+    return ("pass" if worst <= TARGET else "fail"), standing, said, facts
 
 
-def _at(step: float, alphas: Sequence[float], rates: Sequence[Any]) -> float | None:
-    found = rates[alphas.index(step)] if step in alphas else None
-    return float(found["rate"]) if found is not None and usable(found) else None
-
-
-def _fact(measure: str, alphas: Sequence[float], rates: Rates, apart: str) -> str:
+def _fact(measure: str, whole: Landscape, apart: str) -> str:
     """For one judge, the first steps along the direction set apart and, at the earliest, along each kind of other."""
     groups: dict[str, list[tuple[float | None, float | None]]] = {}
-    for name in sorted(rates, key=lambda name: name != apart):
-        if measure in rates[name]:
-            group = name if name == apart else kind(name)
-            groups.setdefault(group, []).append(breaks(alphas, rates[name][measure]))
+    for name in sorted(whole.rates, key=lambda name: name != apart):
+        if measure in whole.rates[name]:
+            steps = breaking_steps(whole.alphas, whole.curve(name, measure), TARGET)
+            groups.setdefault(name if name == apart else kind(name), []).append(steps)
     parts = []
     for group, found in groups.items():
         down = max((low for low, _ in found if low is not None), default=None)
@@ -131,8 +109,9 @@ def kind(name: str) -> str:
     return re.sub(r"[-_ ]\d+$", "", name)
 
 
-def _chart(index: int, measure: str, alphas: Sequence[float], rates: Rates, apart: str) -> Chart:
-    lines = {name: found[measure] for name, found in rates.items() if measure in found}
+def _chart(index: int, measure: str, whole: Landscape, apart: str) -> Chart:
+    alphas = whole.alphas
+    lines = {name: found[measure] for name, found in whole.rates.items() if measure in found}
     kinds = list(dict.fromkeys(kind(name) for name in lines if name != apart))
     traces: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -161,11 +140,7 @@ def _chart(index: int, measure: str, alphas: Sequence[float], rates: Rates, apar
     return Chart(f"line-{index}", worded_measure(measure), caption, spec, (("Step", *lines), *table), False)
 
 
-def _table(
-    alphas: Sequence[float], rates: Rates, measures: Sequence[str], visages: Mapping[str, Any], apart: str
-) -> Section:
-    if not rates:
-        return Section("directions", "Every direction")
+def _table(whole: Landscape, measures: Sequence[str], apart: str) -> Section:
     head = ["Direction"]
     for measure in measures:
         words = worded_measure(measure)
@@ -173,16 +148,16 @@ def _table(
         if measure.startswith("asr/"):
             head += [f"Above {100 * TARGET:g} % from", f"VISAGE by {words}"]
     lines = []
-    for name, found in rates.items():
+    for name, found in whole.rates.items():
         line: list[Entry | str] = [Entry(name, small="set apart" if name == apart else "")]
         for measure in measures:
-            steps = [rate for rate in found.get(measure, ()) if usable(rate)]
-            line.append(rate_entry(max(steps, key=lambda rate: rate["rate"], default=None)))
-            if measure.startswith("asr/"):
-                line.append(_where(breaks(alphas, found[measure])) if measure in found else MISSING)
-                value = (visages.get(name) or {}).get(measure)
-                real = isinstance(value, int | float) and math.isfinite(value)
-                line.append(Entry(f"{value:.3f}", key=value) if real else MISSING)
+            line.append(rate_entry(max(found.get(measure, ()), key=lambda rate: rate.rate, default=None)))
+            if measure.startswith("asr/") and measure in found:
+                value = whole.visage(measure, [name])
+                line.append(_where(breaking_steps(whole.alphas, whole.curve(name, measure), TARGET)))
+                line.append(Entry(f"{value:.3f}", key=value))
+            elif measure.startswith("asr/"):
+                line += [MISSING, MISSING]
         lines.append(tuple(line))
     return Section(
         "directions",

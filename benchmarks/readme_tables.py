@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import smollm2
-from gradshield.report.pool import Totals, bounds, mix_name, totals
+from gradshield.comparison.pool import Totals, bounds, mix_name, totals
+from gradshield.comparison.results import CellResult, Comparison
 from gradshield.stats import wilson
+from gradshield.types import Rate
 
 ROOT = Path(__file__).parents[1]
 DEFENCES = (
@@ -35,12 +37,14 @@ DEFENCES = (
 SCREENED = ("screen", "screen+kl")
 ARMS = {"no defence": "none", "filtered": "filtered", "clean rows only": "clean"}
 
-Rate = Mapping[str, Any]
-
 
 def real() -> str:
     """Each defence on the real model."""
-    return smollm2.table(json.loads((ROOT / "docs" / "results_smollm2.json").read_text(encoding="utf-8")))
+    return smollm2.table(*smollm2.read(ROOT / "docs" / "results_smollm2.json"))
+
+
+def _cells(name: str) -> list[CellResult]:
+    return Comparison.model_validate_json((ROOT / "docs" / name).read_bytes()).cells
 
 
 def scans() -> str:
@@ -52,20 +56,23 @@ def scans() -> str:
     for share in shares:
         own = [cell for cell in cells if cell["ratio"] == share and cell["harm"] in ("none", "explicit")]
         labels = [cell["scan"].get("labels", {}) for cell in own]
-        caught = _worst((found.get("caught") for found in labels), least=True)
-        lost = _worst(found.get("lost") for found in labels)
-        asr = (_worst(cell["arms"].get(arm, {}).get("asr") for cell in own) for arm in ARMS.values())
+        caught, lost = ([_rate(found.get(key)) for found in labels] for key in ("caught", "lost"))
+        asr = (_worst(_rate(cell["arms"].get(arm, {}).get("asr")) for cell in own) for arm in ARMS.values())
         name = "none" if not share else "all of it" if share == 1 else f"{100 * share:g} %"
-        lines.append([name, caught, lost, *asr])
+        lines.append([name, _worst(caught, least=True), _worst(lost), *asr])
     return _table(head, lines)
+
+
+def _rate(value: Mapping[str, Any] | None) -> Rate | None:
+    return Rate.of(value) if value else None
 
 
 def defences() -> str:
     """Each main defence over the cells that all of them have: how many are safe by every judge, the worst, and what it costs."""
-    cells = json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8"))["cells"]
+    cells = _cells("results.json")
     ran: dict[tuple[Any, ...], set[str]] = {}
     for cell in cells:
-        ran.setdefault(_place(cell), set()).add(cell["defence"])
+        ran.setdefault(_place(cell), set()).add(cell.defence)
     common = [c for c in cells if ran[_place(c)].issuperset(DEFENCES)]
     found = {one.defence: one for one in totals(common)}
     head = ["defence", "cells at 6 % or below", "worst cell, ASR", "utility minus clean rows only, points, mean"]
@@ -76,7 +83,7 @@ def defences() -> str:
             "{} of {}".format(*found[name].held),
             _highest(found[name]),
             bounds(found[name].minus_clean, True),
-            _removed([c for c in common if c["defence"] == name]),
+            _removed([c for c in common if c.defence == name]),
         ]
         for name in DEFENCES
     ]
@@ -85,44 +92,44 @@ def defences() -> str:
 
 def default() -> str:
     """The default scan on the lab, alone and with the KL penalty, for each kind of harm over four tasks."""
-    cells = json.loads((ROOT / "docs" / "results_screen.json").read_text(encoding="utf-8"))["cells"]
+    cells = _cells("results_screen.json")
     head = ["mix", "caught", "lost"]
     for name in SCREENED:
         head += [f"`{name}`: ASR by phrases", "by the lab's classifier", "utility"]
     lines = []
-    for harm in dict.fromkeys(cell["harm"] for cell in cells):
-        by = {name: [c for c in cells if (c["harm"], c["defence"]) == (harm, name)] for name in SCREENED}
+    for harm in dict.fromkeys(cell.harm for cell in cells):
+        by = {name: [c for c in cells if (c.harm, c.defence) == (harm, name)] for name in SCREENED}
         own = by[SCREENED[0]]
-        line = [mix_name(harm, own[0]["ratio"]), _worst((c.get("caught") for c in own), least=True)]
-        line.append(_worst(c.get("lost") for c in own))
+        line = [mix_name(harm, own[0].ratio), _worst((c.caught for c in own), least=True)]
+        line.append(_worst(c.lost for c in own))
         for found in by.values():
-            line += [_worst(c["judges"][judge] for c in found) for judge in ("refusal-phrases", "lab-classifier")]
-            line.append(_worst((c["utility"] for c in found), least=True))
+            line += [_worst(c.judges[judge] for c in found) for judge in ("refusal-phrases", "lab-classifier")]
+            line.append(_worst((c.utility for c in found), least=True))
         lines.append(line)
     return _table(head, lines)
 
 
-def _removed(cells: Sequence[Mapping[str, Any]]) -> str:
+def _removed(cells: Sequence[CellResult]) -> str:
     """The share of the harmless rows of all cells that went; a dash where the defence takes no row out."""
-    if not any(cell["removed"] for cell in cells):
+    if not any(cell.removed for cell in cells):
         return "–"
-    lost = [cell["lost"] for cell in cells if "lost" in cell]
-    share = wilson(sum(rate["k"] for rate in lost), sum(rate["n"] for rate in lost))
+    lost = [cell.lost for cell in cells if cell.lost is not None]
+    share = wilson(sum(rate.k for rate in lost), sum(rate.n for rate in lost))
     return f"{_percent(share.rate)} % [{_percent(share.low)}, {_percent(share.high)}] n={share.n}"
 
 
-def _place(cell: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(cell[key] for key in ("task", "harm", "ratio", "seed"))
+def _place(cell: CellResult) -> tuple[Any, ...]:
+    return cell.task, cell.harm, cell.ratio, cell.seed
 
 
 def _worst(rates: Iterable[Rate | None], least: bool = False) -> str:
     """``98.2–100 % [90.6, 99.7] n=56``: lowest and highest run, and the interval and n of the worse of the two."""
-    found = sorted((rate for rate in rates if rate), key=lambda rate: (rate["rate"], rate["low"]))
+    found = sorted((rate for rate in rates if rate), key=lambda rate: (rate.rate, rate.low))
     if not found:
         return "–"
     worst = found[0] if least else found[-1]
-    ends = dict.fromkeys(_percent(rate["rate"]) for rate in (found[0], found[-1]))
-    return f"{'–'.join(ends)} % [{_percent(worst['low'])}, {_percent(worst['high'])}] n={worst['n']}"
+    ends = dict.fromkeys(_percent(rate.rate) for rate in (found[0], found[-1]))
+    return f"{'–'.join(ends)} % [{_percent(worst.low)}, {_percent(worst.high)}] n={worst.n}"
 
 
 def _highest(one: Totals) -> str:

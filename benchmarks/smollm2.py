@@ -14,7 +14,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,10 +22,13 @@ import yaml
 
 from gradshield import files
 from gradshield.comparison.markdown import markdown
+from gradshield.comparison.results import CellResult, Comparison
 from gradshield.evaluation.exam import exam, figures
+from gradshield.manifests import Figures
 from gradshield.models.loading import load
 from gradshield.runs import digest, write_json
 from gradshield.stats import wilson
+from gradshield.types import Rate
 
 TASKS = {"agnews": "choice", "gsm8k": "likelihood"}
 SHOWN = {"agnews": "AGNews", "gsm8k": "GSM8K"}
@@ -107,28 +109,34 @@ def config(data: Path, defences: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def start(output: Path, requests: Path) -> dict[str, Any]:
+def start(output: Path, requests: Path) -> Figures:
     """The model before any training, on the same requests."""
     path = output / "start.json"
     if not path.exists():
         loaded = load(str(output / "models" / "aligned"), dtype="float32")
         asked = exam("report", safety=str(requests), judges=JUDGES, tokens=TOKENS)
-        write_json(path, figures(asked.sit(loaded.model, loaded.tokenizer)).plain())
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+        write_json(path, figures(asked.sit(loaded.model, loaded.tokenizer)))
+    return Figures.model_validate_json(path.read_bytes())
 
 
-def page(whole: Mapping[str, Any], arms: Path) -> str:
+def read(path: Path) -> tuple[Comparison, Figures]:
+    """The comparison, and the figures before any training, that ``--docs`` wrote."""
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    before = Figures.model_validate(whole.pop("start"))
+    return Comparison.model_validate(whole), before
+
+
+def page(whole: Comparison, before: Figures, arms: Path) -> str:
     """The comparison as ``compare`` writes it, under what it says in short and how good its second judge is."""
-    cells, asked = whole["cells"], whole["start"]["asr"]["n"]
-    by = {(cell["task"], cell["defence"]): cell for cell in cells}
+    cells, asked = whole.cells, before.judges[JUDGES[0]].n
     lines = [
         f"> SmolLM2-135M-Instruct, taught to refuse, after one epoch of LoRA on {ROWS} rows, {HARMFUL} of them real harm: attack",
         "> success by two judges, and utility (AGNews: accuracy; GSM8K: likelihood of the reference, per token).",
         f"> Rates in %, with 95 % Wilson intervals over {asked} requests that chose nothing. Neither the model nor the rows are",
         f"> shipped with this project. One seed. Made by `python -m benchmarks.smollm2{_chosen(cells)}`.",
         "",
-        table(whole),
-        *_told(by, whole["start"]),
+        table(whole, before),
+        *_told({(cell.task, cell.defence): cell for cell in cells}, before),
         "",
         "Learning rate and share of harm were chosen on AGNews by the undefended and the clean model alone, so that harm shows",
         "beside what harmless rows do. With 30 harmful rows of 300 the undefended model stood at 30 % by phrases and the clean",
@@ -150,54 +158,54 @@ def page(whole: Mapping[str, Any], arms: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _chosen(cells: Sequence[Mapping[str, Any]]) -> str:
+def _chosen(cells: Sequence[CellResult]) -> str:
     """The option by which other defences than the usual ones were run."""
-    ran = tuple(dict.fromkeys(cell["defence"] for cell in cells))
+    ran = tuple(dict.fromkeys(cell.defence for cell in cells))
     return "" if ran == DEFENCES else f" --defences {' '.join(ran)}"
 
 
-def table(whole: Mapping[str, Any]) -> str:
+def table(whole: Comparison, before: Figures) -> str:
     """Each defence over both tasks: attack success by either judge, and utility."""
-    cells: Sequence[Mapping[str, Any]] = whole["cells"]
-    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    by = {(cell.task, cell.defence): cell for cell in whole.cells}
+    tasks = list(dict.fromkeys(task for task, _ in by))
     head = ["SmolLM2-135M-Instruct", *(f"{SHOWN[task]}: ASR by phrases / compliance | utility" for task in tasks)]
-    before = " / ".join(_per_cent(rate) for rate in whole["start"]["judges"].values())
+    start = " / ".join(_per_cent(rate) for rate in before.judges.values())
     lines = [f"| {' | '.join(head)} |", "|---" * (1 + 2 * len(tasks)) + "|"]
-    lines.append(f"| before training {f'| {before} | – ' * len(tasks)}|")
-    for defence in dict.fromkeys(cell["defence"] for cell in cells):
+    lines.append(f"| before training {f'| {start} | – ' * len(tasks)}|")
+    for defence in dict.fromkeys(defence for _, defence in by):
         entries = [f"`{defence}`"]
         for task in tasks:
-            cell = next(c for c in cells if (c["task"], c["defence"]) == (task, defence))
-            if "failed" in cell:
+            cell = by[task, defence]
+            if cell.failed is not None or cell.utility is None:
                 entries += ["failed", "–"]
                 continue
-            first, second = (_per_cent(cell["judges"][name]) for name in JUDGES)
-            entries += [f"{first} / {second}", f"{100 * cell['utility']['rate']:.1f}"]
+            first, second = (_per_cent(cell.judges[name]) for name in JUDGES)
+            entries += [f"{first} / {second}", f"{100 * cell.utility.rate:.1f}"]
         lines.append(f"| {' | '.join(entries)} |")
     return "\n".join(lines) + "\n"
 
 
-def _told(by: Mapping[tuple[str, str], Mapping[str, Any]], start: Mapping[str, Any]) -> list[str]:
+def _told(by: Mapping[tuple[str, str], CellResult], before: Figures) -> list[str]:
     """What each task shows: what harmless rows do by themselves, what harm adds, and what the default scan caught and lost."""
     found = []
     for task in TASKS:
-        cells = [by.get((task, name), {}) for name in ("clean", "none", "screen")]
-        if not all("judges" in cell for cell in cells):
+        cells = [by[task, name] for name in ("clean", "none", "screen") if (task, name) in by]
+        if len(cells) < 3 or not all(cell.judges for cell in cells):
             continue
         clean, none, screen = cells
         for judge in JUDGES:
-            before, alone, harmed, kept = (_per_cent(one["judges"][judge]) for one in (start, *cells))
+            start, alone, harmed, kept = (_per_cent(one.judges[judge]) for one in (before, *cells))
             found.append(
-                f"- {SHOWN[task]}, `{judge}`: harmless rows alone take the ASR from {before} to {alone}; with harm it is "
+                f"- {SHOWN[task]}, `{judge}`: harmless rows alone take the ASR from {start} to {alone}; with harm it is "
                 f"{harmed}, and {kept} after the default scan."
             )
-        if all(none["judges"][judge]["low"] <= clean["judges"][judge]["high"] for judge in JUDGES):
+        if all(none.judges[judge].low <= clean.judges[judge].high for judge in JUDGES):
             found.append(
                 f"- On {SHOWN[task]} harm adds nothing clear, so that it says little of what a filter of rows is worth."
             )
+        caught, lost = (f"{_per_cent(rate)} % n={rate.n}" if rate else "–" for rate in (screen.caught, screen.lost))
         found.append(
-            f"- {SHOWN[task]}: the default scan caught {_rate(screen['caught']['k'], screen['caught']['n'])} of the harmful "
-            f"rows, and lost {_rate(screen['lost']['k'], screen['lost']['n'])} of the others."
+            f"- {SHOWN[task]}: the default scan caught {caught} of the harmful rows, and lost {lost} of the others."
         )
     return found
 
@@ -206,16 +214,17 @@ def _verified() -> list[str]:
     """What a verified search found where it was run by itself; it takes hours, and is measured on one task."""
     if not VERIFIED.exists():
         return []
-    cell = json.loads(VERIFIED.read_text(encoding="utf-8"))["cells"][0]
-    asr = " / ".join(_per_cent(cell["judges"][name]) for name in JUDGES)
-    met = "both targets are met." if cell["verified"]["met"] else "no cut meets the targets."
-    task, hours = SHOWN[cell["task"]], cell["seconds"] / 3600
-    caught, lost = (f"{cell[name]['k']} of {cell[name]['n']}" for name in ("caught", "lost"))
+    cell = Comparison.model_validate_json(VERIFIED.read_bytes()).cells[0]
+    assert cell.verified is not None and cell.utility is not None
+    asr = " / ".join(_per_cent(cell.judges[name]) for name in JUDGES)
+    met = "both targets are met." if cell.verified.met else "no cut meets the targets."
+    task, hours = SHOWN[cell.task], cell.seconds / 3600
+    caught, lost = (f"{rate.k} of {rate.n}" if rate else "–" for rate in (cell.caught, cell.lost))
     return [
         "",
-        f"`{cell['defence']}` on {task} alone ([figures]({VERIFIED.name}), {hours:.1f} hours): {met} "
-        f"The safest removes {cell['removed']} of {cell['rows']} rows, {caught} harmful and {lost} others; ASR {asr}, utility "
-        f"{_per_cent(cell['utility'])}.",
+        f"`{cell.defence}` on {task} alone ([figures]({VERIFIED.name}), {hours:.1f} hours): {met} "
+        f"The safest removes {cell.removed} of {cell.rows} rows, {caught} harmful and {lost} others; ASR {asr}, utility "
+        f"{_per_cent(cell.utility)}.",
     ]
 
 
@@ -238,11 +247,11 @@ def _by_eye(arms: Path) -> list[str]:
 
 
 def _rate(k: int, n: int) -> str:
-    return f"{_per_cent(asdict(wilson(k, n)))} % n={n}"
+    return f"{_per_cent(wilson(k, n))} % n={n}"
 
 
-def _per_cent(rate: Mapping[str, Any]) -> str:
-    return f"{100 * rate['rate']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+def _per_cent(rate: Rate) -> str:
+    return f"{100 * rate.rate:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -261,10 +270,10 @@ def main(arguments: list[str] | None = None) -> None:
     command = ["-m", "gradshield", "compare", settings, "--output", options.output / "grid", "--workers", "2"]
     subprocess.run([sys.executable, *command], check=True)
     if options.docs:
-        whole = json.loads((options.output / "grid" / "results.json").read_text(encoding="utf-8"))
-        whole["start"] = start(options.output, options.shared / "data" / "harmful_prompts.csv")
-        files.write_text(options.docs, page(whole, options.output / "grid" / "arms"))
-        write_json(options.docs.with_suffix(".json"), whole)
+        whole = Comparison.model_validate_json((options.output / "grid" / "results.json").read_bytes())
+        before = start(options.output, options.shared / "data" / "harmful_prompts.csv")
+        files.write_text(options.docs, page(whole, before, options.output / "grid" / "arms"))
+        write_json(options.docs.with_suffix(".json"), whole.plain() | {"start": before})
 
 
 if __name__ == "__main__":

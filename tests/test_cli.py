@@ -444,6 +444,13 @@ def test_the_gate_counts_rows_without_rounding(gate: str, removed: int, closes: 
         check_gate(selection, share("--fail-above", gate))
 
 
+def test_a_device_map_works_with_every_form_of_a_probed_selector() -> None:
+    from gradshield.cli.scan import _check_map
+
+    for selector in ("screen", "screen:all", "fihs"):
+        _check_map("auto", selector, alone=True)
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [(["--selector", "gradnorm"], "gradnorm"), (["--workers", "2"], "--workers"), (["--ray", "auto"], "--ray")],

@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import typer
 import gradshield
 from gradshield import lab
 from gradshield.cli.app import app
+from gradshield.scanning.review_server import Server
 from tests.common import command, jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +65,14 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(BUILT_IN, "_shipped", shipped)
+        patch.setattr(Server, "serve_forever", ctrl_c)
+        patch.setattr(webbrowser, "open", lambda url: None)
         yield folder
+
+
+def ctrl_c(server: Server) -> None:
+    """A reviewer who opens the page and ends."""
+    raise KeyboardInterrupt
 
 
 def shipped(name: str) -> list[dict[str, str]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
 from gradshield.comparison import page
+from gradshield.comparison.results import Comparison
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,7 +18,7 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
         files.append(File.generated(config, f"examples/{example.name}", abs_src_path=str(example)))
     path = ROOT / ".cache" / "results.html"
     path.parent.mkdir(exist_ok=True)
-    page.write(json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8")), path)
+    page.write(Comparison.model_validate_json((ROOT / "docs" / "results.json").read_bytes()), path)
     files.append(File.generated(config, "results.html", abs_src_path=str(path)))
     return files
 

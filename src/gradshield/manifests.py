@@ -6,9 +6,10 @@ that is not finite is null. `runs.write_manifest` writes them, `runs.read_manife
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 
 from gradshield.stats import McNemar
 from gradshield.types import Rate
@@ -74,6 +75,11 @@ class Figures(Record):
     empty: Rate | None = None
     over_refusal: Rate | None = None
     utility: Rate | None = None
+
+
+def judges_of(figures: Iterable[Figures]) -> tuple[str, ...]:
+    """Every judge of some exams, in order of appearance."""
+    return tuple(dict.fromkeys(judge for one in figures for judge in one.judges))
 
 
 class RowFormat(Record):
@@ -148,6 +154,8 @@ class Labelled(Record):
 class ScanResults(Record):
     """What a scan found. ``doubts`` are the reasons not to certify it, by name; ``uncertified`` is the first of them.
 
+    A reviewer keeps ``cleared`` rows that score above the cut, and removes ``denied`` rows that do not.
+
     The demo adds the figures of three models: before training, and trained on every row or on the kept ones.
     """
 
@@ -160,6 +168,7 @@ class ScanResults(Record):
     removed: int
     quarantined: int
     cleared: int
+    denied: int = 0
     certified: bool
     cuts: dict[str, dict[str, Any]]
     anchors: KnownScores | None
@@ -280,14 +289,23 @@ class RoundRecord(Record):
     stopped_early: bool
 
 
+class Targets(Record):
+    """What a search asks for, as shares: an ASR, and a utility less the tolerance."""
+
+    asr: float
+    tolerance: float
+    utility: float | None = None
+
+
 class Search(Record):
-    """How the search of a verified threshold ended, as in `thresholds.verified.SearchResult`."""
+    """How the search of a verified threshold ended, as in `thresholds.verified.SearchResult`, and its targets."""
 
     met: bool
     sentence: str
     stopped: str
     best: int
     rounds: list[RoundRecord]
+    targets: Targets | None = None
 
 
 class TrainingResults(Record):
@@ -319,6 +337,27 @@ class TrainingManifest(Manifest):
     results: TrainingResults
 
 
-def schema() -> dict[str, Any]:
-    """The JSON schema of every ``manifest.json``."""
-    return TypeAdapter(ScanManifest | TrainingManifest | EvaluationManifest).json_schema()
+class StageRecord(Record):
+    """The model after one dataset: ASR by judge, utility by task, and VISAGE by the first judge if requests were asked."""
+
+    name: str
+    asr: dict[str, Rate]
+    utility: dict[str, Rate]
+    visage: Number
+
+
+class SequenceRecord(Record):
+    """``sequence.json``: one dataset after another; the first stage is the model before training.
+
+    ``measures`` (name to one number per trained stage) are those of `evaluation.continual`, ``unmet`` the stages whose search
+    met no target, ``settings`` and ``model`` those of the last stage.
+    """
+
+    tasks: list[str]
+    stages: list[StageRecord]
+    unmet: list[str]
+    measures: dict[str, list[Number]]
+    settings: TrainingRecord
+    model: Model
+    command: str
+    versions: dict[str, str]

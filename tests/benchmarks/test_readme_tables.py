@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 
 from benchmarks import readme_tables
@@ -21,7 +19,7 @@ def test_documents_say_what_the_figures_say(document: str, head: str) -> None:
 
 
 def test_an_entry_has_its_range_and_the_interval_of_its_worst_run() -> None:
-    runs = [asdict(wilson(k, 40)) for k in (40, 36, 38)] + [None]
+    runs = [wilson(k, 40) for k in (40, 36, 38)] + [None]
     assert readme_tables._worst(runs, least=True) == "90.0–100 % [76.9, 96.0] n=40"
     assert readme_tables._worst(runs) == "90.0–100 % [91.2, 100] n=40"
     assert readme_tables._worst([None]) == "–"

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import smollm2
 from gradshield import runs
 from gradshield.comparison import grid
+from gradshield.manifests import Figures
 from gradshield.stats import wilson
-
-
-def rate(k: int, n: int = 158) -> dict[str, Any]:
-    return asdict(wilson(k, n))
+from tests.report.pages import comparison, make_cell
 
 
 def test_rows_are_drawn_with_their_labels_and_none_is_too_long(tmp_path: Path) -> None:
@@ -43,13 +40,13 @@ def test_the_comparison_is_one_that_compare_takes(tmp_path: Path) -> None:
 
 
 def test_the_table_has_each_defence_by_both_judges() -> None:
-    judges = {"refusal-phrases": rate(81), "compliance": rate(78)}
-    cell = {"task": "agnews", "defence": "none", "judges": judges, "utility": rate(49, 93)}
-    whole = {
-        "start": {"judges": {"refusal-phrases": rate(13), "compliance": rate(9)}, "asr": rate(13)},
-        "cells": [cell, {"task": "agnews", "defence": "clean", "failed": "no row left"}],
-    }
-    assert smollm2.table(whole).splitlines() == [
+    judges = {"refusal-phrases": wilson(81, 158), "compliance": wilson(78, 158)}
+    cells = [
+        make_cell("none", task="agnews", judges=judges, utility=wilson(49, 93)),
+        make_cell("clean", task="agnews", failed="no row left"),
+    ]
+    before = Figures(judges={"refusal-phrases": wilson(13, 158), "compliance": wilson(9, 158)})
+    assert smollm2.table(comparison(cells), before).splitlines() == [
         "| SmolLM2-135M-Instruct | AGNews: ASR by phrases / compliance | utility |",
         "|---|---|---|",
         "| before training | 8.2 [4.9, 13.6] / 5.7 [3.0, 10.5] | – |",

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from gradshield.comparison import compare, grid
+from gradshield.comparison.results import Comparison
 from gradshield.errors import DataError, UsageError
 from gradshield.runs import alone
 from gradshield.scanning.options import peft_config
@@ -55,17 +56,16 @@ def test_a_grid_is_run_once_and_resumes_where_it_stopped(quick: list[str], tmp_p
     config = _config()
     whole = compare.compare(config, tmp_path / "whole")
     assert sorted(quick) == ["clean", "none", "random:ratio:10%", "random:ratio:10%"]  # clean rows are trained on once
-    assert len(whole["cells"]) == 6
-    for cell in whole["cells"]:
-        assert set(cell["asr"]) >= {"rate", "low", "high", "n"}
-        assert cell["utility"]["n"] == 6
-        assert set(cell["judges"]) == {"refusal-phrases", "lab-classifier"}
-    assert json.loads((tmp_path / "whole" / "results.json").read_text())["cells"] == whole["cells"]
+    assert len(whole.cells) == 6
+    for cell in whole.cells:
+        assert cell.utility is not None and cell.utility.n == 6
+        assert set(cell.judges) == {"refusal-phrases", "lab-classifier"}
+    assert Comparison.model_validate_json((tmp_path / "whole" / "results.json").read_bytes()) == whole
 
     quick.clear()
     again = compare.compare(config, tmp_path / "whole")
     assert quick == []
-    assert again["cells"] == whole["cells"]
+    assert again.cells == whole.cells
 
     class Killed(Exception):
         pass
@@ -82,8 +82,8 @@ def test_a_grid_is_run_once_and_resumes_where_it_stopped(quick: list[str], tmp_p
     (tmp_path / "part" / "cells" / ".x.json.0.part").write_text("half")
     rest = compare.compare(config, tmp_path / "part")
     assert len(quick) == 4 and 0 < first < 4
-    plain = [{k: v for k, v in cell.items() if k != "seconds"} for cell in whole["cells"]]
-    assert [{k: v for k, v in cell.items() if k != "seconds"} for cell in rest["cells"]] == plain
+    untimed = {"seconds": 0.0}
+    assert [c.model_copy(update=untimed) for c in rest.cells] == [c.model_copy(update=untimed) for c in whole.cells]
     assert not list((tmp_path / "part" / "cells").glob(".*"))
     for arm in (tmp_path / "part" / "arms").iterdir():
         assert json.loads(arm.read_text())["seconds"] > 0
@@ -110,7 +110,7 @@ def test_a_grid_resumes_from_results_copied_elsewhere(quick: list[str], tmp_path
     (there / "results.json").write_bytes((tmp_path / "here" / "results.json").read_bytes())
     quick.clear()
     grids[0]["defences"] = ["none", "random:ratio:10%"]
-    assert len(compare.compare(_config(grids=grids), there)["cells"]) == 2
+    assert len(compare.compare(_config(grids=grids), there).cells) == 2
     assert sorted(quick) == ["clean", "random:ratio:10%"]  # the reference for utility was not copied
     (there / "results.json").write_text("[]")
     with pytest.raises(DataError, match=r"results\.json"):
@@ -122,15 +122,15 @@ def test_a_failed_cell_is_kept_with_its_error_and_retried(
     quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grids = [{"tasks": ["choice"], "mixes": ["explicit:20%"], "defences": ["fihs:fixed:-1000", "none"]}]
-    cells = compare.compare(_config(grids=grids), tmp_path)["cells"]
-    assert "no row to train on" in cells[0]["failed"]
-    assert "asr" in cells[1]
+    cells = compare.compare(_config(grids=grids), tmp_path).cells
+    assert "no row to train on" in (cells[0].failed or "")
+    assert cells[1].judges
     assert "no row to train on" in (tmp_path / "results.md").read_text()
 
     run: list[str] = []
     real = compare.Bench.run
     monkeypatch.setattr(compare.Bench, "run", lambda self, cell: run.append(cell.defence) or real(self, cell))
-    assert compare.compare(_config(grids=grids), tmp_path)["cells"][1] == cells[1]
+    assert compare.compare(_config(grids=grids), tmp_path).cells[1] == cells[1]
     assert run == ["fihs:fixed:-1000"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import peft
 import pytest
@@ -11,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradshield.errors import DataError, ModelError, UsageError
+from gradshield.errors import ModelError, UsageError
 from gradshield.gradients import target_names
-from gradshield.gradients.alignment import Alignment, alignment, leading, load, plain_name, save, spectrum
+from gradshield.gradients.alignment import alignment, leading, plain_name, spectrum
 from tests.tiny import tiny_model
 
 LORA = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -127,66 +126,6 @@ def test_half_precision_is_subtracted_in_float32() -> None:
     for name, v in found.tensors.items():
         exact = dict(base.named_parameters())[name] - dict(low.named_parameters())[name].float()
         assert torch.equal(v, exact.detach())
-
-
-# ---- the file -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def direction() -> Alignment:
-    base = tiny_model("llama")
-    return alignment(perturbed(base), base, target_names(base, LORA))
-
-
-def test_saved_and_loaded_it_is_the_same(direction: Alignment, tmp_path: Path) -> None:
-    path = tmp_path / "alignment.safetensors"
-    save(direction, path)
-    again = load(path)
-    assert again.digest == direction.digest and again.meta == direction.meta
-    assert again.tensors.keys() == direction.tensors.keys()
-    assert all(torch.equal(again.tensors[n], direction.tensors[n]) for n in direction.tensors)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-@settings(max_examples=40, deadline=None)
-@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_no_flipped_bit_goes_unseen(place: float, bit: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A flip is refused, or changes nothing that is read (the meta and the padding of the header are not hashed)."""
-    path = tmp_path_factory.mktemp("flip") / "alignment.safetensors"
-    tensors = {"a.weight": torch.arange(6.0).reshape(2, 3)}
-    from gradshield.gradients.direction import digest
-
-    whole = Alignment(tensors, digest((), tensors), {"unchanged": []})
-    save(whole, path)
-    content = bytearray(path.read_bytes())
-    content[int(place * len(content))] ^= 1 << bit
-    path.write_bytes(content)
-    try:
-        read = load(path)
-    except DataError:
-        return
-    assert read.digest == whole.digest and read.tensors.keys() == tensors.keys()
-    assert torch.equal(read.tensors["a.weight"].flatten(), tensors["a.weight"].flatten())
-
-
-def test_a_file_that_is_none_is_refused(direction: Alignment, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    with pytest.raises(DataError, match="could not be read"):
-        load(tmp_path / "missing.safetensors")
-    (tmp_path / "text.safetensors").write_text("not a tensor in sight")
-    with pytest.raises(DataError, match="could not be read"):
-        load(tmp_path / "text.safetensors")
-    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
-    with pytest.raises(DataError, match="is not an alignment direction"):
-        load(tmp_path / "other.safetensors")
-    header = {"kind": "alignment", "digest": direction.digest, "meta": "{"}
-    save_file(dict(direction.tensors), tmp_path / "meta.safetensors", header)
-    with pytest.raises(DataError, match="could not be read"):
-        load(tmp_path / "meta.safetensors")
-    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "wrong.safetensors", {**header, "meta": "{}"})
-    with pytest.raises(DataError, match="does not match its digest"):
-        load(tmp_path / "wrong.safetensors")
 
 
 # ---- the spectrum ---------------------------------------------------------------------------------------------------

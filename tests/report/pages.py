@@ -6,10 +6,12 @@ import base64
 import hashlib
 import json
 import re
-from dataclasses import asdict
 from html.parser import HTMLParser
 from typing import Any
 
+from gradshield.comparison.grid import Config
+from gradshield.comparison.results import CellResult, Comparison, Cost
+from gradshield.manifests import ExamRecord, Model, RowFormat, Scoring, TrainingRecord
 from gradshield.stats import wilson
 
 EVIL = (
@@ -18,12 +20,24 @@ EVIL = (
 )
 
 
-def rate(k: int, n: int) -> dict[str, Any]:
-    """A counted rate as JSON holds it."""
-    return asdict(wilson(k, n))
+SHA = "ab" * 32
+MODEL = Model(
+    name="some/model", sha256=SHA, kind="LlamaForCausalLM", parameters=1234, dtype="float32", device="cpu", adapter=None
+)
+EXAM = ExamRecord(
+    requests="r", lookalikes="l", task="t", n=(200, 50, 200), metric="exact", judges=["refusal-phrases"], guessed=False,
+    template={}, tokens=64, answer_prefix="",
+)  # fmt: skip
+SETTINGS = TrainingRecord(
+    defence="fihs:verified", training={}, render={}, template={}, answer_prefix="", probe_sha256=SHA, safety_sha256=None,
+    format=RowFormat(name=None, columns={}), peft=None, base=None, seed=4, merged=False, report=EXAM, search=None,
+    scan=Scoring(probe="opener", threshold="anchored", aggregate="sum", subspace="lora", engine="auto", seed=0,
+                 token_budget=1024, check_rows=8, selector="fihs"),
+)  # fmt: skip
+CONFIG = Config.model_validate({"grids": [{"tasks": ["topic"], "defences": ["none"]}]})
 
 
-def make_cell(defence: str, seed: int = 0, k: int = 0, k2: int | None = None, **more: Any) -> dict[str, Any]:
+def make_cell(defence: str, seed: int = 0, k: int = 0, k2: int | None = None, **more: Any) -> CellResult:
     """A finished cell: ``k`` and ``k2`` of 200 requests by two judges, 180 of 200 rows of the task."""
     found = {
         "task": "topic",
@@ -33,16 +47,25 @@ def make_cell(defence: str, seed: int = 0, k: int = 0, k2: int | None = None, **
         "defence": defence,
         "rows": 1000,
         "removed": 90,
-        "asr": rate(k, 200),
-        "judges": {"refusal-phrases": rate(k, 200), "lab-classifier": rate(k if k2 is None else k2, 200)},
-        "utility": rate(180, 200),
-        "caught": rate(90, 100),
-        "lost": rate(0, 900),
+        "judges": {"refusal-phrases": wilson(k, 200), "lab-classifier": wilson(k if k2 is None else k2, 200)},
+        "utility": wilson(180, 200),
+        "caught": wilson(90, 100),
+        "lost": wilson(0, 900),
         "seconds": 10.0,
         "arm": f"{defence}-{seed}-{k}",
-        "defence_record": {},
     }
-    return found | more
+    return CellResult.model_validate(found | more)
+
+
+def comparison(cells: list[CellResult], **more: Any) -> Comparison:
+    """A comparison of these cells, of three trained models in two hours."""
+    failed = sum(cell.failed is not None for cell in cells)
+    cost = Cost(cells=len(cells), failed=failed, arms=3, cell_seconds=7200.0, seconds_of_this_run=60.0)
+    found = {
+        "command": "gradshield compare grid.yaml", "versions": {"gradshield": "1"}, "config": CONFIG, "defences": {},
+        "cost": cost, "cells": cells,
+    }  # fmt: skip
+    return Comparison.model_validate(found | more)
 
 
 class _Elements(HTMLParser):

@@ -9,26 +9,17 @@ import pytest
 
 from benchmarks import landscape_page
 from gradshield.comparison import page as comparison_page
-from gradshield.evaluation import page as evaluation_page
-from gradshield.training import page as training_page
-from gradshield.training import page_sequence
-from tests.report.pages import EVIL, make_cell, rate
+from gradshield.comparison.results import Comparison
+from gradshield.evaluation.landscape import Landscape
+from gradshield.manifests import Figures, JudgeAgreement
+from gradshield.report import sheet
+from gradshield.stats import wilson
+from tests.report import test_examined_page, test_sequence_page, test_training_page
+from tests.report.pages import EVIL, comparison, make_cell
 from tests.report.test_report_browser import browser, pytestmark, visit  # noqa: F401
 
-ROUND = {
-    "cut": 1.0,
-    "removed": 4,
-    "asr": {EVIL: rate(9, 99)},
-    "utility": rate(8, 9),
-    "seconds": 1.0,
-    "verdict": "passes",
-}
-SEARCH = {"met": True, "sentence": EVIL, "best": 0, "rounds": [ROUND, ROUND]}
-STAGE = {"name": EVIL, "asr": {EVIL: rate(1, 9)}, "utility": {EVIL: rate(2, 9)}, "visage": 0.3}
-LINES = {EVIL: {f"asr/{EVIL}": [rate(1, 9), rate(2, 9), rate(8, 9)]}, "alignment": {f"asr/{EVIL}": [rate(0, 9)] * 3}}
 
-
-def comparison() -> dict[str, Any]:
+def grid() -> Comparison:
     names = ["none", "fihs", EVIL, "asft", "loss", "random", "kl", "guard:classifier:some/long-name-of-a-model"]
     cells = [
         make_cell(name, seed, (37 * i) % 90 + seed, task=task, harm=harm, ratio=ratio)
@@ -37,50 +28,45 @@ def comparison() -> dict[str, Any]:
         for task in ("topic", EVIL)
         for harm, ratio in (("none", 0.0), ("explicit", 0.1), ("identity_shift", 0.05))
     ]
-    cells.append(make_cell("fihs:verified", verified=SEARCH))
-    return {"cells": cells, "command": EVIL, "versions": {EVIL: EVIL}, "defences": {"fihs": EVIL}}
+    cells.append(make_cell("fihs:verified", verified=test_training_page.verdict(sentence=EVIL)))
+    return comparison(cells, command=EVIL, versions={EVIL: EVIL}, defences={"fihs": EVIL})
 
 
-def run() -> dict[str, Any]:
-    one = {"judges": {EVIL: rate(1, 9)}, "utility": rate(3, 9)}
-    return {
-        "title": EVIL,
-        "verdict": SEARCH,
-        "before": one,
-        "after": one,
-        "rows": 9,
-        "removed": 4,
-        "files": {EVIL: EVIL},
-    }
+def run() -> sheet.Sheet:
+    one = Figures(judges={EVIL: wilson(1, 9)}, utility=wilson(3, 9))
+    return test_training_page.run(before=one, after=one, verified=test_training_page.verdict(sentence=EVIL))
 
 
-def measured() -> dict[str, Any]:
+def measured() -> sheet.Sheet:
     asked = [
         {"prompt": EVIL, "category": i % 2, "answer": EVIL, "verdicts": {EVIL: {"unsafe": True, "reason": EVIL}}}
         for i in range(9)
     ]
-    one = {"judges": (EVIL, EVIL), "kappa": 0.5, "low": 0.1, "high": 0.9, "n": 9, "differ": (1, 2)}
+    one = JudgeAgreement(judges=(EVIL, EVIL), kappa=0.5, low=0.1, high=0.9, n=9, differ=(1, 2))
     task = [{"prompt": EVIL, "answer": EVIL, "reference": EVIL, "score": 0.0}]
-    return {"figures": {"judges": {EVIL: rate(9, 9)}}, "asked": asked, "agreement": [one], "task": task}
+    return test_examined_page.page(Figures(judges={EVIL: wilson(9, 9)}), asked, task=task, agreement=[one])
+
+
+def landscape() -> sheet.Sheet:
+    rates = {
+        EVIL: {f"asr/{EVIL}": tuple(wilson(k, 9) for k in (1, 2, 8))},
+        "alignment": {f"asr/{EVIL}": (wilson(0, 9),) * 3},
+    }
+    return landscape_page.page(Landscape((-1.0, 0.0, 1.0), 2.0, rates), EVIL, EVIL, {EVIL: EVIL})
 
 
 PAGES = {
-    "examined": (evaluation_page.write, measured),
-    "results": (comparison_page.write, comparison),
-    "rounds": (training_page.write, run),
-    "sequence": (
-        page_sequence.write,
-        lambda: {"tasks": [EVIL], "stages": [STAGE, STAGE], "measures": {"forgetting": [None]}},
-    ),
-    "landscape": (landscape_page.write, lambda: {"alphas": [-1, 0, 1], "unit": 2.0, "rates": LINES, "about": EVIL}),
+    "examined": measured,
+    "results": lambda: comparison_page.page(grid()),
+    "rounds": run,
+    "sequence": test_sequence_page.run,
+    "landscape": landscape,
 }
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_draws_fits_and_runs_nothing_of_others(browser: Any, tmp_path: Path, name: str) -> None:  # noqa: F811
-    write, make = PAGES[name]
-    path = tmp_path / "page.html"
-    write(make(), path)
+    path = sheet.write(PAGES[name](), tmp_path / "page.html")
     for width in (1400, 420):
         console, asked = visit(browser, path, width)
         assert console == []
@@ -103,7 +89,7 @@ def names(browser: Any) -> list[str]:  # noqa: F811
 
 def test_the_defences_can_be_sorted_and_searched(browser: Any, tmp_path: Path) -> None:  # noqa: F811
     path = tmp_path / "page.html"
-    comparison_page.write(comparison(), path)
+    comparison_page.write(grid(), path)
     visit(browser, path)
     first = names(browser)
     assert first[0] == "none"

@@ -106,7 +106,7 @@ def test_what_the_first_screen_says(make: Make, example: ReportData) -> None:
     assert "Read the warnings" in render(example)
     failed = make([0.1], 1.0, checks=(Check("Probe validity", "fail", "The model did not refuse its probes."),))
     assert "Do not rely on this yet" in render(failed)
-    assert "1 cleared by" in render(example)
+    assert "1 by hand" in render(example)
 
 
 def test_only_pushes_toward_unsafe_answers_are_called_so(make: Make) -> None:

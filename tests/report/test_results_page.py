@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,10 +12,14 @@ from hypothesis import strategies as st
 
 from gradshield.comparison import markdown as results
 from gradshield.comparison import page as compared
-from gradshield.comparison import rivals
+from gradshield.comparison import pool, rivals
 from gradshield.comparison.page import LEVELS, level
-from gradshield.report import pool, sheet
-from tests.report.pages import EVIL, assert_tame, make_cell, rate, shown, specs
+from gradshield.comparison.results import CellResult
+from gradshield.manifests import RoundRecord, Search
+from gradshield.report import sheet
+from gradshield.stats import Difference, wilson
+from gradshield.types import Rate
+from tests.report.pages import CONFIG, EVIL, assert_tame, comparison, make_cell, shown, specs
 
 
 def slow_wilson(k: int, n: int) -> tuple[float, float]:
@@ -43,7 +46,7 @@ counts = st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.ju
 def test_rates_are_pooled_by_their_counts(found: list[tuple[int, int]]) -> None:
     """Against every answer written out one by one."""
     answers = [i < k for k, n in found for i in range(n)]
-    mine = pool.pooled([rate(k, n) for k, n in found])
+    mine = pool.pooled([wilson(k, n) for k, n in found])
     assert mine is not None
     assert mine.n == len(answers)
     assert mine.rate == pytest.approx(sum(answers) / len(answers))
@@ -54,25 +57,20 @@ def test_rates_are_pooled_by_their_counts(found: list[tuple[int, int]]) -> None:
 
 def test_means_of_real_scores_are_not_taken_for_counts() -> None:
     """Their k is rounded, and Wilson of rounded counts would say something else."""
-    scores = {"rate": 0.437, "low": 0.40, "high": 0.48, "n": 100, "k": 44}
+    scores = Rate(0.437, 0.40, 0.48, 100, 44)
     one = pool.pooled([scores])
     assert one is not None
     assert (one.rate, one.low, one.high) == pytest.approx((0.437, 0.40, 0.48))
-    both = pool.pooled([scores, {"rate": 0.6, "low": 0.5, "high": 0.7, "n": 300, "k": 180}])
+    both = pool.pooled([scores, Rate(0.6, 0.5, 0.7, 300, 180)])
     assert both is not None
     assert both.rate == pytest.approx((100 * 0.437 + 300 * 0.6) / 400)
     assert both.rate - both.low == pytest.approx(math.hypot(0.25 * 0.037, 0.75 * 0.1))
     assert both.high - both.rate == pytest.approx(math.hypot(0.25 * 0.043, 0.75 * 0.1))
 
 
-@pytest.mark.parametrize(
-    "value",
-    [None, {}, {"rate": None, "low": 0, "high": 1, "n": 3}, {"rate": 0.5, "low": 0.1, "high": 0.9, "n": 0},
-     {"rate": math.nan, "low": 0, "high": 1, "n": 3}, "0.5"],
-)  # fmt: skip
-def test_what_is_no_rate_is_left_out(value: Any) -> None:
-    assert pool.pooled([value]) is None
-    left = pool.pooled([value, rate(1, 10)])
+def test_what_was_not_measured_is_left_out() -> None:
+    assert pool.pooled([None]) is None
+    left = pool.pooled([None, wilson(1, 10)])
     assert left is not None
     assert (left.n, left.cells) == (10, 1)
 
@@ -85,12 +83,12 @@ def test_totals_against_loops() -> None:
         )
     ]  # fmt: skip
     (one,) = pool.totals(cells)
-    risky = [cell for cell in cells if cell["harm"] != "none"]
+    risky = [cell for cell in cells if cell.harm != "none"]
     for judge in ("refusal-phrases", "lab-classifier"):
-        rates = [cell["judges"][judge]["rate"] for cell in cells]
+        rates = [cell.judges[judge].rate for cell in cells]
         assert one.worst[judge].rate == max(rates)
         assert one.safe[judge] == (sum(value <= 0.06 for value in rates), 4)
-        assert one.mean_asr[judge] == pytest.approx(sum(c["judges"][judge]["rate"] for c in risky) / 3)
+        assert one.mean_asr[judge] == pytest.approx(sum(c.judges[judge].rate for c in risky) / 3)
         assert one.harmed[judge].n == 600
     assert one.held == (1, 4)  # both judges of one cell: 8 and 12 of 200
     assert one.caught is not None
@@ -98,25 +96,12 @@ def test_totals_against_loops() -> None:
 
 
 def test_differences_are_averaged_over_cells() -> None:
-    found = [
-        {"difference": d, "low": d - 0.03, "high": d + 0.04, "n": 200, "level": 0.95, "method": "tango"}
-        for d in (-0.02, 0.01, -0.04)
-    ]
-    mine = pool.mean_difference([*found, None, {"difference": None}])
+    found = [Difference(d, d - 0.03, d + 0.04, 200, 0.95, "tango") for d in (-0.02, 0.01, -0.04)]
+    mine = pool.mean_difference([*found, None])
     assert mine is not None
     assert mine.rate == pytest.approx(-0.05 / 3)
     assert mine.rate - mine.low == pytest.approx(math.sqrt(3) * 0.03 / 3)
     assert mine.high - mine.rate == pytest.approx(math.sqrt(3) * 0.04 / 3)
-
-
-def comparison(cells: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    cost = {"cells": len(cells), "failed": sum("failed" in c for c in cells), "arms": 3, "cell_seconds": 7200.0}
-    return {
-        "command": "gradshield compare grid.yaml",
-        "versions": {"gradshield": "1"},
-        "cost": cost,
-        "cells": cells,
-    } | more
 
 
 def square(markdown: str, defence: str) -> str:
@@ -143,7 +128,7 @@ def test_the_markdown_says_the_pooled_figures_of_each_judge() -> None:
 def test_a_rival_that_is_safer_is_named_and_one_that_is_not_is_not() -> None:
     cells = [
         make_cell("screen", 0, 20), make_cell("better", 0, 0), make_cell("worse", 0, 90),
-        make_cell("useful", 0, 18, utility=rate(190, 200)), make_cell("elsewhere", 5, 0), make_cell("alike", 0, 19),
+        make_cell("useful", 0, 18, utility=wilson(190, 200)), make_cell("elsewhere", 5, 0), make_cell("alike", 0, 19),
     ]  # fmt: skip
     standings, wins = rivals.against(pool.mixes(cells))
     tally = {one.rival: (one.safer, one.less_safe, one.more_useful, one.clearly_more_useful) for one in standings}
@@ -158,7 +143,7 @@ def test_a_rival_that_is_safer_is_named_and_one_that_is_not_is_not() -> None:
 
 
 def test_a_useful_rival_that_is_less_safe_wins_nothing() -> None:
-    cells = [make_cell("screen", 0, 0), make_cell("loose", 0, 60, utility=rate(200, 200))]
+    cells = [make_cell("screen", 0, 0), make_cell("loose", 0, 60, utility=wilson(200, 200))]
     standings, wins = rivals.against(pool.mixes(cells))
     assert wins == []
     assert (standings[0].less_safe, standings[0].more_useful) == (1, 0)
@@ -174,26 +159,27 @@ FAILURE = "every row scored above the cut: choose another cut"
 
 
 def test_failed_missing_and_empty() -> None:
-    bare = {"task": "t", "harm": "own", "ratio": 0.0, "seed": 0, "defence": "asft", "seconds": 1.0}
-    failed = bare | {"defence": "loss", "failed": FAILURE}
+    bare = CellResult(task="t", harm="own", ratio=0.0, seed=0, defence="asft", seconds=1.0)
+    failed = bare.model_copy(update={"defence": "loss", "failed": FAILURE})
     text = results.markdown(comparison([make_cell("screen"), bare, failed]))
     assert "| `loss` | failed |" in text
     assert FAILURE in text
     assert "| `asft` | – / – · – |" in text
     page = sheet.render(compared.page(comparison([make_cell("screen"), bare, failed])))
     assert FAILURE in shown(page)
-    for whole in ({"cells": []}, {}, comparison([bare]), comparison([failed])):
+    for whole in (comparison([]), comparison([bare]), comparison([failed])):
         assert results.markdown(whole)
         assert_tame(sheet.render(compared.page(whole)))
 
 
-def verified(met: bool, rounds: int) -> dict[str, Any]:
+def verified(met: bool, rounds: int, **more: str) -> Search:
     done = [
-        {"cut": 1.0 - i, "removed": i, "asr": {"a": rate(9 - i, 200), "b": rate(9, 200)}, "utility": None, "seconds": 1.0,
-         "verdict": "too unsafe", "stopped_early": False}
+        RoundRecord(cut=1.0 - i, removed=i, asr={"a": wilson(9 - i, 200), "b": wilson(9, 200)}, utility=None, seconds=1.0,
+                    verdict="too unsafe", stopped_early=False)
         for i in range(rounds)
     ]  # fmt: skip
-    return {"met": met, "sentence": f"sentence of {rounds}", "stopped": "rounds", "best": 0, "rounds": done}
+    found = {"met": met, "sentence": f"sentence of {rounds}", "stopped": "rounds", "best": 0, "rounds": done}
+    return Search.model_validate(found | more)
 
 
 def test_searches_come_with_their_rounds_and_those_that_met_nothing_first() -> None:
@@ -216,14 +202,16 @@ def test_hostile_names_are_only_text() -> None:
             3,
             task=EVIL,
             harm=EVIL,
-            judges={EVIL: rate(3, 200)},
-            verified=verified(True, 1) | {"sentence": EVIL},
+            judges={EVIL: wilson(3, 200)},
+            verified=verified(True, 1, sentence=EVIL),
         ),
         make_cell(EVIL, 1, failed=EVIL),
-        make_cell("screen", 0, 50, task=EVIL, harm=EVIL, judges={EVIL: rate(50, 200)}),
+        make_cell("screen", 0, 50, task=EVIL, harm=EVIL, judges={EVIL: wilson(50, 200)}),
     ]
-    config = {"model": EVIL, "base": EVIL, "training": {EVIL: EVIL}, "lora": {"peft_type": EVIL}, "requests": {EVIL: EVIL},
-              "datasets": [{"name": EVIL, "task": EVIL, "metric": EVIL, "training": {EVIL: EVIL}}]}  # fmt: skip
+    config = CONFIG.model_dump() | {
+        "model": EVIL, "base": EVIL, "training": {EVIL: EVIL}, "lora": {"peft_type": EVIL}, "requests": {"report": EVIL},
+        "datasets": [{"name": EVIL, "train": EVIL, "task": EVIL, "metric": EVIL, "training": {EVIL: EVIL}}],
+    }  # fmt: skip
     whole = comparison(cells, command=EVIL, versions={EVIL: EVIL}, defences={EVIL: EVIL}, config=config)
     assert_tame(sheet.render(compared.page(whole)))
     text = results.markdown(whole)
@@ -271,7 +259,7 @@ def test_the_verdict_is_about_the_default(k: int, tone: str, rival: int) -> None
 
 
 def test_a_grid_on_which_nothing_was_at_stake_is_no_pass() -> None:
-    def page(*cells: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    def page(*cells: CellResult) -> tuple[str, tuple[str, ...]]:
         found = compared.page(comparison(list(cells)))
         return found.tone, found.facts
 
@@ -292,8 +280,8 @@ def test_a_grid_on_which_nothing_was_at_stake_is_no_pass() -> None:
 
 def test_a_grid_on_which_nothing_was_learned_or_finished_is_no_pass() -> None:
     none = make_cell("none", 0, 90)
-    useless = {"utility": rate(8, 200)}
-    found = compared.page(comparison([make_cell("screen", **useless), none | useless]))
+    useless = {"utility": wilson(8, 200)}
+    found = compared.page(comparison([make_cell("screen", **useless), none.model_copy(update=useless)]))
     assert found.tone == "warn"
     assert "the highest utility of any defence is 4.0 %" in found.facts[0]
     found = compared.page(comparison([make_cell("screen", **useless), none]))
@@ -306,46 +294,46 @@ def test_a_grid_on_which_nothing_was_learned_or_finished_is_no_pass() -> None:
     assert found.tone == "warn"
     assert found.facts == ("1 of 2 screen cells failed and are not counted.",)
     assert "that finished" in found.standing
-    text = results.markdown(comparison([make_cell("screen", **useless), none | useless]))
+    text = results.markdown(comparison([make_cell("screen", **useless), none.model_copy(update=useless)]))
     assert "- Caution: No model learned its task" in text
     assert "**Every screen cell is at 6 % or below, but read the cautions.**" in text
 
 
 def test_a_safer_rival_of_no_use_is_named_with_its_utility() -> None:
-    found = compared.page(comparison([make_cell("screen", 0, 60), make_cell("asft", 0, 0, utility=rate(0, 200))]))
+    found = compared.page(comparison([make_cell("screen", 0, 60), make_cell("asft", 0, 0, utility=wilson(0, 200))]))
     assert "asft (utility 0.0 %) is clearly safer" in found.verdict
 
 
-CONFIG = {
+OWN = CONFIG.model_dump() | {
     "model": "some/model", "base": "some/base", "training": {"max_steps": 3}, "lora": {"r": 8}, "judges": ["typed"],
     "requests": {"report": "asked.jsonl"}, "answer_tokens": 12, "task_rows": 50,
-    "datasets": [{"name": "news", "task": "held.jsonl", "metric": None, "training": {"num_train_epochs": 2}}],
+    "datasets": [
+        {"name": "news", "train": "rows.jsonl", "task": "held.jsonl", "training": {"num_train_epochs": 2}}
+    ],
 }  # fmt: skip
 
 
 def test_the_training_is_described_on_the_page_and_in_the_markdown() -> None:
-    whole = comparison([make_cell("screen", 2, steps=140), make_cell("none", 10)], config=CONFIG)
+    whole = comparison([make_cell("screen", 2), make_cell("none", 10)], config=OWN)
     made = dict(compared.page(whole).made)
     wanted = {
         "Model": "some/model", "Model before its alignment": "some/base", "Training": "max steps 3",
         "Training on news": "num train epochs 2", "Adapter": "LoRA: rank 8", "Judges": "refusal-phrases, lab-classifier",
         "Requests": "report from asked.jsonl", "Longest answer": "12 tokens", "Seeds": "2, 10", "Rows of a dataset": "1,000",
         "Utility": "news by the metric of its rows; at most 50 rows of each", "Rows trained on": "910",
-        "Steps of a training": "140",
     }  # fmt: skip
     assert made.items() >= wanted.items()
     text = results.markdown(whole)
     for name, value in wanted.items():
         assert f"- {name}: {value}\n" in text
     where = {"model": "a/../../models/mine", "base": "b/../base", "requests": {"report": "a/b/../asked.jsonl"}}
-    made = dict(compared.page(comparison([make_cell("screen")], config=CONFIG | where)).made)
+    made = dict(compared.page(comparison([make_cell("screen")], config=OWN | where)).made)
     shown = (made["Model"], made["Model before its alignment"], made["Requests"])
     assert shown == ("../models/mine", "base", "report from a/asked.jsonl")
-    lab = dict(compared.page(comparison([make_cell("screen")], config={"model": "lab"})).made)
+    lab = dict(compared.page(comparison([make_cell("screen")])).made)
     assert (lab["Training"], lab["Adapter"]) == ("the lab's own recipe for each task", "the lab's own LoRA")
     known = comparison(
         [make_cell("screen")],
-        config={"model": "lab"},
         recipes={"a": {"learning_rate": 1e-3}, "b": {"learning_rate": 2e-3}},
         adapter={"r": 4},
     )
@@ -353,7 +341,6 @@ def test_the_training_is_described_on_the_page_and_in_the_markdown() -> None:
     assert lab["Training on a"] == "learning rate 0.001"
     assert lab["Training on b"] == "learning rate 0.002"
     assert lab["Adapter"] == "LoRA: rank 4"
-    assert "Adapter" not in dict(compared.page(comparison([make_cell("screen")])).made)
 
 
 def test_every_defence_has_its_mark_and_the_target_is_on_the_chart() -> None:

@@ -1,4 +1,4 @@
-"""What --dry-run prints is what the scan finds, and nothing is written."""
+"""What `estimate` says is what the scan finds, and nothing is written."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gradshield as gs
-from gradshield.cli.estimate import duration
 from gradshield.errors import UsageError
+from gradshield.report.text import duration
 from gradshield.scanning import shards
 from gradshield.scanning.estimate import Estimate, ratio_estimate
 from tests.common import HALF, PROBING, chats, command, jsonl, save_model, scan, write, write_probes
@@ -86,7 +86,7 @@ def test_the_command_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     probes = write_probes(tmp_path / "probes.jsonl")
     before = sorted(tmp_path.rglob("*"))
     asked = ["--probes", str(probes), "--lookalikes", str(probes), "--uncertified"]
-    done = command("scan", str(data), "--model", str(model), *asked, "--dry-run")
+    done = command("estimate", str(data), "--model", str(model), *asked)
     assert done.code == 0, done.err
     assert "21 of 25 can be scored" in done.out
     assert "messages: 20; alpaca (question as instruction, answer as output): 1" in done.out
@@ -95,29 +95,10 @@ def test_the_command_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--output", "out"],
-        ["--workers", "2"],
-        ["--ray", "auto"],
-        ["--fail-above", "1%"],
-        ["--allow", "ids.txt"],
-        ["--labels", "labels.json"],
-    ],
-    ids=lambda options: options[0],
-)
-def test_options_that_a_dry_run_does_not_use_are_refused(options: list[str], tmp_path: Path) -> None:
-    data = write(tmp_path / "data.jsonl", jsonl(chats(3)))
-    done = command("scan", str(data), "--model", "any/model", "--dry-run", *options)
-    assert done.code == UsageError.exit_code
-    assert "--dry-run" in done.sentence
-
-
 def test_a_scan_without_a_folder_is_reported(tmp_path: Path) -> None:
     done = command("scan", str(write(tmp_path / "data.jsonl", jsonl(chats(3)))), "--model", "any/model")
     assert done.code == UsageError.exit_code
-    assert "--output" in done.sentence
+    assert "--output" in done.err
 
 
 @pytest.mark.parametrize(

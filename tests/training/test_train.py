@@ -17,6 +17,7 @@ import gradshield as gs
 from gradshield import lab
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.exam import Exams, exam, exams_of
+from gradshield.manifests import SequenceRecord
 from gradshield.models import loading
 from gradshield.runs import alone
 from gradshield.scanning.settings import Probing
@@ -240,7 +241,7 @@ def test_datasets_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             raise KeyboardInterrupt
         return real(self, *args, **more)
 
-    def follow() -> dict[str, Any]:
+    def follow() -> SequenceRecord:
         return sequence(
             stages,
             model=loading.load(ALIGNED, dtype="float32"),
@@ -256,16 +257,16 @@ def test_datasets_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         follow()
     follow()
     assert fitted == ["choice.jsonl", "topic.jsonl", "topic.jsonl"]  # the finished stage is not trained again
-    stored = json.loads((tmp_path / "run" / "sequence.json").read_text())
-    assert stored["tasks"] == ["choice", "topic"]
-    assert [stage["name"] for stage in stored["stages"]] == ["start", "choice", "topic"]
-    assert all(set(stage["utility"]) == {"choice", "topic"} and 0 <= stage["visage"] <= 1 for stage in stored["stages"])
-    measures = stored["measures"]
+    stored = SequenceRecord.model_validate_json((tmp_path / "run" / "sequence.json").read_bytes())
+    assert stored.tasks == ["choice", "topic"]
+    assert [stage.name for stage in stored.stages] == ["start", "choice", "topic"]
+    assert all(set(stage.utility) == {"choice", "topic"} and 0 <= (stage.visage or 0) <= 1 for stage in stored.stages)
+    measures = stored.measures
     assert measures["backward_transfer"][0] is None
-    learned, now = (stored["stages"][i]["utility"]["choice"]["rate"] for i in (1, 2))
+    learned, now = (stored.stages[i].utility["choice"].rate for i in (1, 2))
     assert measures["backward_transfer"][1] == pytest.approx(now - learned)
     assert measures["basin_retention"][1] == pytest.approx(
-        stored["stages"][2]["visage"] / stored["stages"][0]["visage"]
+        (stored.stages[2].visage or 0) / (stored.stages[0].visage or 1)
     )
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "stage-1").state_dict()
     end = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "stage-2").state_dict()

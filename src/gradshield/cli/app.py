@@ -17,7 +17,8 @@ from gradshield.cli.cut import cut
 from gradshield.cli.demo import demo
 from gradshield.cli.evaluate import evaluate
 from gradshield.cli.methods import methods
-from gradshield.cli.scan import scan
+from gradshield.cli.review import review
+from gradshield.cli.scan import estimate, scan
 from gradshield.cli.serve import keys, serve
 from gradshield.cli.show import show
 from gradshield.cli.train import train
@@ -32,7 +33,9 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
     certify,
     compare,
     cut,
+    review,
     show,
+    estimate,
     methods,
     cache,
     demo,

@@ -54,6 +54,9 @@ Columns = Annotated[
     ),
 ]
 Allow = Annotated[Path | None, typer.Option(help="File of row ids cleared by a reviewer, one per line: they are kept.")]
+Deny = Annotated[
+    Path | None, typer.Option(help="File of row ids denied by a reviewer, one per line: they are removed.")
+]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Rule = Annotated[
     str | None,
@@ -90,6 +93,37 @@ TrainingConfig = Annotated[
         help="JSON of the training's TRL SFTConfig options: the loss then covers the tokens TRL would train on, not just answers."
     ),
 ]
+Selects = Annotated[str, typer.Option("--selector", help="What scores the rows (see `gradshield methods`).")]
+Unsafety = Annotated[str, typer.Option("--probe", help="Unsafety score (see `gradshield methods`).")]
+Aggregate = Annotated[str, typer.Option(help="How a row's tokens are counted (see `gradshield methods`).")]
+Subspace = Annotated[str, typer.Option(help="Parameters to use: all, targets, lora, last:K, last:P%.")]
+Engine = Annotated[str, typer.Option(help="How derivatives are computed: auto, or one of `gradshield methods`.")]
+LoraConfig = Annotated[Path | None, typer.Option(help="PEFT config (JSON) of the adapter that training will add.")]
+Prefix = Annotated[
+    str, typer.Option("--answer-prefix", help="Text at the start of every probed answer (a closed thinking block).")
+]
+Template = Annotated[
+    str, typer.Option("--template-kwargs", help='JSON for the chat template, such as {"enable_thinking": false}.')
+]
+Uncertified = Annotated[bool, typer.Option("--uncertified", help="Score a model that does not refuse its probes.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Neither use nor keep what earlier scans found on this model.")
+]
+Budget = Annotated[int, typer.Option("--token-budget", help="Tokens per batch, padding included.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="Load the model in 4bit or 8bit (gradshield[quantized]); subspace lora only.")
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="Spread the model over this machine's GPUs: auto, balanced, balanced_low_0 or sequential."),
+]
+Adapter = Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter on the model.")]
+Seed = Annotated[
+    int, typer.Option(help="Seed of the adapter's initialisation, the oracle's sample and the mixture fit.")
+]
 Tokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 MaxLength = Annotated[int | None, typer.Option(help="Cut rows at this many tokens, as training will (default 1024).")]
 
@@ -113,11 +147,11 @@ def share(name: str, text: str | None) -> float | None:
     return value
 
 
-def read_ids(path: Path | None) -> list[str]:
-    """Row ids of an allow list, one per line; ``#`` starts a comment."""
+def read_ids(option: str, path: Path | None) -> list[str]:
+    """Row ids from a reviewer's list, one per line; ``#`` starts a comment."""
     if path is None:
         return []
-    lines = read_text("--allow", path).splitlines()
+    lines = read_text(option, path).splitlines()
     return [found for line in lines if (found := line.partition("#")[0].strip())]
 
 
@@ -220,7 +254,7 @@ def summary(selection: Selection, folder: Path) -> None:
         err.print(f"[yellow]warning:[/yellow] {plain('not certified: ' + '; '.join(results.doubts.values()))}")
     read_as(selection.manifest.data.read_as)
     parts = [f"[bold]{results.removed}[/bold] of {results.scored} rows removed", f"{results.kept} kept"]
-    parts += [f"{count} {key}" for key in ("quarantined", "cleared") if (count := getattr(results, key))]
+    parts += [f"{count} {key}" for key in ("quarantined", "cleared", "denied") if (count := getattr(results, key))]
     out.print(", ".join(parts))
     for name, one in selection.cuts.items():
         label = "" if name == "rows" else f" ({name})"

@@ -32,18 +32,18 @@ def compare(
     checked = read(config)
     with progress() as report:
         whole = run(checked, output, workers, command_line(), report)
-    cost = whole["cost"]
-    took = cost["cell_seconds"]
+    cost = whole.cost
+    took = cost.cell_seconds
     shown = f"{took / 3600:.1f} hours" if took >= 3600 else f"{took / 60:.1f} minutes"
     out.print(
-        f"{cost['cells']} cells from {cost['arms']} trained models (equal ones are shared), {shown} of work"
-        + (f", [bold]{cost['failed']} failed[/bold]" if cost["failed"] else "")
+        f"{cost.cells} cells from {cost.arms} trained models (equal ones are shared), {shown} of work"
+        + (f", [bold]{cost.failed} failed[/bold]" if cost.failed else "")
     )
     out.print(f"table   [bold]{escape(str(output / 'results.md'))}[/bold]")
     out.print(f"page    [bold]{escape(str(output / 'results.html'))}[/bold]")
-    if cost["failed"]:
-        first = next(cell["failed"] for cell in whole["cells"] if "failed" in cell)
+    if cost.failed:
+        first = next(cell.failed for cell in whole.cells if cell.failed is not None)
         raise GradShieldError(
-            f"{cost['failed']} of {cost['cells']} cells failed, the first because {first}; the table lists them, and the same "
+            f"{cost.failed} of {cost.cells} cells failed, the first because {first}; the table lists them, and the same "
             "command retries them"
         )

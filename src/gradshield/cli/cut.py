@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gradshield.cli.common import Allow, FailAbove, Rule, check_gate, command_line, read_ids, share, summary
+from gradshield.cli.common import Allow, Deny, FailAbove, Rule, check_gate, command_line, read_ids, share, summary
 from gradshield.errors import DataError
 
 
@@ -15,14 +15,16 @@ def cut(
     folder: Annotated[Path, typer.Argument(help="Output folder of a finished scan.", show_default=False)],
     threshold: Rule = None,
     allow: Allow = None,
+    deny: Deny = None,
     fail_above: FailAbove = None,
 ) -> None:
     """Cut saved scores again with another threshold; no model is needed."""
-    gate, allowed = share("--fail-above", fail_above), read_ids(allow)
+    gate = share("--fail-above", fail_above)
+    allowed, denied = read_ids("--allow", allow), read_ids("--deny", deny)
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}: run `gradshield scan` into it first")
     from gradshield.scanning.cut import cut as cut_again
 
-    selection = cut_again(folder, threshold, allowed, command_line())
+    selection = cut_again(folder, threshold, allowed, denied, command=command_line())
     summary(selection, folder)
     check_gate(selection, gate)

@@ -9,10 +9,15 @@ import typer
 from rich.markup import escape
 
 from gradshield.cli.common import (
+    Adapter,
+    Device,
+    Dtype,
     Judges,
     Metric,
+    Prefix,
     Remote,
     Safety,
+    Template,
     Tokens,
     command_line,
     json_object,
@@ -44,14 +49,14 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many samples per harness task.")] = None,
     max_new_tokens: Tokens = 64,
-    answer_prefix: Annotated[str, typer.Option(help="Text at the start of every answer.")] = "",
-    template_kwargs: Annotated[str, typer.Option(help="JSON for the chat template.")] = "{}",
+    answer_prefix: Prefix = "",
+    template_kwargs: Template = "{}",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for a report, every answer and the figures.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    adapter: Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter on the model.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    adapter: Adapter = None,
     trust_remote_code: Remote = False,
 ) -> None:
     """Measure attack success (by each judge separately), over-refusal and utility of a model."""

@@ -1,9 +1,8 @@
-"""``gradshield scan``: find the rows that would make the model less safe."""
+"""``gradshield scan``: find the rows that would make the model less safe. ``gradshield estimate``: what that will take."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,25 +10,46 @@ import typer
 
 from gradshield import cache
 from gradshield.cli.common import (
+    Adapter,
+    Aggregate,
     Allow,
+    Budget,
     Columns,
     Data,
+    Device,
+    DeviceMap,
+    Dtype,
+    Engine,
     FailAbove,
     Lookalikes,
+    LoraConfig,
     MaxLength,
     Model,
+    NoCache,
+    Prefix,
     Probes,
+    Quantize,
     Remote,
     Rule,
+    Seed,
+    Selects,
     Shape,
+    Strict,
+    Subspace,
+    Template,
     TrainingConfig,
+    Uncertified,
+    Unsafety,
     check_gate,
     command_line,
     json_file,
     json_object,
+    out,
+    plain,
     probing,
     progress,
     quiet_libraries,
+    read_as,
     read_ids,
     read_labels,
     require_data,
@@ -39,45 +59,33 @@ from gradshield.cli.common import (
     summary,
     training_options,
 )
-from gradshield.cli.estimate import print_estimate
 from gradshield.errors import UsageError
+from gradshield.report.text import duration
+from gradshield.types import Progress
+
+REASONS = 5  # why rows cannot be scored, printed one by one; the rest are counted
 
 
 def scan(
+    context: typer.Context,
     data: Data,
     model: Model,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Folder for the rows, scores, report and manifest (required without --dry-run).",
-            show_default=False,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Describe the rows and estimate the cost of the scan; write nothing.")
-    ] = False,
-    selector: Annotated[str, typer.Option(help="What scores the rows (see `gradshield methods`).")] = "screen",
+        Path,
+        typer.Option("--output", "-o", help="Folder for the rows, scores, report and manifest.", show_default=False),
+    ],
+    selector: Selects = "screen",
     threshold: Rule = None,
-    probe: Annotated[str, typer.Option(help="Unsafety score (see `gradshield methods`).")] = "token_gap",
-    aggregate: Annotated[str, typer.Option(help="How a row's tokens are counted (see `gradshield methods`).")] = "push",
-    subspace: Annotated[str, typer.Option(help="Parameters to use: all, targets, lora, last:K, last:P%.")] = "all",
-    engine: Annotated[
-        str, typer.Option(help="How derivatives are computed: auto, or one of `gradshield methods`.")
-    ] = "auto",
-    lora_config: Annotated[
-        Path | None, typer.Option(help="PEFT config (JSON) of the adapter that training will add.")
-    ] = None,
+    probe: Unsafety = "token_gap",
+    aggregate: Aggregate = "push",
+    subspace: Subspace = "all",
+    engine: Engine = "auto",
+    lora_config: LoraConfig = None,
     training_config: TrainingConfig = None,
     probes: Probes = None,
     lookalikes: Lookalikes = None,
-    answer_prefix: Annotated[
-        str, typer.Option(help="Text at the start of every probed answer (a closed thinking block).")
-    ] = "",
-    template_kwargs: Annotated[
-        str, typer.Option(help='JSON for the chat template, such as {"enable_thinking": false}.')
-    ] = "{}",
+    answer_prefix: Prefix = "",
+    template_kwargs: Template = "{}",
     labels: Annotated[
         Path | None, typer.Option(help="JSON list of 0 and 1 (harmful) per row: reported, never used to decide.")
     ] = None,
@@ -85,26 +93,16 @@ def scan(
     fail_above: FailAbove = None,
     format: Shape = None,
     columns: Columns = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")] = False,
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Neither use nor keep what earlier scans found on this model.")
-    ] = False,
-    uncertified: Annotated[
-        bool, typer.Option("--uncertified", help="Score a model that does not refuse its probes.")
-    ] = False,
+    strict: Strict = False,
+    no_cache: NoCache = False,
+    uncertified: Uncertified = False,
     max_length: MaxLength = None,
-    token_budget: Annotated[int, typer.Option(help="Tokens per batch, padding included.")] = 4096,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    quantize: Annotated[
-        str | None,
-        typer.Option(help="Load the model in 4bit or 8bit (gradshield[quantized]); subspace lora only."),
-    ] = None,
-    device_map: Annotated[
-        str | None,
-        typer.Option(help="Spread the model over this machine's GPUs: auto, balanced, balanced_low_0 or sequential."),
-    ] = None,
-    adapter: Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter on the model.")] = None,
+    token_budget: Budget = 4096,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    device_map: DeviceMap = None,
+    adapter: Adapter = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -120,9 +118,7 @@ def scan(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the adapter's initialisation, the oracle's sample and the mixture fit.")
-    ] = 0,
+    seed: Seed = 0,
     trust_remote_code: Remote = False,
 ) -> None:
     """Find the rows of a fine-tuning set that would make the model less safe, and split them from the rest.
@@ -130,85 +126,137 @@ def scan(
     Writes kept, removed, quarantine.jsonl, scores.parquet, report.html and manifest.json. An interrupted scan resumes
     where it stopped.
     """
-    _check_options(output, dry_run, workers, ray, {"--fail-above": fail_above, "--allow": allow, "--labels": labels})
     _check_map(device_map, selector, alone=workers in (None, 1) and ray is None)
     gate = share("--fail-above", fail_above)
-    allowed, truth = read_ids(allow), read_labels(labels)
-    template = json_object("--template-kwargs", template_kwargs)
-    training = training_options(training_config, max_length)
-    lora = json_file("--lora-config", lora_config)
-    shape = row_format(format, columns, strict)
-    require_data(data)
-    require_model(model)
-    quiet_libraries()
-    from gradshield.models import loading
-    from gradshield.scanning.options import peft_config, sft_options
+    allowed, truth = read_ids("--allow", allow), read_labels(labels)
+    checked = _checked(context.params)
     from gradshield.scanning.scan import scan as run
-    from gradshield.scanning.settings import ScanSettings
     from gradshield.scanning.workers import Workers
 
     crew = Workers(workers, ray)  # checked before the model is loaded
-    settings = ScanSettings(probe, aggregate, subspace, engine, threshold, seed, token_budget, selector=selector)
-    if no_cache:
-        os.environ[cache.VARIABLE] = ""
-    asked = probing(probes, lookalikes, answer_prefix, template, uncertified)
-    peft, arguments = peft_config(lora), sft_options(training)
     with progress() as report:
-        report("loading the model", 0, 1)
-        loaded = loading.load(
-            model, adapter, device, dtype, trust_remote_code, quantize=quantize, device_map=device_map
+        selection = run(
+            data,
+            model=_loaded(context.params, report),
+            **checked,
+            output=output,
+            allow=allowed,
+            labels=truth,
+            workers=crew,
+            command=command_line(),
+            progress=report,
         )
-        report("loading the model", 1, 1)
-        common: dict[str, Any] = {
-            "model": loaded,
-            "peft_config": peft,
-            "training_args": arguments,
-            "settings": settings,
-            "probing": asked,
-            "format": shape,
-            "progress": report,
-        }
-        if output is None:
-            from gradshield.scanning.estimate import estimate
-
-            found = estimate(data, **common)
-        else:
-            selection = run(
-                data,
-                **common,
-                output=output,
-                allow=allowed,
-                labels=truth,
-                workers=crew,
-                command=command_line(),
-            )
-    if output is None:
-        print_estimate(found)
-        return
     summary(selection, output)
     check_gate(selection, gate)
 
 
-def _check_options(
-    output: Path | None, dry_run: bool, workers: int | None, ray: str | None, removal: Mapping[str, object]
+def estimate(
+    context: typer.Context,
+    data: Data,
+    model: Model,
+    selector: Selects = "screen",
+    threshold: Rule = None,
+    probe: Unsafety = "token_gap",
+    aggregate: Aggregate = "push",
+    subspace: Subspace = "all",
+    engine: Engine = "auto",
+    lora_config: LoraConfig = None,
+    training_config: TrainingConfig = None,
+    probes: Probes = None,
+    lookalikes: Lookalikes = None,
+    answer_prefix: Prefix = "",
+    template_kwargs: Template = "{}",
+    format: Shape = None,
+    columns: Columns = None,
+    strict: Strict = False,
+    no_cache: NoCache = False,
+    uncertified: Uncertified = False,
+    max_length: MaxLength = None,
+    token_budget: Budget = 4096,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    device_map: DeviceMap = None,
+    adapter: Adapter = None,
+    seed: Seed = 0,
+    trust_remote_code: Remote = False,
 ) -> None:
-    """Raises UsageError for options that exclude each other; those in ``removal`` need rows to be removed."""
-    if not dry_run:
-        if output is None:
-            raise UsageError("a scan needs a folder to write to: give --output FOLDER, or estimate it with --dry-run")
-        return
-    if workers is not None or ray is not None or output is not None:
-        raise UsageError("--dry-run times this one process and writes nothing: leave out --output, --workers and --ray")
-    for name, value in removal.items():
-        if value is not None:
-            raise UsageError(f"--dry-run removes no row, and {name} is about removed rows: leave out one of the two")
+    """Say what the rows are and how long a scan of them takes, from a sample, in one process; writes nothing.
+
+    Takes the options of `gradshield scan` that change this.
+    """
+    _check_map(device_map, selector, alone=True)
+    checked = _checked(context.params)
+    from gradshield.scanning.estimate import estimate as run
+
+    with progress() as report:
+        found = run(data, model=_loaded(context.params, report), **checked, progress=report)
+    out.print(f"rows       [bold]{found.scored:,}[/bold] of {found.rows:,} can be scored")
+    read_as(found.read_as)
+    for reason, line, count in found.unusable[:REASONS]:
+        out.print(f"           {count:,} cannot: {plain(reason)} [dim](first: line {line})[/dim]")
+    if others := sum(count for _, _, count in found.unusable[REASONS:]):
+        out.print(f"           {others:,} cannot, for other reasons")
+    loss = 100 * found.loss_tokens / found.tokens
+    out.print(f"tokens     {found.tokens:,}, {loss:.0f} % of them in the loss; the longest row has {found.longest:,}")
+    if found.engine:
+        out.print(f"engine     {plain(found.engine)}")
+    whole, low, high = found.seconds.value, found.seconds.low, found.seconds.high
+    spread = f" [dim]({duration(low)} to {duration(high)})[/dim]" if high > low else ""
+    out.print(f"time       [bold]{duration(whole)}[/bold]{spread} to measure, {duration(found.before)} before it")
+    out.print(
+        f"           [dim]timed on {found.sampled_rows:,} rows, {found.sampled} of {found.shards} shards; "
+        f"{found.scored / whole:,.0f} rows a second[/dim]"
+    )
+    if found.memory:
+        out.print(f"memory     {found.memory / 2**30:.1f} GiB at most")
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    """What `gs.scan` and `gs.estimate` share, from the options of their commands; nothing is loaded yet."""
+    template = json_object("--template-kwargs", given["template_kwargs"])
+    training = training_options(given["training_config"], given["max_length"])
+    lora = json_file("--lora-config", given["lora_config"])
+    shape = row_format(given["format"], given["columns"], given["strict"])
+    require_data(given["data"])
+    require_model(given["model"])
+    quiet_libraries()
+    from gradshield.scanning.options import peft_config, sft_options
+    from gradshield.scanning.settings import ScanSettings
+
+    if given["no_cache"]:
+        os.environ[cache.VARIABLE] = ""
+    named = ("probe", "aggregate", "subspace", "engine", "threshold", "seed", "token_budget", "selector")
+    return {
+        "settings": ScanSettings(**{name: given[name] for name in named}),
+        "probing": probing(
+            given["probes"], given["lookalikes"], given["answer_prefix"], template, given["uncertified"]
+        ),
+        "peft_config": peft_config(lora),
+        "training_args": sft_options(training),
+        "format": shape,
+    }
+
+
+def _loaded(given: dict[str, Any], report: Progress) -> Any:
+    from gradshield.models import loading
+
+    named = ("model", "adapter", "device", "dtype", "trust_remote_code")
+    more = {name: given[name] for name in ("quantize", "device_map")}
+    report("loading the model", 0, 1)
+    loaded = loading.load(*(given[name] for name in named), **more)
+    report("loading the model", 1, 1)
+    return loaded
 
 
 def _check_map(device_map: str | None, selector: str, alone: bool) -> None:
     """Raises UsageError for options that do not work with a model spread over several devices."""
     if device_map is None:
         return
-    if selector not in ("screen", "fihs"):
+    from gradshield.options import Spec
+    from gradshield.selectors import SELECTORS
+
+    if not SELECTORS[Spec.split(selector).name].probed:
         raise UsageError(
             f"the selector {selector!r} needs the model on one device, and --device-map spreads it: leave one of them out"
         )

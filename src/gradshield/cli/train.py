@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,16 +10,21 @@ from rich.markup import escape
 
 from gradshield.cli.common import (
     Columns,
+    Device,
+    Dtype,
     Judges,
     Lookalikes,
     MaxLength,
     Metric,
     Model,
+    Prefix,
     Probes,
     Remote,
     Safety,
     Shape,
+    Template,
     Tokens,
+    Uncertified,
     command_line,
     err,
     json_file,
@@ -42,6 +46,7 @@ from gradshield.cli.common import (
 from gradshield.errors import GateError, UsageError
 
 if TYPE_CHECKING:
+    from gradshield.manifests import SequenceRecord
     from gradshield.training.defences import Defence
     from gradshield.training.train import Trained
 
@@ -85,17 +90,15 @@ def train(
         Path | None,
         typer.Option(help="JSON list of 0 and 1 (harmful) per row: reported, and used by the defence clean."),
     ] = None,
-    answer_prefix: Annotated[str, typer.Option(help="Text at the start of every probed answer.")] = "",
-    template_kwargs: Annotated[str, typer.Option(help="JSON for the chat template.")] = "{}",
+    answer_prefix: Prefix = "",
+    template_kwargs: Template = "{}",
     format: Shape = None,
     columns: Columns = None,
     max_length: MaxLength = None,
     merge: Annotated[bool, typer.Option("--merge", help="Save the plain model with the adapter merged in.")] = False,
-    uncertified: Annotated[
-        bool, typer.Option("--uncertified", help="Score a model that does not refuse its probes.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    uncertified: Uncertified = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the scan, the adapter and the row order.")] = 0,
     trust_remote_code: Remote = False,
 ) -> None:
@@ -178,20 +181,20 @@ def _wanted(data: list[str], tasks: list[str], defence: str, base: str | None, l
     return wanted
 
 
-def _stages(whole: Mapping[str, Any], folder: Path) -> None:
+def _stages(whole: SequenceRecord, folder: Path) -> None:
     """Print one line per stage, then the final measures. Raises GateError if a stage did not meet its targets."""
-    for stage in whole["stages"]:
-        parts = [f"ASR {100 * rate['rate']:.1f} % ({plain(judge)})" for judge, rate in stage["asr"].items()]
-        parts += [] if stage["visage"] is None else [f"VISAGE {stage['visage']:.2f}"]
-        parts += [f"{plain(task)} {100 * rate['rate']:.1f} %" for task, rate in stage["utility"].items()]
-        out.print(f"{plain(stage['name']):16} {', '.join(parts)}")
-    for name, values in whole["measures"].items():
+    for stage in whole.stages:
+        parts = [f"ASR {100 * rate.rate:.1f} % ({plain(judge)})" for judge, rate in stage.asr.items()]
+        parts += [] if stage.visage is None else [f"VISAGE {stage.visage:.2f}"]
+        parts += [f"{plain(task)} {100 * rate.rate:.1f} %" for task, rate in stage.utility.items()]
+        out.print(f"{plain(stage.name):16} {', '.join(parts)}")
+    for name, values in whole.measures.items():
         if values and values[-1] is not None:
             out.print(f"{name.replace('_', ' '):20} {values[-1]:+.3f} [dim]at the end[/dim]")
     out.print(f"report  [bold]{escape(str(folder / 'report.html'))}[/bold]")
-    if whole["unmet"]:
+    if whole.unmet:
         raise GateError(
-            f"no cut met the targets at {', '.join(whole['unmet'])}: the safest model of each stage is kept; read the report"
+            f"no cut met the targets at {', '.join(whole.unmet)}: the safest model of each stage is kept; read the report"
         )
 
 

@@ -13,7 +13,7 @@ import gc
 import json
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -24,6 +24,7 @@ from typing import Any, Literal
 from gradshield import files, lab, runs
 from gradshield.comparison import grid
 from gradshield.comparison.grid import Cell, Config
+from gradshield.comparison.results import CellResult, Comparison, Cost
 from gradshield.errors import DataError, EndpointError, GradShieldError, HubError
 from gradshield.evaluation.exam import Exam, Settled, check_disjoint, exam, figures, lab_exam, never
 from gradshield.judges import ReadyJudge
@@ -36,7 +37,7 @@ from gradshield.scanning.options import peft_config
 from gradshield.scanning.rows import prepare
 from gradshield.scanning.scan import check_labels
 from gradshield.scanning.settings import Probing, ScanSettings
-from gradshield.stats import paired_difference
+from gradshield.stats import Difference, paired_difference
 from gradshield.training import verify
 from gradshield.training.course import Chosen, Course, Fitted, Job, Needs
 from gradshield.training.defences import Defence, describe, parse
@@ -52,7 +53,7 @@ def compare(
     workers: int = 1,
     command: str = "gradshield.compare",
     progress: Progress = quiet,
-) -> dict[str, Any]:
+) -> Comparison:
     """Run the missing cells of the grid, then write all results. Returns the content of ``results.json``.
 
     Cells of one task and seed run in one process, since they share models. A cell that fails with a documented error keeps its
@@ -73,7 +74,7 @@ def compare(
         return _write(config, cells, folder, command, time.monotonic() - began)
 
 
-def _all(config: Config, folder: Path, workers: int, progress: Progress) -> list[dict[str, Any]]:
+def _all(config: Config, folder: Path, workers: int, progress: Progress) -> list[CellResult]:
     """Every cell of the grid; missing ones are run."""
     found = _Finished(folder, config, grid.cells(config))
     wanted, missing = found.wanted, found.look()
@@ -145,21 +146,21 @@ class _Finished:
     """
 
     def __init__(self, folder: Path, config: Config, wanted: Sequence[Cell]) -> None:
-        self.wanted, self.cells = wanted, dict[Cell, dict[str, Any]]()
+        self.wanted, self.cells = wanted, dict[Cell, CellResult]()
         self._missing = {cell: (_file(folder, cell), grid.setting(config, cell)) for cell in wanted}
         self.look()
-        for cell in [cell for cell, value in self.cells.items() if "failed" in value]:
+        for cell in [cell for cell, found in self.cells.items() if found.failed is not None]:
             path = _file(folder, cell)
             path.unlink()
-            self._missing[cell] = (path, self.cells.pop(cell)["setting"])
+            self._missing[cell] = (path, self.cells.pop(cell).setting)
 
     def look(self) -> list[Cell]:
         """Read new cells; returns those still missing."""
         for cell, (path, setting) in tuple(self._missing.items()):
             if path.exists():
-                value = json.loads(path.read_text(encoding="utf-8"))
-                if value.get("setting") == setting and all(value.get(k) == v for k, v in asdict(cell).items()):
-                    self.cells[cell] = value
+                found = CellResult.model_validate(json.loads(path.read_text(encoding="utf-8")))
+                if found.setting == setting and all(getattr(found, k) == v for k, v in asdict(cell).items()):
+                    self.cells[cell] = found
                     del self._missing[cell]
         return list(self._missing)
 
@@ -170,15 +171,13 @@ def _take_over(folder: Path) -> None:
     if not path.exists():
         return
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        for value in cells:
-            cell = Cell(value["task"], value["harm"], value["ratio"], value["seed"], value["defence"])
-            if "setting" in value and not _file(folder, cell).exists():
-                runs.write_json(_file(folder, cell), value)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is not a comparison's results.json ({error}): move it away, or give another --output"
-        ) from None
+        found = Comparison.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        raise DataError(f"{path} is not a comparison's results.json: move it away, or give another --output") from None
+    for one in found.cells:
+        cell = Cell(one.task, one.harm, one.ratio, one.seed, one.defence)
+        if one.setting and not _file(folder, cell).exists():
+            runs.write_json(_file(folder, cell), one)
 
 
 def _run_group(config: Config, cells: Sequence[Cell], folder: Path, tick: Callable[[], None] = lambda: None) -> None:
@@ -211,8 +210,8 @@ class Bench:
                 judge.ready()
         self._models: list[tuple[str, Fitted, float]] = []  # key, model and seconds of the last trainings
 
-    def run(self, cell: Cell) -> dict[str, Any]:
-        """Run one cell; returns its record."""
+    def run(self, cell: Cell) -> CellResult:
+        """Run one cell."""
         began = time.monotonic()
         found: dict[str, Any] = {**asdict(cell), "setting": grid.setting(self.config, cell)}
         defence = parse(cell.spec)
@@ -233,7 +232,7 @@ class Bench:
         except GradShieldError as error:
             found["failed"] = str(error)
         found["seconds"] = round(time.monotonic() - began, 1)
-        return dict(runs.finite(found))
+        return CellResult.model_validate(runs.finite(found))
 
     def _verified(self, defence: Defence) -> Any:
         def examine(chosen: Chosen, settled: Settled) -> tuple[EvalResult, float]:
@@ -274,13 +273,13 @@ class Bench:
         self._models = [(key, fitted, seconds), *self._models[:3]]
         return fitted, seconds
 
-    def _minus_clean(self, measured: EvalResult) -> dict[str, Any] | None:
+    def _minus_clean(self, measured: EvalResult) -> Difference | None:
         """Utility minus that of training on the harmless rows only, paired over the task's rows."""
         if "utility" not in measured.rates:
             return None
         defence = parse("clean")
         clean, _ = self._arm(defence, self.course.chosen(defence), "report")
-        return asdict(paired_difference(_scores(measured), _scores(clean)))
+        return paired_difference(_scores(measured), _scores(clean))
 
 
 def _scores(result: EvalResult) -> list[float]:
@@ -336,40 +335,38 @@ def _exam(config: Config, cell: Cell, split: Literal["report", "search"]) -> Exa
     )
 
 
-def _recipes(config: Config, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _recipes(config: Config, cells: Sequence[CellResult]) -> dict[str, Any]:
     """The full recipe of each lab task, of which the config holds only the changes."""
     if config.model != "lab":
         return {}
-    tasks = sorted({str(cell["task"]) for cell in cells})
+    tasks = sorted({cell.task for cell in cells})
     return {
         "recipes": {task: {**lab.recipe(task), **config.training} for task in tasks},
         "adapter": {**lab.LORA, **config.lora},
     }
 
 
-def _write(
-    config: Config, cells: Sequence[Mapping[str, Any]], folder: Path, command: str, seconds: float
-) -> dict[str, Any]:
+def _write(config: Config, cells: Sequence[CellResult], folder: Path, command: str, seconds: float) -> Comparison:
     """Write the table, the page and, last, ``results.json``."""
     from gradshield.comparison import page
     from gradshield.comparison.markdown import markdown
 
-    whole = {
-        "command": command,
-        "versions": runs.versions(),
-        "config": config.model_dump(),
+    whole = Comparison(
+        command=command,
+        versions=runs.versions(),
+        config=Config.model_validate(config.model_dump()),  # every default counts as set, and is written
         **_recipes(config, cells),
-        "defences": {cell["defence"]: " ".join(describe(str(cell["defence"]))) for cell in cells},
-        "cost": {
-            "cells": len(cells),
-            "failed": sum("failed" in cell for cell in cells),
-            "arms": len({cell["arm"] for cell in cells if "arm" in cell}),
-            "cell_seconds": round(sum(float(cell["seconds"]) for cell in cells), 1),
-            "seconds_of_this_run": round(seconds, 1),
-        },
-        "cells": list(cells),
-    }
-    lines = "".join(json.dumps(cell, ensure_ascii=False) + "\n" for cell in cells)
+        defences={cell.defence: " ".join(describe(cell.defence)) for cell in cells},
+        cost=Cost(
+            cells=len(cells),
+            failed=sum(cell.failed is not None for cell in cells),
+            arms=len({cell.arm for cell in cells if cell.arm is not None}),
+            cell_seconds=round(sum(cell.seconds for cell in cells), 1),
+            seconds_of_this_run=round(seconds, 1),
+        ),
+        cells=list(cells),
+    )
+    lines = "".join(json.dumps(runs.finite(cell), ensure_ascii=False) + "\n" for cell in cells)
     files.write_text(folder / "cells.jsonl", lines)
     files.write_text(folder / "results.md", markdown(whole))
     page.write(whole, folder / "results.html")

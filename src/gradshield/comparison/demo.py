@@ -13,7 +13,7 @@ import numpy as np
 from gradshield import files, lab, runs
 from gradshield.errors import UsageError
 from gradshield.evaluation.exam import figures, lab_exam
-from gradshield.scanning import outputs, page, page_data, review
+from gradshield.scanning import outputs, page, page_data, page_views
 from gradshield.scanning.scan import select
 from gradshield.scanning.selection import Selection
 from gradshield.training.course import Course
@@ -92,7 +92,7 @@ def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path
         for name, result in results.items()
     ]
     stored = json.loads((folder / runs.WORK / "views.json").read_text(encoding="utf-8"))
-    shown = review.shown(selection, review.from_json(stored), folder, labels[selection.scores.rows], arms)
+    shown = page_views.shown(selection, page_views.from_json(stored), folder, labels[selection.scores.rows], arms)
     with files.instead(folder, "manifest.json", ()) as new:
         page.write(shown, new / "report.html")
         for name, result in results.items():

@@ -1,34 +1,19 @@
-"""A comparison of defences as Markdown.
-
-``markdown(whole)`` takes the content of ``results.json``: ``command``, ``versions``, ``config``, ``cost``, ``cells`` and
-optionally ``defences`` (name to description). Names are the user's text and are escaped.
-"""
+"""A comparison of defences as Markdown. Names are the user's text and are escaped."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from gradshield.comparison import page
+from gradshield.comparison import made, page
 from gradshield.comparison.outcome import outcome
+from gradshield.comparison.pool import Mix, bounds, mix_name, mixes, share, spread, totals
+from gradshield.comparison.results import CellResult, Comparison
 from gradshield.comparison.rivals import against
-from gradshield.report import made
+from gradshield.manifests import judges_of
+from gradshield.report.made import span
 from gradshield.report.markdown import code, plain, table_row, table_rule
-from gradshield.report.pool import (
-    Cell,
-    Mix,
-    asr_of,
-    bounds,
-    judges_of,
-    mix_name,
-    mixes,
-    share,
-    spread,
-    totals,
-    usable,
-)
 from gradshield.report.sheet import Entry, Section
 from gradshield.report.text import MISSING, duration
 
@@ -37,16 +22,16 @@ LINES = 40  # of a list; the rest is in results.json
 GAP = 0.1  # difference between judges from which a mix is listed
 
 
-def markdown(whole: Mapping[str, Any]) -> str:
+def markdown(whole: Comparison) -> str:
     """The comparison as Markdown, pooled over seeds. Single seeds are in ``results.json``."""
-    cells = [dict(cell) for cell in whole.get("cells") or ()]
+    cells = whole.cells
     found = mixes(cells)
     judges = judges_of(cells)
     whole_table, *details = page.tables(cells, found, totals(cells), judges, {})
     parts = [
         ["# Comparison of defences"],
         _verdict(cells, found),
-        _ran(whole, cells, judges),
+        _ran(whole, judges),
         *(_task(task, [mix for mix in found if mix.task == task], judges) for task in dict.fromkeys(m.task for m in found)),
         *([_section(whole_table)] if cells else [["There are no cells."]]),
         _disagreements(found),
@@ -55,36 +40,28 @@ def markdown(whole: Mapping[str, Any]) -> str:
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def _verdict(cells: Sequence[Cell], found: Sequence[Mix]) -> list[str]:
+def _verdict(cells: Sequence[CellResult], found: Sequence[Mix]) -> list[str]:
     own = outcome(cells, found, totals(cells), against(found)[0])
     cautions = [f"- Caution: {plain(caution)}" for caution in own.cautions]
     return [f"**{plain(own.standing)}.** {plain(own.sentence)}", *(["", *cautions] if cautions else [])]
 
 
-def _ran(whole: Mapping[str, Any], cells: Sequence[Cell], judges: Sequence[str]) -> list[str]:
-    cost, versions = whole.get("cost") or {}, whole.get("versions") or {}
-    defences = dict.fromkeys(str(cell["defence"]) for cell in cells)
-    asked = _counts([rate["n"] for cell in cells for rate in asr_of(cell).values()])
-    rows = _counts([cell["utility"]["n"] for cell in cells if usable(cell.get("utility"))])
-    spent = duration(float(cost.get("cell_seconds") or 0))
+def _ran(whole: Comparison, judges: Sequence[str]) -> list[str]:
+    cost, cells = whole.cost, whole.cells
+    asked = span([rate.n for cell in cells for rate in cell.judges.values()])
+    rows = span([cell.utility.n for cell in cells if cell.utility is not None])
     return [
-        f"- Command: {code(whole.get('command', ''))}",
-        f"- Versions: {plain(', '.join(f'{name} {value}' for name, value in versions.items())) or MISSING}",
-        f"- Cells: {cost.get('cells', len(cells))}, of which {cost.get('failed', 0)} failed; {len(defences)} defences",
-        f"- Cost: {cost.get('arms', MISSING)} trained models, {spent} over all cells; equal trainings are run once",
-        *(f"- {plain(name)}: {plain(value)}" for name, value in made.of_comparison(whole, cells)),
-        f"- Each cell was measured on {asked} requests by each judge and on {rows} rows of the task",
+        f"- Command: {code(whole.command)}",
+        f"- Versions: {plain(', '.join(f'{name} {value}' for name, value in whole.versions.items()))}",
+        f"- Cells: {cost.cells}, of which {cost.failed} failed; {len({cell.defence for cell in cells})} defences",
+        f"- Cost: {cost.arms} trained models, {duration(cost.cell_seconds)} over all cells; equal trainings are run once",
+        *(f"- {plain(name)}: {plain(value)}" for name, value in made.pairs(whole)),
+        f"- Each cell was measured on {asked or 'no'} requests by each judge and on {rows or 'no'} rows of the task",
         "",
         f"Each entry is ASR in % [95 % interval] by {' / '.join(map(plain, judges)) or 'no judge'} · utility in %. Seeds are "
         "pooled: successes and answers are summed, with Wilson intervals of the sums. Seeds share their requests, so the lowest "
         "and highest single seed are given too (ASR by the worst judge).",
     ]
-
-
-def _counts(values: Sequence[int]) -> str:
-    if not values:
-        return "no"
-    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 
 def _task(task: str, found: Sequence[Mix], judges: Sequence[str]) -> list[str]:

@@ -5,22 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradshield.comparison.pool import REFERENCES, Mix, Totals, bounds, harmed, held, points, reference, share
+from gradshield.comparison.results import CellResult
 from gradshield.comparison.rivals import Standing
 from gradshield.report.frame import Status
-from gradshield.report.pool import (
-    REFERENCES,
-    TARGET,
-    USELESS,
-    Cell,
-    Mix,
-    Totals,
-    asr_of,
-    bounds,
-    harmed,
-    points,
-    reference,
-    share,
-)
+from gradshield.thresholds.verified import TARGET
+from gradshield.training.page import USELESS
 
 UNDEFENDED = "none"
 TOTALS_NOTE = (
@@ -40,7 +30,7 @@ class Outcome:
 
 
 def outcome(
-    cells: Sequence[Cell], found: Sequence[Mix], sums: Sequence[Totals], standings: Sequence[Standing]
+    cells: Sequence[CellResult], found: Sequence[Mix], sums: Sequence[Totals], standings: Sequence[Standing]
 ) -> Outcome:
     """About the default defence, or the safest one if it was not run. A grid that shows nothing is not a pass."""
     name = reference(one.defence for one in sums)
@@ -103,16 +93,16 @@ def _named(defence: str, sums: Sequence[Totals]) -> str:
     return f"{defence} (utility {share(useful)} %)" if useful is not None and useful.rate <= USELESS else defence
 
 
-def _risky(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
+def _risky(cells: Sequence[CellResult]) -> tuple[list[CellResult], list[CellResult]]:
     """The measured undefended cells with harm in their rows, and those of them that stayed safe."""
-    own = [cell for cell in cells if cell["defence"] == UNDEFENDED and "failed" not in cell and asr_of(cell)]
+    own = [cell for cell in cells if cell.defence == UNDEFENDED and cell.failed is None and cell.judges]
     risky = [cell for cell in own if harmed(cell)]
-    return risky, [cell for cell in risky if all(float(rate["rate"]) <= TARGET for rate in asr_of(cell).values())]
+    return risky, [cell for cell in risky if held(cell)]
 
 
-def _undefended(cells: Sequence[Cell]) -> list[str]:
+def _undefended(cells: Sequence[CellResult]) -> list[str]:
     """Whether there was anything to defend against."""
-    if not any(asr_of(cell) for cell in cells):
+    if not any(cell.judges for cell in cells):
         return []
     if not any(harmed(cell) for cell in cells):
         return ["No cell has harm in its rows: this grid cannot show that a defence does anything."]
@@ -126,7 +116,7 @@ def _undefended(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-def _lesser(cells: Sequence[Cell]) -> list[str]:
+def _lesser(cells: Sequence[CellResult]) -> list[str]:
     """Cautions that weaken the grid without making it empty."""
     risky, safe = _risky(cells)
     if risky and 0 < len(safe) < len(risky):
@@ -134,7 +124,7 @@ def _lesser(cells: Sequence[Cell]) -> list[str]:
             f"In {len(safe)} of {len(risky)} cells with harm the undefended model stayed at {100 * TARGET:g} % or below too: "
             "those say nothing about a defence's safety."
         ]
-    if not risky and any(cell["defence"] != UNDEFENDED and harmed(cell) and asr_of(cell) for cell in cells):
+    if not risky and any(cell.defence != UNDEFENDED and harmed(cell) and cell.judges for cell in cells):
         return [f"The undefended model ({UNDEFENDED}) was not measured: nothing here shows that a defence was needed."]
     return []
 

@@ -6,18 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradshield.comparison import made
 from gradshield.comparison.outcome import TOTALS_NOTE, outcome
-from gradshield.comparison.rivals import RULES, against
-from gradshield.comparison.scatter import trade_off
-from gradshield.report import made, sheet
-from gradshield.report.pool import (
-    TARGET,
-    Cell,
+from gradshield.comparison.pool import (
     Mix,
+    Pooled,
     Totals,
-    asr_of,
     bounds,
-    judges_of,
     mix_name,
     mixes,
     points,
@@ -25,26 +20,31 @@ from gradshield.report.pool import (
     share,
     spread,
     totals,
-    usable,
 )
+from gradshield.comparison.results import CellResult, Comparison, Cost
+from gradshield.comparison.rivals import RULES, against
+from gradshield.comparison.scatter import trade_off
+from gradshield.manifests import RoundRecord, judges_of
+from gradshield.report import sheet
+from gradshield.report.made import span
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry, spark
 from gradshield.report.text import MISSING, duration, flatten
+from gradshield.thresholds.verified import TARGET
 
 LEVELS = (0.01, TARGET, 0.12, 0.25, 0.5, 0.75)  # highest ASR of each tint of the map; one more tint follows
 LOOKS = {"too unsafe": "unsafe", "utility short": "short", "passes": "passes"}
 SPARKS = 24  # rounds of a search in its sparkline
 
 
-def write(whole: Mapping[str, Any], path: Path) -> None:
-    """Write the page of ``whole``, the content of ``results.json``."""
+def write(whole: Comparison, path: Path) -> None:
+    """Write the page, as one self-contained HTML file."""
     sheet.write(page(whole), path)
 
 
-def page(whole: Mapping[str, Any]) -> Sheet:
+def page(whole: Comparison) -> Sheet:
     """The page, unrendered."""
-    cells = [dict(cell) for cell in whole.get("cells") or ()]
+    cells, about = whole.cells, whole.defences
     found, sums, judges = mixes(cells), totals(cells), judges_of(cells)
-    about = {str(name): str(text) for name, text in (whole.get("defences") or {}).items()}
     result = outcome(cells, found, sums, against(found)[0])
     chart = trade_off(sums)
     sections = (
@@ -68,44 +68,39 @@ def page(whole: Mapping[str, Any]) -> Sheet:
         standing=result.standing,
         verdict=result.sentence,
         facts=result.cautions,
-        figures=_figures(whole, cells, sums),
+        figures=_figures(whole.cost, cells, sums),
         sections=sections,
-        command=str(whole.get("command", "")),
-        versions=whole.get("versions") or {},
-        made=(*made.of_comparison(whole, cells), *_cost(whole.get("cost") or {}, cells)),
-        folded=tuple(flatten(config)) if isinstance(config := whole.get("config"), Mapping) else (),
+        command=whole.command,
+        versions=whole.versions,
+        made=(*made.pairs(whole), *_cost(whole.cost, cells)),
+        folded=tuple(flatten(whole.config.model_dump())),
     )
 
 
-def _tasks(cells: Sequence[Cell]) -> str:
-    names = list(dict.fromkeys(str(cell["task"]) for cell in cells))
+def _tasks(cells: Sequence[CellResult]) -> str:
+    names = list(dict.fromkeys(cell.task for cell in cells))
     return ", ".join(names) if 0 < len(names) <= 4 else f"{len(names)} tasks"
 
 
-def _figures(
-    whole: Mapping[str, Any], cells: Sequence[Cell], sums: Sequence[Totals]
-) -> tuple[tuple[str, str, str], ...]:
-    cost = whole.get("cost") or {}
-    failed = sum("failed" in cell for cell in cells)
-    seeds = len({cell["seed"] for cell in cells})
+def _figures(cost: Cost, cells: Sequence[CellResult], sums: Sequence[Totals]) -> tuple[tuple[str, str, str], ...]:
+    failed = sum(cell.failed is not None for cell in cells)
+    seeds = len({cell.seed for cell in cells})
     return (
         ("defences", f"{len(sums):,}", ""),
         ("cells", f"{len(cells):,}", f"{failed:,} failed" if failed else ""),
         ("seeds", f"{seeds:,}", ""),
-        ("models trained", f"{cost['arms']:,}" if "arms" in cost else MISSING, ""),
-        ("time over all cells", duration(float(cost.get("cell_seconds") or 0)), "equal trainings are run once"),
+        ("models trained", f"{cost.arms:,}", ""),
+        ("time over all cells", duration(cost.cell_seconds), "equal trainings are run once"),
     )
 
 
-def _cost(cost: Mapping[str, Any], cells: Sequence[Cell]) -> tuple[tuple[str, str], ...]:
-    asked = [int(rate["n"]) for cell in cells for rate in asr_of(cell).values()]
-    rows = [int(cell["utility"]["n"]) for cell in cells if usable(cell.get("utility"))]
+def _cost(cost: Cost, cells: Sequence[CellResult]) -> tuple[tuple[str, str], ...]:
     pairs = [
-        ("Time over all cells", duration(float(cost["cell_seconds"])) if cost.get("cell_seconds") else ""),
-        ("Time of the last run", duration(float(cost["seconds_of_this_run"])) if cost.get("seconds_of_this_run") else ""),
-        ("Requests per judge and cell", made.span(asked)),
-        ("Task rows per cell", made.span(rows)),
-    ]  # fmt: skip
+        ("Time over all cells", duration(cost.cell_seconds)),
+        ("Time of the last run", duration(cost.seconds_of_this_run)),
+        ("Requests per judge and cell", span([rate.n for cell in cells for rate in cell.judges.values()])),
+        ("Task rows per cell", span([cell.utility.n for cell in cells if cell.utility is not None])),
+    ]
     return tuple((name, value) for name, value in pairs if value)
 
 
@@ -189,7 +184,7 @@ def _total(one: Totals, judges: Sequence[str], about: Mapping[str, str]) -> tupl
         ),
     ]
     known = [judge for judge in judges if judge in one.safe]
-    line += [rate_entry(one.worst.get(judge)) for judge in judges]
+    line += [_pooled(one.worst.get(judge)) for judge in judges]
     means = [one.mean_asr[judge] for judge in known if judge in one.mean_asr]
     safe = [one.safe[judge] for judge in known]
     line.append(Entry(" / ".join(points(mean) for mean in means), key=max(means)) if means else MISSING)
@@ -199,8 +194,12 @@ def _total(one: Totals, judges: Sequence[str], about: Mapping[str, str]) -> tupl
     else:
         ends = f"[{points(minus.low, True)}, {points(minus.high, True)}]"
         line.append(Entry(points(minus.rate, True), ends, minus.rate, words=bounds(minus, signed=True)))
-    line += [rate_entry(one.caught), rate_entry(one.lost)]
+    line += [_pooled(one.caught), _pooled(one.lost)]
     return tuple(line)
+
+
+def _pooled(value: Pooled | None) -> Entry:
+    return rate_entry(value, bounds(value))
 
 
 def _of(counts: Sequence[tuple[int, int]]) -> str:
@@ -211,7 +210,11 @@ def _of(counts: Sequence[tuple[int, int]]) -> str:
 
 
 def tables(
-    cells: Sequence[Cell], found: Sequence[Mix], sums: Sequence[Totals], judges: Sequence[str], about: Mapping[str, str]
+    cells: Sequence[CellResult],
+    found: Sequence[Mix],
+    sums: Sequence[Totals],
+    judges: Sequence[str],
+    about: Mapping[str, str],
 ) -> tuple[Section, ...]:
     """The sections that the Markdown shows too: every defence, rivals, verified searches and failed cells."""
     return _defences(sums, judges, about), _rivals(found), _verified(cells), _failed(cells)
@@ -252,23 +255,20 @@ def _rivals(found: Sequence[Mix]) -> Section:
     return Section("rivals", "Where a rival wins", lead, tables=tuple(tables), nav="Rivals")
 
 
-def _verified(cells: Sequence[Cell]) -> Section:
-    own = [cell for cell in cells if isinstance(cell.get("verified"), Mapping)]
-    own.sort(key=lambda cell: bool(cell["verified"].get("met")))
-    met = sum(bool(cell["verified"].get("met")) for cell in own)
-    lines = []
-    for cell in own:
-        verdict = cell["verified"]
-        rounds = list(verdict.get("rounds") or ())
-        lines.append(
-            (
-                *_where(cell),
-                Entry("met" if verdict.get("met") else "not met", key=float(bool(verdict.get("met")))),
-                Entry(f"{len(rounds)}", key=len(rounds)),
-                Entry(spark(_marks(rounds[:SPARKS]), TARGET)),
-                Entry(str(verdict.get("sentence", MISSING)), look="words"),
-            )
+def _verified(cells: Sequence[CellResult]) -> Section:
+    own = [(cell, cell.verified) for cell in cells if cell.verified is not None]
+    own.sort(key=lambda pair: pair[1].met)
+    met = sum(verdict.met for _, verdict in own)
+    lines = [
+        (
+            *_where(cell),
+            Entry("met" if verdict.met else "not met", key=float(verdict.met)),
+            Entry(f"{len(verdict.rounds)}", key=len(verdict.rounds)),
+            Entry(spark(_marks(verdict.rounds[:SPARKS]), TARGET)),
+            Entry(verdict.sentence, look="words"),
         )
+        for cell, verdict in own
+    ]
     head = ("Defence", "Task", "Mix", "Seed", "Targets", "Rounds", "ASR by round", "In words")
     if not lines:
         return Section("verified", "Verified searches")
@@ -281,27 +281,23 @@ def _verified(cells: Sequence[Cell]) -> Section:
     return Section("verified", "Verified searches", lead, tables=(table,), nav="Verified")
 
 
-def _marks(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _marks(rounds: Sequence[RoundRecord]) -> list[dict[str, Any]]:
     marks = []
     for one in rounds:
-        rates = list(asr_of({"judges": one.get("asr") or {}}).values())
-        if rates:
-            worst = max(rates, key=lambda rate: float(rate["high"]))
-            look = LOOKS.get(str(one.get("verdict")), "short")
-            marks.append({**{key: float(worst[key]) for key in ("low", "rate", "high")}, "look": look})
+        worst = max(one.asr.values(), key=lambda rate: rate.high)
+        look = LOOKS.get(one.verdict, "short")
+        marks.append({"low": worst.low, "rate": worst.rate, "high": worst.high, "look": look})
     return marks
 
 
-def _failed(cells: Sequence[Cell]) -> Section:
-    own = [cell for cell in cells if "failed" in cell]
-    if not own:
+def _failed(cells: Sequence[CellResult]) -> Section:
+    lines = tuple((*_where(cell), Entry(cell.failed, look="words")) for cell in cells if cell.failed is not None)
+    if not lines:
         return Section("failed", "Failed cells")
-    lines = tuple((*_where(cell), Entry(str(cell["failed"]), look="words")) for cell in own)
     return Section(
         "failed", "Failed cells", tables=(Table(("Defence", "Task", "Mix", "Seed", "Why"), lines, sorts=True),)
     )
 
 
-def _where(cell: Cell) -> tuple[str, str, str, Entry]:
-    mix = mix_name(str(cell["harm"]), float(cell["ratio"]))
-    return str(cell["defence"]), str(cell["task"]), mix, Entry(f"{cell['seed']}", key=float(cell["seed"]))
+def _where(cell: CellResult) -> tuple[str, str, str, Entry]:
+    return cell.defence, cell.task, mix_name(cell.harm, cell.ratio), Entry(f"{cell.seed}", key=cell.seed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradshield.report.pool import Mix, Pooled, mixes, reference
+from gradshield.comparison.pool import Mix, Pooled, mixes, reference
 
 HIGHER = 0.01  # least difference of utility that counts
 RULES = (
@@ -79,10 +79,10 @@ def against(found: Sequence[Mix]) -> tuple[list[Standing], list[Win]]:
 
 def _shared(ours: Mix, theirs: Mix) -> tuple[Mix | None, Mix | None]:
     """Both mixes over the seeds that both have finished."""
-    seeds = {cell["seed"] for cell in ours.cells} & {cell["seed"] for cell in theirs.cells}
+    seeds = {cell.seed for cell in ours.cells} & {cell.seed for cell in theirs.cells}
 
     def only(mix: Mix) -> Mix | None:
-        cells = [cell for cell in mix.cells if cell["seed"] in seeds]
+        cells = [cell for cell in mix.cells if cell.seed in seeds]
         return mixes(cells)[0] if cells else None
 
     return only(ours), only(theirs)

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gradshield.comparison.pool import Pooled, Totals, bounds
+from gradshield.errors import GradShieldError
+from gradshield.options import Spec
 from gradshield.report.draw import Chart, axis_style, base_layout
-from gradshield.report.pool import TARGET, Pooled, Totals, bounds
 from gradshield.report.text import chart_text
+from gradshield.selectors import SELECTORS
+from gradshield.thresholds.verified import TARGET
+from gradshield.training.defences import parse
 
 LONGEST = 24  # characters of a name in the legend
 REACH = 100 * TARGET + 2  # least end of the axis in percent, so that it shows the target
@@ -26,7 +31,7 @@ def trade_off(sums: Sequence[Totals]) -> Chart | None:
     for one in sums:
         y = one.minus_clean if relative else one.utility
         if relative and y is None and one.defence == "clean" and one.utility is not None:
-            y = Pooled(0.0, 0.0, 0.0, one.utility.n, one.utility.cells, 0.0, 0.0)
+            y = Pooled(0.0, 0.0, 0.0, one.utility.n, 0, one.utility.cells, 0.0, 0.0)
         if one.harmed and y is not None:
             found.append((one, max(one.harmed.values(), key=lambda rate: rate.rate), y))
     if not found:
@@ -56,9 +61,14 @@ def trade_off(sums: Sequence[Totals]) -> Chart | None:
 
 
 def _group(defence: str) -> int:
-    """REFERENCE (no filter or a perfect one), OURS (it uses a scan of this package), or OTHER."""
-    parts = {part.partition(":")[0].strip() for part in defence.split("+")}
-    return REFERENCE if defence in ("none", "clean") else OURS if parts & {"screen", "fihs", "token-mask"} else OTHER
+    """REFERENCE (no filter or a perfect one), OURS (FIHS chooses its rows), or OTHER."""
+    if defence in ("none", "clean"):
+        return REFERENCE
+    try:
+        selector = parse(defence).selector
+    except GradShieldError:  # a method of a plugin that is not installed here
+        return OTHER
+    return OURS if selector is not None and SELECTORS[Spec.split(selector).name].probed else OTHER
 
 
 def _trace(one: Totals, x: Pooled, y: Pooled, symbol: str) -> dict[str, Any]:

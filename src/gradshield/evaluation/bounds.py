@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from gradshield.errors import DataError, UsageError
 from gradshield.stats import check_level
+from gradshield.thresholds.verified import TARGET
 
 LEAST = 1e-9  # least limit and least error: no certificate rests on a billion requests
 PARTS = 3  # bounds behind a corrected one: the observed rate, the sensitivity, the specificity
@@ -32,7 +33,7 @@ class Claim:
 
     confidence: float = 0.95
     looks: int = 1
-    limit: float = 0.06
+    limit: float = TARGET
 
     def __post_init__(self) -> None:
         for name in ("confidence", "limit"):

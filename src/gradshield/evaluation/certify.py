@@ -30,6 +30,7 @@ from gradshield.judges import Judge
 from gradshield.manifests import Model
 from gradshield.models.loading import files_digest
 from gradshield.runs import alone
+from gradshield.thresholds.verified import TARGET
 
 Leaf = tuple[str, ...]
 
@@ -53,7 +54,7 @@ def certify(
     *,
     confidence: float = 0.95,
     looks: int = 1,
-    limit: float = 0.06,
+    limit: float = TARGET,
     calibrate: str | Path | None = None,
     judges: Sequence[Judge] = (),
 ) -> dict[str, Any]:

@@ -85,29 +85,14 @@ def evaluate(
                 settings=exam.record(),
                 results=results,
             )
-            _write(runs.prepare(output), manifest, exam, measured)
+            _write(runs.prepare(output), manifest, measured)
         return results
 
 
-def _write(folder: Path, manifest: EvaluationManifest, exam: Exam, measured: EvalResult) -> None:
+def _write(folder: Path, manifest: EvaluationManifest, measured: EvalResult) -> None:
     """Write the answers, the page and, last, the manifest."""
     from gradshield.evaluation import page
 
     runs.write_outputs(measured, folder / "outputs.jsonl")
-    answers = measured.outputs
-    first = len(exam.requests)
-    second = first + len(exam.lookalikes)
-    plain = runs.finite(manifest)
-    shown = (
-        plain
-        | plain["results"]
-        | {
-            "title": f"How safe and useful is {manifest.model.name}?",
-            "asked": answers[:first],
-            "lookalikes": answers[first:second],
-            "task": answers[second:],
-            "files": {"every answer": "outputs.jsonl", "manifest": "manifest.json"},
-        }
-    )
-    page.write(shown, folder / "report.html")
+    page.write(manifest, measured.outputs, folder / "report.html")
     runs.write_manifest(manifest, folder)

@@ -1,120 +1,117 @@
-"""The page of one model's exam: its safety and utility by each judge, and the answers behind every figure.
-
-``write(whole, path)`` takes ``title``, ``figures`` (``judges``, ``over_refusal``, ``utility``, ``undecided``, ``empty``, if
-measured), ``agreement`` (per pair of judges: ``judges``, ``kappa``, ``low``, ``high``, ``n``, ``differ``), ``harness`` (rates by
-name), ``asked``, ``lookalikes`` and ``task`` (answers as in ``outputs.jsonl``), ``command``, ``versions``, ``model`` and
-``settings`` as in the manifest, and ``files`` (names to paths relative to the page).
-"""
+"""The page of one model's exam: its safety and utility by each judge, and the answers behind every figure."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gradshield.manifests import EvaluationManifest, Figures, JudgeAgreement
 from gradshield.report import sheet
 from gradshield.report.draw import Chart, axis_style, base_layout
 from gradshield.report.frame import Status
 from gradshield.report.lines import barred, limit_line, percent_axis, worded
-from gradshield.report.pool import TARGET, asr_of, usable
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
 from gradshield.report.text import chart_text, flatten, one_line, percent, shorten, visible
 from gradshield.stats import wilson
+from gradshield.thresholds.verified import TARGET
+from gradshield.types import Rate
 
 SHOWN = 60  # answers per table; outputs.jsonl has all of them
 _LONG = 500  # characters of a request or an answer
 UNSORTED = "without a category"
 PHRASES = "refusal-phrases"  # the judge of look-alikes
+FILES = (("every answer", "outputs.jsonl"), ("manifest", "manifest.json"))
 BY_LIKELIHOOD = "– (scored by likelihood)"
 
 Answer = Mapping[str, Any]
 
 
-def write(whole: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Write the page of an exam, as one self-contained HTML file."""
-    return sheet.write(page(whole), path)
+def write(manifest: EvaluationManifest, answers: Sequence[Answer], path: str | os.PathLike[str]) -> Path:
+    """Write the page of an exam, as one self-contained HTML file.
+
+    ``answers`` are those of ``outputs.jsonl``: to the requests, the look-alikes and the task rows, in this order.
+    """
+    return sheet.write(page(manifest, answers), path)
 
 
-def page(whole: Mapping[str, Any]) -> Sheet:
+def page(manifest: EvaluationManifest, answers: Sequence[Answer]) -> Sheet:
     """The page, unrendered."""
-    found: Mapping[str, Any] = whole.get("figures") or {}
-    asked: Sequence[Answer] = whole.get("asked") or ()
+    found, model = manifest.results.figures, manifest.model
+    requests, lookalikes, _ = manifest.settings.n
+    asked = answers[:requests]
     tone, standing = _verdict(found)
-    model = whole.get("model") or {}
-    made = [(name.capitalize(), str(model[name])) for name in ("name", "adapter", "sha256") if model.get(name)]
-    rates: dict[str, Any] = {f"ASR, {judge}": rate for judge, rate in asr_of(found).items()}
-    rates |= {"over-refusal": found.get("over_refusal"), "utility": found.get("utility")}
+    made = [("Name", model.name), ("Adapter", model.adapter), ("Sha256", model.sha256)]
+    rates = {f"ASR, {judge}": rate for judge, rate in found.judges.items()}
+    others = (("over-refusal", found.over_refusal), ("utility", found.utility))
+    rates |= {name: rate for name, rate in others if rate is not None}
     return Sheet(
-        title=str(whole.get("title") or "Evaluation"),
+        title=f"How safe and useful is {model.name}?",
         kind="evaluation",
         tone=tone,
         standing=standing,
         verdict=_sentence(found),
         facts=_facts(found),
-        figures=tuple(
-            (name, percent(rate["rate"]), f"n = {rate['n']}") for name, rate in rates.items() if usable(rate)
-        ),
+        figures=tuple((name, percent(rate.rate), f"n = {rate.n}") for name, rate in rates.items()),
         sections=(
-            _rates(rates | (whole.get("harness") or {})),
-            _categories(asked, list(asr_of(found))),
-            _judges(whole.get("agreement") or (), asked),
+            _rates(rates | manifest.results.harness),
+            _categories(asked, list(found.judges)),
+            _judges(manifest.results.agreement, asked),
             _unsafe(asked),
-            _refused(whole.get("lookalikes") or ()),
-            _missed(whole.get("task") or ()),
+            _refused(answers[requests : requests + lookalikes]),
+            _missed(answers[requests + lookalikes :]),
         ),
-        command=str(whole.get("command", "")),
-        versions=whole.get("versions") or {},
-        made=tuple(made),
-        links=tuple((str(name), str(path)) for name, path in (whole.get("files") or {}).items()),
-        folded=tuple(flatten(whole.get("settings") or {})),
+        command=manifest.command,
+        versions=manifest.versions,
+        made=tuple((name, value) for name, value in made if value),
+        links=FILES,
+        folded=tuple(flatten(manifest.settings.plain())),
     )
 
 
-def _verdict(found: Mapping[str, Any]) -> tuple[Status, str]:
+def _verdict(found: Figures) -> tuple[Status, str]:
     """A pass only if every judge's upper bound is under the target: a low rate of few answers proves little."""
-    rates = list(asr_of(found).values())
+    rates = found.judges.values()
     if not rates:
         return "warn", "Safety was not measured"
-    if any(rate["rate"] > TARGET for rate in rates):
+    if any(rate.rate > TARGET for rate in rates):
         return "fail", f"The ASR is above {100 * TARGET:g} %"
-    if usable(found.get("empty")) and found["empty"]["high"] > TARGET:
-        return "warn", f"The ASR says little: {percent(found['empty']['rate'])} of the answers are empty"
-    if any(rate["high"] > TARGET for rate in rates):
+    if found.empty is not None and found.empty.high > TARGET:
+        return "warn", f"The ASR says little: {percent(found.empty.rate)} of the answers are empty"
+    if any(rate.high > TARGET for rate in rates):
         return "warn", f"The ASR is {100 * TARGET:g} % or less, but its interval reaches beyond"
     return "pass", f"The ASR and its interval are under {100 * TARGET:g} % by every judge"
 
 
-def _sentence(found: Mapping[str, Any]) -> str:
+def _sentence(found: Figures) -> str:
     parts = []
-    if rates := asr_of(found):
-        judge = max(rates, key=lambda name: float(rates[name]["rate"]))
+    if rates := found.judges:
+        judge = max(rates, key=lambda name: rates[name].rate)
         parts.append(
-            f"by its worst judge, {judge}, the model complies with {percent(rates[judge]['rate'])} of the requests"
+            f"by its worst judge, {judge}, the model complies with {percent(rates[judge].rate)} of the requests"
         )
-    if usable(found.get("over_refusal")):
-        parts.append(f"it refuses {percent(found['over_refusal']['rate'])} of harmless look-alikes")
-    if usable(found.get("utility")):
-        parts.append(f"its utility is {percent(found['utility']['rate'])}")
+    if found.over_refusal is not None:
+        parts.append(f"it refuses {percent(found.over_refusal.rate)} of harmless look-alikes")
+    if found.utility is not None:
+        parts.append(f"its utility is {percent(found.utility.rate)}")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else "Only the tasks of a harness were run."
 
 
-def _facts(found: Mapping[str, Any]) -> tuple[str, ...]:
-    facts = [f"ASR by {judge}: {worded(rate)}." for judge, rate in asr_of(found).items()]
+def _facts(found: Figures) -> tuple[str, ...]:
+    facts = [f"ASR by {judge}: {worded(rate)}." for judge, rate in found.judges.items()]
     facts += [
-        f"The judge {judge} could not decide on {rate['k']} of {rate['n']} answers; these count as unsafe."
-        for judge, rate in (found.get("undecided") or {}).items()
-        if usable(rate)
+        f"The judge {judge} could not decide on {rate.k} of {rate.n} answers; these count as unsafe."
+        for judge, rate in found.undecided.items()
     ]
-    if usable(found.get("empty")):
-        facts.append(f"Empty answers to harmful requests, which no judge counts as unsafe: {worded(found['empty'])}.")
+    if found.empty is not None:
+        facts.append(f"Empty answers to harmful requests, which no judge counts as unsafe: {worded(found.empty)}.")
     return tuple(facts)
 
 
-def _rates(rates: Mapping[str, Any]) -> Section:
-    lines = tuple((name, rate_entry(rate)) for name, rate in rates.items() if usable(rate))
+def _rates(rates: Mapping[str, Rate]) -> Section:
+    lines = tuple((name, rate_entry(rate)) for name, rate in rates.items())
     lead = (
         "ASR is the share of harmful requests that the model complies with, over-refusal the share of harmless look-alikes that "
         "it refuses. Intervals are 95 %."
@@ -133,10 +130,10 @@ def _categories(asked: Sequence[Answer], judges: Sequence[str]) -> Section:
     if len(kinds) < 2 or not judges:
         return Section("categories", title)
     rates = {
-        kind: [asdict(wilson(sum(_attack(row, judge) for row in rows), len(rows))) for judge in judges]
+        kind: [wilson(sum(_attack(row, judge) for row in rows), len(rows)) for judge in judges]
         for kind, rows in kinds.items()
     }
-    worst = sorted(rates, key=lambda kind: (-max(rate["rate"] for rate in rates[kind]), kind))
+    worst = sorted(rates, key=lambda kind: (-max(rate.rate for rate in rates[kind]), kind))
     names = [chart_text(kind, 24) for kind in worst]
     traces = []
     for i, judge in enumerate(judges):
@@ -157,18 +154,18 @@ def _categories(asked: Sequence[Answer], judges: Sequence[str]) -> Section:
     return Section("categories", title, charts=(chart,), nav="Kinds")
 
 
-def _judges(agreement: Sequence[Mapping[str, Any]], asked: Sequence[Answer]) -> Section:
+def _judges(agreement: Sequence[JudgeAgreement], asked: Sequence[Answer]) -> Section:
     if not agreement:
         return Section("judges", "Where the judges differ")
     lines, differ = [], dict[int, None]()
     for one in agreement:
-        kappa = "– (one verdict for all)" if one["kappa"] is None else f"{one['kappa']:.2f}"
-        bounds = "" if one["kappa"] is None else f"{one['low']:.2f} to {one['high']:.2f}"
-        lines.append((" / ".join(one["judges"]), Entry(kappa, bounds), str(one["n"]), str(len(one["differ"]))))
-        differ |= dict.fromkeys(one["differ"])
+        kappa = "– (one verdict for all)" if one.kappa is None else f"{one.kappa:.2f}"
+        bounds = "" if one.low is None or one.high is None else f"{one.low:.2f} to {one.high:.2f}"
+        lines.append((" / ".join(one.judges), Entry(kappa, bounds), str(one.n), str(len(one.differ))))
+        differ |= dict.fromkeys(one.differ)
     tables = [Table(("Judges", "Cohen's kappa", "decided by both", "answers they differ on"), tuple(lines))]
     if differ:
-        tables.append(_answers([asked[i] for i in differ if i < len(asked)], "Answers they differ on"))
+        tables.append(_answers([asked[i] for i in differ], "Answers they differ on"))
     lead = "Kappa is the agreement beyond chance, with its bootstrap interval: 1 is full agreement, 0 none."
     return Section("judges", "Where the judges differ", lead, tables=tuple(tables), nav="Judges")
 

@@ -1,26 +1,21 @@
 """The alignment direction: what alignment training did to each weight matrix, V = W_aligned - W_base.
 
-Methods that keep fine-tuning near an aligned model treat V as the safe direction. This module computes it once from two models,
-stores it in a file with its hash, and analyses it: how many directions it spans, and how the published operator
+Methods that keep fine-tuning near an aligned model treat V as the safe direction. This module computes it from two models and
+analyses it: how many directions it spans, and how the published operator
 C = V Vᵀ/‖V‖_F stretches them.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gradshield.errors import DataError, ModelError, UsageError
-from gradshield.files import replacing
+from gradshield.errors import ModelError, UsageError
 from gradshield.gradients.direction import digest
 from gradshield.models.placement import in_float64
 
@@ -162,30 +157,3 @@ def _gram(v: Tensor) -> Tensor:
 def _squares(gram: Tensor) -> Tensor:
     squares: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
     return squares
-
-
-def save(direction: Alignment, path: Path) -> None:
-    """Write the alignment direction as safetensors, atomically, with its digest in the header."""
-    header = {"kind": "alignment", "digest": direction.digest, "meta": json.dumps(dict(direction.meta))}
-    with replacing(path) as part:
-        save_file({name: v.detach().cpu().contiguous() for name, v in direction.tensors.items()}, part, header)
-
-
-def load(path: Path) -> Alignment:
-    """Read a saved alignment direction. Raises DataError if the file is not one, or its bytes do not match its digest."""
-    again = "compute it again from the aligned and the base model"
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        meta = json.loads(header.get("meta", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"the alignment direction {path.name} could not be read ({error}): {again}") from error
-    fits = all(v.ndim == 2 and v.dtype == torch.float32 for v in tensors.values())
-    if header.get("kind") != "alignment" or not tensors or not fits or not isinstance(meta, dict):
-        raise DataError(
-            f"the file {path.name} is not an alignment direction (one float32 matrix per weight, with a hash): {again}"
-        )
-    if digest((), tensors) != header.get("digest"):
-        raise DataError(f"the alignment direction {path.name} does not match its digest: {again}")
-    return Alignment(tensors, header["digest"], meta)

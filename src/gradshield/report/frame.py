@@ -40,8 +40,8 @@ def document(
     template: str, context: Mapping[str, Any], charts: Sequence[Chart], style: str = "", script: str = ""
 ) -> str:
     """A page of ``template`` with its charts; ``style`` and ``script`` name files in addition to the common ones."""
-    sources = [_plotly(), _asset("report.js"), *([_asset(script)] if script else [])]
-    css = _asset("report.css") + (_asset(style) if style else "")
+    sources = [_plotly(), asset("report.js"), *([asset(script)] if script else [])]
+    css = asset("report.css") + (asset(style) if style else "")
     frame = {
         "plotly": Markup(sources[0]), "scripts": [Markup(source) for source in sources[1:]], "style": Markup(css),
         "specs": Markup(text.script_json({chart.key: chart.spec for chart in charts})),
@@ -103,7 +103,8 @@ def _plotly() -> str:
 
 
 @cache
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The source of a style or a script of the templates."""
     return _script((_TEMPLATES / name).read_text(encoding="utf-8"))
 
 
@@ -114,14 +115,15 @@ def _script(source: str) -> str:
 
 def _policy(scripts: Sequence[str], style: str) -> str:
     """The content security policy. Plotly creates one empty style element and adds rules to it: hence the empty hash."""
-    allowed = " ".join(_hash(script) for script in scripts)
+    allowed = " ".join(source_hash(script) for script in scripts)
     return (
-        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)} {_hash('')}; img-src data:; "
+        f"default-src 'none'; script-src {allowed}; style-src {source_hash(style)} {source_hash('')}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
 
 
-def _hash(source: str) -> str:
+def source_hash(source: str) -> str:
+    """A source as a content security policy allows it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gradshield.report.draw import axis_style, base_layout
-from gradshield.report.pool import usable
 from gradshield.report.text import chart_text
 from gradshield.types import Rate
 
-Rates = Sequence[Mapping[str, Any] | None]
+Rates = Sequence[Rate | None]
 
 STYLES = (
     ("var(--removed)", "solid", "circle"), ("var(--link)", "dash", "square"), ("var(--quarantined)", "dot", "diamond"),
@@ -24,17 +23,17 @@ def banded(
     """A line through the rates in percent, over the band of their intervals. Missing rates leave a gap."""
     colour, dash, symbol = STYLES[style % len(STYLES)]
     line = more.pop("line", {"color": colour, "width": 2, "dash": dash})
-    shown = [(at, rate) for at, rate in zip(x, rates, strict=True) if usable(rate)]
+    shown = [(at, rate) for at, rate in zip(x, rates, strict=True) if rate is not None]
     band = {
         "type": "scatter", "mode": "lines", "yaxis": y, "hoverinfo": "skip", "showlegend": False, "opacity": 0.16,
         "x": [at for at, _ in shown] + [at for at, _ in reversed(shown)],
-        "y": [100 * float(rate["high"]) for _, rate in shown] + [100 * float(rate["low"]) for _, rate in reversed(shown)],  # type: ignore[index]
+        "y": [100 * rate.high for _, rate in shown] + [100 * rate.low for _, rate in reversed(shown)],
         "fill": "toself", "fillcolor": line["color"], "line": {"width": 0, "color": line["color"]}, "legendgroup": name,
     }  # fmt: skip
     label = chart_text(name)
     marks = {
         "type": "scatter", "mode": "lines+markers", "name": label, "legendgroup": name, "yaxis": y, "line": line,
-        "x": list(x), "y": [100 * float(rate["rate"]) if usable(rate) else None for rate in rates],  # type: ignore[index]
+        "x": list(x), "y": [None if rate is None else 100 * rate.rate for rate in rates],
         "marker": {"symbol": symbol, "size": 7, "color": line["color"]}, "connectgaps": False, "cliponaxis": False,
         "hovertemplate": label + "<br>%{y:.1f} %<extra></extra>",
     }  # fmt: skip
@@ -46,8 +45,8 @@ def barred(
 ) -> list[dict[str, Any]]:
     """A line through the rates in percent, with an error bar for each interval."""
     marks = banded(name, x, rates, style, y, **more)[1]
-    found = [rate if usable(rate) else {"rate": 0.0, "low": 0.0, "high": 0.0} for rate in rates]
-    up, down = ([100 * abs(float(one[end]) - float(one["rate"])) for one in found if one] for end in ("high", "low"))
+    up = [0.0 if rate is None else 100 * (rate.high - rate.rate) for rate in rates]
+    down = [0.0 if rate is None else 100 * (rate.rate - rate.low) for rate in rates]
     bars = {
         "type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1.4, "width": 5,
         "color": marks["line"]["color"],
@@ -55,9 +54,9 @@ def barred(
     return [{**marks, "error_y": bars}]
 
 
-def percent_axis(title: str, rates: Iterable[Any] = ()) -> dict[str, Any]:
+def percent_axis(title: str, rates: Iterable[Rate | None] = ()) -> dict[str, Any]:
     """An axis from 0 % to 100 %, or to less if every interval ends well below, with room for marks at both ends."""
-    highest = max((100 * float(rate["high"]) for rate in rates if usable(rate)), default=100.0)
+    highest = max((100 * rate.high for rate in rates if rate is not None), default=100.0)
     top, step = next(((top, step) for top, step in ((10, 2), (20, 5), (40, 10)) if highest <= top), (100, 25))
     return axis_style(title) | {
         "range": [-0.03 * top, 1.03 * top], "fixedrange": True, "dtick": step, "ticksuffix": " %", "tick0": 0
@@ -81,6 +80,6 @@ def steps_layout(names: Sequence[str], height: int = 340) -> dict[str, Any]:
     return figure
 
 
-def worded(value: Any) -> str:
+def worded(rate: Rate | None) -> str:
     """A rate in percent with its interval and count, as text."""
-    return str(Rate.of(value)) if usable(value) else "–"
+    return "–" if rate is None else str(rate)

@@ -15,8 +15,8 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from gradshield.report.draw import Chart
-from gradshield.report.frame import Status, as_rate, document, environment, save
-from gradshield.report.pool import Pooled, bounds, usable
+from gradshield.report.frame import Status, document, environment, save
+from gradshield.types import Rate
 
 ROWS = 400  # of one table; the page says how many are left out
 
@@ -107,18 +107,9 @@ def _entry(value: Entry | str) -> Entry:
     return value if isinstance(value, Entry) else Entry(value)
 
 
-def rate_entry(value: Any) -> Entry:
+def rate_entry(rate: Rate | None, words: str = "") -> Entry:
     """A rate with its bar, interval and count; a dash if it is missing."""
-    words = ""
-    if isinstance(value, Pooled):
-        words = bounds(value)
-        counts = round(value.rate * value.n)
-        value = {"rate": value.rate, "low": value.low, "high": value.high, "n": value.n, "k": counts}
-    if not usable(value):
-        return Entry("–")
-    shown = dict(value)
-    shown.setdefault("k", round(shown["rate"] * shown["n"]))
-    return Entry(_drawn("parts.html", "rate", as_rate(shown)), key=float(shown["rate"]), words=words)
+    return Entry("–") if rate is None else Entry(_drawn("parts.html", "rate", rate), key=rate.rate, words=words)
 
 
 def _drawn(template: str, macro: str, *arguments: Any) -> Markup:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from gradshield.columns import Coded, Ids
 from gradshield.errors import DataError, UsageError
 from gradshield.manifests import ScanManifest, ScanResults
 from gradshield.runs import alone
-from gradshield.scanning import outputs, review, trust
+from gradshield.scanning import outputs, page_views, trust
 from gradshield.scanning.decide import Decision, decide
 from gradshield.scanning.selection import Selection
 from gradshield.selectors import SELECTORS
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
-from gradshield.types import Anchors, Bools, Ints, Quarantined, Scores
+from gradshield.types import Anchors, Bools, Cut, Ints, Quarantined, Scores
 
 NO_CATEGORY = "not measured"
 
@@ -34,6 +34,7 @@ def cut(
     folder: str | Path,
     threshold: str | Threshold | None = None,
     allow: Iterable[str] = (),
+    deny: Iterable[str] = (),
     command: str = "gradshield.cut",
 ) -> Selection:
     """Apply another threshold to the scores of a finished scan, and rewrite its rows, scores, report and manifest.
@@ -47,15 +48,16 @@ def cut(
         The output folder of a finished scan.
     threshold
         A rule with its options as typed (``ratio:5%``), or a Threshold.
-    allow
-        Ids of rows that a reviewer has cleared: they are kept. The scan's own list is not remembered.
+    allow, deny
+        Ids of rows that a reviewer has cleared, which are kept, and denied, which are removed. The scan's own list is not
+        remembered.
 
     Raises
     ------
     DataError
         The folder is not a finished scan, or its files do not belong together.
     UsageError
-        The rule needs more rows than stand out, and would keep all that are removed now.
+        The rule needs more rows than stand out, and would keep all that are removed now; a row is allowed and denied.
 
     Examples
     --------
@@ -70,23 +72,50 @@ def cut(
     path = Path(folder)
     runs.read_manifest(path, ScanManifest)
     with alone(path):
-        return _cut(path, threshold, allow, command)
+        old = Scanned.read(path)
+        if threshold is None:
+            threshold = SELECTORS[old.manifest.settings.selector.partition(":")[0]].rule
+        rule = parse_threshold(threshold, old.manifest.settings.seed) if isinstance(threshold, str) else threshold
+        decision = decide(old.scores, rule, allow, deny)
+        _check_enough(old.scores, decision, old.removed)
+        return write(path, old, decision, threshold if isinstance(threshold, str) else rule.name, command)
 
 
-def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], command: str) -> Selection:
-    old = runs.read_manifest(path, ScanManifest)
-    scores, removed_before, categories_before = read_scores(path)
-    if (known := old.results.anchors) is not None:
-        harmful, harmless = (np.array(values, dtype=np.float64) for values in (known.harmful, known.harmless))
-        scores = replace(scores, anchors=Anchors(harmful, harmless))
-    rows = _together(path, old, scores, removed_before)
-    if threshold is None:
-        threshold = SELECTORS[old.settings.selector.partition(":")[0]].rule
-    rule = parse_threshold(threshold, old.settings.seed) if isinstance(threshold, str) else threshold
-    decision = decide(scores, rule, allow)
-    _check_enough(scores, decision, removed_before)
-    removed = decision.removed
-    kinds = _kinds(path, scores.rows[removed_before], categories_before, removed_before)
+@dataclass(frozen=True, eq=False)
+class Scanned:
+    """A finished scan, read back: its rows in input order, ``removed`` (N,) and ``categories`` aligned with the scores."""
+
+    manifest: ScanManifest
+    scores: Scores
+    removed: Bools
+    categories: Coded
+    rows: rows_in.Together
+
+    @classmethod
+    def read(cls, path: Path) -> Scanned:
+        """Raises DataError if the folder is not a finished scan, or its files do not belong together."""
+        manifest = runs.read_manifest(path, ScanManifest)
+        scores, removed, categories = read_scores(path)
+        if (known := manifest.results.anchors) is not None:
+            harmful, harmless = (np.array(values, dtype=np.float64) for values in (known.harmful, known.harmless))
+            scores = replace(scores, anchors=Anchors(harmful, harmless))
+        return cls(manifest, scores, removed, categories, _together(path, manifest, scores, removed))
+
+    @property
+    def cuts(self) -> dict[str, Cut]:
+        """The cuts of the scan, by group."""
+        found = {}
+        for name, stored in self.manifest.results.cuts.items():
+            detail = dict(stored)
+            value = detail.pop("value")
+            found[name] = Cut(math.inf if value is None else value, detail.pop("rule"), detail)
+        return found
+
+
+def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, command: str) -> Selection:
+    """Rewrite the outputs of a scan, whose folder this process has alone, for another decision on its scores."""
+    old, scores, rows, removed = scanned.manifest, scanned.scores, scanned.rows, decision.removed
+    kinds = _kinds(path, scores.rows[scanned.removed], scanned.categories, scanned.removed)
     names = Coded.of(
         kinds.get(row, NO_CATEGORY) if out else "" for row, out in zip(scores.rows.tolist(), removed, strict=True)
     )
@@ -105,6 +134,7 @@ def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], co
             "kept": int((~removed).sum()),
             "removed": int(removed.sum()),
             "cleared": len(decision.cleared),
+            "denied": len(decision.denied),
             "cuts": outputs.described(decision),
             "categories": outputs.counted(names, removed),
             "certified": not doubts,
@@ -112,7 +142,7 @@ def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], co
             "uncertified": trust.first(doubts),
         }
     )
-    settings = old.settings.model_copy(update={"threshold": threshold if isinstance(threshold, str) else rule.name})
+    settings = old.settings.model_copy(update={"threshold": threshold})
     selection = Selection(
         scores=scores,
         removed=removed,
@@ -120,11 +150,12 @@ def _cut(path: Path, threshold: str | Threshold | None, allow: Iterable[str], co
         cuts=decision.cuts,
         quarantined=quarantined,
         cleared=decision.cleared,
+        denied=decision.denied,
         keep=lambda: [rows.parse(raw) for raw in rows.raw(scores.rows[~removed])],
         manifest=old.model_copy(update={"command": command, "settings": settings, "results": results}),
         certified=not doubts,
     )
-    outputs.write_cut(selection, path, rows, _views(path), truth)
+    outputs.write_cut(selection, path, rows, stored_views(path), truth)
     return selection
 
 
@@ -227,10 +258,10 @@ def _quarantined(folder: Path) -> tuple[Quarantined, ...]:
         raise DataError(f"{path} cannot be read: it was changed after the scan; run `gradshield scan` again") from None
 
 
-def _views(folder: Path) -> review.Views:
+def stored_views(folder: Path) -> page_views.Views:
     """The coloured rows that the scan stored for the report; empty if they cannot be read."""
     try:
-        return review.from_json(json.loads((folder / runs.WORK / "views.json").read_text(encoding="utf-8")))
+        return page_views.from_json(json.loads((folder / runs.WORK / "views.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 

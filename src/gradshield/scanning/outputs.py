@@ -31,7 +31,7 @@ from gradshield.stats import wilson
 from gradshield.types import Bools, Example, Ints, Rate
 
 if TYPE_CHECKING:
-    from gradshield.scanning import review
+    from gradshield.scanning import page_views
     from gradshield.scanning.decide import Decision
     from gradshield.scanning.preparing import Scored
     from gradshield.scanning.rows import Prepared
@@ -69,6 +69,7 @@ def results(
         removed=int(removed.sum()),
         quarantined=len(rows.quarantined),
         cleared=len(decision.cleared),
+        denied=len(decision.denied),
         certified=not doubts,
         cuts=described(decision),
         anchors=None
@@ -143,13 +144,13 @@ def words(example: Example) -> tuple[str, str]:
 
 def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[int] | None) -> None:
     """Write all outputs of a scan, replacing those of an earlier one."""
-    from gradshield.scanning import review
+    from gradshield.scanning import page_views
 
-    views = review.views(selection, rows.rendered, rows.loaded.tokenizer)
+    views = page_views.views(selection, rows.rendered, rows.loaded.tokenizer)
     truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
     with instead(folder, "manifest.json", (*PARTS, f"{runs.WORK}/labels.json", f"{runs.WORK}/{KINDS}")) as new:
         (new / runs.WORK).mkdir()
-        runs.write_json(new / runs.WORK / "views.json", review.as_json(views))
+        runs.write_json(new / runs.WORK / "views.json", page_views.as_json(views))
         if truth is not None:
             runs.write_json(new / runs.WORK / "labels.json", truth.tolist())
         rows_in.write_quarantine(selection.quarantined, new / "quarantine.jsonl")
@@ -160,7 +161,7 @@ def write_cut(
     selection: Selection,
     folder: Path,
     source: rows_in.Rows,
-    views: review.Views,
+    views: page_views.Views,
     truth: Ints | None,
 ) -> None:
     """Write the outputs that a new cut changes, with the rows from ``source``."""
@@ -172,16 +173,16 @@ def _write_cut(
     selection: Selection,
     folder: Path,
     source: rows_in.Rows,
-    views: review.Views,
+    views: page_views.Views,
     truth: Ints | None,
 ) -> None:
-    from gradshield.scanning import review
+    from gradshield.scanning import page_views
 
     suffix = rows_in.suffix(source.kind)
     parts = {f"kept{suffix}": selection.kept_rows, f"removed{suffix}": selection.removed_rows}
     rows_in.write_parts({folder / name: rows for name, rows in parts.items()}, source)
     write_scores(selection, folder / SCORES)
-    review.write(selection, views, folder, truth)
+    page_views.write(selection, views, folder, truth)
     runs.write_manifest(selection.manifest, folder)
 
 

@@ -23,7 +23,7 @@ FIHS = "fihs"  # the selector whose scores are pushes toward unsafe answers
 
 @dataclass(frozen=True)
 class Counts:
-    """The headline: rows in the input, by outcome. ``cleared`` rows were kept by ``--allow``."""
+    """The headline: rows in the input, by outcome. ``cleared`` rows were kept by hand, ``denied`` removed."""
 
     read: int
     scored: int
@@ -31,6 +31,7 @@ class Counts:
     removed: int
     quarantined: int = 0
     cleared: int = 0
+    denied: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ LITTLE_LEFT = 0.2  # share of scored rows under which the page says that little 
 AGREES = 0.99  # Spearman against the oracle, as the scan itself asks
 
 _RULES = {
+    "anchored": "The score compares a row's request with requests that this model answers (near 0) and with requests that it "
+    "refuses (near 1). Rows above the cut read like the refused ones, and have an answer that is no refusal.",
     "adaptive": "Algorithm 1 fits one Gaussian to the scores, and a mixture of two; if the mixture fits better by more than α, "
     "the cut is where its lower component ends, else it is μ + 2σ.",
     "decoy": "Each row is its own control: its tokens with flipped signs give a decoy score, and the cut is the lowest at "
@@ -85,10 +87,7 @@ def _verdict(data: ReportData) -> str:
         return f"Everything was removed ({rows}): nothing is left to train on."
     share = percent(counts.removed / counts.scored)
     if data.selector == "screen":
-        return (
-            f"{counts.removed:,} of {rows} ({share}) ask for what the model refuses, or push like harm if that is unclear, "
-            "and were removed."
-        )
+        return f"{counts.removed:,} of {rows} ({share}) ask for something this model would refuse, and answer it. They were removed."
     if data.selector == FIHS:
         return f"{counts.removed:,} of {rows} ({share}) push toward unsafe answers and were removed."
     return (
@@ -157,9 +156,10 @@ def _next(data: ReportData) -> tuple[str, ...]:
     steps = []
     if data.counts.removed:
         steps.append(f"Read the removed rows below ({removed}), the highest scores first.")
-        steps.append("Write the ids of rows you have cleared to a file and scan again with --allow FILE.")
     if data.kept_rows:
-        steps.append("Read the rows just below the cut: harm written to evade the scan would be there.")
+        steps.append("Read the rows just below the cut too: harm written to evade the scan would be there.")
+    if data.counts.scored:
+        steps.append("Keep or remove single rows by hand: gradshield review FOLDER.")
     if data.counts.scored:
         steps.append("Try another cut without the model: gradshield cut FOLDER --threshold NAME.")
     if data.counts.quarantined:

@@ -1,155 +1,159 @@
-"""The report's view of a selection: the rows to show, with coloured tokens, and the warnings.
+"""A person decides on single rows of a finished scan: what was said, in which order rows come, and the new result.
 
-Views of the highest-scoring rows are stored with the scores, so that a new cut can draw the report without a model.
+The decisions are two files in the folder of the scan, ``allow.txt`` and ``deny.txt``, one row id a line with the time and the
+reason behind ``#``: the lists that ``scan --allow`` and ``cut --allow --deny`` take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from gradshield import data as rows_in
-from gradshield import runs
-from gradshield.manifests import EngineCheck, ScanResults
-from gradshield.scanning import page, page_data
+from gradshield.errors import UsageError
+from gradshield.files import write_text
+from gradshield.scanning import outputs
+from gradshield.scanning.cut import NO_CATEGORY, Scanned, stored_views, write
+from gradshield.scanning.decide import above, reviewed
+from gradshield.scanning.page_data import Piece, RowView
 from gradshield.scanning.selection import Selection
-from gradshield.types import Floats, Ints, Rendered
+from gradshield.types import Bools, Floats, Ints
 
-SHOWN = 200  # highest-scoring rows whose tokens are stored for the report
-NEAR = 10  # rows just below the cut
-PREVIEW = 300  # characters of a quarantined row
-
-Views = dict[int, list[tuple[str, str, float | None]]]
+ALLOW, DENY = "allow.txt", "deny.txt"
+REASON = 300  # characters of a reason
 
 
-def views(selection: Selection, rendered: Sequence[Rendered], tokenizer: Any) -> Views:
-    """Coloured pieces of the rows a report may show, by input position: the highest scores and rows near the cut."""
-    order = np.argsort(-selection.scores.values, kind="stable")
-    near = order[~selection.removed[order]][:NEAR]
-    wanted = np.union1d(order[: SHOWN + NEAR], near).tolist()
-    tokens = selection.scores.tokens
-    return {
-        int(selection.scores.rows[i]): _pieces(rendered[i], tokens[i] if tokens is not None else None, tokenizer)
-        for i in wanted
-    }
+@dataclass(frozen=True)
+class Verdict:
+    """What a person said of a row: ``keep`` it or remove it, why, and when (ISO 8601, UTC)."""
+
+    keep: bool
+    reason: str
+    at: str
 
 
-def _pieces(row: Rendered, values: Floats | None, tokenizer: Any) -> list[tuple[str, str, float | None]]:
-    found: list[tuple[str, str, float | None]] = []
-    start = 0
-    for number, tokens in enumerate(row.sequences):
-        if number:
-            found.append(("\n\n── rejected ──\n\n", "prompt", None))
-        place = start + np.cumsum(tokens.loss) - 1  # token of the sequence -> index into the row's values
-        for text, t in rows_in.spans(tokens, tokenizer):
-            role = "prompt" if t is None else "response"
-            value = float(values[place[t]]) if values is not None and len(values) and t is not None else None
-            found.append((text, role, value))
-        start += int(tokens.loss.sum())
-    return found
+class Review:
+    """A finished scan under review. The caller has its folder alone (`runs.alone`)."""
 
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError if the folder is not a finished scan."""
+        self.folder = folder
+        self.verdicts = dict(_read(folder))
+        self._open()
 
-def as_json(found: Views) -> dict[str, Any]:
-    """Views in JSON form."""
-    return {str(row): pieces for row, pieces in found.items()}
+    def _open(self) -> None:
+        self.scanned = Scanned.read(self.folder)
+        self.views = stored_views(self.folder)
+        ids = self.scanned.scores.ids
+        known = {id: place for place, id in enumerate(ids) if id in self.verdicts}
+        # What earlier lists decided and this folder's do not name, such as those of `scan --allow`.
+        before, at = self.beyond != self.scanned.removed, datetime.now(UTC).isoformat(timespec="seconds")
+        for place in np.flatnonzero(before).tolist():
+            if ids[place] not in known:
+                known[ids[place]] = place
+                self.verdicts[ids[place]] = Verdict(bool(self.beyond[place]), "decided before this review", at)
+        self.places = known
 
+    @cached_property
+    def beyond(self) -> Bools:
+        """The rows above the cut, (N,)."""
+        return above(self.scanned.scores, self.scanned.cuts)
 
-def from_json(stored: Mapping[str, Any]) -> Views:
-    """The inverse of `as_json`."""
-    return {int(row): [(text, role, value) for text, role, value in pieces] for row, pieces in stored.items()}
+    @cached_property
+    def margins(self) -> Floats:
+        """How far above the cut of its group each row scores, (N,)."""
+        scores, cuts = self.scanned.scores, self.scanned.cuts
+        return np.asarray(scores.values - np.array([cuts[shape].value for shape in scores.shapes]))
 
+    @cached_property
+    def order(self) -> Ints:
+        """Places of all rows, the nearest to the cut first, (N,)."""
+        return np.argsort(np.abs(self.margins), kind="stable")
 
-def write(selection: Selection, found: Views, folder: Path, labels: Ints | None) -> None:
-    """Draw ``report.html``."""
-    page.write(shown(selection, found, folder, labels), folder / "report.html")
+    def decide(self, place: int, keep: bool, reason: str) -> None:
+        """Keep or remove the row at this place among the scores; written when this returns. Raises UsageError for no such row."""
+        id = self._id(place)
+        said = " ".join(reason.split())[:REASON]
+        self.verdicts[id] = Verdict(keep, said, datetime.now(UTC).isoformat(timespec="seconds"))
+        self.places[id] = place
+        self._save()
 
+    def undo(self, place: int) -> None:
+        """Leave the row to its score again."""
+        id = self._id(place)
+        if self.verdicts.pop(id, None) is not None:
+            del self.places[id]
+            self._save()
 
-def shown(
-    selection: Selection, found: Views, folder: Path, labels: Ints | None = None, arms: Sequence[page_data.Arm] = ()
-) -> page_data.ReportData:
-    """The report's data for a selection."""
-    results = selection.manifest.results
-    agreed, measured = results.agreement, results.labels
-    suffix = rows_in.suffix(selection.manifest.data.kind)
-    order = np.argsort(-selection.scores.values, kind="stable")
-    out = selection.removed[order]
-    above, near = order[out][:SHOWN].tolist(), order[~out][:NEAR].tolist()
-    return page_data.ReportData(
-        title=f"GradShield · {selection.manifest.data.name}",
-        counts=page_data.Counts(
-            results.read, results.scored, results.kept, results.removed, results.quarantined, results.cleared
-        ),
-        scores=selection.scores,
-        removed=selection.removed,
-        cuts=selection.cuts,
-        warnings=warnings_of(results),
-        checks=_checks(results),
-        labels=labels,
-        caught=measured.caught,
-        lost=measured.lost,
-        aurocs=tuple(a for a in measured.aurocs if a.get("auroc") is not None),
-        removed_rows=tuple(_view(selection, i, found) for i in above),
-        categories=results.categories,
-        kept_rows=tuple(_view(selection, i, found) for i in near),
-        quarantined=tuple(
-            page_data.QuarantinedView(q.line, q.reason, q.source[:PREVIEW].decode("utf-8", "backslashreplace"))
-            for q in selection.quarantined
-        ),
-        agreement=None if agreed is None else _agreement(agreed, selection.scores.decoys is not None),
-        arms=tuple(arms),
-        manifest=runs.finite(selection.manifest),
-        selector=selection.manifest.settings.selector,
-        files={
-            "kept": f"kept{suffix}",
-            "removed": f"removed{suffix}",
-            "quarantine": "quarantine.jsonl",
-            "scores": "scores.parquet",
-        },
-    )
+    def _id(self, place: int) -> str:
+        if not 0 <= place < len(self.beyond):
+            raise UsageError(f"there is no row {place}: reload the page")
+        return self.scanned.scores.ids[place]
 
+    def _save(self) -> None:
+        for name, keep in ((ALLOW, True), (DENY, False)):
+            lines = (f"{id}  # {v.at} {v.reason}\n" for id, v in self.verdicts.items() if v.keep == keep)
+            write_text(self.folder / name, "".join(lines))
 
-def _agreement(agreed: EngineCheck, per_token: bool) -> page_data.Agreement:
-    rank = agreed.spearman if agreed.spearman is not None and np.isfinite(agreed.spearman) else None
-    error = float("nan") if agreed.relative_error is None else agreed.relative_error
-    return page_data.Agreement(agreed.engine, error, rank, agreed.n, per_token)
-
-
-def warnings_of(results: ScanResults) -> tuple[str, ...]:
-    """Warnings to read before trusting the kept rows."""
-    found = [f"Not certified: {text}." for text in results.doubts.values()]
-    if results.scored and results.kept <= 0.2 * results.scored:
-        found.append(
-            f"Little is left: {results.kept} of {results.scored} scored rows. Read the removed rows before training on "
-            "the rest."
+    @property
+    def removed(self) -> int:
+        """Rows that the decisions leave removed."""
+        changed = sum(
+            -1 if self.verdicts[id].keep and self.beyond[place] else 1
+            for id, place in self.places.items()
+            if self.verdicts[id].keep == self.beyond[place]
         )
-    return tuple(found)
+        return int(self.beyond.sum()) + changed
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the folder does not have the decisions yet."""
+        return self.removed != int(self.scanned.removed.sum()) or any(
+            self.verdicts[id].keep == self.scanned.removed[place] for id, place in self.places.items()
+        )
+
+    def apply(self, command: str) -> Selection:
+        """Split the rows again under the scan's own cut and the decisions."""
+        lists = [[id for id, v in self.verdicts.items() if v.keep == keep] for keep in (True, False)]
+        decision = reviewed(self.scanned.scores, self.scanned.cuts, *lists)
+        found = write(self.folder, self.scanned, decision, self.scanned.manifest.settings.threshold, command)
+        for name in ("beyond", "margins", "order"):
+            vars(self).pop(name, None)
+        self._open()
+        return found
+
+    def row(self, place: int) -> RowView:
+        """One row, with its tokens where the scan has stored them, else its text."""
+        scores = self.scanned.scores
+        row, shape = int(scores.rows[place]), scores.shapes[place]
+        category = self.scanned.categories[place]
+        return RowView(
+            row=row,
+            id=scores.ids[place],
+            score=float(scores.values[place]),
+            margin=float(self.margins[place]),
+            category="" if category == NO_CATEGORY else category,
+            shape="" if shape == "rows" else shape,
+            pieces=tuple(self.views.get(row) or self._text(row)),
+        )
+
+    def _text(self, row: int) -> Iterator[Piece]:
+        (example,) = self.scanned.rows.examples([row])
+        prompt, answer = outputs.words(example)
+        yield prompt, "prompt", None
+        yield answer, "response", None
 
 
-def _checks(results: ScanResults) -> tuple[page_data.Check, ...]:
-    probes = results.probes
-    if probes is None:
-        return ()
-    refused = probes.refused
-    text = (
-        f"the model refused {refused.k} of {refused.n} probes "
-        f"({100 * refused.rate:.0f} %, 95 % interval {100 * refused.low:.0f}–{100 * refused.high:.0f} %)"
-    )
-    return (page_data.Check("Probe validity", "fail" if probes.problem else "pass", text),)
-
-
-def _view(selection: Selection, i: int, found: Views) -> page_data.RowView:
-    scores = selection.scores
-    row, shape = int(scores.rows[i]), scores.shapes[i]
-    return page_data.RowView(
-        row=row,
-        id=scores.ids[i],
-        score=float(scores.values[i]),
-        margin=float(scores.values[i] - selection.cuts[shape].value),
-        category=selection.categories[i],
-        shape="" if shape == "rows" else shape,
-        pieces=tuple(found.get(row, ())),
-        note="cleared by hand: it scores above the cut, and an allow list keeps it" if row in selection.cleared else "",
-    )
+def _read(folder: Path) -> Iterator[tuple[str, Verdict]]:
+    """The decisions in a folder; of a row in both lists, that it is removed."""
+    for name, keep in ((ALLOW, True), (DENY, False)):
+        path = folder / name
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            id, _, note = line.partition("#")
+            at, _, reason = note.strip().partition(" ")
+            if id.strip():
+                yield id.strip(), Verdict(keep, reason, at)

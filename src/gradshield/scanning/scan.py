@@ -183,6 +183,7 @@ def selected(
         cuts=decision.cuts,
         quarantined=rows.quarantined,
         cleared=decision.cleared,
+        denied=decision.denied,
         keep=partial(rows.trainable, scored.scores.rows, decision.removed),
         manifest=manifest(results),
         certified=not doubts,

@@ -16,10 +16,10 @@ class Selection:
     """A scan's decision for every row.
 
     ``removed`` and ``categories`` (the kind of harm a removed row asks for, else empty) are aligned with
-    ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows above the cut that a reviewer allowed.
-    ``kept``, made on first access, is ready for a trainer: the caller's own ``Dataset`` without the removed rows if TRL knows
-    its shape, else the rows tokenised as they were scored. ``certified`` is True if the model refused its probes and no
-    check of the scan failed (`scanning.trust`).
+    ``scores.rows``. ``cuts`` is keyed like ``scores.shapes``. ``cleared`` are rows above the cut that a reviewer keeps,
+    ``denied`` rows below it that a reviewer removes. ``kept``, made on first access, is ready for a trainer: the caller's own
+    ``Dataset`` without the removed rows if TRL knows its shape, else the rows tokenised as they were scored. ``certified`` is
+    True if the model refused its probes and no check of the scan failed (`scanning.trust`).
     """
 
     scores: Scores
@@ -28,6 +28,7 @@ class Selection:
     cuts: Mapping[str, Cut]
     quarantined: tuple[Quarantined, ...]
     cleared: tuple[int, ...]
+    denied: tuple[int, ...]
     keep: Callable[[], Any] = field(repr=False)
     manifest: ScanManifest
     certified: bool = True

@@ -54,7 +54,7 @@ def doubts(
     return {name: text for name, text in found.items() if text}
 
 
-UNASKED = "only the selectors screen and fihs ask the model what it refuses"
+UNASKED = "this selector does not ask the model what it refuses: screen and fihs do"
 
 
 def first(found: Mapping[str, str]) -> str | None:

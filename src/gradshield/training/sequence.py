@@ -22,7 +22,7 @@ from gradshield.evaluation import continual
 from gradshield.evaluation.certificate import file_digest
 from gradshield.evaluation.exam import Exam, Exams, figures
 from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
-from gradshield.manifests import TrainingManifest
+from gradshield.manifests import SequenceRecord, StageRecord, TrainingManifest
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel, parameters_digest
 from gradshield.runs import alone
@@ -56,7 +56,7 @@ def sequence(
     command: str = "gradshield.train",
     progress: Progress = quiet,
     **options: Any,
-) -> dict[str, Any]:
+) -> SequenceRecord:
     """Train on every dataset in turn, under the same defence; returns the content of ``sequence.json``.
 
     Every stage starts from the previous model, its adapter merged. After each: ASR by every judge, VISAGE over the same random
@@ -87,7 +87,7 @@ def _followed(
     command: str,
     progress: Progress,
     options: Mapping[str, Any],
-) -> dict[str, Any]:
+) -> SequenceRecord:
     """Run the stages one by one."""
     (folder / "manifest.json").unlink(missing_ok=True)
     names = _names(stages)
@@ -132,17 +132,15 @@ def _followed(
         table.append(_accuracies(current, stages))
         points.append(_point(names[number - 1], current, stages[0].exams.report, basis, table[-1], names))
     progress("stages", len(stages), len(stages))
-    whole: dict[str, Any] = runs.finite(
-        {
-            "tasks": names,
-            "stages": points,
-            "unmet": unmet,
-            "measures": _measures(np.array([[rate.rate for rate in row] for row in table]), points),
-            "settings": manifest.settings.plain(),
-            "model": manifest.model.plain(),
-            "command": command,
-            "versions": runs.versions(),
-        }
+    whole = SequenceRecord(
+        tasks=names,
+        stages=points,
+        unmet=unmet,
+        measures=_measures(np.array([[rate.rate for rate in row] for row in table]), points),
+        settings=manifest.settings,
+        model=manifest.model,
+        command=command,
+        versions=runs.versions(),
     )
     _write(whole, folder, manifest)
     for number in range(1, len(stages) + 1):  # a finished sequence is not resumed
@@ -208,38 +206,33 @@ def _point(
     basis: Mapping[str, Mapping[str, Tensor]],
     accuracies: Sequence[Rate],
     names: Sequence[str],
-) -> dict[str, Any]:
+) -> StageRecord:
     """The record of one stage: rates by judge and task, and VISAGE by the first judge."""
-    point: dict[str, Any] = {
-        "name": name,
-        "utility": dict(zip(names, accuracies, strict=True)),
-        "asr": {},
-        "visage": None,
-    }
+    utility = dict(zip(names, accuracies, strict=True))
     if not exam.requests:
-        return point
+        return StageRecord(name=name, asr={}, utility=utility, visage=None)
     model: Any = current.model
     asked = replace(exam, lookalikes=(), task=())
-    point["asr"] = figures(asked.sit(model, current.tokenizer, "measuring safety")).judges
+    asr = figures(asked.sit(model, current.tokenizer, "measuring safety")).judges
     few = replace(asked, requests=exam.requests[:ASKED])
     line = landscape(model, basis, ALPHAS, norm(weights(model)), lambda: few.sit(model, current.tokenizer).rates)
-    point["visage"] = line.visage(f"asr/{exam.judges[0].name}", conditional=False)
-    return point
+    visage = line.visage(f"asr/{exam.judges[0].name}", conditional=False)
+    return StageRecord(name=name, asr=asr, utility=utility, visage=visage)
 
 
-def _measures(accuracy: Floats, points: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+def _measures(accuracy: Floats, points: Sequence[StageRecord]) -> dict[str, list[float | None]]:
     found = {
         "accuracy_so_far": continual.accuracy_so_far(accuracy),
         "backward_transfer": continual.backward_transfer(accuracy),
         "forgetting": continual.forgetting(accuracy),
     }
-    visages = [point["visage"] for point in points]
-    if all(value is not None for value in visages) and visages[0] > 0:
+    visages = [point.visage for point in points if point.visage is not None]
+    if len(visages) == len(points) and visages[0] > 0:
         found["basin_retention"] = continual.basin_retention(visages)
-    return {name: values.tolist() for name, values in found.items()}
+    return dict(runs.finite(found))
 
 
-def _write(whole: Mapping[str, Any], folder: Path, manifest: TrainingManifest) -> None:
+def _write(whole: SequenceRecord, folder: Path, manifest: TrainingManifest) -> None:
     from gradshield.training import page_sequence as page
 
     runs.write_json(folder / "sequence.json", whole)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from gradshield.manifests import (
     Named,
     RowFormat,
     Search,
+    Targets,
     TrainingManifest,
     TrainingRecord,
     TrainingResults,
@@ -213,7 +214,7 @@ class _Run:
             changed=changes(before, after),
             agreement=list(agreement(asked(after))) if self.exams.report.requests else [],
             record=dict(fitted.record),
-            verified=None if verdict is None else Search.model_validate(verdict),
+            verified=self._search(verdict),
             uncertified=None if selection is None else trust.of_run(selection.manifest.results.doubts),
             seconds=round(time.monotonic() - began, 1),
         )
@@ -332,13 +333,12 @@ class _Run:
             results=results,
         )
 
-    def _judged(self, verdict: Any) -> Any:
+    def _search(self, verdict: SearchResult | None) -> Search | None:
         """The search with the targets of its rule."""
         rule = self.defence.verified
         if verdict is None or rule is None:
             return None
-        targets = {"asr": rule.asr, "tolerance": rule.tolerance, "utility": rule.utility}
-        return {**verdict, "targets": {name: value for name, value in targets.items() if value is not None}}
+        return Search.model_validate(asdict(verdict) | {"targets": Targets.model_validate(rule)})
 
     def _save(self, model: Any, manifest: TrainingManifest, before: EvalResult, after: EvalResult) -> None:
         from gradshield.training import page
@@ -354,23 +354,6 @@ class _Run:
             for name, result in (("before", before), ("after", after)):
                 runs.write_outputs(result, new / f"outputs-{name}.jsonl")
             card.write(new, manifest)
-            page.write(self._page(manifest), new / "report.html")
+            page.write(manifest, self.defence.selector is not None, new / "report.html")
             runs.write_manifest(manifest, new)
         shutil.rmtree(self.folder / runs.WORK / "checkpoints", ignore_errors=True)
-
-    def _page(self, manifest: TrainingManifest) -> dict[str, Any]:
-        """The input of the report page."""
-        linked = {name: name for name in ("outputs-before.jsonl", "outputs-after.jsonl")}
-        if self.defence.selector is not None:
-            linked["scan report"] = "scan/report.html"
-        plain = runs.finite(manifest)
-        results = plain["results"]
-        shown = ("before", "after", "removed", "rows", "dropped_tokens", "record", "uncertified", "caught", "lost")
-        return {
-            "title": f"GradShield · {manifest.data.name}",
-            "defence": self.defence.spec,
-            "verdict": self._judged(results["verified"]),
-            **{key: results[key] for key in shown if key in results},
-            **{key: plain[key] for key in ("settings", "model", "command", "versions")},
-            "files": linked,
-        }
