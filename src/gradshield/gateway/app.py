@@ -21,6 +21,8 @@ from gradshield.errors import GradShieldError, UsageError
 from gradshield.gateway import api
 from gradshield.gateway.chat import Chats
 from gradshield.gateway.content import Content
+from gradshield.gateway.dashboard import pages
+from gradshield.gateway.dashboard.session import Sessions
 from gradshield.gateway.edge import ApiError, Edge, unavailable
 from gradshield.gateway.queue import Queue
 from gradshield.gateway.settings import Settings
@@ -75,8 +77,10 @@ def create_app(settings: Settings, send: Callable[[str], None] | None = None) ->
         separate_input_output_schemas=False,
     )
     app.state.gateway = gateway
+    app.state.sessions = Sessions(settings.folder)
     app.add_middleware(Edge, store=store, limits=settings.limits, registry=gateway.registry)
     app.include_router(api.router)
+    app.include_router(pages.router)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
 

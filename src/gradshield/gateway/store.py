@@ -187,6 +187,12 @@ class Store:
             found = session.scalar(select(Key).where(Key.hash == hashed(secret), Key.revoked_at.is_(None)))
         return None if found is None else Caller(found.project_id, found.id, found.role)
 
+    def caller_with(self, key: str) -> Caller | None:
+        """Who has the key with this id; None if it was revoked."""
+        with self.reading() as session:
+            found = session.scalar(select(Key).where(Key.id == key, Key.revoked_at.is_(None)))
+        return None if found is None else Caller(found.project_id, found.id, found.role)
+
     # Lists and look-ups of any kind of object
 
     def page(self, kind: type[T], project: str, page: Page, *where: Any) -> tuple[list[T], bool]:
@@ -207,8 +213,10 @@ class Store:
         with self.reading() as session:
             return _found(session, kind, project, id)
 
-    def audits(self, project: str, limit: int = 100) -> list[Audit]:
-        return self.page(Audit, project, Page(limit))[0]
+    def audits(self, project: str, limit: int = 100, before: int | None = None) -> list[Audit]:
+        """Lines of the audit log, newest first, older than the one with the number ``before``."""
+        older = () if before is None else (Audit.n < before,)
+        return self.page(Audit, project, Page(limit), *older)[0]
 
     # Files
 
@@ -476,6 +484,15 @@ class Store:
         free = or_(Job.lease_until.is_(None), Job.lease_until < time.time())
         with self.reading() as session:
             return list(session.scalars(select(Job.id).where(Job.status.in_(ACTIVE), free).order_by(Job.n)))
+
+    def working(self) -> tuple[int, int | None]:
+        """How many jobs a process has, and when the oldest was made that waits for one; of all projects."""
+        time_now = time.time()
+        with self.reading() as session:
+            leased = session.scalar(select(func.count()).where(Job.status.in_(ACTIVE), Job.lease_until >= time_now))
+            free = or_(Job.lease_until.is_(None), Job.lease_until < time_now)
+            oldest = session.scalar(select(func.min(Job.created_at)).where(Job.status.in_(ACTIVE), free))
+        return int(leased or 0), None if oldest is None else int(oldest)
 
     def counts(self) -> dict[str, int]:
         """Jobs by status, of all projects."""
