@@ -22,7 +22,7 @@ from markupsafe import Markup
 from starlette.datastructures import FormData
 
 from gradshield.errors import GradShieldError
-from gradshield.evaluation.certificate import CERTIFICATE
+from gradshield.evaluation.certificate import CERTIFICATE, percent
 from gradshield.gateway.dashboard import scan as scans
 from gradshield.gateway.dashboard.session import COOKIE, Session, Sessions
 from gradshield.gateway.store import ACTIVE, AWAY, ENDED, UNSAFE, Caller, Missing, Page, Refused
@@ -40,8 +40,8 @@ FIELDS = 20_000  # of a form: a box for each row that may be released
 SILENT = 60  # seconds that a job may wait while no process has any
 FULL = 0.9  # share of a disk
 DOWNLOADS = {
-    "report.html": "The training's report",
-    "scan/report.html": "The scan's report",
+    "report.html": "Report of the training",
+    "scan/report.html": "Report of the scan",
     CERTIFICATE: "Certificate",
     "scan/kept.jsonl": "Kept rows",
     "scan/removed.jsonl": "Removed rows",
@@ -179,7 +179,7 @@ def _templates() -> Environment:
     kit = frame.environment()
     assert kit.loader is not None
     made = kit.overlay(loader=ChoiceLoader([FileSystemLoader(HERE), kit.loader]))
-    made.filters |= {"when": _when, "ago": _ago, "size": _size, "status": _status}
+    made.filters |= {"when": _when, "ago": _ago, "size": _size, "status": _status, "bound": percent}
     return made
 
 
@@ -202,7 +202,7 @@ def _url(name: str) -> str:
 
 
 def _page(template: str, status: int = 200, **context: Any) -> HTMLResponse:
-    more = {"url": _url, "style_guard": frame.style_guard(), "entry": sheet.entry, "table_rows": sheet.ROWS}
+    more = {"url": _url, "style_guard": frame.style_guard(), "entry": sheet.entry, "rows": sheet.ROWS}
     defaults = {"visit": None, "project": "", "charts": (), "specs": ""}
     page = _templates().get_template(template).render({**defaults, **more, **context})
     return HTMLResponse(page.encode("utf-8", "replace"), status)
@@ -405,7 +405,7 @@ def _job(visit: Visit, job: Job, asked: Asked) -> Response:
         charts = found.charts(asked.cut)
         rows, pages, near = found.rows(asked.cut, asked.page) if asked.page else ([], 0, [])
         context |= {"charts": charts, "specs": _specs(charts), "answer": found.answer(asked.cut), "ends": found.ends}
-        context |= {"rows": rows, "pages": pages, "near": near, "page": min(asked.page, pages)}
+        context |= {"beyond": rows, "pages": pages, "near": near, "page": min(asked.page, pages)}
         context["elsewhere"] = sorted(asked.released - {shown.view.id for shown in rows})
     safety = (job.result or {}).get("safety")
     tables = measured(safety["before"], safety["after"], False).tables if safety else ()
@@ -510,9 +510,9 @@ def health(visit: Visiting) -> Response:
         (
             "fail" if idle else "pass",
             "Worker",
-            f"{works} jobs run" if works or not idle else "jobs wait, and none runs",
+            "jobs wait, and none runs" if idle else f"running: {works}",
         ),
-        ("warn" if idle else "pass", "Queue", f"{waits} jobs wait{since}"),
+        ("warn" if idle else "pass", "Queue", f"waiting: {waits}{since}"),
         ("warn" if used > FULL else "pass", "Disk", f"{_size(disk.free)} free of {_size(disk.total)}"),
     ]
     return visit.show("health.html", checks=checks, counts=counts)
