@@ -34,7 +34,10 @@ LONGEST = 20_000  # characters that are read of a row whose tokens were not kept
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A finished scan. Rows are shown with numbers from 1, as in the job's messages. Arrays are aligned with ``scores``; ``views`` has the tokens of the rows that the report shows."""
+    """A finished scan. Arrays are aligned with ``scores``; ``views`` has the tokens of the rows that the report shows.
+
+    Rows are shown with numbers from 1, as in the job's messages.
+    """
 
     folder: Path
     manifest: ScanManifest
