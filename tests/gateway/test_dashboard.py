@@ -196,6 +196,11 @@ def test_a_form_without_this_sessions_token_does_nothing(desk: Desk, scanned: Pa
     assert desk.client.get("/").status_code == 200
 
 
+def test_the_log_in_page_says_what_the_server_says_and_leaves_a_visit_alone(desk: Desk) -> None:
+    assert "hacked" not in desk.client.get("/login?problem=hacked&status=500").text
+    assert desk.client.get("/").status_code == 200
+
+
 def test_logging_out_ends_the_visit(desk: Desk) -> None:
     assert desk.post("/logout").headers["location"] == "/login"
     assert desk.client.get("/").status_code == 303
@@ -380,8 +385,9 @@ def test_released_rows_and_a_moved_cut_reach_the_job(desk: Desk, scanned: Path) 
     assert "2 released on other pages" in second
     back = desk.post(f"/jobs/{id}", page="1", released=chosen).text
     assert back.count(" checked>") == 2
-    refused = desk.post(f"/jobs/{id}", do="approve", reason="x", released=[*chosen, "not-a-row"])
+    refused = desk.post(f"/jobs/{id}", do="approve", reason="x", released=[*chosen, "not-a-row"], cut="0.9")
     assert refused.status_code == 409
+    assert 'name="cut"' in refused.text and 'value="0.9"' in refused.text  # what was typed is still there
     assert desk.status(id) == "paused"
     desk.post(f"/jobs/{id}", do="approve", reason="Two are jokes", released=chosen, cut="0.9")
     job = desk.store.get(Job, desk.project, id)

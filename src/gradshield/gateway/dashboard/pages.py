@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse, Response
-from fastapi.routing import APIRoute
-from jinja2 import ChoiceLoader, Environment, FileSystemLoader
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse, RedirectResponse, Response
 from markupsafe import Markup
 from starlette.datastructures import FormData
 
 from gradshield.errors import GradShieldError
-from gradshield.evaluation.certificate import CERTIFICATE, percent
+from gradshield.evaluation.certificate import CERTIFICATE
 from gradshield.gateway.dashboard import scan as scans
-from gradshield.gateway.dashboard.session import COOKIE, Session, Sessions
-from gradshield.gateway.store import ACTIVE, AWAY, ENDED, UNSAFE, Caller, Missing, Page, Refused
-from gradshield.gateway.tables import Event, File, Job, Model, Project
-from gradshield.report import frame, sheet, text
+from gradshield.gateway.dashboard.drawing import ago, assets, page, sentence, size
+from gradshield.gateway.dashboard.session import COOKIE, DOOR
+from gradshield.gateway.dashboard.visit import Form, Pages, Visit, Visiting, field_text, sessions_of
+from gradshield.gateway.store import ACTIVE, ENDED, UNSAFE, Missing, Page, Refused
+from gradshield.gateway.tables import Event, File, Job, Model
+from gradshield.report import text
 from gradshield.training.page import measured
 
 if TYPE_CHECKING:
     from gradshield.gateway.app import Gateway
 
-HERE = Path(__file__).parent / "templates"
 JOBS, LINES, EVENTS = 20, 100, 30  # of a page
-LONGEST = 2000  # characters of a reason
-FIELDS = 20_000  # of a form: a box for each row that may be released
 SILENT = 60  # seconds that a job may wait while no process has any
 FULL = 0.9  # share of a disk
 DOWNLOADS = {
@@ -49,203 +43,14 @@ DOWNLOADS = {
     "scan/scores.parquet": "Scores",
     "outputs-after.jsonl": "Answers of the safety check",
 }
-STATUS = {
-    "validating_files": "checking the files",
-    "queued": "waits",
-    "running": "runs",
-    "succeeded": "succeeded",
-    "failed": "failed",
-    "cancelled": "cancelled",
-    "paused": "paused by its user",
-}
-# Plotly adds one empty style element and sets styles by script, which a policy allows.
-POLICY = (
-    f"default-src 'none'; script-src 'self'; style-src 'self' {frame.source_hash('')}; img-src data:; connect-src 'self'; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-)
-HEADERS = {
-    "Content-Security-Policy": POLICY,
-    "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-
-
-class Denied(Exception):
-    """A form that this session did not get, or a visitor without a session: ``to`` is where to go."""
-
-    def __init__(self, to: str = "") -> None:
-        super().__init__()
-        self.to = to
-
-
-class Pages(APIRoute):
-    """A route that answers errors with a page, and lets no page run anything but the dashboard's own scripts."""
-
-    def get_route_handler(self) -> Callable[[Request], Any]:
-        inner = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            try:
-                response: Response = await inner(request)
-            except Denied as denied:
-                if denied.to:
-                    response = RedirectResponse(denied.to, 303)
-                else:
-                    response = _error(403, "This form is out of date: go back, load the page again and repeat it.")
-            except Missing as error:
-                response = _error(404, f"There is no such {error.kind} in this project.")
-            except Refused as error:
-                response = _error(409, f"{_sentence(error)}")
-            except AWAY:
-                response = _error(503, "The database cannot be reached: try again.")
-            for name, value in HEADERS.items():
-                response.headers.setdefault(name, value)
-            return response
-
-        return handle
-
-
-@dataclass(frozen=True)
-class Visit:
-    """Who looks at a page, and where."""
-
-    request: Request
-    session: Session
-    caller: Caller
-
-    @property
-    def gateway(self) -> Gateway:
-        found: Gateway = self.request.app.state.gateway
-        return found
-
-    @property
-    def project(self) -> Project:
-        return self.gateway.store.project(self.caller.project)
-
-    def get(self, id: str) -> Job:
-        return self.gateway.store.get(Job, self.caller.project, id)
-
-    def show(self, template: str, status: int = 200, **context: Any) -> HTMLResponse:
-        token = _sessions(self.request).token(self.session)
-        return _page(template, status, token=token, visit=self, project=self.project.name, **context)
-
-
-def _sessions(request: Request) -> Sessions:
-    found: Sessions = request.app.state.sessions
-    return found
-
-
-def _session(request: Request) -> Session | None:
-    return _sessions(request).read(request.cookies.get(COOKIE, ""))
-
-
-def _visit(request: Request) -> Visit:
-    """Raises Denied unless the session's key is an operator's and was not revoked."""
-    session = _session(request)
-    gateway: Gateway = request.app.state.gateway
-    caller = gateway.store.caller_with(session.key) if session and session.key else None
-    if session is None or caller is None or caller.role != "operator":
-        raise Denied("/login")
-    return Visit(request, session, caller)
-
-
-async def _form(request: Request) -> FormData:
-    """The fields of a form that this session got. Raises Denied."""
-    form = await request.form(max_files=0, max_fields=FIELDS)
-    session = _session(request)
-    if session is None or not _sessions(request).good(session, _text(form, "token")):
-        raise Denied
-    return form
-
-
-def _text(form: FormData, name: str) -> str:
-    """A field as text that any database can hold."""
-    return str(form.get(name, "")).replace("\0", "\ufffd").strip()[:LONGEST]
-
-
 router = APIRouter(route_class=Pages, include_in_schema=False)
-Visiting = Annotated[Visit, Depends(_visit)]
-Form = Annotated[FormData, Depends(_form)]
-
-
-# Drawing
-
-
-@cache
-def _templates() -> Environment:
-    """The report's templates and filters, with the pages'."""
-    kit = frame.environment()
-    assert kit.loader is not None
-    made = kit.overlay(loader=ChoiceLoader([FileSystemLoader(HERE), kit.loader]))
-    made.filters |= {"when": _when, "ago": _ago, "size": _size, "status": _status, "bound": percent}
-    return made
-
-
-@cache
-def _assets() -> dict[str, tuple[str, str]]:
-    """The styles and scripts, by name: media type and source."""
-    css = [frame.asset("report.css"), frame.asset("sheet.css"), (HERE / "dashboard.css").read_text(encoding="utf-8")]
-    return {
-        "dashboard.css": ("text/css", "".join(css)),
-        "plotly.js": ("text/javascript", frame.plotly()),
-        "report.js": ("text/javascript", frame.asset("report.js")),
-        "dashboard.js": ("text/javascript", (HERE / "dashboard.js").read_text(encoding="utf-8")),
-    }
-
-
-@cache
-def _url(name: str) -> str:
-    """The address of an asset, which changes with its source, so that browsers may keep it."""
-    return f"/assets/{name}?v={hashlib.sha256(_assets()[name][1].encode()).hexdigest()[:16]}"
-
-
-def _page(template: str, status: int = 200, **context: Any) -> HTMLResponse:
-    more = {"url": _url, "style_guard": frame.style_guard(), "entry": sheet.entry, "rows": sheet.ROWS}
-    defaults = {"visit": None, "project": "", "charts": (), "specs": ""}
-    page = _templates().get_template(template).render({**defaults, **more, **context})
-    return HTMLResponse(page.encode("utf-8", "replace"), status)
-
-
-def _error(status: int, message: str) -> HTMLResponse:
-    return _page("error.html", status, message=message)
-
-
-def _sentence(error: Exception) -> str:
-    said = str(error)
-    return f"{said[:1].upper()}{said[1:]}."
-
-
-def _when(seconds: float | None) -> Markup:
-    """A time for people and for machines."""
-    if seconds is None:
-        return Markup("–")
-    at = datetime.fromtimestamp(seconds, UTC)
-    return Markup('<time datetime="{}">{}</time>').format(at.isoformat(), at.strftime("%Y-%m-%d %H:%M UTC"))
-
-
-def _ago(seconds: float) -> str:
-    return text.duration(max(time.time() - seconds, 0.0))
-
-
-def _size(count: int) -> str:
-    """Bytes for people."""
-    size, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.3g} {units[0]}" if size < 1000 else f"{size:.0f} {units[0]}"
-
-
-def _status(job: Job) -> str:
-    return "waits for review" if job.hold else STATUS.get(job.status, job.status)
 
 
 @router.get("/assets/{name}")
 def asset(name: str) -> Response:
-    if name not in _assets():
+    if name not in assets():
         raise Missing("file", name)
-    kind, source = _assets()[name]
+    kind, source = assets()[name]
     return Response(source, media_type=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
 
@@ -253,11 +58,15 @@ def asset(name: str) -> Response:
 
 
 @router.get("/login")
-def login(request: Request, problem: str = "", status: int = 200) -> Response:
-    sessions = _sessions(request)
+def login(request: Request) -> Response:
+    return _door(request)
+
+
+def _door(request: Request, problem: str = "") -> Response:
+    sessions, status = sessions_of(request), 403 if problem else 200
     session = sessions.new()
-    response = _page("login.html", status, token=sessions.token(session), problem=problem)
-    sessions.give(request, response, session)
+    response = page("login.html", status, token=sessions.token(session), problem=problem)
+    sessions.give(request, response, session, DOOR)
     return response
 
 
@@ -265,15 +74,13 @@ def login(request: Request, problem: str = "", status: int = 200) -> Response:
 def enter(request: Request, form: Form) -> Response:
     """A session for an operator's key."""
     gateway: Gateway = request.app.state.gateway
-    caller = gateway.store.caller(_text(form, "key"))
+    caller = gateway.store.caller(field_text(form, "key"))
     if caller is None:
-        return login(request, "There is no such key, or it was revoked.", 403)
+        return _door(request, "There is no such key, or it was revoked.")
     if caller.role != "operator":
-        return login(
-            request, "This key is a user's: make an operator's with gradshield keys create --role operator.", 403
-        )
+        return _door(request, "This key is a user's: make an operator's with gradshield keys create --role operator.")
     response = RedirectResponse("/", 303)
-    _sessions(request).give(request, response, _sessions(request).new(caller.key))
+    sessions_of(request).give(request, response, sessions_of(request).new(caller.key))
     return response
 
 
@@ -324,7 +131,7 @@ class Asked:
 
     @classmethod
     def of(cls, form: FormData) -> Asked:
-        typed, page = _text(form, "cut"), _text(form, "page")
+        typed, page = field_text(form, "cut"), field_text(form, "page")
         cut, problem = None, ""
         if typed:
             try:
@@ -332,9 +139,8 @@ class Asked:
             except ValueError:
                 problem = f"The cut {typed[:40]!r} is not a number: write one such as 0.7."
         released = frozenset(str(id)[:128] for id in form.getlist("released"))
-        return cls(
-            cut, int(page) if page.isdecimal() and len(page) < 9 else 0, released, _text(form, "reason"), problem, typed
-        )
+        shown = int(page) if page.isdecimal() and len(page) < 9 else 0
+        return cls(cut, shown, released, field_text(form, "reason"), problem, typed)
 
 
 def _number(typed: str) -> float:
@@ -353,7 +159,7 @@ def job(id: str, visit: Visiting) -> Response:
 def live(id: str, visit: Visiting) -> Response:
     """The part of a job's page that changes while it runs."""
     found = visit.get(id)
-    return _page("live.html", job=found, events=_events(visit, found), active=found.status in ACTIVE)
+    return page("live.html", job=found, events=_events(visit, found), active=found.status in ACTIVE)
 
 
 @router.get("/jobs/{id}/cut")
@@ -363,13 +169,13 @@ def moved(id: str, visit: Visiting, value: float) -> Response:
     if found is None or not math.isfinite(value):
         raise Missing("scan", id)
     charts = found.charts(value)
-    return _page("cut.html", charts=charts, specs=_specs(charts), answer=found.answer(value))
+    return page("cut.html", charts=charts, specs=_specs(charts), answer=found.answer(value))
 
 
 @router.post("/jobs/{id}")
 def decide(id: str, visit: Visiting, form: Form) -> Response:
     """Look at another cut or another page of rows, or decide. What was typed stays if the decision is refused."""
-    found, asked, do = visit.get(id), Asked.of(form), _text(form, "do")
+    found, asked, do = visit.get(id), Asked.of(form), field_text(form, "do")
     store = visit.gateway.store
     if asked.problem or do not in ("approve", "reject", "release model"):
         return _job(visit, found, asked)
@@ -386,7 +192,7 @@ def decide(id: str, visit: Visiting, form: Form) -> Response:
 
             store.release_model(visit.caller, id, name_of(found), asked.reason)
     except (Refused, GradShieldError) as error:
-        return _job(visit, visit.get(id), Asked(asked.cut, asked.page, asked.released, asked.reason, _sentence(error)))
+        return _job(visit, visit.get(id), replace(asked, problem=sentence(error)))
     return RedirectResponse(f"/jobs/{id}", 303)
 
 
@@ -417,10 +223,7 @@ def _job(visit: Visit, job: Job, asked: Asked) -> Response:
         events=_events(visit, job),
         names=_names(visit, [job]),
         active=job.status in ACTIVE,
-        ended=job.status in ENDED,
-        withheld=job.status == "failed"
-        and (job.error or {}).get("code") == UNSAFE
-        and (folder / CERTIFICATE).is_file(),
+        withheld=job.status == "failed" and (job.error or {}).get("code") == UNSAFE,
         tone={"succeeded": "pass", "failed": "fail"}.get(job.status, "warn"),
         safety=safety,
         tables=tables,
@@ -483,7 +286,7 @@ def models(visit: Visiting, after: Annotated[str | None, Query(max_length=255)] 
 @router.post("/models/delete")
 def delete_model(visit: Visiting, form: Form) -> Response:
     """Take a model out of service, as the API does."""
-    name = _text(form, "model")
+    name = field_text(form, "model")
     visit.gateway.store.delete_model(visit.caller, name)
     visit.gateway.chats.forget(name)
     return RedirectResponse("/models", 303)
@@ -501,19 +304,14 @@ def health(visit: Visiting) -> Response:
     waits = sum(counts.get(status, 0) for status in ACTIVE) - works
     disk = shutil.disk_usage(settings.folder)
     used = 1 - disk.free / disk.total
-    since = "" if oldest is None else f", the oldest for {_ago(oldest)}"
-    checks: list[tuple[str, str, str]] = [
+    since = "" if oldest is None else f", the oldest for {ago(oldest)}"
+    there = visit.gateway.content.ready()
+    checks = [
         ("pass", "Database", f"{store.engine.dialect.name} answers in {1000 * took:.0f} ms"),
-        ("pass", "Files", "can be reached")
-        if visit.gateway.content.ready()
-        else ("fail", "Files", "cannot be reached"),
-        (
-            "fail" if idle else "pass",
-            "Worker",
-            "jobs wait, and none runs" if idle else f"running: {works}",
-        ),
+        ("pass" if there else "fail", "Files", "can be reached" if there else "cannot be reached"),
+        ("fail" if idle else "pass", "Worker", "jobs wait, and none runs" if idle else f"running: {works}"),
         ("warn" if idle else "pass", "Queue", f"waiting: {waits}{since}"),
-        ("warn" if used > FULL else "pass", "Disk", f"{_size(disk.free)} free of {_size(disk.total)}"),
+        ("warn" if used > FULL else "pass", "Disk", f"{size(disk.free)} free of {size(disk.total)}"),
     ]
     return visit.show("health.html", checks=checks, counts=counts)
 

@@ -150,7 +150,11 @@ def _read(folder: Path, _changed: int) -> Scan:
     manifest = runs.read_manifest(folder, ScanManifest)
     scores, removed, categories = cuts.read_scores(folder)
     found = {name: _cut(one, manifest.results.removed) for name, one in manifest.results.cuts.items()}
-    if len(removed) != manifest.results.scored or set(found) != set(Coded.of(scores.shapes).counts()):
+    if (
+        not len(removed)
+        or len(removed) != manifest.results.scored
+        or set(found) != set(Coded.of(scores.shapes).counts())
+    ):
         raise ValueError("the scores and the manifest are of two scans")
     return Scan(folder, manifest, scores, removed, categories, found, cuts.stored_views(folder))
 

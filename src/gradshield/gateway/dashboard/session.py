@@ -15,7 +15,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import Response
 
-COOKIE = "gradshield"
+COOKIE, DOOR = "gradshield", "gradshield-door"  # of a visit, and of the log-in form alone
 LIFETIME = 12 * 3600  # seconds
 SECRET = "dashboard.key"
 
@@ -57,12 +57,10 @@ class Sessions:
     def good(self, session: Session, token: str) -> bool:
         return hmac.compare_digest(token.encode(), self.token(session).encode())
 
-    def give(self, request: Request, response: Response, session: Session) -> None:
+    def give(self, request: Request, response: Response, session: Session, name: str = COOKIE) -> None:
         """Let the browser keep the session: no script and no other site can use it."""
         secure = request.url.scheme == "https"
-        response.set_cookie(
-            COOKIE, self.sign(session), max_age=LIFETIME, httponly=True, samesite="strict", secure=secure
-        )
+        response.set_cookie(name, self.sign(session), LIFETIME, httponly=True, samesite="strict", secure=secure)
 
     def _mac(self, use: str, text: str) -> str:
         return hmac.new(self.secret, f"{use}|{text}".encode(), hashlib.sha256).hexdigest()
