@@ -425,7 +425,7 @@ def finished(desk: Desk, certified: bool) -> str:
 def test_a_finished_job_shows_safety_certificate_and_files(desk: Desk) -> None:
     good, bad = finished(desk, True), finished(desk, False)
     page = desk.client.get(f"/jobs/{good}").text
-    assert "3 of 200" in page and "Certified" in page and "at most 6 %" in page
+    assert "3 of 200" in page and "Certified" in page and "at most 6\u00a0%" in page
     assert "may be as high as 12 %" in desk.client.get(f"/jobs/{bad}").text
     models = desk.client.get("/models").text
     assert "certified" in models and good in models and bad not in models

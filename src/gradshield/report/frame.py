@@ -40,11 +40,7 @@ def document(
     template: str, context: Mapping[str, Any], charts: Sequence[Chart], style: str = "", script: str = ""
 ) -> str:
     """A page of ``template`` with its charts; ``style`` and ``script`` name files in addition to the common ones."""
-<<<<<<< HEAD
-    sources = [_plotly(), asset("report.js"), *([asset(script)] if script else [])]
-=======
     sources = [plotly(), asset("report.js"), *([asset(script)] if script else [])]
->>>>>>> 9d3a5b0 (The page kit for pages that a server draws: a table is a macro, assets have public names, a chart can be drawn anew)
     css = asset("report.css") + (asset(style) if style else "")
     frame = {
         "plotly": Markup(sources[0]), "scripts": [Markup(source) for source in sources[1:]], "style": Markup(css),

@@ -35,7 +35,7 @@ def _templates() -> Environment:
     kit = frame.environment()
     assert kit.loader is not None
     made = kit.overlay(loader=ChoiceLoader([FileSystemLoader(HERE), kit.loader]))
-    made.filters |= {"when": _when, "ago": ago, "size": size, "status": _status, "bound": percent}
+    made.filters |= {"when": _when, "ago": ago, "size": size, "status": _status, "bound": _bound}
     return made
 
 
@@ -82,6 +82,11 @@ def _when(seconds: float | None) -> Markup:
         return Markup("–")
     at = datetime.fromtimestamp(seconds, UTC)
     return Markup('<time datetime="{}">{}</time>').format(at.isoformat(), at.strftime("%Y-%m-%d %H:%M UTC"))
+
+
+def _bound(share: float) -> str:
+    """A share as the certificate writes it, on one line."""
+    return percent(share).replace(" ", "\u00a0")
 
 
 def ago(seconds: float) -> str:
