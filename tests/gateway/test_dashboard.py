@@ -467,3 +467,23 @@ def test_health_says_that_nothing_runs_what_waits(desk: Desk, monkeypatch: pytes
     desk.store.claim(id, "me", 60)
     page = desk.client.get("/health").text
     assert "none runs" not in page and "running: 1" in page
+
+
+def test_what_the_pages_ask_of_either_database(store: Store) -> None:
+    project = store.add_project("p", Policy()).id
+    key, secret = store.add_key(project, "Ada", "operator")
+    assert store.caller_with(key.id) == store.caller(secret)
+    store.revoke(key.id)
+    assert store.caller_with(key.id) is None
+    assert store.caller_with("") is None
+    assert store.working() == (0, None)
+    given = {"model": LAB, "training_file": "f", "validation_file": None, "method": METHOD, "seed": 1}
+    first, second = (store.add_job(project, 9, suffix=None, labels=None, **given) for _ in range(2))
+    assert store.working() == (0, first.created_at)
+    store.claim(first.id, "me", 60)
+    assert store.working() == (1, second.created_at)
+    store.hold(first.id, "me", {"code": "review"}, "look")
+    assert store.working() == (0, second.created_at)
+    lines = store.audits(project)
+    assert [line.action for line in lines] == ["revoke key", "create key"]
+    assert [line.n for line in store.audits(project, 9, lines[0].n)] == [lines[1].n]
