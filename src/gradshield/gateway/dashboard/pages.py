@@ -24,6 +24,7 @@ from gradshield.gateway.dashboard.session import COOKIE, DOOR
 from gradshield.gateway.dashboard.visit import Form, Pages, Visit, Visiting, field_text, sessions_of
 from gradshield.gateway.store import ACTIVE, ENDED, UNSAFE, Missing, Page, Refused
 from gradshield.gateway.tables import Event, File, Job, Model
+from gradshield.manifests import Figures
 from gradshield.report import text
 from gradshield.training.page import measured
 
@@ -214,7 +215,8 @@ def _job(visit: Visit, job: Job, asked: Asked) -> Response:
         context |= {"beyond": rows, "pages": pages, "near": near, "page": min(asked.page, pages)}
         context["elsewhere"] = sorted(asked.released - {shown.view.id for shown in rows})
     safety = (job.result or {}).get("safety")
-    tables = measured(safety["before"], safety["after"], False).tables if safety else ()
+    before, after = (Figures.model_validate(safety[when]) for when in ("before", "after")) if safety else (None, None)
+    tables = measured(before, after, False).tables if before and after else ()
     return visit.show(
         "job.html",
         409 if asked.problem else 200,

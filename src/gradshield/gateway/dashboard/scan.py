@@ -19,7 +19,7 @@ from gradshield.manifests import ScanManifest
 from gradshield.report.draw import Chart
 from gradshield.report.text import number
 from gradshield.scanning import cut as cuts
-from gradshield.scanning import review
+from gradshield.scanning import page_views
 from gradshield.scanning.page_charts import category_chart, score_charts
 from gradshield.scanning.page_data import Counts, ReportData, RowView
 from gradshield.scanning.page_rows import ShownRow, references, show_rows
@@ -45,7 +45,7 @@ class Scan:
     removed: Bools
     categories: Coded
     cuts: Mapping[str, Cut]
-    views: review.Views
+    views: page_views.Views
 
     @property
     def at(self) -> float:
@@ -100,7 +100,7 @@ class Scan:
         removed = self.moved(value)
         order = np.argsort(-self.scores.values, kind="stable")
         out = order[removed[order]]
-        reference = references(self._view(i, value, {}) for i in order[: review.SHOWN].tolist())
+        reference = references(self._view(i, value, {}) for i in order[: page_views.SHOWN].tolist())
         pages = max(math.ceil(len(out) / ROWS), 1)
         page = min(max(page, 1), pages)
         shown = out[(page - 1) * ROWS : page * ROWS]
@@ -126,7 +126,7 @@ class Scan:
                 int(own[:i].sum()): i for i in wanted.tolist() if own[i] and int(self.scores.rows[i]) not in self.views
             }
             if lines and (self.folder / name).is_file():
-                with (self.folder / name).open(encoding="utf-8", errors="backslashreplace") as source:
+                with (self.folder / name).open(encoding="utf-8", errors="backslashreplace", newline="\n") as source:
                     for at, line in enumerate(islice(source, max(lines) + 1)):
                         if at in lines:
                             found[lines[at]] = line[:LONGEST]
