@@ -1,6 +1,7 @@
 # Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
 #
 #   make demo      scan, train and compare on the bundled lab model; writes gradshield-demo/
+#   make gateway   the fine-tuning API on the bundled lab model, at 127.0.0.1:8000; writes gradshield-gateway/
 #   make test      the test suite without its slow tests: some minutes on two cores
 #   make test-all  every test
 #   make check     ruff, mypy, import layers, the documentation's links
@@ -22,10 +23,13 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
 
-.PHONY: demo test test-all check docs bench install
+.PHONY: demo gateway test test-all check docs bench install
 
 demo: $(STAMP)
 	$(BIN)/gradshield demo $(ARGS)
+
+gateway: $(STAMP)
+	$(BIN)/gradshield serve --model lab $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" --durations=20 $(ARGS)

@@ -149,6 +149,31 @@ def test_a_verified_cut_that_is_not_met_keeps_the_safest_and_leaves_with_code_5(
     assert rounds[0]["seconds"] == pytest.approx(rounds[1]["seconds"], abs=1e-3)  # what it took, not the looking up
 
 
+def test_cleared_rows_train_and_a_gate_may_stop_a_run_before_it_trains(tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    seen: list[gs.Selection] = []
+
+    def stop(selection: gs.Selection) -> None:
+        assert (tmp_path / "run" / "scan" / "manifest.json").exists()
+        seen.append(selection)
+        raise Stopped
+
+    more: dict[str, Any] = {"exams": Exams(), "settings": gs.ScanSettings(threshold="ratio:20%", selector="fihs")}
+    with pytest.raises(Stopped):
+        _run(tmp_path, "fihs", gate=stop, **more)
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    (found,) = seen
+    allowed = [found.scores.ids[i] for i in found.removed.nonzero()[0][:2]]
+    done = _run(tmp_path, "fihs", gate=seen.append, allow=allowed, **more)
+    assert done.selection is not None
+    assert seen[1] is done.selection
+    assert done.manifest.results.removed == len(found.removed_rows) - 2 == len(done.selection.removed_rows)
+    assert done.manifest.results.trained == len(found.kept_rows) + 2
+    assert len(done.selection.cleared) == 2
+
+
 @pytest.mark.slow
 def test_a_search_goes_on_at_the_round_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fits: list[str] = []

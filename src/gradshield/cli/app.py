@@ -19,6 +19,7 @@ from gradshield.cli.evaluate import evaluate
 from gradshield.cli.methods import methods
 from gradshield.cli.review import review
 from gradshield.cli.scan import estimate, scan
+from gradshield.cli.serve import keys, serve
 from gradshield.cli.show import show
 from gradshield.cli.train import train
 from gradshield.errors import GradShieldError
@@ -38,6 +39,7 @@ COMMANDS: tuple[Callable[..., Any], ...] = (
     methods,
     cache,
     demo,
+    serve,
 )
 
 app = typer.Typer(
@@ -69,6 +71,7 @@ def gradshield(
 
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(keys)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

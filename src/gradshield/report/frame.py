@@ -40,12 +40,12 @@ def document(
     template: str, context: Mapping[str, Any], charts: Sequence[Chart], style: str = "", script: str = ""
 ) -> str:
     """A page of ``template`` with its charts; ``style`` and ``script`` name files in addition to the common ones."""
-    sources = [_plotly(), asset("report.js"), *([asset(script)] if script else [])]
+    sources = [plotly(), asset("report.js"), *([asset(script)] if script else [])]
     css = asset("report.css") + (asset(style) if style else "")
     frame = {
         "plotly": Markup(sources[0]), "scripts": [Markup(source) for source in sources[1:]], "style": Markup(css),
         "specs": Markup(text.script_json({chart.key: chart.spec for chart in charts})),
-        "policy": _policy(sources, css), "style_guard": _style_guard(),
+        "policy": _policy(sources, css), "style_guard": style_guard(),
     }  # fmt: skip
     return environment().get_template(template).render({**context, **frame})
 
@@ -96,7 +96,8 @@ def environment() -> Environment:
 
 
 @cache
-def _plotly() -> str:
+def plotly() -> str:
+    """Plotly's source."""
     from plotly.offline import get_plotlyjs  # slow to import
 
     return _script(get_plotlyjs())
@@ -128,7 +129,7 @@ def source_hash(source: str) -> str:
 
 
 @cache
-def _style_guard() -> str:
+def style_guard() -> str:
     """The id of the style of Plotly's map layer, which is unused here; without the id, Plotly would try to add the style."""
-    found = re.search(r'getElementById\("([0-9a-f]{64})"\)', _plotly())
+    found = re.search(r'getElementById\("([0-9a-f]{64})"\)', plotly())
     return found.group(1) if found else ""

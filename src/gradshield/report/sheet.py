@@ -89,7 +89,7 @@ def render(sheet: Sheet) -> str:
     """The page as one string of HTML."""
     charts = [chart for section in sheet.sections for chart in section.charts]
     sections = [s for s in sheet.sections if s.charts or s.tables or s.lead or s.links]
-    context = {"sheet": sheet, "sections": sections, "entry": _entry, "rows": ROWS, "relative": relative}
+    context = {"sheet": sheet, "sections": sections, "entry": entry, "rows": ROWS, "relative": relative}
     return document("sheet.html", context, charts, style="sheet.css", script="sheet.js")
 
 
@@ -103,7 +103,8 @@ def relative(path: str) -> str:
     return quote(path.replace("\\", "/"), safe="/", errors="replace").lstrip("/")
 
 
-def _entry(value: Entry | str) -> Entry:
+def entry(value: Entry | str) -> Entry:
+    """An entry of either form."""
     return value if isinstance(value, Entry) else Entry(value)
 
 

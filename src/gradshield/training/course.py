@@ -69,7 +69,7 @@ class Job:
     """The model, rows and options of a training, the same for every defence.
 
     ``options`` go to TRL's ``SFTConfig``. The models of ``needs`` are loaded. ``labels`` (1 = harmful, per input row) are used by
-    the oracle and the figures only.
+    the oracle and the figures only. Rows with an id in ``allow`` train, whatever they score.
     """
 
     rows: Prepared
@@ -79,6 +79,7 @@ class Job:
     labels: Sequence[int] | None = None
     settings: ScanSettings = field(default_factory=ScanSettings)
     probing: Probing = field(default_factory=Probing)
+    allow: frozenset[str] = frozenset()
     seed: int = 0
 
     @property
@@ -195,7 +196,7 @@ class Course:
         scored = self.scored(defence.selector)
         if defence.threshold is not None and defence.threshold.startswith(AS_MANY):
             return scored, self._as_many(scored, defence.threshold.removeprefix(AS_MANY))
-        return scored, decide(scored.scores, self.settings(defence).make_threshold())
+        return scored, decide(scored.scores, self.settings(defence).make_threshold(), self.job.allow)
 
     def _as_many(self, scored: Scored, other: str) -> Decision:
         """A cut that removes as many rows as another defence, or fewer if scores at the cut are tied."""
@@ -221,7 +222,7 @@ class Course:
         cuts, removed = decision.cuts, decision.removed
         if cut is not None:
             cuts = {name: Cut(cut, "verified") for name in cuts}
-            removed = scored.scores.values > cut
+            removed = (scored.scores.values > cut) & ~self._allowed(scored)
         if not defence.mask:
             return self._left(Chosen(rows, removed, cuts, scored))
         aggregate = getattr(scored.selector, "aggregate", None)
@@ -239,14 +240,17 @@ class Course:
         empty = np.array([_counted(row) == 0 for row in kept])
         return self._left(Chosen(tuple(kept), empty, cuts, scored, lost))
 
-    @staticmethod
-    def beyond(chosen: Chosen) -> Bools:
+    def _allowed(self, scored: Scored) -> Bools:
+        """Rows that a reviewer has cleared."""
+        return np.isin(np.asarray(scored.scores.ids), sorted(self.job.allow))
+
+    def beyond(self, chosen: Chosen) -> Bools:
         """Rows whose score is beyond their cut: the removed ones, or with a mask those that lost tokens."""
         if chosen.scored is None:
             return chosen.removed
         scores = chosen.scored.scores
         limits = np.array([chosen.cuts[name].value for name in scores.shapes])
-        return np.asarray(scores.values > limits)
+        return np.asarray(scores.values > limits) & ~self._allowed(chosen.scored)
 
     def counts(self, chosen: Chosen) -> dict[str, Any]:
         """Rows, removed rows and dropped tokens, and with labels the rates caught and lost. JSON-able."""

@@ -50,7 +50,7 @@ def page(manifest: TrainingManifest, scanned: bool) -> Sheet:
         ),
         figures=_figures(results, scanned),
         sections=(
-            _measured(before, after, verdict is not None),
+            measured(before, after, verdict is not None),
             page_search.section(verdict, results.rows),
             _removed(results, scanned),
             page_record.section(results.record),
@@ -144,7 +144,8 @@ def _change(before: Rate | None, after: Rate) -> str:
     return f"{worded(after)} after" if before is None else f"{worded(before)} before; {worded(after)} after"
 
 
-def _measured(before: Figures, after: Figures, chosen: bool) -> Section:
+def measured(before: Figures, after: Figures, chosen: bool) -> Section:
+    """Every rate before and after; ``chosen`` if the cut was searched."""
     pairs = [
         *((f"ASR, {judge}", before.judges.get(judge), after.judges.get(judge)) for judge in judges_of((before, after))),
         ("over-refusal", before.over_refusal, after.over_refusal),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,8 @@ def train(
     exams: Exams | None = None,
     labels: Sequence[int] | None = None,
     format: str | Format | None = None,
+    allow: Iterable[str] = (),
+    gate: Callable[[Selection], None] | None = None,
     merge: bool = False,
     seed: int = 0,
     command: str = "gradshield.train",
@@ -111,6 +113,8 @@ def train(
         What some defences need: the model before its alignment, safety rows.
     exams
         The exams before and after training, and of a verified threshold. Without them nothing is measured.
+    gate
+        Called with the finished scan, whose files are written, before anything trains; it may raise to stop the run.
     merge
         Save the plain model with the adapter merged in, instead of the adapter.
     seed
@@ -159,12 +163,13 @@ def train(
         labels=labels,
         settings=settings,
         probing=probing,
+        allow=frozenset(allow),
         seed=seed,
     )
     course = Course(job, progress)
     check_disjoint(safety=course.safety_requests(wanted), search=exams.search.requests, report=exams.report.requests)
     with alone(output):
-        run = _Run(course, wanted, exams, runs.prepare(output), merge, command, progress, reporters)
+        run = _Run(course, wanted, exams, runs.prepare(output), merge, command, progress, reporters, gate)
         return run.finished(began)
 
 
@@ -194,6 +199,7 @@ class _Run:
     command: str
     progress: Progress
     reporters: Reporters | None = None
+    gate: Callable[[Selection], None] | None = None
 
     def __post_init__(self) -> None:
         self.job = self.course.job
@@ -247,6 +253,7 @@ class _Run:
             self.course.settings(self.defence),
             self.job.probing,
             peft_config=self.job.peft_config,
+            allow=self.job.allow,
             labels=self.job.labels,
             output=self.folder / runs.SCAN,
             command=self.command,
@@ -254,6 +261,8 @@ class _Run:
         )
         self.course.know(self.defence.selector, scored)
         outputs.write(selection, self.folder / runs.SCAN, self.job.rows, self.job.labels)
+        if self.gate is not None:
+            self.gate(selection)
         return selection
 
     def _recut(self, selection: Selection, chosen: Chosen) -> Selection:

@@ -57,6 +57,7 @@
   });
 
   drawAll();
+  document.addEventListener("specs", function (event) { specs = event.detail; drawAll(); });
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   window.addEventListener("beforeprint", function () { root.dataset.theme = "light"; drawAll(); });
   window.addEventListener("afterprint", function () { delete root.dataset.theme; drawAll(); });

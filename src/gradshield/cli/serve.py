@@ -1,0 +1,250 @@
+"""``gradshield serve`` and ``gradshield keys``: the gateway and who may use it."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import SecretStr
+
+from gradshield.cli.common import Lookalikes, Probes, Tokens, err, json_file, out, plain, quiet_libraries
+from gradshield.errors import UsageError
+from gradshield.options import number
+
+Folder = Annotated[Path, typer.Option(help="Folder of the gateway: database, files, jobs and models.")]
+Rows = Annotated[str, typer.Option(help="What happens to harmful rows in new projects: remove, reject or review.")]
+Defence = Annotated[
+    str, typer.Option("--defence", "--defense", help="Screening of new projects, as of train; none turns it off.")
+]
+Limit = Annotated[str, typer.Option(help="Highest upper bound of the attack success rate that is served, such as 6%.")]
+GATEWAY = Path("gradshield-gateway")
+
+
+def serve(
+    model: Annotated[
+        list[str],
+        typer.Option(
+            "--model", "-m", help="Folder or hub name to fine-tune, repeatable; NAME=FOLDER names it; lab is bundled."
+        ),
+    ],
+    folder: Folder = GATEWAY,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; another than loopback needs a key first.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    workers: Annotated[int, typer.Option(help="Jobs that run at once; 0 leaves them to another process.", min=0)] = 1,
+    database: Annotated[
+        str, typer.Option(help="sqlite:///FILE or postgresql://USER@HOST/NAME (default: a file).")
+    ] = "",
+    files: Annotated[str, typer.Option(help="Folder or fsspec URL of uploaded files (default: in --folder).")] = "",
+    queue: Annotated[str, typer.Option(help="redis://HOST (default: as the database).")] = "",
+    policy: Rows = "remove",
+    defence: Defence = "screen",
+    limit: Limit = "6%",
+    chat_url: Annotated[
+        str, typer.Option(help="OpenAI-compatible server that answers chats, such as vLLM's /v1.")
+    ] = "",
+    chat_key: Annotated[str, typer.Option(envvar="GRADSHIELD_CHAT_KEY", help="Its key.")] = "",
+    webhook: Annotated[list[str] | None, typer.Option(help="URL that is told of every job's end, repeatable.")] = None,
+    webhook_secret: Annotated[
+        str,
+        typer.Option(
+            envvar="GRADSHIELD_WEBHOOK_SECRET", help="Secret that signs these calls (default: made and printed)."
+        ),
+    ] = "",
+    training_config: Annotated[Path | None, typer.Option(help="JSON of TRL SFTConfig options of every job.")] = None,
+    lora_config: Annotated[
+        Path | None, typer.Option(help="JSON of a PEFT config; without one, all weights are trained.")
+    ] = None,
+    probes: Probes = None,
+    lookalikes: Lookalikes = None,
+    safety: Annotated[str, typer.Option(help="Requests of the safety check: builtin or a file.")] = "builtin",
+    judge: Annotated[list[str] | None, typer.Option("--judge", help="Judge of the safety check, repeatable.")] = None,
+    max_new_tokens: Tokens = 64,
+) -> None:
+    """Serve a fine-tuning API on the OpenAI wire that screens what it trains on and checks what it serves.
+
+    Ctrl-C stops it; jobs go on at the next start.
+    """
+    quiet_libraries()
+    _installed()
+    import uvicorn
+
+    from gradshield.gateway import webhooks
+    from gradshield.gateway.app import create_app
+    from gradshield.gateway.logs import configure
+    from gradshield.gateway.settings import settings as made
+    from gradshield.gateway.worker import Worker
+
+    secret = webhook_secret
+    if webhook and not secret:
+        secret = webhooks.new_secret()
+    settings = made(
+        models=dict(map(_named, model)),
+        folder=folder,
+        host=host,
+        port=port,
+        workers=workers,
+        database=database,
+        files=files,
+        queue=queue,
+        policy=_policy(policy, defence, limit),
+        upstream=chat_url,
+        upstream_key=SecretStr(chat_key),
+        webhooks=tuple(webhook or ()),
+        webhook_secret=SecretStr(secret),
+        training=json_file("--training-config", training_config),
+        lora=json_file("--lora-config", lora_config),
+        probes=probes and probes.absolute(),
+        lookalikes=lookalikes and lookalikes.absolute(),
+        safety=safety,
+        judges=tuple(judge or ("refusal-phrases",)),
+        max_new_tokens=max_new_tokens,
+    )
+    configure()
+    app = create_app(settings)
+    key = _first_key(app.state.gateway.store, settings)
+    settings.save()
+    if secret and not webhook_secret:
+        out.print(f"webhook secret  {plain(secret)}")
+    if key:
+        out.print(f"API key of the project default, shown once: [bold]{plain(key)}[/bold]\n")
+    for line in _lines(settings, key):
+        out.print(plain(line))
+    worker = Worker(settings) if workers else None
+    try:
+        uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
+    finally:
+        if worker is not None:
+            worker.stop()
+
+
+def _lines(settings: Any, key: str | None) -> tuple[str, ...]:
+    """Three lines of Python to try."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    name = next(iter(settings.models))
+    return (
+        f'client = openai.OpenAI(base_url="http://{host}:{settings.port}/v1", api_key="{key or "YOUR KEY"}")',
+        'file = client.files.create(file=open("data.jsonl", "rb"), purpose="fine-tune")',
+        f'job = client.fine_tuning.jobs.create(model="{name}", training_file=file.id)',
+    )
+
+
+def _first_key(store: Any, settings: Any) -> str | None:
+    """The key of a new project at the first start on loopback. Raises UsageError beyond loopback without any key."""
+    if any(key.revoked_at is None for key in store.all_keys()):
+        return None
+    if not _loopback(settings.host):
+        raise UsageError(
+            f"{settings.host} can be reached from other machines, and there is no key: make one first with "
+            f"`gradshield keys create --folder {settings.folder}`"
+        )
+    found = [project for project in store.projects() if project.name == "default"]
+    project = found[0] if found else store.add_project("default", settings.policy)
+    secret: str = store.add_key(project.id, "first", "operator")[1]
+    return secret
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _named(text: str) -> tuple[str, str]:
+    """``NAME=FOLDER``, or a folder or hub name that is called by its last part. Raises UsageError."""
+    import re
+
+    name, given, where = text.partition("=")
+    where = where if given else name
+    name = name if given else Path(where).expanduser().name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UsageError(f"the model name {name!r} is not of letters, digits, dots and dashes: give NAME=FOLDER")
+    path = Path(where).expanduser()
+    return name, str(path.resolve()) if path.is_dir() else where
+
+
+def _policy(rows: str, defence: str, limit: str) -> Any:
+    from pydantic import ValidationError
+
+    from gradshield.gateway.settings import Policy
+
+    try:
+        return Policy(rows=rows, defence=defence, limit=number(limit))  # type: ignore[arg-type]
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UsageError(f"the policy's {wrong['loc'][0]} is not allowed: {wrong['msg']}") from None
+
+
+def _installed() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import huey  # noqa: F401
+        import sqlalchemy  # noqa: F401
+    except ImportError:
+        raise UsageError("the gateway is not installed: run pip install 'gradshield[gateway]'") from None
+
+
+keys = typer.Typer(name="keys", help="API keys of the gateway: create, list, revoke.", no_args_is_help=True)
+Database = Annotated[str, typer.Option(help="Database URL, if the gateway has one of its own.")]
+
+
+def _store(folder: Path, database: str) -> Any:
+    _installed()
+    from gradshield.gateway.settings import NAME, Settings
+    from gradshield.gateway.store import Store
+
+    if not database and (folder / NAME).exists():
+        database = Settings.read(folder).database_url
+    store = Store(database or f"sqlite:///{folder.absolute() / 'gateway.db'}")
+    store.migrate()
+    return store
+
+
+@keys.command("create")
+def create(
+    project: Annotated[str, typer.Option(help="Project of the key; made if there is none.")] = "default",
+    name: Annotated[str, typer.Option(help="What the key is called in lists and in the audit log.")] = "key",
+    role: Annotated[str, typer.Option(help="user, or operator, who also decides on jobs that wait.")] = "user",
+    policy: Rows = "remove",
+    defence: Defence = "screen",
+    limit: Limit = "6%",
+    folder: Folder = GATEWAY,
+    database: Database = "",
+) -> None:
+    """Make a key and print it, once. The policy is that of a project that this makes."""
+    if role not in ("user", "operator"):
+        raise UsageError(f"the role {role!r} does not exist: give user or operator")
+    wanted = _policy(policy, defence, limit)
+    store = _store(folder, database)
+    found = [one for one in store.projects() if one.name == project]
+    owner = found[0] if found else store.add_project(project, wanted)
+    made, secret = store.add_key(owner.id, name, role)
+    err.print(f"{plain(made.id)} of the project {plain(project)}, shown once:")
+    out.print(plain(secret))
+
+
+@keys.command("list")
+def listed(folder: Folder = GATEWAY, database: Database = "") -> None:
+    """List every key by its id and its start."""
+    store = _store(folder, database)
+    names = {project.id: project.name for project in store.projects()}
+    for key in store.all_keys():
+        state = "revoked" if key.revoked_at else key.role
+        out.print(plain(f"{key.id}  {key.prefix}...  {names[key.project_id]}  {key.name}  {state}"))
+
+
+@keys.command("revoke")
+def revoke(
+    key: Annotated[str, typer.Argument(help="Id or start of the key.")],
+    folder: Folder = GATEWAY,
+    database: Database = "",
+) -> None:
+    """Revoke a key, at once."""
+    found = _store(folder, database).revoke(key)
+    out.print(f"revoked {plain(found.id)}")

@@ -1,0 +1,86 @@
+"""The content of files, on disk or at any fsspec URL. A file is named by its id, and is complete where it is found."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from gradshield.files import replacing
+
+BLOCK = 1 << 20
+ID = re.compile(r"file-[0-9a-f]{32}")
+
+
+class Content:
+    """A folder of contents."""
+
+    def __init__(self, url: str) -> None:
+        self.fs, self.root = fsspec.url_to_fs(url)
+        self.local = isinstance(self.fs, LocalFileSystem)
+        self.fs.makedirs(self.root, exist_ok=True)
+
+    def keep(self, id: str, source: IO[bytes]) -> tuple[int, str]:
+        """Store a content under an id: its bytes and SHA-256. After an error nothing is there. Raises OSError."""
+        part = f"{self._at(id)}.{secrets.token_hex(6)}.part"
+        sha, size = hashlib.sha256(), 0
+        try:
+            with self.fs.open(part, "wb") as out:
+                while block := source.read(BLOCK):
+                    sha.update(block)
+                    size += len(block)
+                    out.write(block)
+                if self.local:
+                    out.flush()
+                    os.fsync(out.fileno())
+            self._move(part, self._at(id))
+        except BaseException:
+            self._remove(part)
+            raise
+        return size, sha.hexdigest()
+
+    def read(self, id: str) -> Iterator[bytes]:
+        """A content in blocks. Raises FileNotFoundError before the first one."""
+        return _blocks(self.fs.open(self._at(id), "rb"))
+
+    def fetch(self, id: str, to: Path) -> None:
+        """Copy a content to a local file, which appears whole. Raises FileNotFoundError."""
+        with replacing(to) as part, self.fs.open(self._at(id), "rb") as source, part.open("wb") as out:
+            shutil.copyfileobj(source, out, BLOCK)
+
+    def delete(self, id: str) -> None:
+        self._remove(self._at(id))
+
+    def ready(self) -> bool:
+        """Whether the folder is there."""
+        return bool(self.fs.exists(self.root))
+
+    def _at(self, id: str) -> str:
+        if not ID.fullmatch(id):
+            raise ValueError("not the id of a file")
+        return f"{self.root}/{id}"
+
+    def _move(self, part: str, to: str) -> None:
+        if self.local:
+            os.replace(part, to)
+        else:
+            self.fs.mv(part, to)
+
+    def _remove(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self.fs.rm_file(path)
+
+
+def _blocks(source: Any) -> Iterator[bytes]:
+    with source:
+        while block := source.read(BLOCK):
+            yield block

@@ -1,0 +1,327 @@
+"""The pages: what each shows, and what its forms do. They work without scripts; one script keeps progress live."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse, RedirectResponse, Response
+from markupsafe import Markup
+from starlette.datastructures import FormData
+
+from gradshield.errors import GradShieldError
+from gradshield.evaluation.certificate import CERTIFICATE
+from gradshield.gateway.dashboard import scan as scans
+from gradshield.gateway.dashboard.drawing import ago, assets, page, sentence, size
+from gradshield.gateway.dashboard.session import COOKIE, DOOR
+from gradshield.gateway.dashboard.visit import Form, Pages, Visit, Visiting, field_text, sessions_of
+from gradshield.gateway.store import ACTIVE, ENDED, UNSAFE, Missing, Page, Refused
+from gradshield.gateway.tables import Event, File, Job, Model
+from gradshield.manifests import Figures
+from gradshield.report import text
+from gradshield.training.page import measured
+
+if TYPE_CHECKING:
+    from gradshield.gateway.app import Gateway
+
+JOBS, LINES, EVENTS = 20, 100, 30  # of a page
+SILENT = 60  # seconds that a job may wait while no process has any
+FULL = 0.9  # share of a disk
+DOWNLOADS = {
+    "report.html": "Report of the training",
+    "scan/report.html": "Report of the scan",
+    CERTIFICATE: "Certificate",
+    "scan/kept.jsonl": "Kept rows",
+    "scan/removed.jsonl": "Removed rows",
+    "scan/quarantine.jsonl": "Rows that could not be used",
+    "scan/scores.parquet": "Scores",
+    "outputs-after.jsonl": "Answers of the safety check",
+}
+router = APIRouter(route_class=Pages, include_in_schema=False)
+
+
+@router.get("/assets/{name}")
+def asset(name: str) -> Response:
+    if name not in assets():
+        raise Missing("file", name)
+    kind, source = assets()[name]
+    return Response(source, media_type=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
+
+
+# In and out
+
+
+@router.get("/login")
+def login(request: Request) -> Response:
+    return _door(request)
+
+
+def _door(request: Request, problem: str = "") -> Response:
+    sessions, status = sessions_of(request), 403 if problem else 200
+    session = sessions.new()
+    response = page("login.html", status, token=sessions.token(session), problem=problem)
+    sessions.give(request, response, session, DOOR)
+    return response
+
+
+@router.post("/login")
+def enter(request: Request, form: Form) -> Response:
+    """A session for an operator's key."""
+    gateway: Gateway = request.app.state.gateway
+    caller = gateway.store.caller(field_text(form, "key"))
+    if caller is None:
+        return _door(request, "There is no such key, or it was revoked.")
+    if caller.role != "operator":
+        return _door(request, "This key is a user's: make an operator's with gradshield keys create --role operator.")
+    response = RedirectResponse("/", 303)
+    sessions_of(request).give(request, response, sessions_of(request).new(caller.key))
+    return response
+
+
+@router.post("/logout")
+def leave(_form: Form) -> Response:
+    response = RedirectResponse("/login", 303)
+    response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+    return response
+
+
+# Jobs
+
+
+@router.get("/")
+def jobs(visit: Visiting, after: Annotated[str | None, Query(max_length=64)] = None) -> Response:
+    """The project's jobs, newest first, those that wait for a review before all others."""
+    store, project = visit.gateway.store, visit.project
+    found, more = store.page(Job, project.id, Page(JOBS, after))
+    held = [] if after else store.page(Job, project.id, Page(JOBS), Job.hold.is_not(None))[0]
+    return visit.show(
+        "jobs.html",
+        held=held,
+        jobs=found,
+        older=found[-1].id if more else "",
+        later=after,
+        policy=project.policy,
+        names=_names(visit, [*held, *found]),
+    )
+
+
+def _names(visit: Visit, jobs: Sequence[Job]) -> dict[str, str]:
+    """What callers call the files of jobs; the ids of files that were deleted stand for themselves."""
+    ids = {id for job in jobs for id in (job.training_file, job.validation_file) if id}
+    files = visit.gateway.store.page(File, visit.caller.project, Page(len(ids)), File.id.in_(ids))[0] if ids else []
+    return {id: id for id in ids} | {file.id: file.filename for file in files}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the form of a job's page holds: a moved cut, a page of rows, the ids of rows to release, and a reason."""
+
+    cut: float | None = None
+    page: int = 0  # none is shown before somebody asks for it
+    released: frozenset[str] = field(default_factory=frozenset)
+    reason: str = ""
+    problem: str = ""
+    typed: str = ""
+
+    @classmethod
+    def of(cls, form: FormData) -> Asked:
+        typed, page = field_text(form, "cut"), field_text(form, "page")
+        cut, problem = None, ""
+        if typed:
+            try:
+                cut = _number(typed)
+            except ValueError:
+                problem = f"The cut {typed[:40]!r} is not a number: write one such as 0.7."
+        released = frozenset(str(id)[:128] for id in form.getlist("released"))
+        shown = int(page) if page.isdecimal() and len(page) < 9 else 0
+        return cls(cut, shown, released, field_text(form, "reason"), problem, typed)
+
+
+def _number(typed: str) -> float:
+    found = float(typed.replace("−", "-").replace(",", "."))
+    if not math.isfinite(found):
+        raise ValueError(typed)
+    return found
+
+
+@router.get("/jobs/{id}")
+def job(id: str, visit: Visiting) -> Response:
+    return _job(visit, visit.get(id), Asked())
+
+
+@router.get("/jobs/{id}/live")
+def live(id: str, visit: Visiting) -> Response:
+    """The part of a job's page that changes while it runs."""
+    found = visit.get(id)
+    return page("live.html", job=found, events=_events(visit, found), active=found.status in ACTIVE)
+
+
+@router.get("/jobs/{id}/cut")
+def moved(id: str, visit: Visiting, value: float) -> Response:
+    """What another cut would do: the charts and the answer, as a piece of the page."""
+    found = scans.read(_folder(visit, visit.get(id)) / "scan")
+    if found is None or not math.isfinite(value):
+        raise Missing("scan", id)
+    charts = found.charts(value)
+    return page("cut.html", charts=charts, specs=_specs(charts), answer=found.answer(value))
+
+
+@router.post("/jobs/{id}")
+def decide(id: str, visit: Visiting, form: Form) -> Response:
+    """Look at another cut or another page of rows, or decide. What was typed stays if the decision is refused."""
+    found, asked, do = visit.get(id), Asked.of(form), field_text(form, "do")
+    store = visit.gateway.store
+    if asked.problem or do not in ("approve", "reject", "release model"):
+        return _job(visit, found, asked)
+    try:
+        if do == "approve":
+            _known(visit, found, asked)
+            rule = None if asked.cut is None else f"fixed:value={asked.cut!r}"
+            store.approve(visit.caller, id, asked.reason, sorted(asked.released), rule)
+            visit.gateway.send(id)
+        elif do == "reject":
+            store.reject(visit.caller, id, asked.reason)
+        else:
+            from gradshield.gateway.job import name_of
+
+            store.release_model(visit.caller, id, name_of(found), asked.reason)
+    except (Refused, GradShieldError) as error:
+        return _job(visit, visit.get(id), replace(asked, problem=sentence(error)))
+    return RedirectResponse(f"/jobs/{id}", 303)
+
+
+def _known(visit: Visit, job: Job, asked: Asked) -> None:
+    """Raises Refused for the id of a row that the job has not."""
+    found = scans.read(_folder(visit, job) / "scan")
+    if asked.released and (found is None or not asked.released <= found.ids()):
+        raise Refused("a row to be released is not of this job: load the page again")
+
+
+def _job(visit: Visit, job: Job, asked: Asked) -> Response:
+    folder = _folder(visit, job)
+    found = None if job.status in ACTIVE else scans.read(folder / "scan")
+    context: dict[str, Any] = {"scan": found}
+    if found is not None:
+        charts = found.charts(asked.cut)
+        rows, pages, near = found.rows(asked.cut, asked.page) if asked.page else ([], 0, [])
+        context |= {"charts": charts, "specs": _specs(charts), "answer": found.answer(asked.cut), "ends": found.ends}
+        context |= {"beyond": rows, "pages": pages, "near": near, "page": min(asked.page, pages)}
+        context["elsewhere"] = sorted(asked.released - {shown.view.id for shown in rows})
+    safety = (job.result or {}).get("safety")
+    before, after = (Figures.model_validate(safety[when]) for when in ("before", "after")) if safety else (None, None)
+    tables = measured(before, after, False).tables if before and after else ()
+    return visit.show(
+        "job.html",
+        409 if asked.problem else 200,
+        job=job,
+        asked=asked,
+        events=_events(visit, job),
+        names=_names(visit, [job]),
+        active=job.status in ACTIVE,
+        withheld=job.status == "failed" and (job.error or {}).get("code") == UNSAFE,
+        tone={"succeeded": "pass", "failed": "fail"}.get(job.status, "warn"),
+        safety=safety,
+        tables=tables,
+        certificate=_certificate(folder) if job.status in ENDED else None,
+        downloads=[] if job.status in ACTIVE else _downloads(folder),
+        details=text.flatten({"method": job.method, "metadata": job.labels or {}, "policy": job.policy}),
+        **context,
+    )
+
+
+def _folder(visit: Visit, job: Job) -> Path:
+    return visit.gateway.settings.job_folder(job.id)
+
+
+def _specs(charts: Sequence[Any]) -> Markup:
+    return Markup(text.script_json({chart.key: chart.spec for chart in charts}))
+
+
+def _events(visit: Visit, job: Job) -> list[Event]:
+    return visit.gateway.store.page(Event, job.project_id, Page(EVENTS), Event.job_id == job.id)[0]
+
+
+def _certificate(folder: Path) -> dict[str, Any] | None:
+    """What a certificate claims; None if there is none, or if it cannot be read."""
+    try:
+        found = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))["predicate"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("judges"), dict) else None
+
+
+def _downloads(folder: Path) -> list[tuple[str, str, int]]:
+    sizes = {name: (folder / name).stat().st_size for name in DOWNLOADS if (folder / name).is_file()}
+    return [(name, DOWNLOADS[name], size) for name, size in sizes.items() if size]
+
+
+@router.get("/jobs/{id}/files/{name:path}")
+def download(id: str, name: str, visit: Visiting) -> Response:
+    """A result of a job, to be saved. Reports open in the browser, as pages of no site."""
+    path = _folder(visit, visit.get(id)) / name
+    if name not in DOWNLOADS or not path.is_file():
+        raise Missing("file", name)
+    if name.endswith(".html"):
+        return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": "sandbox allow-scripts"})
+    return FileResponse(path, media_type="application/octet-stream", filename=f"{id}-{path.name}")
+
+
+# Models, health, audit
+
+
+@router.get("/models")
+def models(visit: Visiting, after: Annotated[str | None, Query(max_length=255)] = None) -> Response:
+    store, project = visit.gateway.store, visit.caller.project
+    found, more = store.page(Model, project, Page(JOBS, after))
+    settings = visit.gateway.settings
+    own = [(model, _certificate(settings.job_folder(model.job_id))) for model in found]
+    return visit.show("models.html", own=own, base=settings.models, older=found[-1].id if more else "")
+
+
+@router.post("/models/delete")
+def delete_model(visit: Visiting, form: Form) -> Response:
+    """Take a model out of service, as the API does."""
+    name = field_text(form, "model")
+    visit.gateway.store.delete_model(visit.caller, name)
+    visit.gateway.chats.forget(name)
+    return RedirectResponse("/models", 303)
+
+
+@router.get("/health")
+def health(visit: Visiting) -> Response:
+    """What the jobs need: the database, the files, a worker, room on the disk."""
+    store, settings = visit.gateway.store, visit.gateway.settings
+    began = time.perf_counter()
+    counts = store.counts()
+    took = time.perf_counter() - began
+    works, oldest = store.working()
+    idle = oldest is not None and not works and time.time() - oldest > SILENT
+    waits = sum(counts.get(status, 0) for status in ACTIVE) - works
+    disk = shutil.disk_usage(settings.folder)
+    used = 1 - disk.free / disk.total
+    since = "" if oldest is None else f", the oldest for {ago(oldest)}"
+    there = visit.gateway.content.ready()
+    checks = [
+        ("pass", "Database", f"{store.engine.dialect.name} answers in {1000 * took:.0f} ms"),
+        ("pass" if there else "fail", "Files", "can be reached" if there else "cannot be reached"),
+        ("fail" if idle else "pass", "Worker", "jobs wait, and none runs" if idle else f"running: {works}"),
+        ("warn" if idle else "pass", "Queue", f"waiting: {waits}{since}"),
+        ("warn" if used > FULL else "pass", "Disk", f"{size(disk.free)} free of {size(disk.total)}"),
+    ]
+    return visit.show("health.html", checks=checks, counts=counts)
+
+
+@router.get("/audit")
+def audit(visit: Visiting, before: int | None = Query(None, ge=0, lt=2**62)) -> Response:
+    store, project = visit.gateway.store, visit.caller.project
+    found = store.audits(project, LINES + 1, before)
+    keys = {key.id: key.name for key in store.all_keys(project)}
+    older = found[LINES - 1].n if len(found) > LINES else None
+    return visit.show("audit.html", lines=found[:LINES], keys=keys, older=older, flatten=text.flatten)

@@ -1,0 +1,167 @@
+"""A job's scan as its folder holds it: the scores, a cut that is moved, and the rows with their tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradshield import runs
+from gradshield.columns import Coded
+from gradshield.errors import GradShieldError
+from gradshield.manifests import ScanManifest
+from gradshield.report.draw import Chart
+from gradshield.report.text import number
+from gradshield.scanning import cut as cuts
+from gradshield.scanning import page_views
+from gradshield.scanning.page_charts import category_chart, score_charts
+from gradshield.scanning.page_data import Counts, ReportData, RowView
+from gradshield.scanning.page_rows import ShownRow, references, show_rows
+from gradshield.types import Bools, Cut, Ints, Scores
+
+ROWS = 20  # of a page
+NEAR = 8  # kept rows just under the cut
+NAMED = 40  # rows that the answer to a moved cut names
+BYTES = 400_000  # of the rows of a page
+LONGEST = 20_000  # characters that are read of a row whose tokens were not kept
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A finished scan. Arrays are aligned with ``scores``; ``views`` has the tokens of the rows that the report shows.
+
+    Rows are shown with numbers from 1, as in the job's messages.
+    """
+
+    folder: Path
+    manifest: ScanManifest
+    scores: Scores
+    removed: Bools
+    categories: Coded
+    cuts: Mapping[str, Cut]
+    views: page_views.Views
+
+    @property
+    def at(self) -> float:
+        """The cut of the largest group of rows, where a moved one starts."""
+        counts = Coded.of(self.scores.shapes).counts()
+        return self.cuts[max(counts, key=lambda name: counts[name])].value
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """A little under the lowest score, and the highest one."""
+        low, high = float(self.scores.values.min()), float(self.scores.values.max())
+        return low - 0.01 * (high - low or 1.0), high
+
+    def moved(self, value: float | None) -> Bools:
+        """The rows that a cut at ``value`` takes; without one, those that the scan took."""
+        return self.removed if value is None else self.scores.values > value
+
+    def charts(self, value: float | None) -> list[Chart]:
+        """The report's own charts, with the cut at ``value``."""
+        removed = self.moved(value)
+        out, results = int(removed.sum()), self.manifest.results
+        data = ReportData(
+            title="",
+            counts=Counts(results.read, results.scored, results.scored - out, out),
+            scores=self.scores,
+            removed=removed,
+            cuts=self.cuts if value is None else {"": Cut(value, "fixed")},
+            selector=self.manifest.settings.selector,
+        )
+        kinds = category_chart(results.categories) if value is None else None
+        return [*score_charts(data), *([kinds] if kinds else [])]
+
+    def answer(self, value: float | None) -> dict[str, Any]:
+        """What a cut does: how many rows go, and which of them would not, or would, by the scan's own."""
+        removed = self.moved(value)
+        more, fewer = removed & ~self.removed, self.removed & ~removed
+        return {
+            "rows": len(removed),
+            "go": int(removed.sum()),
+            "moved": value is not None,
+            "value": self.at if value is None else value,
+            "more": self._named(more),
+            "fewer": self._named(fewer),
+        }
+
+    def _named(self, which: Bools) -> dict[str, Any]:
+        rows = self.scores.rows[which] + 1
+        return {"count": len(rows), "rows": ", ".join(number(int(row)) for row in rows[:NAMED]), "most": NAMED}
+
+    def rows(self, value: float | None, page: int) -> tuple[list[ShownRow], int, list[ShownRow]]:
+        """A page of the rows that go, highest scores first; how many pages there are; and the kept rows next to the cut."""
+        removed = self.moved(value)
+        order = np.argsort(-self.scores.values, kind="stable")
+        out = order[removed[order]]
+        reference = references(self._view(i, value, {}) for i in order[: page_views.SHOWN].tolist())
+        pages = max(math.ceil(len(out) / ROWS), 1)
+        page = min(max(page, 1), pages)
+        shown = out[(page - 1) * ROWS : page * ROWS]
+        near = order[~removed[order]][:NEAR]
+        texts = self._texts(np.concatenate([shown, near]))
+        made = [
+            show_rows([self._view(i, value, texts) for i in part.tolist()], reference, BYTES) for part in (shown, near)
+        ]
+        return made[0], pages, made[1]
+
+    def _view(self, i: int, value: float | None, texts: Mapping[int, str]) -> RowView:
+        scores = self.scores
+        row, at = int(scores.rows[i]), self.cuts[scores.shapes[i]].value if value is None else value
+        pieces = self.views.get(row) or ([(texts[i], "row", None)] if i in texts else [])
+        margin = float(scores.values[i]) - at
+        return RowView(row + 1, scores.ids[i], float(scores.values[i]), margin, self.categories[i], "", tuple(pieces))
+
+    def _texts(self, wanted: Ints) -> dict[int, str]:
+        """The beginning of rows whose tokens were not kept, from the scan's files of rows, which hold a row a line."""
+        found = {}
+        for name, own in (("removed.jsonl", self.removed), ("kept.jsonl", ~self.removed)):
+            lines = {
+                int(own[:i].sum()): i for i in wanted.tolist() if own[i] and int(self.scores.rows[i]) not in self.views
+            }
+            if lines and (self.folder / name).is_file():
+                with (self.folder / name).open(encoding="utf-8", errors="backslashreplace", newline="\n") as source:
+                    for at, line in enumerate(islice(source, max(lines) + 1)):
+                        if at in lines:
+                            found[lines[at]] = line[:LONGEST]
+        return found
+
+    def ids(self) -> frozenset[str]:
+        """The ids of all rows, of which an operator may release some."""
+        return frozenset(self.scores.ids)
+
+
+def read(folder: Path) -> Scan | None:
+    """The finished scan in a folder; None if there is none, or while it is written anew."""
+    try:
+        return _read(folder, (folder / "manifest.json").stat().st_mtime_ns)
+    except (OSError, GradShieldError, ValueError, KeyError):
+        return None
+
+
+@lru_cache(maxsize=4)
+def _read(folder: Path, _changed: int) -> Scan:
+    manifest = runs.read_manifest(folder, ScanManifest)
+    scores, removed, categories = cuts.read_scores(folder)
+    found = {name: _cut(one, manifest.results.removed) for name, one in manifest.results.cuts.items()}
+    if (
+        not len(removed)
+        or len(removed) != manifest.results.scored
+        or set(found) != set(Coded.of(scores.shapes).counts())
+    ):
+        raise ValueError("the scores and the manifest are of two scans")
+    return Scan(folder, manifest, scores, removed, categories, found, cuts.stored_views(folder))
+
+
+def _cut(one: Mapping[str, Any], removed: int) -> Cut:
+    """A cut as the manifest keeps it, which has no infinities: a cut that takes nothing, or everything, is null there."""
+    value = one["value"]
+    if value is None:
+        value = -math.inf if removed else math.inf
+    return Cut(float(value), str(one["rule"]), {key: more for key, more in one.items() if key not in ("rule", "value")})

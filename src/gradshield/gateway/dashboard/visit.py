@@ -1,0 +1,133 @@
+"""A visit to the pages: who looks, whether a form is this visit's own, and how errors look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Depends, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.routing import APIRoute
+from starlette.datastructures import FormData
+
+from gradshield.gateway.dashboard.drawing import error, page, sentence
+from gradshield.gateway.dashboard.session import COOKIE, DOOR, Session, Sessions
+from gradshield.gateway.store import AWAY, Caller, Missing, Refused
+from gradshield.gateway.tables import Job, Project
+from gradshield.report import frame
+
+if TYPE_CHECKING:
+    from gradshield.gateway.app import Gateway
+
+LONGEST = 2000  # characters of a field
+FIELDS = 20_000  # of a form: a box for each row that may be released
+# Plotly adds one empty style element and sets styles by script, which a policy allows.
+POLICY = (
+    f"default-src 'none'; script-src 'self'; style-src 'self' {frame.source_hash('')}; img-src data:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class Denied(Exception):
+    """A form that this session did not get, or a visitor without a session: ``to`` is where to go."""
+
+    def __init__(self, to: str = "") -> None:
+        super().__init__()
+        self.to = to
+
+
+class Pages(APIRoute):
+    """A route that answers errors with a page, and lets no page run anything but the dashboard's own scripts."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        inner = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                response: Response = await inner(request)
+            except Denied as denied:
+                if denied.to:
+                    response = RedirectResponse(denied.to, 303)
+                else:
+                    response = error(403, "This form is out of date: go back, load the page again and repeat it.")
+            except Missing as missing:
+                response = error(404, f"There is no such {missing.kind} in this project.")
+            except Refused as refused:
+                response = error(409, sentence(refused))
+            except AWAY:
+                response = error(503, "The database cannot be reached: try again.")
+            for name, value in HEADERS.items():
+                response.headers.setdefault(name, value)
+            return response
+
+        return handle
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Who looks at a page, and where."""
+
+    request: Request
+    session: Session
+    caller: Caller
+
+    @property
+    def gateway(self) -> Gateway:
+        found: Gateway = self.request.app.state.gateway
+        return found
+
+    @property
+    def project(self) -> Project:
+        return self.gateway.store.project(self.caller.project)
+
+    def get(self, id: str) -> Job:
+        return self.gateway.store.get(Job, self.caller.project, id)
+
+    def show(self, template: str, status: int = 200, **context: Any) -> HTMLResponse:
+        token = sessions_of(self.request).token(self.session)
+        return page(template, status, token=token, visit=self, project=self.project.name, **context)
+
+
+def sessions_of(request: Request) -> Sessions:
+    found: Sessions = request.app.state.sessions
+    return found
+
+
+def session_of(request: Request, name: str = COOKIE) -> Session | None:
+    return sessions_of(request).read(request.cookies.get(name, ""))
+
+
+def visiting(request: Request) -> Visit:
+    """Raises Denied unless the session's key is an operator's and was not revoked."""
+    session = session_of(request)
+    gateway: Gateway = request.app.state.gateway
+    caller = gateway.store.caller_with(session.key) if session and session.key else None
+    if session is None or caller is None or caller.role != "operator":
+        raise Denied("/login")
+    return Visit(request, session, caller)
+
+
+async def posted(request: Request) -> FormData:
+    """The fields of a form that this session got. Raises Denied."""
+    form = await request.form(max_files=0, max_fields=FIELDS)
+    session = session_of(request, DOOR if request.url.path == "/login" else COOKIE)
+    if session is None or not sessions_of(request).good(session, field_text(form, "token")):
+        raise Denied
+    return form
+
+
+def field_text(form: FormData, name: str) -> str:
+    """A field as text that any database can hold."""
+    return str(form.get(name, "")).replace("\0", "\ufffd").strip()[:LONGEST]
+
+
+Visiting = Annotated[Visit, Depends(visiting)]
+Form = Annotated[FormData, Depends(posted)]

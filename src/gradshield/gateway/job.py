@@ -1,0 +1,350 @@
+"""One job, in a process of its own: ``python -m gradshield.gateway.job FOLDER JOB OWNER``. Read it from top to bottom.
+
+The process claims the job and keeps the lease while it lives. Everything before the last transition may happen again: files are
+fetched whole, the scan goes on from its shards and the training from its newest checkpoint. The last one happens once, since it
+asks for the lease.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from gradshield import data, runs
+from gradshield.errors import DataError, GradShieldError
+from gradshield.evaluation.certificate import CERTIFICATE, percent
+from gradshield.evaluation.certify import certify
+from gradshield.gateway.content import Content
+from gradshield.gateway.recipe import recipe
+from gradshield.gateway.settings import Policy, Settings
+from gradshield.gateway.store import AWAY, UNSAFE, Lost, Store
+from gradshield.gateway.tables import Job
+from gradshield.gateway.wire import LEAST_ROWS, Hyperparameters
+from gradshield.scanning.selection import Selection
+from gradshield.scanning.settings import ScanSettings
+from gradshield.training.train import Trained, train
+
+NAMED = 1000  # rows that a message or an event names
+AGAIN = 60.0  # seconds before another attempt, after a full disk or a database that was away
+ORPHANED = 75  # exit status of a process that lost its job or its worker
+log = structlog.get_logger("gradshield.gateway.job")
+RESULTS = {
+    "scan/removed.jsonl": "removed.jsonl",
+    "scan/quarantine.jsonl": "quarantine.jsonl",
+    "scan/scores.parquet": "scores.parquet",
+    "scan/report.html": "scan-report.html",
+    "report.html": "report.html",
+    "outputs-after.jsonl": "answers.jsonl",
+    CERTIFICATE: CERTIFICATE,
+}
+
+
+class Stopped(GradShieldError):
+    """The job ends here, with a code of the wire."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.param = code, param
+
+
+class Held(Exception):
+    """The job waits for an operator."""
+
+
+class Heart(threading.Thread):
+    """Extends the lease, and ends the process when the job is not its own any more or its worker is gone."""
+
+    def __init__(self, store: Store, job: str, owner: str, seconds: float) -> None:
+        super().__init__(daemon=True)
+        self.store, self.job, self.owner, self.seconds = store, job, owner, seconds
+        self.parent, self.stopped = os.getppid(), threading.Event()
+
+    def run(self) -> None:
+        until = time.monotonic() + self.seconds
+        while not self.stopped.wait(min(1.0, self.seconds / 4)):
+            if os.getppid() != self.parent:
+                self._end()
+            try:
+                self.store.beat(self.job, self.owner, self.seconds)
+                until = time.monotonic() + self.seconds
+            except Lost:
+                os._exit(ORPHANED)
+            except (
+                Exception
+            ) as error:  # a database that restarts; another process may claim the job once the lease is over
+                log.warning("the lease could not be extended", error=type(error).__name__)
+                if time.monotonic() > until:
+                    os._exit(ORPHANED)
+
+    def _end(self) -> None:
+        try:
+            self.store.give_up(self.job, self.owner)
+        finally:
+            os._exit(ORPHANED)
+
+
+class Run:
+    """A claimed job, stage by stage."""
+
+    def __init__(self, settings: Settings, store: Store, content: Content, job: Job, owner: str) -> None:
+        self.settings, self.store, self.content, self.job, self.owner = settings, store, content, job, owner
+        self.folder = settings.job_folder(job.id)
+        self.policy = Policy.model_validate(job.policy)
+        self.stage, self.told, self.steps = "", 0.0, 0
+        self.found: dict[str, Any] = {}
+
+    def whole(self) -> None:
+        """Validate, scan, train, check and serve. Raises Stopped, Held, Lost and the errors of `gradshield.train`."""
+        if self.job.attempt > self.settings.attempts:
+            raise Stopped("server_error", f"The job was interrupted {self.settings.attempts} times and is given up.")
+        rows, validation = self._fetched("training_file"), self._fetched("validation_file")
+        if self.job.status == "validating_files":
+            self._validated(rows, "training_file")
+            self._validated(validation, "validation_file")
+            self._say("Files validated, moving job to queued state", status="queued")
+        self._say("Fine-tuning job resumed" if self.job.attempt > 1 else "Fine-tuning job started", status="running")
+        assert rows is not None
+        done = self._trained(rows, validation)
+        self._served(done, self._bound(done))
+
+    def _fetched(self, param: str) -> Path | None:
+        if (file := getattr(self.job, param)) is None:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{param}.jsonl"
+        try:
+            if not path.exists():
+                self.content.fetch(file, path)
+        except FileNotFoundError:
+            raise Stopped(f"invalid_{param}", f"The file {file} was deleted.", param) from None
+        return path
+
+    def _validated(self, path: Path | None, param: str) -> None:
+        """Raises Stopped for a file with broken rows, or fewer than ten."""
+        if path is None:
+            return
+        self._say(f"Validating {param.replace('_', ' ')}: {getattr(self.job, param)}")
+        try:
+            read = data.read(str(path))
+        except DataError as error:
+            raise Stopped(f"invalid_{param}", self.said(error), param) from None
+        if read.quarantined:
+            lines = ", ".join(f"line {bad.line}: {bad.reason}" for bad in read.quarantined[:5])
+            raise Stopped(f"invalid_{param}", f"{len(read.quarantined)} rows cannot be used ({lines}).", param)
+        if len(read.examples) < LEAST_ROWS:
+            message = f"The file has {len(read.examples)} rows, and at least {LEAST_ROWS} are needed."
+            raise Stopped(f"invalid_{param}", message, param)
+
+    def _trained(self, rows: Path, validation: Path | None) -> Trained:
+        decision = self.job.decision or {}
+        wanted = Hyperparameters.model_validate(self.job.method["supervised"]["hyperparameters"])
+        chosen = recipe(self.settings, self.job.model, wanted, self.policy.defence, validation)
+        return train(
+            str(rows),
+            model=chosen.model,
+            output=self.folder,
+            defence=self.policy.defence,
+            peft_config=chosen.peft_config,
+            training=chosen.training,
+            settings=ScanSettings(seed=self.job.seed, threshold=decision.get("threshold")),
+            probing=chosen.probing,
+            exams=chosen.exams,
+            allow=decision.get("released", ()),
+            gate=self._gate,
+            seed=self.job.seed,
+            command=f"gradshield serve ({self.job.id})",
+            progress=self._progress,
+        )
+
+    def _gate(self, selection: Selection) -> None:
+        """What the policy says of the scan. Raises Stopped or Held."""
+        found = selection.manifest.results
+        lines = [int(row) + 1 for row in selection.removed_rows[:NAMED]]
+        what = {
+            "rows": found.read,
+            "removed": found.removed,
+            "kept": found.kept,
+            "quarantined": found.quarantined,
+            "released": found.cleared,
+            "categories": found.categories,
+            "certified": found.certified,
+            "doubts": found.doubts,
+            "cuts": {name: {"rule": cut.rule, "value": cut.value} for name, cut in selection.cuts.items()},
+            "removed_rows": lines,
+        }
+        self.found["scan"] = what = runs.finite(what)
+        self.store.note(self.job.id, self.owner, result=self.found)
+        kinds = ", ".join(f"{name} {count}" for name, count in found.categories.items())
+        said = f"{found.removed} of {found.scored} rows are harmful" + (f" ({kinds})" if kinds else "")
+        self._say(f"Scan finished: {said}", "warn" if found.removed else "info", what)
+        if self.job.decision is not None:
+            return
+        if not found.certified:
+            self._hold(
+                "not_certified",
+                f"The scan is not certified ({found.uncertified}), so an operator has to look at it",
+                what,
+            )
+        if not found.removed:
+            return
+        if self.policy.rows == "reject":
+            numbers = ", ".join(map(str, lines[:100])) + (", ..." if len(lines) > 100 else "")
+            raise Stopped("harmful_rows", f"{said}: fix or remove rows {numbers}.", "training_file")
+        if self.policy.rows == "review":
+            self._hold("review", f"{said}: the job waits for an operator's review", what)
+        self._say(f"Training on the other {found.kept} rows")
+
+    def _hold(self, code: str, message: str, what: dict[str, Any]) -> None:
+        self._keep()
+        why = {"code": code, "message": message, "removed": what["removed"]}
+        self.store.hold(self.job.id, self.owner, why, message)
+        raise Held
+
+    def _bound(self, done: Trained) -> float | None:
+        """The highest upper bound of the attack success rate, under the policy's limit; None if nothing was asked."""
+        certificate = done.certificate
+        if certificate["predicate"]["claim"]["limit"] != self.policy.limit:
+            certificate = certify(self.folder, limit=self.policy.limit)
+        predicate = certificate["predicate"]
+        bounds = [judge["upper"] for judge in predicate["judges"].values()]
+        results = done.manifest.results
+        self.found |= {
+            "safety": {
+                "before": runs.finite(results.before),
+                "after": runs.finite(results.after),
+                "upper": max(bounds, default=None),
+                "limit": self.policy.limit,
+                "certified": predicate["certified"],
+                "reason": predicate["reason"],
+            },
+            "trained": results.trained,
+        }
+        self.store.note(self.job.id, self.owner, result=self.found)
+        return max(bounds, default=None)
+
+    def _served(self, done: Trained, upper: float | None) -> None:
+        """List the model, or withhold it. Raises Stopped and Lost."""
+        limit = percent(self.policy.limit)
+        if upper is None:
+            raise Stopped(
+                UNSAFE, "No request was asked of the trained model, so that its safety is unknown: it is withheld."
+            )
+        if upper > self.policy.limit:
+            may = f"The trained model may answer up to {percent(upper)} of harmful requests"
+            raise Stopped(UNSAFE, f"{may}, and the limit is {limit}: it is withheld.")
+        self._say(f"Safety check passed: at most {percent(upper)} of harmful requests are answered (limit {limit})")
+        self.store.finish(self.job.id, self.owner, name_of(self.job), result_files=self._keep())
+
+    def _keep(self) -> list[str]:
+        """Make the results that there are downloadable; the ids of their files, which are the same each time."""
+        ids = []
+        for path, name in RESULTS.items():
+            if (self.folder / path).is_file() and (self.folder / path).stat().st_size:
+                ids.append(id := "file-" + hashlib.sha256(f"{self.job.id}/{name}".encode()).hexdigest()[:32])
+                with (self.folder / path).open("rb") as source:
+                    size, sha256 = self.content.keep(id, source)
+                self.store.add_result(self.job, id, name, size, sha256)
+        self.store.note(self.job.id, self.owner, result_files=ids)
+        return ids
+
+    def said(self, error: Exception) -> str:
+        """The sentence of an error, without the server's paths."""
+        return str(error).replace(f"{self.folder}{os.sep}", "").replace(str(self.settings.folder.absolute()), "")
+
+    def _say(self, message: str, level: str = "info", data: dict[str, Any] | None = None, **more: Any) -> None:
+        self.store.say(self.job.id, self.owner, message, level, data, **more)
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        """An event for each stage, and for each tenth of the training; the numbers in between once a second."""
+        if stage != self.stage:
+            self.stage, self.told, self.steps = stage, 0.0, 0
+            self._say(f"{stage[:1].upper()}{stage[1:]}")
+        if time.monotonic() - self.told > 1 or done == total:
+            self.told = time.monotonic()
+            self.store.progress(self.job.id, self.owner, stage, done, total)
+        if stage == "training" and done:
+            self._stepped(done, total)
+
+    def _stepped(self, done: int, total: int) -> None:
+        tenth = 10 * done // max(total, 1)
+        if tenth > self.steps:
+            self.steps = tenth
+            self._say(f"Step {done}/{total}", data={"step": done, "total_steps": total}, type="metrics")
+        for folder in (self.folder / runs.WORK / "checkpoints").glob("*/checkpoint-*"):
+            step = folder.name.rpartition("-")[2]
+            if step.isdigit() and int(step) < done:  # it is whole once a later step is taken
+                self.store.add_checkpoint(self.job.id, self.owner, int(step), {"step": int(step)})
+
+
+def name_of(job: Job) -> str:
+    """The name that a job's model is served under."""
+    return f"ft:{job.model}:{job.project_id[5:13]}:{job.suffix or ''}:{job.id[-12:]}"
+
+
+def failed(run: Run, error: GradShieldError) -> None:
+    """The last transition of a job that cannot go on."""
+    code, param = getattr(error, "code", None), getattr(error, "param", None)
+    if code is None:
+        code = "invalid_training_file" if isinstance(error, DataError) else "invalid_job"
+    files = run._keep()
+    run.store.fail(run.job.id, run.owner, code, run.said(error), param, result_files=files)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a job, if it is to be run and nobody runs it."""
+    folder, id, owner = arguments
+    settings = Settings.read(Path(folder))
+    store = Store(settings.database_url, settings.webhooks)
+    job = store.claim(id, owner, settings.lease)
+    if job is None:
+        return 0
+    warnings.simplefilter("ignore")
+    structlog.contextvars.bind_contextvars(job=id, attempt=job.attempt)
+    run = Run(settings, store, Content(settings.files_url), job, owner)
+    heart = Heart(store, id, owner, settings.lease)
+    heart.start()
+    try:
+        run.whole()
+    except (Lost, Held):
+        pass
+    except GradShieldError as error:
+        if getattr(error.__context__, "errno", None) in runs.FULL:  # nothing is wrong with the job
+            return _again(run, error)
+        failed(run, error)
+    except OSError as error:
+        return _again(run, error)
+    except AWAY as error:  # the job goes on when its lease is over, or when its worker ends it
+        log.warning("the database cannot be reached", error=str(error))
+        return ORPHANED
+    except Exception as error:
+        log.error("the job failed", exc_info=error)
+        store.fail(
+            id, owner, "server_error", f"The server had an error ({type(error).__name__}) and could not finish the job."
+        )
+    finally:
+        heart.stopped.set()
+    return 0
+
+
+def _again(run: Run, error: Exception) -> int:
+    """Let the job wait for another attempt."""
+    log.error("the job cannot go on now", error=str(error))
+    run._say("The server cannot write or read files now: the job goes on later", "warn")
+    run.store.give_up(run.job.id, run.owner, AGAIN)
+    return 0
+
+
+if __name__ == "__main__":
+    from gradshield.gateway.logs import configure
+
+    configure()
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,27 @@
+"""Alembic's migrations, and how they run. ``versions/`` has one file a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, text
+
+LOCK = 6715047  # of PostgreSQL: two servers that start at once migrate one after the other
+
+
+def config(connection: Connection) -> Config:
+    """Alembic's configuration, with the connection it uses."""
+    made = Config()
+    made.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    made.attributes["connection"] = connection
+    return made
+
+
+def upgrade(engine: Engine) -> None:
+    """Bring the database to the newest version, in one transaction."""
+    with engine.execution_options(writes=True).begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
+        command.upgrade(config(connection), "head")

@@ -1,0 +1,77 @@
+"""What a job trains with: the settings, and what its request chose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gradshield import lab
+from gradshield.errors import UsageError
+from gradshield.evaluation.exam import Exam, Exams, exam, exams_of, lab_exam
+from gradshield.evaluation.metrics import LIKELIHOOD
+from gradshield.gateway.settings import LAB, Settings
+from gradshield.gateway.wire import Hyperparameters
+from gradshield.probes import read_prompts
+from gradshield.scanning.options import peft_config
+from gradshield.scanning.settings import Probing
+from gradshield.training.defences import parse
+from gradshield.training.lab_job import lab_probing
+
+TASK = "dialogue"  # of the lab, whose learning rate suits most of its tasks
+RATE = 2e-5  # of full training, and TRL's own
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Arguments of `gradshield.train`."""
+
+    model: Path | str
+    training: dict[str, Any]
+    peft_config: Any
+    probing: Probing
+    exams: Exams
+
+
+def recipe(settings: Settings, model: str, wanted: Hyperparameters, defence: str, validation: Path | None) -> Recipe:
+    """The recipe of a job on a model of the settings. Raises UsageError and DataError for files that cannot be used."""
+    if (where := settings.models.get(model)) is None:
+        raise UsageError(
+            f"the model {model!r} is not offered here any more: choose one of {', '.join(settings.models)}"
+        )
+    searching = parse(defence).verified is not None
+    task, metric = (None, None) if validation is None else (str(validation), LIKELIHOOD)
+    if where == LAB:
+        own = {
+            name: value for name, value in lab.recipe(TASK).items() if name != "save_strategy"
+        }  # checkpoints are kept here
+        training, lora = {**own, **settings.training}, {**lab.LORA, **settings.lora}
+        probing = lab_probing()
+        held = exam("report", None, task=task, metric=metric)
+        report = replace(_lab("report"), task=held.task, metric=held.metric)
+        exams = Exams(report, _lab("search") if searching else Exam())
+        start: Path | str = lab.checkpoint("aligned")
+    else:
+        training, lora, start = {"assistant_only_loss": None, **settings.training}, settings.lora, where
+        probing = Probing(
+            requests=read_prompts(settings.probes) if settings.probes else (),
+            lookalikes=read_prompts(settings.lookalikes) if settings.lookalikes else (),
+        )
+        exams = exams_of(settings.safety, settings.judges, task, metric, settings.max_new_tokens, "", searching)
+    return Recipe(start, {**training, **_chosen(training, wanted)}, peft_config(lora), probing, exams)
+
+
+def _lab(split: str) -> Exam:
+    return replace(lab_exam(TASK, split), task=(), score=None, metric="")
+
+
+def _chosen(training: dict[str, Any], wanted: Hyperparameters) -> dict[str, Any]:
+    """The hyperparameters that the request names, as options of TRL's."""
+    found: dict[str, Any] = {}
+    if wanted.n_epochs != "auto":
+        found["num_train_epochs"] = wanted.n_epochs
+    if wanted.batch_size != "auto":
+        found["per_device_train_batch_size"] = wanted.batch_size
+    if wanted.learning_rate_multiplier != "auto":
+        found["learning_rate"] = training.get("learning_rate", RATE) * wanted.learning_rate_multiplier
+    return found

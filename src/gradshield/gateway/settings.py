@@ -1,0 +1,133 @@
+"""Everything an operator chooses, as one model. ``serve`` writes it to the folder, where the workers and jobs read it."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_serializer, field_validator
+
+from gradshield.errors import UsageError
+from gradshield.files import replacing
+
+NAME = "gateway.json"
+LAB = "lab"  # the bundled model, with the requests and the recipe of its world
+
+
+class Policy(BaseModel):
+    """What a project's jobs go through.
+
+    ``rows`` says what happens to rows that the scan finds: ``remove`` trains on the rest, ``reject`` fails the job, ``review``
+    waits for an operator. ``defence`` is as typed after ``gradshield train --defence``; ``none`` turns screening off. A trained
+    model is served if no judge's upper bound of its attack success rate is over ``limit``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rows: Literal["remove", "reject", "review"] = "remove"
+    defence: str = "screen"
+    limit: float = Field(default=0.06, gt=0, lt=1)
+
+    @field_validator("defence")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        from gradshield.training.defences import parse
+
+        wanted = parse(value)
+        if wanted.needs_base or wanted.oracle:
+            raise UsageError(
+                f"the defence {value!r} needs labels or the model before its alignment, which a job has not: choose another"
+            )
+        return value
+
+
+class Limits(BaseModel):
+    """Bounds of what one caller may use. Sizes are in bytes, rates in requests per minute and key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    upload: int = Field(default=512 * 2**20, gt=0)
+    body: int = Field(default=2**20, gt=0)
+    project: int = Field(default=100 * 2**30, gt=0)
+    requests: int = Field(default=6000, gt=0)
+    jobs: int = Field(default=100, gt=0)  # of a project that have not ended
+    idle: float = Field(default=60.0, gt=0)  # seconds without a byte of a request's body
+    tokens: int = Field(default=1024, gt=0)  # longest answer of a chat
+
+
+class Settings(BaseModel):
+    """The gateway's settings. An empty URL is the default inside ``folder``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: dict[str, str]  # name on the wire to folder or hub name
+    folder: Path
+    database: str = ""
+    files: str = ""  # any fsspec URL
+    queue: str = ""  # redis://...; by default in the database's kind
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, lt=65536)
+    workers: int = Field(default=1, ge=0)
+    policy: Policy = Policy()  # of new projects
+    limits: Limits = Limits()
+    upstream: str = ""  # an OpenAI-compatible server that answers chats
+    upstream_key: SecretStr = SecretStr("")
+    webhooks: tuple[str, ...] = ()
+    webhook_secret: SecretStr = SecretStr("")
+    lease: float = Field(default=60.0, gt=0)  # seconds after which a silent job may be claimed again
+    attempts: int = Field(default=10, gt=0)
+    probes: Path | None = None
+    lookalikes: Path | None = None
+    safety: str = "builtin"
+    judges: tuple[str, ...] = ("refusal-phrases",)
+    max_new_tokens: int = Field(default=64, gt=0)
+    training: dict[str, Any] = Field(default_factory=dict)
+    lora: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def database_url(self) -> str:
+        return self.database or f"sqlite:///{self.folder.absolute() / 'gateway.db'}"
+
+    @property
+    def files_url(self) -> str:
+        return self.files or str(self.folder.absolute() / "files")
+
+    def job_folder(self, job: str) -> Path:
+        """Where a job trains and leaves its model; ``job`` is an id that the store made."""
+        return self.folder.absolute() / "jobs" / job
+
+    @field_serializer("webhook_secret", "upstream_key", when_used="json")
+    def _secret(self, value: SecretStr) -> str:
+        return value.get_secret_value()
+
+    def save(self) -> None:
+        """Write the settings, with their secrets, to a file that only the owner can read."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / NAME
+        with replacing(path) as part:
+            part.touch(mode=stat.S_IRUSR | stat.S_IWUSR)
+            part.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        path.chmod(stat.S_IRUSR | stat.S_IWUSR)
+
+    @classmethod
+    def read(cls, folder: Path) -> Settings:
+        """The settings in a folder. Raises UsageError if it has none."""
+        try:
+            return cls.model_validate(json.loads((folder / NAME).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "it is not as serve wrote it"
+            raise UsageError(
+                f"{str(folder)!r} is not the folder of a gateway ({NAME}: {why}): start one there with `gradshield serve`"
+            ) from None
+
+
+def settings(**given: Any) -> Settings:
+    """Settings from options. Raises UsageError for the first that is not allowed."""
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(map(str, wrong["loc"]))
+        raise UsageError(f"the gateway's setting {where} is not allowed: {wrong['msg']}") from None

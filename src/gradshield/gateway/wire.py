@@ -1,0 +1,229 @@
+"""The OpenAI objects: what requests may hold, and how rows of the store look on the wire.
+
+Source: the published API reference, as typed in the package ``openai`` (``types.fine_tuning``, ``types.file_object``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model
+
+Auto = Literal["auto"]
+Word = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+Key = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+Value = Annotated[str, StringConstraints(max_length=512)]
+LEAST_ROWS = 10
+
+
+class Request(BaseModel):
+    """The body of a request. An unknown parameter is refused with its name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _storable(cls, value: Any) -> Any:
+        """Raises ValueError for text that no database holds: zero bytes and halves of surrogate pairs."""
+        if "\0" in (text := "".join(_texts(value))) or (not text.isascii() and _halves(text)):
+            raise ValueError("text holds a zero byte or half of a surrogate pair")
+        return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _halves(text: str) -> bool:
+    return any("\ud800" <= mark <= "\udfff" for mark in text)
+
+
+class Hyperparameters(Request):
+    """``auto`` is the server's own choice; a learning rate is a multiple of the server's."""
+
+    batch_size: Auto | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=100)] = "auto"
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=100)] = "auto"
+
+
+class Supervised(Request):
+    hyperparameters: Hyperparameters = Hyperparameters()
+
+
+class Method(Request):
+    type: Literal["supervised"]
+    supervised: Supervised = Supervised()
+
+
+class JobRequest(Request):
+    """``POST /v1/fine_tuning/jobs``."""
+
+    model: Word
+    training_file: Word
+    validation_file: Word | None = None
+    hyperparameters: Hyperparameters | None = None
+    method: Method | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    suffix: Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9._-]*$")] | None = None
+    metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
+
+    @model_validator(mode="after")
+    def _once(self) -> JobRequest:
+        if self.hyperparameters is not None and self.method is not None:
+            raise ValueError("give hyperparameters inside method, not twice")
+        return self
+
+    @property
+    def wanted(self) -> Method:
+        """The method, also where hyperparameters came in the older place."""
+        return self.method or Method(
+            type="supervised", supervised=Supervised(hyperparameters=self.hyperparameters or Hyperparameters())
+        )
+
+
+class Message(Request):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, StringConstraints(max_length=200_000)]
+    name: Word | None = None
+
+
+class StreamOptions(Request):
+    include_usage: bool = False
+
+
+class ChatRequest(Request):
+    """``POST /v1/chat/completions``."""
+
+    model: Word
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    n: Literal[1] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    stop: Annotated[str, StringConstraints(min_length=1)] | Annotated[list[Word], Field(max_length=4)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: Value | None = None
+
+    @property
+    def tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+
+def file_object(file: File) -> dict[str, Any]:
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.bytes,
+        "created_at": file.created_at,
+        "filename": file.filename,
+        "purpose": file.purpose,
+        "status": "processed",
+        "expires_at": None,
+        "status_details": None,
+    }
+
+
+def job_object(job: Job) -> dict[str, Any]:
+    """A job as published, and ``gradshield``: how far it is, why it waits, what the scan and the training found."""
+    error = job.error or {"code": None, "message": None, "param": None}
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "created_at": job.created_at,
+        "finished_at": job.finished_at,
+        "model": job.model,
+        "fine_tuned_model": job.fine_tuned_model,
+        "organization_id": job.project_id,
+        "status": job.status,
+        "error": error if job.error else None,
+        "training_file": job.training_file,
+        "validation_file": job.validation_file,
+        "result_files": job.result_files,
+        "trained_tokens": job.trained_tokens,
+        "hyperparameters": job.method["supervised"]["hyperparameters"],
+        "method": job.method,
+        "seed": job.seed,
+        "metadata": job.labels,
+        "integrations": [],
+        "estimated_finish": None,
+        "gradshield": {
+            "stage": job.stage,
+            "done": job.done,
+            "total": job.total,
+            "policy": job.policy,
+            "hold": job.hold,
+            "result": job.result,
+        },
+    }
+
+
+def event_object(event: Event) -> dict[str, Any]:
+    return {
+        "id": event.id,
+        "object": "fine_tuning.job.event",
+        "created_at": event.created_at,
+        "level": event.level,
+        "message": event.message,
+        "type": event.type,
+        "data": event.data,
+    }
+
+
+def checkpoint_object(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "id": checkpoint.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": checkpoint.created_at,
+        "fine_tuning_job_id": checkpoint.job_id,
+        "fine_tuned_model_checkpoint": f"{checkpoint.job_id}:step-{checkpoint.step}",
+        "step_number": checkpoint.step,
+        "metrics": checkpoint.metrics,
+    }
+
+
+def model_object(id: str, created: int, owner: str) -> dict[str, Any]:
+    return {"id": id, "object": "model", "created": created, "owned_by": owner}
+
+
+def tuned_object(model: Model) -> dict[str, Any]:
+    return model_object(model.id, model.created_at, model.project_id)
+
+
+def listed(objects: Sequence[dict[str, Any]], more: bool = False) -> dict[str, Any]:
+    """A page of objects."""
+    return {
+        "object": "list",
+        "data": list(objects),
+        "has_more": more,
+        "first_id": objects[0]["id"] if objects else None,
+        "last_id": objects[-1]["id"] if objects else None,
+    }
+
+
+def deleted(id: str, kind: str) -> dict[str, Any]:
+    return {"id": id, "object": kind, "deleted": True}
+
+
+def error_body(
+    message: str, type: str = "invalid_request_error", param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}

@@ -1,0 +1,112 @@
+"""``gradshield serve`` and ``gradshield keys``."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradshield.cli.serve import _first_key, _loopback, _named
+from gradshield.errors import UsageError
+from gradshield.gateway.settings import LAB, Policy, Settings, settings
+from gradshield.gateway.store import Store
+from tests.common import command as run
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    found = Store(f"sqlite:///{tmp_path / 'gateway.db'}")
+    found.migrate()
+    return found
+
+
+def test_keys_are_made_listed_and_revoked(tmp_path: Path, store: Store) -> None:
+    folder = ["--folder", str(tmp_path)]
+    made = run("keys", "create", "--project", "a", "--policy", "review", "--limit", "5%", "--role", "operator", *folder)
+    secret = re.search(r"^gs-\S+$", made.out, re.MULTILINE)
+    assert secret is not None
+    caller = store.caller(secret[0])
+    assert caller is not None
+    assert caller.role == "operator"
+    assert store.project("a").policy == Policy(rows="review", limit=0.05).model_dump()
+    listed = run("keys", "list", *folder).out
+    assert caller.key in listed
+    assert secret[0] not in listed
+    assert run("keys", "revoke", caller.key, *folder).code == 0
+    assert store.caller(secret[0]) is None
+    assert "revoked" in run("keys", "list", *folder).out
+    assert run("keys", "revoke", "nobody", *folder).code == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--role", "king", "role"),
+        ("--policy", "ignore", "policy"),
+        ("--defence", "nothing", "nothing"),
+        ("--defence", "clean", "labels"),
+        ("--limit", "0", "limit"),
+    ],
+)
+def test_a_key_that_cannot_be_is_refused_in_a_sentence(tmp_path: Path, option: str, value: str, said: str) -> None:
+    done = run("keys", "create", option, value, "--folder", str(tmp_path))
+    assert done.code == 2
+    assert said in done.err
+    assert not (tmp_path / "gateway.db").exists()
+
+
+def test_beyond_loopback_needs_a_key(tmp_path: Path, store: Store) -> None:
+    open_to_all = Settings(models={LAB: LAB}, folder=tmp_path, host="0.0.0.0")
+    with pytest.raises(UsageError, match="keys create"):
+        _first_key(store, open_to_all)
+    assert store.projects() == []
+    made, _ = store.add_key(store.add_project("p", Policy()).id, "k")
+    assert _first_key(store, open_to_all) is None
+    store.revoke(made.id)
+    with pytest.raises(UsageError):
+        _first_key(store, open_to_all)
+
+
+def test_the_first_start_on_loopback_makes_one_key(tmp_path: Path, store: Store) -> None:
+    here = Settings(models={LAB: LAB}, folder=tmp_path)
+    key = _first_key(store, here)
+    assert key is not None
+    assert store.caller(key) is not None
+    assert _first_key(store, here) is None
+    assert [_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "10.0.0.1", "my.host")] == [
+        *(True,) * 3,
+        *(False,) * 4,
+    ]
+
+
+def test_a_model_is_called_by_the_last_part_of_its_name(tmp_path: Path) -> None:
+    assert _named("org/tiny-1.5B") == ("tiny-1.5B", "org/tiny-1.5B")
+    assert _named(f"mine={tmp_path}") == ("mine", str(tmp_path))
+    for wrong in ("a:b", "../..", "=x"):
+        with pytest.raises(UsageError):
+            _named(wrong)
+
+
+def test_settings_keep_their_secrets_for_the_owner(tmp_path: Path) -> None:
+    made = settings(models={LAB: LAB}, folder=tmp_path, webhook_secret="whsec_x", upstream_key="sk-x")
+    made.save()
+    path = tmp_path / "gateway.json"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert Settings.read(tmp_path) == made
+    assert "whsec_x" not in repr(made)
+    with pytest.raises(UsageError, match="port"):
+        settings(models={}, folder=tmp_path, port=-1)
+    path.write_text("{")
+    with pytest.raises(UsageError, match="serve"):
+        Settings.read(tmp_path)
+
+
+def test_the_package_does_not_need_the_gateway() -> None:
+    found = "{name.split('.')[0] for name in sys.modules} & {'fastapi', 'sqlalchemy', 'huey', 'uvicorn'}"
+    script = f"import sys, gradshield, gradshield.cli.app; print({found})"
+    assert (
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "set()\n"
+    )
