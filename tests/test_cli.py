@@ -463,3 +463,11 @@ def test_a_device_map_works_with_fihs_in_one_process_only(more: list[str], named
     done = command(*arguments)
     assert done.code == 2
     assert named in done.sentence
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "tokenize"])
+def test_an_argument_of_rendering_is_no_variable_of_a_template(name: str, tmp_path: Path) -> None:
+    arguments = scan_arguments("d.jsonl", tmp_path / "m", tmp_path / "out", tmp_path / "p")
+    done = command(*arguments, "--template-kwargs", json.dumps({name: False}))
+    assert done.code == 2
+    assert name in done.sentence

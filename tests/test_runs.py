@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,13 @@ def test_a_folder_in_which_nothing_was_written_is_as_before(tmp_path: Path, ther
 
 def test_what_was_half_written_is_taken_away(tmp_path: Path) -> None:
     (tmp_path / ".gradshield" / "shards").mkdir(parents=True)
-    own = [tmp_path / ".kept.jsonl.0a.part", tmp_path / ".gradshield" / "shards" / ".x.safetensors.0b.part"]
-    own.append(tmp_path / "scan" / ".scores.parquet.0c.part")
+    own = [
+        tmp_path / f".kept.jsonl.{'0a' * 6}.part",
+        tmp_path / ".gradshield" / "shards" / f".x.safetensors.{'0b' * 6}.part",
+    ]
+    own.append(tmp_path / "scan" / f".scores.parquet.{'0c' * 6}.part")
     own[-1].parent.mkdir()
-    others = [tmp_path / "mine.part", tmp_path / ".hidden"]
+    others = [tmp_path / "mine.part", tmp_path / ".hidden", tmp_path / ".download.0a.part"]
     for path in (*own, *others):
         path.write_text("x")
     with runs.alone(tmp_path):
@@ -112,3 +116,23 @@ def test_a_disk_that_is_full_of_tensors_is_a_sentence(tmp_path: Path, monkeypatc
     monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(DataError, match=r"cannot be written.*No space left on device.*free some space"):
         scan(chats(6), output=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output", "refused"),
+    [
+        ("*.jsonl", ".", True),
+        ("./*.jsonl", ".", True),
+        ("**/*.jsonl", "out", True),
+        ("*/*.jsonl", "out", True),
+        ("*.jsonl", "out", False),
+        ("part-*.jsonl", ".", False),
+    ],
+)
+def test_a_pattern_that_would_match_what_is_written_is_refused(
+    pattern: str, output: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "part-1.jsonl").touch()
+    with pytest.raises(DataError, match="the next time") if refused else nullcontext():
+        runs.check(output, ("kept.jsonl", "manifest.json"), "scores.parquet", data=pattern)

@@ -15,7 +15,9 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
+from fnmatch import fnmatch
 from functools import cache
+from glob import has_magic
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -134,6 +136,11 @@ def check(output: str | Path, written: Sequence[str], mark: str, *, data: Any = 
                     f"the output folder {str(folder)!r} is the folder of the model {str(name)!r}, which would be overwritten: "
                     "give another --output"
                 )
+    if isinstance(data, str | Path) and any(_matches(str(data), folder / name) for name in written):
+        raise DataError(
+            f"the pattern {str(data)!r} matches files that are written to the output folder, which would be read as data "
+            "the next time: give another --output"
+        )
     there = sorted({path for pattern in written for path in folder.glob(pattern)})
     if isinstance(data, str | Path) and os.path.exists(data):
         if folder.is_dir() and folder.samefile(data):
@@ -156,6 +163,15 @@ def check(output: str | Path, written: Sequence[str], mark: str, *, data: Any = 
             f"the output folder {str(folder)!r} holds the results of another command, which would be overwritten: give another "
             "--output"
         )
+
+
+def _matches(pattern: str, path: Path) -> bool:
+    """Whether a pattern of names (not a file's own name) matches a path."""
+    if not has_magic(pattern) or os.path.exists(pattern):
+        return False
+    wanted, found = os.path.abspath(pattern), os.path.abspath(path)
+    same = "**" in wanted or wanted.count(os.sep) == found.count(os.sep)
+    return same and fnmatch(found, wanted)
 
 
 def _name(model: Any) -> str | Path | None:

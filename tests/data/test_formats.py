@@ -344,3 +344,13 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
         write(result.examples.rows, result.source, target)
     assert [p.name for p in tmp_path.iterdir()] == ["kept.jsonl"]
     assert target.read_bytes() == b"before"
+
+
+def test_depth_and_nul_set_a_row_aside_and_stop_nothing() -> None:
+    deep: Any = "\0"
+    for _ in range(900):
+        deep = [deep]
+    row = {"messages": [USER, ASSISTANT]}
+    found = read([row, {**row, "x": deep}, {**row, "x": "\\u0000"}])
+    assert [bad.reason for bad in found.quarantined] == ["it has NUL characters"]
+    assert len(found.examples) == 2  # an escaped backslash is no NUL

@@ -24,7 +24,8 @@ from gradshield.data import SHAPES, Format, read, render, render_all, suffix, ta
 from gradshield.data.formats import may_be_hub_name
 from gradshield.data.messages import ROLES, RowError, messages
 from gradshield.errors import DataError, FormatError, UnknownNameError, UsageError
-from tests.tiny import tiny_tokenizer
+from gradshield.scanning.rows import prepare
+from tests.tiny import tiny_model, tiny_tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 OTHER = {"role": "assistant", "content": "No"}
@@ -261,6 +262,37 @@ def test_tokens_that_cannot_be_scored_say_why(row: dict[str, Any], reason: str) 
 
 
 @pytest.mark.parametrize(
+    ("turns", "said"),
+    [
+        ({"messages": [{"role": "user", "text": "q"}, ASSISTANT]}, "q"),
+        ({"conversations": [{"role": "user", "value": "q"}, {"from": "gpt", "value": "a"}]}, "q"),
+        ({"conversations": [{"from": "human", "text": "q"}, {"from": "gpt", "value": "a"}]}, "q"),
+        ({"contents": [{"role": "user", "parts": "q"}, {"role": "model", "parts": ["a"]}]}, "q"),
+        ({"contents": [{"role": "user", "parts": {"text": "q"}}, {"role": "model", "parts": ["a"]}]}, "q"),
+        ({"messages": [{"role": "user", "content": None}, ASSISTANT]}, None),
+        ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "a"}]}, None),
+        ({"contents": [{"role": "user", "part": "q"}, {"role": "model", "parts": ["a"]}]}, None),
+        (
+            {"prompt": '[{"role": "user", "content": "q"}]', "completion": '[{"role": "assistant", "content": "a"}]'},
+            "q",
+        ),
+    ],
+)
+def test_a_request_is_found_or_its_row_set_aside(turns: dict[str, Any], said: str | None) -> None:
+    found = read([turns, {"text": "a"}])
+    if said is None:
+        assert "has no content" in found.quarantined[0].reason
+    else:
+        assert (found.examples[0].conversations[0].messages or ())[0]["content"] == said
+        assert not found.examples.as_trl[0]  # TRL would read it otherwise
+
+
+def test_text_that_is_json_stays_text() -> None:
+    (one,) = read([{"prompt": "a list", "completion": '[{"x": 1}]'}]).examples
+    assert (one.conversations[0].messages, one.conversations[0].completion) == (None, '[{"x": 1}]')
+
+
+@pytest.mark.parametrize(
     "row",
     [
         {"question": "a", "query": "b", "answer": "c"},
@@ -275,6 +307,35 @@ def test_two_names_for_one_key_or_half_a_row_fit_nothing(row: dict[str, str]) ->
     assert "fit no known format" in result.quarantined[0].reason
     with pytest.raises(FormatError, match="--columns KEY=COLUMN"):
         read([row])
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"instruction": "Answer.", "question": "Why?", "output": "So."}, "Answer.\n\nWhy?"),
+        ({"instruction": "Answer.", "prompt": "Why?", "response": "So."}, "Answer.\n\nWhy?"),
+        ({"instruction": "Answer.", "input": "Why?", "prompt": "Answer. Why?", "output": "So."}, "Answer.\n\nWhy?"),
+    ],
+)
+def test_a_question_beside_an_instruction_is_not_lost(row: dict[str, str], asked: str) -> None:
+    (one,) = read([row]).examples
+    assert (one.conversations[0].messages or ())[0]["content"] == asked
+    with pytest.raises(FormatError, match="--columns KEY=COLUMN"):
+        read([{"instruction": "a", "question": "b", "query": "c", "output": "d"}])
+
+
+@pytest.mark.parametrize("columns", [{"prompt": "question"}, {"completion": "response"}, {"instruction": "question"}])
+def test_one_column_may_be_named_and_the_other_known(columns: dict[str, str]) -> None:
+    (one,) = read([{"question": "Why?", "response": "So."}], Format(columns=columns)).examples
+    assert [turn["content"] for turn in one.conversations[0].messages or ()] == ["Why?", "So."]
+
+
+def test_a_column_that_no_row_has_is_an_error() -> None:
+    rows = [{"question": "Why?", "answer": "So."}]
+    assert not read([*rows, {"why": "a", "answer": "b"}], Format(columns={"prompt": "why"})).unseen
+    wrong = Format(columns={"prompt": "question", "completion": "anwser"})
+    with pytest.raises(UsageError, match="no row of the list has the column 'anwser'"):
+        prepare(rows, tiny_model("llama"), tiny_tokenizer(), format=wrong)
 
 
 def test_columns_name_the_keys() -> None:
@@ -505,7 +566,10 @@ def test_a_bad_row_of_a_shard_names_its_file(tmp_path: Path) -> None:
         (lambda d: _bytes("scores.parquet", b"")(d).parent, "the folder of a finished scan"),
         (lambda d: _bytes("a.csv", b"text\nx\n")(_bytes("b.csv", b"text,n\nx,1\n")(d).parent).parent, "with the same columns"),
         (lambda d: _bytes("state.json", b"{}")(d).parent, "cannot be read as a saved dataset"),
-        (lambda d: _text("d.json", '[{"text": "a"}]\n[{"text": "b"}]')(d), "the array ends before the file does"),
+        (lambda d: _text("d.json", '[{"text": "a"}]\n[{"text": "b"}]')(d), "more behind the end of its rows"),
+        (lambda d: _text("d.json", '{"data": [{"text": "a"}]} {"data": [{"text": "b"}]}')(d), "more behind the end of its rows"),
+        (lambda d: _text("d.json", '{"data": [{"text": "a"}], "more": [')(d), "has no end"),
+        (lambda d: _text("d.json", '{"train": [{"text": "a"}], "data": [{"text": "b"}]}')(d), "rows under two keys"),
         (lambda d: pd.DataFrame({"text": ["a", 5]}), "not a table of one type per column"),
         (lambda d: ({"text": "a"} for _ in range(2)), "the data is a generator"),
     ],

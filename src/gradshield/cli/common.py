@@ -184,6 +184,19 @@ def json_object(name: str, text: str) -> dict[str, Any]:
         raise UsageError(f"{name} is not JSON ({error}): quote it with double quotes inside single ones") from None
 
 
+def template_variables(text: str) -> dict[str, Any]:
+    """The object of --template-kwargs. Raises UsageError for an argument of rendering, which is not the template's."""
+    from gradshield.data.shapes import not_variables
+
+    value = json_object("--template-kwargs", text)
+    if taken := not_variables(value):
+        raise UsageError(
+            f"--template-kwargs has {taken[0]}, an argument of rendering and not a variable of the chat template: leave it "
+            "out"
+        )
+    return value
+
+
 def json_file(name: str, path: Path | None) -> dict[str, Any]:
     """A JSON object of options from a file. Raises DataError if it cannot be read, UsageError if it is not an object."""
     return {} if path is None else _object(f"the file given to {name}", _json(name, path))

@@ -20,7 +20,6 @@ from gradshield.cli.common import (
     Template,
     Tokens,
     command_line,
-    json_object,
     noted,
     out,
     plain,
@@ -28,6 +27,7 @@ from gradshield.cli.common import (
     quiet_libraries,
     rates,
     require_model,
+    template_variables,
 )
 from gradshield.errors import UsageError
 
@@ -62,7 +62,7 @@ def evaluate(
     """Measure attack success (by each judge separately), over-refusal and utility of a model."""
     if safety == "none" and not (utility or lm_eval or inspect):
         raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
-    template = json_object("--template-kwargs", template_kwargs)
+    template = template_variables(template_kwargs)
     require_model(model)
     quiet_libraries()
     from gradshield.evaluation.evaluate import evaluate as run

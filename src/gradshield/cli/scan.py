@@ -42,7 +42,6 @@ from gradshield.cli.common import (
     Unsafety,
     command_line,
     json_file,
-    json_object,
     out,
     plain,
     probing,
@@ -56,6 +55,7 @@ from gradshield.cli.common import (
     row_format,
     share,
     summary,
+    template_variables,
     training_options,
 )
 from gradshield.cli.gate import Sarif, check_sarif, judge
@@ -216,7 +216,7 @@ def estimate(
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
     """What `gs.scan` and `gs.estimate` share, from the options of their commands; nothing is loaded yet."""
-    template = json_object("--template-kwargs", given["template_kwargs"])
+    template = template_variables(given["template_kwargs"])
     training = training_options(given["training_config"], given["max_length"])
     lora = json_file("--lora-config", given["lora_config"])
     shape = row_format(given["format"], given["columns"], given["strict"])

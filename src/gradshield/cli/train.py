@@ -28,7 +28,6 @@ from gradshield.cli.common import (
     command_line,
     err,
     json_file,
-    json_object,
     noted,
     out,
     plain,
@@ -40,6 +39,7 @@ from gradshield.cli.common import (
     require_data,
     require_model,
     row_format,
+    template_variables,
     training_options,
     verdict,
 )
@@ -117,7 +117,7 @@ def train(
     if report_to is not None:
         training["report_to"] = report_to
     lora = json_file("--lora-config", lora_config)
-    template = json_object("--template-kwargs", template_kwargs)
+    template = template_variables(template_kwargs)
     truth = read_labels(labels)
     shape = row_format(format, columns)
     for path in data:

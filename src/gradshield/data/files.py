@@ -142,7 +142,8 @@ def _opened(path: Path) -> _Opened:
     broken = {b"{": after[:1] in (b'"', b"}"), b"[": True, b",": after[:1] == b'"'}
     spread = line[:1] == b"{" and broken.get(line[-1:], False)
     array = line[:1] == b"[" and not (line[-1:] == b"]" and after)
-    if kind == "json" or spread or array:
+    lines = line[:1] == b"{" and line[-1:] == b"}" and after[:1] == b"{"  # whatever keys the first row has
+    if (kind == "json" and not lines) or spread or array:
         if inside := _entered(signs := _signs(stream)):
             return _Opened("json", _checked(path, stream, _array(path, signs, *inside)))
         stream.close()
@@ -297,16 +298,32 @@ def _array(path: Path, signs: Iterator[tuple[bytes, bytes, int]], inside: int, l
             if taken.data or sign == b"," or not first:
                 yield taken.record(begun, json_value)
             if depth < inside:
-                if inside == 1 and any(before.strip() or sign for before, sign, _ in signs):
-                    break
+                if more := _after(signs, depth):
+                    raise FormatError(f"{path} has {more}: give one array of rows, or one object per line as .jsonl")
                 return
             taken, first = Taken(), False
         else:
             taken.add(sign)
     raise FormatError(
-        f"{path} is not valid JSON (the array ends before the file does, or the row that begins on line {begun} has no end): "
+        f"{path} is not valid JSON (the row that begins on line {begun} has no end): "
         "fix it there, or give one object per line as .jsonl"
     )
+
+
+def _after(signs: Iterator[tuple[bytes, bytes, int]], depth: int) -> str:
+    """What is wrong with JSON text behind its array of rows, at this depth, in words; empty if it ends as it should."""
+    key = b""
+    for before, sign, now in signs:
+        key = (key + before)[:99]
+        if depth <= 0 and (key.strip() or sign):
+            return "more behind the end of its rows"
+        if sign == b"[" and now == 2 and _DATA.fullmatch(key):
+            return "rows under two keys"
+        key = b"" if now == 1 and sign in (b"{", b",") else key + sign
+        depth = now
+        if depth <= 0:
+            key = b""
+    return "no end" if depth > 0 else ""
 
 
 def _objects(signs: Iterator[tuple[bytes, bytes, int]]) -> Iterator[Record]:

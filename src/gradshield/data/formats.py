@@ -36,11 +36,15 @@ SAVED = ("state.json", "dataset_dict.json")  # in a folder that save_to_disk wro
 
 @dataclass(frozen=True, eq=False)
 class ReadResult:
-    """Usable rows, read again on access, and quarantined rows, each in input order."""
+    """Usable rows, read again on access, and quarantined rows, each in input order.
+
+    ``unseen`` are columns of the format that no row has.
+    """
 
     examples: Examples
     quarantined: tuple[Quarantined, ...]
     source: Source
+    unseen: frozenset[str] = frozenset()
 
 
 def read(data: Any, format: str | Format | None = None) -> ReadResult:
@@ -68,9 +72,12 @@ def read(data: Any, format: str | Format | None = None) -> ReadResult:
     format = Format.of(format)
     source, records = _open(data)
     quarantined, strangers = [], 0
+    unseen = {column for key, column in format.columns.items() if key != "text"}  # that of text may be TRL's own option
     rows, digests, shapes, as_trl = array("I"), array("Q"), array("B"), array("B")
     for row, record in enumerate(records):
         source.lines.append(record.line)
+        if unseen and isinstance(record.value, Mapping):
+            unseen.difference_update(record.value)
         if record.file and (not source.starts or source.starts[-1][1] != record.file):
             source.starts.append((row, record.file))
         try:
@@ -98,7 +105,7 @@ def read(data: Any, format: str | Format | None = None) -> ReadResult:
         np.frombuffer(as_trl, np.bool_),
         format,
     )
-    return ReadResult(examples, tuple(quarantined), source)
+    return ReadResult(examples, tuple(quarantined), source, frozenset(unseen))
 
 
 class _UnknownShape(RowError):

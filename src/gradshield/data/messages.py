@@ -20,6 +20,7 @@ ROLES = {
     **dict.fromkeys(("tool_response", "observation"), "tool"),
     "function_response": "function",
 }
+CONTENTS = ("text", "value")  # other names of a turn's content
 TEXTS = ("text", "input_text", "output_text", None)  # types of a part that holds text
 
 
@@ -57,11 +58,15 @@ def parsed(value: Any) -> Any:
 
 def _as_messages(message: Mapping[str, Any], role: str, where: str) -> Iterator[Mapping[str, Any]]:
     """The message with the template's role; of one with tool results, each result as a message of the role tool before it."""
-    content = message.get("content")
+    content, changed = message.get("content"), role != message["role"]
+    if content is None and (own := [message[key] for key in CONTENTS if isinstance(message.get(key), str)]):
+        content, changed = own[0], True
+    if content is None and role == "user":
+        raise RowError(f"{where} has no content (its keys: {short(', '.join(map(str, message)))})")
     if role == CALL:
         yield {**message, "role": "assistant", **_called(content, where)}
         return
-    texts, calls, changed = content, [], role != message["role"]
+    texts, calls = content, []
     if isinstance(content, list):
         texts = []
         for part in content:
@@ -81,7 +86,10 @@ def _as_messages(message: Mapping[str, Any], role: str, where: str) -> Iterator[
         raise RowError(f"the content of {where} must be a string or a list of text parts, got {kind_of(content)}")
     if calls:
         message = {**message, "tool_calls": [*(message.get("tool_calls") or ()), *calls]}
-    yield {**message, "role": role, "content": texts or ""} if changed else message
+    if not changed:
+        yield message
+        return
+    yield {key: value for key, value in message.items() if key not in CONTENTS} | {"role": role, "content": texts or ""}
 
 
 def _called(content: Any, where: str) -> dict[str, Any]:
@@ -123,9 +131,11 @@ def from_sharegpt(turn: Any) -> Any:
 
 def from_gemini(turn: Any) -> Any:
     """A turn of Gemini's ``contents`` as a message; anything else unchanged."""
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("parts"), list):
+    if not isinstance(turn, Mapping) or turn.get("parts") is None:
         return turn
-    parts = [_gemini_part(part) for part in turn["parts"]]
+    given = turn["parts"]
+    parts = [_gemini_part(part) for part in (given if isinstance(given, list) else [given])]
+    parts = [{"text": part} if isinstance(part, str) else part for part in parts]
     if all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
         return {"role": turn.get("role") or "user", "content": "".join(part["text"] for part in parts)}
     return {"role": turn.get("role") or "user", "content": parts}

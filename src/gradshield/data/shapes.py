@@ -173,7 +173,8 @@ def _decided(name: str | None, columns: tuple[tuple[str, str], ...], keys: Keys,
     if chosen is None:
         return Decided(None, {}, ())
     read = (*SHAPES[chosen].keys, *SHAPES[chosen].also)
-    names = {key: column for key, column in given.items() if key in read} | fits[chosen]
+    names = {key: column for key, column in given.items() if key in read}
+    names |= {key: given.get(column, column) for key, column in fits[chosen].items()}  # the row's own column
     return Decided(chosen, names, tuple(shape for shape in fits if shape != chosen and SHAPES[shape].fits(keys)))
 
 
@@ -225,7 +226,7 @@ class PreferenceShape(Shape):
 
     @classmethod
     def convert(cls, row: Row) -> tuple[Conversation, ...]:
-        prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+        prompt, chosen, rejected = (_turns(row.get(key)) for key in ("prompt", "chosen", "rejected"))
         if isinstance(prompt, Mapping):
             row = {**row, "tools": row.get("tools") or prompt.get("tools")}
             prompt = prompt.get("messages")
@@ -339,6 +340,15 @@ class AlpacaShape(Shape):
     }
 
     @classmethod
+    def named(cls, keys: Keys) -> dict[str, str] | None:
+        """A question beside an instruction is its input."""
+        found = super().named(keys)
+        asked = keys.intersection(cls.names["instruction"])
+        if found is None or not asked or "instruction" not in keys or "input" in keys:
+            return found
+        return None if len(asked) > 1 or "input" in found else {**found, "input": next(iter(asked))}
+
+    @classmethod
     def fits(cls, keys: Keys) -> bool:
         """An ``input`` may be all that there is of the request."""
         return "output" in keys and not keys.isdisjoint(("instruction", "input"))
@@ -373,12 +383,10 @@ def shape_keys() -> str:
 def as_trl(row: Row, shape: str, conversations: tuple[Conversation, ...]) -> bool:
     """Whether TRL reads the row as it is read here: by its shape, and with the same messages, all of them trained on."""
     made = SHAPES[shape]
-    if (
-        shape == "tokens"
-    ):  # TRL looks at nothing else; it skips the mask of a completion by default, and trains on padding
-        return (row.get("labels") is not None or row.get("completion_mask") is None) and len(
-            conversations[0].ids
-        ) == len(parsed(row["input_ids"]))
+    if shape == "tokens":  # TRL looks at nothing else
+        # By default it skips the mask of a completion; and it trains on padding.
+        masked = row.get("labels") is None and row.get("completion_mask") is not None
+        return not masked and len(conversations[0].ids) == len(parsed(row["input_ids"]))
     others = TRL_KEYS.difference((*made.keys, *made.also))
     if shape not in TRL_SHAPES or any(row.get(key) is not None for key in others):
         return False
@@ -393,7 +401,7 @@ def as_trl(row: Row, shape: str, conversations: tuple[Conversation, ...]) -> boo
 
 
 def _completed(row: Row, coefficient: float = 1.0) -> Conversation:
-    prompt, completion = row["prompt"], row["completion"]
+    prompt, completion = _turns(row["prompt"]), _turns(row["completion"])
     if isinstance(prompt, str) and isinstance(completion, str):
         return Conversation(prompt=prompt, completion=_answer(completion, "completion"), coefficient=coefficient)
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -402,6 +410,13 @@ def _completed(row: Row, coefficient: float = 1.0) -> Conversation:
         "prompt and completion must be two strings or two lists of messages, "
         f"got {kind_of(prompt)} and {kind_of(completion)}"
     )
+
+
+def _turns(value: Any) -> Any:
+    """The messages of a string that is a JSON list of them; anything else unchanged."""
+    turns = parsed(value) if isinstance(value, str) and value.lstrip().startswith("[") else None
+    whole = isinstance(turns, list) and turns and all(isinstance(turn, Mapping) and "role" in turn for turn in turns)
+    return turns if whole else value
 
 
 def _chat(turns: Messages, row: Row) -> Conversation:
@@ -464,9 +479,14 @@ def _template_kwargs(value: Any) -> Mapping[str, Any]:
         return {}
     if not isinstance(value, Mapping):
         raise RowError(f"chat_template_kwargs must be an object, got {kind_of(value)}")
-    if taken := sorted(name for name in RENDERING if name in value):
+    if taken := not_variables(value):
         raise RowError(f"chat_template_kwargs has {taken[0]}, which a row may not set")
     return dict(value)
+
+
+def not_variables(template: Mapping[str, Any]) -> list[str]:
+    """Those names that are arguments of rendering, not variables of a chat template."""
+    return sorted(name for name in RENDERING if name in template)
 
 
 def _with_system(turns: Messages, row: Row) -> Messages:

@@ -77,6 +77,10 @@ def prepare(
     training_args = sft_options(training_args)
     format = rows_in.Format.of(format).trained(training_args)
     read = rows_in.read(data, format)
+    if read.unseen:
+        raise UsageError(
+            f"no row of {read.source.name} has the column {min(read.unseen)!r}: name one that is there with --columns"
+        )
     if hasattr(training_args, "assistant_only_loss") and read.examples.shapes.counts().get("kto"):
         raise UsageError(
             f"{read.source.name} has answers with a label, false for those to avoid, and the training config is for SFTTrainer, "
