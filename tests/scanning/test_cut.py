@@ -17,6 +17,7 @@ import pytest
 import gradshield as gs
 from gradshield import data as rows_in
 from gradshield.errors import DataError, UsageError
+from gradshield.manifests import Labelled
 from tests.common import chats, command, files, jsonl, scan, scan_arguments, table, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -161,6 +162,16 @@ def test_labels_are_measured_again(tmp_path: Path) -> None:
     cut = gs.cut(tmp_path / "a", "ratio:50%")
     direct = scan(ROWS, output=tmp_path / "b", settings=_settings("ratio:50%"), labels=labels)
     assert cut.manifest.results.labels == direct.manifest.results.labels
+
+
+@pytest.mark.parametrize("stored", [None, "[1, 0]", "[2" + ", 0" * 9 + "]", '["1"' + ", 0" * 9 + "]", "[" * 100_000])
+def test_without_its_labels_a_cut_has_no_figures_of_them(stored: str | None, tmp_path: Path) -> None:
+    scan(ROWS, output=tmp_path, settings=_settings("ratio:20%"), labels=[1, 0] * 5)
+    known = tmp_path / ".gradshield" / "labels.json"
+    known.unlink() if stored is None else write(known, stored)
+    found = gs.cut(tmp_path, "ratio:50%").manifest.results
+    assert found.labels == Labelled() and "labels" not in found.doubts
+    assert "labels" not in json.loads((tmp_path / "manifest.json").read_text())["results"]
 
 
 def test_the_gate_closes_after_everything_is_written(folder: Path, probes: Path, tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
     doubts = trust.doubts(scores, decision, examples, problem, opener_fihs, len(quarantined), truth)
     kept = {name: value for name, value in old.results if name in old.results.model_fields_set}
     kept.pop("filtered", None)  # measured on a model trained on other rows
+    kept.pop("labels", None)
     if truth is not None:
         kept["labels"] = old.results.labels.model_copy(update=outputs.caught_and_lost(removed, truth))
     results = ScanResults(
@@ -291,10 +292,13 @@ def stored_views(folder: Path) -> page_views.Views:
         return {}
 
 
-def _labels(folder: Path, scored: int) -> Any:
+def _labels(folder: Path, scored: int) -> Ints | None:
+    """The label of each scored row (N,); None without labels, or if they cannot be read."""
     path = folder / runs.WORK / "labels.json"
     try:
-        found = np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.int64)
-    except (OSError, ValueError, TypeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return found if found.shape == (scored,) else None
+    if not isinstance(found, list) or len(found) != scored or not all(type(one) is int and one in (0, 1) for one in found):
+        return None
+    return np.array(found, dtype=np.int64)
