@@ -200,9 +200,7 @@ def test_nobody_else_reads_or_decides(server: Server, folder: Path) -> None:
 def test_the_body_of_a_refused_request_is_not_the_next_request(server: Server, folder: Path) -> None:
     host, base = f"127.0.0.1:{server.server_port}", f"/{server.token}/"
     form = urlencode({"place": "0", "verdict": "keep"})
-    inner = (
-        f"POST {base}decide HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nContent-Length: {len(form)}\r\n\r\n{form}"
-    )
+    inner = f"POST {base}decide HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nContent-Length: {len(form)}\r\n\r\n{form}"
     for path, origin in ((base + "decide", "http://evil.example"), (base + "else", f"http://{host}"), ("/x/", "null")):
         head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nOrigin: {origin}\r\nContent-Length: {len(inner)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as connection:
