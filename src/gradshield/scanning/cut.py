@@ -332,7 +332,7 @@ def stored_views(folder: Path) -> page_views.Views:
         return {}
 
 
-def _labels(folder: Path, scored: int) -> Ints | None:
+def _labels(folder: Path, scored: int) -> Any:
     """The label of each scored row (N,); None without labels, or if they cannot be read."""
     path = folder / runs.WORK / "labels.json"
     try:
