@@ -100,8 +100,8 @@ class Plugin(BasePlugin):  # type: ignore[misc]
             finished = folder / "manifest.json"
             if not finished.exists() or finished.stat().st_mtime < self.began:
                 _scan(cfg, given, dataset, folder)
-            manifest = runs.read_manifest(folder, ScanManifest)
-            results, (scores, removed, _) = manifest.results, read_scores(folder, manifest)
+            results = runs.read_manifest(folder, ScanManifest).results
+            scores, removed, _ = read_scores(folder)
         LOG.info(
             "GradShield: %d of %d rows removed, %d set aside, %d are trained on; report: %s",
             results.removed, results.read, results.quarantined, results.kept, folder / "report.html",

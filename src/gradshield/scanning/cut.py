@@ -106,7 +106,7 @@ class Scanned:
     def read(cls, path: Path) -> Scanned:
         """Raises DataError if the folder is not a finished scan, or its files do not belong together."""
         manifest = runs.read_manifest(path, ScanManifest)
-        scores, removed, categories = read_scores(path, manifest)
+        scores, removed, categories = read_scores(path)
         if (known := manifest.results.anchors) is not None:
             harmful, harmless = (np.array(values, dtype=np.float64) for values in (known.harmful, known.harmless))
             scores = replace(scores, anchors=Anchors(harmful, harmless))
@@ -230,11 +230,12 @@ def _unreadable(folder: Path) -> DataError:
     )
 
 
-def read_scores(folder: Path, manifest: ScanManifest) -> tuple[Scores, Bools, Coded]:
+def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
     """Scores, removed flags and categories from ``scores.parquet``.
 
-    Raises DataError if it cannot be read, or is not of the scan of this manifest.
+    Raises DataError if it cannot be read, or is not of the scan of the folder's manifest.
     """
+    manifest = runs.read_manifest(folder, ScanManifest)
     opener_fihs = manifest.settings.selector_found.get("opener_fihs")
     needed = (
         "row",
