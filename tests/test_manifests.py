@@ -16,7 +16,7 @@ from gradshield import runs
 from gradshield.comparison.results import Comparison
 from gradshield.errors import DataError
 from gradshield.manifests import EvaluationManifest, Figures, ScanManifest, SequenceRecord, TrainingManifest
-from gradshield.stats import wilson
+from gradshield.stats import mean_interval, wilson
 from tests.common import write
 from tests.evaluation.test_certificate import scanned
 
@@ -57,6 +57,20 @@ def test_what_is_read_is_written_again_byte_for_byte(tmp_path: Path) -> None:
         ("[]", "the whole: "),
         (json.dumps(scanned() | {"more": 1}), "more: "),
         (json.dumps(scanned(kept="many")), "results.kept: "),
+        *(
+            (json.dumps(scanned(labels={"caught": asdict(wilson(1, 2)) | change})), "results.labels.caught: ")
+            for change in (
+                {"k": 3},
+                {"k": -1},
+                {"n": -2, "k": -1},
+                {"n": 0, "k": 0},
+                {"n": 9},
+                {"rate": 1.5},
+                {"low": -0.1},
+                {"high": 1.1},
+                {"low": 0.9, "high": 0.1},
+            )
+        ),
     ],
 )
 def test_a_damaged_manifest_is_one_sentence(content: str | None, why: str, tmp_path: Path) -> None:
@@ -66,6 +80,12 @@ def test_a_damaged_manifest_is_one_sentence(content: str | None, why: str, tmp_p
         runs.read_manifest(tmp_path, ScanManifest)
     assert why in str(raised.value) and "run `gradshield scan` into it first" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_the_rate_of_real_scores_is_whole(tmp_path: Path) -> None:
+    mean = asdict(mean_interval([0.1, 0.2, 0.4]))
+    write(tmp_path / "manifest.json", json.dumps(scanned(labels={"caught": mean})))
+    assert asdict(runs.read_manifest(tmp_path, ScanManifest).results.labels.caught) == mean  # type: ignore[call-overload]
 
 
 def test_another_command_s_manifest_is_refused(tmp_path: Path) -> None:

@@ -7,14 +7,15 @@ that is not finite is null. `runs.write_manifest` writes them, `runs.read_manife
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from gradshield import types
 from gradshield.stats import McNemar
-from gradshield.types import Rate
 
 Number = float | None
+Rate = Annotated[types.Rate, AfterValidator(types.Rate.checked)]
 
 
 class Record(BaseModel):

@@ -277,8 +277,9 @@ def stored(result: EvalResult) -> dict[str, Any]:
 
 
 def result(value: Mapping[str, Any]) -> EvalResult:
-    """A stored measurement, read back."""
-    return EvalResult({name: Rate.of(rate) for name, rate in value["rates"].items()}, tuple(value["outputs"]))
+    """A stored measurement, read back. Raises ValueError, TypeError, KeyError or AttributeError if it is damaged."""
+    rates = {name: Rate.of(rate).checked() for name, rate in value["rates"].items()}
+    return EvalResult(rates, tuple(dict(row) for row in value["outputs"]))
 
 
 def write_outputs(found: EvalResult, path: Path) -> None:

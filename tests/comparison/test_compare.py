@@ -118,6 +118,40 @@ def test_a_grid_resumes_from_results_copied_elsewhere(quick: list[str], tmp_path
 
 
 @pytest.mark.slow
+def test_damaged_cells_and_arms_are_measured_again(quick: list[str], tmp_path: Path) -> None:
+    grids = [{"tasks": ["choice"], "mixes": ["0%"], "defences": ["none"]}]
+    whole = compare.compare(_config(grids=grids), tmp_path)
+    (cell,), (arm,) = ([*(tmp_path / name).iterdir()] for name in ("cells", "arms"))
+    first, timed = cell.read_text(), arm.read_text()
+    older = json.loads(first)
+    del older["harm"]
+    impossible = json.loads(timed)
+    next(iter(impossible["rates"].values()))["k"] = 99
+    less = [
+        json.dumps({k: v for k, v in json.loads(timed).items() if k != gone}) for gone in ("key", "seconds", "record")
+    ]
+    arms = ["x", "[]", "{}", timed[:50], '{"rates": {}, "outputs": []}', json.dumps(impossible), *less]
+    cells = ["{}", first[:50], "[]", json.dumps(older)]
+    for junk in arms:
+        (tmp_path / "results.json").unlink()
+        cell.write_text(cells[len(junk) % len(cells)])
+        arm.write_text(junk)
+        quick.clear()
+        again = compare.compare(_config(grids=grids), tmp_path).cells
+        assert quick == ["none"]
+        assert (
+            again[0].judges == whole.cells[0].judges
+            and json.loads(arm.read_text())["rates"] == json.loads(timed)["rates"]
+        )
+    for junk in cells:
+        (tmp_path / "results.json").unlink()
+        cell.write_text(junk)
+        quick.clear()
+        assert compare.compare(_config(grids=grids), tmp_path).cells[0].judges == whole.cells[0].judges
+        assert quick == []  # its arm is whole
+
+
+@pytest.mark.slow
 def test_a_failed_cell_is_kept_with_its_error_and_retried(
     quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import gradshield as gs
 from gradshield import data as rows_in
 from gradshield.errors import DataError, UsageError
+from gradshield.manifests import Labelled
 from tests.common import chats, command, files, jsonl, scan, scan_arguments, table, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -135,12 +137,40 @@ def test_an_allow_list_keeps_rows(tmp_path: Path) -> None:
     done = command("cut", tmp_path / "out", "-t", "ratio:50%", "--allow", allowed)
     assert done.code == 0, done.err
     assert "3 of 10 rows removed, 7 kept, 2 cleared" in done.out
+    assert done.err == "warning: 1 of 3 ids on the allow and deny lists are of no row here\n"
     assert [i for i, out in zip(*_flags(tmp_path / "out"), strict=True) if out] == [dropped[1], *dropped[3:]]
     direct = scan(ROWS, output=tmp_path / "direct", settings=_settings("ratio:50%"), allow=[dropped[0], dropped[2]])
     _same_rows(tmp_path / "out", tmp_path / "direct")
     assert direct.cleared == tuple(sorted(direct.scores.ids.index(dropped[n]) for n in (0, 2)))
     gs.cut(tmp_path / "out", "ratio:50%")  # an allow list has to be given again
     assert [i for i, out in zip(*_flags(tmp_path / "out"), strict=True) if out] == dropped
+
+
+@pytest.mark.parametrize("option", ["--allow", "--deny"])
+def test_a_list_of_ids_is_read_or_refused(option: str, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    ids, out = _flags(output)
+    own = ids[out.index(option == "--allow")]
+    given = write(tmp_path / "list.txt", f"{own.upper()} # upper case\n")
+    done = command("cut", output, "-t", "ratio:50%", option, given)
+    assert (done.code, done.err) == (0, "")
+    assert f"1 {'cleared' if option == '--allow' else 'denied'}" in done.out
+    before = files(output)
+    for line in (
+        f"{own} ordinary",
+        own[:-1],
+        own + "-1",
+        own + "-99999999999",
+        "g" * 16,
+        f"{own},{own}",
+        "\x1b[2J" * 99,
+    ):
+        write(given, f"\n{own}\n{line}\n")
+        done = command("cut", output, option, given)
+        assert done.code == 3
+        assert f"line 3 of the {option} file 'list.txt' is no row id" in done.sentence and len(done.sentence) < 400
+    assert files(output) == before
 
 
 def _flags(output: Path) -> tuple[list[str], list[bool]]:
@@ -161,6 +191,16 @@ def test_labels_are_measured_again(tmp_path: Path) -> None:
     cut = gs.cut(tmp_path / "a", "ratio:50%")
     direct = scan(ROWS, output=tmp_path / "b", settings=_settings("ratio:50%"), labels=labels)
     assert cut.manifest.results.labels == direct.manifest.results.labels
+
+
+@pytest.mark.parametrize("stored", [None, "[1, 0]", "[2" + ", 0" * 9 + "]", '["1"' + ", 0" * 9 + "]", "[" * 100_000])
+def test_without_its_labels_a_cut_has_no_figures_of_them(stored: str | None, tmp_path: Path) -> None:
+    scan(ROWS, output=tmp_path, settings=_settings("ratio:20%"), labels=[1, 0] * 5)
+    known = tmp_path / ".gradshield" / "labels.json"
+    known.unlink() if stored is None else write(known, stored)
+    found = gs.cut(tmp_path, "ratio:50%").manifest.results
+    assert found.labels == Labelled() and "labels" not in found.doubts
+    assert "labels" not in json.loads((tmp_path / "manifest.json").read_text())["results"]
 
 
 def test_the_gate_closes_after_everything_is_written(folder: Path, probes: Path, tmp_path: Path) -> None:
@@ -259,6 +299,87 @@ def test_a_folder_that_was_changed_is_refused(name: str, change: Any, finished: 
     assert done.code == 3
     assert done.sentence
     assert files(tmp_path) == before
+
+
+def _with(name: str, values: Any) -> Any:
+    """Scores whose column has these values: a function of the old ones."""
+
+    def change(scores: pa.Table) -> pa.Table:
+        return scores.set_column(scores.column_names.index(name), name, pa.array(values(scores[name].to_pylist())))
+
+    return change
+
+
+FOREIGN: dict[str, Any] = {
+    "score null": _with("score", lambda old: [None, *old[1:]]),
+    "score NaN": _with("score", lambda old: [float("nan"), *old[1:]]),
+    "score infinite": _with("score", lambda old: [float("inf"), *old[1:]]),
+    "score text": _with("score", lambda old: list(map(str, old))),
+    "decoy NaN": _with("decoy", lambda old: [float("nan"), *old[1:]]),
+    "id null": _with("id", lambda old: [None, *old[1:]]),
+    "id long": _with("id", lambda old: [old[0] + "-99999999999", *old[1:]]),
+    "id number": _with("id", lambda old: list(range(len(old)))),
+    "row negative": _with("row", lambda old: [-1, *old[1:]]),
+    "row zero": _with("row", lambda old: [0] * len(old)),
+    "row backwards": _with("row", lambda old: old[::-1]),
+    "row beyond": _with("row", lambda old: [*old[:-1], 2**40]),
+    "row real": _with("row", lambda old: list(map(float, old))),
+    "row null": _with("row", lambda old: [None, *old[1:]]),
+    "tokens text": _with("tokens", lambda old: list(map(str, old))),
+    "tokens null": _with("tokens", lambda old: [None, *old[1:]]),
+    "loss text": _with("loss", lambda old: list(map(str, old))),
+    "removed number": _with("removed", lambda old: list(map(int, old))),
+    "removed null": _with("removed", lambda old: [None, *old[1:]]),
+    "category null": _with("category", lambda old: [None, *old[1:]]),
+    "group number": _with("group", lambda old: [1] * len(old)),
+    "group without a cut": _with("group", lambda old: ["else", *old[1:]]),
+    "file null": _with("file", lambda old: [None, *old[1:]]),
+    "line text": _with("line", lambda old: list(map(str, old))),
+    "no line": lambda scores: scores.drop_columns(["line"]),
+    "a column twice": lambda scores: scores.append_column("row", scores["row"]),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_scores_that_no_scan_wrote_are_refused(name: str, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    pq.write_table(FOREIGN[name](table(output)), output / "scores.parquet")
+    _refused(output)
+
+
+@pytest.mark.parametrize("opener", ["x", [], {}, 0.5])
+def test_scores_without_the_signals_of_the_selector_are_refused(opener: Any, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    found = json.loads((output / "manifest.json").read_text())
+    found["settings"]["selector_found"]["opener_fihs"] = opener
+    write(output / "manifest.json", json.dumps(found))
+    if opener != 0.5:
+        scores, nothing = table(output), pa.array([0.0] * 10)
+        for name in ("request", "fihs", "pivots"):
+            scores = scores.append_column(name, nothing)
+        pq.write_table(scores, output / "scores.parquet")
+    _refused(output)
+
+
+@pytest.mark.parametrize("cut", [{}, {"rule": "ratio"}, {"value": 1.0}, {"rule": "ratio", "value": "x"}])
+def test_a_scan_whose_cut_was_changed_is_refused(cut: dict[str, Any], finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    found = json.loads((output / "manifest.json").read_text())
+    found["results"]["cuts"]["rows"] = cut
+    write(output / "manifest.json", json.dumps(found))
+    _refused(output)
+
+
+def _refused(output: Path) -> None:
+    before = files(output)
+    done = command("cut", output, "-t", "ratio:20%")
+    assert done.code == 3
+    assert "cannot be read (scores.parquet): run `gradshield scan` into it again" in done.sentence
+    assert command("review", output, "--no-browser").sentence == done.sentence
+    assert files(output) == before
 
 
 @pytest.fixture(scope="module")

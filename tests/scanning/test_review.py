@@ -5,8 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -193,6 +195,22 @@ def test_nobody_else_reads_or_decides(server: Server, folder: Path) -> None:
         assert ask(server, base + "decide", bad)[0] == 303
         assert "reload the page" in ask(server, base)[1]
     assert not (folder / ALLOW).exists()
+
+
+def test_the_body_of_a_refused_request_is_not_the_next_request(server: Server, folder: Path) -> None:
+    host, base = f"127.0.0.1:{server.server_port}", f"/{server.token}/"
+    form = urlencode({"place": "0", "verdict": "keep"})
+    inner = f"POST {base}decide HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nContent-Length: {len(form)}\r\n\r\n{form}"
+    for path, origin in ((base + "decide", "http://evil.example"), (base + "else", f"http://{host}"), ("/x/", "null")):
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nOrigin: {origin}\r\nContent-Length: {len(inner)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as connection:
+            connection.sendall((head + inner).encode())
+            answer = b""
+            with suppress(ConnectionResetError):  # the body was not read
+                while got := connection.recv(65536):
+                    answer += got
+        assert answer.count(b"HTTP/1.1 ") == 1 and answer.split()[1] in (b"403", b"404")
+        assert not (folder / ALLOW).exists()
 
 
 def test_a_taken_port_is_said(server: Server) -> None:

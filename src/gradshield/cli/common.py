@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -148,11 +148,22 @@ def share(name: str, text: str | None) -> float | None:
 
 
 def read_ids(option: str, path: Path | None) -> list[str]:
-    """Row ids from a reviewer's list, one per line; ``#`` starts a comment."""
+    """Row ids from a reviewer's list, one per line; ``#`` starts a comment. Raises DataError for a line that is no id."""
     if path is None:
         return []
-    lines = read_text(option, path).splitlines()
-    return [found for line in lines if (found := line.partition("#")[0].strip())]
+    from gradshield.columns import Ids
+
+    found: list[str] = []
+    for at, line in enumerate(read_text(option, path).splitlines(), 1):
+        if id := line.partition("#")[0].strip().lower():
+            try:
+                found += Ids.of([id])
+            except (ValueError, OverflowError):
+                raise DataError(
+                    f"line {at} of the {option} file {path.name!r} is no row id ({id[:40]!r}): write one id a line, 16 hex "
+                    "digits as in scores.parquet, and notes after a #"
+                ) from None
+    return found
 
 
 def read_labels(path: Path | None) -> list[int] | None:
@@ -260,9 +271,14 @@ def require_model(name: str) -> None:
         raise ModelError(f"there is no folder {name}: give a model's folder (with config.json) or a hub name")
 
 
-def summary(selection: Selection, folder: Path) -> None:
-    """Print the decision and the path of the report."""
+def summary(selection: Selection, folder: Path, listed: Sequence[str] = ()) -> None:
+    """Print the decision and the path of the report; ``listed`` are the ids of the reviewer's lists."""
     results = selection.manifest.results
+    if listed and (unknown := set(listed).difference(selection.scores.ids)):
+        err.print(
+            f"[yellow]warning:[/yellow] {len(unknown):,} of {len(set(listed)):,} ids on the allow and deny lists "
+            "are of no row here"
+        )
     if not selection.certified:
         err.print(f"[yellow]warning:[/yellow] {plain('not certified: ' + '; '.join(results.doubts.values()))}")
     read_as(selection.manifest.data.read_as)

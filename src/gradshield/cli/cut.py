@@ -29,5 +29,5 @@ def cut(
     from gradshield.scanning.cut import cut as cut_again
 
     selection = cut_again(folder, threshold, allowed, denied, command=command_line())
-    summary(selection, folder)
+    summary(selection, folder, [*allowed, *denied])
     judge(selection, sarif, gate)

@@ -148,7 +148,7 @@ def scan(
             command=command_line(),
             progress=report,
         )
-    summary(selection, output)
+    summary(selection, output, allowed)
     judge(selection, sarif, gate)
 
 

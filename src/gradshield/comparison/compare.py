@@ -157,12 +157,23 @@ class _Finished:
     def look(self) -> list[Cell]:
         """Read new cells; returns those still missing."""
         for cell, (path, setting) in tuple(self._missing.items()):
-            if path.exists():
-                found = CellResult.model_validate(json.loads(path.read_text(encoding="utf-8")))
-                if found.setting == setting and all(getattr(found, k) == v for k, v in asdict(cell).items()):
-                    self.cells[cell] = found
-                    del self._missing[cell]
+            found = _stored(path)
+            if (
+                found is not None
+                and found.setting == setting
+                and all(getattr(found, k) == v for k, v in asdict(cell).items())
+            ):
+                self.cells[cell] = found
+                del self._missing[cell]
         return list(self._missing)
+
+
+def _stored(path: Path) -> CellResult | None:
+    """A finished cell; None if it is missing, damaged, or of a version with other fields."""
+    try:
+        return CellResult.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _take_over(folder: Path) -> None:
@@ -172,7 +183,7 @@ def _take_over(folder: Path) -> None:
         return
     try:
         found = Comparison.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DataError(f"{path} is not a comparison's results.json: move it away, or give another --output") from None
     for one in found.cells:
         cell = Cell(one.task, one.harm, one.ratio, one.seed, one.defence)
@@ -258,7 +269,7 @@ class Bench:
             began = time.monotonic()
             measured = exam.sit(fitted.model, self.course.loaded.tokenizer, settled=settled)
             seconds = round(seconds + time.monotonic() - began, 3)
-            return measured, {"key": key, "seconds": seconds, "record": dict(fitted.record)}
+            return measured, {"seconds": seconds, "record": dict(fitted.record)}
 
         return verify.arm(self.folder / ARMS, key, exam, settled, trained)
 

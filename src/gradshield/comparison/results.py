@@ -10,9 +10,8 @@ from typing import Any
 from pydantic import Field
 
 from gradshield.comparison.grid import Config
-from gradshield.manifests import Figures, Number, Record, Search
+from gradshield.manifests import Figures, Number, Rate, Record, Search
 from gradshield.stats import Difference
-from gradshield.types import Rate
 
 
 class CellResult(Figures):

@@ -28,6 +28,12 @@ from gradshield.thresholds import parse as parse_threshold
 from gradshield.types import Anchors, Bools, Cut, Ints, Quarantined, Scores
 
 NO_CATEGORY = "not measured"
+TYPES = {  # of the columns of scores.parquet; the others are real numbers
+    **dict.fromkeys(("row", "line", "tokens"), pa.int64()),
+    **dict.fromkeys(("id", "file", "category", "group"), pa.string()),
+    "removed": pa.bool_(),
+}
+OPTIONAL = ("decoy", "tokens", "loss")
 
 
 def cut(
@@ -132,6 +138,7 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
     doubts = trust.doubts(scores, decision, examples, problem, opener_fihs, len(quarantined), truth)
     kept = {name: value for name, value in old.results if name in old.results.model_fields_set}
     kept.pop("filtered", None)  # measured on a model trained on other rows
+    kept.pop("labels", None)
     if truth is not None:
         kept["labels"] = old.results.labels.model_copy(update=outputs.caught_and_lost(removed, truth))
     results = ScanResults(
@@ -203,9 +210,18 @@ def read_places(folder: Path) -> tuple[Ints, Coded]:
 def _columns(folder: Path, *names: str) -> tuple[Any, dict[str, Any]]:
     try:
         table = pq.read_table(folder / "scores.parquet")
-        return table, {name: table[name] for name in names}
-    except (OSError, pa.ArrowException, KeyError):
+        return table, {name: _column(table, name) for name in names}
+    except (OSError, pa.ArrowException, KeyError, ValueError):
         raise _unreadable(folder) from None
+
+
+def _column(table: Any, name: str) -> Any:
+    """One column. Raises ValueError for a type that is not its own, or a null (of real numbers, it reads as NaN)."""
+    column, kind = table[name], TYPES.get(name, pa.float64())
+    found = pa.string() if column.type == pa.large_string() else column.type
+    if found != kind or (column.null_count and kind != pa.float64()):
+        raise ValueError(name)
+    return column
 
 
 def _unreadable(folder: Path) -> DataError:
@@ -215,23 +231,49 @@ def _unreadable(folder: Path) -> DataError:
 
 
 def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
-    """Scores, removed flags and categories from ``scores.parquet``. Raises DataError if it cannot be read."""
-    table, columns = _columns(folder, "row", "id", "score", "removed", "category", "group")
+    """Scores, removed flags and categories from ``scores.parquet``.
+
+    Raises DataError if it cannot be read, or is not of the scan of the folder's manifest.
+    """
+    manifest = runs.read_manifest(folder, ScanManifest)
+    opener_fihs = manifest.settings.selector_found.get("opener_fihs")
+    needed = (
+        "row",
+        "id",
+        "score",
+        "removed",
+        "category",
+        "group",
+        *(outputs.SIGNALS if opener_fihs is not None else ()),
+    )
+    table, columns = _columns(folder, *needed)
     try:
         ids = Ids.of(_texts(columns["id"]))
-    except ValueError:
+        optional = {n: _column(table, n).to_numpy() for n in (*OPTIONAL, *outputs.SIGNALS) if n in table.column_names}
+        if opener_fihs is not None and not math.isfinite(opener_fihs):
+            raise ValueError(opener_fihs)
+    except (ValueError, OverflowError, KeyError, TypeError):
         raise _unreadable(folder) from None
-    optional = {n: table[n].to_numpy() if n in table.column_names else None for n in ("decoy", "tokens", "loss")}
+    groups = Coded.of(_texts(columns["group"]))
     scores = Scores(
         rows=columns["row"].to_numpy(),
         ids=ids,
         values=columns["score"].to_numpy(),
-        shapes=Coded.of(_texts(columns["group"])),
-        decoys=optional["decoy"],
-        lengths=optional["tokens"],
-        nll=optional["loss"],
-        signals={n: table[n].to_numpy() for n in outputs.SIGNALS if n in table.column_names},
+        shapes=groups,
+        decoys=optional.get("decoy"),
+        lengths=optional.get("tokens"),
+        nll=optional.get("loss"),
+        signals={n: optional[n] for n in outputs.SIGNALS if n in optional},
     )
+    rows, real = scores.rows, [one for one in (scores.values, scores.decoys) if one is not None]
+    ordered = (np.diff(rows) > 0).all() and (rows >= 0).all() and (rows < manifest.results.read).all()
+    cuts = {
+        name
+        for name, one in manifest.results.cuts.items()
+        if isinstance(one.get("rule"), str) and isinstance(one.get("value", ""), int | float | None)
+    }
+    if not (ordered and all(np.isfinite(one).all() for one in real) and groups.counts().keys() <= cuts):
+        raise _unreadable(folder)
     return scores, columns["removed"].to_numpy(zero_copy_only=False), Coded.of(_texts(columns["category"]))
 
 
@@ -292,9 +334,16 @@ def stored_views(folder: Path) -> page_views.Views:
 
 
 def _labels(folder: Path, scored: int) -> Any:
+    """The label of each scored row (N,); None without labels, or if they cannot be read."""
     path = folder / runs.WORK / "labels.json"
     try:
-        found = np.array(json.loads(path.read_text(encoding="utf-8")), dtype=np.int64)
-    except (OSError, ValueError, TypeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return found if found.shape == (scored,) else None
+    if (
+        not isinstance(found, list)
+        or len(found) != scored
+        or not all(type(one) is int and one in (0, 1) for one in found)
+    ):
+        return None
+    return np.array(found, dtype=np.int64)

@@ -138,7 +138,6 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest.path not in ("decide", "apply"):
             self._answer(HTTPStatus.NOT_FOUND)
         elif length is None or length > BODY:
-            self.close_connection = True
             self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         else:
             given = parse_qs(self.rfile.read(length).decode("utf-8", "replace"), max_num_fields=20)
@@ -195,6 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
             ("X-Frame-Options", "DENY"),
         ):
             self.send_header(name, value)
+        if status >= HTTPStatus.BAD_REQUEST:
+            self.send_header("Connection", "close")  # closes it: an unread body would be parsed as the next request
         self.end_headers()
         self.wfile.write(body)
 

@@ -298,7 +298,7 @@ class _Run:
                 fitted = self.course.fit(self.defence, dataset, f"round {len(tried)}", self.merge)
                 self._rounds[key] = fitted
                 measured = self._sat(self.exams.search, fitted.model, f"measuring round {len(tried)}", settled)
-                return measured, {"seconds": round(time.monotonic() - began, 3)}
+                return measured, {"seconds": round(time.monotonic() - began, 3), "record": dict(fitted.record)}
 
             found, arm = verify.arm(rounds, key, self.exams.search, settled, trained)
             return found, float(arm["seconds"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,19 +38,30 @@ class Settle:
 def arm(
     folder: Path, key: str, exam: Exam, settled: Settled, make: Callable[[], tuple[EvalResult, dict[str, Any]]]
 ) -> tuple[EvalResult, dict[str, Any]]:
-    """The result of a model trained under ``key`` on an exam, and its stored record: from disk, else from ``make``.
+    """The result of a model trained under ``key`` on an exam, and its stored record: from disk, else (missing or damaged) from
+    ``make``, which also gives the ``seconds`` and the training's ``record``.
 
     The file's name covers everything that its figures depend on. A measurement that may stop early is stored under its target.
     """
     early = f"-asr{settled.asr:g}" if isinstance(settled, Settle) else ""
     path = folder / f"{key}-{runs.digest(exam.record().plain())[:12]}{early}.json"
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return runs.result(stored), stored
+    if (known := _stored(path, key)) is not None:
+        return known
     measured, more = make()
-    stored = {**more, **runs.stored(measured)}
+    stored = {"key": key, **more, **runs.stored(measured)}
     runs.write_json(path, stored)
     return measured, stored
+
+
+def _stored(path: Path, key: str) -> tuple[EvalResult, dict[str, Any]] | None:
+    """A finished measurement; None if it is missing or damaged."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        found, whole = runs.result(stored), stored["key"] == key and math.isfinite(stored["seconds"])
+        dict(stored["record"])
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return None
+    return (found, stored) if whole and found.rates and found.outputs else None
 
 
 def search(
