@@ -221,12 +221,15 @@ def test_a_taken_port_is_said(server: Server) -> None:
 @needs_browser
 def test_a_person_keeps_removes_and_applies_by_keyboard(browser: Any, server: Server, folder: Path) -> None:  # noqa: F811
     from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.ui import WebDriverWait
 
     def press(*keys: str) -> None:
         ActionChains(browser).send_keys(*keys).perform()
 
-    def focused() -> str:
-        return str(browser.execute_script("return document.activeElement.id"))
+    def focused(id: str) -> bool:
+        """Whether an element has the focus, at once or after the page has loaded."""
+        script = "return document.readyState === 'complete' && document.activeElement.id"
+        return bool(WebDriverWait(browser, 10).until(lambda b: b.execute_script(script) == id))
 
     review = server.review
     first, second = (f"row{place}" for place in review.order[:2])
@@ -235,14 +238,15 @@ def test_a_person_keeps_removes_and_applies_by_keyboard(browser: Any, server: Se
     press("?")
     assert browser.find_element("id", "keys").is_displayed()
     press("j")
-    assert focused() == first
+    assert focused(first)
     press("/", "read twice", Keys.ESCAPE, "R" if not review.beyond[review.order[0]] else "K")
-    assert focused() == second  # the next row
+    assert focused(second)  # the next row
     assert "read twice" in (folder / ALLOW).read_text() + (folder / DENY).read_text()
     tally = browser.find_element("class name", "tally").text
     assert f"{review.removed} of {len(review.beyond)} rows removed ({before} before)" in tally and "1 decided" in tally
     browser.find_element("css selector", ".primary").click()
-    assert browser.find_element("class name", "said").text.startswith("Applied:")
+    said = WebDriverWait(browser, 10).until(lambda b: b.find_elements("class name", "said"))
+    assert said[0].text.startswith("Applied:")
     assert lines(folder / "removed.jsonl") == review.removed != before
     assert browser.execute_script("return window.__pwned === undefined")
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []

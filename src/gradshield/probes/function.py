@@ -14,7 +14,7 @@ from gradshield.probes.base import PromptBatch, Prompts
 class FunctionProbe:
     """Any function of (model, PromptBatch) to a scalar tensor that rises as the model leaves refusal.
 
-    Not in the registry: it is passed as an object (``gs.scan(..., probe=my_score)``).
+    Not in the registry: it is passed as an object (``gs.ScanSettings(probe=my_score)``).
     """
 
     def __init__(self, function: Callable[[nn.Module, PromptBatch], Tensor]) -> None:

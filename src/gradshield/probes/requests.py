@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -104,9 +103,3 @@ def _rows(file: Path) -> Iterator[Any]:
                 f"line {record.line} of the prompts file {file.name!r} cannot be used, {record.reason}: fix it"
             )
         yield record.value
-
-
-def digest(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 over the prompts and their categories, in order."""
-    text = json.dumps([[p["prompt"], p.get("category", "")] for p in prompts], ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()

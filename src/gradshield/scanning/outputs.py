@@ -8,7 +8,7 @@
       report.html        the report
       README.md          a dataset card with a section about the scan
       manifest.json      written last: its presence means a finished scan
-      .gradshield/       finished shards, the direction, and what `cut` needs to redraw the report
+      .gradshield/       finished shards, and what `cut` needs to redraw the report
 
 Every file is written atomically.
 """

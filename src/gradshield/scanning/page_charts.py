@@ -64,7 +64,7 @@ def category_chart(totals: Mapping[str, int]) -> Chart | None:
         axis_style(None) | few | {"rangemode": "tozero", "fixedrange": True, "nticks": 6, "tickformat": ",d"}
     )
     table = (("Nearest kind", "Rows removed"), *((name or "no kind", f"{n:,}") for name, n in bars))
-    caption = "Each removed row is counted under the kind of harm whose direction it follows furthest. None was removed for it."
+    caption = "Each row is counted under the kind of probe request that its own request resembles most. None was removed for it."
     title = "Removed rows by nearest kind (a guess)"
     return Chart("categories", title, caption, {"data": [trace], "layout": layout}, table, False)
 

@@ -125,13 +125,7 @@ def _agreement(agreed: EngineCheck, per_token: bool) -> page_data.Agreement:
 
 def warnings_of(results: ScanResults) -> tuple[str, ...]:
     """Warnings to read before trusting the kept rows."""
-    found = [f"Not certified: {text}." for text in results.doubts.values()]
-    if results.scored and results.kept <= 0.2 * results.scored:
-        found.append(
-            f"Little is left: {results.kept} of {results.scored} scored rows. Read the removed rows before training on "
-            "the rest."
-        )
-    return tuple(found)
+    return tuple(f"Not certified: {text}." for text in results.doubts.values())
 
 
 def _checks(results: ScanResults) -> tuple[page_data.Check, ...]:

@@ -12,7 +12,7 @@ from gradshield import runs
 from gradshield.data import Format
 from gradshield.errors import UsageError
 from gradshield.manifests import Data, RowFormat, ScanManifest, ScanRecord, ScanResults
-from gradshield.probes import digest, requests
+from gradshield.probes import requests
 from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
 from gradshield.scanning.decide import Decision, decide
@@ -232,7 +232,7 @@ def _recorded(
             "engine": selector.engine.name,
             "engine_step": getattr(selector.engine, "relative_step", None),
             "probe_found": dict(selector.probe.settings()),
-            "probe_sha256": digest([dict(p) for p in probing.requests or requests()]),
+            "probe_sha256": runs.digest([dict(p) for p in probing.requests or requests()]),
             "answer_prefix": probing.answer_prefix,
         }
     peft = peft_config.to_dict() if peft_config is not None else None
