@@ -113,7 +113,7 @@ def test_an_arm_is_made_once_and_one_that_stopped_early_serves_its_own_target(tm
     def arm(settled: Any, key: str = "k") -> Any:
         def make() -> Any:
             made.append(key)
-            return EvalResult({"utility": wilson(1, 2)}, ({"prompt": "a"},)), {"seconds": 2.5}
+            return EvalResult({"utility": wilson(1, 2)}, ({"prompt": "a"},)), {"seconds": 2.5, "record": {}}
 
         return verify.arm(tmp_path, key, exam, settled, make)
 
