@@ -124,6 +124,7 @@ def test_a_disk_that_is_full_of_tensors_is_a_sentence(tmp_path: Path, monkeypatc
         ("*.jsonl", ".", True),
         ("./*.jsonl", ".", True),
         ("**/*.jsonl", "out", True),
+        ("**/*.jsonl", ".", True),
         ("*/*.jsonl", "out", True),
         ("*.jsonl", "out", False),
         ("part-*.jsonl", ".", False),

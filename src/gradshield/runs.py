@@ -170,8 +170,9 @@ def _matches(pattern: str, path: Path) -> bool:
     if not has_magic(pattern) or os.path.exists(pattern):
         return False
     wanted, found = os.path.abspath(pattern), os.path.abspath(path)
-    same = "**" in wanted or wanted.count(os.sep) == found.count(os.sep)
-    return same and fnmatch(found, wanted)
+    if "**" in wanted:  # any number of folders, none too
+        return fnmatch(found, wanted) or fnmatch(found, wanted.replace(f"**{os.sep}", ""))
+    return wanted.count(os.sep) == found.count(os.sep) and fnmatch(found, wanted)
 
 
 def _name(model: Any) -> str | Path | None:
