@@ -163,7 +163,7 @@ def _succeed(run: Path) -> None:
 
     def count(stored: dict) -> None:
         for name, rate in stored["results"]["after"]["judges"].items():
-            rate["k"] = sum(row["verdicts"][name]["unsafe"] for row in rows[:20])
+            rate |= asdict(wilson(sum(row["verdicts"][name]["unsafe"] for row in rows[:20]), 20))
 
     _edited(count)(run)
 

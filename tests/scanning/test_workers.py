@@ -222,7 +222,7 @@ def test_ctrl_c_leaves_no_process_and_one_process_goes_on(
     folder: Path, probes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "MEAN_ROWS", 128)  # as the command has it
-    data, out = write(tmp_path / "data.jsonl", jsonl(chats(2000))), tmp_path / "out"
+    data, out = write(tmp_path / "data.jsonl", jsonl(chats(6000))), tmp_path / "out"
     arguments = scan_arguments(data, folder, out, probes, "--threshold", "ratio:50%")
     with started("-m", "gradshield", *arguments, "--workers", "2") as process:
         _until(lambda: finished(out), 120)
@@ -237,7 +237,7 @@ def test_ctrl_c_leaves_no_process_and_one_process_goes_on(
     assert command(*arguments).code == 0
     after = finished(out)
     assert before.items() < after.items()
-    assert sum(len(load_file(path)["lengths"]) for path in after) == 2000
+    assert sum(len(load_file(path)["lengths"]) for path in after) == 6000
 
 
 ALIVE = """
