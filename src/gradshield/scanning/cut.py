@@ -106,7 +106,7 @@ class Scanned:
     def read(cls, path: Path) -> Scanned:
         """Raises DataError if the folder is not a finished scan, or its files do not belong together."""
         manifest = runs.read_manifest(path, ScanManifest)
-        scores, removed, categories = read_scores(path)
+        scores, removed, categories = read_scores(path, manifest)
         if (known := manifest.results.anchors) is not None:
             harmful, harmless = (np.array(values, dtype=np.float64) for values in (known.harmful, known.harmless))
             scores = replace(scores, anchors=Anchors(harmful, harmless))
@@ -116,12 +116,19 @@ class Scanned:
     @property
     def cuts(self) -> dict[str, Cut]:
         """The cuts of the scan, by group."""
-        found = {}
-        for name, stored in self.manifest.results.cuts.items():
-            detail = dict(stored)
-            value = detail.pop("value")
-            found[name] = Cut(math.inf if value is None else value, detail.pop("rule"), detail)
-        return found
+        return stored_cuts(self.manifest.results)
+
+
+def stored_cuts(results: ScanResults) -> dict[str, Cut]:
+    """The cuts of a manifest, which has no infinities: one that removes nothing, or everything, is null there."""
+    found = {}
+    for name, stored in results.cuts.items():
+        detail = dict(stored)
+        value, rule = detail.pop("value"), str(detail.pop("rule"))
+        if value is None:
+            value = -math.inf if results.removed - results.denied else math.inf
+        found[name] = Cut(float(value), rule, detail)
+    return found
 
 
 def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, command: str) -> Selection:
@@ -203,13 +210,14 @@ def _kinds(folder: Path, rows: Ints, names: Coded, removed: Bools) -> dict[int, 
 
 def read_places(folder: Path) -> tuple[Ints, Coded]:
     """The line and the file of each row from ``scores.parquet``. Raises DataError if it cannot be read."""
-    _, columns = _columns(folder, "line", "file")
+    _, columns = _columns(folder, "line", "file", only=True)
     return columns["line"].to_numpy(), Coded.of(_texts(columns["file"]))
 
 
-def _columns(folder: Path, *names: str) -> tuple[Any, dict[str, Any]]:
+def _columns(folder: Path, *names: str, only: bool = False) -> tuple[Any, dict[str, Any]]:
+    """The table, of which ``only`` reads nothing but the named columns, and these by name. Raises DataError."""
     try:
-        table = pq.read_table(folder / "scores.parquet")
+        table = pq.read_table(folder / "scores.parquet", columns=list(names) if only else None)
         return table, {name: _column(table, name) for name in names}
     except (OSError, pa.ArrowException, KeyError, ValueError):
         raise _unreadable(folder) from None
@@ -230,12 +238,12 @@ def _unreadable(folder: Path) -> DataError:
     )
 
 
-def read_scores(folder: Path) -> tuple[Scores, Bools, Coded]:
-    """Scores, removed flags and categories from ``scores.parquet``.
+def read_scores(folder: Path, manifest: ScanManifest | None = None) -> tuple[Scores, Bools, Coded]:
+    """Scores, removed flags and categories from ``scores.parquet``; ``manifest`` is that of the folder, if it was read.
 
     Raises DataError if it cannot be read, or is not of the scan of the folder's manifest.
     """
-    manifest = runs.read_manifest(folder, ScanManifest)
+    manifest = manifest or runs.read_manifest(folder, ScanManifest)
     opener_fihs = manifest.settings.selector_found.get("opener_fihs")
     needed = (
         "row",

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gradshield.report.frame import RateLike, Status
-from gradshield.types import Bools, Cut, Ints, Scores
+from gradshield.report.frame import Status
+from gradshield.types import Bools, Cut, Ints, Rate, Scores
 
 Piece = tuple[str, str, float | None]
 """A token's text, its role (``"prompt"``, or ``"response"`` where it counts in the loss), its FIHS where measured."""
@@ -91,7 +91,7 @@ class Arm:
 
     name: str
     rows_kept: int | None
-    rates: Mapping[str, RateLike]
+    rates: Mapping[str, Rate]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +118,8 @@ class ReportData:
     warnings: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
     labels: Ints | None = None
-    caught: RateLike | None = None
-    lost: RateLike | None = None
+    caught: Rate | None = None
+    lost: Rate | None = None
     aurocs: tuple[Mapping[str, Any], ...] = ()
     removed_rows: tuple[RowView, ...] = ()
     categories: Mapping[str, int] | None = None

@@ -5,7 +5,7 @@ Views of the highest-scoring rows are stored with the scores, so that a new cut 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from gradshield import data as rows_in
 from gradshield import runs
 from gradshield.manifests import EngineCheck, ScanResults
 from gradshield.scanning import page, page_data
+from gradshield.scanning.decide import ROWS
 from gradshield.scanning.selection import Selection
-from gradshield.types import Floats, Ints, Rendered
+from gradshield.types import Floats, Ints, Rendered, Scores
 
 SHOWN = 200  # highest-scoring rows whose tokens are stored for the report
 NEAR = 10  # rows just below the cut
@@ -142,18 +143,24 @@ def _checks(results: ScanResults) -> tuple[page_data.Check, ...]:
 
 def _view(selection: Selection, i: int, found: Views) -> page_data.RowView:
     scores = selection.scores
-    row, shape = int(scores.rows[i]), scores.shapes[i]
+    row, cut = int(scores.rows[i]), selection.cuts[scores.shapes[i]].value
+    note = "kept by hand, above the cut" if row in selection.cleared else ""
+    note = "removed by hand, below the cut" if row in selection.denied else note
+    return row_view(scores, i, cut, selection.categories[i], found.get(row, ()), note)
+
+
+def row_view(
+    scores: Scores, i: int, cut: float, category: str, pieces: Iterable[page_data.Piece], note: str = ""
+) -> page_data.RowView:
+    """The row at place ``i`` of the scores, as a page shows it against a cut."""
+    shape, score = scores.shapes[i], float(scores.values[i])
     return page_data.RowView(
-        row=row,
+        row=int(scores.rows[i]),
         id=scores.ids[i],
-        score=float(scores.values[i]),
-        margin=float(scores.values[i] - selection.cuts[shape].value),
-        category=selection.categories[i],
-        shape="" if shape == "rows" else shape,
-        pieces=tuple(found.get(row, ())),
-        note="kept by hand, above the cut"
-        if row in selection.cleared
-        else "removed by hand, below the cut"
-        if row in selection.denied
-        else "",
+        score=score,
+        margin=score - cut,
+        category=category,
+        shape="" if shape == ROWS else shape,
+        pieces=tuple(pieces),
+        note=note,
     )

@@ -16,15 +16,17 @@ import numpy as np
 
 from gradshield.errors import UsageError
 from gradshield.files import write_text
-from gradshield.scanning import outputs
+from gradshield.scanning import outputs, page_views
 from gradshield.scanning.cut import NO_CATEGORY, Scanned, stored_views, write
 from gradshield.scanning.decide import above, reviewed
 from gradshield.scanning.page_data import Piece, RowView
+from gradshield.scanning.page_rows import references
 from gradshield.scanning.selection import Selection
 from gradshield.types import Bools, Floats, Ints
 
 ALLOW, DENY = "allow.txt", "deny.txt"
 REASON = 300  # characters of a reason
+NEAREST = 20  # rows that say how tokens are tinted
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class Review:
         """Places of all rows, the nearest to the cut first, (N,)."""
         return np.argsort(np.abs(self.margins), kind="stable")
 
+    @cached_property
+    def tint(self) -> dict[str, float]:
+        """What tints of tokens are shares of, on every page: `page_rows.references` of the rows nearest to the cut."""
+        return references(self.row(place) for place in self.order[:NEAREST].tolist())
+
     def decide(self, place: int, keep: bool, reason: str) -> None:
         """Keep or remove the row at this place among the scores; written when this returns. Raises UsageError for no such row."""
         id = self._id(place)
@@ -121,25 +128,17 @@ class Review:
         lists = [[id for id, v in self.verdicts.items() if v.keep == keep] for keep in (True, False)]
         decision = reviewed(self.scanned.scores, self.scanned.cuts, *lists)
         found = write(self.folder, self.scanned, decision, self.scanned.manifest.settings.threshold, command)
-        for name in ("beyond", "margins", "order"):
+        for name in ("beyond", "margins", "order", "tint"):
             vars(self).pop(name, None)
         self._open()
         return found
 
     def row(self, place: int) -> RowView:
         """One row, with its tokens where the scan has stored them, else its text."""
-        scores = self.scanned.scores
-        row, shape = int(scores.rows[place]), scores.shapes[place]
-        category = self.scanned.categories[place]
-        return RowView(
-            row=row,
-            id=scores.ids[place],
-            score=float(scores.values[place]),
-            margin=float(self.margins[place]),
-            category="" if category == NO_CATEGORY else category,
-            shape="" if shape == "rows" else shape,
-            pieces=tuple(self.views.get(row) or self._text(row)),
-        )
+        scores, category = self.scanned.scores, self.scanned.categories[place]
+        row, cut = int(scores.rows[place]), self.scanned.cuts[scores.shapes[place]].value
+        pieces = self.views.get(row) or self._text(row)
+        return page_views.row_view(scores, place, cut, "" if category == NO_CATEGORY else category, pieces)
 
     def _text(self, row: int) -> Iterator[Piece]:
         (example,) = self.scanned.rows.examples([row])

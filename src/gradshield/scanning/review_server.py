@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from gradshield.errors import GradShieldError, UsageError
 from gradshield.report.frame import asset, environment, source_hash
-from gradshield.scanning.page_rows import references, show_rows
+from gradshield.scanning.page_rows import show_rows
 from gradshield.scanning.review import Review
 
 ROWS = 20  # on one page
@@ -40,9 +40,8 @@ def page(review: Review, start: int = 0, show: str = "all", said: str = "") -> s
         order = order[review.beyond[order] == (show == "above")]
     places = order[start : start + ROWS].tolist()
     views = [review.row(place) for place in places]
-    reference = references([review.row(int(place)) for place in review.order[:ROWS]])
     style, script = asset("report.css") + asset("review.css"), asset("review.js")
-    rows = list(zip(places, show_rows(views, reference, BYTES), strict=True))
+    rows = list(zip(places, show_rows(views, review.tint, BYTES), strict=True))
     manifest = review.scanned.manifest
     return (
         environment()

@@ -25,7 +25,7 @@ from gradshield.gradients.alignment import Alignment, alignment
 from gradshield.models.loading import LoadedModel
 from gradshield.options import asked, asks
 from gradshield.runs import digest, versions
-from gradshield.scanning.decide import Decision, decide
+from gradshield.scanning.decide import Decision, decide, reviewed
 from gradshield.scanning.outputs import caught_and_lost, words
 from gradshield.scanning.preparing import Scored, asked_of, scored_model, weights_changed
 from gradshield.scanning.references import refusals
@@ -222,7 +222,7 @@ class Course:
         cuts, removed = decision.cuts, decision.removed
         if cut is not None:
             cuts = {name: Cut(cut, "verified") for name in cuts}
-            removed = (scored.scores.values > cut) & ~self._allowed(scored)
+            removed = reviewed(scored.scores, cuts, self.job.allow).removed
         if not defence.mask:
             return self._left(Chosen(rows, removed, cuts, scored))
         aggregate = getattr(scored.selector, "aggregate", None)
@@ -240,17 +240,11 @@ class Course:
         empty = np.array([_counted(row) == 0 for row in kept])
         return self._left(Chosen(tuple(kept), empty, cuts, scored, lost))
 
-    def _allowed(self, scored: Scored) -> Bools:
-        """Rows that a reviewer has cleared."""
-        return np.isin(np.asarray(scored.scores.ids), sorted(self.job.allow))
-
     def beyond(self, chosen: Chosen) -> Bools:
         """Rows whose score is beyond their cut: the removed ones, or with a mask those that lost tokens."""
         if chosen.scored is None:
             return chosen.removed
-        scores = chosen.scored.scores
-        limits = np.array([chosen.cuts[name].value for name in scores.shapes])
-        return np.asarray(scores.values > limits) & ~self._allowed(chosen.scored)
+        return reviewed(chosen.scored.scores, chosen.cuts, self.job.allow).removed
 
     def counts(self, chosen: Chosen) -> dict[str, Any]:
         """Rows, removed rows and dropped tokens, and with labels the rates caught and lost. JSON-able."""

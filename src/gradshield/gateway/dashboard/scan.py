@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -115,8 +115,7 @@ class Scan:
         scores = self.scores
         row, at = int(scores.rows[i]), self.cuts[scores.shapes[i]].value if value is None else value
         pieces = self.views.get(row) or ([(texts[i], "row", None)] if i in texts else [])
-        margin = float(scores.values[i]) - at
-        return RowView(row + 1, scores.ids[i], float(scores.values[i]), margin, self.categories[i], "", tuple(pieces))
+        return replace(page_views.row_view(scores, i, at, self.categories[i], pieces), row=row + 1, shape="")
 
     def _texts(self, wanted: Ints) -> dict[int, str]:
         """The beginning of rows whose tokens were not kept, from the scan's files of rows, which hold a row a line."""
@@ -148,8 +147,8 @@ def read(folder: Path) -> Scan | None:
 @lru_cache(maxsize=4)
 def _read(folder: Path, _changed: int) -> Scan:
     manifest = runs.read_manifest(folder, ScanManifest)
-    scores, removed, categories = cuts.read_scores(folder)
-    found = {name: _cut(one, manifest.results.removed) for name, one in manifest.results.cuts.items()}
+    scores, removed, categories = cuts.read_scores(folder, manifest)
+    found = cuts.stored_cuts(manifest.results)
     if (
         not len(removed)
         or len(removed) != manifest.results.scored
@@ -157,11 +156,3 @@ def _read(folder: Path, _changed: int) -> Scan:
     ):
         raise ValueError("the scores and the manifest are of two scans")
     return Scan(folder, manifest, scores, removed, categories, found, cuts.stored_views(folder))
-
-
-def _cut(one: Mapping[str, Any], removed: int) -> Cut:
-    """A cut as the manifest keeps it, which has no infinities: a cut that takes nothing, or everything, is null there."""
-    value = one["value"]
-    if value is None:
-        value = -math.inf if removed else math.inf
-    return Cut(float(value), str(one["rule"]), {key: more for key, more in one.items() if key not in ("rule", "value")})
