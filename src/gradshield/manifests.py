@@ -6,7 +6,7 @@ that is not finite is null. `runs.write_manifest` writes them, `runs.read_manife
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -78,9 +78,9 @@ class Figures(Record):
     utility: Rate | None = None
 
 
-def judges_of(figures: Iterable[Figures]) -> tuple[str, ...]:
-    """Every judge of some exams, in order of appearance."""
-    return tuple(dict.fromkeys(judge for one in figures for judge in one.judges))
+def judges_of(rates: Iterable[Mapping[str, Rate]]) -> tuple[str, ...]:
+    """Every judge of some rates by judge, in order of appearance."""
+    return tuple(dict.fromkeys(judge for one in rates for judge in one))
 
 
 class RowFormat(Record):

@@ -25,7 +25,7 @@ def pairs(whole: Comparison) -> Pairs:
     found += _recipes(whole)
     adapter = whole.adapter or config.lora
     found.append(("Adapter", adapter_words(adapter) if adapter else "the lab's own LoRA" if own else WHOLE))
-    found.append(("Judges", ", ".join(judges_of(cells) or config.judges) or "none"))
+    found.append(("Judges", ", ".join(judges_of(cell.judges for cell in cells) or config.judges) or "none"))
     found += [] if own else _measured(config)
     found.append(("Seeds", ", ".join(map(str, sorted({cell.seed for cell in cells}))) or "none"))
     found += _sizes(cells)

@@ -26,7 +26,7 @@ def markdown(whole: Comparison) -> str:
     """The comparison as Markdown, pooled over seeds. Single seeds are in ``results.json``."""
     cells = whole.cells
     found = mixes(cells)
-    judges = judges_of(cells)
+    judges = judges_of(cell.judges for cell in cells)
     whole_table, *details = page.tables(cells, found, totals(cells), judges, {})
     parts = [
         ["# Comparison of defences"],

@@ -44,7 +44,7 @@ def write(whole: Comparison, path: Path) -> None:
 def page(whole: Comparison) -> Sheet:
     """The page, unrendered."""
     cells, about = whole.cells, whole.defences
-    found, sums, judges = mixes(cells), totals(cells), judges_of(cells)
+    found, sums, judges = mixes(cells), totals(cells), judges_of(cell.judges for cell in cells)
     result = outcome(cells, found, sums, against(found)[0])
     chart = trade_off(sums)
     sections = (

@@ -125,7 +125,9 @@ def mixes(cells: Sequence[CellResult]) -> list[Mix]:
     found = []
     for (task, harm, ratio, defence), own in groups.items():
         good = [cell for cell in own if cell.failed is None]
-        asr = {judge: pooled(cell.judges.get(judge) for cell in good) for judge in judges_of(good)}
+        asr = {
+            judge: pooled(cell.judges.get(judge) for cell in good) for judge in judges_of(cell.judges for cell in good)
+        }
         rates = {judge: rate for judge, rate in asr.items() if rate is not None}
         utility = pooled(cell.utility for cell in good)
         found.append(Mix(task, harm, ratio, defence, tuple(good), len(own) - len(good), rates, utility))
@@ -153,7 +155,7 @@ def totals(cells: Sequence[CellResult]) -> list[Totals]:
 def _total(defence: str, cells: Sequence[CellResult]) -> Totals:
     good = [cell for cell in cells if cell.failed is None]
     worst, mean, safe, pool = {}, {}, {}, {}
-    for judge in judges_of(good):
+    for judge in judges_of(cell.judges for cell in good):
         own = [cell for cell in good if judge in cell.judges]
         rates = [cell.judges[judge] for cell in own]
         risky = [cell.judges[judge] for cell in own if harmed(cell)]

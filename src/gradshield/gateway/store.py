@@ -392,10 +392,9 @@ class Store:
     def claim(self, id: str, owner: str, seconds: float) -> Job | None:
         """The job, if it is to be run and no process has it: from now on ``owner`` has it for ``seconds``."""
         time_now = time.time()
-        free = or_(Job.lease_until.is_(None), Job.lease_until < time_now)
         change = (
             update(Job)
-            .where(Job.id == id, Job.status.in_(ACTIVE), free)
+            .where(Job.id == id, *_free(time_now))
             .values(owner=owner, lease_until=time_now + seconds, attempt=Job.attempt + 1)
         )
         with self.writing() as session:
@@ -465,33 +464,27 @@ class Store:
     def finish(self, id: str, owner: str, model: str, **fields: Any) -> None:
         """End the job well and list its model. Raises Lost, so that no job is finished twice."""
         with self.writing() as session:
-            job = _owned(session, id, owner)
-            for name, value in fields.items():
-                setattr(job, name, value)
+            job = _owned(session, id, owner, **fields)
             self._end(session, job, "succeeded", "The job has successfully completed", model=model)
 
     def fail(self, id: str, owner: str, code: str, message: str, param: str | None = None, **fields: Any) -> None:
         """End the job with an error. Raises Lost."""
         with self.writing() as session:
-            job = _owned(session, id, owner)
-            for name, value in fields.items():
-                setattr(job, name, value)
+            job = _owned(session, id, owner, **fields)
             job.error = {"code": code, "message": message, "param": param}
             self._end(session, job, "failed", message)
 
     def waiting(self) -> list[str]:
         """Jobs to be run that no process has."""
-        free = or_(Job.lease_until.is_(None), Job.lease_until < time.time())
         with self.reading() as session:
-            return list(session.scalars(select(Job.id).where(Job.status.in_(ACTIVE), free).order_by(Job.n)))
+            return list(session.scalars(select(Job.id).where(*_free(time.time())).order_by(Job.n)))
 
     def working(self) -> tuple[int, int | None]:
         """How many jobs a process has, and when the oldest was made that waits for one; of all projects."""
         time_now = time.time()
         with self.reading() as session:
             leased = session.scalar(select(func.count()).where(Job.status.in_(ACTIVE), Job.lease_until >= time_now))
-            free = or_(Job.lease_until.is_(None), Job.lease_until < time_now)
-            oldest = session.scalar(select(func.min(Job.created_at)).where(Job.status.in_(ACTIVE), free))
+            oldest = session.scalar(select(func.min(Job.created_at)).where(*_free(time_now)))
         return int(leased or 0), None if oldest is None else int(oldest)
 
     def counts(self) -> dict[str, int]:
@@ -607,10 +600,18 @@ def _locked(session: Session, project: str, id: str) -> Job:
     return job
 
 
-def _owned(session: Session, id: str, owner: str) -> Job:
+def _free(now: float) -> tuple[Any, Any]:
+    """Of the jobs: to be run, and no process has it."""
+    return Job.status.in_(ACTIVE), or_(Job.lease_until.is_(None), Job.lease_until < now)
+
+
+def _owned(session: Session, id: str, owner: str, **fields: Any) -> Job:
+    """A job of this owner, with new values of some fields. Raises Lost."""
     job = session.scalar(select(Job).where(Job.id == id, Job.owner == owner, Job.status.in_(ACTIVE)).with_for_update())
     if job is None:
         raise Lost(id)
+    for name, value in fields.items():
+        setattr(job, name, value)
     return job
 
 

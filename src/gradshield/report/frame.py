@@ -20,20 +20,11 @@ from markupsafe import Markup, escape
 from gradshield.files import replacing
 from gradshield.report import text
 from gradshield.report.draw import Chart
-from gradshield.types import Rate
-
-RateLike = Rate | Mapping[str, Any]
-"""A ``types.Rate``, or its dict form ``{rate, low, high, n, k}``."""
 
 Status = Literal["pass", "warn", "fail"]
 
 
 _TEMPLATES = Path(__file__).parent / "templates"
-
-
-def as_rate(value: RateLike) -> Rate:
-    """The Rate of either form."""
-    return value if isinstance(value, Rate) else Rate.of(value)
 
 
 def document(
@@ -88,7 +79,6 @@ def environment() -> Environment:
         percent=text.percent,
         shorten=text.shorten,
         one_line=text.one_line,
-        rate=as_rate,
         whole_options=_whole_options,
         breakable=_breakable,
     )

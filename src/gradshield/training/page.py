@@ -146,8 +146,9 @@ def _change(before: Rate | None, after: Rate) -> str:
 
 def measured(before: Figures, after: Figures, chosen: bool) -> Section:
     """Every rate before and after; ``chosen`` if the cut was searched."""
+    was, now = before.judges, after.judges
     pairs = [
-        *((f"ASR, {judge}", before.judges.get(judge), after.judges.get(judge)) for judge in judges_of((before, after))),
+        *((f"ASR, {judge}", was.get(judge), now.get(judge)) for judge in judges_of((was, now))),
         ("over-refusal", before.over_refusal, after.over_refusal),
         ("utility", before.utility, after.utility),
     ]

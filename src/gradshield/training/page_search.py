@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradshield.manifests import RoundRecord, Search, Targets
+from gradshield.manifests import RoundRecord, Search, Targets, judges_of
 from gradshield.report.draw import Chart
 from gradshield.report.lines import STYLES, barred, limit_line, percent_axis, steps_layout, worded
 from gradshield.report.sheet import Entry, Section, Table, rate_entry
@@ -24,7 +24,7 @@ def section(verdict: Search | None, rows: int) -> Section:
     if verdict is None:
         return Section("search", "The search of the cut")
     done = verdict.rounds
-    judges = list(dict.fromkeys(judge for one in done for judge in one.asr))
+    judges = judges_of(one.asr for one in done)
     lead = (
         "Every round trains on the rows below its cut and measures the model on requests and task rows that are used only to "
         "choose the cut. They differ from those of the figures before and after, and so do the rates."

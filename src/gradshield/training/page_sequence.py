@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gradshield.manifests import Number, SequenceRecord, StageRecord
+from gradshield.manifests import Number, SequenceRecord, StageRecord, judges_of
 from gradshield.report import made, sheet
 from gradshield.report.draw import Chart, axis_style
 from gradshield.report.frame import Status
@@ -39,7 +39,7 @@ def write(whole: SequenceRecord, path: str | os.PathLike[str]) -> Path:
 
 def page(whole: SequenceRecord) -> Sheet:
     """The page, unrendered."""
-    tasks, stages, judges = whole.tasks, whole.stages, _judges(whole)
+    tasks, stages, judges = whole.tasks, whole.stages, judges_of(stage.asr for stage in whole.stages)
     names = [stage.name for stage in stages]
     tone, standing, sentence, facts = _verdict(whole)
     charts = [_safety(whole, judges), _tasks(whole), _basin(whole)]
@@ -71,10 +71,6 @@ def page(whole: SequenceRecord) -> Sheet:
         made=tuple(made.of_run(whole.settings, whole.model)),
         folded=tuple(flatten(every)),
     )
-
-
-def _judges(whole: SequenceRecord) -> list[str]:
-    return list(dict.fromkeys(judge for stage in whole.stages for judge in stage.asr))
 
 
 def _measures(whole: SequenceRecord) -> dict[str, list[Number]]:
