@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ import gradshield as gs
 from gradshield import data as rows_in
 from gradshield.errors import DataError, UsageError
 from gradshield.manifests import Labelled
+from gradshield.scanning.cut import stored_cuts
+from gradshield.types import Cut
 from tests.common import chats, command, files, jsonl, scan, scan_arguments, table, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -462,3 +466,14 @@ def test_a_scan_that_is_killed_while_the_old_one_stands_has_touched_nothing(
     with pytest.raises(KeyboardInterrupt):
         scan(ROWS[:6], output=tmp_path)
     assert files(tmp_path) == before and views.read_bytes() == coloured
+
+
+@pytest.mark.parametrize(
+    ("removed", "denied", "value"), [(0, 0, math.inf), (3, 0, -math.inf), (2, 2, math.inf), (3, 2, -math.inf)]
+)
+def test_a_cut_at_infinity_is_read_back_by_what_it_removed(removed: int, denied: int, value: float) -> None:
+    """A manifest has null for either; what a person removed says nothing of it."""
+    stored = {"rows": {"rule": "fixed", "value": None, "found": 1}}
+    found = stored_cuts(SimpleNamespace(cuts=stored, removed=removed, denied=denied))
+    assert found == {"rows": Cut(value, "fixed", {"found": 1})}
+    assert stored["rows"]["value"] is None  # the manifest's own dict is unchanged
