@@ -25,8 +25,7 @@ from gradshield import cache
 from gradshield.models import loading
 from gradshield.scanning.scan import scan
 from gradshield.scanning.settings import ScanSettings
-from gradshield.selectors import Screen
-from gradshield.types import Batch
+from gradshield.selectors.screen import Look
 
 COUNTS = (100, 1000)  # rows of a scan
 ARMS = {"before": "screen:all", "first": "screen", "cached": "screen"}
@@ -35,10 +34,11 @@ STAGES = (
     "loading the model",
     "rendering rows",
     "asking the probes",
-    "finding the direction",
-    "checking the engine",
     "reading known requests",
     READING,
+    "finding the direction",
+    "checking the engine",
+    "scoring known rows",
     SCORING,
     "naming the harm",
     "writing",
@@ -68,15 +68,15 @@ class Clock:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Count the first look at rows for a stage of its own."""
-        real = Screen.first
+        real = Look.measure
 
-        def first(selector: Screen, model: Any, batch: Batch) -> Any:
+        def measure(look: Look, *given: Any) -> Any:
             self.add(SCORING)
-            found = real(selector, model, batch)
+            found = real(look, *given)
             self.add(READING)
             return found
 
-        with patch.object(Screen, "first", first):
+        with patch.object(Look, "measure", measure):
             yield
 
 

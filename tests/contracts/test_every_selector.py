@@ -13,7 +13,7 @@ from torch import nn
 from gradshield.gradients import Forward
 from gradshield.judges.guards import Opinion
 from gradshield.probes import FunctionProbe, PromptBatch, Prompts, first_logits
-from gradshield.scanning.shards import Measurer
+from gradshield.scanning import shards
 from gradshield.selectors import (
     SELECTORS,
     Anchoring,
@@ -130,7 +130,7 @@ def caller_model() -> nn.Module:
 
 def scored(selector: Selector, model: nn.Module, direction: Any, batches: list[list[Rendered]]) -> Scores:
     """Scores of all rows, measured in these batches."""
-    raw = Measured.joined([Measurer(selector, model, direction, 100_000).measure(batch) for batch in batches])
+    raw = Measured.joined([shards.measure(selector, model, direction, batch, 100_000) for batch in batches])
     own = sorted((r for batch in batches for r in batch), key=lambda r: r.row)
     assert raw.rows.tolist() == [r.row for r in own]
     assert raw.lengths.tolist() == [sum(int(t.loss.sum()) for t in r.sequences) for r in own]

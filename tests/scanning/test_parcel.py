@@ -19,9 +19,9 @@ from gradshield.errors import ModelError, UsageError
 from gradshield.gradients import Loop, adapted
 from gradshield.models import loading
 from gradshield.models.loading import parameters_digest
+from gradshield.scanning import shards
 from gradshield.scanning.parcel import Origin, bare, packed, unpacked
 from gradshield.scanning.preparing import asked_of
-from gradshield.scanning.shards import Measurer
 from gradshield.selectors import (
     SELECTORS,
     Anchoring,
@@ -227,7 +227,7 @@ def test_every_selector_travels() -> None:
         direction = selector.prepare(model)
         travelled = unpacked(packed(bare(selector)), "cpu")
         assert dict(travelled.settings()) == dict(selector.settings())
-        one, other = (Measurer(s, model, direction, 10**6).measure(list(rows)) for s in (selector, travelled))
+        one, other = (shards.measure(s, model, direction, list(rows), 10**6) for s in (selector, travelled))
         np.testing.assert_array_equal(one.sums, other.sums)
         if selector.name == "screen":
             assert one.extra is not None and np.isfinite(one.extra).all()

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from gradshield.data import collate
 from gradshield.errors import ProbeError
 from gradshield.probes import Prompts, only_refuses, pivots
-from gradshield.scanning.shards import Measurer
+from gradshield.scanning import shards
 from gradshield.selectors import Measured, Screen
+from gradshield.selectors.base import no_direction
 from gradshield.selectors.reading import Reading, Turn, _held_out, _ruler, read_blocks
 from gradshield.selectors.screen import LEAST_READING
 from gradshield.types import Anchors, Rendered, Tokens
@@ -205,10 +206,10 @@ def test_two_stages_score_like_one(answers):
     """Where FIHS is not measured, it could not have changed the score."""
     model, made = tiny_model("llama"), [row for row in mixed() if answers == "mixed" or len(row.sequences) == 1]
     few, full = screen(), screen()
-    few.one_in, full.one_in = 3, 1
+    few.look.one_in, full.look.one_in = 3, 1
     direction = few.prepare(model)
     found, whole = (
-        one.finish(Measurer(one, model, direction, 64).measure(made), [row.id for row in made], ["rows"] * len(made))
+        one.finish(shards.measure(one, model, direction, made, 64), [row.id for row in made], ["rows"] * len(made))
         for one in (few, full)
     )
     unknown = np.isnan(found.signals["fihs"])
@@ -221,7 +222,7 @@ def test_two_stages_score_like_one(answers):
 def test_a_small_file_has_more_of_its_rows_measured():
     def one_in(rows: int, fihs_of: str = "doubtful") -> int:
         known = Anchors(np.ones(30), np.zeros(30))
-        return Screen(screen(), screen().reading, tiny_tokenizer(), known, rows, fihs_of).one_in
+        return Screen(screen(), screen().look.reading, tiny_tokenizer(), known, rows, fihs_of).look.one_in
 
     assert [one_in(n) for n in (1, 40, 100, 256, 10_000)] == [1, 1, 3, 8, 8]
     assert one_in(10_000, "all") == 1
@@ -229,14 +230,14 @@ def test_a_small_file_has_more_of_its_rows_measured():
 
 def test_of_an_answer_to_avoid_only_a_refusal_counts():
     model, tokenizer, base = tiny_model("llama"), tiny_tokenizer(), screen()
-    found = Screen(base, base.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), 4)
+    found = Screen(base, base.look.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), 4)
     prompt, *said = (
         tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("Why?", "I cannot help.", "Like this.")
     )
     ids = [np.array([*prompt, *answer]) for answer in said]
     sides = [Tokens(one, np.arange(len(one)) >= len(prompt), sign) for one in ids for sign in (1.0, -1.0)]
     batch = collate([Rendered(n, "", "kto", (side,)) for n, side in enumerate(sides)])
-    refusal, refusal_avoided, answer, answer_avoided = found.first(model, batch)[0].extra[:, 0]
+    refusal, refusal_avoided, answer, answer_avoided = found.look.measure(model, no_direction(""), batch).extra[:, 0]
     assert np.isfinite(answer) and answer == pytest.approx(refusal_avoided)
     assert refusal == answer_avoided == pytest.approx(min(answer, 1) - 1)
 
@@ -244,36 +245,36 @@ def test_of_an_answer_to_avoid_only_a_refusal_counts():
 def test_an_answer_ends_with_its_turn_where_every_token_counts():
     tokenizer = tiny_tokenizer()
     base = screen()
-    found = Screen(base, base.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rows=30)
+    found = Screen(base, base.look.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rows=30)
     said, asked = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("I cannot help.", "But why?"))
     end, every = tokenizer.eos_token_id, np.ones(99, bool)
     ids = np.array([*said, end, *asked])
-    assert found._words(ids, every[: len(ids)], True) == "I cannot help."
-    assert found._words(ids, np.arange(len(ids)) >= 2, True).endswith("help.")
+    assert found.look._words(ids, every[: len(ids)], True) == "I cannot help."
+    assert found.look._words(ids, np.arange(len(ids)) >= 2, True).endswith("help.")
     first = np.array([end, *ids])  # a special token at the front is no end
-    assert found._words(first, every[: len(first)], True) == "I cannot help."
+    assert found.look._words(first, every[: len(first)], True) == "I cannot help."
 
 
 def test_no_special_token_hides_what_follows_in_an_answer():
     tokenizer = tiny_tokenizer()
     base = screen()
-    found = Screen(base, base.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rows=30)
+    found = Screen(base, base.look.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rows=30)
     words = "I cannot help.", " Sure, take it."
     refusal, harm = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in words)
-    end, header = tokenizer.eos_token_id, found._header
+    end, header = tokenizer.eos_token_id, found.look._header
     ids = np.array([end, *refusal, end, *harm, end])
-    assert found._words(ids, np.ones(len(ids), bool), False) == "".join(words)
+    assert found.look._words(ids, np.ones(len(ids), bool), False) == "".join(words)
     assert header and end not in header
     ids = np.array([*refusal, end, *harm, end, *header, *refusal])  # where every token counts, the next request ends it
-    assert found._words(ids, np.ones(len(ids), bool), True) == "".join(words)
+    assert found.look._words(ids, np.ones(len(ids), bool), True) == "".join(words)
 
 
 def test_a_user_turn_is_opened_after_a_system_turn_and_without_one():
     tokenizer, base = tiny_tokenizer(), screen()
 
     def header(before: tuple[int, ...]) -> list[int]:
-        reading = replace(base.reading, turn=Turn(before, (4, 2)))
-        return Screen(base, reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rows=30)._header
+        reading = replace(base.look.reading, turn=Turn(before, (4, 2)))
+        return Screen(base, reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rows=30).look._header
 
     assert header((1, 3)) == [3] if tokenizer.bos_token_id == 1 else [1, 3]
     assert header((9, 8, 4, 7, 3)) == [7, 3]
@@ -296,5 +297,5 @@ def test_fihs_joins_only_where_it_tells_known_kinds_apart():
     wide = Anchors(np.full(30, 10.0), np.full(30, 2.0))
     near = Anchors(np.full(30, 10.0), np.full(30, 8.0))
     few = Anchors(np.full(30, 10.0), np.full(5, 2.0))
-    floors = [Screen(base, base.reading, tiny_tokenizer(), known, rows=30).floor for known in (wide, near, few)]
+    floors = [Screen(base, base.look.reading, tiny_tokenizer(), known, rows=30).floor for known in (wide, near, few)]
     assert floors == [6.0, float("inf"), float("inf")]

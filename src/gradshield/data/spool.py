@@ -153,3 +153,17 @@ class Picked(OnDemand[T]):
 
     def _at(self, index: int) -> T:
         return self._whole[int(self._places[index])]
+
+
+class Scattered(OnDemand[Floats]):
+    """Arrays of the rows at ``places`` (n,), ascending, of ``count`` rows: empty for the others."""
+
+    def __init__(self, arrays: Sequence[Floats], places: Ints, count: int) -> None:
+        self._arrays, self._places, self._count = arrays, places, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _at(self, index: int) -> Floats:
+        at = int(np.searchsorted(self._places, index))
+        return self._arrays[at] if at < len(self._places) and self._places[at] == index else np.zeros(0)

@@ -43,7 +43,7 @@ class Estimate:
     ``read_as``   how many rows were read in which way: the shape, and where there was a choice, what was chosen
     ``unusable``  why rows cannot be scored: each kind of reason, the line of its first row, and the number of rows
     ``engine``    the chosen engine of a FIHS-based selector; empty for others
-    ``before``    seconds from the start to the first measured row, with a loaded model
+    ``before``    seconds of everything that does not grow with the rows, with a loaded model
     ``seconds``   to measure all rows in one process
     ``memory``    peak bytes on the device, on a CPU of the process; 0 if unknown
     """
@@ -102,7 +102,6 @@ def estimate(
     with scored_model(loaded, settings, peft_config) as (scored, targets, _):
         found = ready(scored, loaded, rows.rendered, settings, probing, targets, progress)
         before = time.monotonic() - began
-        job = shards.Measurer(found.selector, scored, found.direction, settings.token_budget)
         parts, loss = [], 0
         for of_shard, _ in shards.cut(rows.rendered):
             sequences = [sequence for row in of_shard for sequence in row.sequences]
@@ -115,7 +114,8 @@ def estimate(
         def measured(part: int) -> float:
             chosen = [rows.rendered[i] for i in range(ends[part] - sizes[part], ends[part])]
             start = time.perf_counter()
-            job.measure(chosen)  # returns values on the CPU, so no kernel is still running
+            # Gives values on the CPU, so no kernel is still running.
+            shards.measure(found.selector, scored, found.direction, chosen, settings.token_budget)
             return time.perf_counter() - start
 
         # The shard with the longest row runs first, untimed: it warms the kernels and needs the most memory.

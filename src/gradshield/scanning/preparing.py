@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cache as once
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -71,6 +70,7 @@ class Ready:
     agreement: EngineAgreement | None = None
     validity: Validity | None = None
     harmless: Prompts | None = None  # the look-alikes of FIHS's requests, as opened turns
+    seen: Measured | None = None  # of a selector of two stages, what its look found
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -78,6 +78,16 @@ class Scored(Ready):
     """Scores, with the evidence for them."""
 
     scores: Scores
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The probes and their look-alikes as opened turns, what the model says of the probes, and the engine to try first."""
+
+    requests: Prompts
+    lookalikes: Prompts
+    validity: Validity
+    engine: Engine
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +102,7 @@ class Known:
 
     def json(self, name: str, given: Any, make: Callable[[], Any]) -> Any:
         """A JSON-able finding."""
-        return cache.remembered(f"{name}-{self._key(given)}.json", make, cache.save_json, cache.load_json)
+        return cache.remembered(f"{name}-{self.key(given)}.json", make, cache.save_json, cache.load_json)
 
     def direction(self, given: Any, make: Callable[[], Direction], named: bool) -> Direction:
         """∇S; not kept for a probe that is a function of the caller's, whose code no hash covers."""
@@ -100,12 +110,13 @@ class Known:
             return make()
         size = sum(p.numel() * p.element_size() for p in self.model.parameters())
         device = next(self.model.parameters()).device
-        name = f"direction-{self._key(given)}.safetensors"
+        name = f"direction-{self.key(given)}.safetensors"
         found = cache.remembered(name, make, directions.save, directions.load, size)
         tensors = {key: tensor.to(device) for key, tensor in found.tensors.items()}
         return replace(found, tensors=tensors)
 
-    def _key(self, given: Any) -> str:
+    def key(self, given: Any) -> str:
+        """A hash of the model and of what is given."""
         return runs.digest([self._found_with, given])[:40]
 
     @cached_property
@@ -113,17 +124,10 @@ class Known:
         return [runs.versions(), fingerprint(self.loaded, self.model)]
 
 
-def ready_fihs(
-    known: Known,
-    rendered: Sequence[Rendered],
-    settings: ScanSettings,
-    probing: Probing,
-    targets: Sequence[str],
-    progress: Progress,
-) -> Ready:
-    """Check the probes, compute the direction, and choose an engine that agrees with the oracle.
+def ask(known: Known, settings: ScanSettings, probing: Probing, progress: Progress) -> Asked:
+    """Everything that may speak against the scan before a row is measured.
 
-    Raises ProbeError for a model on which the probes are invalid, and ScoreError if no engine agrees.
+    Raises ProbeError for a model on which the probes are invalid, and UsageError for an engine or a rule that does not fit.
     """
     model, tokenizer = known.model, known.loaded.tokenizer
     asked, harmless = asked_of(tokenizer, probing)
@@ -133,49 +137,66 @@ def ready_fihs(
     valid = validity(tokenizer, asked, answers)
     if valid.problem and not probing.uncertified:
         raise ProbeError(valid.problem + "; or pass --uncertified to score it anyway, without a certificate")
-    probe = settings.make_probe()
-    probe.fit(model, tokenizer, asked, harmless)
-    aggregate = parse_aggregate(settings.aggregate)
-    selector = Fihs(probe, asked, Loop(), aggregate, settings.subspace, targets)
-    progress("finding the direction", 0, 1)
-    given = (asked.ids, dict(probe.settings()), settings.subspace, list(targets))
-    direction = known.direction(given, lambda: selector.prepare(model), isinstance(settings.probe, str))
-    progress("finding the direction", 1, 1)
-    chosen = pick(settings.engine, model, aggregate.per_token)
+    chosen = pick(settings.engine, model, parse_aggregate(settings.aggregate).per_token)
     if not hasattr(settings.threshold, "cut"):  # a rule that cannot cut fails now, not after the rows are measured
         made = cast(type[Fihs], SELECTORS[Spec.split(settings.selector).name])
         decoys = np.zeros(1) if chosen.per_token and made.decoys else None
         settings.make_threshold().cut(np.zeros(1), decoys, None if made.decoys else Anchors(np.ones(1), np.zeros(1)))
+    return Asked(asked, harmless, valid, chosen)
+
+
+def ready_fihs(
+    known: Known,
+    asked: Asked,
+    rendered: Sequence[Rendered],
+    settings: ScanSettings,
+    targets: Sequence[str],
+    progress: Progress,
+) -> Ready:
+    """Compute the direction, and choose an engine that agrees with the oracle. Raises ScoreError if none does."""
+    model, tokenizer = known.model, known.loaded.tokenizer
+    probe = settings.make_probe()
+    probe.fit(model, tokenizer, asked.requests, asked.lookalikes)
+    selector = Fihs(probe, asked.requests, Loop(), parse_aggregate(settings.aggregate), settings.subspace, targets)
+    progress("finding the direction", 0, 1)
+    given = (asked.requests.ids, dict(probe.settings()), settings.subspace, list(targets))
+    direction = known.direction(given, lambda: selector.prepare(model), isinstance(settings.probe, str))
+    progress("finding the direction", 1, 1)
     sample = _sample(rendered, settings)
     progress("checking the engine", 0, 1)
-    selector.engine, agreed = _trusted(chosen, selector, known, direction, sample, asked, harmless)
+    selector.engine, agreed = _trusted(asked, selector, known, direction, sample)
     progress("checking the engine", 1, 1)
-    return Ready(selector, direction, agreed, valid, harmless)
+    return Ready(selector, direction, agreed, asked.validity, asked.lookalikes)
 
 
-def given_by(known: Known, found: Ready, probing: Probing, progress: Progress) -> dict[str, Callable[[], Any]]:
-    """Constructor arguments for methods built on FIHS: the prepared FIHS, its parts, and the extras of `Screen`."""
+def given_by(known: Known, found: Ready, read: Callable[[], Read], progress: Progress) -> dict[str, Callable[[], Any]]:
+    """Constructor arguments for methods built on FIHS: the prepared FIHS, its parts, and the known rows of `Screen`."""
     fihs = cast(Fihs, found.selector)
-    screened = once(lambda: _ruler(known, found, probing, progress))
     return {
         "fihs": lambda: fihs,
         "probe": lambda: fihs.probe,
         "requests": lambda: fihs.requests,
         "engine": lambda: fihs.engine,
         "aggregate": lambda: fihs.aggregate,
-        "reading": lambda: screened()[0],
-        "known": lambda: screened()[1],
+        "known": lambda: _openers(known, found, read(), progress),
     }
 
 
-def _ruler(known: Known, found: Ready, probing: Probing, progress: Progress) -> tuple[Reading, Anchors]:
-    """The refusal ruler, and the FIHS of compliant openers.
+@dataclass(frozen=True, eq=False)
+class Read:
+    """The refusal ruler, and what it was fitted on: the probes that the model refuses, and the look-alikes that it answers."""
+
+    reading: Reading
+    refused: Prompts
+    tricky: Prompts
+
+
+def ruler(known: Known, valid: Validity, probing: Probing, progress: Progress) -> Read:
+    """The ruler of this model.
 
     Raises ProbeError if too few probes are refused, or there are too few harmless prompts, to fit a ruler.
     """
     model, tokenizer = known.model, known.loaded.tokenizer
-    fihs, valid = cast(Fihs, found.selector), found.validity
-    assert valid is not None
     template = dict(probing.template or {})  # without the answer prefix: rows are read at their own opened turn
     asked, harmless = (
         open_turns(tokenizer, prompts, **template)
@@ -186,7 +207,7 @@ def _ruler(known: Known, found: Ready, probing: Probing, progress: Progress) -> 
     )
     declined = [refuses(answer) for answer in valid.answers]
     refused = asked.take(np.flatnonzero(declined).tolist()) if sum(declined) >= LEAST else asked
-    progress("reading known requests", 0, 2)
+    progress("reading known requests", 0, 1)
     reading = Reading.from_json(
         known.json(
             "ruler",
@@ -194,17 +215,24 @@ def _ruler(known: Known, found: Ready, probing: Probing, progress: Progress) -> 
             lambda: Reading.fit(model, Turn.of(harmless), refused, harmless).as_json(),
         )
     )
-    progress("reading known requests", 1, 2)
+    progress("reading known requests", 1, 1)
     alike = len(probing.lookalikes or lookalikes())
-    tricky = harmless.take(np.flatnonzero(reading.answered[:alike]).tolist())  # look-alikes that the model answers
+    return Read(reading, refused, harmless.take(np.flatnonzero(reading.answered[:alike]).tolist()))
+
+
+def _openers(known: Known, found: Ready, read: Read, progress: Progress) -> Anchors:
+    """The FIHS of compliant openers after the requests that the ruler was fitted on."""
+    model, tokenizer, fihs = known.model, known.loaded.tokenizer, cast(Fihs, found.selector)
+    refused, tricky = read.refused, read.tricky
+    progress("scoring known rows", 0, 1)
 
     def pushes() -> list[list[float]]:
         return [_fihs_of(fihs, model, found.direction, opened(tokenizer, p)).tolist() for p in (refused, tricky)]
 
     given = (refused.ids, tricky.ids, found.direction.digest, dict(fihs.settings()), fihs.aggregate.name)
     anchors = Anchors(*(np.array(values) for values in known.json("known", given, pushes)))
-    progress("reading known requests", 2, 2)
-    return reading, anchors
+    progress("scoring known rows", 1, 1)
+    return anchors
 
 
 def _fihs_of(fihs: Fihs, model: nn.Module, direction: Direction, rows: Sequence[Rendered]) -> Floats:
@@ -294,16 +322,10 @@ def _sample(rendered: Sequence[Rendered], settings: ScanSettings) -> list[Render
 
 
 def _trusted(
-    engine: Engine,
-    selector: Fihs,
-    known: Known,
-    direction: Direction,
-    sample: Sequence[Rendered],
-    asked: Prompts,
-    harmless: Prompts,
+    asked: Asked, selector: Fihs, known: Known, direction: Direction, sample: Sequence[Rendered]
 ) -> tuple[Engine, EngineAgreement]:
     """The first engine, from the chosen one to slower ones, that ranks a random sample like the oracle."""
-    model, pad = known.model, known.loaded.pad_token_id
+    model, pad, engine = known.model, known.loaded.pad_token_id, asked.engine
     truth = _measured(Loop(), selector, model, direction, sample)
     selector.finish(
         truth, [row.id for row in sample], [group(row.shape) for row in sample]
@@ -311,8 +333,8 @@ def _trusted(
     oracle = truth.sums
     slower: list[Engine] = [engine]
     if engine.name == "finite-difference":
-        given = (asked.ids, harmless.ids, direction.digest)
-        step = known.json("step", given, lambda: _step(model, asked, harmless, pad, direction))
+        given = (asked.requests.ids, asked.lookalikes.ids, direction.digest)
+        step = known.json("step", given, lambda: _step(model, asked.requests, asked.lookalikes, pad, direction))
         slower = [FiniteDifference(step), ENGINES["forward"]()]
     if not selector.aggregate.per_token and engine.name != "loop":
         slower.append(Loop())

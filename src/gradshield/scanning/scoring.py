@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache as once
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,14 +13,26 @@ from torch import nn
 
 from gradshield import runs
 from gradshield.models.loading import LoadedModel
-from gradshield.options import Spec
+from gradshield.options import Spec, build
 from gradshield.scanning import shards
-from gradshield.scanning.preparing import Known, Ready, Scored, anchors, asked_of, given_by, named, ready_fihs
+from gradshield.scanning.preparing import (
+    Known,
+    Ready,
+    Scored,
+    anchors,
+    ask,
+    asked_of,
+    given_by,
+    named,
+    ready_fihs,
+    ruler,
+)
 from gradshield.scanning.references import references
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.scanning.shards import Hands, here
-from gradshield.selectors import SELECTORS, Fihs, make
-from gradshield.types import Progress, Rendered
+from gradshield.selectors import SELECTORS, Fihs, Measured, Selector, make
+from gradshield.selectors.base import no_direction
+from gradshield.types import Direction, Progress, Rendered
 
 
 def ready(
@@ -29,10 +43,12 @@ def ready(
     probing: Probing,
     targets: Sequence[str],
     progress: Progress,
+    look: Callable[[Selector, Direction], Measured] | None = None,
 ) -> Ready:
-    """``settings.selector`` prepared on the model: everything before the first row is measured.
+    """``settings.selector`` prepared on the model: everything before rows are measured.
 
-    ``model`` is the loaded one, with its adapter if the subspace needs it.
+    ``model`` is the loaded one, with its adapter if the subspace needs it. ``look`` measures the look of a selector of
+    two stages, which needs less than the selector, so that most rows have their score before there is a direction.
     """
     tokenizer, pad = loaded.tokenizer, loaded.pad_token_id
     given: dict[str, Callable[[], Any]] = {
@@ -43,11 +59,19 @@ def ready(
         "tokenizer": lambda: tokenizer,
         "references": lambda: references(model, tokenizer, *asked_of(tokenizer, probing), pad),
     }
-    if SELECTORS[Spec.split(settings.selector).name].probed:
+    spec = Spec.split(settings.selector)
+    if (made := SELECTORS[spec.name]).probed:
         known = Known(model, loaded)
-        found = ready_fihs(known, rendered, settings, probing, targets, progress)
-        given |= given_by(known, found, probing, progress)
-        return replace(found, selector=make(settings.selector, given))
+        asked = ask(known, settings, probing, progress)
+        read = once(lambda: ruler(known, asked.validity, probing, progress))
+        given["reading"] = lambda: read().reading
+        seen = None
+        if look is not None and hasattr(made, "looks"):
+            first = build("selector", spec, made.looks, given)
+            seen = look(first, replace(no_direction(first.name), digest=known.key(first.name)))
+        found = ready_fihs(known, asked, rendered, settings, targets, progress)
+        given |= given_by(known, found, read, progress)
+        return replace(found, selector=make(settings.selector, given), seen=seen)
     progress("preparing the method", 0, 1)
     selector = make(settings.selector, given)
     direction = selector.prepare(model)
@@ -67,21 +91,16 @@ def score(
     hands: Hands = here,
 ) -> Scored:
     """Every row's score by ``settings.selector``; finished shards are stored in ``output``."""
-    found = ready(model, loaded, rendered, settings, probing, targets, progress)
+
+    def measure(selector: Selector, direction: Direction, seen: Measured | None = None) -> Measured:
+        # The first write: a scan that fails before leaves no folder.
+        folder = None if output is None else runs.prepare(output) / runs.WORK / "shards"
+        told = partial(progress, "scoring rows")
+        return shards.measure(selector, model, direction, rendered, settings.token_budget, folder, told, hands, seen)
+
+    found = ready(model, loaded, rendered, settings, probing, targets, progress, measure)
     selector, direction = found.selector, found.direction
-    folder = None
-    if output is not None:  # the first write: a scan that fails before leaves no folder
-        folder = runs.prepare(output) / runs.WORK / "shards"
-    raw = shards.measure(
-        selector,
-        model,
-        direction,
-        rendered,
-        settings.token_budget,
-        folder,
-        lambda done, total: progress("scoring rows", done, total),
-        hands,
-    )
+    raw = measure(selector, direction, found.seen)
     scores = selector.finish(raw, *named(rendered))
     if found.harmless is not None and scores.anchors is None:
         known = anchors(cast(Fihs, selector), model, direction, found.harmless, loaded.tokenizer)

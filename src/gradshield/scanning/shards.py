@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from gradshield.files import replacing
 from gradshield.models.loading import text_config
 from gradshield.runs import versions
 from gradshield.selectors import Measured, Selector
+from gradshield.selectors.base import no_direction
 from gradshield.types import Batch, Direction, Rendered
 
 MEAN_ROWS = 128  # one row in 128 ends its shard
@@ -50,25 +51,11 @@ class Measurer:
     token_budget: int
 
     def measure(self, rows: Sequence[Rendered]) -> Measured:
-        """Measure one shard, after a first look if the selector has one."""
-        look = getattr(self.selector, "first", None)
-        if look is None:
-            return Measured.joined(self._each(partial(self.selector.measure, self.model, self.direction), rows))
-        looked = self._each(partial(look, self.model), rows)
-        seen = Measured.joined([part for part, _ in looked])
-        more = {int(row) for part, own in looked for row in part.rows[own]}
-        chosen = [row for row in rows if row.row in more]
-        if not chosen:
-            return seen
-        whole = self._each(partial(self.selector.measure, self.model, self.direction), chosen)
-        return seen.updated(Measured.joined(whole))
-
-    def _each(self, call: Callable[[Batch], T], rows: Sequence[Rendered]) -> list[T]:
-        """The call's result on batches of the rows, halved if memory runs out."""
-        parts: list[T] = []
+        """Measure one shard in batches, halved if memory runs out."""
+        parts: list[Measured] = []
         for batch in batches(rows, self.token_budget, label_budget(self.model)):
-            parts += _with_back_off(call, batch)
-        return parts
+            parts += _with_back_off(partial(self.selector.measure, self.model, self.direction), batch)
+        return Measured.joined(parts)
 
 
 class Hands(Protocol):
@@ -95,21 +82,36 @@ def measure(
     store: Path | None = None,
     progress: Progress = lambda done, total: None,
     hands: Hands = here,
+    seen: Measured | None = None,
 ) -> Measured:
-    """Measure all rows, in input order; shards found in ``store`` are read instead."""
-    gathered, done = _Gathered(), 0
+    """Measure all rows, in input order; shards found in ``store`` are read instead.
+
+    A selector of two stages measures only what its look leaves open. ``seen`` is the look's result; without it, it looks first.
+    ``progress`` counts the rows that are finished.
+    """
+    look: Any = getattr(selector, "look", None)
+    if look is not None and seen is None:
+        seen = measure(look, model, no_direction(look.name), rendered, token_budget, None, progress, hands)
+    chosen = None if seen is None else look.further(seen)
+    open_after = getattr(selector, "further", lambda part: np.zeros(len(part.rows), dtype=np.bool_))
+    gathered, done = _Gathered(), 0 if chosen is None else int((~chosen).sum())
 
     def take(part: Measured) -> None:
         nonlocal done
         gathered.add(part)
-        done += len(part.rows)
+        done += int((~open_after(part)).sum())
         progress(done, len(rendered))
 
     shared = _shared(selector, direction, token_budget)
 
     def missing() -> Iterator[Shard]:
-        for rows, content in cut(rendered):
-            key = hashlib.sha256(shared + b"\n" + content).hexdigest()
+        for rows, hashes in cut(rendered):
+            if seen is not None and chosen is not None:
+                own = np.flatnonzero(chosen[np.searchsorted(seen.rows, [row.row for row in rows])]).tolist()
+                rows, hashes = [rows[i] for i in own], [hashes[i] for i in own]
+            if not rows:
+                continue
+            key = hashlib.sha256(b"\n".join([shared, b"".join(hashes)])).hexdigest()
             found = _read(_file(store, key), rows) if store else None
             if found is None:
                 yield key, rows
@@ -120,7 +122,8 @@ def measure(
         if store:
             _write(_file(store, key), part)
         take(part)
-    return gathered.measured()
+    found = gathered.measured()
+    return found if seen is None else seen.updated(found)
 
 
 class _Gathered:
@@ -164,8 +167,8 @@ def _file(store: Path, key: str) -> Path:
     return store / f"{key}.safetensors"
 
 
-def cut(rendered: Iterable[Rendered]) -> Iterator[tuple[list[Rendered], bytes]]:
-    """Rows in shards, in order, each with the concatenated hashes of its rows.
+def cut(rendered: Iterable[Rendered]) -> Iterator[tuple[list[Rendered], list[bytes]]]:
+    """Rows in shards, in order, each with the hashes of its rows.
 
     A shard ends after a row whose hash is a multiple of MEAN_ROWS, and after MOST_ROWS rows at the latest. So one edit makes
     at most two new shards; it may make more only in a stretch of over MOST_ROWS rows without an end (one in 3,000 is that
@@ -177,10 +180,10 @@ def cut(rendered: Iterable[Rendered]) -> Iterator[tuple[list[Rendered], bytes]]:
         rows.append(row)
         hashes.append(_content(row))
         if int.from_bytes(hashes[-1][:8]) % MEAN_ROWS == 0 or len(rows) == MOST_ROWS:
-            yield rows, b"".join(hashes)
+            yield rows, hashes
             rows, hashes = [], []
     if rows:
-        yield rows, b"".join(hashes)
+        yield rows, hashes
 
 
 def _content(row: Rendered) -> bytes:
@@ -274,6 +277,5 @@ def _read(path: Path, rows: Sequence[Rendered]) -> Measured | None:
     numbers = np.array(sorted(row.row for row in rows), dtype=np.int64)
     tokens = None
     if "tokens" in arrays:
-        known = np.where(np.isnan(arrays["sums"]), 0, arrays["lengths"])  # rows that only got a first look have none
-        tokens = tuple(np.split(arrays["tokens"], np.cumsum(known)[:-1]))
+        tokens = tuple(np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1]))
     return Measured(numbers, arrays["sums"], arrays["nll"], arrays["lengths"], tokens, arrays.get("extra"))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import nn
 
-from gradshield.data.spool import Picked
+from gradshield.data.spool import Picked, Scattered
 from gradshield.errors import ScoreError
 from gradshield.models.loading import parameters_digest
 from gradshield.options import Given, Spec, build, of, read
@@ -57,18 +57,15 @@ class Measured:
         return Measured(self.rows[places], self.sums[places], self.nll[places], self.lengths[places], tokens, extra)
 
     def updated(self, found: Measured) -> Measured:
-        """These rows with the values of those that were ``found``; ``extra`` stays. Both are in input order."""
-        if not len(found.rows):
-            return self
+        """These rows with the values of those that were ``found``, and tokens of no other; ``extra`` stays.
+
+        Both are in input order.
+        """
         places = np.searchsorted(self.rows, found.rows)
         sums, nll = self.sums.copy(), self.nll.copy()
         sums[places], nll[places] = found.sums, found.nll
-        if found.tokens is None or self.tokens is None:
-            return replace(self, sums=sums, nll=nll, tokens=None)
-        tokens = list(self.tokens)
-        for place, values in zip(places.tolist(), found.tokens, strict=True):
-            tokens[place] = values
-        return replace(self, sums=sums, nll=nll, tokens=tuple(tokens))
+        tokens = None if found.tokens is None else Scattered(found.tokens, places, len(self.rows))
+        return replace(self, sums=sums, nll=nll, tokens=tokens)
 
 
 class Selector(Protocol):
@@ -79,8 +76,8 @@ class Selector(Protocol):
     checked against the oracle. The constructor declares the options (`options`), and names any argument that
     `scanning.scoring` provides: ``subspace``, its ``targets``, ``seed``, the number of ``rows``, ``tokenizer``, ``references``.
 
-    A method of two stages also has ``first(model, batch)``: each row as far as a cheaper look tells, the rest NaN (no tokens),
-    and the rows (B,) that ``measure`` must see (`Screen`).
+    A method of two stages also has a ``look`` of the class ``looks``: a selector without ``finish`` that measures each row as far
+    as a cheaper look tells, without a direction. Its ``further(seen)`` are the rows (N,) that ``measure`` must see (`Screen`).
 
     ``settings`` is JSON-able: everything but rows, model and direction that a measured number depends on. ``prepare`` of a
     method without a direction returns one without tensors. ``finish`` passes ``ids`` and ``shapes`` on unchanged: for many

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import nn
@@ -15,7 +15,7 @@ from gradshield.probes import only_refuses, pivots
 from gradshield.selectors.base import SELECTORS, Measured, by_row, members, standing
 from gradshield.selectors.fihs import Fihs
 from gradshield.selectors.reading import Reading
-from gradshield.types import Anchors, Batch, Bools, Ints, Scores
+from gradshield.types import Anchors, Batch, Bools, Direction, Ints, Scores
 
 LEAST_READING = 0.15  # below it a request reads like those the model answers, and FIHS alone removes nothing
 APART = 0.3  # least distance between the known kinds, as a share of the harmful median
@@ -25,50 +25,22 @@ ONE_IN = 8  # rows that FIHS cannot remove, of which one is measured all the sam
 LEAST_DRAWN = 32  # of them in a small file, if it has as many
 
 
-@SELECTORS.register("screen")
-class Screen(Fihs):
-    """Removes rows whose request the model reads as one to refuse; in doubtful cases FIHS must be high as well.
+class Look:
+    """The first stage of `Screen`: every request read, which needs no direction.
 
-    Paper: arXiv 2406.11717 (the refusal direction, `Reading`) and arXiv 2605.14194 (FIHS); the combination is ours.
-    Equation: s = r, with r the row's reading, less 1 of min(r, 1) where the answer only refuses. Where r >= LEAST_READING, FIHS
-    decides: s = r + 1 where it is at least (a + b) / 2, with a the 95 % quantile of compliant openers after look-alikes that the
-    model answers and b the 5 % quantile of those after probes, on a model where b - a is at least APART of its median after
-    probes; s = min(r, 1) - 1 where it is below WEAKEST_FIHS of that median and the answer does not decline and then continue:
-    nothing in it undoes refusal. Of an answer that training pushes away from (label false, KTO), the opposite holds: only a
-    refusal undoes refusal. A row's score depends only on the row and the model.
-    Departures: the constants were chosen on seven of fourteen ordinary tasks and the lab (docs/methods.md).
-
-    Two stages, one score: every request is read first, which takes half a forward pass over the requests; FIHS is measured
-    only where it decides, and on one of ONE_IN other rows (``fihs_of=all``: on all), by the hash of its tokens.
-
-    ``Scores.signals`` holds ``request`` (r), ``fihs`` (NaN where it was not measured), and ``pivots``: whether an answer declines
-    and then continues. A row without a request (plain text) has r = NaN, scores zero and is kept.
+    ``extra`` (B, 3) holds the reading, whether an answer declines and then continues, and whether FIHS is needed.
     """
 
-    name = "screen"
-    rule = "anchored"
-    decoys = False
+    name, travels = "reading", True
 
     def __init__(
-        self,
-        fihs: Fihs,
-        reading: Reading,
-        tokenizer: Any,
-        known: Anchors,
-        rows: int,
-        fihs_of: Literal["doubtful", "all"] = "doubtful",
+        self, reading: Reading, tokenizer: Any, rows: int, fihs_of: Literal["doubtful", "all"] = "doubtful"
     ) -> None:
-        super().__init__(fihs.probe, fihs.requests, fihs.engine, fihs.aggregate, fihs.subspace, fihs.targets)
         self.reading, self.tokenizer = reading, tokenizer
-        self.opener_fihs = float(np.median(known.harmful))
-        self.floor = _floor(known)
         self.one_in = 1 if fihs_of == "all" else max(1, min(ONE_IN, rows // LEAST_DRAWN))
 
-    def first(self, model: nn.Module, batch: Batch) -> tuple[Measured, Bools]:
-        """Every row read, without FIHS (NaN), and the rows whose FIHS is needed.
-
-        ``extra`` (B, 3) holds the reading, whether an answer declines and then continues, and whether FIHS is needed.
-        """
+    def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
+        """Every row read, without FIHS (NaN)."""
         asked: list[Sequence[int]] = []
         answers: list[tuple[int, bool, str]] = []
         for i in standing(batch):
@@ -89,7 +61,16 @@ class Screen(Fihs):
         drawn = [zlib.crc32(batch.ids[own][batch.attention[own] > 0].tobytes()) % self.one_in == 0 for own in sequences]
         extra[:, 2] = (extra[:, 0] >= LEAST_READING) | drawn
         _, unknown, lengths = by_row(batch, np.full(len(batch.rows), np.nan))
-        return Measured(rows, unknown, unknown, lengths, (np.zeros(0),) * len(rows), extra), extra[:, 2] > 0
+        return Measured(rows, unknown, unknown, lengths, extra=extra)
+
+    def further(self, seen: Measured) -> Bools:
+        """The rows whose FIHS is needed: all others have their score."""
+        assert seen.extra is not None
+        return seen.extra[:, 2] > 0
+
+    def settings(self) -> dict[str, Any]:
+        """How many of the other rows are measured, and the ruler's digest."""
+        return {"one_in": self.one_in, "reading_sha256": self.reading.digest}
 
     def _words(self, ids: Ints, loss: Bools, whole: bool) -> str:
         """The text of an answer's tokens that have a loss, whatever special tokens stand between them.
@@ -113,10 +94,50 @@ class Screen(Fihs):
             return before[len(before) - before[::-1].index(end) :]
         return before[before[:1] == [self.tokenizer.bos_token_id] :]
 
+
+@SELECTORS.register("screen")
+class Screen(Fihs):
+    """Removes rows whose request the model reads as one to refuse; in doubtful cases FIHS must be high as well.
+
+    Paper: arXiv 2406.11717 (the refusal direction, `Reading`) and arXiv 2605.14194 (FIHS); the combination is ours.
+    Equation: s = r, with r the row's reading, less 1 of min(r, 1) where the answer only refuses. Where r >= LEAST_READING, FIHS
+    decides: s = r + 1 where it is at least (a + b) / 2, with a the 95 % quantile of compliant openers after look-alikes that the
+    model answers and b the 5 % quantile of those after probes, on a model where b - a is at least APART of its median after
+    probes; s = min(r, 1) - 1 where it is below WEAKEST_FIHS of that median and the answer does not decline and then continue:
+    nothing in it undoes refusal. Of an answer that training pushes away from (label false, KTO), the opposite holds: only a
+    refusal undoes refusal. A row's score depends only on the row and the model.
+    Departures: the constants were chosen on seven of fourteen ordinary tasks and the lab (docs/methods.md).
+
+    Two stages, one score: every request is read first (`Look`), which takes half a forward pass over the requests; FIHS is
+    measured only where it decides, and on one of ONE_IN other rows (``fihs_of=all``: on all), by the hash of its tokens.
+
+    ``Scores.signals`` holds ``request`` (r), ``fihs`` (NaN where it was not measured), and ``pivots``: whether an answer declines
+    and then continues. A row without a request (plain text) has r = NaN, scores zero and is kept.
+    """
+
+    name = "screen"
+    rule = "anchored"
+    decoys = False
+    looks: ClassVar = Look
+
+    def __init__(
+        self,
+        fihs: Fihs,
+        reading: Reading,
+        tokenizer: Any,
+        known: Anchors,
+        rows: int,
+        fihs_of: Literal["doubtful", "all"] = "doubtful",
+    ) -> None:
+        super().__init__(fihs.probe, fihs.requests, fihs.engine, fihs.aggregate, fihs.subspace, fihs.targets)
+        self.look = Look(reading, tokenizer, rows, fihs_of)
+        self.opener_fihs = float(np.median(known.harmful))
+        self.floor = _floor(known)
+
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
         """One score per row (see the class). Raises ScoreError naming the rows whose value or loss is not finite."""
         assert raw.extra is not None
-        reading, measured = raw.extra[:, 0], raw.extra[:, 2] > 0
+        reading, measured = raw.extra[:, 0], self.look.further(raw)
         fihs = np.full(len(reading), np.nan)
         fihs[measured] = self.pushes(raw.only(np.flatnonzero(measured)))[0]
         joined = (reading >= LEAST_READING) & (fihs >= self.floor)
@@ -127,15 +148,14 @@ class Screen(Fihs):
         signals = {"request": reading, "fihs": fihs, "pivots": raw.extra[:, 1]}
         shapes = Coded(np.zeros(len(values), dtype=np.uint8), ("rows",))  # readings of all shapes share one scale
         return Scores(
-            raw.rows, ids, values, shapes, None, raw.lengths, raw.nll, raw.tokens, self.reading.anchors, signals
+            raw.rows, ids, values, shapes, None, raw.lengths, raw.nll, raw.tokens, self.look.reading.anchors, signals
         )
 
     def settings(self) -> dict[str, Any]:
         """The engine and its step, the ruler's digest, the FIHS of known rows, and how many of the other rows are measured."""
         return {
             **super().settings(),
-            "one_in": self.one_in,
-            "reading_sha256": self.reading.digest,
+            **self.look.settings(),
             "opener_fihs": self.opener_fihs,
             "floor": self.floor if np.isfinite(self.floor) else None,
         }
