@@ -12,6 +12,7 @@ from torch import nn
 
 from gradshield.columns import Coded
 from gradshield.probes import only_refuses, pivots
+from gradshield.selectors import marked
 from gradshield.selectors.base import SELECTORS, Measured, by_row, members, standing
 from gradshield.selectors.fihs import Fihs
 from gradshield.selectors.reading import Reading
@@ -46,10 +47,16 @@ class Look:
         for i in standing(batch):
             length = int(batch.attention[i].sum())
             ids, loss = batch.ids[i, :length], batch.loss[i, :length]
-            for opened, own in self.reading.turn.openings(ids, loss):
-                asked.append(opened)
+            row, toward = int(batch.rows[i]), bool(batch.coefficients[i] > 0)
+            openings = self.reading.turn.openings(ids, loss)
+            for opened, own in openings:
                 words = self._words(ids[own], loss[own], bool(loss[max(own.start - 1, 0)]))
-                answers.append((int(batch.rows[i]), bool(batch.coefficients[i] > 0), words))
+                given = [opened, *map(self._opened, self._marked(opened))]
+                asked += given
+                answers += [(row, toward, words)] * len(given)
+            for request, words in [] if openings else marked.pairs(self.tokenizer.decode(ids)):
+                asked.append(self._opened(request))
+                answers.append((row, toward, words))
         rows, sequences = members(batch)
         found = {row: [np.nan, 0.0, 0.0] for row in rows.tolist()}
         if asked:
@@ -71,6 +78,19 @@ class Look:
     def settings(self) -> dict[str, Any]:
         """How many of the other rows are measured, and the ruler's digest."""
         return {"one_in": self.one_in, "reading_sha256": self.reading.digest}
+
+    def _opened(self, request: str) -> tuple[int, ...]:
+        """The ids of a turn that a request opens."""
+        ids = self.tokenizer(request, add_special_tokens=False)["input_ids"]
+        return (*self.reading.turn.before, *ids, *self.reading.turn.after)
+
+    def _marked(self, opened: tuple[int, ...]) -> list[str]:
+        """The request that the last user message of an opened turn marks as such, if it ends with the mark of its answer."""
+        before, after = self.reading.turn.before, self.reading.turn.after
+        starts = (i for i in range(len(opened) - 1, 0, -1) if opened[i - len(self._header) : i] == tuple(self._header))
+        start = next(starts, len(before) if opened[: len(before)] == before else 0) if self._header else len(before)
+        found = marked.pairs(self.tokenizer.decode(opened[start : -len(after)]))
+        return [found[-1][0]] if found and not found[-1][1] else []
 
     def _words(self, ids: Ints, loss: Bools, whole: bool) -> str:
         """The text of an answer's tokens that have a loss, whatever special tokens stand between them.
