@@ -70,9 +70,10 @@ PROMPTS = Prompts(tuple((1, 3, 40 + i, 4) for i in range(4)), ("a",) * 4, tuple(
 
 
 class Speller:
-    """A tokenizer that can only decode."""
+    """A tokenizer that can only decode: no text that it makes has marks or words of a request."""
 
     all_special_ids: ClassVar = []
+    bos_token_id = None
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
         return spelled(ids.tolist() if hasattr(ids, "tolist") else ids)
@@ -87,7 +88,7 @@ def screen() -> Screen:
         for _ in "ab"
     ]
     reading = Reading.fit(tiny_model("llama"), Turn.of(sides[0]), *sides)
-    return Screen(fihs, reading, Speller(), Anchors(np.ones(20), np.zeros(20)), rows=20)
+    return Screen(fihs, reading, Speller(), Anchors(np.ones(20), np.zeros(20)), rendered=())
 
 
 MAKERS: dict[str, Callable[[], Selector]] = {

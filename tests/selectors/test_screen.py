@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from gradshield.scanning import shards
 from gradshield.selectors import Measured, Screen
 from gradshield.selectors.base import no_direction
 from gradshield.selectors.reading import Reading, Turn, _held_out, _ruler, read_blocks
-from gradshield.selectors.screen import LEAST_READING
+from gradshield.selectors.screen import LEAST_READING, Look
 from gradshield.types import Anchors, Rendered, Tokens
 from tests.contracts.test_every_selector import mixed, screen
 from tests.tiny import LAYERS, VOCABULARY, tiny_model, tiny_tokenizer
@@ -179,7 +181,8 @@ def made(reading: np.ndarray, fihs: np.ndarray, pivots: np.ndarray | None = None
     count = len(reading)
     found.aggregate = type(found.aggregate)("sum", lambda t: float(t.sum()))
     tokens = tuple(np.array([value]) for value in fihs)
-    extra = np.stack([reading, np.zeros(count) if pivots is None else pivots, np.isfinite(fihs)], 1)
+    rest = np.full(count, np.nan)
+    extra = np.stack([reading, np.zeros(count) if pivots is None else pivots, rest, np.isfinite(fihs)], 1)
     return found, Measured(np.arange(count), fihs, np.ones(count), np.ones(count, int), tokens, extra)
 
 
@@ -222,7 +225,8 @@ def test_two_stages_score_like_one(answers):
 def test_a_small_file_has_more_of_its_rows_measured():
     def one_in(rows: int, fihs_of: str = "doubtful") -> int:
         known = Anchors(np.ones(30), np.zeros(30))
-        return Screen(screen(), screen().look.reading, tiny_tokenizer(), known, rows, fihs_of).look.one_in
+        rendered = mixed()[:1] * rows
+        return Screen(screen(), screen().look.reading, tiny_tokenizer(), known, rendered, fihs_of).look.one_in
 
     assert [one_in(n) for n in (1, 40, 100, 256, 10_000)] == [1, 1, 3, 8, 8]
     assert one_in(10_000, "all") == 1
@@ -230,7 +234,7 @@ def test_a_small_file_has_more_of_its_rows_measured():
 
 def test_of_an_answer_to_avoid_only_a_refusal_counts():
     model, tokenizer, base = tiny_model("llama"), tiny_tokenizer(), screen()
-    found = Screen(base, base.look.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), 4)
+    found = Screen(base, base.look.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rendered=())
     prompt, *said = (
         tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("Why?", "I cannot help.", "Like this.")
     )
@@ -242,10 +246,58 @@ def test_of_an_answer_to_avoid_only_a_refusal_counts():
     assert refusal == answer_avoided == pytest.approx(min(answer, 1) - 1)
 
 
+class Reader:
+    """Reads one request as harm, and remembers what it was asked."""
+
+    def __init__(self, tokenizer: Any, turn: Turn) -> None:
+        self.tokenizer, self.turn, self.digest = tokenizer, turn, ""
+
+    def read(self, _model: Any, requests: Sequence[Sequence[int]]) -> np.ndarray:
+        start, end = len(self.turn.before), len(self.turn.after)
+        self.asked = [self.tokenizer.decode(list(one)[start:-end]).strip() for one in requests]
+        return np.array([float(one == "steal it") for one in self.asked])
+
+
+def looked(*pairs: tuple[str, str], opened: bool = True, shared: str = "read") -> tuple[np.ndarray, list[str]]:
+    """Readings of requests with answers, and of what they do not share; of text, where the request is empty."""
+    tokenizer = tiny_tokenizer()
+    turn = Turn((tokenizer.bos_token_id,), (tokenizer.eos_token_id,))
+    rendered = []
+    for row, texts in enumerate(pairs):
+        asked, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+        before = [*turn.before, *asked, *turn.after] if opened else asked
+        ids = np.array([*before, *answer])
+        rendered.append(Rendered(row, "", "", (Tokens(ids, np.arange(len(ids)) >= max(1, len(before))),)))
+    reader = Reader(tokenizer, turn)
+    look = Look(reader, tokenizer, rendered, shared=shared)
+    return look.measure(None, no_direction(""), collate(rendered)).extra[:, [0, 2]], reader.asked
+
+
+ASKED = "Below is a task.\n\n### Instruction:\nsteal it\n\n### Response:\n"
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_the_request_that_a_prompt_marks_is_read_too(opened):
+    found, asked = looked((ASKED, "Like this."), opened=opened)
+    assert found[0, 0] == 1 and asked == [ASKED.strip(), "steal it"]
+
+
+def test_the_request_that_plain_text_marks_is_read():
+    found, asked = looked(("", ASKED + "Like this."), ("", "A text."), opened=False)
+    assert found[0, 0] == 1 and np.isnan(found[1, 0]) and asked == ["steal it"]
+
+
+def test_what_requests_do_not_share_is_read_by_itself_and_counts_where_asked():
+    rows = [(f"You are very kind. {what} and thanks", "Yes.") for what in ("sing", "steal it", "dance")]
+    found, _ = looked(*rows, ("steal", "Yes."))
+    np.testing.assert_array_equal(found, [[0, 0], [0, 1], [0, 0], [0, np.nan]])
+    assert looked(*rows, shared="skipped")[0][:, 0].tolist() == [0, 1, 0]
+
+
 def test_an_answer_ends_with_its_turn_where_every_token_counts():
     tokenizer = tiny_tokenizer()
     base = screen()
-    found = Screen(base, base.look.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rows=30)
+    found = Screen(base, base.look.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rendered=())
     said, asked = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("I cannot help.", "But why?"))
     end, every = tokenizer.eos_token_id, np.ones(99, bool)
     ids = np.array([*said, end, *asked])
@@ -258,7 +310,7 @@ def test_an_answer_ends_with_its_turn_where_every_token_counts():
 def test_no_special_token_hides_what_follows_in_an_answer():
     tokenizer = tiny_tokenizer()
     base = screen()
-    found = Screen(base, base.look.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rows=30)
+    found = Screen(base, base.look.reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rendered=())
     words = "I cannot help.", " Sure, take it."
     refusal, harm = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in words)
     end, header = tokenizer.eos_token_id, found.look._header
@@ -274,7 +326,7 @@ def test_a_user_turn_is_opened_after_a_system_turn_and_without_one():
 
     def header(before: tuple[int, ...]) -> list[int]:
         reading = replace(base.look.reading, turn=Turn(before, (4, 2)))
-        return Screen(base, reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rows=30).look._header
+        return Screen(base, reading, tokenizer, Anchors(np.ones(30), np.zeros(30)), rendered=()).look._header
 
     assert header((1, 3)) == [3] if tokenizer.bos_token_id == 1 else [1, 3]
     assert header((9, 8, 4, 7, 3)) == [7, 3]
@@ -297,5 +349,7 @@ def test_fihs_joins_only_where_it_tells_known_kinds_apart():
     wide = Anchors(np.full(30, 10.0), np.full(30, 2.0))
     near = Anchors(np.full(30, 10.0), np.full(30, 8.0))
     few = Anchors(np.full(30, 10.0), np.full(5, 2.0))
-    floors = [Screen(base, base.look.reading, tiny_tokenizer(), known, rows=30).floor for known in (wide, near, few)]
+    floors = [
+        Screen(base, base.look.reading, tiny_tokenizer(), known, rendered=()).floor for known in (wide, near, few)
+    ]
     assert floors == [6.0, float("inf"), float("inf")]

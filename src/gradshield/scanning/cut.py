@@ -139,10 +139,9 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
         kinds.get(row, NO_CATEGORY) if out else "" for row, out in zip(scores.rows.tolist(), removed, strict=True)
     )
     examples = rows.examples(scores.rows[removed][: trust.LOOKED_AT])
-    opener_fihs = old.settings.selector_found.get("opener_fihs")
     truth = _labels(path, len(removed))
     problem, quarantined = old.results.doubts.get("probes", ""), _quarantined(path)
-    doubts = trust.doubts(scores, decision, examples, problem, opener_fihs, len(quarantined), truth)
+    doubts = trust.doubts(scores, decision, examples, problem, old.settings.selector_found, len(quarantined), truth)
     kept = {name: value for name, value in old.results if name in old.results.model_fields_set}
     kept.pop("filtered", None)  # measured on a model trained on other rows
     kept.pop("labels", None)

@@ -55,7 +55,7 @@ def ready(
         "subspace": lambda: settings.subspace,
         "targets": lambda: targets,
         "seed": lambda: settings.seed,
-        "rows": lambda: len(rendered),
+        "rendered": lambda: rendered,
         "tokenizer": lambda: tokenizer,
         "references": lambda: references(model, tokenizer, *asked_of(tokenizer, probing), pad),
     }

@@ -12,11 +12,11 @@ from torch import nn
 
 from gradshield.columns import Coded
 from gradshield.probes import only_refuses, pivots
-from gradshield.selectors import marked
 from gradshield.selectors.base import SELECTORS, Measured, by_row, members, standing
 from gradshield.selectors.fihs import Fihs
 from gradshield.selectors.reading import Reading
-from gradshield.types import Anchors, Batch, Bools, Direction, Ints, Scores
+from gradshield.selectors.wording import Shared, pairs
+from gradshield.types import Anchors, Batch, Bools, Direction, Ints, Rendered, Scores
 
 LEAST_READING = 0.15  # below it a request reads like those the model answers, and FIHS alone removes nothing
 APART = 0.3  # least distance between the known kinds, as a share of the harmful median
@@ -24,26 +24,36 @@ LEAST_FIHS = 0.5  # share of the score of a compliant opener after a probe, from
 WEAKEST_FIHS = 0.05  # share of it, below which the model would give the answer anyway
 ONE_IN = 8  # rows that FIHS cannot remove, of which one is measured all the same: for the doubts about the whole file
 LEAST_DRAWN = 32  # of them in a small file, if it has as many
+LOOKED_AT = 500  # rows by which the words that a file's requests share are found
 
 
 class Look:
     """The first stage of `Screen`: every request read, which needs no direction.
 
-    ``extra`` (B, 3) holds the reading, whether an answer declines and then continues, and whether FIHS is needed.
+    ``extra`` (B, 4) holds the reading, whether an answer declines and then continues, the reading of what the rows do not share
+    (NaN without), and whether FIHS is needed.
     """
 
     name, travels = "reading", True
 
     def __init__(
-        self, reading: Reading, tokenizer: Any, rows: int, fihs_of: Literal["doubtful", "all"] = "doubtful"
+        self,
+        reading: Reading,
+        tokenizer: Any,
+        rendered: Sequence[Rendered],
+        fihs_of: Literal["doubtful", "all"] = "doubtful",
+        shared: Literal["read", "skipped"] = "read",
     ) -> None:
-        self.reading, self.tokenizer = reading, tokenizer
-        self.one_in = 1 if fihs_of == "all" else max(1, min(ONE_IN, rows // LEAST_DRAWN))
+        self.reading, self.tokenizer, self.skips = reading, tokenizer, shared == "skipped"
+        self.one_in = 1 if fihs_of == "all" else max(1, min(ONE_IN, len(rendered) // LEAST_DRAWN))
+        few = range(0, len(rendered), max(1, len(rendered) // LOOKED_AT))
+        found = [self.reading.turn.openings(own.ids, own.loss) for i in few for own in rendered[i].sequences[:1]]
+        self.shared = Shared.of([self._request(openings[0][0]) for openings in found if openings])
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Every row read, without FIHS (NaN)."""
         asked: list[Sequence[int]] = []
-        answers: list[tuple[int, bool, str]] = []
+        answers: list[tuple[int, bool, str, bool]] = []
         for i in standing(batch):
             length = int(batch.attention[i].sum())
             ids, loss = batch.ids[i, :length], batch.loss[i, :length]
@@ -51,46 +61,54 @@ class Look:
             openings = self.reading.turn.openings(ids, loss)
             for opened, own in openings:
                 words = self._words(ids[own], loss[own], bool(loss[max(own.start - 1, 0)]))
-                given = [opened, *map(self._opened, self._marked(opened))]
-                asked += given
-                answers += [(row, toward, words)] * len(given)
-            for request, words in [] if openings else marked.pairs(self.tokenizer.decode(ids)):
+                request = self._request(opened)
+                marked = [self._opened(one) for one, answer in pairs(request)[-1:] if not answer]
+                rest = [self._opened(one) for one in [self.shared.rest(request)] if one]
+                asked += [opened, *marked, *rest]
+                answers += [(row, toward, words, False)] * (1 + len(marked)) + [(row, toward, words, True)] * len(rest)
+            for request, words in [] if openings else pairs(self.tokenizer.decode(ids)):
                 asked.append(self._opened(request))
-                answers.append((row, toward, words))
+                answers.append((row, toward, words, False))
         rows, sequences = members(batch)
-        found = {row: [np.nan, 0.0, 0.0] for row in rows.tolist()}
+        found = {row: [np.nan, 0.0, np.nan, 0.0] for row in rows.tolist()}
         if asked:
-            for (row, toward, answer), r in zip(answers, self.reading.read(model, asked), strict=True):
+            for (row, toward, answer, bare), r in zip(answers, self.reading.read(model, asked), strict=True):
                 harmless = only_refuses(answer) == toward
-                found[row][0] = float(np.fmax(found[row][0], min(r, 1.0) - 1 if harmless else r))
+                for column in {2, 0 if self.skips else 2} if bare else (0,):
+                    found[row][column] = float(np.fmax(found[row][column], min(r, 1.0) - 1 if harmless else r))
                 found[row][1] = max(found[row][1], float(toward and pivots(answer)))
         extra = np.array(list(found.values()))
         drawn = [zlib.crc32(batch.ids[own][batch.attention[own] > 0].tobytes()) % self.one_in == 0 for own in sequences]
-        extra[:, 2] = (extra[:, 0] >= LEAST_READING) | drawn
+        extra[:, 3] = (np.fmax(extra[:, 0], extra[:, 2]) >= LEAST_READING) | drawn
         _, unknown, lengths = by_row(batch, np.full(len(batch.rows), np.nan))
         return Measured(rows, unknown, unknown, lengths, extra=extra)
 
     def further(self, seen: Measured) -> Bools:
         """The rows whose FIHS is needed: all others have their score."""
         assert seen.extra is not None
-        return seen.extra[:, 2] > 0
+        return seen.extra[:, 3] > 0
 
     def settings(self) -> dict[str, Any]:
-        """How many of the other rows are measured, and the ruler's digest."""
-        return {"one_in": self.one_in, "reading_sha256": self.reading.digest}
+        """How many of the other rows are measured, the ruler's digest, and the words that the file's requests share."""
+        return {
+            "one_in": self.one_in,
+            "reading_sha256": self.reading.digest,
+            "shared_words": [" ".join(self.shared.begin), " ".join(self.shared.end)],
+        }
 
     def _opened(self, request: str) -> tuple[int, ...]:
         """The ids of a turn that a request opens."""
         ids = self.tokenizer(request, add_special_tokens=False)["input_ids"]
         return (*self.reading.turn.before, *ids, *self.reading.turn.after)
 
-    def _marked(self, opened: tuple[int, ...]) -> list[str]:
-        """The request that the last user message of an opened turn marks as such, if it ends with the mark of its answer."""
+    def _request(self, opened: tuple[int, ...]) -> str:
+        """The text of the last user message of an opened turn."""
         before, after = self.reading.turn.before, self.reading.turn.after
-        starts = (i for i in range(len(opened) - 1, 0, -1) if opened[i - len(self._header) : i] == tuple(self._header))
-        start = next(starts, len(before) if opened[: len(before)] == before else 0) if self._header else len(before)
-        found = marked.pairs(self.tokenizer.decode(opened[start : -len(after)]))
-        return [found[-1][0]] if found and not found[-1][1] else []
+        starts = (i for i in range(len(opened), 0, -1) if list(opened[i - len(self._header) : i]) == self._header)
+        start = next(starts, 0) if self._header else 0
+        if opened[: len(before)] == before:
+            start = max(start, len(before))
+        return str(self.tokenizer.decode(opened[start : -len(after)], skip_special_tokens=True))
 
     def _words(self, ids: Ints, loss: Bools, whole: bool) -> str:
         """The text of an answer's tokens that have a loss, whatever special tokens stand between them.
@@ -146,11 +164,12 @@ class Screen(Fihs):
         reading: Reading,
         tokenizer: Any,
         known: Anchors,
-        rows: int,
+        rendered: Sequence[Rendered],
         fihs_of: Literal["doubtful", "all"] = "doubtful",
+        shared: Literal["read", "skipped"] = "read",
     ) -> None:
         super().__init__(fihs.probe, fihs.requests, fihs.engine, fihs.aggregate, fihs.subspace, fihs.targets)
-        self.look = Look(reading, tokenizer, rows, fihs_of)
+        self.look = Look(reading, tokenizer, rendered, fihs_of, shared)
         self.opener_fihs = float(np.median(known.harmful))
         self.floor = _floor(known)
 
@@ -165,7 +184,7 @@ class Screen(Fihs):
         if self.aggregate.per_token:  # a signed sum may cancel, so a small one proves nothing
             weak = (reading >= LEAST_READING) & (fihs < WEAKEST_FIHS * self.opener_fihs) & (raw.extra[:, 1] == 0)
             values = np.where(weak, np.minimum(values, 1.0) - 1, values)
-        signals = {"request": reading, "fihs": fihs, "pivots": raw.extra[:, 1]}
+        signals = {"request": reading, "fihs": fihs, "pivots": raw.extra[:, 1], "rest": raw.extra[:, 2]}
         shapes = Coded(np.zeros(len(values), dtype=np.uint8), ("rows",))  # readings of all shapes share one scale
         return Scores(
             raw.rows, ids, values, shapes, None, raw.lengths, raw.nll, raw.tokens, self.look.reading.anchors, signals

@@ -1,10 +1,10 @@
-"""Requests that plain text marks in words."""
+"""What of a text is a request."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradshield.selectors.marked import pairs
+from gradshield.selectors.wording import Shared, pairs
 
 ALPACA = "Below is an instruction that describes a task.\n\n### Instruction:\n{}\n\n### Response:\n{}"
 ONE = {
@@ -13,7 +13,8 @@ ONE = {
     "guanaco": "### Human: {}### Assistant: {}",
     "llama 2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n{} [/INST] {} </s>",
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n",
-    "llama 3": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>",
+    "llama 3": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>",
     "gemma": "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n{}<end_of_turn>\n",
     "zephyr": "<|user|>\n{}</s>\n<|assistant|>\n{}</s>\n",
     "vicuna": "A chat between a user and an assistant. USER: {} ASSISTANT: {}</s>",
@@ -52,3 +53,36 @@ def test_the_outer_marks_count_where_a_request_has_marks_of_its_own():
 )
 def test_text_without_a_marked_request_and_answer(text):
     assert pairs(text) == []
+
+
+BEGIN = "You are a helpful assistant.\n\nName the colour of"
+SAME = [f"{BEGIN} {thing} and say why." for thing in ("grass", "the  sky", "snow")]
+
+
+def test_words_that_most_requests_share_are_left_out():
+    shared = Shared.of([*SAME, "Hello!"])
+    assert (shared.begin, shared.end) == (tuple(BEGIN.split()), ("and", "say", "why."))
+    assert [shared.rest(one) for one in (*SAME, "Hello!", f"{BEGIN} and say why.")] == [
+        "grass",
+        "the  sky",
+        "snow",
+        "",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [[], ["one of a kind, by itself"], ["a b c", "d e f", "g h i"], ["tell me x", "tell me y"], [*SAME[:1], "a", "b"]],
+)
+def test_nothing_is_shared(requests):
+    shared = Shared.of(requests)
+    assert shared == Shared((), ()) and not any(map(shared.rest, requests))
+
+
+@given(st.lists(WORDS, max_size=8))
+def test_a_rest_stands_between_the_shared_words(requests):
+    shared = Shared.of(requests)
+    for one in requests:
+        if rest := shared.rest(one):
+            assert (*shared.begin, *rest.split(), *shared.end) == tuple(one.split())
