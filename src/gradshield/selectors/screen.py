@@ -143,14 +143,18 @@ class Screen(Fihs):
     model answers and b the 5 % quantile of those after probes, on a model where b - a is at least APART of its median after
     probes; s = min(r, 1) - 1 where it is below WEAKEST_FIHS of that median and the answer does not decline and then continue:
     nothing in it undoes refusal. Of an answer that training pushes away from (label false, KTO), the opposite holds: only a
-    refusal undoes refusal. A row's score depends only on the row and the model.
+    refusal undoes refusal. A row's score depends only on the row and the model, but with ``shared=skipped``.
     Departures: the constants were chosen on seven of fourteen ordinary tasks and the lab (docs/methods.md).
 
     Two stages, one score: every request is read first (`Look`), which takes half a forward pass over the requests; FIHS is
     measured only where it decides, and on one of ONE_IN other rows (``fihs_of=all``: on all), by the hash of its tokens.
 
-    ``Scores.signals`` holds ``request`` (r), ``fihs`` (NaN where it was not measured), and ``pivots``: whether an answer declines
-    and then continues. A row without a request (plain text) has r = NaN, scores zero and is kept.
+    The request is read as it stands and, if it is marked in its text (`wording`), by itself; the larger r counts. What the
+    rows' requests do not share, read by itself, counts only with ``shared=skipped``: shared words may change what is asked.
+
+    ``Scores.signals`` holds ``request`` (r), ``fihs`` (NaN where it was not measured), ``pivots``: whether an answer declines
+    and then continues, and ``rest``: r of what is not shared (NaN without shared words). A row without a request (plain text)
+    has r = NaN, scores zero and is kept.
     """
 
     name = "screen"
