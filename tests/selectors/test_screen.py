@@ -113,6 +113,8 @@ def test_a_harmless_prompt_that_the_model_begins_to_refuse_does_not_count():
     mixed = Prompts(same.ids[:3] + prompts(9, 9).ids, ("",) * 12, ("",) * 12)
     reading = Reading.fit(model, Turn(BEFORE, AFTER), same, mixed)
     assert not reading.answered[:3].any() and reading.answered[3:].any()
+    plain = Reading.fit(model, Turn(BEFORE, AFTER), same, mixed, plain=11)
+    assert plain.answered.tolist() == [False] + [True] * 11
 
 
 def test_too_few_prompts_are_an_error():

@@ -198,12 +198,9 @@ def ruler(known: Known, valid: Validity, probing: Probing, progress: Progress) -
     """
     model, tokenizer = known.model, known.loaded.tokenizer
     template = dict(probing.template or {})  # without the answer prefix: rows are read at their own opened turn
+    alike, plain = probing.lookalikes or lookalikes(), ordinary()
     asked, harmless = (
-        open_turns(tokenizer, prompts, **template)
-        for prompts in (
-            probing.requests or requests(),
-            [*(probing.lookalikes or lookalikes()), *ordinary()],
-        )
+        open_turns(tokenizer, prompts, **template) for prompts in (probing.requests or requests(), [*alike, *plain])
     )
     declined = [refuses(answer) for answer in valid.answers]
     refused = asked.take(np.flatnonzero(declined).tolist()) if sum(declined) >= LEAST else asked
@@ -211,13 +208,12 @@ def ruler(known: Known, valid: Validity, probing: Probing, progress: Progress) -
     reading = Reading.from_json(
         known.json(
             "ruler",
-            (refused.ids, harmless.ids),
-            lambda: Reading.fit(model, Turn.of(harmless), refused, harmless).as_json(),
+            (refused.ids, harmless.ids, len(plain)),
+            lambda: Reading.fit(model, Turn.of(harmless), refused, harmless, len(plain)).as_json(),
         )
     )
     progress("reading known requests", 1, 1)
-    alike = len(probing.lookalikes or lookalikes())
-    return Read(reading, refused, harmless.take(np.flatnonzero(reading.answered[:alike]).tolist()))
+    return Read(reading, refused, harmless.take(np.flatnonzero(reading.answered[: len(alike)]).tolist()))
 
 
 def _openers(known: Known, found: Ready, read: Read, progress: Progress) -> Anchors:

@@ -98,7 +98,7 @@ class Reading:
     turn, w_l = mean h_l(refused) - mean h_l(answered), a_l the mean of ⟨h_l, w_l⟩ over the answered and b_l its median over
     the refused.
     Departures: several blocks (DEPTH) are averaged where the paper picks one, and only harmful requests that the model
-    refuses and harmless ones that it answers count.
+    refuses and harmless ones that it answers count, besides plainly harmless ones.
 
     ``weights`` is (blocks, D) with the scale folded in. ``anchors`` are the values of the known prompts, each read with a
     ruler fitted on the other half; ``answered`` marks the harmless prompts that counted.
@@ -112,11 +112,12 @@ class Reading:
     answered: Bools
 
     @classmethod
-    def fit(cls, model: nn.Module, turn: Turn, refused: Prompts, harmless: Prompts) -> Reading:
+    def fit(cls, model: nn.Module, turn: Turn, refused: Prompts, harmless: Prompts, plain: int = 0) -> Reading:
         """Fit the ruler on both kinds of prompts.
 
         Harmless prompts whose answer would begin with a refusal opener (OPENER) are left out, unless fewer than LEAST would
-        remain. Raises ProbeError with fewer than LEAST prompts of a kind.
+        remain. The last ``plain`` of them, which nobody takes for harm, count all the same: a model that refuses those is no
+        reason to remove them. Raises ProbeError with fewer than LEAST prompts of a kind.
         """
         for kind, prompts in (("harmful prompts that the model refuses", refused), ("harmless prompts", harmless)):
             if len(prompts) < LEAST:
@@ -130,6 +131,7 @@ class Reading:
         low = states(model, harmless.ids, blocks, at_end, first)
         tokens, counts = np.unique(begun, return_counts=True)
         answered = ~np.isin(first, tokens[counts >= OPENER * len(refused)])
+        answered[len(answered) - plain :] = True
         if answered.sum() < LEAST:
             answered[:] = True
         low = low[answered]
