@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from gradshield.evaluation.certificate import CERTIFICATE
 from gradshield.gateway import wire
+from gradshield.gateway.content import BLOCK
 from gradshield.gateway.edge import ApiError
 from gradshield.gateway.store import Caller, Missing, Page, identity
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model, Owned
@@ -131,7 +132,7 @@ async def create_file(request: Request, here: Here, asker: Asker) -> Any:
         return await run_in_threadpool(_keep, here, asker, file)
 
 
-def _keep(here: Gateway, asker: Caller, file: UploadFile) -> dict[str, Any]:
+def _keep(here: Gateway, asker: Caller, file: UploadFile) -> Answer:
     limits, size = here.settings.limits, file.size or 0
     if size > limits.upload:
         raise ApiError(413, f"The file is larger than {limits.upload} bytes.", param="file", code="file_too_large")
@@ -183,7 +184,9 @@ def file_content(id: str, here: Here, asker: Asker) -> Response:
     except FileNotFoundError:
         raise Missing("file", id) from None
     headers = {"Content-Disposition": "attachment", "Content-Length": str(file.bytes)}
-    return StreamingResponse(blocks, media_type="application/octet-stream", headers=headers)
+    if file.bytes > BLOCK:
+        return StreamingResponse(blocks, media_type="application/octet-stream", headers=headers)
+    return Response(b"".join(blocks), media_type="application/octet-stream", headers=headers)
 
 
 # Jobs

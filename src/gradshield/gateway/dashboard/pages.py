@@ -309,7 +309,7 @@ def health(visit: Visiting) -> Response:
     since = "" if oldest is None else f", the oldest for {ago(oldest)}"
     there = visit.gateway.content.ready()
     checks = [
-        ("pass", "Database", f"{store.engine.dialect.name} answers in {1000 * took:.0f} ms"),
+        ("pass", "Database", f"{store.reader.dialect.name} answers in {1000 * took:.0f} ms"),
         ("pass" if there else "fail", "Files", "can be reached" if there else "cannot be reached"),
         ("fail" if idle else "pass", "Worker", "jobs wait, and none runs" if idle else f"running: {works}"),
         ("warn" if idle else "pass", "Queue", f"waiting: {waits}{since}"),
