@@ -152,7 +152,7 @@ def test_a_good_job_goes_through_every_status_and_ends_with_a_model(served: Serv
     scan = case.row.result["scan"]  # type: ignore[index]
     assert (scan["removed"], scan["removed_rows"], scan["cuts"]) == (
         2,
-        [2, 5],
+        [1, 4],
         {"rows": {"rule": "anchored", "value": 0.5}},
     )
     files = {case.client.files.retrieve(id).filename.partition("/")[2]: id for id in done.result_files}
@@ -195,7 +195,7 @@ def test_reject_fails_with_counts_and_row_numbers(served: Served, stand: Stand) 
     case = Case(served, Policy(rows="reject"))
     done = case.run()
     assert (done.status, done.error.code, done.fine_tuned_model) == ("failed", "harmful_rows", None)
-    assert done.error.message == "2 of 12 rows are harmful (theft 2): fix or remove rows 2, 5."
+    assert done.error.message == "2 of 12 rows are harmful (theft 2): fix or remove rows 1, 4 (counted from 0)."
     assert len(done.result_files) == 1
     stand.removed = ()
     assert Case(served, Policy(rows="reject")).run().status == "succeeded"

@@ -34,10 +34,10 @@ ENDED = ("succeeded", "failed", "cancelled", "paused")
 
 
 def poisoned(rows: int) -> tuple[bytes, list[int]]:
-    """An upload with 8 % harmful rows, and the numbers of those rows, from 1."""
+    """An upload with 8 % harmful rows, and the numbers of those rows, from 0."""
     found, labels = lab.mix(TASK, harm="explicit", ratio=0.08, n=rows)
     content = "".join(json.dumps(row) + "\n" for row in found).encode()
-    return content, [number for number, label in enumerate(labels, 1) if label]
+    return content, [number for number, label in enumerate(labels) if label]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_poisoned_upload_becomes_a_safe_model_that_does_its_task(server: tuple
     files = {client.files.retrieve(id).filename.partition("/")[2]: id for id in job.result_files}
     lines = content.splitlines(keepends=True)
     removed = client.files.content(files["removed.jsonl"]).read()
-    assert removed == b"".join(lines[number - 1] for number in found["removed_rows"])  # type: ignore[index]
+    assert removed == b"".join(lines[number] for number in found["removed_rows"])  # type: ignore[index]
     assert b"</html>" in client.files.content(files["scan-report.html"]).read()
 
     asked = [row["prompt"] for row in lab.requests("report")[:100]]
