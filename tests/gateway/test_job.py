@@ -354,6 +354,22 @@ def test_a_lost_message_is_sent_again(settings: Settings, store: Store) -> None:
     assert worker.sweep(store, queue) == []  # a process has it
 
 
+def test_a_job_whose_message_cannot_be_sent_is_sent_later(
+    settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, id = Queue(settings), made(store)
+
+    def away(*_given: Any, **_more: Any) -> None:
+        raise ConnectionError("the queue is away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(queue.huey.storage, "enqueue", away)
+        queue.send(id)
+    assert len(queue) == 0
+    assert worker.sweep(store, queue) == [id]
+    assert len(queue) == 1
+
+
 @pytest.fixture
 def going() -> Iterator[None]:
     yield

@@ -22,7 +22,7 @@ from gradshield.evaluation.certificate import CERTIFICATE
 from gradshield.gateway import wire
 from gradshield.gateway.content import BLOCK
 from gradshield.gateway.edge import ApiError
-from gradshield.gateway.store import Caller, Missing, Page, identity
+from gradshield.gateway.store import AWAY, Caller, Missing, Page, identity
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model, Owned
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ def _keep(here: Gateway, asker: Caller, file: UploadFile) -> Answer:
     try:
         name = (file.filename or "file")[:LONGEST_NAME].replace("\0", "")
         return Answer(wire.file_object(here.store.add_file(asker.project, id, name, "fine-tune", size, sha256)))
+    except AWAY:
+        raise  # it may have been listed all the same, and then needs its content
     except BaseException:
         here.content.delete(id)
         raise
