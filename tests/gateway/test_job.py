@@ -59,7 +59,7 @@ class Stand:
         certificate = {"predicate": {"claim": {"limit": 0.06}, "judges": judges, "certified": False, "reason": "x"}}
         (folder / "certificate.json").write_text("{}")
         results = SimpleNamespace(before=Figures(judges={}), after=Figures(judges={}), trained=10)
-        return SimpleNamespace(certificate=certificate, manifest=SimpleNamespace(results=results))
+        return SimpleNamespace(certificate=certificate, manifest=SimpleNamespace(results=results), tokens=1234)
 
     def _selection(self, removed: list[int], released: int) -> Any:
         results = SimpleNamespace(
@@ -131,7 +131,7 @@ def test_a_good_job_goes_through_every_status_and_ends_with_a_model(served: Serv
     stand.removed = (1, 4)
     case = Case(served, suffix="mine", hyperparameters={"n_epochs": 2}, seed=5)
     done = case.run()
-    assert (done.status, done.error) == ("succeeded", None)
+    assert (done.status, done.error, done.trained_tokens) == ("succeeded", None, 1234)
     assert done.fine_tuned_model.startswith("ft:lab:")
     assert ":mine:" in done.fine_tuned_model
     assert case.messages[:5] == [

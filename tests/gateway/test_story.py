@@ -114,6 +114,7 @@ def test_a_poisoned_upload_becomes_a_safe_model_that_does_its_task(server: tuple
     content, harmful = poisoned(300)
     job = tuned(client, content)
     assert job.status == "succeeded", job.error
+    assert job.trained_tokens > 10 * 300
 
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=100))[::-1]
     said = [event.message for event in events]

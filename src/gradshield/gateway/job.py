@@ -220,7 +220,7 @@ class Run:
             },
             "trained": outcome.trained,
         }
-        self.store.note(self.job.id, self.owner, result=self.found)
+        self.store.note(self.job.id, self.owner, result=self.found, trained_tokens=done.tokens)
         return max(bounds, default=None)
 
     def _served(self, done: Trained, upper: float | None) -> None:

@@ -98,6 +98,7 @@ class Store:
     def __init__(self, url: str, webhooks: Sequence[str] = ()) -> None:
         self.url, self.webhooks = url, tuple(webhooks)
         self.reader, self.writer = engines(url)
+        self.near = self.reader.dialect.name == "sqlite"  # a file, not a server
 
     def migrate(self) -> None:
         """Bring the tables to this version."""
