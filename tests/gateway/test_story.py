@@ -25,7 +25,7 @@ from openai import OpenAI
 from gradshield import lab
 from gradshield.gateway.content import Content
 from gradshield.gateway.settings import LAB, Policy, Settings
-from gradshield.gateway.store import UNSAFE, Page, Store, identity
+from gradshield.gateway.store import ACTIVE, UNSAFE, Page, Store, identity
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model
 from gradshield.judges import RefusalPhrases
 from tests.gateway.running import ROW, ROWS, Postgres, free_port, serving
@@ -211,7 +211,7 @@ def test_a_job_that_is_killed_at_every_stage_ends_once(begun: tuple[Settings, St
         assert store.claim(id, "another", 60) is None  # a message that comes twice starts nothing
         running.kill()
         running.wait()
-        assert store.get(Job, project, id).status in ("validating_files", "running")
+        assert store.get(Job, project, id).status in ACTIVE  # it may have gone on to the next one before it was killed
         while id not in store.waiting():  # until the lease is over
             time.sleep(0.1)
     assert process(settings, id, "last").wait() == 0
