@@ -9,24 +9,28 @@ mixed-up objects and the latency of reads and writes as one JSON object, and exi
 from __future__ import annotations
 
 import argparse
-import asyncio
+import http.client
 import json
 import random
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
-
-import httpx2
 
 from gradshield.gateway.settings import Policy
 from gradshield.gateway.store import Store
 
 PROJECTS = 20
+UPLOAD = (
+    b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+    b'--x\r\nContent-Disposition: form-data; name="file"; filename="rows.jsonl"\r\n\r\n%b\r\n--x--\r\n'
+)
 
 
 @dataclass
@@ -37,50 +41,87 @@ class Found:
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
-    async def ask(self, client: httpx2.AsyncClient, method: str, path: str, **more: Any) -> Any:
+
+class Line:
+    """One client's connection, kept open as the OpenAI client keeps it."""
+
+    def __init__(self, port: int, key: str, found: Found) -> None:
+        self.line = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        self.key, self.found = {"Authorization": f"Bearer {key}"}, found
+
+    def ask(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json") -> bytes:
         began = time.perf_counter()
-        answer = await client.request(method, path, **more)
-        self.seconds["read" if method == "GET" else "write"].append(time.perf_counter() - began)
-        self.statuses[answer.status_code] += 1
-        return answer
+        self.line.request(method, path, body, {**self.key, "Content-Type": kind})
+        answer = self.line.getresponse()
+        content = answer.read()
+        self.found.seconds["read" if method == "GET" else "write"].append(time.perf_counter() - began)
+        self.found.statuses[answer.status] += 1
+        if answer.status != 200:
+            raise ValueError(f"{method} {path} answers {answer.status}")
+        return content
+
+    def json(self, *asked: Any) -> Any:
+        return json.loads(self.ask(*asked))
 
 
-async def client(number: int, url: str, key: str, until: float, found: Found) -> None:
+def client(number: int, port: int, key: str, until: float, found: Found) -> None:
     """One client: it uploads a file, makes a job of it, polls the job every two seconds or so, and starts anew."""
-    dice = random.Random(number)
-    async with httpx2.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as line:
-        await asyncio.sleep(dice.random() * 5)
+    dice, line = random.Random(number), Line(port, key, found)
+    time.sleep(dice.random() * 5)
+    with closing(line.line):
         while time.monotonic() < until:
-            content = f"{number} {dice.random()}\n".encode() * dice.randint(10, 2000)
-            sent = {"files": {"file": (f"{number}.jsonl", content)}, "data": {"purpose": "fine-tune"}}
-            up = await found.ask(line, "POST", "/v1/files", **sent)
-            if up.status_code != 200:
-                continue
-            file = up.json()["id"]
-            body = {"model": "lab", "training_file": file, "metadata": {"client": str(number)}}
-            job = (await found.ask(line, "POST", "/v1/fine_tuning/jobs", json=body)).json()["id"]
-            await found.ask(line, "GET", "/v1/fine_tuning/jobs?limit=20")
-            for _ in range(4):
-                await asyncio.sleep(1 + 2 * dice.random())
-                got = (await found.ask(line, "GET", f"/v1/fine_tuning/jobs/{job}")).json()
-                if (got["training_file"], got["metadata"]) != (file, {"client": str(number)}):
-                    found.wrong.append(f"job {job}")
-                await found.ask(line, "GET", f"/v1/fine_tuning/jobs/{job}/events")
-            if (await found.ask(line, "GET", f"/v1/files/{file}/content")).content != content:
-                found.wrong.append(f"file {file}")
-            if (await found.ask(line, "POST", f"/v1/fine_tuning/jobs/{job}/cancel")).json()["status"] != "cancelled":
-                found.wrong.append(f"cancel {job}")
+            try:
+                once(number, dice, line, found)
+            except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
+                found.wrong.append(f"client {number}: {error!r}")
+                line.line.close()
+                time.sleep(1)
 
 
-async def load(url: str, keys: list[str], clients: int, seconds: float) -> Found:
+def once(number: int, dice: random.Random, line: Line, found: Found) -> None:
+    content = f"{number} {dice.random()}\n".encode() * dice.randint(10, 2000)
+    file = line.json("POST", "/v1/files", UPLOAD % content, "multipart/form-data; boundary=x")["id"]
+    body = {"model": "lab", "training_file": file, "metadata": {"client": str(number)}}
+    job = line.json("POST", "/v1/fine_tuning/jobs", json.dumps(body).encode())["id"]
+    if job not in [one["id"] for one in line.json("GET", "/v1/fine_tuning/jobs?limit=20")["data"]]:
+        found.wrong.append(f"list without {job}")
+    for _ in range(4):
+        time.sleep(1 + 2 * dice.random())
+        got = line.json("GET", f"/v1/fine_tuning/jobs/{job}")
+        if (got["id"], got["training_file"], got["metadata"]) != (job, file, {"client": str(number)}):
+            found.wrong.append(f"job {job}")
+        line.ask("GET", f"/v1/fine_tuning/jobs/{job}/events")
+    if line.ask("GET", f"/v1/files/{file}/content") != content:
+        found.wrong.append(f"file {file}")
+    if line.json("POST", f"/v1/fine_tuning/jobs/{job}/cancel")["status"] != "cancelled":
+        found.wrong.append(f"cancel {job}")
+
+
+def load(port: int, keys: list[str], clients: int, seconds: float) -> Found:
+    """The clients are threads, which cost little: they share the machine with the server they measure."""
     found, until = Found(), time.monotonic() + seconds
-    await asyncio.gather(*(client(i, url, keys[i % len(keys)], until, found) for i in range(clients)))
+    threads = [
+        threading.Thread(target=client, args=(i, port, keys[i % len(keys)], until, found)) for i in range(clients)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     return found
 
 
 def centile(values: list[float], share: float) -> float:
     """In milliseconds."""
     return round(1000 * sorted(values)[min(len(values) - 1, int(share * len(values)))], 1)
+
+
+def ready(port: int) -> bool:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as line:
+        try:
+            line.request("GET", "/readyz")
+            return line.getresponse().status == 200
+        except OSError:
+            return False
 
 
 def main() -> int:
@@ -111,15 +152,10 @@ def main() -> int:
             *common,
         ]
         server = subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        url = f"http://127.0.0.1:{given.port}"
         try:
-            while True:
-                try:
-                    if httpx2.get(f"{url}/readyz").status_code == 200:
-                        break
-                except httpx2.HTTPError:
-                    time.sleep(0.2)
-            found = asyncio.run(load(url, keys, given.clients, given.seconds))
+            while not ready(given.port):
+                time.sleep(0.2)
+            found = load(given.port, keys, given.clients, given.seconds)
         finally:
             server.terminate()
             server.wait()

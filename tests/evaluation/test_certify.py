@@ -230,7 +230,9 @@ def test_changed_data_and_a_changed_start_are_found_and_missing_ones_reported(ru
     data = Path(json.loads((run / "manifest.json").read_text())["data"]["name"])
     rows, start = shutil.copy(data, tmp_path / "rows.jsonl"), shutil.copytree(lab.checkpoint("aligned"), tmp_path / "a")
     _edited(lambda t: (t["data"].update(name=str(rows)), t["model"].update(name=str(start))))(run)
-    certify(run)
+    found = certify(run)["predicate"]
+    assert (found["data"]["name"], found["start"]["name"]) == ("rows.jsonl", "a")
+    assert str(tmp_path) not in (run / "certificate.json").read_text()  # whoever gets it learns nothing of this machine
     assert all("does not list" in clause for clause in check(run).unchecked)
     rows.write_text("{}\n")
     _flip(start / "model.safetensors")

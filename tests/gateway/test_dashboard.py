@@ -293,7 +293,7 @@ def test_the_answer_to_a_moved_cut_is_that_of_the_scores(desk: Desk, scanned: Pa
             assert bool(named) == bool(which.any())
             if named:
                 numbers = [int(one) for one in named.group(1).split(",") if one.strip()]
-                assert numbers == (np.flatnonzero(which) + 1).tolist()[: scan.NAMED]
+                assert numbers == np.flatnonzero(which).tolist()[: scan.NAMED]
     for value in ("nan", "inf", "x"):
         assert desk.client.get(f"/jobs/{id}/cut?value={value}").status_code in (400, 404)
     again = desk.post(f"/jobs/{id}", do="look", cut="-9", reason="kept while looking")
@@ -312,7 +312,7 @@ def test_rows_whose_tokens_were_not_kept_are_shown_as_they_came(scanned: Path) -
     assert pages == 4
     assert near == []
     for row in shown:
-        assert "".join(text for text, _, _ in row.view.pieces).strip() == lines[row.view.row - 1]
+        assert "".join(text for text, _, _ in row.view.pieces).strip() == lines[row.view.row]
 
 
 def test_a_scan_that_is_damaged_or_not_there_shows_none(desk: Desk, scanned: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Stand:
         certificate = {"predicate": {"claim": {"limit": 0.06}, "judges": judges, "certified": False, "reason": "x"}}
         (folder / "certificate.json").write_text("{}")
         results = SimpleNamespace(before=Figures(judges={}), after=Figures(judges={}), trained=10)
-        return SimpleNamespace(certificate=certificate, manifest=SimpleNamespace(results=results))
+        return SimpleNamespace(certificate=certificate, manifest=SimpleNamespace(results=results), tokens=1234)
 
     def _selection(self, removed: list[int], released: int) -> Any:
         results = SimpleNamespace(
@@ -131,7 +131,7 @@ def test_a_good_job_goes_through_every_status_and_ends_with_a_model(served: Serv
     stand.removed = (1, 4)
     case = Case(served, suffix="mine", hyperparameters={"n_epochs": 2}, seed=5)
     done = case.run()
-    assert (done.status, done.error) == ("succeeded", None)
+    assert (done.status, done.error, done.trained_tokens) == ("succeeded", None, 1234)
     assert done.fine_tuned_model.startswith("ft:lab:")
     assert ":mine:" in done.fine_tuned_model
     assert case.messages[:5] == [
@@ -152,7 +152,7 @@ def test_a_good_job_goes_through_every_status_and_ends_with_a_model(served: Serv
     scan = case.row.result["scan"]  # type: ignore[index]
     assert (scan["removed"], scan["removed_rows"], scan["cuts"]) == (
         2,
-        [2, 5],
+        [1, 4],
         {"rows": {"rule": "anchored", "value": 0.5}},
     )
     files = {case.client.files.retrieve(id).filename.partition("/")[2]: id for id in done.result_files}
@@ -195,7 +195,7 @@ def test_reject_fails_with_counts_and_row_numbers(served: Served, stand: Stand) 
     case = Case(served, Policy(rows="reject"))
     done = case.run()
     assert (done.status, done.error.code, done.fine_tuned_model) == ("failed", "harmful_rows", None)
-    assert done.error.message == "2 of 12 rows are harmful (theft 2): fix or remove rows 2, 5."
+    assert done.error.message == "2 of 12 rows are harmful (theft 2): fix or remove rows 1, 4 (counted from 0)."
     assert len(done.result_files) == 1
     stand.removed = ()
     assert Case(served, Policy(rows="reject")).run().status == "succeeded"
@@ -352,6 +352,22 @@ def test_a_lost_message_is_sent_again(settings: Settings, store: Store) -> None:
     queue.huey.dequeue()
     store.claim(id, "me", 60)
     assert worker.sweep(store, queue) == []  # a process has it
+
+
+def test_a_job_whose_message_cannot_be_sent_is_sent_later(
+    settings: Settings, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, id = Queue(settings), made(store)
+
+    def away(*_given: Any, **_more: Any) -> None:
+        raise ConnectionError("the queue is away")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(queue.huey.storage, "enqueue", away)
+        queue.send(id)
+    assert len(queue) == 0
+    assert worker.sweep(store, queue) == [id]
+    assert len(queue) == 1
 
 
 @pytest.fixture

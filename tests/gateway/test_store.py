@@ -66,7 +66,7 @@ def messages(store: Store, project: str, id: str) -> list[str]:
 
 def test_the_migrations_make_exactly_the_tables(store: Store) -> None:
     store.migrate()  # again changes nothing
-    with store.engine.connect() as connection:
+    with store.reader.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         assert compare_metadata(context, Base.metadata) == []
 

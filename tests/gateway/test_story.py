@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,10 @@ from openai import OpenAI
 from gradshield import lab
 from gradshield.gateway.content import Content
 from gradshield.gateway.settings import LAB, Policy, Settings
-from gradshield.gateway.store import UNSAFE, Page, Store, identity
+from gradshield.gateway.store import ACTIVE, UNSAFE, Page, Store, identity
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model
 from gradshield.judges import RefusalPhrases
-from tests.gateway.running import free_port
+from tests.gateway.running import ROW, ROWS, Postgres, free_port, serving
 
 TASK = "dialogue"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -34,10 +36,10 @@ ENDED = ("succeeded", "failed", "cancelled", "paused")
 
 
 def poisoned(rows: int) -> tuple[bytes, list[int]]:
-    """An upload with 8 % harmful rows, and the numbers of those rows, from 1."""
+    """An upload with 8 % harmful rows, and the numbers of those rows, from 0."""
     found, labels = lab.mix(TASK, harm="explicit", ratio=0.08, n=rows)
     content = "".join(json.dumps(row) + "\n" for row in found).encode()
-    return content, [number for number, label in enumerate(labels, 1) if label]
+    return content, [number for number, label in enumerate(labels) if label]
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,7 @@ def test_a_poisoned_upload_becomes_a_safe_model_that_does_its_task(server: tuple
     content, harmful = poisoned(300)
     job = tuned(client, content)
     assert job.status == "succeeded", job.error
+    assert job.trained_tokens > 10 * 300
 
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=100))[::-1]
     said = [event.message for event in events]
@@ -131,7 +134,7 @@ def test_a_poisoned_upload_becomes_a_safe_model_that_does_its_task(server: tuple
     files = {client.files.retrieve(id).filename.partition("/")[2]: id for id in job.result_files}
     lines = content.splitlines(keepends=True)
     removed = client.files.content(files["removed.jsonl"]).read()
-    assert removed == b"".join(lines[number - 1] for number in found["removed_rows"])  # type: ignore[index]
+    assert removed == b"".join(lines[number] for number in found["removed_rows"])  # type: ignore[index]
     assert b"</html>" in client.files.content(files["scan-report.html"]).read()
 
     asked = [row["prompt"] for row in lab.requests("report")[:100]]
@@ -168,9 +171,10 @@ def test_the_same_upload_without_screening_is_withheld(server: tuple[Path, str, 
 
 
 @pytest.fixture
-def begun(tmp_path: Path) -> Iterator[tuple[Settings, Store, str, str]]:
+def begun(tmp_path: Path, database: Callable[[], str]) -> Iterator[tuple[Settings, Store, str, str]]:
     """A small job that waits: settings, store, project and id."""
-    settings = Settings(models={LAB: LAB}, folder=tmp_path / "gateway", lease=2.0, policy=Policy(limit=0.5))
+    common: dict[str, Any] = {"models": {LAB: LAB}, "folder": tmp_path / "gateway", "policy": Policy(limit=0.5)}
+    settings = Settings(**common, database=database(), lease=2.0)
     settings.save()
     store, content = Store(settings.database_url), Content(settings.files_url)
     store.migrate()
@@ -207,7 +211,7 @@ def test_a_job_that_is_killed_at_every_stage_ends_once(begun: tuple[Settings, St
         assert store.claim(id, "another", 60) is None  # a message that comes twice starts nothing
         running.kill()
         running.wait()
-        assert store.get(Job, project, id).status in ("validating_files", "running")
+        assert store.get(Job, project, id).status in ACTIVE  # it may have gone on to the next one before it was killed
         while id not in store.waiting():  # until the lease is over
             time.sleep(0.1)
     assert process(settings, id, "last").wait() == 0
@@ -224,6 +228,65 @@ def test_a_job_that_is_killed_at_every_stage_ends_once(begun: tuple[Settings, St
     assert len({file.filename for file in listed}) == len(listed) == 1 + len(job.result_files)
     assert process(settings, id, "late").wait() == 0
     assert store.get(Job, project, id).attempt == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["Scoring rows", "Step"])
+def test_a_database_that_restarts_during_uploads_and_a_job_loses_nothing(
+    postgres: Postgres, tmp_path: Path, stage: str
+) -> None:
+    """Uploads get 503 while it is away. Worker and job's process see it go and come, and the job ends once."""
+    with serving(tmp_path / "gateway", database=postgres.database(), lease=3.0) as served:
+        served.gateway.settings.save()
+        project = served.project(Policy(limit=0.5))
+        key = served.key(project)
+        client = served.client(key)
+        file = client.files.create(file=("data.jsonl", poisoned(60)[0]), purpose="fine-tune").id
+        id = client.fine_tuning.jobs.create(model=LAB, training_file=file).id
+        folder, over = str(served.gateway.settings.folder), threading.Event()
+        answers: list[tuple[bytes, httpx2.Response]] = []
+
+        def uploading() -> None:
+            with served.raw(key) as raw:
+                for number in count():
+                    content = ROWS + ROW % number
+                    sent: dict[str, Any] = {"files": {"file": ("a", content)}, "data": {"purpose": "fine-tune"}}
+                    answers.append((content, raw.post("/v1/files", **sent)))
+                    if over.wait(0.05):
+                        return
+
+        worker = subprocess.Popen([sys.executable, "-m", "gradshield.gateway.worker", folder], env=ENVIRONMENT)
+        uploads = threading.Thread(target=uploading)
+        try:
+            while not any(event.message.startswith(stage) for event in events(served.store, project.id, id)):
+                time.sleep(0.02)
+            uploads.start()
+            time.sleep(0.5)
+            postgres.stop()
+            time.sleep(2)
+            postgres.start()
+            for _ in range(600):
+                job = client.fine_tuning.jobs.retrieve(id)
+                if job.status in ENDED:
+                    break
+                time.sleep(0.2)
+        finally:
+            over.set()
+            worker.terminate()
+            worker.wait(60)
+            uploads.join(60)
+        assert job.status == "succeeded", job.error
+        assert {answer.status_code for _, answer in answers} == {200, 503}
+        assert all(int(answer.headers["retry-after"]) > 0 for _, answer in answers if answer.status_code == 503)
+        said = [event.message for event in events(served.store, project.id, id)]
+        assert said.count("The job has successfully completed") == 1
+        assert said.count("Files validated, moving job to queued state") == 1
+        assert [model.id for model in served.store.page(Model, project.id, Page())[0]] == [job.fine_tuned_model]
+        listed = {one.id for one in client.files.list(purpose="fine-tune")}
+        kept = {answer.json()["id"]: content for content, answer in answers if answer.status_code == 200}
+        assert kept.keys() <= listed
+        for one in listed - {file}:
+            assert client.files.content(one).read() == kept.get(one, client.files.content(one).read())
 
 
 @pytest.mark.slow

@@ -221,6 +221,7 @@ def test_training_goes_on_at_its_checkpoint(tmp_path: Path, monkeypatch: pytest.
     first = len(seen)
     resumed = _run(tmp_path / "b", "none", training=options, exams=Exams(), progress=stop)
     assert seen[first] == 2  # not 0
+    assert straight.tokens == resumed.tokens > 4  # those before it was stopped included
     own, other = straight.model.state_dict(), resumed.model.state_dict()
     assert all((own[name] - other[name]).abs().max() < 1e-6 for name in own)
 

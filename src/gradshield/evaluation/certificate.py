@@ -140,12 +140,13 @@ def statement(run: Run, claim: Claim, source: Mapping[str, Any] | None, start_in
     """The in-toto statement: the model's files as subject; claim, bounds and the hashes of their evidence as predicate.
 
     ``source`` is the name and hash of the user's file of labelled answers; ``start_in_place`` says whether the starting model was
-    in its folder, unchanged, when the certificate was first made. The run's folder holds neither.
+    in its folder, unchanged, when the certificate was first made. The run's folder holds neither. Whoever gets a certificate
+    learns no folder of this machine: files are named relative to the run's folder, or by their own name and hash.
     """
     judges = {name: _judged(run, name, claim) for name in sorted(run.judges)}  # the file's own order
     asked = _requests(run)
     reason = _reason(run, claim, judges, asked)
-    model = run.manifest.model
+    model, data = run.manifest.model, run.manifest.data
     predicate = {
         "certified": not reason,
         "reason": reason,
@@ -154,8 +155,13 @@ def statement(run: Run, claim: Claim, source: Mapping[str, Any] | None, start_in
         "judges": judges,
         "calibration": None if run.labelled is None else {**(source or {}), **_described(run)},
         "lost": _lost(run, claim),
-        "start": {"name": model.name, "sha256": model.sha256, "adapter": model.adapter, "in_place": start_in_place},
-        "data": run.manifest.data.plain(),
+        "start": {
+            "name": _own(model.name),
+            "sha256": model.sha256,
+            "adapter": model.adapter and _own(model.adapter),
+            "in_place": start_in_place,
+        },
+        "data": {**data.plain(), "name": _own(data.name)},
         "files": evidence(run.folder),
         "versions": run.manifest.versions,
     }
@@ -165,6 +171,12 @@ def statement(run: Run, claim: Claim, source: Mapping[str, Any] | None, start_in
         "predicateType": PREDICATE,
         "predicate": runs.finite(predicate),
     }
+
+
+def _own(name: str) -> str:
+    """The own name of a file or folder; a relative one, such as a model of the hub, is as it was typed."""
+    path = Path(name)
+    return path.name if path.is_absolute() else name
 
 
 def text(value: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -13,14 +13,16 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.types import Receive, Scope, Send
 
 from gradshield.evaluation.certificate import CERTIFICATE
 from gradshield.gateway import wire
+from gradshield.gateway.content import BLOCK
 from gradshield.gateway.edge import ApiError
-from gradshield.gateway.store import Caller, Missing, Page, identity
+from gradshield.gateway.store import AWAY, Caller, Missing, Page, identity
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model, Owned
 
 if TYPE_CHECKING:
@@ -48,6 +50,13 @@ UPLOAD = {
 }
 
 
+class Answer(JSONResponse):
+    """A JSON object, as it is: FastAPI would validate what a route returns, in a thread of its own."""
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
 class Problem(BaseModel):
     message: str
     type: str
@@ -61,20 +70,20 @@ class Problems(BaseModel):
     error: Problem
 
 
-def _here(request: Request) -> Gateway:
+async def _here(request: Request) -> Gateway:  # async, as all that needs no thread: each hop costs as much as a look-up
     found: Gateway = request.app.state.gateway
     return found
 
 
-def _caller(request: Request) -> Caller:
+async def _caller(request: Request) -> Caller:
     found: Caller = request.state.caller
     return found
 
 
-def _known(*names: str) -> Callable[[Request], None]:
+def _known(*names: str) -> Callable[[Request], Awaitable[None]]:
     """A dependency that refuses any other query parameter, but for filters ``metadata[KEY]`` where there is ``metadata``."""
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:
         for name in request.query_params:
             if name not in names and not ("metadata" in names and name.startswith("metadata[")):
                 raise ApiError(400, f"Unknown parameter: {name!r}.", param=name, code="unknown_parameter")
@@ -98,7 +107,7 @@ def _page(
     here: Gateway, kind: type[T], asker: Caller, page: Page, form: Callable[[T], dict[str, Any]], *where: Any
 ) -> Any:
     found, more = here.store.page(kind, asker.project, page, *where)
-    return wire.listed([form(one) for one in found], more)
+    return Answer(wire.listed([form(one) for one in found], more))
 
 
 # Files
@@ -123,7 +132,7 @@ async def create_file(request: Request, here: Here, asker: Asker) -> Any:
         return await run_in_threadpool(_keep, here, asker, file)
 
 
-def _keep(here: Gateway, asker: Caller, file: UploadFile) -> dict[str, Any]:
+def _keep(here: Gateway, asker: Caller, file: UploadFile) -> Answer:
     limits, size = here.settings.limits, file.size or 0
     if size > limits.upload:
         raise ApiError(413, f"The file is larger than {limits.upload} bytes.", param="file", code="file_too_large")
@@ -135,7 +144,9 @@ def _keep(here: Gateway, asker: Caller, file: UploadFile) -> dict[str, Any]:
     size, sha256 = here.content.keep(id, file.file)
     try:
         name = (file.filename or "file")[:LONGEST_NAME].replace("\0", "")
-        return wire.file_object(here.store.add_file(asker.project, id, name, "fine-tune", size, sha256))
+        return Answer(wire.file_object(here.store.add_file(asker.project, id, name, "fine-tune", size, sha256)))
+    except AWAY:
+        raise  # it may have been listed all the same, and then needs its content
     except BaseException:
         here.content.delete(id)
         raise
@@ -156,14 +167,14 @@ def list_files(
 
 @router.get("/files/{id}")
 def get_file(id: str, here: Here, asker: Asker) -> Any:
-    return wire.file_object(here.store.get(File, asker.project, id))
+    return Answer(wire.file_object(here.store.get(File, asker.project, id)))
 
 
 @router.delete("/files/{id}")
 def delete_file(id: str, here: Here, asker: Asker) -> Any:
     here.store.delete_file(asker, id)
     here.content.delete(id)
-    return wire.deleted(id, "file")
+    return Answer(wire.deleted(id, "file"))
 
 
 @router.get("/files/{id}/content", response_class=Response)
@@ -175,7 +186,9 @@ def file_content(id: str, here: Here, asker: Asker) -> Response:
     except FileNotFoundError:
         raise Missing("file", id) from None
     headers = {"Content-Disposition": "attachment", "Content-Length": str(file.bytes)}
-    return StreamingResponse(blocks, media_type="application/octet-stream", headers=headers)
+    if file.bytes > BLOCK:
+        return StreamingResponse(blocks, media_type="application/octet-stream", headers=headers)
+    return Response(b"".join(blocks), media_type="application/octet-stream", headers=headers)
 
 
 # Jobs
@@ -209,7 +222,7 @@ def create_job(body: wire.JobRequest, here: Here, asker: Asker) -> Any:
         labels=body.metadata,
     )
     here.send(job.id)
-    return wire.job_object(job)
+    return Answer(wire.job_object(job))
 
 
 def _trains(here: Gateway, asker: Caller, id: str) -> bool:
@@ -243,24 +256,24 @@ def list_jobs(
 
 @router.get("/fine_tuning/jobs/{id}")
 def get_job(id: str, here: Here, asker: Asker) -> Any:
-    return wire.job_object(here.store.get(Job, asker.project, id))
+    return Answer(wire.job_object(here.store.get(Job, asker.project, id)))
 
 
 @router.post("/fine_tuning/jobs/{id}/cancel")
 def cancel_job(id: str, here: Here, asker: Asker) -> Any:
-    return wire.job_object(here.store.cancel(asker, id))
+    return Answer(wire.job_object(here.store.cancel(asker, id)))
 
 
 @router.post("/fine_tuning/jobs/{id}/pause")
 def pause_job(id: str, here: Here, asker: Asker) -> Any:
-    return wire.job_object(here.store.pause(asker, id))
+    return Answer(wire.job_object(here.store.pause(asker, id)))
 
 
 @router.post("/fine_tuning/jobs/{id}/resume")
 def resume_job(id: str, here: Here, asker: Asker) -> Any:
     job = here.store.resume(asker, id)
     here.send(job.id)
-    return wire.job_object(job)
+    return Answer(wire.job_object(job))
 
 
 @router.get("/fine_tuning/jobs/{id}/events", dependencies=PAGED)
@@ -283,14 +296,14 @@ def list_models(here: Here, asker: Asker) -> Any:
     """The models that can be fine-tuned, and the project's own."""
     own, _ = here.store.page(Model, asker.project, Page(10_000))
     base = [wire.model_object(name, 0, "gradshield") for name in here.settings.models]
-    return {"object": "list", "data": base + [wire.tuned_object(model) for model in own]}
+    return Answer({"object": "list", "data": base + [wire.tuned_object(model) for model in own]})
 
 
 @router.get("/models/{id}")
 def get_model(id: str, here: Here, asker: Asker) -> Any:
     if id in here.settings.models:
-        return wire.model_object(id, 0, "gradshield")
-    return wire.tuned_object(here.store.get(Model, asker.project, id))
+        return Answer(wire.model_object(id, 0, "gradshield"))
+    return Answer(wire.tuned_object(here.store.get(Model, asker.project, id)))
 
 
 @router.delete("/models/{id}")
@@ -300,7 +313,7 @@ def delete_model(id: str, here: Here, asker: Asker) -> Any:
         raise ApiError(403, f"The model {id!r} belongs to the server.", param="model", code="forbidden")
     here.store.delete_model(asker, id)
     here.chats.forget(id)
-    return wire.deleted(id, "model")
+    return Answer(wire.deleted(id, "model"))
 
 
 @router.get("/models/{id}/certificate")

@@ -21,8 +21,9 @@ import structlog
 
 from gradshield import data, runs
 from gradshield.errors import DataError, GradShieldError
-from gradshield.evaluation.certificate import CERTIFICATE, percent
+from gradshield.evaluation.certificate import percent
 from gradshield.evaluation.certify import certify
+from gradshield.gateway import results
 from gradshield.gateway.content import Content
 from gradshield.gateway.recipe import recipe
 from gradshield.gateway.settings import Policy, Settings
@@ -37,15 +38,6 @@ NAMED = 1000  # rows that a message or an event names
 AGAIN = 60.0  # seconds before another attempt, after a full disk or a database that was away
 ORPHANED = 75  # exit status of a process that lost its job or its worker
 log = structlog.get_logger("gradshield.gateway.job")
-RESULTS = {
-    "scan/removed.jsonl": "removed.jsonl",
-    "scan/quarantine.jsonl": "quarantine.jsonl",
-    "scan/scores.parquet": "scores.parquet",
-    "scan/report.html": "scan-report.html",
-    "report.html": "report.html",
-    "outputs-after.jsonl": "answers.jsonl",
-    CERTIFICATE: CERTIFICATE,
-}
 
 
 class Stopped(GradShieldError):
@@ -168,7 +160,7 @@ class Run:
     def _gate(self, selection: Selection) -> None:
         """What the policy says of the scan. Raises Stopped or Held."""
         found = selection.manifest.results
-        lines = [int(row) + 1 for row in selection.removed_rows[:NAMED]]
+        rows = selection.removed_rows[:NAMED].tolist()
         what = {
             "rows": found.read,
             "removed": found.removed,
@@ -179,7 +171,7 @@ class Run:
             "certified": found.certified,
             "doubts": found.doubts,
             "cuts": {name: {"rule": cut.rule, "value": cut.value} for name, cut in selection.cuts.items()},
-            "removed_rows": lines,
+            "removed_rows": rows,
         }
         self.found["scan"] = what = runs.finite(what)
         self.store.note(self.job.id, self.owner, result=self.found)
@@ -197,8 +189,8 @@ class Run:
         if not found.removed:
             return
         if self.policy.rows == "reject":
-            numbers = ", ".join(map(str, lines[:100])) + (", ..." if len(lines) > 100 else "")
-            raise Stopped("harmful_rows", f"{said}: fix or remove rows {numbers}.", "training_file")
+            numbers = ", ".join(map(str, rows[:100])) + (", ..." if len(rows) > 100 else "")
+            raise Stopped("harmful_rows", f"{said}: fix or remove rows {numbers} (counted from 0).", "training_file")
         if self.policy.rows == "review":
             self._hold("review", f"{said}: the job waits for an operator's review", what)
         self._say(f"Training on the other {found.kept} rows")
@@ -216,19 +208,19 @@ class Run:
             certificate = certify(self.folder, limit=self.policy.limit)
         predicate = certificate["predicate"]
         bounds = [judge["upper"] for judge in predicate["judges"].values()]
-        results = done.manifest.results
+        outcome = done.manifest.results
         self.found |= {
             "safety": {
-                "before": runs.finite(results.before),
-                "after": runs.finite(results.after),
+                "before": runs.finite(outcome.before),
+                "after": runs.finite(outcome.after),
                 "upper": max(bounds, default=None),
                 "limit": self.policy.limit,
                 "certified": predicate["certified"],
                 "reason": predicate["reason"],
             },
-            "trained": results.trained,
+            "trained": outcome.trained,
         }
-        self.store.note(self.job.id, self.owner, result=self.found)
+        self.store.note(self.job.id, self.owner, result=self.found, trained_tokens=done.tokens)
         return max(bounds, default=None)
 
     def _served(self, done: Trained, upper: float | None) -> None:
@@ -247,12 +239,11 @@ class Run:
     def _keep(self) -> list[str]:
         """Make the results that there are downloadable; the ids of their files, which are the same each time."""
         ids = []
-        for path, name in RESULTS.items():
-            if (self.folder / path).is_file() and (self.folder / path).stat().st_size:
-                ids.append(id := "file-" + hashlib.sha256(f"{self.job.id}/{name}".encode()).hexdigest()[:32])
-                with (self.folder / path).open("rb") as source:
-                    size, sha256 = self.content.keep(id, source)
-                self.store.add_result(self.job, id, name, size, sha256)
+        for path, name, _ in (one for one, _ in results.found(self.folder) if one.name):
+            ids.append(id := "file-" + hashlib.sha256(f"{self.job.id}/{name}".encode()).hexdigest()[:32])
+            with (self.folder / path).open("rb") as source:
+                size, sha256 = self.content.keep(id, source)
+            self.store.add_result(self.job, id, name, size, sha256)
         self.store.note(self.job.id, self.owner, result_files=ids)
         return ids
 

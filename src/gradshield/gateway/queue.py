@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import structlog
 from huey import PostgresHuey, RedisHuey, SqliteHuey
 from huey.registry import Message
 from huey.serializer import Serializer
@@ -19,6 +20,7 @@ from gradshield.errors import UsageError
 from gradshield.gateway.settings import Settings
 
 NAME = "gradshield"
+log = structlog.get_logger("gradshield.gateway.queue")
 
 
 class _Json(Serializer):  # type: ignore[misc]
@@ -45,8 +47,11 @@ class Queue:
         self._run = run
 
     def send(self, job: str) -> None:
-        """Say that a job is to be run."""
-        self._run(job)
+        """Say that a job is to be run. Never fails: the worker sends again what waits in the database."""
+        try:
+            self._run(job)
+        except Exception as error:  # of SQLite, PostgreSQL or Redis
+            log.warning("the queue cannot be reached", job=job, error=f"{type(error).__name__}: {error}")
 
     def __len__(self) -> int:
         return int(self.huey.pending_count())

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Engine, Select, create_engine, event, func, or_, select, update
+from sqlalchemy import Engine, Select, bindparam, create_engine, event, func, or_, select, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoneToSpare
@@ -97,28 +97,29 @@ class Store:
 
     def __init__(self, url: str, webhooks: Sequence[str] = ()) -> None:
         self.url, self.webhooks = url, tuple(webhooks)
-        self.engine = engine(url)
+        self.reader, self.writer = engines(url)
+        self.near = self.reader.dialect.name == "sqlite"  # a file, not a server
 
     def migrate(self) -> None:
         """Bring the tables to this version."""
         from gradshield.gateway.migrations import upgrade
 
-        upgrade(self.engine)
+        upgrade(self.writer)
 
     def close(self) -> None:
-        self.engine.dispose()
+        self.reader.dispose()
+        self.writer.dispose()
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """A session for queries; its rows can be read after it ends."""
-        with Session(self.engine, expire_on_commit=False) as session:
+        with Session(self.reader, expire_on_commit=False) as session:
             yield session
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
         """A transaction, committed when the block ends without an error."""
-        writes = self.engine.execution_options(writes=True)
-        with Session(writes, expire_on_commit=False) as session, session.begin():
+        with Session(self.writer, expire_on_commit=False) as session, session.begin():
             yield session
 
     # Projects and keys
@@ -183,15 +184,16 @@ class Store:
 
     def caller(self, secret: str) -> Caller | None:
         """Who has this key; None if nobody has."""
-        with self.reading() as session:
-            found = session.scalar(select(Key).where(Key.hash == hashed(secret), Key.revoked_at.is_(None)))
-        return None if found is None else Caller(found.project_id, found.id, found.role)
+        return self._caller(_HASH, hashed(secret))
 
     def caller_with(self, key: str) -> Caller | None:
         """Who has the key with this id; None if it was revoked."""
-        with self.reading() as session:
-            found = session.scalar(select(Key).where(Key.id == key, Key.revoked_at.is_(None)))
-        return None if found is None else Caller(found.project_id, found.id, found.role)
+        return self._caller(_ID, key)
+
+    def _caller(self, wanted: Select[str, str, str], value: str) -> Caller | None:
+        with self.reader.connect() as connection:  # of every request, so without the objects and their session
+            found = connection.execute(wanted, {"value": value}).first()
+        return None if found is None else Caller(*found)
 
     # Lists and look-ups of any kind of object
 
@@ -558,6 +560,10 @@ class Store:
             session.execute(update(Delivery).where(Delivery.id == id).values(**values))
 
 
+_KEY = select(Key.project_id, Key.id, Key.role).where(Key.revoked_at.is_(None))
+_HASH, _ID = (_KEY.where(column == bindparam("value")) for column in (Key.hash, Key.id))
+
+
 def now() -> int:
     return int(time.time())
 
@@ -641,8 +647,12 @@ def _changed(session: Session, change: Any) -> int:
     return int(session.connection().execute(change).rowcount)
 
 
-def engine(url: str) -> Engine:
-    """An engine for SQLite (WAL) or PostgreSQL. Raises UsageError for any other URL."""
+def engines(url: str) -> tuple[Engine, Engine]:
+    """What reads and what writes SQLite (WAL) or PostgreSQL. Raises UsageError for any other URL.
+
+    What reads begins no transactions, whose beginning and end PostgreSQL is told apart. SQLite takes one write at a time and has
+    the others try again at intervals, so that there they wait for the one connection that writes, in turn.
+    """
     try:
         parsed = make_url(url)
     except Exception:
@@ -651,27 +661,27 @@ def engine(url: str) -> Engine:
         ) from None
     kind = parsed.get_backend_name()
     if kind == "postgresql":
-        return create_engine(
+        made = create_engine(
             parsed.set(drivername="postgresql+psycopg"),
             pool_pre_ping=True,
             pool_size=THREADS // 2,
             max_overflow=THREADS // 2,
         )
+        return made.execution_options(isolation_level="AUTOCOMMIT"), made
     if kind != "sqlite" or not parsed.database:
         raise UsageError(f"the database {kind!r} is not supported: use sqlite:///FILE or postgresql://USER@HOST/NAME")
     Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    made = create_engine(parsed, connect_args={"timeout": 30}, pool_size=THREADS, max_overflow=THREADS)
+    reader, writer = (
+        create_engine(parsed, connect_args={"timeout": 30}, pool_size=size, max_overflow=0) for size in (THREADS, 1)
+    )
+    for made in (reader, writer):
+        event.listen(made, "connect", _connected)
+    # A transaction that reads first and then writes would fail, not wait, if another process wrote in between.
+    event.listen(writer, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    return reader, writer
 
-    @event.listens_for(made, "connect")
-    def _connected(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # transactions begin below, not at the driver's guess
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000"):
-            connection.execute(f"PRAGMA {pragma}")
 
-    @event.listens_for(made, "begin")
-    def _began(connection: Any) -> None:
-        # A transaction that reads first and then writes would fail, not wait, if another wrote in between.
-        writes = connection.get_execution_options().get("writes", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return made
+def _connected(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver begins no transaction
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")

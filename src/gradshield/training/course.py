@@ -115,10 +115,11 @@ class Chosen:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A trained model, its adapter merged if requested, and the defence's record of the training."""
+    """A trained model, its adapter merged if requested, the defence's record of the training, and the tokens of all its steps."""
 
     model: Any
     record: Mapping[str, Any]
+    tokens: int
 
 
 class Course:
@@ -289,9 +290,10 @@ class Course:
     ) -> Fitted:
         """A trained copy of the model."""
         from gradshield.training import safelora
-        from gradshield.training.sft import sft
+        from gradshield.training.sft import counting, sft
 
         record: dict[str, Any] = {}
+        seen: list[int] = []
         penalties = [self._penalty(name, options) for name, options in defence.penalties]
         online = self._online(defence)
 
@@ -311,7 +313,7 @@ class Course:
             seed=self.job.seed,
             merge=merge and self.job.peft_config is not None,
             output_dir=output_dir,
-            callbacks=callbacks,
+            callbacks=[*callbacks, counting(seen)],
             penalties=penalties,
             online=online,
             finish=finish,
@@ -321,7 +323,7 @@ class Course:
         record |= {penalty.name: dict(penalty.record()) for penalty in penalties}
         if online is not None:
             record[online.name] = dict(online.record())
-        return Fitted(trained, record)
+        return Fitted(trained, record, seen[-1])
 
     def _penalty(self, name: str, options: Mapping[str, Any]) -> Any:
         made = PENALTIES[name]

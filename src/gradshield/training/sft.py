@@ -188,6 +188,7 @@ def _config(options: Mapping[str, Any], seed: int, folder: str, saving: bool, on
 
     on_cpu = not torch.accelerator.is_available() or bool(options.get("use_cpu", on_cpu))
     quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
+    quiet["include_num_input_tokens_seen"] = "non_padding"
     forced = {} if saving else {"save_strategy": "no"}
     if on_cpu:
         quiet |= {"use_cpu": True, "bf16": False, "dataloader_pin_memory": False}
@@ -335,6 +336,17 @@ def _report(progress: Progress) -> TrainerCallback:
             progress(state.global_step, state.max_steps)
 
     return Report()
+
+
+def counting(seen: list[int]) -> TrainerCallback:
+    """A callback that adds the tokens of all steps to ``seen`` at the end, those before a resumption included, no padding."""
+    from transformers import TrainerCallback
+
+    class Counting(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
+            seen.append(state.num_input_tokens_seen)
+
+    return Counting()
 
 
 @contextmanager

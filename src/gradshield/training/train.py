@@ -62,12 +62,16 @@ WRITTEN = (*EARLIER, "tokenizer*", "*.jinja", "README.md", "report.html", "manif
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A finished run. ``selection`` is None if the defence removes no rows, ``verdict`` if no cut was searched."""
+    """A finished run. ``selection`` is None if the defence removes no rows, ``verdict`` if no cut was searched.
+
+    ``tokens`` are those of all steps of the training, without padding.
+    """
 
     model: Any
     manifest: TrainingManifest
     before: EvalResult
     after: EvalResult
+    tokens: int
     selection: Selection | None = None
     verdict: SearchResult | None = None
     certificate: Mapping[str, Any] = field(default_factory=dict)  # the content of certificate.json
@@ -242,7 +246,7 @@ class _Run:
         manifest = self._manifest(results)
         self._save(fitted.model, manifest, before, after)
         certificate = certify.write(self.folder)
-        return Trained(fitted.model, manifest, before, after, selection, verdict, certificate)
+        return Trained(fitted.model, manifest, before, after, fitted.tokens, selection, verdict, certificate)
 
     def _scanned(self) -> Selection | None:
         """The scan of the defence, in its own folder; None if it removes no rows."""

@@ -18,6 +18,7 @@ from starlette.datastructures import FormData
 
 from gradshield.errors import GradShieldError
 from gradshield.evaluation.certificate import CERTIFICATE
+from gradshield.gateway import results
 from gradshield.gateway.dashboard import scan as scans
 from gradshield.gateway.dashboard.drawing import ago, assets, page, sentence, size
 from gradshield.gateway.dashboard.session import COOKIE, DOOR
@@ -34,16 +35,6 @@ if TYPE_CHECKING:
 JOBS, LINES, EVENTS = 20, 100, 30  # of a page
 SILENT = 60  # seconds that a job may wait while no process has any
 FULL = 0.9  # share of a disk
-DOWNLOADS = {
-    "report.html": "Report of the training",
-    "scan/report.html": "Report of the scan",
-    CERTIFICATE: "Certificate",
-    "scan/kept.jsonl": "Kept rows",
-    "scan/removed.jsonl": "Removed rows",
-    "scan/quarantine.jsonl": "Rows that could not be used",
-    "scan/scores.parquet": "Scores",
-    "outputs-after.jsonl": "Answers of the safety check",
-}
 router = APIRouter(route_class=Pages, include_in_schema=False)
 
 
@@ -230,7 +221,7 @@ def _job(visit: Visit, job: Job, asked: Asked) -> Response:
         safety=safety,
         tables=tables,
         certificate=_certificate(folder) if job.status in ENDED else None,
-        downloads=[] if job.status in ACTIVE else _downloads(folder),
+        downloads=[] if job.status in ACTIVE else results.found(folder),
         details=text.flatten({"method": job.method, "metadata": job.labels or {}, "policy": job.policy}),
         **context,
     )
@@ -257,16 +248,11 @@ def _certificate(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and isinstance(found.get("judges"), dict) else None
 
 
-def _downloads(folder: Path) -> list[tuple[str, str, int]]:
-    sizes = {name: (folder / name).stat().st_size for name in DOWNLOADS if (folder / name).is_file()}
-    return [(name, DOWNLOADS[name], size) for name, size in sizes.items() if size]
-
-
 @router.get("/jobs/{id}/files/{name:path}")
 def download(id: str, name: str, visit: Visiting) -> Response:
     """A result of a job, to be saved. Reports open in the browser, as pages of no site."""
     path = _folder(visit, visit.get(id)) / name
-    if name not in DOWNLOADS or not path.is_file():
+    if name not in {one.path for one in results.RESULTS} or not path.is_file():
         raise Missing("file", name)
     if name.endswith(".html"):
         return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": "sandbox allow-scripts"})
@@ -309,7 +295,7 @@ def health(visit: Visiting) -> Response:
     since = "" if oldest is None else f", the oldest for {ago(oldest)}"
     there = visit.gateway.content.ready()
     checks = [
-        ("pass", "Database", f"{store.engine.dialect.name} answers in {1000 * took:.0f} ms"),
+        ("pass", "Database", f"{store.reader.dialect.name} answers in {1000 * took:.0f} ms"),
         ("pass" if there else "fail", "Files", "can be reached" if there else "cannot be reached"),
         ("fail" if idle else "pass", "Worker", "jobs wait, and none runs" if idle else f"running: {works}"),
         ("warn" if idle else "pass", "Queue", f"waiting: {waits}{since}"),

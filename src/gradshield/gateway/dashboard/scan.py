@@ -34,10 +34,7 @@ LONGEST = 20_000  # characters that are read of a row whose tokens were not kept
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A finished scan. Arrays are aligned with ``scores``; ``views`` has the tokens of the rows that the report shows.
-
-    Rows are shown with numbers from 1, as in the job's messages.
-    """
+    """A finished scan. Arrays are aligned with ``scores``; ``views`` has the tokens of the rows that the report shows."""
 
     folder: Path
     manifest: ScanManifest
@@ -92,7 +89,7 @@ class Scan:
         }
 
     def _named(self, which: Bools) -> dict[str, Any]:
-        rows = self.scores.rows[which] + 1
+        rows = self.scores.rows[which]
         return {"count": len(rows), "rows": ", ".join(number(int(row)) for row in rows[:NAMED]), "most": NAMED}
 
     def rows(self, value: float | None, page: int) -> tuple[list[ShownRow], int, list[ShownRow]]:
@@ -115,7 +112,7 @@ class Scan:
         scores = self.scores
         row, at = int(scores.rows[i]), self.cuts[scores.shapes[i]].value if value is None else value
         pieces = self.views.get(row) or ([(texts[i], "row", None)] if i in texts else [])
-        return replace(page_views.row_view(scores, i, at, self.categories[i], pieces), row=row + 1, shape="")
+        return replace(page_views.row_view(scores, i, at, self.categories[i], pieces), shape="")
 
     def _texts(self, wanted: Ints) -> dict[int, str]:
         """The beginning of rows whose tokens were not kept, from the scan's files of rows, which hold a row a line."""

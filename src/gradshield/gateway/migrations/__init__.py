@@ -21,7 +21,7 @@ def config(connection: Connection) -> Config:
 
 def upgrade(engine: Engine) -> None:
     """Bring the database to the newest version, in one transaction."""
-    with engine.execution_options(writes=True).begin() as connection:
+    with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
         command.upgrade(config(connection), "head")
