@@ -125,7 +125,7 @@ Groups = Sequence[tuple[Tensor, int, list[int]]]
 
 
 def beginnings(model: nn.Module, data: DeviceBatch) -> Groups:
-    """The batch in parts of rows that begin alike before their losses; empty if it does not pay or the model does not allow it."""
+    """The batch in parts of rows that begin alike before their losses; empty if it does not pay or the model forbids it."""
     lengths = data.attention.sum(1).tolist()
     own = [ids[:length] for ids, length in zip(data.ids.tolist(), lengths, strict=True)]
     starts = [row.index(True) if any(row) else length for row, length in zip(data.loss.tolist(), lengths, strict=True)]
