@@ -12,75 +12,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.bloom import BloomConfig
 
-from gradshield.gradients import (
-    ENGINES,
-    FiniteDifference,
-    Loop,
-    agreement,
-    finite_difference,
-    gradient_direction,
-    parameter_names,
-)
+from gradshield.gradients import ENGINES, FiniteDifference, Loop, agreement, gradient_direction, parameter_names
 from gradshield.gradients.base import DeviceBatch
-from gradshield.gradients.sparing import WORTH, Prefix, answer_nll, beginnings
+from gradshield.gradients.sparing import Prefix, answer_nll
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.logits import output_head, token_nll
-from gradshield.types import Direction, Rendered, Tokens
-from tests.contracts.common import batch_of, differences, gap, one, rows, state, two_directions
+from gradshield.types import Direction
+from tests.contracts.common import batch_of, differences, gap, rows, state, two_directions
 from tests.tiny import ARCHITECTURES, VOCABULARY, tiny_model
 
 BATCH = batch_of(rows())
-TASK = 40  # tokens that most rows of `alike` begin with
-
-
-def alike(loss_from: int = TASK + 2) -> list[Rendered]:
-    """Ten rows that begin alike, and four that do not."""
-    draw = np.random.default_rng(1)
-    task = draw.integers(5, VOCABULARY, TASK)
-    made = []
-    for i in range(14):
-        ids = np.r_[task, draw.integers(5, VOCABULARY, 6 + i)] if i % 7 < 5 else draw.integers(5, VOCABULARY, 50 - i)
-        made.append(Rendered(i, "", "messages", (Tokens(ids, np.arange(len(ids)) >= loss_from),)))
-    return made
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("subspace", ["all", "last:1"])
-def test_what_rows_begin_with_runs_once_and_changes_nothing(
-    arch: str, subspace: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where layers below are skipped, experts are chosen or a convolution has a state, all of it runs."""
-    model, batch = tiny_model(arch), batch_of(alike())
-    direction = two_directions(model, subspace)
-    seen = Seen(model.get_output_embeddings())
-    found = FiniteDifference().directional(model, batch, direction)
-    widths = [shape[1] for shape in seen.shapes]
-    shares = subspace == "all" and arch not in ("mixtral", "qwen2_moe", "lfm2")
-    assert (1 in widths[-3:]) == shares  # the beginning's pass has the logits of its last token only
-    monkeypatch.setattr(finite_difference, "beginnings", lambda *_: ())
-    whole = FiniteDifference().directional(model, batch, direction)
-    assert shares or torch.equal(found.values, whole.values)
-    assert torch.allclose(found.nll, whole.nll, rtol=1e-5, atol=1e-5)
-    for k in range(2):
-        sums = [one.values[k].sum(-1).numpy() for one in (found, whole)]
-        assert agreement("", *sums).relative_error <= 2e-3
-        oracle = Loop().directional(model, batch, one(direction, k)).values.numpy().ravel()
-        assert agreement("", sums[0], oracle).relative_error <= 1e-2
-
-
-def test_rows_are_grouped_by_what_is_before_their_losses() -> None:
-    model = tiny_model("llama")
-    data = DeviceBatch.of(batch_of(alike()), model)
-    (task, count, longest), (others, none, _) = beginnings(model, data)
-    assert (sorted(task.tolist()), count) == ([i for i in range(14) if i % 7 < 5], TASK)
-    assert sorted(others.tolist()) == [5, 6, 12, 13] and none == 0
-    assert longest == data.ids[11, : 6 + 11 + TASK].tolist()
-    early = [count for _, count, _ in beginnings(model, DeviceBatch.of(batch_of(alike(loss_from=30)), model))]
-    assert early == [29, 0]  # the token before a loss predicts it, so it is not shared
-    assert beginnings(model, DeviceBatch.of(batch_of(alike(loss_from=1)), model)) == ()
-    same = [row for row in alike() * 2 if row.row % 7 < 5]
-    few, enough = (DeviceBatch.of(batch_of(same[: WORTH // TASK + n]), model) for n in (1, 2))
-    assert beginnings(model, few) == () and beginnings(model, enough)
 
 
 class Seen:
@@ -126,10 +67,10 @@ def test_several_layers_below_run_once() -> None:
     model.config.num_hidden_layers = 3
     seen = [Seen(layer.mlp) for layer in model.model.layers]
     direction = two_directions(model, "last:1")
-    for layer in seen:
-        layer.shapes.clear()
+    for one in seen:
+        one.shapes.clear()
     found = FiniteDifference().directional(model, BATCH, direction).values.sum(-1).numpy().ravel()
-    assert [len(layer.shapes) for layer in seen] == [1, 1, 4]
+    assert [len(one.shapes) for one in seen] == [1, 1, 4]
     oracle = Loop().directional(model, BATCH, direction).values.numpy().ravel()
     assert agreement("", found, oracle).relative_error <= 1e-2
 

@@ -23,7 +23,7 @@ from gradshield.gradients.base import (
 )
 from gradshield.gradients.lowrank import loras
 from gradshield.gradients.shifted import shifted
-from gradshield.gradients.sparing import Prefix, answer_nll, beginnings, shared_nll
+from gradshield.gradients.sparing import Prefix, answer_nll
 from gradshield.models.loading import text_config
 from gradshield.models.modules import parameters_by_name
 from gradshield.models.placement import in_float64
@@ -93,13 +93,12 @@ class FiniteDifference:
         places = followed(model, direction.tensors)
         adapters = loras(model)
         prefix = Prefix(model, [module for module, _ in places])
-        routing = _Routing() if experts(text_config(model)) else None
-        parts = () if routing or prefix.below else beginnings(model, data)  # layers that read a cache cannot be skipped
 
         def losses() -> Tensor:
-            return in_float64(shared_nll(model, data, parts) if parts else answer_nll(model, data)).cpu()
+            return in_float64(answer_nll(model, data)).cpu()
 
         with scoring(model), torch.no_grad():
+            routing = _Routing() if experts(text_config(model)) else None
             if routing is not None:
                 with routing, prefix.passing(routing.mark):
                     losses()

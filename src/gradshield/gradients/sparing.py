@@ -1,18 +1,16 @@
-"""Work that a pass can skip: layers whose output does not change, what rows begin with in common, and positions without logits.
+"""Work that a pass can skip: layers whose output does not change, and positions whose logits are not needed.
 
-All are exact. A direction that moves only the last layers does not change their input, so the layers below run once for all
+Both are exact. A direction that moves only the last layers does not change their input, so the layers below run once for all
 passes over a batch. After the last layer's attention positions are independent, so its MLP is needed only where a loss token
-is predicted. Before the first loss, what several rows begin with is the same in all of them. A model that does not allow one of
-these is detected during the pass and then runs in full.
+is predicted. A model that does not allow this is detected during the pass and then runs in full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradshield.errors import ModelError
@@ -20,7 +18,6 @@ from gradshield.gradients.base import DeviceBatch
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.logits import output_head, predicting, token_nll
 from gradshield.models.modules import modules_by_name
-from gradshield.models.prefix import allowed, groups, prefix_of
 
 
 class Prefix:
@@ -38,8 +35,8 @@ class Prefix:
         own = {id(module) for module in self._moved}
         moves = [any(id(module) in own for module in modules_by_name(layer).values()) for layer in layers]
         count = moves.index(True) if any(moves) else 0
-        self.below, self._first = layers[:count], layers[count : count + 1]
-        self._known = not self.below  # without layers below there is nothing to record
+        self._below, self._first = layers[:count], layers[count : count + 1]
+        self._known = not self._below  # without layers below there is nothing to record
         self._output: Tensor | None = None  # of the last layer below: (B, T, D)
 
     @contextmanager
@@ -56,7 +53,7 @@ class Prefix:
 
     @contextmanager
     def _recording(self, reached: Callable[[], None]) -> Iterator[None]:
-        order = [*self.below, *self._first]
+        order = [*self._below, *self._first]
         ran: list[nn.Module] = []
         fits: list[bool] = []
         outputs: list[Tensor] = []
@@ -76,7 +73,7 @@ class Prefix:
             fits.append(bool(outputs))
 
         with ExitStack() as hooks:
-            for layer in self.below:
+            for layer in self._below:
                 hooks.enter_context(
                     layer.register_forward_hook(below, prepend=True)
                 )  # before the caller's hooks, which run in every pass
@@ -90,7 +87,7 @@ class Prefix:
 
     @contextmanager
     def _skipping(self, output: Tensor) -> Iterator[None]:
-        slots = [vars(layer) for layer in self.below]
+        slots = [vars(layer) for layer in self._below]
         before = [{"forward": slot["forward"]} if "forward" in slot else {} for slot in slots]
         try:
             for slot in slots:
@@ -118,51 +115,19 @@ def _plain(values: Iterable[Any]) -> bool:
     )
 
 
-WORTH = 256  # positions saved, from which one more pass over the weights pays
-
-Groups = Sequence[tuple[Tensor, int, list[int]]]
-"""Parts of a batch: the indices of its rows, how many tokens they share, and the longest of them. From `beginnings`."""
-
-
-def beginnings(model: nn.Module, data: DeviceBatch) -> Groups:
-    """The batch in parts of rows that begin alike before their losses; empty if it does not pay or the model forbids it."""
-    lengths = data.attention.sum(1).tolist()
-    own = [ids[:length] for ids, length in zip(data.ids.tolist(), lengths, strict=True)]
-    starts = [row.index(True) if any(row) else length for row, length in zip(data.loss.tolist(), lengths, strict=True)]
-    found = []
-    for rows, count in groups([ids[:start] for ids, start in zip(own, starts, strict=True)]):
-        longest = max((own[i] for i in rows), key=len)
-        pays = count * (len(rows) - 1) >= WORTH and allowed(model, longest, count)
-        found.append((torch.tensor(rows, device=data.ids.device), count if pays else 0, longest))
-    return found if any(count for _, count, _ in found) else ()
-
-
-def shared_nll(model: nn.Module, data: DeviceBatch, parts: Groups) -> Tensor:
-    """`answer_nll` in parts, each one's beginning run once."""
-    out = torch.zeros(data.ids.shape, device=data.ids.device)
-    for rows, count, longest in parts:
-        prefix = prefix_of(model, longest, count) if count else None
-        own = slice(count if prefix else 0, len(longest))
-        part = DeviceBatch(data.ids[rows, own], data.attention[rows, own], data.loss[rows, own])
-        more = prefix.inputs(part.attention) if prefix else {}
-        out[rows, own] = answer_nll(model, part, **more).to(out)
-    return out
-
-
-def answer_nll(model: nn.Module, data: DeviceBatch, **more: Any) -> Tensor:
+def answer_nll(model: nn.Module, data: DeviceBatch) -> Tensor:
     """`token_nll`, (B, T), with the last layer's MLP run only at the M positions that predict a loss token.
 
-    A model that runs that MLP more than once in a pass needs all positions, and is run again in full. ``more`` are the model's
-    own arguments.
+    A model that runs that MLP more than once in a pass needs all positions, and is run again in full.
     """
     last = _last_mlp(model)
     where = predicting(data.loss)
     entries = where.flatten().nonzero().squeeze(1)  # (M,)
     if last is None or len(entries) in (0, where.numel()):
-        return token_nll(model, data.ids, data.attention, data.loss, **more)
+        return token_nll(model, data.ids, data.attention, data.loss)
     with _gathered(last, tuple(where.shape), entries) as calls:
-        found = token_nll(model, data.ids, data.attention, data.loss, **more)
-    return found if len(calls) == 1 else token_nll(model, data.ids, data.attention, data.loss, **more)
+        found = token_nll(model, data.ids, data.attention, data.loss)
+    return found if len(calls) == 1 else token_nll(model, data.ids, data.attention, data.loss)
 
 
 def gathering(model: nn.Module) -> list[nn.Module]:

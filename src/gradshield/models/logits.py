@@ -61,13 +61,13 @@ def predicting(loss: Tensor) -> Tensor:
     return where
 
 
-def token_nll(model: nn.Module, ids: Tensor, attention: Tensor, loss: Tensor, **more: Any) -> Tensor:
+def token_nll(model: nn.Module, ids: Tensor, attention: Tensor, loss: Tensor) -> Tensor:
     """Negative log-likelihood of each token that counts in the loss, in nats: (B, T) float32, zero elsewhere.
 
-    Value t belongs to token t, which the model predicts at position t - 1; column 0 is always zero. ``more`` as in `logits_at`.
+    Value t belongs to token t, which the model predicts at position t - 1; column 0 is always zero.
     """
     counted = loss[:, 1:]  # (B, T-1)
-    logits = logits_at(model, ids, attention, predicting(loss), **more)  # (M, V)
+    logits = logits_at(model, ids, attention, predicting(loss))  # (M, V)
     targets = ids[:, 1:][counted]  # (M,)
     nll = logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     out = nll.new_zeros(loss.shape)
