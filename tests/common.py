@@ -65,12 +65,16 @@ def scan(rows: Any, **options: Any) -> gs.Selection:
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended. ``err`` is without the warning that every uncertified scan gives, which ``doubted`` holds."""
+    """How a command ended.
+
+    ``err`` is without the line that every scan begins with (``opening``) and the warning of an uncertified one (``doubted``).
+    """
 
     code: int
     out: str
     err: str
     doubted: str = ""
+    opening: str = ""
 
     @property
     def sentence(self) -> str:
@@ -92,10 +96,11 @@ def command(*arguments: Any) -> Done:
             cli.main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = end.code or 0
-    said: dict[bool, list[str]] = {True: [], False: []}
+    said: dict[str, str] = {"err": "", "doubted": "", "opening": ""}
     for line in err.getvalue().splitlines(keepends=True):
-        said[line.startswith("warning: not certified")].append(line)
-    return Done(code, out.getvalue(), "".join(said[False]), "".join(said[True]))
+        kind = "doubted" if line.startswith("warning: not certified") else "err"
+        said["opening" if " tokens" in line and ", batches of at most " in line else kind] += line
+    return Done(code, out.getvalue(), **said)
 
 
 def scan_arguments(data: Any, model: Path, output: Path, probes: Path, *more: Any) -> list[Any]:

@@ -289,6 +289,24 @@ def test_scoring_a_model_that_does_not_refuse_needs_the_option(folder: Path, pro
     assert "Not certified" in (output / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "engine finite-difference, batches of at most 4,096 tokens"),
+        (["--dtype", "bfloat16", "--token-budget", 512], "engine forward, batches of at most 512 tokens"),
+        (["--selector", "loss"], "batches of at most 4,096 tokens"),
+    ],
+)
+def test_a_scan_begins_with_what_it_measures_with(
+    more: list[Any], said: str, folder: Path, probes: Path, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "data.jsonl", GOOD)
+    done = command(*scan_arguments(data, folder, tmp_path / "out", probes, "-t", "ratio:50%", *more))
+    assert done.code == 0
+    kind = r"bfloat16 \(as asked for\)" if "--dtype" in more else r"float32 \((this CPU has|as on every CPU).*\)"
+    assert re.fullmatch(rf"{re.escape(str(folder))} on cpu in {kind}, {said}\n", done.opening), done.opening
+
+
 def test_folders_that_cannot_be_written(
     folder: Path, probes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,7 @@ class Clock:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         self.add(stage if done else REST)
-        if stage == SCORING and self.first != self.first:
+        if stage == SCORING and done and self.first != self.first:
             self.first = time.perf_counter() - self._began
 
     def add(self, stage: str) -> None:

@@ -35,8 +35,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """The lengths that were asked for, and whether the model gave a prefix."""
     seen: list[tuple[int, bool]] = []
 
-    def noted(model: Any, block: str, sequence: Sequence[int], count: int, until: str | None) -> prefix.Prefix | None:
-        found = prefix.prefix_of(model, block, sequence, count, until)
+    def noted(model: Any, sequence: Sequence[int], count: int, until: str | None) -> prefix.Prefix | None:
+        found = prefix.prefix_of(model, sequence, count, until)
         seen.append((count, found is not None))
         return found
 
@@ -46,7 +46,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
 
 def whole(model: Any, begun: np.ndarray | None = None) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "common", lambda sequences: 0)
+        patch.setattr(reading, "groups", lambda sequences: [(own, 0) for own, _ in prefix.groups(sequences)])
         return states(model, ROWS, block_names(model), at_end, begun)
 
 
@@ -82,12 +82,32 @@ def test_a_model_whose_cache_gives_other_states_is_run_whole(made: list[tuple[in
     assert np.array_equal(fast, whole(model))
 
 
+def test_a_model_is_looked_at_once_for_a_class_of_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    real = prefix._is_exact
+
+    def noted(model: Any, ids: Any, count: int, until: str | None) -> bool:
+        seen.append((count, ids.shape[1]))
+        return real(model, ids, count, until)
+
+    monkeypatch.setattr(prefix, "_is_exact", noted)
+    model = tiny_model("llama")
+    lengths = [(20, 33), (31, 64), (20, 65), (32, 64)]
+    for count, length in lengths:
+        assert prefix.allowed(model, drawn(length), count) and prefix.prefix_of(model, drawn(length), count)
+    assert seen == [lengths[0], lengths[2], lengths[3]]
+    hook = model.model.layers[0].register_forward_hook(lambda _m, _a, out: out - out.mean(1, keepdim=True))
+    assert not prefix.allowed(model, drawn(33), 20)
+    hook.remove()
+    assert prefix.allowed(model, drawn(33), 20) and len(seen) == 4
+
+
 def test_groups_hold_every_sequence_once_and_what_they_share() -> None:
-    groups = reading._groups(ROWS)
+    groups = prefix.groups(ROWS)
     assert sorted(i for group, _ in groups for i in group) == list(range(len(ROWS)))
     (task, long), (rest, none) = groups
     assert sorted(task) == list(range(20)) and long == len(SYSTEM) + len(TASK)
     assert len(rest) == 10 and none == 0
-    assert reading._groups([]) == []
+    assert prefix.groups([]) == []
     assert prefix.common([[*SYSTEM, 1]] * 8) == len(SYSTEM) and prefix.common([[*SYSTEM, 1]] * 7) == 0
     assert prefix.common([SYSTEM] * 8) == len(SYSTEM) - 1  # something is left to run

@@ -18,6 +18,7 @@ from gradshield.probes import (
     Prompts,
     TokenGap,
     TokenSet,
+    base,
     first_logits,
     first_token,
     greedy,
@@ -28,7 +29,7 @@ from gradshield.probes import (
     requests,
 )
 from gradshield.probes.continuations import continuation_nll
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 REQUESTS = open_turns(TOKENIZER, requests()[:5])
@@ -236,6 +237,30 @@ def test_a_function_that_gives_no_score_is_an_error() -> None:
             UsageError, match=rf"{function.__name__} returned {got}, but a probe must return one scalar.*without"
         ):
             probe(model, REQUESTS.batch(CPU))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_prompts_begin_with_runs_once_and_changes_neither_score_nor_gradient(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    system = torch.randint(5, 300, (20,), generator=draw).tolist()
+    ids = [(*system, *torch.randint(5, 300, (3 + n,), generator=draw).tolist()) for n in range(9)]
+    model, prompts = tiny_model(arch), Prompts(tuple(ids), ("",) * 9, ("",) * 9)
+    widths: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _m, args, _out: widths.append(args[0].shape[1]))
+
+    def direction() -> Any:
+        score = {"all": [lambda m: reluctance(m, prompts.batch(CPU))]}
+        return gradient_direction(model, score, parameter_names(model, "all", []), "all")
+
+    shared = direction()
+    assert widths[-1] == (31 if arch == "lfm2" else 11)
+    monkeypatch.setattr(base, "common", lambda sequences: 0)
+    whole = direction()
+    assert widths[-1] == 31
+    for name, one in whole.tensors.items():
+        assert torch.allclose(shared.tensors[name], one, rtol=1e-4, atol=1e-5 * float(one.abs().max())), name
 
 
 def test_first_token_is_the_one_that_follows_the_template() -> None:

@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradshield import lab
+import gradshield as gs
+from gradshield import cache, lab
 from gradshield.scanning import trust
+from gradshield.selectors import Fihs
+from gradshield.selectors.screen import Look
+from gradshield.training.lab_job import lab_probing
 from tests.common import command, jsonl, table, write
 from tests.scanning.test_resume import _finished, _stopped
 
@@ -55,6 +59,37 @@ def test_a_scan_that_was_killed_has_every_signal_of_an_undisturbed_one(data: Pat
     assert here["id"] == there["id"] and here["removed"] == there["removed"]
     for name in ("score", *SIGNALS):
         assert np.allclose(here[name].to_numpy(), there[name].to_numpy(), equal_nan=True), name
+
+
+def test_most_rows_have_their_score_before_there_is_a_direction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scan that ends while it looks for one keeps the readings."""
+    rows, _ = lab.mix("dialogue", harm="explicit", ratio=0.05, n=250, seed=0)
+    given: dict[str, Any] = {"model": lab.checkpoint("aligned"), "probing": lab_probing()}
+    told: list[tuple[str, int, int]] = []
+    whole = gs.scan(rows, **given, progress=lambda *stage: told.append(stage))
+    stages = list(dict.fromkeys(stage for stage, _, _ in told))
+    assert stages.index("scoring rows") < stages.index("finding the direction") < stages.index("scoring known rows")
+    scored = [(done, total) for stage, done, total in told if stage == "scoring rows"]
+    early = int(np.isnan(whole.scores.signals["fihs"]).sum())
+    assert scored == sorted(scored) and (early, len(rows)) in scored and scored[-1] == (len(rows), len(rows))
+    assert early > len(rows) / 2 and told.index(("scoring rows", early, len(rows))) < told.index(
+        ("finding the direction", 0, 1)
+    )
+    read: list[Any] = []
+    measure = Look.measure
+    monkeypatch.setattr(Look, "measure", lambda look, *batch: read.append(batch) or measure(look, *batch))
+    with monkeypatch.context() as patch:
+        patch.setattr(Fihs, "prepare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setenv(cache.VARIABLE, "")
+        with pytest.raises(KeyboardInterrupt):
+            gs.scan(rows, **given, output=tmp_path)
+    assert read
+    read.clear()
+    again = gs.scan(rows, **given, output=tmp_path)
+    assert not read and np.array_equal(again.scores.values, whole.scores.values)
+    assert [list(t) for t in again.scores.tokens or ()] == [list(t) for t in whole.scores.tokens or ()]
 
 
 def test_the_same_cut_again_changes_nothing_and_a_looser_one_is_doubted(whole: Path) -> None:

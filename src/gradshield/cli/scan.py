@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,6 +41,7 @@ from gradshield.cli.common import (
     Uncertified,
     Unsafety,
     command_line,
+    err,
     json_file,
     out,
     plain,
@@ -62,6 +63,10 @@ from gradshield.cli.gate import Sarif, check_sarif, judge
 from gradshield.errors import UsageError
 from gradshield.report.text import duration
 from gradshield.types import Progress
+
+if TYPE_CHECKING:
+    from gradshield.models.loading import LoadedModel
+    from gradshield.scanning.settings import ScanSettings
 
 REASONS = 5  # why rows cannot be scored, printed one by one; the rest are counted
 
@@ -139,7 +144,7 @@ def scan(
     with progress() as report:
         selection = run(
             data,
-            model=_loaded(context.params, report),
+            model=_loaded(context.params, report, checked["settings"]),
             **checked,
             output=output,
             allow=allowed,
@@ -240,15 +245,36 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _loaded(given: dict[str, Any], report: Progress) -> Any:
+def _loaded(given: dict[str, Any], report: Progress, settings: ScanSettings | None = None) -> Any:
+    """The model; with ``settings``, a line says what they come to on it."""
     from gradshield.models import loading
 
     named = ("model", "adapter", "device", "dtype", "trust_remote_code")
     more = {name: given[name] for name in ("quantize", "device_map")}
     report("loading the model", 0, 1)
     loaded = loading.load(*(given[name] for name in named), **more)
+    if settings is not None:
+        err.print(plain(_opening(loaded, given["dtype"], settings)))
     report("loading the model", 1, 1)
     return loaded
+
+
+def _opening(loaded: LoadedModel, dtype: str, settings: ScanSettings) -> str:
+    """Model, precision and why, engine and batch size. Raises UsageError for an engine that cannot score this model."""
+    from gradshield.gradients import pick
+    from gradshield.models.placement import why
+    from gradshield.options import Spec
+    from gradshield.selectors import SELECTORS, parse_aggregate
+
+    kind = str(loaded.dtype).removeprefix("torch.")
+    parts = [f"{loaded.name} on {loaded.device.type} in {kind} ({why(dtype, loaded.device)})"]
+    if SELECTORS[Spec.split(settings.selector).name].probed:
+        # The adapter of the subspace lora is not on the model yet, and auto may choose by it.
+        named = settings.engine if settings.subspace == "lora" else ""
+        parts += [
+            f"engine {named or pick(settings.engine, loaded.model, parse_aggregate(settings.aggregate).per_token).name}"
+        ]
+    return ", ".join([*parts, f"batches of at most {settings.token_budget:,} tokens"])
 
 
 def _check_map(device_map: str | None, selector: str, alone: bool) -> None:

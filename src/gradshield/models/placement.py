@@ -47,6 +47,23 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return getattr(torch, name)  # type: ignore[no-any-return]
 
 
+def why(dtype: str, device: torch.device) -> str:
+    """Why a model of this ``dtype`` as typed is loaded as `choose_dtype` says."""
+    import torch
+
+    if dtype != "auto":
+        return "as asked for"
+    if device.type == "cuda":
+        has = choose_dtype(dtype, device) == torch.bfloat16
+        return "this GPU computes in it" if has else "this GPU has no bfloat16"
+    if device.type != "cpu":
+        return "as on every Apple GPU"
+    units: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # newer torch
+    if units.get("amx_bf16"):
+        return "as on every CPU, so that scores are the same on all; this one is faster with --dtype bfloat16"
+    return "this CPU has no bfloat16 units"
+
+
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in float64, on its device; on the CPU if the device lacks float64 (Apple's)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

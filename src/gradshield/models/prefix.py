@@ -1,23 +1,29 @@
 """The tokens that sequences begin with in common, run once: passes over the rests read their keys and values.
 
 Only where that is exact: every layer keeps the keys and values of all tokens and nothing else (no sliding window, no state of a
-convolution or recurrence), and the states of one sequence are the same with them as without.
+convolution or recurrence), and what comes of one sequence is the same with them as without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from gradshield.models.modules import outputs_of, run_until
+from gradshield.models.logits import logits_at
+from gradshield.models.modules import modules_by_name, outputs_of, run_until
 
 LEAST = 8  # tokens of a prefix, and sequences that share it: for fewer it does not pay
+
+_EXACT: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], bool]] = WeakKeyDictionary()
 
 
 class Prefix:
@@ -34,48 +40,100 @@ class Prefix:
         return {"attention_mask": whole, "past_key_values": past, "use_cache": True}
 
 
+def alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    count = 0
+    while count < min(len(one), len(other)) and one[count] == other[count]:
+        count += 1
+    return count
+
+
 def common(sequences: Sequence[Sequence[int]]) -> int:
     """How many tokens all sequences begin with, at most all but the last of the shortest; 0 if that does not pay."""
     if len(sequences) < LEAST:
         return 0
     first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # of sorted ones, these differ first
-    most = min(map(len, sequences)) - 1
-    count = next((i for i in range(most) if first[i] != last[i]), most)
+    count = min(alike(first, last), min(map(len, sequences)) - 1)
     return count if count >= LEAST else 0
 
 
-def prefix_of(model: nn.Module, block: str, sequence: Sequence[int], count: int, until: str | None) -> Prefix | None:
-    """The first ``count`` tokens of a sequence, in the layers up to the block ``until`` (None: in all).
+def groups(sequences: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
+    """The sequences' indices in groups that begin alike, each with the number of tokens that it shares.
 
-    None if the model cannot read them from a cache exactly, by its layers or by the states of ``block`` on this sequence.
+    In sorted order a long common beginning, such as a task's instruction, is a run: where neighbours share less than half of
+    what most do, a run ends. Runs too short for a prefix of their own are one group.
     """
-    ids = torch.tensor([sequence], device=next(model.parameters()).device)
-    with suppress(TypeError, ValueError, AttributeError, KeyError, IndexError):  # no such cache, or not as it says
-        cache: Any = DynamicCache(config=cast(Any, model.config))  # its layers are those the architecture needs
-        past: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-        _run(model, until, input_ids=ids[:, :count], attention_mask=torch.ones_like(ids[:, :count]), **past)
-        if not all(type(layer) is DynamicLayer for layer in cache.layers):
-            return None
-        filled = [layer for layer in cache.layers if layer.is_initialized]
-        if not filled or any(layer.keys.shape[-2] != count for layer in filled):
-            return None
-        found = Prefix(count, [(layer.keys, layer.values) for layer in filled])
-        rest = found.inputs(torch.ones_like(ids[:, count:]))
-        states = []
-        for given in (
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-            {"input_ids": ids[:, count:], **rest},
-        ):
-            with outputs_of(model, [block], lambda hidden: hidden[0, -1].float()) as seen:
-                run_until(model, block, **given)
-            states.append(seen[block])
-        most = torch.finfo(next(model.parameters()).dtype).eps ** 0.5  # 3e-4 in float32
-        return found if bool((states[1] - states[0]).norm() <= most * states[0].norm()) else None
-    return None
+    if not sequences:
+        return []
+    given = [tuple(map(int, sequence)) for sequence in sequences]
+    order = sorted(range(len(given)), key=given.__getitem__)
+    near = [alike(given[a], given[b]) for a, b in pairwise(order)]
+    least = float(np.median(near)) / 2 if near else 0.0
+    ends = [n + 1 for n, shared in enumerate(near) if shared < least]
+    runs = [order[a:b] for a, b in pairwise([0, *ends, len(order)])]
+    rest = [i for run in runs if len(run) < LEAST for i in run]
+    found = [run for run in runs if len(run) >= LEAST] + ([rest] if rest else [])
+    return [(group, common([given[i] for i in group])) for group in found]
 
 
-def _run(model: nn.Module, until: str | None, **inputs: Any) -> None:
+def prefix_of(model: nn.Module, sequence: Sequence[int], count: int, until: str | None = None) -> Prefix | None:
+    """The first ``count`` tokens of a sequence, in the layers up to the block ``until`` (None: in all); None if not `allowed`."""
+    return _cached(model, _ids(model, sequence[:count]), until) if allowed(model, sequence, count, until) else None
+
+
+def allowed(model: nn.Module, sequence: Sequence[int], count: int, until: str | None = None) -> bool:
+    """Whether the model reads ``count`` tokens from a cache exactly: by its layers, and by what comes of this sequence.
+
+    Looked at once for each model and class of lengths (powers of two): neither weights nor tokens change the layers and the
+    positions that a cache has to get right. A hook on the model makes it another.
+    """
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules_by_name(model).values())
+    key = (until, hooks, count.bit_length(), (len(sequence) - 1).bit_length())
+    known = _EXACT.setdefault(model, {})
+    if key not in known:
+        known[key] = False
+        with suppress(TypeError, ValueError, AttributeError, KeyError, IndexError):  # no such cache, or not as it says
+            known[key] = _is_exact(model, _ids(model, sequence), count, until)
+    return known[key]
+
+
+@torch.no_grad()
+def _is_exact(model: nn.Module, ids: Tensor, count: int, until: str | None) -> bool:
+    prefix, rest = _cached(model, ids[:, :count], until), ids[:, count:]
+    if prefix is None:
+        return False
+    whole = _end(model, ids, until, {"attention_mask": torch.ones_like(ids)})
+    read = _end(model, rest, until, prefix.inputs(torch.ones_like(rest)))
+    most = torch.finfo(next(model.parameters()).dtype).eps ** 0.5  # 3e-4 in float32
+    return bool((read - whole).norm() <= most * whole.norm())
+
+
+def _ids(model: nn.Module, sequence: Sequence[int]) -> Tensor:
+    return torch.tensor([sequence], device=next(model.parameters()).device)
+
+
+def _cached(model: nn.Module, ids: Tensor, until: str | None) -> Prefix | None:
+    """The keys and values of (1, P) tokens; None if a layer keeps anything else."""
+    cache: Any = DynamicCache(config=cast(Any, model.config))  # its layers are those the architecture needs
+    given = {"attention_mask": torch.ones_like(ids), "past_key_values": cache, "use_cache": True}
     if until is None:
-        model(**inputs)
+        _end(model, ids, None, given)
     else:
-        run_until(model, until, **inputs)
+        run_until(model, until, input_ids=ids, **given)
+    if not all(type(layer) is DynamicLayer for layer in cache.layers):
+        return None
+    filled = [layer for layer in cache.layers if layer.is_initialized]
+    if not filled or any(layer.keys.shape[-2] != ids.shape[1] for layer in filled):
+        return None
+    return Prefix(ids.shape[1], [(layer.keys, layer.values) for layer in filled])
+
+
+def _end(model: nn.Module, ids: Tensor, until: str | None, given: dict[str, Any]) -> Tensor:
+    """Of the last token of (1, T): the logits, or the state of the block ``until``."""
+    if until is None:
+        last = torch.zeros_like(ids, dtype=torch.bool)
+        last[0, -1] = True
+        return logits_at(model, ids, where=last, attention=given["attention_mask"], **given)
+    with outputs_of(model, [until], lambda hidden: hidden[0, -1].float()) as seen:
+        run_until(model, until, input_ids=ids, **given)
+    return seen[until]

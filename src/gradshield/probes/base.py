@@ -17,6 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from gradshield.data import left_padded
 from gradshield.models.loading import evaluating
 from gradshield.models.logits import logits_at
+from gradshield.models.prefix import common, prefix_of
 from gradshield.registry import Registry
 
 
@@ -68,10 +69,20 @@ def padded(ids: Sequence[Sequence[int]], device: torch.device) -> PromptBatch:
 
 
 def first_logits(model: nn.Module, batch: PromptBatch, **more: Any) -> Tensor:
-    """Logits of the first response token, (B, V) in float32. ``more`` are further arguments of the model."""
-    where = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
-    where[torch.arange(len(where), device=where.device), batch.last] = True
-    return logits_at(model, batch.input_ids, batch.attention_mask, where, **more)
+    """Logits of the first response token, (B, V) in float32. ``more`` are further arguments of the model.
+
+    Without any, what all prompts begin with (a system prompt) runs once, where the model allows it (`models.prefix`).
+    """
+    ids, attention, last = batch.input_ids, batch.attention_mask, batch.last
+    if not more:
+        prompts = [row[: int(n) + 1] for row, n in zip(ids.tolist(), last, strict=True)]
+        count = common(prompts)
+        if count and (prefix := prefix_of(model, max(prompts, key=len), count)):
+            ids, attention, last = ids[:, count:], attention[:, count:], last - count
+            more = prefix.inputs(attention)
+    where = torch.zeros_like(attention, dtype=torch.bool)
+    where[torch.arange(len(where), device=where.device), last] = True
+    return logits_at(model, ids, attention, where, **more)
 
 
 class Probe(Protocol):

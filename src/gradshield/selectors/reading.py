@@ -18,8 +18,7 @@ from gradshield.gradients.base import scoring
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.modules import outputs_of, run_until
 from gradshield.models.placement import in_float64
-from gradshield.models.prefix import LEAST as LEAST_ALIKE
-from gradshield.models.prefix import common, prefix_of
+from gradshield.models.prefix import alike, groups, prefix_of
 from gradshield.probes import PromptBatch, Prompts, first_logits
 from gradshield.probes.base import padded
 from gradshield.types import Anchors, Bools, Floats, Ints
@@ -44,8 +43,8 @@ class Turn:
     def of(cls, prompts: Prompts) -> Turn:
         """The common prefix and suffix of all opened turns. Raises ProbeError if either is missing."""
         first, *others = prompts.ids
-        before = min(_shared(first, other) for other in others)
-        after = min(_shared(first[::-1], other[::-1]) for other in others)
+        before = min(alike(first, other) for other in others)
+        after = min(alike(first[::-1], other[::-1]) for other in others)
         if not 0 < after < len(first):
             raise ProbeError(
                 "the chat template opens an assistant turn with no fixed tokens, so a row's request cannot be found: use "
@@ -80,13 +79,6 @@ class Turn:
         if first < 2:
             return []
         return [((*self.before, *ids_of[:first], *self.after), slice(first, len(ids_of)))]
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    count = 0
-    while count < min(len(one), len(other)) and one[count] == other[count]:
-        count += 1
-    return count
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,13 +212,9 @@ def states(
     """
     found: list[Any] = [None] * len(sequences)
     with scoring(model), torch.no_grad():
-        for some, count in _groups(sequences) if take is at_end else [(range(len(sequences)), 0)]:
+        for some, count in groups(sequences) if take is at_end else [(range(len(sequences)), 0)]:
             until = blocks[-1] if begun is None else None
-            prefix = (
-                prefix_of(model, blocks[-1], min((sequences[i] for i in some), key=len), count, until)
-                if count
-                else None
-            )
+            prefix = prefix_of(model, max((sequences[i] for i in some), key=len), count, until) if count else None
             for own, batch in _padded(model, [sequences[i][count if prefix else 0 :] for i in some]):
                 more = prefix.inputs(batch.attention_mask) if prefix else {"attention_mask": batch.attention_mask}
                 places = [some[i] for i in own]
@@ -238,25 +226,6 @@ def states(
                 for i, one in zip(places, torch.stack([seen[name] for name in blocks], 1).numpy(), strict=True):
                     found[i] = one
     return np.stack(found)
-
-
-def _groups(sequences: Sequence[Sequence[int]]) -> list[tuple[Sequence[int], int]]:
-    """The sequences' indices in groups that begin alike, each with the number of tokens that it shares.
-
-    In sorted order a long common beginning, such as a task's instruction, is a run: where neighbours share less than half of
-    what most do, a run ends. Runs too short for a prefix of their own are one group.
-    """
-    if not sequences:
-        return []
-    given = [tuple(map(int, sequence)) for sequence in sequences]
-    order = sorted(range(len(given)), key=given.__getitem__)
-    near = [_shared(given[a], given[b]) for a, b in pairwise(order)]
-    least = float(np.median(near)) / 2 if near else 0.0
-    ends = [n + 1 for n, shared in enumerate(near) if shared < least]
-    runs = [order[a:b] for a, b in pairwise([0, *ends, len(order)])]
-    rest = [i for run in runs if len(run) < LEAST_ALIKE for i in run]
-    groups = [run for run in runs if len(run) >= LEAST_ALIKE] + ([rest] if rest else [])
-    return [(group, common([given[i] for i in group])) for group in groups]
 
 
 def at_end(hidden: Tensor, last: Tensor) -> Tensor:
