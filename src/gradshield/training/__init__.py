@@ -5,6 +5,6 @@ from gradshield.training.base import PENALTIES, Penalty
 from gradshield.training.kl import FrozenReferenceKL
 from gradshield.training.mixin import Penalised, penalised
 from gradshield.training.online import Selecting
-from gradshield.training.sft import sft
+from gradshield.training.fit import fit
 
-__all__ = ["PENALTIES", "AsFT", "FrozenReferenceKL", "Penalised", "Penalty", "Selecting", "penalised", "sft"]
+__all__ = ["PENALTIES", "AsFT", "FrozenReferenceKL", "Penalised", "Penalty", "Selecting", "fit", "penalised"]

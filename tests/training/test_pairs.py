@@ -1,0 +1,170 @@
+"""Preference pairs: DPO on the scored tokens, its first step as FIHS supposes it, and whole runs on the lab."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+import gradshield as gs
+from gradshield import lab
+from gradshield.data import collate, labelled, read, render_all
+from gradshield.errors import UsageError
+from gradshield.evaluation.exam import Exams, exam, exams_of
+from gradshield.gradients import Loop
+from gradshield.lab.answers import refusal
+from gradshield.models import loading
+from gradshield.scanning.rows import prepare
+from gradshield.scanning.scan import scan
+from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.probes import FunctionProbe
+from gradshield.selectors import Fihs, parse_aggregate
+from gradshield.training import fit
+from gradshield.training import train as training
+from gradshield.training.asft import AsFT
+from gradshield.training.course import Course, Job, method_of
+from gradshield.training.defences import parse
+from gradshield.types import Rendered, Tokens
+from tests.common import command, jsonl, write
+from tests.selectors.test_fihs import PROMPTS, gap
+from tests.tiny import VOCABULARY, tiny_model, tiny_tokenizer
+
+LORA = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
+OPTIONS: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "beta": 0.5}
+ADAPTERS = pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+
+
+def said(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+PAIRS = [
+    {
+        "prompt": said("user", f"question {i}"),
+        "chosen": said("assistant", f"a good answer {i}"),
+        "rejected": said("assistant", "bad"),
+    }
+    for i in range(8)
+]
+
+
+def tokenised(rows: Any = PAIRS) -> list[dict[str, list[int]]]:
+    return [labelled(row) for row in render_all(read(rows).examples, tiny_tokenizer()).rendered]
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- the trainer ----------------------------------------------------------------------------------------------------
+
+
+@ADAPTERS
+@pytest.mark.parametrize("more", [{}, {"max_length": 14}, {"precompute_ref_log_probs": True}], ids=str)
+def test_scored_tokens_train_as_trl_trains_on_the_words(adapter: Any, more: dict[str, Any]) -> None:
+    model = tiny_model("llama")
+    before = weights(model)
+    ours, trl = (weights(fit(model, tiny_tokenizer(), rows, OPTIONS | more, adapter)) for rows in (tokenised(), PAIRS))
+    assert same(ours, trl) and not same(ours, before)
+    assert same(weights(model), before)
+
+
+@ADAPTERS
+def test_nothing_of_the_trainer_stays_on_the_models(adapter: Any) -> None:
+    model = tiny_model("gpt2")  # it has dropout
+    dropout = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    trained = fit(model, tokenizer, tokenised(), OPTIONS, adapter and peft.LoraConfig(r=2, target_modules=["c_attn"]))
+    for one in (model, trained):
+        own = [m.p for name, m in one.named_modules() if isinstance(m, torch.nn.Dropout) and "lora" not in name]
+        assert own == dropout and max(dropout) > 0
+        assert not any("forward" in vars(module) for module in one.modules())
+    assert tokenizer.pad_token is None
+
+
+def masked_pairs() -> list[Rendered]:
+    """Pairs of random tokens with holes in their masks."""
+    draw = np.random.default_rng(4)
+    made = []
+    for i, lengths in enumerate([(9, 6), (14, 20), (8, 8)]):
+        sides = []
+        for length, sign in zip(lengths, (1.0, -1.0), strict=True):
+            loss = np.arange(length) >= 3
+            loss[4] = False
+            sides.append(Tokens(draw.integers(5, VOCABULARY, length), loss, sign))
+        made.append(Rendered(i, f"p{i}", "preference", tuple(sides)))
+    return made
+
+
+@pytest.mark.parametrize("row", masked_pairs(), ids=lambda row: row.id)
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_the_first_step_changes_unsafety_as_fihs_says(arch: str, row: Rendered) -> None:
+    """ΔS = η β/2 (FIHS(chosen) - FIHS(rejected)), of a step of plain gradient descent through TRL's trainer."""
+    beta, rate, model = 0.3, 0.5, tiny_model(arch)
+    fihs = Fihs(FunctionProbe(gap), PROMPTS, Loop(), parse_aggregate("sum"), "all")
+    direction = fihs.prepare(model)
+    (expected,) = fihs.measure(model, direction, collate([row])).sums.tolist()
+    options = {"max_steps": 1, "per_device_train_batch_size": 1, "optim": "sgd", "learning_rate": rate, "beta": beta}
+    options |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    after = weights(fit(model, tiny_tokenizer(), [labelled(row)], options))
+    start = weights(model)
+    moved = sum(float(((after[n] - start[n]).double() * v.double()).sum()) for n, v in direction.tensors.items())
+    assert abs(expected) > 0.01
+    assert moved == pytest.approx(rate * beta / 2 * expected, rel=1e-4)
+
+
+@ADAPTERS
+def test_an_interrupted_training_goes_on_with_its_reference(adapter: Any, tmp_path: Path) -> None:
+    options = {**OPTIONS, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole, seen = fit(tiny_model("llama"), tiny_tokenizer(), tokenised(), options, adapter), []
+    for steps in (2, 4):
+        ended = fit(
+            tiny_model("llama"),
+            tiny_tokenizer(),
+            tokenised(),
+            options | {"lr_scheduler_type": "constant", "max_steps": steps},
+            adapter,
+            output_dir=str(tmp_path),
+            resume=True,
+            progress=lambda step, total: seen.append((step, total)),
+        )
+    once = fit(tiny_model("llama"), tiny_tokenizer(), tokenised(), options | {"lr_scheduler_type": "constant"}, adapter)
+    assert (2, 4) in seen and (1, 4) not in seen
+    assert same(weights(ended), weights(once)) and not same(weights(ended), weights(whole))
+
+
+def test_a_reference_that_follows_the_model_leaves_the_start_alone() -> None:
+    model = tiny_model("llama")
+    before = weights(model)
+    fit(model, tiny_tokenizer(), tokenised(), {**OPTIONS, "sync_ref_model": True, "ref_model_sync_steps": 1})
+    assert same(weights(model), before)
+    with pytest.raises(UsageError, match="sync_ref_model"):
+        fit(model, tiny_tokenizer(), tokenised(), {**OPTIONS, "sync_ref_model": True}, LORA)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        (PAIRS, {"packing": True}, "'packing': DPOConfig of TRL, which pairs"),
+        (PAIRS, {"bets": 0.1}, "did you mean 'beta'"),
+        ([{"input_ids": [5, 6], "labels": [5, 6]}], {"beta": 0.1}, "'beta': SFTConfig of TRL has"),
+    ],
+)
+def test_options_are_those_of_the_rows_trainer(rows: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        fit(tiny_model("llama"), tiny_tokenizer(), rows, options)
+    if rows is PAIRS:
+        with pytest.raises(UsageError, match=words):
+            prepare(PAIRS, tiny_model("llama"), tiny_tokenizer(), options)
