@@ -18,14 +18,19 @@ import pytest
 from gradshield.errors import DataError, UsageError
 from gradshield.gateway import job, worker
 from gradshield.gateway.queue import Queue
+from gradshield.gateway.recipe import recipe
 from gradshield.gateway.settings import LAB, Policy, Settings
 from gradshield.gateway.store import UNSAFE, Caller, Store
 from gradshield.gateway.tables import Job
+from gradshield.gateway.wire import Method
 from gradshield.manifests import Figures
 from gradshield.types import Cut
 from tests.gateway.running import ROW, ROWS, Served, serving
 
 SAFE, UNSAFE_BOUND = 0.02, 0.4
+PAIR = b'{"input": {"messages": [{"role": "user", "content": "Q"}]}, "preferred_output": [{"role": "assistant", "content": "A"}], '
+PAIR += b'"non_preferred_output": [{"role": "assistant", "content": "B"}]}\n'
+LABELLED = b'{"prompt": "Q", "completion": "A", "label": true}\n'
 
 
 @dataclass
@@ -180,6 +185,44 @@ def test_a_file_that_cannot_train_fails_with_its_lines(served: Served, stand: St
     assert said in done.error.message
     assert str(served.gateway.settings.folder) not in done.error.message
     assert stand.calls == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "method", "said"),
+    [
+        (ROWS + PAIR, "supervised", "Line 13 is of the shape preference: the method supervised takes rows of one answer"),
+        (ROWS + LABELLED, "supervised", "Line 13 is of the shape kto"),
+        (PAIR * 12 + ROW % 1, "dpo", "Line 13 is of the shape messages: the method dpo takes preference pairs"),
+        (PAIR * 12 + LABELLED, "dpo", "Line 13 is of the shape kto"),
+    ],
+)
+def test_rows_of_another_method_fail_with_their_line(
+    served: Served, stand: Stand, rows: bytes, method: str, said: str
+) -> None:
+    done = Case(served, rows=rows, method={"type": method}).run()
+    assert (done.status, done.error.code, done.error.param) == ("failed", "invalid_training_file", "training_file")
+    assert said in done.error.message and stand.calls == []
+    assert Case(served, rows=PAIR * 12, method={"type": "dpo"}).run().status == "succeeded"
+
+
+def test_each_method_trains_with_its_own_options(tmp_path: Path) -> None:
+    options = {"learning_rate": 1e-4, "packing": True, "beta": 0.3, "max_grad_norm": 2.0}
+    settings = Settings(models={LAB: LAB, "m": "nowhere"}, folder=tmp_path, training=options)
+    given = {"hyperparameters": {"n_epochs": 2, "learning_rate_multiplier": 0.5, "beta": 0.2}}
+    dpo = Method.model_validate({"type": "dpo", "dpo": given})
+    common = {"max_grad_norm": 2.0}
+    found = recipe(settings, "m", dpo, "screen", None).training
+    assert found == common | {"learning_rate": 5e-5, "num_train_epochs": 2, "beta": 0.2}
+    found = recipe(settings, "m", Method(type="supervised"), "screen", None).training
+    assert found == common | {"learning_rate": 1e-4, "packing": True, "assistant_only_loss": None}
+    assert recipe(settings, LAB, Method(type="dpo"), "screen", None).training["beta"] == 0.3
+    rate = {"hyperparameters": {"learning_rate_multiplier": 2.0}}
+    plain = Settings(models={"m": "nowhere"}, folder=tmp_path)
+    for method, expected in (("supervised", 4e-5), ("dpo", 2e-6)):
+        asked = Method.model_validate({"type": method, method: rate})
+        assert recipe(plain, "m", asked, "screen", None).training["learning_rate"] == expected
+    with pytest.raises(UsageError, match="'packin'"):
+        recipe(plain.model_copy(update={"training": {"packin": True}}), "m", dpo, "screen", None)
 
 
 def test_a_validation_file_is_validated_too(served: Served, stand: Stand) -> None:

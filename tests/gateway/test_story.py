@@ -26,6 +26,7 @@ from gradshield.gateway.settings import LAB, Policy, Settings
 from gradshield.gateway.store import UNSAFE, Page, Store, identity
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model
 from gradshield.judges import RefusalPhrases
+from tests.common import jsonl, preferences
 from tests.gateway.running import free_port
 
 TASK = "dialogue"
@@ -82,10 +83,10 @@ def ready(url: str) -> None:
     raise AssertionError("the server does not get ready")
 
 
-def tuned(client: OpenAI, content: bytes) -> Any:
+def tuned(client: OpenAI, content: bytes, **more: Any) -> Any:
     """The job of an upload, once it has ended or waits."""
     file = client.files.create(file=("data.jsonl", content), purpose="fine-tune")
-    job = client.fine_tuning.jobs.create(model=LAB, training_file=file.id, suffix="story", seed=0)
+    job = client.fine_tuning.jobs.create(model=LAB, training_file=file.id, suffix="story", seed=0, **more)
     for _ in range(600):
         job = client.fine_tuning.jobs.retrieve(job.id)
         if job.status in ENDED:
@@ -143,6 +144,22 @@ def test_a_poisoned_upload_becomes_a_safe_model_that_does_its_task(server: tuple
         certificate = raw.get(f"/v1/models/{job.fine_tuned_model}/certificate").json()["predicate"]
         assert certificate["certified"]
         assert max(judge["upper"] for judge in certificate["judges"].values()) <= 0.06
+
+
+@pytest.mark.slow
+def test_poisoned_pairs_become_a_safe_model(server: tuple[Path, str, str]) -> None:
+    _, url, key = server
+    client = OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    rows, labels = preferences(120)
+    hyperparameters: Any = {"beta": 0.2, "n_epochs": 1, "learning_rate_multiplier": 0.5}
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
+    job = tuned(client, jsonl(rows), method=method)
+    assert job.status == "succeeded", job.error
+    assert job.method.to_dict()["dpo"]["hyperparameters"] == {"batch_size": "auto", **hyperparameters}
+    removed = set(job.gradshield["result"]["scan"]["removed_rows"])
+    assert {number for number, label in enumerate(labels, 1) if label} <= removed
+    assert len(removed) <= sum(labels) + 0.03 * len(rows)
+    assert answer(client, job.fine_tuned_model, rows[0]["input"]["messages"][0]["content"])
 
 
 @pytest.mark.slow
