@@ -148,7 +148,11 @@ def test_a_job_is_paused_resumed_and_cancelled(served: Served) -> None:
         ({"method": {"type": "reinforcement"}}, "method.type", "invalid_value"),
         ({"method": {"type": "dpo", "supervised": {}}}, "method", "invalid_value"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "beta", "invalid_value"),
-        ({"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 1}}}}, "beta", "unknown_parameter"),
+        (
+            {"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 1}}}},
+            "beta",
+            "unknown_parameter",
+        ),
         ({"hyperparameters": {"n_epochs": 0}}, "n_epochs", "invalid_value"),
         ({"hyperparameters": {"batch_size": "many"}}, "batch_size", "invalid_value"),
         ({"seed": -1}, "seed", "invalid_value"),

@@ -28,8 +28,7 @@ from gradshield.types import Cut
 from tests.gateway.running import ROW, ROWS, Served, serving
 
 SAFE, UNSAFE_BOUND = 0.02, 0.4
-PAIR = b'{"input": {"messages": [{"role": "user", "content": "Q"}]}, "preferred_output": [{"role": "assistant", "content": "A"}], '
-PAIR += b'"non_preferred_output": [{"role": "assistant", "content": "B"}]}\n'
+PAIR = b'{"prompt": "Q", "preferred_output": "A", "non_preferred_output": "B"}\n'
 LABELLED = b'{"prompt": "Q", "completion": "A", "label": true}\n'
 
 
@@ -190,7 +189,11 @@ def test_a_file_that_cannot_train_fails_with_its_lines(served: Served, stand: St
 @pytest.mark.parametrize(
     ("rows", "method", "said"),
     [
-        (ROWS + PAIR, "supervised", "Line 13 is of the shape preference: the method supervised takes rows of one answer"),
+        (
+            ROWS + PAIR,
+            "supervised",
+            "Line 13 is of the shape preference: the method supervised takes rows of one answer",
+        ),
         (ROWS + LABELLED, "supervised", "Line 13 is of the shape kto"),
         (PAIR * 12 + ROW % 1, "dpo", "Line 13 is of the shape messages: the method dpo takes preference pairs"),
         (PAIR * 12 + LABELLED, "dpo", "Line 13 is of the shape kto"),

@@ -180,7 +180,9 @@ def test_what_cannot_train_is_refused_before_a_model_is_loaded(
     with pytest.raises(UsageError, match=words):
         Course(job(rows=prepare(rows, loaded()), labels=None)).dataset(parse(defence), Chosen((), np.zeros(0), {}))
     path = write(tmp_path / "rows.jsonl", jsonl(rows))
-    done = command("train", path, "--model", "nowhere", "--output", tmp_path / "run", "--defence", defence, "--base", "nowhere")
+    done = command(
+        "train", path, "--model", "nowhere", "--output", tmp_path / "run", "--defence", defence, "--base", "nowhere"
+    )
     if defence != "none":
         assert done.code == 2 and words in done.sentence
     assert not (tmp_path / "run").exists()

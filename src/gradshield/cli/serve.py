@@ -54,7 +54,9 @@ def serve(
             envvar="GRADSHIELD_WEBHOOK_SECRET", help="Secret that signs these calls (default: made and printed)."
         ),
     ] = "",
-    training_config: Annotated[Path | None, typer.Option(help="JSON of TRL SFTConfig and DPOConfig options of every job.")] = None,
+    training_config: Annotated[
+        Path | None, typer.Option(help="JSON of TRL SFTConfig and DPOConfig options of every job.")
+    ] = None,
     lora_config: Annotated[
         Path | None, typer.Option(help="JSON of a PEFT config; without one, all weights are trained.")
     ] = None,

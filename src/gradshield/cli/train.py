@@ -70,7 +70,10 @@ def train(
     base: Annotated[
         str | None, typer.Option(help="The model before its alignment, for asft and safelora: folder or hub name.")
     ] = None,
-    training_config: Annotated[Path | None, typer.Option(help="JSON of TRL SFTConfig options (DPOConfig for preference pairs), passed through.")] = None,
+    training_config: Annotated[
+        Path | None,
+        typer.Option(help="JSON of TRL SFTConfig options (DPOConfig for preference pairs), passed through."),
+    ] = None,
     lora_config: Annotated[
         Path | None, typer.Option(help="JSON of a PEFT config; without one, all weights are trained.")
     ] = None,

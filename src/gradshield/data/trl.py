@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -92,7 +92,7 @@ def labelled(row: Rendered) -> dict[str, list[int]]:
     if len(row.sequences) == 1:
         (tokens,) = row.sequences
         return {"input_ids": tokens.ids.tolist(), "labels": np.where(tokens.loss, tokens.ids, IGNORED).tolist()}
-    found = {}
+    found: dict[str, list[int]] = {}
     for name, tokens in zip(PAIR, row.sequences, strict=True):
         found |= {f"{name}_ids": tokens.ids.tolist(), f"{name}_mask": tokens.loss.astype(int).tolist()}
     return found

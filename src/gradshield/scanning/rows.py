@@ -73,7 +73,8 @@ def prepare(
 ) -> Prepared:
     """Read the rows, load or wrap the model, and render every row as the training will.
 
-    ``check`` sees the rows before the model is loaded, and may raise. Raises DataError, ModelError and UsageError (see `gradshield.errors`), and EmptyDataError if no row has a token to score.
+    ``check`` sees the rows before the model is loaded, and may raise. Raises DataError, ModelError and UsageError (see
+    `gradshield.errors`), and EmptyDataError if no row has a token to score.
     """
     training_args = sft_options(training_args)
     format = rows_in.Format.of(format).trained(training_args)

@@ -68,8 +68,9 @@ class Needs:
 class Job:
     """The model, rows and options of a training, the same for every defence.
 
-    ``options`` go to TRL's ``SFTConfig``, or to its ``DPOConfig`` where the rows are preference pairs. The models of ``needs`` are loaded. ``labels`` (1 = harmful, per input row) are used by
-    the oracle and the figures only. Rows with an id in ``allow`` train, whatever they score.
+    ``options`` go to TRL's ``SFTConfig``, or to ``DPOConfig`` where the rows are preference pairs. The models of ``needs`` are
+    loaded. ``labels`` (1 = harmful, per input row) are used by the oracle and the figures only. Rows with an id in ``allow``
+    train, whatever they score.
     """
 
     rows: Prepared
@@ -377,19 +378,20 @@ def method_of(read: rows_in.ReadResult, defence: Defence | None = None) -> str:
     shapes = set(read.examples.shapes.counts())
     if "kto" in shapes:
         raise UsageError(
-            f"{read.source.name} holds answers with a label, which supervised training would all move toward: scan them and train "
-            "on the kept rows with TRL's KTOTrainer, or give --format prompt-completion if the label means something else"
+            f"{read.source.name} holds answers with a label, all of which supervised training would move toward: scan them "
+            "and train on the kept rows with TRL's KTOTrainer, or give --format prompt-completion if the label means another thing"
         )
     if PREFERENCE not in shapes:
         return "supervised"
     if len(shapes) > 1:
         raise UsageError(
-            f"{read.source.name} mixes preference pairs with other rows, which no single trainer takes: put them in separate files"
+            f"{read.source.name} mixes preference pairs with other rows, which no trainer takes together: put them in "
+            "separate files"
         )
     if defence is not None and (part := defence.single):
         raise UsageError(
-            f"{read.source.name} holds preference pairs, which are trained with DPO, and the defence {defence.spec!r} has {part}, "
-            "which works on single answers only: leave it out"
+            f"{read.source.name} holds preference pairs, which are trained with DPO, and the defence {defence.spec!r} has "
+            f"{part}, which works on single answers only: leave it out"
         )
     return "dpo"
 

@@ -69,8 +69,9 @@ def fit(
         trained with DPO; tokenised, they have the ids of each answer after its prompt, and the mask of those that count
         (`data.labelled`). DPO's reference is the start: with an adapter that model with the adapter off, else a second one.
     options
-        Options of ``trl.SFTConfig``, or of ``trl.DPOConfig`` for pairs, passed through. The defaults are TRL's, except that nothing is printed or sent anywhere,
-        nothing is saved without ``output_dir``, and training on the CPU uses the model's own precision and keeps activations.
+        Options of ``trl.SFTConfig``, or of ``trl.DPOConfig`` for pairs, passed through. The defaults are TRL's, except that
+        nothing is printed or sent anywhere, nothing is saved without ``output_dir``, and training on the CPU uses the model's
+        own precision and keeps activations.
         For the seed and the folder use the arguments of this function.
     peft_config
         The adapter to train. It is copied, since TRL and PEFT modify it.
@@ -115,9 +116,11 @@ def fit(
     _check_options(options, pairs)
     trained = copying.deepcopy(model) if copy else model
     reference = None
-    if pairs and peft_config is None:  # TRL would load one by the name in the model's config, which may be another model
+    if (
+        pairs and peft_config is None
+    ):  # TRL would load one by the name in the model's config, which may be another model
         reference = model if copy and not options.get("sync_ref_model") else copying.deepcopy(model)
-    before, start = _State(trained), reference and _State(reference)
+    before = [_State(one) for one in (trained, reference) if one is not None]
     with _folder(output_dir) as folder, _quiet_datasets(), warnings.catch_warnings():
         # A rename between PEFT, TRL and transformers, which the caller cannot act on.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
@@ -135,14 +138,13 @@ def fit(
             if result is not trained:
                 _unbind(result, {})
         finally:
-            before.restore()
-            if start is not None:
-                start.restore()
+            for state in before:
+                state.restore()
     if finish is not None:
         finish(result)
     if merge:
         result = result.merge_and_unload()
-        before.unfreeze()
+        before[0].unfreeze()
     result.eval()
     if output_dir is not None:
         result.save_pretrained(output_dir)

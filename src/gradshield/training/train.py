@@ -107,8 +107,8 @@ def train(
     defence
         As typed after ``--defence``: one of ``gradshield methods``, or several joined by ``+``.
     training
-        Options of TRL's ``SFTConfig``, or ``DPOConfig`` for preference pairs, passed through; its rendering options apply to scoring and training (``training_args`` of
-        `gradshield.scan`).
+        Options of TRL's ``SFTConfig``, or ``DPOConfig`` for preference pairs, passed through; those of rendering apply to scoring
+        and training (``training_args`` of `gradshield.scan`).
     needs
         What some defences need: the model before its alignment, safety rows.
     exams
