@@ -444,6 +444,26 @@ def test_a_worker_that_stops_ends_the_process_and_the_lease(
     assert store.waiting() == [id]
 
 
+def test_a_job_that_this_worker_runs_is_not_run_twice(settings: Settings) -> None:
+    started, go = [], threading.Event()
+
+    def python(arguments: Any) -> int:
+        started.append(arguments)
+        go.wait(20)
+        return 0
+
+    threads = [threading.Thread(target=worker.run, args=(settings, id, python)) for id in ("a", "a", "b")]
+    for thread in threads:
+        thread.start()
+    threads[1].join(20)
+    go.set()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(arguments[3] for arguments in started) == ["a", "b"] and not worker.running
+    worker.run(settings, "a", python)
+    assert len(started) == 3
+
+
 def test_the_heart_keeps_the_lease_and_ends_a_process_that_lost_it(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

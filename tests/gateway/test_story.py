@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx2
 import openai
+import psutil
 import pytest
 from openai import OpenAI
 
@@ -314,3 +315,47 @@ def family(pid: int) -> list[int]:
         for task in Path(f"/proc/{parent}/task").iterdir():
             found += map(int, (task / "children").read_text().split())
     return found
+
+
+# Ray
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_at_another_node_of_a_cluster(begun: tuple[Settings, Store, str, str]) -> None:
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs gradshield[ray]")
+    settings, store, project, id = begun
+    small = {"object_store_memory": 100 * 2**20}
+    nodes = cluster_utils.Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            nodes.add_node(num_cpus=1, **small)
+        settings = settings.model_copy(update={"ray": nodes.address})
+        settings.save()
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "gradshield.gateway.worker", str(settings.folder)], env=ENVIRONMENT
+        )
+        said: list[str] = []
+        while "Training" not in said:
+            said = [event.message for event in events(store, project, id)]
+            assert worker.poll() is None
+            time.sleep(0.1)
+        (running,) = (found for found in psutil.process_iter(["cmdline"]) if id in (found.info["cmdline"] or ()))
+        task = running.parent()
+        assert task is not None and "gradshield.gateway.worker" not in task.cmdline()
+        (lost,) = (node for node in nodes.list_all_nodes() if raylet(node) == task.parent().pid)  # type: ignore[union-attr]
+        nodes.remove_node(lost, allow_graceful=False)
+        running.wait(20)  # it has lost its task, and ends
+        while store.get(Job, project, id).status not in ENDED:
+            assert worker.poll() is None
+            time.sleep(0.2)
+        job = store.get(Job, project, id)
+        assert (job.status, job.attempt) == ("succeeded", 2), job.error
+        worker.terminate()
+        assert worker.wait(60) == 0
+    finally:
+        nodes.shutdown()
+
+
+def raylet(node: Any) -> int:
+    (found,) = node.all_processes["raylet"]
+    return int(found.process.pid)
