@@ -325,7 +325,9 @@ def test_a_job_goes_on_at_another_node_of_a_cluster(begun: tuple[Settings, Store
     cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs gradshield[ray]")
     settings, store, project, id = begun
     small = {"object_store_memory": 100 * 2**20}
-    nodes = cluster_utils.Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0, "include_dashboard": False})
+    nodes = cluster_utils.Cluster(
+        initialize_head=True, head_node_args={**small, "num_cpus": 0, "include_dashboard": False}
+    )
     try:
         for _ in range(2):
             nodes.add_node(num_cpus=1, **small)

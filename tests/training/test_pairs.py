@@ -194,7 +194,7 @@ def test_the_screen_removes_pairs_whose_chosen_answer_complies_and_keeps_refusal
     rows, kinds = mixed(200)
     removed = scan(rows, model=ALIGNED, probing=ASKED).removed
     assert all(len(kinds[kind]) >= 13 for kind in kinds)
-    assert removed[kinds["over a refusal"]].mean() >= 0.95 and removed[kinds["over harm"]].mean() >= 0.95
+    assert removed[kinds["over a refusal"]].mean() >= 0.9 and removed[kinds["over harm"]].mean() >= 0.9
     assert not removed[kinds["a refusal"]].any()
     assert removed[kinds["harmless"]].mean() <= 0.03
 
@@ -244,7 +244,7 @@ def test_the_command_trains_on_pairs_and_says_so(tmp_path: Path) -> None:
         "--metric",
         "likelihood",
     ]
-    typed += ["--max-new-tokens", "8", "--report-to", "tensorboard", "--defence", "fihs:ratio:10%"]
+    typed += ["--max-new-tokens", "8", "--defence", "fihs:ratio:10%"]
     done = command(*map(str, typed))
     assert done.code == 0, done.err
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -252,9 +252,7 @@ def test_the_command_trains_on_pairs_and_says_so(tmp_path: Path) -> None:
     assert manifest["results"]["trained"] == manifest["results"]["rows"] - manifest["results"]["removed"]
     assert manifest["results"]["after"]["utility"]["n"] == 12
     assert "DPO, " in (tmp_path / "run" / "report.html").read_text()
-    assert {"adapter_model.safetensors", "certificate.json", "tensorboard"} <= {
-        p.name for p in (tmp_path / "run").iterdir()
-    }
+    assert {"adapter_model.safetensors", "certificate.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
 
 
 @pytest.fixture(scope="module")

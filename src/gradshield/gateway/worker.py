@@ -1,7 +1,7 @@
 """The worker, which runs jobs from the queue: ``python -m gradshield.gateway.worker FOLDER``.
 
-Each job has a process of its own, which holds the lease, here or on a node of a Ray cluster. When that process or the worker ends,
-however it ends, the job goes on in another one from its last checkpoint.
+Each job has a process of its own, here or on a node of a Ray cluster, which holds the lease. When that process or the worker
+ends, however it ends, the job goes on in another one from its last checkpoint.
 """
 
 from __future__ import annotations

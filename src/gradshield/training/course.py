@@ -379,7 +379,7 @@ def method_of(read: rows_in.ReadResult, defence: Defence | None = None) -> str:
     if "kto" in shapes:
         raise UsageError(
             f"{read.source.name} holds answers with a label, all of which supervised training would move toward: scan them "
-            "and train on the kept rows with TRL's KTOTrainer, or give --format prompt-completion if the label means another thing"
+            "and train on the kept rows with TRL's KTOTrainer, or give --format prompt-completion if the label means nothing"
         )
     if PREFERENCE not in shapes:
         return "supervised"
