@@ -13,6 +13,8 @@ import torch
 
 import gradshield as gs
 from gradshield import lab
+from gradshield.comparison import grid
+from gradshield.comparison.compare import compare
 from gradshield.data import collate, labelled, read, render_all
 from gradshield.errors import UsageError
 from gradshield.evaluation.exam import Exams, exam, exams_of
@@ -27,6 +29,7 @@ from gradshield.training import fit
 from gradshield.training import train as training
 from gradshield.training.course import Course, Job
 from gradshield.training.defences import parse
+from gradshield.training.sequence import Stage, sequence
 from gradshield.types import Rendered, Tokens
 from tests.common import command, jsonl, preferences, write
 from tests.selectors.test_fihs import PROMPTS, gap
@@ -304,3 +307,38 @@ def test_a_cut_is_searched_on_pairs(selector: str, tmp_path: Path) -> None:
         exams=exams,
     )
     assert done.verdict is not None and done.verdict.met and len(done.verdict.rounds) == 1
+
+
+@pytest.mark.slow
+def test_pairs_are_compared_and_trained_on_in_turn_like_other_rows(tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("a", "b", "held", "asked")}
+    for seed, name in enumerate(("a", "b")):
+        write(files[name], jsonl(preferences(24, seed=seed, ratio=0.2)[0]))
+    held = str(write(files["held"], jsonl(preferences(12, seed=2, ratio=0)[0])))
+    splits = {"direction": 160, "search": 6, "report": 6}
+    asked = [{**row, "split": name} for name, most in splits.items() for row in lab.requests(name)[:most]]
+    write(files["asked"], jsonl(asked))
+    options, lora = {"max_steps": 1, "beta": 0.3}, {**lab.LORA, "r": 2}
+    config: dict[str, Any] = {
+        "model": ALIGNED,
+        "datasets": [{"name": "p", "train": str(files["a"]), "task": held, "metric": "likelihood"}],
+        "requests": dict.fromkeys(splits, str(files["asked"])),
+        "answer_tokens": 8,
+        "training": options,
+        "lora": lora,
+        "grids": [{"tasks": ["p"], "defences": ["none", "screen", "screen+kl"]}],
+    }
+    none, screen, kl = compare(grid.check(config), tmp_path / "compared").cells
+    assert none.failed is screen.failed is None and screen.removed > 0 == none.removed
+    assert kl.failed is not None and "has kl, which works on single answers only" in kl.failed
+    exams = Exams(exam("report", str(files["asked"]), ["refusal-phrases"], held, "likelihood", 8))
+    found = sequence(
+        [Stage(str(files[name]), exams) for name in ("a", "b")],
+        model=loading.load(ALIGNED, dtype="float32"),
+        output=tmp_path / "run",
+        peft_config=peft.LoraConfig(**lora),
+        training=options,
+        defence="random:ratio:10%",
+        probing=ASKED,
+    )
+    assert [stage.name for stage in found.stages] == ["start", "a", "b"] and found.settings.method == "dpo"
