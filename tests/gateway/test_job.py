@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from gradshield.errors import DataError, UsageError
@@ -462,6 +463,28 @@ def test_a_job_that_this_worker_runs_is_not_run_twice(settings: Settings) -> Non
     assert sorted(arguments[3] for arguments in started) == ["a", "b"] and not worker.running
     worker.run(settings, "a", python)
     assert len(started) == 3
+
+
+@pytest.mark.slow
+def test_a_task_on_a_cluster_ends_with_its_process_and_the_process_with_it(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs gradshield[ray]")
+    from gradshield.gateway.cluster import LOST, Cluster
+    from gradshield.scanning.workers import connected
+
+    stopping, started = threading.Event(), tmp_path / "pid"
+    write = f"import os, pathlib, time; pathlib.Path({str(started)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    with connected(None, 1) as ray:
+        cluster, ended = Cluster(ray, stopping), list[int]()
+        assert [cluster.run(["-c", f"raise SystemExit({status})"]) for status in (0, 75)] == [0, 75]
+        thread = threading.Thread(target=lambda: ended.append(cluster.run(["-c", write])))
+        thread.start()
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.05)
+        process = psutil.Process(int(started.read_text()))
+        stopping.set()
+        thread.join(30)
+        process.wait(30)
+    assert ended == [LOST]
 
 
 def test_the_heart_keeps_the_lease_and_ends_a_process_that_lost_it(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,8 @@ def _process(arguments: list[str]) -> int:
     """Run on a node: a process of its own, which ends with this task."""
     with subprocess.Popen([sys.executable, *arguments], stdin=subprocess.DEVNULL) as process:
         try:
-            return process.wait()
+            while process.poll() is None:
+                time.sleep(0.2)  # a cancelled task is interrupted between two looks, not while it waits
+            return process.returncode
         finally:
             process.terminate()

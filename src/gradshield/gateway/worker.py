@@ -32,21 +32,6 @@ running: set[str] = set()  # the jobs of this worker
 log = structlog.get_logger("gradshield.gateway.worker")
 
 
-def run(settings: Settings, job: str, python: Callable[[Sequence[str]], int] | None = None) -> None:
-    """Run a job in a process of its own, by ``python`` or here, until that process ends or the worker stops."""
-    if job in running:  # a message that came twice; on a full cluster the job waits unclaimed
-        return
-    owner = secrets.token_hex(16)
-    running.add(job)
-    try:
-        status = (python or here)(["-m", "gradshield.gateway.job", str(settings.folder.absolute()), job, owner])
-    finally:
-        running.discard(job)
-    if status:
-        log.warning("the process of a job ended early", job=job, status=status)
-        _let_go(settings, job, owner)
-
-
 def here(arguments: Sequence[str]) -> int:
     """Run Python with these arguments on this machine; the exit status."""
     with subprocess.Popen([sys.executable, *arguments], stdin=subprocess.DEVNULL) as process:
@@ -55,6 +40,21 @@ def here(arguments: Sequence[str]) -> int:
                 process.send_signal(signal.SIGTERM)
                 process.wait()
     return int(process.returncode)
+
+
+def run(settings: Settings, job: str, python: Callable[[Sequence[str]], int] = here) -> None:
+    """Run a job in a process of its own, which ``python`` starts, until that process ends or the worker stops."""
+    if job in running:  # a message that came twice; on a full cluster the job waits unclaimed
+        return
+    owner = secrets.token_hex(16)
+    running.add(job)
+    try:
+        status = python(["-m", "gradshield.gateway.job", str(settings.folder.absolute()), job, owner])
+    finally:
+        running.discard(job)
+    if status:
+        log.warning("the process of a job ended early", job=job, status=status)
+        _let_go(settings, job, owner)
 
 
 def _let_go(settings: Settings, job: str, owner: str) -> None:

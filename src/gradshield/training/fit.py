@@ -116,10 +116,10 @@ def fit(
     _check_options(options, pairs)
     trained = copying.deepcopy(model) if copy else model
     reference = None
-    if (
-        pairs and peft_config is None
-    ):  # TRL would load one by the name in the model's config, which may be another model
-        reference = model if copy and not options.get("sync_ref_model") else copying.deepcopy(model)
+    if pairs and peft_config is None:
+        # TRL would load one by the name in the model's config. The model itself serves where nothing changes or moves it.
+        borrowed = copy and options.keys().isdisjoint(("sync_ref_model", "use_cpu"))
+        reference = model if borrowed else copying.deepcopy(model)
     before = [_State(one) for one in (trained, reference) if one is not None]
     with _folder(output_dir) as folder, _quiet_datasets(), warnings.catch_warnings():
         # A rename between PEFT, TRL and transformers, which the caller cannot act on.
