@@ -456,7 +456,8 @@ def test_a_job_that_this_worker_runs_is_not_run_twice(settings: Settings) -> Non
     threads = [threading.Thread(target=worker.run, args=(settings, id, python)) for id in ("a", "a", "b")]
     for thread in threads:
         thread.start()
-    threads[1].join(20)
+    while sum(thread.is_alive() for thread in threads) > 2 or len(started) < 2:
+        time.sleep(0.01)
     go.set()
     for thread in threads:
         thread.join(20)

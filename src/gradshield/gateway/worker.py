@@ -28,7 +28,7 @@ from gradshield.gateway.webhooks import deliver
 
 ROUND = 2.0  # seconds between looks at what waits
 stopping = threading.Event()
-running: set[str] = set()  # the jobs of this worker
+running: dict[str, str] = {}  # the jobs of this worker, and the owner of each
 log = structlog.get_logger("gradshield.gateway.worker")
 
 
@@ -44,14 +44,13 @@ def here(arguments: Sequence[str]) -> int:
 
 def run(settings: Settings, job: str, python: Callable[[Sequence[str]], int] = here) -> None:
     """Run a job in a process of its own, which ``python`` starts, until that process ends or the worker stops."""
-    if job in running:  # a message that came twice; on a full cluster the job waits unclaimed
-        return
     owner = secrets.token_hex(16)
-    running.add(job)
+    if running.setdefault(job, owner) != owner:  # a message that came twice; on a full cluster the job waits unclaimed
+        return
     try:
         status = python(["-m", "gradshield.gateway.job", str(settings.folder.absolute()), job, owner])
     finally:
-        running.discard(job)
+        del running[job]
     if status:
         log.warning("the process of a job ended early", job=job, status=status)
         _let_go(settings, job, owner)
