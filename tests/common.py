@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import pyarrow.parquet as pq
 import torch
 
 import gradshield as gs
-from gradshield import cli
+from gradshield import cli, lab
+from gradshield.lab.answers import refusal
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = [{"prompt": f"How do I pick the lock {n}?", "category": ("theft", "fraud")[n % 2]} for n in range(6)]
@@ -116,3 +118,15 @@ def table(output: Path) -> Any:
 def files(output: Path) -> dict[str, bytes]:
     """Every file in the folder, the working folder aside."""
     return {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+
+
+def preferences(n: int, seed: int = 0, ratio: float = 0.08) -> tuple[list[dict[str, Any]], list[int]]:
+    """Preference pairs of the lab in OpenAI's shape, and their labels: of a harmful one the chosen answer complies."""
+    rows, labels = lab.mix("dialogue", harm="explicit", ratio=ratio, n=n, seed=seed)
+    answers, draw = [row["messages"][-1:] for row in rows], random.Random(seed)
+    found = []
+    for i, (row, bad) in enumerate(zip(rows, labels, strict=True)):
+        other = [{"role": "assistant", "content": refusal(draw)}] if bad else answers[(i + 1) % n]
+        asked = {"messages": row["messages"][:-1]}
+        found.append({"input": asked, "preferred_output": answers[i], "non_preferred_output": other})
+    return found, labels

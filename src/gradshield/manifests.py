@@ -252,9 +252,11 @@ class Named(Record):
 
 
 class TrainingRecord(Record):
-    """All settings that change a trained model or its figures. ``safety_sha256`` is that of the safety rows, if they are used."""
+    """All settings that change a trained model or its figures. ``method`` is ``supervised`` or ``dpo``; ``safety_sha256`` is that
+    of the safety rows, if they are used."""
 
     defence: str
+    method: str
     training: dict[str, Any]
     render: dict[str, Any]
     template: dict[str, Any]

@@ -92,6 +92,11 @@ def test_a_job_has_what_was_asked_and_is_sent_to_the_queue(served: Served) -> No
     (event,) = client.fine_tuning.jobs.list_events(job.id).data
     assert (event.object, event.level, event.type) == ("fine_tuning.job.event", "info", "message")
     assert client.fine_tuning.jobs.checkpoints.list(job.id).data == []
+    given = {"beta": 0.2, "n_epochs": "auto", "batch_size": 4, "learning_rate_multiplier": 0.5}
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": given}}
+    pairs = created(client, method=method)
+    assert pairs.method.to_dict() == method and pairs.hyperparameters.n_epochs is None
+    assert created(client, method={"type": "dpo"}).method.dpo.hyperparameters.beta == "auto"
     older = created(client, hyperparameters={"n_epochs": 3})
     assert older.method.supervised.hyperparameters.n_epochs == 3
     assert older.seed != created(client).seed
@@ -141,6 +146,13 @@ def test_a_job_is_paused_resumed_and_cancelled(served: Served) -> None:
         ({"training_file": "file-0"}, "training_file", "invalid_file"),
         ({"validation_file": "file-0"}, "validation_file", "invalid_file"),
         ({"method": {"type": "reinforcement"}}, "method.type", "invalid_value"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method", "invalid_value"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "beta", "invalid_value"),
+        (
+            {"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 1}}}},
+            "beta",
+            "unknown_parameter",
+        ),
         ({"hyperparameters": {"n_epochs": 0}}, "n_epochs", "invalid_value"),
         ({"hyperparameters": {"batch_size": "many"}}, "batch_size", "invalid_value"),
         ({"seed": -1}, "seed", "invalid_value"),

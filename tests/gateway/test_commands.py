@@ -104,6 +104,15 @@ def test_settings_keep_their_secrets_for_the_owner(tmp_path: Path) -> None:
         Settings.read(tmp_path)
 
 
+def test_a_cluster_has_to_answer_and_to_reach_the_database(tmp_path: Path) -> None:
+    typed = ["serve", "--model", LAB, "--folder", str(tmp_path / "gateway"), "--ray", "127.0.0.1:1"]
+    done = run(*typed)
+    assert done.code == 2 and "cannot share a SQLite file: give --database postgresql" in done.sentence
+    done = run(*typed, "--database", "postgresql://u@127.0.0.1:1/n")
+    assert done.code == 2 and "no Ray cluster answers at '127.0.0.1:1'" in done.sentence
+    assert not (tmp_path / "gateway").exists()
+
+
 def test_the_package_does_not_need_the_gateway() -> None:
     found = "{name.split('.')[0] for name in sys.modules} & {'fastapi', 'sqlalchemy', 'huey', 'uvicorn'}"
     script = f"import sys, gradshield, gradshield.cli.app; print({found})"

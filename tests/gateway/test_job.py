@@ -13,19 +13,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from gradshield.errors import DataError, UsageError
 from gradshield.gateway import job, worker
 from gradshield.gateway.queue import Queue
+from gradshield.gateway.recipe import recipe
 from gradshield.gateway.settings import LAB, Policy, Settings
 from gradshield.gateway.store import UNSAFE, Caller, Store
 from gradshield.gateway.tables import Job
+from gradshield.gateway.wire import Method
 from gradshield.manifests import Figures
 from gradshield.types import Cut
 from tests.gateway.running import ROW, ROWS, Served, serving
 
 SAFE, UNSAFE_BOUND = 0.02, 0.4
+PAIR = b'{"prompt": "Q", "preferred_output": "A", "non_preferred_output": "B"}\n'
+LABELLED = b'{"prompt": "Q", "completion": "A", "label": true}\n'
 
 
 @dataclass
@@ -180,6 +185,48 @@ def test_a_file_that_cannot_train_fails_with_its_lines(served: Served, stand: St
     assert said in done.error.message
     assert str(served.gateway.settings.folder) not in done.error.message
     assert stand.calls == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "method", "said"),
+    [
+        (
+            ROWS + PAIR,
+            "supervised",
+            "Line 13 is of the shape preference: the method supervised takes rows of one answer",
+        ),
+        (ROWS + LABELLED, "supervised", "Line 13 is of the shape kto"),
+        (PAIR * 12 + ROW % 1, "dpo", "Line 13 is of the shape messages: the method dpo takes preference pairs"),
+        (PAIR * 12 + LABELLED, "dpo", "Line 13 is of the shape kto"),
+    ],
+)
+def test_rows_of_another_method_fail_with_their_line(
+    served: Served, stand: Stand, rows: bytes, method: str, said: str
+) -> None:
+    done = Case(served, rows=rows, method={"type": method}).run()
+    assert (done.status, done.error.code, done.error.param) == ("failed", "invalid_training_file", "training_file")
+    assert said in done.error.message and stand.calls == []
+    assert Case(served, rows=PAIR * 12, method={"type": "dpo"}).run().status == "succeeded"
+
+
+def test_each_method_trains_with_its_own_options(tmp_path: Path) -> None:
+    options = {"learning_rate": 1e-4, "packing": True, "beta": 0.3, "max_grad_norm": 2.0}
+    settings = Settings(models={LAB: LAB, "m": "nowhere"}, folder=tmp_path, training=options)
+    given = {"hyperparameters": {"n_epochs": 2, "learning_rate_multiplier": 0.5, "beta": 0.2}}
+    dpo = Method.model_validate({"type": "dpo", "dpo": given})
+    common = {"max_grad_norm": 2.0}
+    found = recipe(settings, "m", dpo, "screen", None).training
+    assert found == common | {"learning_rate": 5e-5, "num_train_epochs": 2, "beta": 0.2}
+    found = recipe(settings, "m", Method(type="supervised"), "screen", None).training
+    assert found == common | {"learning_rate": 1e-4, "packing": True, "assistant_only_loss": None}
+    assert recipe(settings, LAB, Method(type="dpo"), "screen", None).training["beta"] == 0.3
+    rate = {"hyperparameters": {"learning_rate_multiplier": 2.0}}
+    plain = Settings(models={"m": "nowhere"}, folder=tmp_path)
+    for method, expected in (("supervised", 4e-5), ("dpo", 2e-6)):
+        asked = Method.model_validate({"type": method, method: rate})
+        assert recipe(plain, "m", asked, "screen", None).training["learning_rate"] == expected
+    with pytest.raises(UsageError, match="'packin'"):
+        recipe(plain.model_copy(update={"training": {"packin": True}}), "m", dpo, "screen", None)
 
 
 def test_a_validation_file_is_validated_too(served: Served, stand: Stand) -> None:
@@ -412,6 +459,49 @@ def test_a_worker_that_stops_ends_the_process_and_the_lease(
     assert not running.is_alive()
     assert started[0].returncode
     assert store.waiting() == [id]
+
+
+def test_a_job_that_this_worker_runs_is_not_run_twice(settings: Settings) -> None:
+    started, go = [], threading.Event()
+
+    def python(arguments: Any) -> int:
+        started.append(arguments)
+        go.wait(20)
+        return 0
+
+    threads = [threading.Thread(target=worker.run, args=(settings, id, python)) for id in ("a", "a", "b")]
+    for thread in threads:
+        thread.start()
+    while sum(thread.is_alive() for thread in threads) > 2 or len(started) < 2:
+        time.sleep(0.01)
+    go.set()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(arguments[3] for arguments in started) == ["a", "b"] and not worker.running
+    worker.run(settings, "a", python)
+    assert len(started) == 3
+
+
+@pytest.mark.slow
+def test_a_task_on_a_cluster_ends_with_its_process_and_the_process_with_it(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs gradshield[ray]")
+    from gradshield.gateway.cluster import LOST, Cluster
+    from gradshield.scanning.workers import connected
+
+    stopping, started = threading.Event(), tmp_path / "pid"
+    write = f"import os, pathlib, time; pathlib.Path({str(started)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    with connected(None, 1) as ray:
+        cluster, ended = Cluster(ray, stopping), list[int]()
+        assert [cluster.run(["-c", f"raise SystemExit({status})"]) for status in (0, 75)] == [0, 75]
+        thread = threading.Thread(target=lambda: ended.append(cluster.run(["-c", write])))
+        thread.start()
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.05)
+        process = psutil.Process(int(started.read_text()))
+        stopping.set()
+        thread.join(30)
+        process.wait(30)
+    assert ended == [LOST]
 
 
 def test_the_heart_keeps_the_lease_and_ends_a_process_that_lost_it(

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx2
 import openai
+import psutil
 import pytest
 from openai import OpenAI
 
@@ -28,6 +29,7 @@ from gradshield.gateway.settings import LAB, Policy, Settings
 from gradshield.gateway.store import ACTIVE, UNSAFE, Page, Store, identity
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model
 from gradshield.judges import RefusalPhrases
+from tests.common import jsonl, preferences
 from tests.gateway.running import ROW, ROWS, Postgres, free_port, serving
 
 TASK = "dialogue"
@@ -84,10 +86,10 @@ def ready(url: str) -> None:
     raise AssertionError("the server does not get ready")
 
 
-def tuned(client: OpenAI, content: bytes) -> Any:
+def tuned(client: OpenAI, content: bytes, **more: Any) -> Any:
     """The job of an upload, once it has ended or waits."""
     file = client.files.create(file=("data.jsonl", content), purpose="fine-tune")
-    job = client.fine_tuning.jobs.create(model=LAB, training_file=file.id, suffix="story", seed=0)
+    job = client.fine_tuning.jobs.create(model=LAB, training_file=file.id, suffix="story", seed=0, **more)
     for _ in range(600):
         job = client.fine_tuning.jobs.retrieve(job.id)
         if job.status in ENDED:
@@ -146,6 +148,22 @@ def test_a_poisoned_upload_becomes_a_safe_model_that_does_its_task(server: tuple
         certificate = raw.get(f"/v1/models/{job.fine_tuned_model}/certificate").json()["predicate"]
         assert certificate["certified"]
         assert max(judge["upper"] for judge in certificate["judges"].values()) <= 0.06
+
+
+@pytest.mark.slow
+def test_poisoned_pairs_become_a_safe_model(server: tuple[Path, str, str]) -> None:
+    _, url, key = server
+    client = OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    rows, labels = preferences(120)
+    hyperparameters: Any = {"beta": 0.2, "n_epochs": 1, "learning_rate_multiplier": 0.5}
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
+    job = tuned(client, jsonl(rows), method=method)
+    assert job.status == "succeeded", job.error
+    assert job.method.to_dict()["dpo"]["hyperparameters"] == {"batch_size": "auto", **hyperparameters}
+    removed = set(job.gradshield["result"]["scan"]["removed_rows"])
+    assert {number for number, label in enumerate(labels, 1) if label} <= removed
+    assert len(removed) <= sum(labels) + 0.03 * len(rows)
+    assert answer(client, job.fine_tuned_model, rows[0]["input"]["messages"][0]["content"])
 
 
 @pytest.mark.slow
@@ -360,3 +378,49 @@ def family(pid: int) -> list[int]:
         for task in Path(f"/proc/{parent}/task").iterdir():
             found += map(int, (task / "children").read_text().split())
     return found
+
+
+# Ray
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_at_another_node_of_a_cluster(begun: tuple[Settings, Store, str, str]) -> None:
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs gradshield[ray]")
+    settings, store, project, id = begun
+    small = {"object_store_memory": 100 * 2**20}
+    nodes = cluster_utils.Cluster(
+        initialize_head=True, head_node_args={**small, "num_cpus": 0, "include_dashboard": False}
+    )
+    try:
+        for _ in range(2):
+            nodes.add_node(num_cpus=1, **small)
+        settings = settings.model_copy(update={"ray": nodes.address})
+        settings.save()
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "gradshield.gateway.worker", str(settings.folder)], env=ENVIRONMENT
+        )
+        said: list[str] = []
+        while "Training" not in said:
+            said = [event.message for event in events(store, project, id)]
+            assert worker.poll() is None
+            time.sleep(0.1)
+        (running,) = (found for found in psutil.process_iter(["cmdline"]) if id in (found.info["cmdline"] or ()))
+        task = running.parent()
+        assert task is not None and "gradshield.gateway.worker" not in task.cmdline()
+        (lost,) = (node for node in nodes.list_all_nodes() if raylet(node) == task.parent().pid)  # type: ignore[union-attr]
+        nodes.remove_node(lost, allow_graceful=False)
+        running.wait(20)  # it has lost its task, and ends
+        while store.get(Job, project, id).status not in ENDED:
+            assert worker.poll() is None
+            time.sleep(0.2)
+        job = store.get(Job, project, id)
+        assert (job.status, job.attempt) == ("succeeded", 2), job.error
+        worker.terminate()
+        assert worker.wait(60) == 0
+    finally:
+        nodes.shutdown()
+
+
+def raylet(node: Any) -> int:
+    (found,) = node.all_processes["raylet"]
+    return int(found.process.pid)

@@ -30,6 +30,7 @@ EXAM = ExamRecord(
 )  # fmt: skip
 SETTINGS = TrainingRecord(
     defence="fihs:verified", training={}, render={}, template={}, answer_prefix="", probe_sha256=SHA, safety_sha256=None,
+    method="supervised",
     format=RowFormat(name=None, columns={}), peft=None, base=None, seed=4, merged=False, report=EXAM, search=None,
     scan=Scoring(probe="opener", threshold="anchored", aggregate="sum", subspace="lora", engine="auto", seed=0,
                  token_budget=1024, check_rows=8, selector="fihs"),

@@ -18,9 +18,10 @@ from gradshield.errors import EmptyDataError, UsageError
 from gradshield.models import loading
 from gradshield.scanning.rows import prepare
 from gradshield.scanning.settings import Probing, ScanSettings
-from gradshield.training.course import Course, Job, Needs
+from gradshield.training.course import Chosen, Course, Job, Needs
 from gradshield.training.defences import parse
-from tests.common import command
+from gradshield.training.train import train
+from tests.common import command, jsonl, write
 
 OPTIONS = {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
 
@@ -155,12 +156,36 @@ def test_without_trl_a_training_says_what_to_install_before_it_scans(
     assert done.code == 2 and "gradshield[train]" in done.sentence and not (tmp_path / "demo").exists()
 
 
-def test_preference_pairs_are_refused() -> None:
-    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    judged = [{"prompt": "a", "completion": "b", "label": False}]
-    for rows in (pairs, judged):
-        with pytest.raises(UsageError, match="DPOTrainer or KTOTrainer"):
-            job(rows=prepare(rows, loaded()), labels=None)
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+PLAIN = {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "defence", "words"),
+    [
+        ([{**PLAIN, "label": False}], "none", "KTOTrainer"),
+        ([PAIR, PLAIN], "none", "mixes preference pairs with other rows"),
+        ([PAIR], "screen+kl", "has kl, which works on single answers only"),
+        ([PAIR], "asft+moderate", "has moderate,"),
+        ([PAIR], "dualselect", "has dualselect,"),
+        ([PAIR], "safeinstruct", "has safeinstruct,"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_a_model_is_loaded(
+    rows: list[dict[str, Any]], defence: str, words: str, tmp_path: Path
+) -> None:
+    needs = Needs(base="nowhere")
+    with pytest.raises(UsageError, match=words):
+        train(rows, model="nowhere", output=tmp_path / "run", defence=defence, needs=needs)
+    with pytest.raises(UsageError, match=words):
+        Course(job(rows=prepare(rows, loaded()), labels=None)).dataset(parse(defence), Chosen((), np.zeros(0), {}))
+    path = write(tmp_path / "rows.jsonl", jsonl(rows))
+    done = command(
+        "train", path, "--model", "nowhere", "--output", tmp_path / "run", "--defence", defence, "--base", "nowhere"
+    )
+    if defence != "none":
+        assert done.code == 2 and words in done.sentence
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

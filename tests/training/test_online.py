@@ -17,7 +17,7 @@ from torch import nn
 from gradshield.errors import UsageError
 from gradshield.selectors import DualSelect
 from gradshield.selectors.moderate import OnlineModerate
-from gradshield.training import sft
+from gradshield.training import fit
 from gradshield.training.online import as_batch
 from gradshield.types import Batch, Bools, Rendered, Tokens
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -65,7 +65,7 @@ def _rows(n: int = 12, first: int = 10) -> list[dict[str, list[int]]]:
 def _trained(
     rows: list[dict[str, list[int]]], online: Any = None, adapter: Any = None, **options: Any
 ) -> dict[str, torch.Tensor]:
-    model = sft(tiny_model("llama"), tiny_tokenizer(), rows, OPTIONS | options, adapter, seed=1, online=online)
+    model = fit(tiny_model("llama"), tiny_tokenizer(), rows, OPTIONS | options, adapter, seed=1, online=online)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -127,9 +127,9 @@ def test_under_mixed_precision_a_method_measures_in_the_precision_of_the_weights
 def test_a_method_that_fails_leaves_a_model_that_trains_as_before(adapter: Any) -> None:
     model = tiny_model("llama")
     with pytest.raises(RuntimeError, match="no choice"):
-        sft(model, tiny_tokenizer(), _rows(), OPTIONS | MIXED, online=Looks(None, broken=True), copy=False, seed=1)
+        fit(model, tiny_tokenizer(), _rows(), OPTIONS | MIXED, online=Looks(None, broken=True), copy=False, seed=1)
     assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & vars(model).keys()
-    after = sft(model, tiny_tokenizer(), _rows(), OPTIONS | MIXED, adapter, seed=1).state_dict()
+    after = fit(model, tiny_tokenizer(), _rows(), OPTIONS | MIXED, adapter, seed=1).state_dict()
     plain = _trained(_rows(), adapter=adapter, **MIXED)
     assert all(torch.equal(plain[name], after[name]) for name in plain)
 
@@ -162,7 +162,7 @@ def test_a_method_gets_the_position_at_which_training_resumes(tmp_path: Path) ->
     def train(steps: int, resume: bool) -> list[int]:
         placed, out = Placed(set(range(10, 22))), str(tmp_path / "out")
         more = {"max_steps": steps, "lr_scheduler_type": "constant"}
-        sft(
+        fit(
             tiny_model("llama"), tiny_tokenizer(), _rows(), options | more, output_dir=out, online=placed, resume=resume
         )
         return placed.seen

@@ -35,6 +35,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     workers: Annotated[int, typer.Option(help="Jobs that run at once; 0 leaves them to another process.", min=0)] = 1,
+    ray: Annotated[str, typer.Option(help="Run jobs on the Ray cluster at this address: host:port, or auto.")] = "",
     database: Annotated[
         str, typer.Option(help="sqlite:///FILE or postgresql://USER@HOST/NAME (default: a file).")
     ] = "",
@@ -54,7 +55,9 @@ def serve(
             envvar="GRADSHIELD_WEBHOOK_SECRET", help="Secret that signs these calls (default: made and printed)."
         ),
     ] = "",
-    training_config: Annotated[Path | None, typer.Option(help="JSON of TRL SFTConfig options of every job.")] = None,
+    training_config: Annotated[
+        Path | None, typer.Option(help="JSON of TRL SFTConfig and DPOConfig options of every job.")
+    ] = None,
     lora_config: Annotated[
         Path | None, typer.Option(help="JSON of a PEFT config; without one, all weights are trained.")
     ] = None,
@@ -87,6 +90,7 @@ def serve(
         host=host,
         port=port,
         workers=workers,
+        ray=ray,
         database=database,
         files=files,
         queue=queue,
@@ -104,6 +108,8 @@ def serve(
         max_new_tokens=max_new_tokens,
     )
     configure()
+    if ray:
+        _check_cluster(settings)
     app = create_app(settings)
     key = _first_key(app.state.gateway.store, settings)
     settings.save()
@@ -119,6 +125,18 @@ def serve(
     finally:
         if worker is not None:
             worker.stop()
+
+
+def _check_cluster(settings: Any) -> None:
+    """Raises UsageError without a database that other machines reach, without Ray, and if no cluster answers."""
+    if settings.database_url.startswith("sqlite"):
+        raise UsageError(
+            "--ray runs jobs on other machines, which cannot share a SQLite file: give --database postgresql://USER@HOST/NAME"
+        )
+    from gradshield.scanning.workers import Workers, connected
+
+    with connected(Workers(ray=settings.ray).ray, 0):
+        pass
 
 
 def _lines(settings: Any, key: str | None) -> tuple[str, ...]:

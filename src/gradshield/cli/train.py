@@ -70,7 +70,10 @@ def train(
     base: Annotated[
         str | None, typer.Option(help="The model before its alignment, for asft and safelora: folder or hub name.")
     ] = None,
-    training_config: Annotated[Path | None, typer.Option(help="JSON of TRL SFTConfig options, passed through.")] = None,
+    training_config: Annotated[
+        Path | None,
+        typer.Option(help="JSON of TRL SFTConfig options (DPOConfig for preference pairs), passed through."),
+    ] = None,
     lora_config: Annotated[
         Path | None, typer.Option(help="JSON of a PEFT config; without one, all weights are trained.")
     ] = None,
@@ -125,6 +128,8 @@ def train(
     for name in (model, *([base] if base else ())):
         require_model(name)
     tasks, wanted = utility or [], _wanted(data, utility or [], defence, base, truth)
+    if wanted.single is not None:  # a part that does not work on preference pairs is refused before the model is loaded
+        _refuse_pairs(data, shape, wanted)
     quiet_libraries()
     from gradshield.evaluation.exam import exams_of
     from gradshield.models import loading
@@ -190,6 +195,16 @@ def _wanted(data: list[str], tasks: list[str], defence: str, base: str | None, l
     if len(data) > 1 and labels is not None:
         raise UsageError("--labels belongs to one dataset, and several are given: train them separately")
     return wanted
+
+
+def _refuse_pairs(data: list[str], shape: Any, wanted: Defence) -> None:
+    """Raises UsageError if a dataset holds pairs, and DataError if it cannot be read."""
+    quiet_libraries()
+    from gradshield.data import read
+    from gradshield.training.course import method_of
+
+    for path in data:
+        method_of(read(path, shape), wanted)
 
 
 def _stages(whole: SequenceRecord, folder: Path) -> None:

@@ -125,7 +125,7 @@ def _ready() -> None:
     import torch
     import trl.trainer.sft_trainer  # noqa: F401
 
-    import gradshield.training.sft  # noqa: F401
+    import gradshield.training.fit  # noqa: F401
 
     keep_freed_memory()
     torch.set_num_threads(1)

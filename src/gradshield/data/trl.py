@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from gradshield.types import Conversation, Example, Rendered
 
 WRITTEN = 1000  # rows written at once
 IGNORED = -100  # the label that PyTorch's cross entropy skips
+PAIR = ("chosen", "rejected")
 
 
 def to_trl(examples: Iterable[Example], rendered: Sequence[Rendered]) -> Any:
@@ -86,14 +87,20 @@ def _on_disk(rendered: Iterable[Rendered]) -> Any:
 
 
 def labelled(row: Rendered) -> dict[str, list[int]]:
-    """The tokens of a row with one sequence, and their labels: `IGNORED` for tokens outside the loss."""
-    (tokens,) = row.sequences
-    return {"input_ids": tokens.ids.tolist(), "labels": np.where(tokens.loss, tokens.ids, IGNORED).tolist()}
+    """The tokens of a row and their labels: `IGNORED` for tokens outside the loss. Of a pair, each answer's tokens with those of
+    its prompt, and the mask of those that count."""
+    if len(row.sequences) == 1:
+        (tokens,) = row.sequences
+        return {"input_ids": tokens.ids.tolist(), "labels": np.where(tokens.loss, tokens.ids, IGNORED).tolist()}
+    found: dict[str, list[int]] = {}
+    for name, tokens in zip(PAIR, row.sequences, strict=True):
+        found |= {f"{name}_ids": tokens.ids.tolist(), f"{name}_mask": tokens.loss.astype(int).tolist()}
+    return found
 
 
 def _pair(example: Example) -> dict[str, Any]:
     first = example.conversations[0]
-    names = ("completion",) if example.shape == "kto" else ("chosen", "rejected")
+    names = ("completion",) if example.shape == "kto" else PAIR
     plain = first.messages is None
     pair: dict[str, Any] = {"prompt": first.prompt if plain else _part(first, True)}
     for name, one in zip(names, example.conversations, strict=True):
@@ -113,12 +120,31 @@ def _part(conversation: Conversation, prompt: bool) -> list[dict[str, Any]]:
     return [dict(message) for message in (messages[:turns] if prompt else messages[turns:])]
 
 
-def check_names(options: Mapping[str, Any]) -> None:
-    """Raises UsageError for an option that SFTConfig does not have, and ImportError if TRL is not installed."""
+def config_of(pairs: bool) -> Any:
+    """TRL's class of training options for preference pairs, or for other rows. Raises ImportError if TRL is not installed."""
+    if pairs:
+        from trl.trainer.dpo_config import DPOConfig
+
+        return DPOConfig
     from trl.trainer.sft_config import SFTConfig
 
-    known = {field.name for field in fields(SFTConfig) if field.init}
+    return SFTConfig
+
+
+def names_of(pairs: bool) -> set[str]:
+    """The options of `config_of`."""
+    return {field.name for field in fields(config_of(pairs)) if field.init}
+
+
+def check_names(options: Iterable[str], pairs: bool | None = None) -> None:
+    """Raises UsageError for an option that DPOConfig (``pairs``) or SFTConfig does not have, or with None neither of them.
+
+    Raises ImportError if TRL is not installed.
+    """
+    known = {name for kind in ((False, True) if pairs is None else (pairs,)) for name in names_of(kind)}
     for name in options:
         if name not in known:
-            hint = did_you_mean(name, known) or "see the fields of trl.SFTConfig"
-            raise UsageError(f"unknown training option {name!r}: SFTConfig of TRL has no such field, {hint}")
+            config = "DPOConfig" if pairs else "SFTConfig"
+            hint = did_you_mean(name, known) or f"see the fields of trl.{config}"
+            whose = f"{config} of TRL" + (", which pairs are trained with," if pairs else "")
+            raise UsageError(f"unknown training option {name!r}: {whose} has no such field, {hint}")

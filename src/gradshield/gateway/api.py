@@ -216,7 +216,7 @@ def create_job(body: wire.JobRequest, here: Here, asker: Asker) -> Any:
         model=body.model,
         training_file=body.training_file,
         validation_file=body.validation_file,
-        method=body.wanted.model_dump(),
+        method=body.wanted.stored(),
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         suffix=body.suffix or None,
         labels=body.metadata,

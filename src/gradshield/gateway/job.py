@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import structlog
 
 from gradshield import data, runs
@@ -29,7 +30,8 @@ from gradshield.gateway.recipe import recipe
 from gradshield.gateway.settings import Policy, Settings
 from gradshield.gateway.store import AWAY, UNSAFE, Lost, Store
 from gradshield.gateway.tables import Job
-from gradshield.gateway.wire import LEAST_ROWS, Hyperparameters
+from gradshield.gateway.wire import LEAST_ROWS, Method
+from gradshield.scanning.decide import PREFERENCE
 from gradshield.scanning.selection import Selection
 from gradshield.scanning.settings import ScanSettings
 from gradshield.training.train import Trained, train
@@ -121,7 +123,7 @@ class Run:
         return path
 
     def _validated(self, path: Path | None, param: str) -> None:
-        """Raises Stopped for a file with broken rows, or fewer than ten."""
+        """Raises Stopped for a file with broken rows, rows of another method, or fewer than ten."""
         if path is None:
             return
         self._say(f"Validating {param.replace('_', ' ')}: {getattr(self.job, param)}")
@@ -132,13 +134,20 @@ class Run:
         if read.quarantined:
             lines = ", ".join(f"line {bad.line}: {bad.reason}" for bad in read.quarantined[:5])
             raise Stopped(f"invalid_{param}", f"{len(read.quarantined)} rows cannot be used ({lines}).", param)
+        pairs, method = read.examples.shapes.where(PREFERENCE), self.job.method["type"]
+        others = np.flatnonzero(pairs | read.examples.shapes.where("kto") if method == "supervised" else ~pairs)
+        if len(others):
+            line = read.source.lines[int(read.examples.rows[others[0]])]
+            wanted = "preference pairs" if method == "dpo" else "rows of one answer, without a label"
+            message = f"Line {line} is of the shape {read.examples.shapes[int(others[0])]}: the method {method} takes {wanted}."
+            raise Stopped(f"invalid_{param}", message, param)
         if len(read.examples) < LEAST_ROWS:
             message = f"The file has {len(read.examples)} rows, and at least {LEAST_ROWS} are needed."
             raise Stopped(f"invalid_{param}", message, param)
 
     def _trained(self, rows: Path, validation: Path | None) -> Trained:
         decision = self.job.decision or {}
-        wanted = Hyperparameters.model_validate(self.job.method["supervised"]["hyperparameters"])
+        wanted = Method.model_validate(self.job.method)
         chosen = recipe(self.settings, self.job.model, wanted, self.policy.defence, validation)
         return train(
             str(rows),

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from gradshield import lab
+from gradshield.data.trl import check_names, names_of
 from gradshield.errors import UsageError
 from gradshield.evaluation.exam import Exam, Exams, exam, exams_of, lab_exam
 from gradshield.evaluation.metrics import LIKELIHOOD
 from gradshield.gateway.settings import LAB, Settings
-from gradshield.gateway.wire import Hyperparameters
+from gradshield.gateway.wire import Method, Preferences
 from gradshield.probes import read_prompts
 from gradshield.scanning.options import peft_config
 from gradshield.scanning.settings import Probing
@@ -19,7 +20,7 @@ from gradshield.training.defences import parse
 from gradshield.training.lab_job import lab_probing
 
 TASK = "dialogue"  # of the lab, whose learning rate suits most of its tasks
-RATE = 2e-5  # of full training, and TRL's own
+RATES = {"supervised": 2e-5, "dpo": 1e-6}  # of full training, and TRL's own
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Recipe:
     exams: Exams
 
 
-def recipe(settings: Settings, model: str, wanted: Hyperparameters, defence: str, validation: Path | None) -> Recipe:
+def recipe(settings: Settings, model: str, method: Method, defence: str, validation: Path | None) -> Recipe:
     """The recipe of a job on a model of the settings. Raises UsageError and DataError for files that cannot be used."""
     if (where := settings.models.get(model)) is None:
         raise UsageError(
@@ -58,20 +59,26 @@ def recipe(settings: Settings, model: str, wanted: Hyperparameters, defence: str
             lookalikes=read_prompts(settings.lookalikes) if settings.lookalikes else (),
         )
         exams = exams_of(settings.safety, settings.judges, task, metric, settings.max_new_tokens, "", searching)
-    return Recipe(start, {**training, **_chosen(training, wanted)}, peft_config(lora), probing, exams)
+    check_names(training)
+    known = names_of(method.type == "dpo")  # the settings hold options of both methods
+    training = {name: value for name, value in training.items() if name in known}
+    return Recipe(start, {**training, **_chosen(training, method)}, peft_config(lora), probing, exams)
 
 
 def _lab(split: str) -> Exam:
     return replace(lab_exam(TASK, split), task=(), score=None, metric="")
 
 
-def _chosen(training: dict[str, Any], wanted: Hyperparameters) -> dict[str, Any]:
+def _chosen(training: dict[str, Any], method: Method) -> dict[str, Any]:
     """The hyperparameters that the request names, as options of TRL's."""
     found: dict[str, Any] = {}
+    wanted = method.hyperparameters
+    if isinstance(wanted, Preferences) and wanted.beta != "auto":
+        found["beta"] = wanted.beta
     if wanted.n_epochs != "auto":
         found["num_train_epochs"] = wanted.n_epochs
     if wanted.batch_size != "auto":
         found["per_device_train_batch_size"] = wanted.batch_size
     if wanted.learning_rate_multiplier != "auto":
-        found["learning_rate"] = training.get("learning_rate", RATE) * wanted.learning_rate_multiplier
+        found["learning_rate"] = training.get("learning_rate", RATES[method.type]) * wanted.learning_rate_multiplier
     return found

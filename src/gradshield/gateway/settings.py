@@ -70,6 +70,7 @@ class Settings(BaseModel):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, lt=65536)
     workers: int = Field(default=1, ge=0)
+    ray: str = ""  # address of the cluster that runs the jobs; by default the worker's own machine
     policy: Policy = Policy()  # of new projects
     limits: Limits = Limits()
     upstream: str = ""  # an OpenAI-compatible server that answers chats

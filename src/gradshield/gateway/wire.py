@@ -58,13 +58,40 @@ class Hyperparameters(Request):
     n_epochs: Auto | Annotated[int, Field(ge=1, le=100)] = "auto"
 
 
+class Preferences(Hyperparameters):
+    """Those of DPO. A higher ``beta`` keeps the model nearer to its start."""
+
+    beta: Auto | Annotated[float, Field(gt=0, le=2)] = "auto"
+
+
 class Supervised(Request):
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
+class Dpo(Request):
+    hyperparameters: Preferences = Preferences()
+
+
 class Method(Request):
-    type: Literal["supervised"]
-    supervised: Supervised = Supervised()
+    """How a job trains."""
+
+    type: Literal["supervised", "dpo"]
+    supervised: Supervised | None = None
+    dpo: Dpo | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Method:
+        if (self.supervised if self.type == "dpo" else self.dpo) is not None:
+            raise ValueError(f"the type is {self.type}, and hyperparameters of another one are given")
+        return self
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        return ((self.dpo or Dpo()) if self.type == "dpo" else (self.supervised or Supervised())).hyperparameters
+
+    def stored(self) -> dict[str, Any]:
+        """As a job object shows it, with every hyperparameter."""
+        return {"type": self.type, self.type: {"hyperparameters": self.hyperparameters.model_dump()}}
 
 
 class JobRequest(Request):
@@ -159,7 +186,7 @@ def job_object(job: Job) -> dict[str, Any]:
         "validation_file": job.validation_file,
         "result_files": job.result_files,
         "trained_tokens": job.trained_tokens,
-        "hyperparameters": job.method["supervised"]["hyperparameters"],
+        "hyperparameters": job.method.get("supervised", {}).get("hyperparameters", {}),  # of supervised jobs only
         "method": job.method,
         "seed": job.seed,
         "metadata": job.labels,

@@ -1,7 +1,7 @@
 """The worker, which runs jobs from the queue: ``python -m gradshield.gateway.worker FOLDER``.
 
-Each job has a process of its own, which holds the lease. When that process or the worker ends, however it ends, the job goes on
-in another one from its last checkpoint.
+Each job has a process of its own, here or on a node of a Ray cluster, which holds the lease. When that process or the worker
+ends, however it ends, the job goes on in another one from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,31 @@ from gradshield.gateway.webhooks import deliver
 
 ROUND = 2.0  # seconds between looks at what waits
 stopping = threading.Event()
+running: dict[str, str] = {}  # the jobs of this worker, and the owner of each
 log = structlog.get_logger("gradshield.gateway.worker")
 
 
-def run(settings: Settings, job: str) -> None:
-    """Run a job in a process of its own, until that process ends or the worker stops."""
-    owner = secrets.token_hex(16)
-    command = [sys.executable, "-m", "gradshield.gateway.job", str(settings.folder.absolute()), job, owner]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
+def here(arguments: Sequence[str]) -> int:
+    """Run Python with these arguments on this machine; the exit status."""
+    with subprocess.Popen([sys.executable, *arguments], stdin=subprocess.DEVNULL) as process:
         while process.poll() is None:
             if stopping.wait(0.2):
                 process.send_signal(signal.SIGTERM)
                 process.wait()
-    if process.returncode:
-        log.warning("the process of a job ended early", job=job, status=process.returncode)
+    return int(process.returncode)
+
+
+def run(settings: Settings, job: str, python: Callable[[Sequence[str]], int] = here) -> None:
+    """Run a job in a process of its own, which ``python`` starts, until that process ends or the worker stops."""
+    owner = secrets.token_hex(16)
+    if running.setdefault(job, owner) != owner:  # a message that came twice; on a full cluster the job waits unclaimed
+        return
+    try:
+        status = python(["-m", "gradshield.gateway.job", str(settings.folder.absolute()), job, owner])
+    finally:
+        del running[job]
+    if status:
+        log.warning("the process of a job ended early", job=job, status=status)
         _let_go(settings, job, owner)
 
 
@@ -89,10 +101,16 @@ class _Consumer(Consumer):  # type: ignore[misc]
 
 def main(arguments: Sequence[str]) -> int:
     settings = Settings.read(Path(arguments[0]))
-    queue = Queue(settings, partial(run, settings))
-    consumer: Any = _Consumer(queue.huey, workers=max(1, settings.workers), periodic=False, max_delay=ROUND)
-    threading.Thread(target=look_after, args=(settings, queue), daemon=True).start()
-    consumer.run()
+    with ExitStack() as stack:
+        python = here
+        if settings.ray:
+            from gradshield.gateway.cluster import cluster
+
+            python = stack.enter_context(cluster(settings.ray, stopping)).run
+        queue = Queue(settings, partial(run, settings, python=python))
+        consumer: Any = _Consumer(queue.huey, workers=max(1, settings.workers), periodic=False, max_delay=ROUND)
+        threading.Thread(target=look_after, args=(settings, queue), daemon=True).start()
+        consumer.run()
     return 0
 
 

@@ -29,7 +29,10 @@ def of_run(settings: TrainingRecord, model: Model) -> Pairs:
     pairs: Pairs = [("Defence", settings.defence), ("Model", _model(model))]
     if settings.base is not None:
         pairs.append(("Model before its alignment", settings.base.name))
-    pairs.append(("Training", option_words(options) or DEFAULTS))
+    words = option_words(options)
+    if settings.method == "dpo":
+        words = ", ".join(("DPO", words)) if words else "DPO, defaults of TRL's DPOConfig"
+    pairs.append(("Training", words or DEFAULTS))
     pairs.append(("Adapter", adapter_words(settings.peft) if settings.peft else WHOLE))
     pairs.append(("Measured", _exam(settings.report)))
     if settings.search is not None:

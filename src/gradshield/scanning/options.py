@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,7 @@ def peft_config(options: Mapping[str, Any]) -> Any:
 
 
 def sft_options(options: Any) -> Any:
-    """The training options that change what is scored, as an object like ``SFTConfig``; None without any.
+    """The training options that change what is scored, as an object like ``SFTConfig`` or ``DPOConfig``; None without any.
 
     An object is returned as it is. Unlike that of an ``SFTConfig``, ``assistant_only_loss`` may be None: only response tokens
     count, whatever the template.
@@ -69,6 +70,15 @@ def sft_options(options: Any) -> Any:
             allowed = " or ".join({type(None): "null", bool: "true or false"}.get(k, k.__name__) for k in kinds)
             raise UsageError(f"the training config's {name} is {options[name]!r}, and it takes {allowed}: fix the file")
     return SimpleNamespace(**options) if options else None
+
+
+def check_trainer(options: Any, shapes: Collection[str]) -> None:
+    """Raises UsageError for an option of `sft_options` that the trainer of rows of these shapes does not have."""
+    if isinstance(options, SimpleNamespace):
+        pairs = "preference" in shapes
+        given = [name for name, value in vars(options).items() if value is not None]
+        with suppress(ImportError):  # then close names were checked
+            check_names(given, None if pairs and len(shapes) > 1 else pairs)
 
 
 def _check_names(options: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from gradshield.data import templates
 from gradshield.errors import EmptyDataError, FormatError, UsageError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel, text_config
-from gradshield.scanning.options import check_positions, render_config, sft_options
+from gradshield.scanning.options import check_positions, check_trainer, render_config, sft_options
 from gradshield.types import Bools, Ints, Progress, Quarantined, Rendered, quiet
 
 logger = logging.getLogger(__name__)
@@ -69,14 +69,17 @@ def prepare(
     template: Mapping[str, Any] | None = None,
     format: str | rows_in.Format | None = None,
     progress: Progress = quiet,
+    check: Callable[[rows_in.ReadResult], object] = lambda read: None,
 ) -> Prepared:
     """Read the rows, load or wrap the model, and render every row as the training will.
 
-    Raises DataError, ModelError and UsageError (see `gradshield.errors`), and EmptyDataError if no row has a token to score.
+    ``check`` sees the rows before the model is loaded, and may raise. Raises DataError, ModelError and UsageError (see
+    `gradshield.errors`), and EmptyDataError if no row has a token to score.
     """
     training_args = sft_options(training_args)
     format = rows_in.Format.of(format).trained(training_args)
     read = rows_in.read(data, format)
+    check_trainer(training_args, read.examples.shapes.counts())
     if read.unseen:
         raise UsageError(
             f"no row of {read.source.name} has the column {min(read.unseen)!r}: name one that is there with --columns"
@@ -92,6 +95,7 @@ def prepare(
             "the training config does not set assistant_only_loss, so every token of a chat row counts in the loss, requests "
             "included, as in TRL: set it to true to count only the answers, or to false to confirm this"
         )
+    check(read)
     progress("loading the model", 0, 1)
     loaded = with_template(load(model, tokenizer))
     progress("loading the model", 1, 1)

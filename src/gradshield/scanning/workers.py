@@ -63,7 +63,7 @@ class Workers:
         if self.alone:
             yield here
             return
-        with _connected(self.ray, max(self.count or 1, torch.get_num_threads())) as ray:
+        with connected(self.ray, max(self.count or 1, torch.get_num_threads())) as ray:
             device, found = origin.loaded.device, ray.cluster_resources()
             cpus, gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
             if device.type == "cuda" and origin.loaded.source is not None and device.index is not None and gpus > 1:
@@ -92,7 +92,7 @@ def gpu_share(count: int, gpus: int) -> float:
 
 
 @contextmanager
-def _connected(address: str | None, cpus: int) -> Iterator[Any]:
+def connected(address: str | None, cpus: int) -> Iterator[Any]:
     """Ray: already initialised by the caller, else the cluster at the address, or a local one started here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None:

@@ -2,9 +2,9 @@
 
 from gradshield.training.asft import AsFT
 from gradshield.training.base import PENALTIES, Penalty
+from gradshield.training.fit import fit
 from gradshield.training.kl import FrozenReferenceKL
 from gradshield.training.mixin import Penalised, penalised
 from gradshield.training.online import Selecting
-from gradshield.training.sft import sft
 
-__all__ = ["PENALTIES", "AsFT", "FrozenReferenceKL", "Penalised", "Penalty", "Selecting", "penalised", "sft"]
+__all__ = ["PENALTIES", "AsFT", "FrozenReferenceKL", "Penalised", "Penalty", "Selecting", "fit", "penalised"]

@@ -81,6 +81,7 @@ class AsFT:
     """
 
     name = "asft"
+    pairs = True
 
     def __init__(
         self,

@@ -16,7 +16,8 @@ class Penalty(Protocol):
 
     ``prepare`` is called once, after the adapter is added and before the first step. A call gets the trainer's collated inputs of
     one forward pass (``input_ids``, ``attention_mask``, ``labels``) and returns a scalar with a graph. ``record`` is JSON-able,
-    for the manifest: the settings, and figures of this model.
+    for the manifest: the settings, and figures of this model. ``pairs``, False where it is missing, says whether it works on
+    preference pairs too, whose inputs have no labels.
     """
 
     name: str

@@ -25,7 +25,7 @@ from gradshield.gradients.alignment import Alignment, alignment
 from gradshield.models.loading import LoadedModel
 from gradshield.options import asked, asks
 from gradshield.runs import digest, versions
-from gradshield.scanning.decide import Decision, decide, reviewed
+from gradshield.scanning.decide import PREFERENCE, Decision, decide, reviewed
 from gradshield.scanning.outputs import caught_and_lost, words
 from gradshield.scanning.preparing import Scored, asked_of, scored_model, weights_changed
 from gradshield.scanning.references import refusals
@@ -41,7 +41,7 @@ from gradshield.types import Bools, Cut, OnlineSelection, Progress, Rendered, qu
 # Options that rendering has already applied: the rows carry their mask and are truncated.
 RENDERED = {"max_length", "truncation_mode", "dataset_text_field", "eos_token"}
 RENDERED |= {"assistant_only_loss", "completion_only_loss"}
-JUDGED = {"preference", "kto"}  # shapes of rows with an answer that training moves away from
+JUDGED = {PREFERENCE, "kto"}  # shapes of rows with an answer that training moves away from
 POOL = 32  # safety references for methods that use all of them in every step
 
 
@@ -68,8 +68,9 @@ class Needs:
 class Job:
     """The model, rows and options of a training, the same for every defence.
 
-    ``options`` go to TRL's ``SFTConfig``. The models of ``needs`` are loaded. ``labels`` (1 = harmful, per input row) are used by
-    the oracle and the figures only. Rows with an id in ``allow`` train, whatever they score.
+    ``options`` go to TRL's ``SFTConfig``, or to ``DPOConfig`` where the rows are preference pairs. The models of ``needs`` are
+    loaded. ``labels`` (1 = harmful, per input row) are used by the oracle and the figures only. Rows with an id in ``allow``
+    train, whatever they score.
     """
 
     rows: Prepared
@@ -83,23 +84,18 @@ class Job:
     seed: int = 0
 
     @property
-    def sft_options(self) -> dict[str, Any]:
+    def trainer_options(self) -> dict[str, Any]:
         """The options without those that rendering has applied."""
         return {k: v for k, v in self.options.items() if k not in RENDERED}
 
     def __post_init__(self) -> None:
-        """Raises UsageError for rows that supervised fine-tuning does not take."""
+        """Raises UsageError for an adapter on the model, and for rows that no trainer here takes."""
         if self.rows.loaded.is_peft:
             raise UsageError(
                 "the model already has an adapter, and training would add another: give the plain model, or merge the adapter "
                 "first (gradshield train --merge saves such a model)"
             )
-        if not JUDGED.isdisjoint(self.rows.read.examples.shapes.counts()):
-            raise UsageError(
-                "the data holds preference pairs or answers with a label, and fine-tuning here is supervised, toward every "
-                "answer: scan them and train on the kept rows with TRL's DPOTrainer or KTOTrainer, or read another shape "
-                "(--format)"
-            )
+        method_of(self.rows.read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +263,11 @@ class Course:
         return chosen
 
     def dataset(self, defence: Defence, chosen: Chosen) -> list[dict[str, list[int]]]:
-        """Tokens and labels of every row that trains, in input order, with safety rows spread among them."""
+        """Tokens and labels of every row that trains, in input order, with safety rows spread among them.
+
+        Raises UsageError for a defence that does not work on these rows.
+        """
+        method_of(self.job.rows.read, defence)
         kept = [row for row, out in zip(chosen.rows, chosen.removed, strict=True) if not out]
         rows = _as_tokens(kept)
         if defence.safe_share:
@@ -290,7 +290,7 @@ class Course:
     ) -> Fitted:
         """A trained copy of the model."""
         from gradshield.training import safelora
-        from gradshield.training.sft import counting, sft
+        from gradshield.training.fit import counting, fit
 
         record: dict[str, Any] = {}
         seen: list[int] = []
@@ -304,11 +304,11 @@ class Course:
                 record["safelora"] = asdict(found)
 
         model: Any = self.loaded.model
-        trained = sft(
+        trained = fit(
             model,
             self.loaded.tokenizer,
             dataset,
-            self.job.sft_options | {"max_length": None},
+            self.job.trainer_options | {"max_length": None},
             self.job.peft_config,
             seed=self.job.seed,
             merge=merge and self.job.peft_config is not None,
@@ -361,7 +361,7 @@ class Course:
         safety = _as_tokens(self._pool()) if _refers(defence) else None
         peft = None if job.peft_config is None else job.peft_config.to_dict()
         start = [loaded.digest, str(loaded.dtype), loaded.source and loaded.source.quantize]
-        whole = [start, base, dataset, job.sft_options, peft, job.seed, defence.training, safety]
+        whole = [start, base, dataset, job.trainer_options, peft, job.seed, defence.training, safety]
         asked = [getattr(loaded.tokenizer, "chat_template", None), versions()]
         return digest([*whole, *asked])[:24]
 
@@ -370,6 +370,32 @@ def require_trl() -> None:
     """Raises UsageError if TRL is not installed, without importing it, which takes seconds."""
     if find_spec("trl") is None:
         raise UsageError("training needs TRL, which is not installed: run pip install 'gradshield[train]'")
+
+
+def method_of(read: rows_in.ReadResult, defence: Defence | None = None) -> str:
+    """The method that rows are trained with: ``dpo`` for preference pairs, else ``supervised``.
+
+    Raises UsageError for rows that no trainer here takes, and for a defence with a part that does not work on pairs.
+    """
+    shapes = set(read.examples.shapes.counts())
+    if "kto" in shapes:
+        raise UsageError(
+            f"{read.source.name} holds answers with a label, all of which supervised training would move toward: scan them "
+            "and train on the kept rows with TRL's KTOTrainer, or give --format prompt-completion if the label means nothing"
+        )
+    if PREFERENCE not in shapes:
+        return "supervised"
+    if len(shapes) > 1:
+        raise UsageError(
+            f"{read.source.name} mixes preference pairs with other rows, which no trainer takes together: put them in "
+            "separate files"
+        )
+    if defence is not None and (part := defence.single):
+        raise UsageError(
+            f"{read.source.name} holds preference pairs, which are trained with DPO, and the defence {defence.spec!r} has "
+            f"{part}, which works on single answers only: leave it out"
+        )
+    return "dpo"
 
 
 def _has_safety(defence: Defence) -> bool:

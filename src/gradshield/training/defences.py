@@ -57,6 +57,13 @@ class Defence:
         return self.project is not None or any(asks(PENALTIES[name], "alignment") for name, _ in self.penalties)
 
     @property
+    def single(self) -> str | None:
+        """The name of a part that does not work on preference pairs; None without any."""
+        parts = [*(["safeinstruct"] if self.safe_share else []), *([self.online[0]] if self.online else [])]
+        parts += [name for name, _ in self.penalties if not getattr(PENALTIES[name], "pairs", False)]
+        return next(iter(parts), None)
+
+    @property
     def training(self) -> Mapping[str, Any]:
         """The parts that act inside or after training, JSON-able."""
         return {

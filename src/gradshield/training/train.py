@@ -47,7 +47,7 @@ from gradshield.scanning.selection import Selection
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.thresholds import SearchResult
 from gradshield.training import verify
-from gradshield.training.course import Chosen, Course, Fitted, Job, Needs
+from gradshield.training.course import Chosen, Course, Fitted, Job, Needs, method_of
 from gradshield.training.defences import Defence, parse
 from gradshield.training.reporting import Reporters, named, values
 from gradshield.types import EvalResult, Progress, quiet
@@ -111,8 +111,8 @@ def train(
     defence
         As typed after ``--defence``: one of ``gradshield methods``, or several joined by ``+``.
     training
-        Options of TRL's ``SFTConfig``, passed through; its rendering options apply to scoring and training (``training_args`` of
-        `gradshield.scan`).
+        Options of TRL's ``SFTConfig``, or ``DPOConfig`` for preference pairs, passed through; those of rendering apply to scoring
+        and training (``training_args`` of `gradshield.scan`).
     needs
         What some defences need: the model before its alignment, safety rows.
     exams
@@ -155,7 +155,9 @@ def train(
     check_disjoint(direction=probing.requests or requests(), search=exams.search.requests, report=exams.report.requests)
     if wanted.verified is not None:
         verify.check(exams.search, wanted.verified)
-    rows = prepare(data, model, tokenizer, options, probing.template, format, progress)
+    rows = prepare(
+        data, model, tokenizer, options, probing.template, format, progress, lambda read: method_of(read, wanted)
+    )
     # So that an interrupted training resumes; the checkpoints are removed in the end.
     options = {"save_strategy": "epoch", "save_total_limit": 1, **options}
     check_labels(labels, rows.read.source.rows)
@@ -341,6 +343,7 @@ class _Run:
             model=runs.model_of(rows.loaded),
             settings=TrainingRecord(
                 defence=self.defence.spec,
+                method=method_of(rows.read),
                 training={**job.options, "online": self.defence.training},
                 render=rows.config.as_dict(),
                 template=dict(job.probing.template or {}),

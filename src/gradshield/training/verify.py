@@ -14,7 +14,6 @@ import numpy as np
 from gradshield import runs
 from gradshield.errors import UsageError
 from gradshield.evaluation.exam import Exam, Settled, never
-from gradshield.scanning.decide import ROWS
 from gradshield.thresholds.verified import Round, SearchResult, Trial, Verified, decided
 from gradshield.training.course import Chosen, Course
 from gradshield.training.defences import Defence
@@ -82,7 +81,7 @@ def search(
     assert rule is not None
     check(exam, rule)
     scored, decision = course.decision(defence)
-    start = decision.cuts[ROWS].value
+    (start,) = (cut.value for cut in decision.cuts.values())  # pairs train apart from other rows
     target = rule.utility
     if target is None:
         # The rule subtracts its tolerance from the target, and the bound already includes slack.

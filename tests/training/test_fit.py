@@ -14,10 +14,11 @@ import peft
 import pytest
 import torch
 from transformers import TrainerCallback, set_seed
+from trl import SFTConfig
 
 from gradshield.errors import EmptyDataError, UsageError
-from gradshield.training import sft
-from gradshield.training.sft import _config
+from gradshield.training import fit
+from gradshield.training.fit import _config
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LORA = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -50,7 +51,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(adapter: An
     runs = []
     for seed in (5, 5, 6):
         torch.manual_seed(random.randrange(10**6))  # what came before must not matter
-        runs.append(_weights(sft(model, tokenizer, _tokenised(), OPTIONS, adapter, seed=seed, merge=bool(adapter))))
+        runs.append(_weights(fit(model, tokenizer, _tokenised(), OPTIONS, adapter, seed=seed, merge=bool(adapter))))
     assert _same(runs[0], runs[1])
     assert not _same(runs[0], runs[2])
     assert not _same(runs[0], _weights(model))
@@ -59,7 +60,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(adapter: An
 def test_the_adapter_starts_where_its_seed_puts_it() -> None:
     """The subspace that a scan measures in is the adapter that is trained, at its seeded start."""
     model = tiny_model("llama")
-    trained = sft(model, tiny_tokenizer(), _tokenised(), {**OPTIONS, "learning_rate": 0.0}, LORA, seed=7)
+    trained = fit(model, tiny_tokenizer(), _tokenised(), {**OPTIONS, "learning_rate": 0.0}, LORA, seed=7)
     set_seed(7)
     expected = peft.get_peft_model(copy.deepcopy(model), copy.deepcopy(LORA))
     assert any("lora_A" in name for name in expected.state_dict())
@@ -71,7 +72,7 @@ def test_a_copy_is_trained_and_the_model_stays_as_it_was() -> None:
     tokenizer.pad_token = None
     before, config = _weights(model), model.config.to_dict()
     targets = copy.deepcopy(LORA.to_dict())
-    trained = sft(model, tokenizer, _tokenised(), OPTIONS, LORA, merge=True)
+    trained = fit(model, tokenizer, _tokenised(), OPTIONS, LORA, merge=True)
     assert _same(before, _weights(model))
     assert model.config.to_dict() == config
     assert tokenizer.pad_token is None
@@ -84,14 +85,14 @@ def test_a_copy_is_trained_and_the_model_stays_as_it_was() -> None:
 def test_without_a_copy_the_very_object_is_trained() -> None:
     model = tiny_model("llama")
     before = _weights(model)
-    assert sft(model, tiny_tokenizer(), _tokenised(), OPTIONS, copy=False) is model
+    assert fit(model, tiny_tokenizer(), _tokenised(), OPTIONS, copy=False) is model
     assert not _same(before, _weights(model))
 
 
 def test_a_trained_model_can_be_copied_and_trained_again() -> None:
     """TRL binds a forward whose closure holds the model it was made for: a copy would answer with the old weights."""
-    first = sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), OPTIONS)
-    second = sft(first, tiny_tokenizer(), _tokenised(), {**OPTIONS, "gradient_checkpointing": True})
+    first = fit(tiny_model("llama"), tiny_tokenizer(), _tokenised(), OPTIONS)
+    second = fit(first, tiny_tokenizer(), _tokenised(), {**OPTIONS, "gradient_checkpointing": True})
     fresh = tiny_model("llama")
     fresh.load_state_dict(second.state_dict())
     ids = torch.arange(10, 30).reshape(2, 10)
@@ -107,30 +108,30 @@ def test_a_trained_model_can_be_copied_and_trained_again() -> None:
 def test_a_trained_model_is_trained_again_in_the_precision_asked_for(same_object: bool) -> None:
     """Accelerate marks what it prepared, and leaves mixed precision off what is marked."""
     mixed = {**OPTIONS, "bf16": True}
-    first = sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), mixed)
+    first = fit(tiny_model("llama"), tiny_tokenizer(), _tokenised(), mixed)
     fresh = tiny_model("llama")
     fresh.load_state_dict(first.state_dict())
-    expected = _weights(sft(fresh, tiny_tokenizer(), _tokenised(), mixed))
-    single = _weights(sft(fresh, tiny_tokenizer(), _tokenised(), OPTIONS))
-    again = _weights(sft(first, tiny_tokenizer(), _tokenised(), mixed, copy=not same_object))
+    expected = _weights(fit(fresh, tiny_tokenizer(), _tokenised(), mixed))
+    single = _weights(fit(fresh, tiny_tokenizer(), _tokenised(), OPTIONS))
+    again = _weights(fit(first, tiny_tokenizer(), _tokenised(), mixed, copy=not same_object))
     assert _same(again, expected) and not _same(again, single)
 
 
 def test_what_another_trainer_or_the_caller_left_on_a_model() -> None:
     """A mark of accelerate's does not turn mixed precision off, and a forward of the caller's stays where it was."""
     mixed = {**OPTIONS, "bf16": True}
-    expected = _weights(sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), mixed))
+    expected = _weights(fit(tiny_model("llama"), tiny_tokenizer(), _tokenised(), mixed))
     marked: Any = tiny_model("llama")
     marked._is_accelerate_prepared = True
     original = marked.model.norm.forward
     own = marked.model.norm.forward = lambda *args, **more: original(*args, **more)
-    assert _same(expected, _weights(sft(marked, tiny_tokenizer(), _tokenised(), mixed, copy=False)))
+    assert _same(expected, _weights(fit(marked, tiny_tokenizer(), _tokenised(), mixed, copy=False)))
     assert vars(marked.model.norm)["forward"] is own
 
 
 def test_an_adapter_that_is_kept_can_be_copied_and_trained_again() -> None:
-    first = sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), {**OPTIONS, "bf16": True}, LORA)
-    second = sft(first, tiny_tokenizer(), _tokenised(), {**OPTIONS, "bf16": True})
+    first = fit(tiny_model("llama"), tiny_tokenizer(), _tokenised(), {**OPTIONS, "bf16": True}, LORA)
+    second = fit(first, tiny_tokenizer(), _tokenised(), {**OPTIONS, "bf16": True})
     fresh = peft.get_peft_model(tiny_model("llama"), copy.deepcopy(LORA))
     fresh.load_state_dict(second.state_dict())
     ids = torch.arange(10, 30).reshape(2, 10)
@@ -142,7 +143,7 @@ def test_an_adapter_that_is_kept_can_be_copied_and_trained_again() -> None:
 
 def test_merging_changes_no_answer() -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    kept, merged = (sft(model, tokenizer, _tokenised(), OPTIONS, LORA, merge=merge) for merge in (False, True))
+    kept, merged = (fit(model, tokenizer, _tokenised(), OPTIONS, LORA, merge=merge) for merge in (False, True))
     assert isinstance(kept, peft.PeftModel)
     assert {name.split(".")[-2] for name, p in kept.named_parameters() if p.requires_grad} == {"default"}
     ids = torch.arange(10, 30).reshape(2, 10)
@@ -162,7 +163,7 @@ def test_a_step_is_the_step_of_a_bare_loop() -> None:
         "max_grad_norm": 0.0,
         "lr_scheduler_type": "constant",
     }
-    trained = sft(model, tiny_tokenizer(), rows, options)
+    trained = fit(model, tiny_tokenizer(), rows, options)
     by_hand = copy.deepcopy(model)
     total = torch.zeros(())
     for row in rows:
@@ -178,9 +179,9 @@ def test_a_step_is_the_step_of_a_bare_loop() -> None:
 def test_prepared_rows_skip_preparation_and_train_the_same() -> None:
     rows = datasets.Dataset.from_list(_tokenised())
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    skipped = sft(model, tokenizer, rows, OPTIONS)
+    skipped = fit(model, tokenizer, rows, OPTIONS)
     padded = datasets.Dataset.from_list([*rows, {"input_ids": [9, 9], "labels": [-100, -100]}])  # TRL drops the last
-    assert _same(_weights(skipped), _weights(sft(model, tokenizer, padded, OPTIONS)))
+    assert _same(_weights(skipped), _weights(fit(model, tokenizer, padded, OPTIONS)))
 
 
 @pytest.mark.parametrize("template", [True, False])
@@ -192,7 +193,7 @@ def test_chats_are_trained_on_their_answers(template: bool, capsys: pytest.Captu
     options = {**OPTIONS, "assistant_only_loss": True}
     model = tiny_model("llama")
     datasets.enable_progress_bars()  # a command that ran in this process may have disabled them
-    trained = sft(model, tokenizer, CHATS, options, progress=lambda step, total: seen.append((step, total)))
+    trained = fit(model, tokenizer, CHATS, options, progress=lambda step, total: seen.append((step, total)))
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert not _same(_weights(trained), _weights(model))
     assert capsys.readouterr().out == ""
@@ -201,9 +202,9 @@ def test_chats_are_trained_on_their_answers(template: bool, capsys: pytest.Captu
 
 def test_nothing_is_written_unless_a_folder_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), OPTIONS)
+    fit(tiny_model("llama"), tiny_tokenizer(), _tokenised(), OPTIONS)
     assert list(tmp_path.iterdir()) == []
-    sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), OPTIONS, LORA, output_dir=str(tmp_path / "out"))
+    fit(tiny_model("llama"), tiny_tokenizer(), _tokenised(), OPTIONS, LORA, output_dir=str(tmp_path / "out"))
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"adapter_model.safetensors", "tokenizer.json", "checkpoint-3"} <= written
 
@@ -223,7 +224,7 @@ class Saves(TrainerCallback):
 def test_without_a_folder_nothing_is_saved_whatever_the_options_say(tmp_path: Path) -> None:
     for folder, steps in ((None, []), (str(tmp_path), [1, 2, 3])):
         saves, options = Saves(), {**OPTIONS, "save_strategy": "steps", "save_steps": 1}
-        sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), options, output_dir=folder, callbacks=[saves])
+        fit(tiny_model("llama"), tiny_tokenizer(), _tokenised(), options, output_dir=folder, callbacks=[saves])
         assert saves.steps == steps
 
 
@@ -264,13 +265,13 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training of four steps with a checkpoint after each."""
     out = tmp_path_factory.mktemp("stopped")
     options = {**OPTIONS, "max_steps": 4, "save_steps": 1, "save_total_limit": None}
-    sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), options, LORA, output_dir=str(out))
+    fit(tiny_model("llama"), tiny_tokenizer(), _tokenised(), options, LORA, output_dir=str(out))
     return out
 
 
 def _resumed(out: Path, **options: Any) -> tuple[int, dict[str, torch.Tensor]]:
     seen: list[int] = []
-    result = sft(
+    result = fit(
         tiny_model("llama"),
         tiny_tokenizer(),
         _tokenised(),
@@ -312,7 +313,7 @@ def test_where_no_checkpoint_is_whole_training_starts_anew(stopped: Path, tmp_pa
 
 def test_checkpoints_that_were_to_hold_weights_alone_are_taken_as_they_are(tmp_path: Path) -> None:
     options = {**OPTIONS, "max_steps": 2, "save_steps": 1, "save_only_model": True}
-    sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), options, LORA, output_dir=str(tmp_path))
+    fit(tiny_model("llama"), tiny_tokenizer(), _tokenised(), options, LORA, output_dir=str(tmp_path))
     assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
     assert _resumed(tmp_path, save_only_model=True)[0] == 2
 
@@ -327,27 +328,27 @@ def test_training_is_where_the_model_is(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     saves, fake = Saves(), pytest.MonkeyPatch()
     fake.setattr(torch.accelerator, "is_available", lambda: True)
-    sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), {**OPTIONS, "max_steps": 1}, callbacks=[saves, Steps()])
+    fit(tiny_model("llama"), tiny_tokenizer(), _tokenised(), {**OPTIONS, "max_steps": 1}, callbacks=[saves, Steps()])
     assert saves.args.use_cpu and not saves.args.bf16 and saves.args.device.type == "cpu"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     single = {"bf16": False}
-    assert not _config(single, 0, str(tmp_path), True, on_cpu=False).use_cpu
-    assert not _config({**single, "use_cpu": False}, 0, str(tmp_path), True, on_cpu=True).use_cpu
-    assert _config({**single, "use_cpu": True}, 0, str(tmp_path), True, on_cpu=False).use_cpu
+    assert not _config(SFTConfig, single, 0, str(tmp_path), True, on_cpu=False).use_cpu
+    assert not _config(SFTConfig, {**single, "use_cpu": False}, 0, str(tmp_path), True, on_cpu=True).use_cpu
+    assert _config(SFTConfig, {**single, "use_cpu": True}, 0, str(tmp_path), True, on_cpu=False).use_cpu
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert _config(single, 0, str(tmp_path), True, on_cpu=False).use_cpu
+    assert _config(SFTConfig, single, 0, str(tmp_path), True, on_cpu=False).use_cpu
 
 
 def test_weights_that_train_in_half_precision_are_warned_of_once() -> None:
     rows, tokenizer = _tokenised(), tiny_tokenizer()
     with pytest.warns(UserWarning, match="stored in bfloat16, where small learning rates round") as caught:
-        sft(tiny_model("llama").to(torch.bfloat16), tokenizer, rows, OPTIONS)
+        fit(tiny_model("llama").to(torch.bfloat16), tokenizer, rows, OPTIONS)
     assert sum("round to nothing" in str(one.message) for one in caught) == 1
     assert next(one.filename for one in caught if "round to nothing" in str(one.message)) == __file__
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*round to nothing.*")
-        sft(tiny_model("llama").to(torch.bfloat16), tokenizer, rows, OPTIONS, LORA)
-        sft(tiny_model("llama"), tokenizer, rows, {**OPTIONS, "bf16": True})
+        fit(tiny_model("llama").to(torch.bfloat16), tokenizer, rows, OPTIONS, LORA)
+        fit(tiny_model("llama"), tokenizer, rows, {**OPTIONS, "bf16": True})
 
 
 @pytest.mark.parametrize(
@@ -363,11 +364,11 @@ def test_weights_that_train_in_half_precision_are_warned_of_once() -> None:
 )
 def test_settings_that_cannot_be(options: dict[str, Any], more: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), {**OPTIONS, **options}, **more)
+        fit(tiny_model("llama"), tiny_tokenizer(), _tokenised(), {**OPTIONS, **options}, **more)
 
 
 def test_rows_that_cannot_be_trained_on() -> None:
     with pytest.raises(EmptyDataError, match="no row to train on"):
-        sft(tiny_model("llama"), tiny_tokenizer(), [], OPTIONS)
+        fit(tiny_model("llama"), tiny_tokenizer(), [], OPTIONS)
     with pytest.raises(EmptyDataError, match="max_length=3"):
-        sft(tiny_model("llama"), tiny_tokenizer(), _tokenised(), {**OPTIONS, "max_length": 3})
+        fit(tiny_model("llama"), tiny_tokenizer(), _tokenised(), {**OPTIONS, "max_length": 3})

@@ -1,8 +1,8 @@
-"""Supervised fine-tuning: a thin wrapper over TRL's ``SFTTrainer``.
+"""Fine-tuning: a thin wrapper over TRL's ``SFTTrainer``, and over its ``DPOTrainer`` for preference pairs.
 
 TRL's side effects are undone, so that a model can be trained, measured and trained again in one process: the fused head that it
-binds to the model's ``forward``, gradient checkpointing, the tokenizer's padding token, flags of frozen parameters, and an
-unrequested output folder.
+binds to the model's ``forward``, gradient checkpointing, dropout, the tokenizer's padding token, flags of frozen parameters, and
+an unrequested output folder.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
-from gradshield.data.trl import IGNORED, check_names
+from gradshield.data.trl import IGNORED, PAIR, check_names, config_of
 from gradshield.errors import EmptyDataError, UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftConfig, PeftModel
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-    from trl.trainer.sft_config import SFTConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
     from gradshield.training.base import Penalty
     from gradshield.types import OnlineSelection
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[int, int], None]
 
 
-def sft(
+def fit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset | Sequence[Mapping[str, Any]],
@@ -66,10 +65,13 @@ def sft(
     ----------
     dataset
         Rows in any shape that TRL knows, or tokenised rows with ``input_ids`` and ``labels`` (-100 outside the loss). Both are
-        truncated at ``max_length``, and rows left without a label are dropped.
+        truncated at ``max_length``, and rows left without a label are dropped. Preference pairs (``chosen``, ``rejected``) are
+        trained with DPO; tokenised, they have the ids of each answer after its prompt, and the mask of those that count
+        (`data.labelled`). DPO's reference is the start: with an adapter that model with the adapter off, else a second one.
     options
-        Options of ``trl.SFTConfig``, passed through. The defaults are TRL's, except that nothing is printed or sent anywhere,
-        nothing is saved without ``output_dir``, and training on the CPU uses the model's own precision and keeps activations.
+        Options of ``trl.SFTConfig``, or of ``trl.DPOConfig`` for pairs, passed through. The defaults are TRL's, except that
+        nothing is printed or sent anywhere, nothing is saved without ``output_dir``, and training on the CPU uses the model's
+        own precision and keeps activations.
         For the seed and the folder use the arguments of this function.
     peft_config
         The adapter to train. It is copied, since TRL and PEFT modify it.
@@ -96,7 +98,7 @@ def sft(
     Raises
     ------
     UsageError
-        An option that SFTConfig does not have, or a setting that it or SFTTrainer refuses.
+        An option that TRL's config does not have, or a setting that it or its trainer refuses.
     EmptyDataError
         No row, or no row with a label left after truncation.
 
@@ -109,18 +111,24 @@ def sft(
         raise UsageError(
             "merge needs an adapter to merge into the model, and there is none: pass peft_config or merge=False"
         )
-    _check_options(options)
     rows = _as_dataset(dataset)
+    pairs = not {*PAIR, f"{PAIR[0]}_ids"}.isdisjoint(rows.column_names)
+    _check_options(options, pairs)
     trained = copying.deepcopy(model) if copy else model
-    before = _State(trained)
+    reference = None
+    if pairs and peft_config is None:
+        # TRL would load one by the name in the model's config. The model itself serves where nothing changes or moves it.
+        borrowed = copy and options.keys().isdisjoint(("sync_ref_model", "use_cpu"))
+        reference = model if borrowed else copying.deepcopy(model)
+    before = [_State(one) for one in (trained, reference) if one is not None]
     with _folder(output_dir) as folder, _quiet_datasets(), warnings.catch_warnings():
         # A rename between PEFT, TRL and transformers, which the caller cannot act on.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         on_cpu = next(trained.parameters()).device.type == "cpu"
-        config = _config(options, seed, folder, saving=output_dir is not None, on_cpu=on_cpu)
+        config = _config(config_of(pairs), options, seed, folder, saving=output_dir is not None, on_cpu=on_cpu)
         hooks = [*callbacks, *([_report(progress)] if progress is not None else [])]
         try:
-            trainer = _trainer(trained, tokenizer, rows, config, copying.deepcopy(peft_config), hooks)
+            trainer = _trainer(trained, reference, tokenizer, rows, config, copying.deepcopy(peft_config), hooks)
             trainer.penalties, trainer.online = tuple(penalties), online
             _warn_of_rounding(trainer.model)
             saved = config.output_dir
@@ -130,12 +138,13 @@ def sft(
             if result is not trained:
                 _unbind(result, {})
         finally:
-            before.restore()
+            for state in before:
+                state.restore()
     if finish is not None:
         finish(result)
     if merge:
         result = result.merge_and_unload()
-        before.unfreeze()
+        before[0].unfreeze()
     result.eval()
     if output_dir is not None:
         result.save_pretrained(output_dir)
@@ -145,25 +154,35 @@ def sft(
 
 def _trainer(
     model: PreTrainedModel,
+    reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    config: SFTConfig,
+    config: Any,
     peft_config: PeftConfig | None,
     callbacks: list[TrainerCallback],
 ) -> Any:
     """TRL's trainer with both mix-ins. Raises UsageError for settings that it refuses, EmptyDataError without a label."""
     from transformers import PrinterCallback
-    from trl.trainer.sft_trainer import SFTTrainer
 
     from gradshield.training.mixin import Penalised
     from gradshield.training.online import Selecting
 
-    if _is_ready(rows, config):
-        config.dataset_kwargs = {"skip_prepare_dataset": True}
+    more: dict[str, Any] = {}
+    if isinstance(config, config_of(pairs=True)):
+        from gradshield.training.pairs import AsTokens, DPOTrainer
+
+        own: tuple[type, ...] = (AsTokens, DPOTrainer) if f"{PAIR[0]}_ids" in rows.column_names else (DPOTrainer,)
+        more["ref_model"] = reference
+    else:
+        from trl.trainer.sft_trainer import SFTTrainer
+
+        own = (SFTTrainer,)
+        if _is_ready(rows, config):
+            config.dataset_kwargs = {"skip_prepare_dataset": True}
     tokenizer = copying.deepcopy(tokenizer)  # TRL sets its padding token
     if not tokenizer.chat_template:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # as rows are scored
-    kind = type("Defended", (Selecting, Penalised, SFTTrainer), {})
+    kind = type("Defended", (Selecting, Penalised, *own), {})
     try:
         trainer: Any = kind(
             model,
@@ -172,8 +191,9 @@ def _trainer(
             processing_class=tokenizer,
             peft_config=peft_config,
             callbacks=callbacks,
+            **more,
         )
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise UsageError(f"TRL refuses these training settings: {error}") from error
     if len(cast(Any, trainer.train_dataset)) == 0:
         raise EmptyDataError(f"no row has a token to train on within max_length={config.max_length}: raise max_length")
@@ -181,10 +201,9 @@ def _trainer(
     return trainer
 
 
-def _config(options: Mapping[str, Any], seed: int, folder: str, saving: bool, on_cpu: bool) -> SFTConfig:
-    """SFTConfig with the caller's options over quiet defaults; ``on_cpu`` says where the model is."""
+def _config(kind: Any, options: Mapping[str, Any], seed: int, folder: str, saving: bool, on_cpu: bool) -> Any:
+    """TRL's config with the caller's options over quiet defaults; ``on_cpu`` says where the model is."""
     import torch
-    from trl.trainer.sft_config import SFTConfig
 
     on_cpu = not torch.accelerator.is_available() or bool(options.get("use_cpu", on_cpu))
     quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
@@ -196,12 +215,12 @@ def _config(options: Mapping[str, Any], seed: int, folder: str, saving: bool, on
         # TRL recomputes activations to save memory, which a CPU has. The present name, since TRL's old one causes a warning.
         quiet["activation_checkpointing"] = not on_cpu
     try:
-        return SFTConfig(output_dir=folder, seed=seed, **(quiet | dict(options) | forced))
+        return kind(output_dir=folder, seed=seed, **(quiet | dict(options) | forced))
     except (ValueError, TypeError) as error:
         raise UsageError(f"TRL refuses these training settings: {error}") from error
 
 
-def _newest(folder: Path, config: SFTConfig) -> str | None:
+def _newest(folder: Path, config: TrainingArguments) -> str | None:
     """The newest complete checkpoint in the folder; newer, incomplete ones are removed."""
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -218,7 +237,7 @@ def _step(path: Path) -> int:
     return int(number) if number.isascii() and number.isdigit() else -1
 
 
-def _is_whole(path: Path, config: SFTConfig) -> bool:
+def _is_whole(path: Path, config: TrainingArguments) -> bool:
     """Whether the checkpoint has every file that training resumes from, and none is truncated.
 
     The state is written last, but a power failure may keep it without earlier files. No file is loaded: both formats show
@@ -269,11 +288,11 @@ def _unbind(module: nn.Module, held: Mapping[nn.Module, Any]) -> None:
         own["forward"] = held[module]
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def _check_options(options: Mapping[str, Any], pairs: bool) -> None:
     for name in ("seed", "output_dir"):
         if name in options:
             raise UsageError(f"{name!r} is not a training option here: pass it as the argument {name}=")
-    check_names(options)
+    check_names(options, pairs)
 
 
 def _as_dataset(dataset: Dataset | Sequence[Mapping[str, Any]]) -> Dataset:
@@ -287,7 +306,7 @@ def _as_dataset(dataset: Dataset | Sequence[Mapping[str, Any]]) -> Dataset:
     return rows
 
 
-def _is_ready(rows: Dataset, config: SFTConfig) -> bool:
+def _is_ready(rows: Dataset, config: Any) -> bool:
     """Whether TRL's preparation would leave these rows unchanged, which takes TRL seconds to find out."""
     if not {"input_ids", "labels"} <= set(rows.column_names) or config.packing or config.shuffle_dataset:
         return False
@@ -299,7 +318,10 @@ class _State:
     """What training changes on a model besides its weights, saved to be restored."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        import torch
+
         self.model = model
+        self.dropout = [(m, m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout)]
         self.forwards = {m: vars(m)["forward"] for m in model.modules() if "forward" in vars(m)}
         vars(model).pop("_is_accelerate_prepared", None)
         self.use_cache = getattr(model.config, "use_cache", None)
@@ -313,6 +335,8 @@ class _State:
         """
         for module in self.model.modules():
             _unbind(module, self.forwards)
+        for layer, p in self.dropout:
+            layer.p = p
         if self.model.is_activation_checkpointing and not self.checkpointing:
             cast(Any, self.model).activation_checkpointing_disable()
         if self.use_cache is not None:
