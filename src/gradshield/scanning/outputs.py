@@ -28,12 +28,11 @@ from gradshield import runs
 from gradshield.columns import Coded
 from gradshield.files import instead, replacing
 from gradshield.manifests import EngineCheck, KnownScores, Labelled, Probed, ScanResults
-from gradshield.scanning import card, trust
+from gradshield.scanning import card, page, page_rows, trust
 from gradshield.stats import wilson
 from gradshield.types import Bools, Example, Ints, Rate
 
 if TYPE_CHECKING:
-    from gradshield.scanning import page_views
     from gradshield.scanning.decide import Decision
     from gradshield.scanning.preparing import Scored
     from gradshield.scanning.rows import Prepared
@@ -156,14 +155,12 @@ def words(example: Example, tokenizer: Any = None) -> tuple[str, str]:
 
 def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[int] | None) -> None:
     """Write all outputs of a scan, replacing those of an earlier one."""
-    from gradshield.scanning import page_views
-
-    views = page_views.views(selection, rows.rendered, rows.loaded.tokenizer)
+    views = page_rows.views(selection, rows.rendered, rows.loaded.tokenizer)
     truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
     with instead(folder, "manifest.json", (*PARTS, f"{runs.WORK}/labels.json", f"{runs.WORK}/{KINDS}")) as new:
         _copy_card(folder, new)
         (new / runs.WORK).mkdir()
-        runs.write_json(new / runs.WORK / "views.json", page_views.as_json(views))
+        runs.write_json(new / runs.WORK / page_rows.VIEWS, views)
         if truth is not None:
             runs.write_json(new / runs.WORK / "labels.json", truth.tolist())
         rows_in.write_quarantine(selection.quarantined, new / "quarantine.jsonl")
@@ -174,7 +171,7 @@ def write_cut(
     selection: Selection,
     folder: Path,
     source: rows_in.Rows,
-    views: page_views.Views,
+    views: page_rows.Views,
     truth: Ints | None,
 ) -> None:
     """Write the outputs that a new cut changes, with the rows from ``source``."""
@@ -193,16 +190,14 @@ def _write_cut(
     selection: Selection,
     folder: Path,
     source: rows_in.Rows,
-    views: page_views.Views,
+    views: page_rows.Views,
     truth: Ints | None,
 ) -> None:
-    from gradshield.scanning import page_views
-
     suffix = rows_in.suffix(source.kind)
     parts = {f"kept{suffix}": selection.kept_rows, f"removed{suffix}": selection.removed_rows}
     rows_in.write_parts({folder / name: rows for name, rows in parts.items()}, source)
     write_scores(selection, folder / SCORES)
-    page_views.write(selection, views, folder, truth)
+    page.write(selection, views, folder / "report.html", truth)
     card.write(folder, selection.manifest, folder / f"kept{suffix}")
     runs.write_manifest(selection.manifest, folder)
 

@@ -16,11 +16,10 @@ import numpy as np
 
 from gradshield.errors import UsageError
 from gradshield.files import write_text
-from gradshield.scanning import outputs, page_views
-from gradshield.scanning.cut import NO_CATEGORY, Scanned, stored_views, write
+from gradshield.scanning import outputs
+from gradshield.scanning.cut import NO_CATEGORY, Scanned, write
 from gradshield.scanning.decide import above, reviewed
-from gradshield.scanning.page_data import Piece, RowView
-from gradshield.scanning.page_rows import references
+from gradshield.scanning.page_rows import Piece, RowView, references, row_view, stored_views
 from gradshield.scanning.selection import Selection
 from gradshield.types import Bools, Floats, Ints
 
@@ -138,7 +137,7 @@ class Review:
         scores, category = self.scanned.scores, self.scanned.categories[place]
         row, cut = int(scores.rows[place]), self.scanned.cuts[scores.shapes[place]].value
         pieces = self.views.get(row) or self._text(row)
-        return page_views.row_view(scores, place, cut, "" if category == NO_CATEGORY else category, pieces)
+        return row_view(scores, place, cut, "" if category == NO_CATEGORY else category, pieces)
 
     def _text(self, row: int) -> Iterator[Piece]:
         (example,) = self.scanned.rows.examples([row])
