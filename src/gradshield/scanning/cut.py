@@ -148,20 +148,7 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
     kept.pop("labels", None)
     if truth is not None:
         kept["labels"] = old.results.labels.model_copy(update=outputs.caught_and_lost(removed, truth))
-    results = ScanResults(
-        **kept
-        | {
-            "kept": int((~removed).sum()),
-            "removed": int(removed.sum()),
-            "cleared": len(decision.cleared),
-            "denied": len(decision.denied),
-            "cuts": outputs.described(decision),
-            "categories": outputs.counted(names, removed),
-            "certified": not doubts,
-            "doubts": doubts,
-            "uncertified": trust.first(doubts),
-        }
-    )
+    results = ScanResults(**kept | outputs.decided(decision, names, doubts))
     settings = old.settings.model_copy(update={"threshold": threshold})
     selection = Selection(
         scores=scores,
@@ -175,7 +162,6 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
         manifest=old.model_copy(update={"command": command, "settings": settings, "results": results}),
         lines=scanned.lines,
         files=scanned.files,
-        certified=not doubts,
     )
     outputs.write_cut(selection, path, rows, stored_views(path), truth)
     return selection

@@ -59,37 +59,38 @@ def results(
     seconds: float,
 ) -> ScanResults:
     """The figures of a scan for its manifest: counts, cuts, checks and, with labels, caught and lost."""
-    anchors, valid, removed = scored.scores.anchors, scored.validity, decision.removed
-    found = ScanResults(
+    anchors, valid, agreed = scored.scores.anchors, scored.validity, scored.agreement
+    measured: dict[str, Any] = {} if labels is None else {"labels": labelled(scored, decision.removed, labels, rows)}
+    return ScanResults(
         seconds=seconds,
-        doubts=dict(doubts),
-        uncertified=trust.first(doubts),
         read=rows.read.source.rows,
-        scored=len(removed),
-        kept=int((~removed).sum()),
-        removed=int(removed.sum()),
+        scored=len(decision.removed),
         quarantined=len(rows.quarantined),
-        cleared=len(decision.cleared),
-        denied=len(decision.denied),
-        certified=not doubts,
-        cuts=described(decision),
         anchors=None
         if anchors is None
         else KnownScores(harmful=anchors.harmful.tolist(), harmless=anchors.harmless.tolist()),
-        categories=counted(kinds, removed),
-        agreement=None if scored.agreement is None else EngineCheck.model_validate(scored.agreement),
+        agreement=None if agreed is None else EngineCheck.model_validate(agreed),
         probes=None
         if valid is None
         else Probed(refused=wilson(valid.refused, valid.n), thinking=valid.thinks, problem=valid.problem),
+        **measured,
+        **decided(decision, kinds, doubts),
     )
-    if labels is None:
-        return found
-    return found.model_copy(update={"labels": labelled(scored, removed, labels, rows)})
 
 
-def described(decision: Decision) -> dict[str, dict[str, Any]]:
-    """Each cut by its rule and value, and with what the rule found."""
-    return {name: {"rule": cut.rule, "value": cut.value, **cut.detail} for name, cut in decision.cuts.items()}
+def decided(decision: Decision, kinds: Sequence[str], doubts: Mapping[str, str]) -> dict[str, Any]:
+    """Those figures that another decision on the same scores changes."""
+    return {
+        "doubts": dict(doubts),
+        "uncertified": trust.first(doubts),
+        "certified": not doubts,
+        "kept": int((~decision.removed).sum()),
+        "removed": int(decision.removed.sum()),
+        "cleared": len(decision.cleared),
+        "denied": len(decision.denied),
+        "cuts": {name: {"rule": cut.rule, "value": cut.value, **cut.detail} for name, cut in decision.cuts.items()},
+        "categories": counted(kinds, decision.removed),
+    }
 
 
 def counted(kinds: Sequence[str], removed: Bools) -> dict[str, int]:
