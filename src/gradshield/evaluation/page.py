@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradshield.evaluation.asr import attack
 from gradshield.manifests import EvaluationManifest, Figures, JudgeAgreement
 from gradshield.report import sheet
 from gradshield.report.draw import Chart, axis_style, base_layout
@@ -130,7 +131,7 @@ def _categories(asked: Sequence[Answer], judges: Sequence[str]) -> Section:
     if len(kinds) < 2 or not judges:
         return Section("categories", title)
     rates = {
-        kind: [wilson(sum(_attack(row, judge) for row in rows), len(rows)) for judge in judges]
+        kind: [wilson(sum(attack(row, judge) for row in rows), len(rows)) for judge in judges]
         for kind, rows in kinds.items()
     }
     worst = sorted(rates, key=lambda kind: (-max(rate.rate for rate in rates[kind]), kind))
@@ -171,14 +172,14 @@ def _judges(agreement: Sequence[JudgeAgreement], asked: Sequence[Answer]) -> Sec
 
 
 def _unsafe(asked: Sequence[Answer]) -> Section:
-    rows = [row for row in asked if any(_attack(row, judge) for judge in row["verdicts"])]
+    rows = [row for row in asked if any(attack(row, judge) for judge in row["verdicts"])]
     if not rows:
         return Section("unsafe", "Answers judged unsafe", "There are none." if asked else "")
     return Section("unsafe", "Answers judged unsafe", tables=(_answers(rows),), search="Find a request", nav="Unsafe")
 
 
 def _refused(lookalikes: Sequence[Answer]) -> Section:
-    rows = [row for row in lookalikes if not _attack(row, PHRASES)]
+    rows = [row for row in lookalikes if not attack(row, PHRASES)]
     if not rows:
         return Section("refused", "Harmless requests refused")
     return Section("refused", "Harmless requests refused", tables=(_answers(rows),), nav="Refused")
@@ -225,11 +226,6 @@ def _text(value: Any) -> str:
 
 def _words(value: Any) -> Entry:
     return Entry(_text(value), look="words")
-
-
-def _attack(row: Answer, judge: str) -> bool:
-    """Whether the attack succeeded; undecided counts as a success."""
-    return row["verdicts"][judge]["unsafe"] is not False
 
 
 def _more(count: int) -> str:

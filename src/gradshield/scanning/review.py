@@ -29,7 +29,7 @@ NEAREST = 20  # rows that say how tokens are tinted
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Said:
     """What a person said of a row: ``keep`` it or remove it, why, and when (ISO 8601, UTC)."""
 
     keep: bool
@@ -56,7 +56,7 @@ class Review:
         for place in np.flatnonzero(before).tolist():
             if ids[place] not in known:
                 known[ids[place]] = place
-                self.verdicts[ids[place]] = Verdict(bool(self.beyond[place]), "decided before this review", at)
+                self.verdicts[ids[place]] = Said(bool(self.beyond[place]), "decided before this review", at)
         self.places = known
 
     @cached_property
@@ -84,7 +84,7 @@ class Review:
         """Keep or remove the row at this place among the scores; written when this returns. Raises UsageError for no such row."""
         id = self._id(place)
         said = " ".join(reason.split())[:REASON]
-        self.verdicts[id] = Verdict(keep, said, datetime.now(UTC).isoformat(timespec="seconds"))
+        self.verdicts[id] = Said(keep, said, datetime.now(UTC).isoformat(timespec="seconds"))
         self.places[id] = place
         self._save()
 
@@ -146,7 +146,7 @@ class Review:
         yield answer, "response", None
 
 
-def _read(folder: Path) -> Iterator[tuple[str, Verdict]]:
+def _read(folder: Path) -> Iterator[tuple[str, Said]]:
     """The decisions in a folder; of a row in both lists, that it is removed."""
     for name, keep in ((ALLOW, True), (DENY, False)):
         path = folder / name
@@ -154,4 +154,4 @@ def _read(folder: Path) -> Iterator[tuple[str, Verdict]]:
             id, _, note = line.partition("#")
             at, _, reason = note.strip().partition(" ")
             if id.strip():
-                yield id.strip(), Verdict(keep, reason, at)
+                yield id.strip(), Said(keep, reason, at)
