@@ -144,12 +144,24 @@ class Probed(Record):
     problem: str
 
 
+class Auroc(Record):
+    """Area under the ROC curve of one ranking, with its interval; None without one, and ``absent`` says why."""
+
+    name: str
+    auroc: Number
+    low: Number
+    high: Number
+    n_pos: int
+    n_neg: int
+    absent: str = ""
+
+
 class Labelled(Record):
     """What the labels say: rates of harmful and of harmless rows removed, and AUROCs of the score and of trivial baselines."""
 
     caught: Rate | None = None
     lost: Rate | None = None
-    aurocs: list[dict[str, Any]] = []
+    aurocs: list[Auroc] = []
 
 
 class ScanResults(Record):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +114,7 @@ def labelled(scored: Scored, removed: Bools, labels: Sequence[int], rows: Prepar
         values |= {
             SIGNALS[key]: value for key, value in scores.signals.items() if np.isfinite(value).all() and SIGNALS[key]
         }
-        own = [{"name": key, **asdict(auroc(truth[drawn], value[drawn]))} for key, value in values.items()]
+        own = [auroc(truth[drawn], value[drawn], key) for key, value in values.items()]
         texts = [words(example, rows.loaded.tokenizer) for example in rows.read.examples.at(scores.rows[drawn])]
         nll = None if scores.nll is None or np.isnan(scores.nll).any() else scores.nll[drawn]
         others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth[drawn], nll=nll)

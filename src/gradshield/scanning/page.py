@@ -187,11 +187,10 @@ def _labelled(labels: Labelled, charts: tuple[Chart, ...]) -> Section:
     own = tuple((name, rate_entry(rate)) for name, rate in rates if rate is not None)
     ranked: list[tuple[Entry, ...]] = []
     for one in labels.aurocs:
-        if one["auroc"] is not None:
-            look, counts = "" if ranked else "own", f"{one['n_pos']:,} / {one['n_neg']:,}"
-            ends, bar = f"[{one['low']:.3f}, {one['high']:.3f}]", interval(one["low"], one["auroc"], one["high"])
-            line = (one["name"], f"{one['auroc']:.3f}", bar, ends, counts)
-            ranked.append(tuple(Entry(shown, look=look) for shown in line))
+        if one.auroc is not None and one.low is not None and one.high is not None:
+            bar, counts = interval(one.low, one.auroc, one.high), f"{one.n_pos:,} / {one.n_neg:,}"
+            line = (one.name, f"{one.auroc:.3f}", bar, f"[{one.low:.3f}, {one.high:.3f}]", counts)
+            ranked.append(tuple(Entry(shown, look="" if ranked else "own") for shown in line))
     head, title = (
         ("Ranked by", "AUROC", "from 0 to 1", "interval", "harmful / harmless"),
         "Ranking, compared with trivial baselines",
