@@ -39,8 +39,7 @@ class Scanned:
         return sheet.render(page.page(self.selection, self.views, self.labels))
 
     def write(self, path: Path) -> Path:
-        page.write(self.selection, self.views, path, self.labels)
-        return path
+        return sheet.write(page.page(self.selection, self.views, self.labels), path)
 
 
 def make_scan(

@@ -367,6 +367,6 @@ def test_costs_that_are_shared_stand_in_no_table() -> None:
 
 
 def test_write_leaves_one_file(tmp_path: Path) -> None:
-    compared.write(comparison([make_cell("screen")]), tmp_path / "results.html")
+    sheet.write(compared.page(comparison([make_cell("screen")])), tmp_path / "results.html")
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.html"]
     assert (tmp_path / "results.html").read_text(encoding="utf-8").rstrip().endswith("</html>")

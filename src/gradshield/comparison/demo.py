@@ -12,6 +12,7 @@ import numpy as np
 from gradshield import files, lab, runs
 from gradshield.errors import UsageError
 from gradshield.evaluation.exam import figures, lab_exam
+from gradshield.report import sheet
 from gradshield.scanning import outputs, page
 from gradshield.scanning.page_rows import stored_views
 from gradshield.scanning.scan import select
@@ -90,7 +91,7 @@ def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path
     """Write the report with the models, every prompt with its answer, and the manifest last."""
     views = stored_views(folder)
     with files.instead(folder, "manifest.json", ()) as new:
-        page.write(selection, views, new / "report.html", labels[selection.scores.rows])
+        sheet.write(page.page(selection, views, labels[selection.scores.rows]), new / "report.html")
         for name, result in results.items():
             runs.write_outputs(result, new / f"outputs-{name}.jsonl")
         runs.write_manifest(selection.manifest, new)

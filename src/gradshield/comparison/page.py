@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gradshield.comparison import made
@@ -25,7 +24,6 @@ from gradshield.comparison.results import CellResult, Comparison, Cost
 from gradshield.comparison.rivals import RULES, against
 from gradshield.comparison.scatter import trade_off
 from gradshield.manifests import Round, judges_of
-from gradshield.report import sheet
 from gradshield.report.made import span
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry, spark
 from gradshield.report.text import MISSING, duration, flatten
@@ -36,13 +34,8 @@ LOOKS = {"too unsafe": "unsafe", "utility short": "short", "passes": "passes"}
 SPARKS = 24  # rounds of a search in its sparkline
 
 
-def write(whole: Comparison, path: Path) -> None:
-    """Write the page, as one self-contained HTML file."""
-    sheet.write(page(whole), path)
-
-
 def page(whole: Comparison) -> Sheet:
-    """The page, unrendered."""
+    """The page of a comparison."""
     cells, about = whole.cells, whole.defences
     found, sums, judges = mixes(cells), totals(cells), judges_of(cell.judges for cell in cells)
     result = outcome(cells, found, sums, against(found)[0])

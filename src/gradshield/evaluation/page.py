@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gradshield.evaluation.asr import attack
 from gradshield.manifests import EvaluationManifest, Figures, JudgeAgreement
-from gradshield.report import sheet
-from gradshield.report.draw import Chart, axis_style, base_layout
+from gradshield.report.draw import Chart, axis_style, barred, base_layout, limit_line, percent_axis, worded
 from gradshield.report.frame import Status
-from gradshield.report.lines import barred, limit_line, percent_axis, worded
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
 from gradshield.report.text import chart_text, flatten, one_line, percent, shorten, visible
 from gradshield.stats import wilson
@@ -29,16 +25,11 @@ BY_LIKELIHOOD = "– (scored by likelihood)"
 Answer = Mapping[str, Any]
 
 
-def write(manifest: EvaluationManifest, answers: Sequence[Answer], path: str | os.PathLike[str]) -> Path:
-    """Write the page of an exam, as one self-contained HTML file.
+def page(manifest: EvaluationManifest, answers: Sequence[Answer]) -> Sheet:
+    """The page of an exam.
 
     ``answers`` are those of ``outputs.jsonl``: to the requests, the look-alikes and the task rows, in this order.
     """
-    return sheet.write(page(manifest, answers), path)
-
-
-def page(manifest: EvaluationManifest, answers: Sequence[Answer]) -> Sheet:
-    """The page, unrendered."""
     found, model = manifest.results.figures, manifest.model
     requests, lookalikes, _ = manifest.settings.n
     asked = answers[:requests]

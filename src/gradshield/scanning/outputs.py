@@ -27,6 +27,7 @@ from gradshield import runs
 from gradshield.columns import Coded
 from gradshield.files import instead, replacing
 from gradshield.manifests import EngineCheck, KnownScores, Labelled, Probed, ScanResults
+from gradshield.report import sheet
 from gradshield.scanning import card, page, page_rows, trust
 from gradshield.stats import wilson
 from gradshield.types import Bools, Example, Ints, Rate
@@ -197,7 +198,7 @@ def _write_cut(
     parts = {f"kept{suffix}": selection.kept_rows, f"removed{suffix}": selection.removed_rows}
     rows_in.write_parts({folder / name: rows for name, rows in parts.items()}, source)
     write_scores(selection, folder / SCORES)
-    page.write(selection, views, folder / "report.html", truth)
+    sheet.write(page.page(selection, views, truth), folder / "report.html")
     card.write(folder, selection.manifest, folder / f"kept{suffix}")
     runs.write_manifest(selection.manifest, folder)
 

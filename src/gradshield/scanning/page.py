@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from gradshield import data as rows_in
 from gradshield.manifests import Figures, Labelled, ScanResults, judges_of
-from gradshield.report import made, sheet
+from gradshield.report import made
 from gradshield.report.draw import Chart
 from gradshield.report.frame import Status
 from gradshield.report.sheet import NOTHING, Entry, Section, Sheet, Table, drawn, interval, rate_entry
@@ -47,16 +46,11 @@ _RANKED = (
 )
 
 
-def write(selection: Selection, views: Views, path: Path, labels: Ints | None = None) -> None:
-    """Write the page of a scan, as one self-contained HTML file.
+def page(selection: Selection, views: Views, labels: Ints | None = None) -> Sheet:
+    """The page of a scan.
 
     ``views`` are the tokens of the rows that it may show; ``labels`` (N,), 1 for harmful, are aligned with the scores.
     """
-    sheet.write(page(selection, views, labels), path)
-
-
-def page(selection: Selection, views: Views, labels: Ints | None = None) -> Sheet:
-    """The page, unrendered."""
     manifest, results, selector = selection.manifest, selection.manifest.results, selection.manifest.settings.selector
     kept, removed = (f"{name}{rows_in.suffix(manifest.data.kind)}" for name in ("kept", "removed"))
     order = np.argsort(-selection.scores.values, kind="stable")

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradshield.manifests import Round, Search, Targets, judges_of
-from gradshield.report.draw import Chart
-from gradshield.report.lines import STYLES, barred, limit_line, percent_axis, steps_layout, worded
+from gradshield.report.draw import STYLES, Chart, barred, limit_line, percent_axis, steps_layout, worded
 from gradshield.report.sheet import Entry, Section, Table, rate_entry
 from gradshield.report.text import number, percent
 from gradshield.thresholds.verified import TARGET

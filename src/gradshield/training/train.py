@@ -358,6 +358,7 @@ class _Run:
         )
 
     def _save(self, model: Any, manifest: TrainingManifest, before: EvalResult, after: EvalResult) -> None:
+        from gradshield.report import sheet
         from gradshield.training import page
 
         if self.defence.selector is None:
@@ -371,6 +372,6 @@ class _Run:
             for name, result in (("before", before), ("after", after)):
                 runs.write_outputs(result, new / f"outputs-{name}.jsonl")
             card.write(new, manifest)
-            page.write(manifest, self.defence.selector is not None, new / "report.html")
+            sheet.write(page.page(manifest, self.defence.selector is not None), new / "report.html")
             runs.write_manifest(manifest, new)
         shutil.rmtree(self.folder / runs.WORK / "checkpoints", ignore_errors=True)
