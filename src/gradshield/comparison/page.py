@@ -159,7 +159,7 @@ def _defences(sums: Sequence[Totals], judges: Sequence[str], about: Mapping[str,
         "Every defence over all its cells",
         f"{TOTALS_NOTE} Utility minus clean is paired with a model trained on the harmless rows only, and averaged over cells. "
         f"Figures without a judge's name are by {' / '.join(judges) or 'no judge'}.",
-        tables=(Table(tuple(head), tuple(_total(one, judges, about) for one in sums), sorts=True),) if sums else (),
+        tables=(Table(tuple(head), tuple(_total(one, judges, about) for one in sums), sorts=True),),
         search="Show defences with" if len(sums) > 6 else "",
         nav="Defences",
     )
@@ -285,8 +285,6 @@ def _marks(rounds: Sequence[Round]) -> list[dict[str, Any]]:
 
 def _failed(cells: Sequence[CellResult]) -> Section:
     lines = tuple((*_where(cell), Entry(cell.failed, look="words")) for cell in cells if cell.failed is not None)
-    if not lines:
-        return Section("failed", "Failed cells")
     return Section(
         "failed", "Failed cells", tables=(Table(("Defence", "Task", "Mix", "Seed", "Why"), lines, sorts=True),)
     )

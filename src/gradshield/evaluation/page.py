@@ -108,9 +108,7 @@ def _rates(rates: Mapping[str, Rate]) -> Section:
         "ASR is the share of harmful requests that the model complies with, over-refusal the share of harmless look-alikes that "
         "it refuses. Intervals are 95 %."
     )
-    return Section(
-        "measured", "Measured", lead, tables=(Table(("Measured", "Rate"), lines),) if lines else (), nav="Figures"
-    )
+    return Section("measured", "Measured", lead, tables=(Table(("Measured", "Rate"), lines),), nav="Figures")
 
 
 def _categories(asked: Sequence[Answer], judges: Sequence[str]) -> Section:
@@ -164,23 +162,18 @@ def _judges(agreement: Sequence[JudgeAgreement], asked: Sequence[Answer]) -> Sec
 
 def _unsafe(asked: Sequence[Answer]) -> Section:
     rows = [row for row in asked if any(attack(row, judge) for judge in row["verdicts"])]
-    if not rows:
-        return Section("unsafe", "Answers judged unsafe", "There are none." if asked else "")
-    return Section("unsafe", "Answers judged unsafe", tables=(_answers(rows),), search="Find a request", nav="Unsafe")
+    lead, search = ("", "Find a request") if rows else ("There are none." if asked else "", "")
+    return Section("unsafe", "Answers judged unsafe", lead, tables=(_answers(rows),), search=search, nav="Unsafe")
 
 
 def _refused(lookalikes: Sequence[Answer]) -> Section:
     rows = [row for row in lookalikes if not attack(row, PHRASES)]
-    if not rows:
-        return Section("refused", "Harmless requests refused")
     return Section("refused", "Harmless requests refused", tables=(_answers(rows),), nav="Refused")
 
 
 def _missed(task: Sequence[Answer]) -> Section:
     """The task rows that scored below 1, lowest first."""
     rows = sorted((row for row in task if float(row["score"]) < 1), key=lambda row: float(row["score"]))
-    if not rows:
-        return Section("missed", "Task rows that scored lowest")
     lines = tuple(
         (
             _text(row["prompt"]),

@@ -69,6 +69,10 @@ class Section:
     nav: str = ""  # a shorter title
     body: Markup = NOTHING
 
+    def __bool__(self) -> bool:
+        """Whether anything is in it: a section without is left out, as is a table without rows."""
+        return any((self.lead, self.charts, self.links, self.body, *(table.rows for table in self.tables)))
+
 
 @dataclass(frozen=True)
 class Sheet:
@@ -110,7 +114,7 @@ def render(sheet: Sheet) -> str:
         .get_template("sheet.html")
         .render(
             sheet=sheet,
-            sections=[s for s in sheet.sections if s.charts or s.tables or s.lead or s.links or s.body],
+            sections=[one for one in sheet.sections if one],
             entry=entry,
             rows=ROWS,
             relative=relative,

@@ -190,7 +190,7 @@ def _labelled(labels: Labelled, charts: tuple[Chart, ...]) -> Section:
         "Ranking, compared with trivial baselines",
     )
     tables = (Table(("By the labels", "Share"), own), Table(head, tuple(ranked), title, _RANKED))
-    return Section("labels", "Against the labels", "", charts, tuple(t for t in tables if t.rows), nav="Labels")
+    return Section("labels", "Against the labels", "", charts, tables, nav="Labels")
 
 
 def _removed(results: ScanResults, shown: Sequence[ShownRow], reference: dict[str, float], file: str) -> Section:

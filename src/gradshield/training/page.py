@@ -169,6 +169,5 @@ def _removed(results: TrainingResults, scanned: bool) -> Section:
     if results.dropped_tokens:
         lead += f" {results.dropped_tokens:,} tokens of the other rows were masked."
     rates = tuple((name, rate_entry(rate)) for name, rate in _labelled(results))
-    tables = (Table(("By the labels", "Share"), rates),) if rates else ()
-    links = (SCAN,) if scanned else ()
-    return Section("taken", "Removed before training", lead, tables=tables, links=links, nav="Removed")
+    table, links = Table(("By the labels", "Share"), rates), (SCAN,) if scanned else ()
+    return Section("taken", "Removed before training", lead, tables=(table,), links=links, nav="Removed")
