@@ -291,9 +291,9 @@ class CutRecord(Record):
 
 
 class Round(Record):
-    """One trial of a search. The ``removed`` rows that score above ``cut`` were left out."""
+    """One fine-tune of a search. The ``removed`` rows that score above ``cut`` were left out."""
 
-    cut: float
+    cut: Number
     removed: int
     asr: dict[str, Rate]
     utility: Rate | None
@@ -316,11 +316,11 @@ class Targets(Record):
 
 
 class Search(Record):
-    """How the search of a verified threshold ended. ``best`` is the index of the round whose model to keep: the one that passed,
-    else the safest.
+    """How the search of a verified threshold ended.
 
-    ``stopped`` is ``passes``, ``no cut`` (none is left between one that is too unsafe and one with too little utility),
-    ``rounds`` or ``minutes``. ``sentence`` states the result in words and figures.
+    ``best`` is the index of the round whose model to keep: the one that passed, else the safest. ``stopped`` is ``passes``, ``no
+    cut`` (none is left between one that is too unsafe and one with too little utility), ``rounds`` or ``minutes``. ``sentence``
+    states the result in words and figures.
     """
 
     met: bool

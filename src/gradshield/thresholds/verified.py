@@ -129,10 +129,9 @@ class Verified:
             elif self.minutes is not None and _next_end(done) > 60 * self.minutes:
                 stopped = "minutes"
             if stopped:
-                sentence = self._sentence(done, stopped, utility_target, len(values))
                 return Search(
                     met=stopped == PASSES,
-                    sentence=sentence,
+                    sentence=self._sentence(done, stopped, utility_target, len(values)),
                     stopped=stopped,
                     best=best,
                     rounds=done,
