@@ -87,7 +87,7 @@ def _branch(cut: Cut) -> str:
 
 
 def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    return value is None or isinstance(value, bool | int | float | str) or hasattr(value, "item")
 
 
 def checks(results: ScanResults) -> list[Check]:
