@@ -125,7 +125,7 @@ def _verdict(results: ScanResults, selector: str) -> str:
     what = {
         "screen": "ask for something this model would refuse, and were removed",
         "fihs": "push toward unsafe answers and were removed",
-    }.get(selector, f"score above the cut of the selector {selector} and were removed")
+    }.get(selector.partition(":")[0], f"score above the cut of the selector {selector} and were removed")
     return f"{results.removed:,} of {rows} ({percent(results.removed / results.scored)}) {what}."
 
 
@@ -172,7 +172,7 @@ def _scores(selector: str, decoys: bool, charts: tuple[Chart, ...]) -> Section:
         f"Scores are those of the selector {selector}: rows with higher scores are removed first. By themselves they say nothing "
         "about unsafe answers."
     )
-    lead = _MEANING.get(selector, other) + (_DECOYS if decoys else "")
+    lead = _MEANING.get(selector.partition(":")[0], other) + (_DECOYS if decoys else "")
     return Section("scores", "Score distribution", lead, charts, nav="Scores")
 
 
