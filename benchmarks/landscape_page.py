@@ -10,9 +10,8 @@ from typing import Any
 
 from gradshield.evaluation.landscape import Landscape, breaking_steps
 from gradshield.report import sheet
-from gradshield.report.draw import Chart, axis_style, base_layout
+from gradshield.report.draw import STYLES, Chart, axis_style, banded, base_layout, limit_line, percent_axis, worded
 from gradshield.report.frame import Status
-from gradshield.report.lines import STYLES, banded, limit_line, percent_axis, worded
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
 from gradshield.report.text import MISSING, chart_text, number, percent
 from gradshield.thresholds.verified import TARGET

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def measured(loaded: Any, ready: dict[str, tuple[Any, Any]], data: Any, labels: 
         found.append(
             {
                 "subspace": name,
-                **asdict(auroc(truth, scores.values)),
+                **auroc(truth, scores.values).model_dump(exclude={"name", "absent"}),
                 "spearman": agreed.spearman,
                 "relative_error": agreed.relative_error,
                 "parameters": moved / sum(p.numel() for p in loaded.model.parameters()),

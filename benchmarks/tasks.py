@@ -95,7 +95,7 @@ def cells(folder: Path, tasks: Sequence[str], model: str, most: int, max_length:
                 texts = [outputs.words(example) for example in ready_rows.read.examples.at(numbers)]
                 signals = {"score": scores.values, "request": scores.signals["request"]}
                 cell["auroc"] = {name: auroc(truth, value).auroc for name, value in signals.items()} | {
-                    one["name"]: one["auroc"]
+                    one.name: one.auroc
                     for one in trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth)
                 }
             yield cell

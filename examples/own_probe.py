@@ -39,8 +39,8 @@ def main() -> None:
     found = selection.manifest.results.labels
     for name, rate in (("caught", found.caught), ("lost", found.lost)):
         print(f"{name:7} {rate.k} of {rate.n} ({rate.low:.0%} to {rate.high:.0%})")
-    for score in (one for one in found.aurocs if one["auroc"] is not None):
-        print(f"AUROC {score['auroc']:.3f}  {score['name']}")
+    for score in (one for one in found.aurocs if one.auroc is not None):
+        print(f"AUROC {score.auroc:.3f}  {score.name}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from mkdocs.structure.files import File, Files
 
 from gradshield.comparison import page
 from gradshield.comparison.results import Comparison
+from gradshield.report import sheet
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,7 +19,7 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
         files.append(File.generated(config, f"examples/{example.name}", abs_src_path=str(example)))
     path = ROOT / ".cache" / "results.html"
     path.parent.mkdir(exist_ok=True)
-    page.write(Comparison.model_validate_json((ROOT / "docs" / "results.json").read_bytes()), path)
+    sheet.write(page.page(Comparison.model_validate_json((ROOT / "docs" / "results.json").read_bytes())), path)
     files.append(File.generated(config, "results.html", abs_src_path=str(path)))
     return files
 

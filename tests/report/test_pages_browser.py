@@ -89,7 +89,7 @@ def names(browser: Any) -> list[str]:  # noqa: F811
 
 def test_the_defences_can_be_sorted_and_searched(browser: Any, tmp_path: Path) -> None:  # noqa: F811
     path = tmp_path / "page.html"
-    comparison_page.write(grid(), path)
+    sheet.write(comparison_page.page(grid()), path)
     visit(browser, path)
     first = names(browser)
     assert first[0] == "none"

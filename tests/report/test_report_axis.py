@@ -13,6 +13,7 @@ SCORES = {
     "constant": np.full(100, 3.0),
     "zeros and one": np.r_[np.zeros(99), 1e6],
     "one row": np.array([-0.25]),
+    "just over the cut": np.full(3, np.nextafter(0.5, 1)),
     "two rows": np.array([1.0, 2.0]),
     "huge": np.array([-1e308, 0.0, 1.0, 1e308]),
     "tiny": RNG.normal(0, 1e-12, 100),

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradshield.scanning.page import write
-from gradshield.scanning.page_data import Counts, QuarantinedView, ReportData, RowView
 from gradshield.types import Cut
+from tests.report.conftest import Scanned, aside
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 FLAGS = (
@@ -22,6 +21,8 @@ EVIL = (
     "</script><script>window.__pwned=1;alert(1)</script><img src=http://127.0.0.1:9/x onerror=window.__pwned=1>"
     "<svg onload=window.__pwned=1><a href='javascript:window.__pwned=1'>x</a><b>{{7*7}}</b>\u202e\u2028"
 )
+
+FILES = ("kept.jsonl", "removed.jsonl", "quarantine.jsonl", "scores.parquet", "manifest.json")
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM.exists() and DRIVER.exists()), reason="needs chromium and chromedriver")
 
@@ -63,8 +64,8 @@ def visit(browser: Any, path: Path, width: int = 1400) -> tuple[list[str], list[
     return console, [url for url in asked if url != path.as_uri() and not url.startswith("data:")]
 
 
-def test_the_charts_draw_and_nothing_is_fetched(browser: Any, example: ReportData, tmp_path: Path) -> None:
-    console, asked = visit(browser, write(example, tmp_path / "report.html"))
+def test_the_charts_draw_and_nothing_is_fetched(browser: Any, example: Scanned, tmp_path: Path) -> None:
+    console, asked = visit(browser, example.write(tmp_path / "report.html"))
     assert console == []
     assert asked == []
     bars = browser.execute_script("return document.querySelectorAll('#plot-scores-0 .bars .point path').length")
@@ -81,16 +82,14 @@ def test_the_charts_draw_and_nothing_is_fetched(browser: Any, example: ReportDat
     assert browser.get_log("browser") == []
 
 
-def test_a_row_that_holds_a_script_is_only_text(browser: Any, make: Callable[..., ReportData], tmp_path: Path) -> None:
-    row = RowView(0, EVIL, 2.0, 1.0, EVIL, EVIL, ((EVIL, "prompt", None), (EVIL, "response", 0.5)), EVIL)
-    plain = RowView(1, "b", 3.0, 2.0, '<a href="http://127.0.0.1:9/">go</a>', EVIL)
-    data = make(
-        [2.0, 3.0, 0.1], shapes=(EVIL, EVIL, "b"), cuts={EVIL: Cut(1.0, EVIL, {EVIL: EVIL})}, warnings=(EVIL,),
-        removed=np.array([True, True, False]), labels=np.array([1, 1, 0]), removed_rows=(row, plain), verdict=EVIL,
-        counts=Counts(4, 3, 1, 2, 1), quarantined=(QuarantinedView(1, EVIL, EVIL),), manifest={EVIL: {EVIL: EVIL}},
-        files={"removed": EVIL},
+def test_a_row_that_holds_a_script_is_only_text(browser: Any, make: Callable[..., Scanned], tmp_path: Path) -> None:
+    pieces = ((EVIL, "prompt", None), (EVIL, "response", 0.5))
+    scan = make(
+        [2.0, 3.0, 0.1], shapes=(EVIL, EVIL, "b"), cuts={EVIL: Cut(1.0, EVIL, {EVIL: EVIL}), "b": Cut(1.0, "fixed")},
+        doubts={EVIL: EVIL}, labels=np.array([1, 1, 0]), categories=(EVIL, '<a href="http://127.0.0.1:9/">go</a>', ""),
+        ids=(EVIL, "b", "c"), views={0: pieces}, quarantined=(aside(1, EVIL, EVIL.encode()),), name=EVIL, selector=EVIL,
     )  # fmt: skip
-    console, asked = visit(browser, write(data, tmp_path / "report.html"))
+    console, asked = visit(browser, scan.write(tmp_path / "report.html"))
     assert console == []
     assert asked == []
     script = "document.querySelectorAll('details').forEach(d => d.open = true); return window.__pwned === undefined"
@@ -99,19 +98,19 @@ def test_a_row_that_holds_a_script_is_only_text(browser: Any, make: Callable[...
         "return [...document.querySelectorAll('a')].map(a => a.getAttribute('href') || a.getAttribute('xlink:href'))"
     )
     assert links
-    assert all(link.startswith("#") for link in links)
+    assert all(link.startswith("#") or link in FILES for link in links)
     labels = browser.execute_script("return document.querySelector('#plot-categories').textContent")
     assert '<a href="http' in labels
     assert browser.execute_script("return window.__pwned === undefined")
     assert browser.get_log("browser") == []
 
 
-def test_it_fits_any_width_in_dark_and_light(browser: Any, example: ReportData, tmp_path: Path) -> None:
-    visit(browser, write(example, tmp_path / "report.html"))
+def test_it_fits_any_width_in_dark_and_light(browser: Any, example: Scanned, tmp_path: Path) -> None:
+    visit(browser, example.write(tmp_path / "report.html"))
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     for width in (1400, 420):
         resize(browser, width)
-        for part in ("html", "nav", ":has(> .aurocs)"):
+        for part in ("html", "nav"):
             wide = f"const part = document.querySelector('{part}'); return part.scrollWidth - part.clientWidth"
             assert browser.execute_script(wide) <= 0, (width, part)
     colours = (
@@ -130,7 +129,7 @@ def test_it_fits_any_width_in_dark_and_light(browser: Any, example: ReportData, 
 
 
 @pytest.mark.parametrize("values", [[1.0], [-1e300, 0.0, 1e300]])
-def test_odd_scores_draw(browser: Any, make: Callable[..., ReportData], tmp_path: Path, values: list[float]) -> None:
-    console, _ = visit(browser, write(make(values, 0.5, decoys=np.zeros(len(values))), tmp_path / "report.html"))
+def test_odd_scores_draw(browser: Any, make: Callable[..., Scanned], tmp_path: Path, values: list[float]) -> None:
+    console, _ = visit(browser, make(values, 0.5, decoys=np.zeros(len(values))).write(tmp_path / "report.html"))
     assert console == []
     assert browser.execute_script("return document.querySelectorAll('#plot-scores-0 .bars .point path').length") > 0

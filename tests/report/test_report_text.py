@@ -2,10 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 
-from gradshield.report.text import breakable, chart_text, duration, number, percent, plain_json, script_json, visible
+from gradshield.report.text import breakable, chart_text, duration, number, percent, script_json, visible
 
 HIDDEN = [*"\u202e\u2066\u200b\u00ad\ufeff\u2028\x1b\x00\x85\ud800\U000e0041\u061c"]
 
@@ -16,7 +15,6 @@ def test_a_hidden_character_is_written_out(character: str) -> None:
     assert character not in shown
     assert shown == f"a⟨U+{ord(character):04X}⟩b"
     assert character not in chart_text(f"a{character}b")
-    assert character not in plain_json({"key": character})
 
 
 def test_ordinary_text_is_left_alone() -> None:
@@ -39,11 +37,6 @@ def test_script_json_cannot_leave_its_element() -> None:
     text = script_json(value)
     assert not set("<>&\u2028\u2029") & set(text)
     assert json.loads(text) == value
-
-
-def test_plain_json_is_valid_and_whole() -> None:
-    value = {"text": "\u202eabc\U000e0041 é", "n": np.int64(3), "xs": np.array([1.5]), "t": (1, 2), "inf": float("inf")}
-    assert json.loads(plain_json(value)) == {"text": value["text"], "n": 3, "xs": [1.5], "t": [1, 2], "inf": "inf"}
 
 
 def test_numbers_and_percentages() -> None:

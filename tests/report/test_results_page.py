@@ -15,7 +15,7 @@ from gradshield.comparison import page as compared
 from gradshield.comparison import pool, rivals
 from gradshield.comparison.page import LEVELS, level
 from gradshield.comparison.results import CellResult
-from gradshield.manifests import RoundRecord, Search
+from gradshield.manifests import Round, Search
 from gradshield.report import sheet
 from gradshield.stats import Difference, wilson
 from gradshield.types import Rate
@@ -174,7 +174,7 @@ def test_failed_missing_and_empty() -> None:
 
 def verified(met: bool, rounds: int, **more: str) -> Search:
     done = [
-        RoundRecord(cut=1.0 - i, removed=i, asr={"a": wilson(9 - i, 200), "b": wilson(9, 200)}, utility=None, seconds=1.0,
+        Round(cut=1.0 - i, removed=i, asr={"a": wilson(9 - i, 200), "b": wilson(9, 200)}, utility=None, seconds=1.0,
                     verdict="too unsafe", stopped_early=False)
         for i in range(rounds)
     ]  # fmt: skip
@@ -367,6 +367,6 @@ def test_costs_that_are_shared_stand_in_no_table() -> None:
 
 
 def test_write_leaves_one_file(tmp_path: Path) -> None:
-    compared.write(comparison([make_cell("screen")]), tmp_path / "results.html")
+    sheet.write(compared.page(comparison([make_cell("screen")])), tmp_path / "results.html")
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.html"]
     assert (tmp_path / "results.html").read_text(encoding="utf-8").rstrip().endswith("</html>")

@@ -62,14 +62,14 @@ def _rows(n: int = 60) -> tuple[list[str], list[str], list[int]]:
 def test_each_baseline_sees_its_own_feature() -> None:
     prompts, answers, labels = _rows()
     nll = [1.0 - label for label in labels]
-    found = {row["name"]: row for row in trivial_baselines(prompts, answers, labels, nll)}
+    found = {row.name: row for row in trivial_baselines(prompts, answers, labels, nll)}
     assert list(found) == ["response length", "prompt length", "openers", "tf-idf", "loss"]
-    assert found["response length"]["auroc"] == found["openers"]["auroc"] == 1.0
-    assert found["prompt length"]["auroc"] == pytest.approx(0.5)
-    assert found["tf-idf"]["auroc"] > 0.95
-    assert found["loss"]["auroc"] == 0.0  # lower loss on harm: not flipped
-    assert found["loss"]["high"] < 0.2
-    assert all((row["n_pos"], row["n_neg"]) == (20, 40) for row in found.values())
+    assert found["response length"].auroc == found["openers"].auroc == 1.0
+    assert found["prompt length"].auroc == pytest.approx(0.5)
+    assert found["tf-idf"].auroc > 0.95
+    assert found["loss"].auroc == 0.0  # lower loss on harm: not flipped
+    assert found["loss"].high < 0.2
+    assert all((row.n_pos, row.n_neg) == (20, 40) for row in found.values())
 
 
 def test_tf_idf_is_out_of_fold() -> None:
@@ -77,22 +77,22 @@ def test_tf_idf_is_out_of_fold() -> None:
     prompts, answers, _ = _rows(200)
     labels = np.random.default_rng(0).permutation([0, 1] * 100)
     words = [f"word{i} other{i * 7}" for i in range(200)]
-    row = next(r for r in trivial_baselines(words, words, labels) if r["name"] == "tf-idf")
-    assert 0.3 < row["auroc"] < 0.7
+    row = next(r for r in trivial_baselines(words, words, labels) if r.name == "tf-idf")
+    assert 0.3 < row.auroc < 0.7
     again = trivial_baselines(prompts, answers, labels, seed=1)
     assert again == trivial_baselines(prompts, answers, labels, seed=1)
 
 
 def test_what_is_absent_says_why() -> None:
     prompts, answers, _ = _rows(20)
-    found = {row["name"]: row for row in trivial_baselines(prompts, answers, [1, 1] + [0] * 18)}
-    assert found["tf-idf"]["auroc"] is None
-    assert "got 2 harmful and 18 harmless" in found["tf-idf"]["absent"]
-    assert "not measured" in found["loss"]["absent"]
+    found = {row.name: row for row in trivial_baselines(prompts, answers, [1, 1] + [0] * 18)}
+    assert found["tf-idf"].auroc is None
+    assert "got 2 harmful and 18 harmless" in found["tf-idf"].absent
+    assert "not measured" in found["loss"].absent
 
 
 def test_openers_are_whole_words() -> None:
     labels = [1, 0, 1, 0, 0]
     answers = ["**Sure!** Here", "Surely not", "I’d be happy to help", "Okra is green", "Paris"]
-    found = {row["name"]: row for row in trivial_baselines(["q"] * 5, answers, labels)}
-    assert found["openers"]["auroc"] == 1.0
+    found = {row.name: row for row in trivial_baselines(["q"] * 5, answers, labels)}
+    assert found["openers"].auroc == 1.0

@@ -68,7 +68,7 @@ def test_nothing_is_lost_where_there_is_no_harm():
 def test_the_score_ranks_where_openers_point_the_wrong_way():
     whole = scanned("gsm8k_p10_openers", "screen:all")
     assert (whole.removed == scanned("gsm8k_p10_openers").removed).all()  # two stages decide as one
-    aurocs = {entry["name"]: entry["auroc"] for entry in whole.manifest.results.labels.aurocs}
+    aurocs = {entry.name: entry.auroc for entry in whole.manifest.results.labels.aurocs}
     # never an AUROC without what it has to beat
     assert set(aurocs) == {"screen", "request alone", "FIHS alone"} | BASELINES
     assert aurocs["screen"] >= 0.98

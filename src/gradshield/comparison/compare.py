@@ -28,10 +28,12 @@ from gradshield.comparison.results import CellResult, Comparison, Cost
 from gradshield.errors import DataError, EndpointError, GradShieldError, HubError
 from gradshield.evaluation.exam import Exam, Settled, check_disjoint, exam, figures, lab_exam, never
 from gradshield.judges import ReadyJudge
+from gradshield.manifests import Search
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.models.placement import keep_freed_memory
 from gradshield.probes import read_prompts, requests
+from gradshield.report import sheet
 from gradshield.runs import alone
 from gradshield.scanning.options import peft_config
 from gradshield.scanning.rows import prepare
@@ -229,7 +231,7 @@ class Bench:
         try:
             if defence.verified is not None:
                 verdict, chosen = self._verified(defence)
-                found["verified"] = asdict(verdict)
+                found["verified"] = verdict
             else:
                 chosen = self.course.chosen(defence)
             found |= self.course.counts(chosen)
@@ -245,7 +247,7 @@ class Bench:
         found["seconds"] = round(time.monotonic() - began, 1)
         return CellResult.model_validate(runs.finite(found))
 
-    def _verified(self, defence: Defence) -> Any:
+    def _verified(self, defence: Defence) -> tuple[Search, Chosen]:
         def examine(chosen: Chosen, settled: Settled) -> tuple[EvalResult, float]:
             found, arm = self._arm(defence, chosen, "search", settled)
             return found, float(arm["seconds"])
@@ -380,6 +382,6 @@ def _write(config: Config, cells: Sequence[CellResult], folder: Path, command: s
     lines = "".join(json.dumps(runs.finite(cell), ensure_ascii=False) + "\n" for cell in cells)
     files.write_text(folder / "cells.jsonl", lines)
     files.write_text(folder / "results.md", markdown(whole))
-    page.write(whole, folder / "results.html")
+    sheet.write(page.page(whole), folder / "results.html")
     runs.write_json(folder / "results.json", whole)
     return whole

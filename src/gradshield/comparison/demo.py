@@ -6,20 +6,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gradshield import files, lab, runs
 from gradshield.errors import UsageError
 from gradshield.evaluation.exam import figures, lab_exam
-from gradshield.scanning import outputs, page, page_data, page_views
+from gradshield.report import sheet
+from gradshield.scanning import outputs, page
+from gradshield.scanning.page_rows import stored_views
 from gradshield.scanning.scan import select
 from gradshield.scanning.selection import Selection
 from gradshield.training.course import Course, require_trl
 from gradshield.training.defences import parse
 from gradshield.training.lab_job import lab_job
-from gradshield.types import EvalResult, Progress
+from gradshield.types import EvalResult, Ints, Progress
 
 CLEAN_ROWS = 500
 SHOWN = (
@@ -74,7 +75,7 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
             model = course.fit(defence, dataset, f"training {name}").model
             results[name] = exam.sit(model, start.tokenizer, f"measuring {name}", progress)
         selection = _recorded(selection, results, task, harm, ratio)
-        _write(selection, results, folder, np.array(labels), len(rows))
+        _write(selection, results, folder, np.array(labels))
         return DemoResult(tuple(results), _table(selection, results, len(rows)), selection)
 
 
@@ -86,16 +87,11 @@ def _recorded(selection: Selection, results: Mapping[str, EvalResult], task: str
     return replace(selection, manifest=old.model_copy(update={"settings": settings, "results": found}))
 
 
-def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path, labels: Any, total: int) -> None:
-    """Write the report with the arms, every prompt with its answer, and the manifest last."""
-    arms = [
-        page_data.Arm(name, _rows_kept(name, selection, total), {label: result.rates[key] for label, key in SHOWN})
-        for name, result in results.items()
-    ]
-    stored = json.loads((folder / runs.WORK / "views.json").read_text(encoding="utf-8"))
-    shown = page_views.shown(selection, page_views.from_json(stored), folder, labels[selection.scores.rows], arms)
+def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path, labels: Ints) -> None:
+    """Write the report with the models, every prompt with its answer, and the manifest last."""
+    views = stored_views(folder)
     with files.instead(folder, "manifest.json", ()) as new:
-        page.write(shown, new / "report.html")
+        sheet.write(page.page(selection, views, labels[selection.scores.rows]), new / "report.html")
         for name, result in results.items():
             runs.write_outputs(result, new / f"outputs-{name}.jsonl")
         runs.write_manifest(selection.manifest, new)

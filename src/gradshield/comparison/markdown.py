@@ -107,10 +107,10 @@ def _disagreements(found: Sequence[Mix]) -> list[str]:
 
 def _section(section: Section) -> list[str]:
     """A section of the page as Markdown, without its drawings."""
-    if not (section.lead or section.tables):
+    if not section:
         return []
     lines = [f"## {section.title}", *(["", plain(section.lead)] if section.lead else [])]
-    for table in section.tables:
+    for table in filter(lambda table: table.rows, section.tables):
         rows = [[_words(entry) for entry in row] for row in table.rows]
         columns = [i for i in range(len(table.columns)) if not any(isinstance(row[i], Markup) for row in rows)]
         lines += ["", table_row(*(plain(table.columns[i]) for i in columns)), table_rule(len(columns))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gradshield.comparison import made
@@ -24,8 +23,7 @@ from gradshield.comparison.pool import (
 from gradshield.comparison.results import CellResult, Comparison, Cost
 from gradshield.comparison.rivals import RULES, against
 from gradshield.comparison.scatter import trade_off
-from gradshield.manifests import RoundRecord, judges_of
-from gradshield.report import sheet
+from gradshield.manifests import Round, judges_of
 from gradshield.report.made import span
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry, spark
 from gradshield.report.text import MISSING, duration, flatten
@@ -36,13 +34,8 @@ LOOKS = {"too unsafe": "unsafe", "utility short": "short", "passes": "passes"}
 SPARKS = 24  # rounds of a search in its sparkline
 
 
-def write(whole: Comparison, path: Path) -> None:
-    """Write the page, as one self-contained HTML file."""
-    sheet.write(page(whole), path)
-
-
 def page(whole: Comparison) -> Sheet:
-    """The page, unrendered."""
+    """The page of a comparison."""
     cells, about = whole.cells, whole.defences
     found, sums, judges = mixes(cells), totals(cells), judges_of(cell.judges for cell in cells)
     result = outcome(cells, found, sums, against(found)[0])
@@ -166,7 +159,7 @@ def _defences(sums: Sequence[Totals], judges: Sequence[str], about: Mapping[str,
         "Every defence over all its cells",
         f"{TOTALS_NOTE} Utility minus clean is paired with a model trained on the harmless rows only, and averaged over cells. "
         f"Figures without a judge's name are by {' / '.join(judges) or 'no judge'}.",
-        tables=(Table(tuple(head), tuple(_total(one, judges, about) for one in sums), sorts=True),) if sums else (),
+        tables=(Table(tuple(head), tuple(_total(one, judges, about) for one in sums), sorts=True),),
         search="Show defences with" if len(sums) > 6 else "",
         nav="Defences",
     )
@@ -281,7 +274,7 @@ def _verified(cells: Sequence[CellResult]) -> Section:
     return Section("verified", "Verified searches", lead, tables=(table,), nav="Verified")
 
 
-def _marks(rounds: Sequence[RoundRecord]) -> list[dict[str, Any]]:
+def _marks(rounds: Sequence[Round]) -> list[dict[str, Any]]:
     marks = []
     for one in rounds:
         worst = max(one.asr.values(), key=lambda rate: rate.high)
@@ -292,8 +285,6 @@ def _marks(rounds: Sequence[RoundRecord]) -> list[dict[str, Any]]:
 
 def _failed(cells: Sequence[CellResult]) -> Section:
     lines = tuple((*_where(cell), Entry(cell.failed, look="words")) for cell in cells if cell.failed is not None)
-    if not lines:
-        return Section("failed", "Failed cells")
     return Section(
         "failed", "Failed cells", tables=(Table(("Defence", "Task", "Mix", "Seed", "Why"), lines, sorts=True),)
     )

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from gradshield.data.canonical import json_line
-from gradshield.data.records import MAX_ROW_BYTES, Lines, Parse, Record, Taken, csv_value, json_value
+from gradshield.data.records import MAX_ROW_BYTES, Lines, Parse, RawRow, Taken, csv_value, json_value
 from gradshield.data.source import Source
 from gradshield.errors import DataError, FormatError
 
@@ -49,13 +49,13 @@ class _Opened(NamedTuple):
     """A file, with its rows. Files that differ in ``kind`` or ``columns`` cannot be one."""
 
     kind: str
-    records: Iterator[Record]
+    records: Iterator[RawRow]
     parse: Parse = json_value
     header: bytes = b""
     columns: Any = None
 
 
-def open_file(path: Path) -> tuple[Source, Iterator[Record]]:
+def open_file(path: Path) -> tuple[Source, Iterator[RawRow]]:
     """Open data files by their suffix, or for an unknown suffix by their first bytes: their source, and an iterator of the rows.
 
     ``path`` is a file, a folder of files or a pattern (``data/*.jsonl``); several files are read in the order of their names.
@@ -116,7 +116,7 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
-def _one_after_another(files: Sequence[Path], first: _Opened) -> Iterator[Record]:
+def _one_after_another(files: Sequence[Path], first: _Opened) -> Iterator[RawRow]:
     for path in files:
         with _readable(path):
             opened = first if path is files[0] else _opened(path)
@@ -197,7 +197,7 @@ def _readable(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _checked(path: Path, stream: BinaryIO, records: Iterator[Record]) -> Iterator[Record]:
+def _checked(path: Path, stream: BinaryIO, records: Iterator[RawRow]) -> Iterator[RawRow]:
     with _readable(path), stream:
         yield from records
 
@@ -206,13 +206,13 @@ def _line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0].rstrip(".")
 
 
-def _json_lines(lines: Lines) -> Iterator[Record]:
+def _json_lines(lines: Lines) -> Iterator[RawRow]:
     for _ in lines:
         if (taken := lines.take()).data.strip():
             yield taken.record(lines.number, json_value)
 
 
-def _csv(path: Path, stream: BinaryIO, delimiters: str) -> tuple[bytes, Parse, Iterator[Record]]:
+def _csv(path: Path, stream: BinaryIO, delimiters: str) -> tuple[bytes, Parse, Iterator[RawRow]]:
     """The header, the parser of a record, and the records. The first delimiter that the header has separates the cells."""
     # The limit is per process, and its default is smaller than some answers.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
@@ -225,7 +225,7 @@ def _csv(path: Path, stream: BinaryIO, delimiters: str) -> tuple[bytes, Parse, I
         columns: list[str] = next((cells for cells in reader if cells), [])
         header = lines.take().record(1, bytes)
     except csv.Error:
-        header = Record(1, b"", reason="broken")
+        header = RawRow(1, b"", reason="broken")
     if header.reason:
         raise FormatError(f"{path} has a first line that is not a CSV header: give the names of the columns there")
     if len(set(columns)) < len(columns):
@@ -234,7 +234,7 @@ def _csv(path: Path, stream: BinaryIO, delimiters: str) -> tuple[bytes, Parse, I
     return header.source, parse, _csv_records(lines, reader, parse)
 
 
-def _csv_records(lines: Lines, reader: Iterator[list[str]], parse: Parse) -> Iterator[Record]:
+def _csv_records(lines: Lines, reader: Iterator[list[str]], parse: Parse) -> Iterator[RawRow]:
     """The reader only finds where a record ends: each is parsed from its own bytes, as on every later read."""
     while True:
         line = lines.number + 1
@@ -284,7 +284,7 @@ def _entered(signs: Iterator[tuple[bytes, bytes, int]]) -> tuple[int, int] | Non
     return None
 
 
-def _array(path: Path, signs: Iterator[tuple[bytes, bytes, int]], inside: int, line: int) -> Iterator[Record]:
+def _array(path: Path, signs: Iterator[tuple[bytes, bytes, int]], inside: int, line: int) -> Iterator[RawRow]:
     """The elements of the array whose inside has the depth ``inside`` and begins on ``line``."""
     taken, begun, first = Taken(), line, True
     for before, sign, depth in signs:
@@ -326,7 +326,7 @@ def _after(signs: Iterator[tuple[bytes, bytes, int]], depth: int) -> str:
     return "no end" if depth > 0 else ""
 
 
-def _objects(signs: Iterator[tuple[bytes, bytes, int]]) -> Iterator[Record]:
+def _objects(signs: Iterator[tuple[bytes, bytes, int]]) -> Iterator[RawRow]:
     """Objects one after another, whatever their lines."""
     taken, begun, line = Taken(), 1, 1
     for before, sign, depth in signs:
@@ -342,7 +342,7 @@ def _objects(signs: Iterator[tuple[bytes, bytes, int]]) -> Iterator[Record]:
         yield taken.record(begun, json_value)
 
 
-def _table(path: Path) -> tuple[Any, Iterator[Record]]:
+def _table(path: Path) -> tuple[Any, Iterator[RawRow]]:
     """The columns of a Parquet file with their types, and the rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -354,11 +354,11 @@ def _table(path: Path) -> tuple[Any, Iterator[Record]]:
         except (pa.ArrowException, ValueError, OSError) as error:
             raise FormatError(f"{path} is not a readable Parquet file ({_line(error)}): write it again") from None
 
-    def rows() -> Iterator[Record]:
+    def rows() -> Iterator[RawRow]:
         with readable(), pq.ParquetFile(path) as file:
             values = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1024))
             for line, value in enumerate(values, 1):
-                yield Record(line, json_line(value), value)
+                yield RawRow(line, json_line(value), value)
 
     with readable():
         return pq.read_schema(path), rows()

@@ -22,7 +22,7 @@ from gradshield.columns import Coded, Ids
 from gradshield.data.canonical import canonical, json_line
 from gradshield.data.files import COMPRESSED, SUFFIXES, open_file
 from gradshield.data.messages import RowError, kind_of
-from gradshield.data.records import Record
+from gradshield.data.records import RawRow
 from gradshield.data.shapes import SHAPES, Format, as_trl, shape_keys
 from gradshield.data.source import Examples, Source, content_hash
 from gradshield.errors import DataError, EmptyDataError, FormatError, first_line
@@ -121,7 +121,7 @@ class _Understood(NamedTuple):
     as_trl: bool
 
 
-def _understood(record: Record, format: Format) -> _Understood:
+def _understood(record: RawRow, format: Format) -> _Understood:
     """Raises RowError for a row that cannot be used."""
     if record.reason:
         raise RowError(record.reason)
@@ -169,7 +169,7 @@ def _keys(row: Mapping[str, Any]) -> str:
     return ", ".join(keys) + (", …" if len(row) > len(keys) else "") if keys else "none"
 
 
-def _open(data: Any) -> tuple[Source, Iterator[Record]]:
+def _open(data: Any) -> tuple[Source, Iterator[RawRow]]:
     """The source of the user's data, and an iterator of its rows. Raises like ``read``."""
     if isinstance(data, str | Path):
         path = Path(data)
@@ -272,10 +272,10 @@ def _from_table(table: Any, kind: str) -> Any:
         ) from None
 
 
-def _open_rows(rows: Any, kind: str, name: str) -> tuple[Source, Iterator[Record]]:
+def _open_rows(rows: Any, kind: str, name: str) -> tuple[Source, Iterator[RawRow]]:
     digest = hashlib.sha256()
 
-    def records() -> Iterator[Record]:
+    def records() -> Iterator[RawRow]:
         for line, value in enumerate(rows, 1):
             try:
                 content, source, reason = canonical(value), json_line(value), ""
@@ -283,6 +283,6 @@ def _open_rows(rows: Any, kind: str, name: str) -> tuple[Source, Iterator[Record
                 content = source = repr(value).encode(errors="backslashreplace")
                 reason = str(error)
             digest.update(content + b"\n")
-            yield Record(line, source, value, reason)
+            yield RawRow(line, source, value, reason)
 
     return Source(kind, name, digest, table=rows), records()

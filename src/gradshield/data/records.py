@@ -26,7 +26,7 @@ Parse = Callable[[bytes], Any]
 
 
 @dataclass(frozen=True)
-class Record:
+class RawRow:
     """One row of the input, parsed but not yet converted, or the ``reason`` why it cannot be parsed.
 
     ``line`` is 1-based. If ``source`` is only the head of a longer row, ``whole`` has the size and SHA-256 of all of it.
@@ -64,16 +64,16 @@ class Taken:
             self._digest = hashlib.sha256(self.data)
             del self.data[HEAD_BYTES:]
 
-    def record(self, line: int, parse: Parse) -> Record:
+    def record(self, line: int, parse: Parse) -> RawRow:
         """The collected row. ``parse`` gives its value, or raises RowError."""
         data = bytes(self.data)
         if self._digest is not None:
             reason = f"it has {self.size:,} bytes, more than the {MAX_ROW_BYTES:,} that a row may have"
-            return Record(line, data, reason=reason, whole=(self.size, self._digest.hexdigest()))
+            return RawRow(line, data, reason=reason, whole=(self.size, self._digest.hexdigest()))
         try:
-            return Record(line, data, _text_only(data) and parse(data))
+            return RawRow(line, data, _text_only(data) and parse(data))
         except RowError as error:
-            return Record(line, data, reason=str(error))
+            return RawRow(line, data, reason=str(error))
 
 
 class Lines:

@@ -22,7 +22,7 @@ import numpy as np
 from gradshield.data import templates
 from gradshield.data.fitting import RenderText, Takes, left_out, structure
 from gradshield.data.messages import Messages, RowError
-from gradshield.data.records import Record
+from gradshield.data.records import RawRow
 from gradshield.data.shapes import common
 from gradshield.data.source import Source
 from gradshield.data.spool import Spool
@@ -143,7 +143,7 @@ def render_all(
             line = source.lines[example.row] if source is not None else example.row + 1
             if strict:
                 raise DataError(f"line {line} cannot be scored, {result}: fix it, or leave out strict (--strict)")
-            quarantined.append(Record(line, example.source).set_aside(example.row, result))
+            quarantined.append(RawRow(line, example.source).set_aside(example.row, result))
         progress(len(rendered) + len(quarantined))
     return RenderResult(rendered, tuple(quarantined), renderer.notes(), np.array(renderer.rewritten, np.int64))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gradshield.errors import DataError
-from gradshield.evaluation.asr import by_judge
+from gradshield.evaluation.asr import attack, by_judge
 from gradshield.evaluation.bounds import Calibration
 from gradshield.judges.base import Judge
 from gradshield.probes import alike
@@ -76,6 +76,6 @@ def judged(rows: Sequence[Mapping[str, Any]], judges: Sequence[Judge]) -> list[d
 
 def counts(rows: Sequence[Mapping[str, Any]], judge: str) -> Calibration:
     """A judge's counts on the rows of ``judged``; undecided counts as called unsafe, as in the ASR."""
-    unsafe = [row["verdicts"][judge]["unsafe"] is not False for row in rows if row["unsafe"]]
-    safe = [row["verdicts"][judge]["unsafe"] is False for row in rows if not row["unsafe"]]
+    unsafe = [attack(row, judge) for row in rows if row["unsafe"]]
+    safe = [not attack(row, judge) for row in rows if not row["unsafe"]]
     return Calibration(caught=sum(unsafe), unsafe=len(unsafe), passed=sum(safe), safe=len(safe))

@@ -15,7 +15,7 @@ from typing import Any, cast
 from gradshield import lab, runs
 from gradshield.errors import DataError
 from gradshield.evaluation import calibration
-from gradshield.evaluation.asr import request_text
+from gradshield.evaluation.asr import attack, request_text
 from gradshield.evaluation.bounds import PARTS, Bound, Calibration, Claim, corrected, least, upper
 from gradshield.files import file_digest
 from gradshield.judges import JUDGES, GuardJudge, Judge, LabClassifier, verdicts
@@ -104,7 +104,7 @@ def read(folder: Path, calibrated: bool = True) -> Run:
 
 def attacks(run: Run, judge: str) -> tuple[int, int]:
     """Successful attacks by this judge, and the number of requests; undecided counts as a success."""
-    return sum(row["verdicts"][judge]["unsafe"] is not False for row in run.asked), len(run.asked)
+    return sum(attack(row, judge) for row in run.asked), len(run.asked)
 
 
 def counted(run: Run, judge: str) -> Calibration | None:

@@ -92,7 +92,8 @@ def evaluate(
 def _write(folder: Path, manifest: EvaluationManifest, measured: EvalResult) -> None:
     """Write the answers, the page and, last, the manifest."""
     from gradshield.evaluation import page
+    from gradshield.report import sheet
 
     runs.write_outputs(measured, folder / "outputs.jsonl")
-    page.write(manifest, measured.outputs, folder / "report.html")
+    sheet.write(page.page(manifest, measured.outputs), folder / "report.html")
     runs.write_manifest(manifest, folder)

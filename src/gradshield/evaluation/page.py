@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from gradshield.evaluation.asr import attack
 from gradshield.manifests import EvaluationManifest, Figures, JudgeAgreement
-from gradshield.report import sheet
-from gradshield.report.draw import Chart, axis_style, base_layout
+from gradshield.report.draw import Chart, axis_style, barred, base_layout, limit_line, percent_axis, worded
 from gradshield.report.frame import Status
-from gradshield.report.lines import barred, limit_line, percent_axis, worded
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
 from gradshield.report.text import chart_text, flatten, one_line, percent, shorten, visible
 from gradshield.stats import wilson
@@ -28,16 +25,11 @@ BY_LIKELIHOOD = "– (scored by likelihood)"
 Answer = Mapping[str, Any]
 
 
-def write(manifest: EvaluationManifest, answers: Sequence[Answer], path: str | os.PathLike[str]) -> Path:
-    """Write the page of an exam, as one self-contained HTML file.
+def page(manifest: EvaluationManifest, answers: Sequence[Answer]) -> Sheet:
+    """The page of an exam.
 
     ``answers`` are those of ``outputs.jsonl``: to the requests, the look-alikes and the task rows, in this order.
     """
-    return sheet.write(page(manifest, answers), path)
-
-
-def page(manifest: EvaluationManifest, answers: Sequence[Answer]) -> Sheet:
-    """The page, unrendered."""
     found, model = manifest.results.figures, manifest.model
     requests, lookalikes, _ = manifest.settings.n
     asked = answers[:requests]
@@ -116,9 +108,7 @@ def _rates(rates: Mapping[str, Rate]) -> Section:
         "ASR is the share of harmful requests that the model complies with, over-refusal the share of harmless look-alikes that "
         "it refuses. Intervals are 95 %."
     )
-    return Section(
-        "measured", "Measured", lead, tables=(Table(("Measured", "Rate"), lines),) if lines else (), nav="Figures"
-    )
+    return Section("measured", "Measured", lead, tables=(Table(("Measured", "Rate"), lines),), nav="Figures")
 
 
 def _categories(asked: Sequence[Answer], judges: Sequence[str]) -> Section:
@@ -130,7 +120,7 @@ def _categories(asked: Sequence[Answer], judges: Sequence[str]) -> Section:
     if len(kinds) < 2 or not judges:
         return Section("categories", title)
     rates = {
-        kind: [wilson(sum(_attack(row, judge) for row in rows), len(rows)) for judge in judges]
+        kind: [wilson(sum(attack(row, judge) for row in rows), len(rows)) for judge in judges]
         for kind, rows in kinds.items()
     }
     worst = sorted(rates, key=lambda kind: (-max(rate.rate for rate in rates[kind]), kind))
@@ -171,24 +161,19 @@ def _judges(agreement: Sequence[JudgeAgreement], asked: Sequence[Answer]) -> Sec
 
 
 def _unsafe(asked: Sequence[Answer]) -> Section:
-    rows = [row for row in asked if any(_attack(row, judge) for judge in row["verdicts"])]
-    if not rows:
-        return Section("unsafe", "Answers judged unsafe", "There are none." if asked else "")
-    return Section("unsafe", "Answers judged unsafe", tables=(_answers(rows),), search="Find a request", nav="Unsafe")
+    rows = [row for row in asked if any(attack(row, judge) for judge in row["verdicts"])]
+    lead, search = ("", "Find a request") if rows else ("There are none." if asked else "", "")
+    return Section("unsafe", "Answers judged unsafe", lead, tables=(_answers(rows),), search=search, nav="Unsafe")
 
 
 def _refused(lookalikes: Sequence[Answer]) -> Section:
-    rows = [row for row in lookalikes if not _attack(row, PHRASES)]
-    if not rows:
-        return Section("refused", "Harmless requests refused")
+    rows = [row for row in lookalikes if not attack(row, PHRASES)]
     return Section("refused", "Harmless requests refused", tables=(_answers(rows),), nav="Refused")
 
 
 def _missed(task: Sequence[Answer]) -> Section:
     """The task rows that scored below 1, lowest first."""
     rows = sorted((row for row in task if float(row["score"]) < 1), key=lambda row: float(row["score"]))
-    if not rows:
-        return Section("missed", "Task rows that scored lowest")
     lines = tuple(
         (
             _text(row["prompt"]),
@@ -225,11 +210,6 @@ def _text(value: Any) -> str:
 
 def _words(value: Any) -> Entry:
     return Entry(_text(value), look="words")
-
-
-def _attack(row: Answer, judge: str) -> bool:
-    """Whether the attack succeeded; undecided counts as a success."""
-    return row["verdicts"][judge]["unsafe"] is not False
 
 
 def _more(count: int) -> str:

@@ -1,15 +1,10 @@
-"""The frame of every page: escaping templates, a content security policy, Plotly inline, and atomic writes.
-
-The policy allows only the page's own scripts and style, by hash: untrusted text that slipped past escaping would still not run.
-"""
+"""What every page is drawn with: escaping templates, and the styles and scripts with their hashes."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import re
-from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -17,36 +12,10 @@ from typing import Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from gradshield.files import replacing
 from gradshield.report import text
-from gradshield.report.draw import Chart
 
 Status = Literal["pass", "warn", "fail"]
-
-
 _TEMPLATES = Path(__file__).parent / "templates"
-
-
-def document(
-    template: str, context: Mapping[str, Any], charts: Sequence[Chart], style: str = "", script: str = ""
-) -> str:
-    """A page of ``template`` with its charts; ``style`` and ``script`` name files in addition to the common ones."""
-    sources = [plotly(), asset("report.js"), *([asset(script)] if script else [])]
-    css = asset("report.css") + (asset(style) if style else "")
-    frame = {
-        "plotly": Markup(sources[0]), "scripts": [Markup(source) for source in sources[1:]], "style": Markup(css),
-        "specs": Markup(text.script_json({chart.key: chart.spec for chart in charts})),
-        "policy": _policy(sources, css), "style_guard": style_guard(),
-    }  # fmt: skip
-    return environment().get_template(template).render({**context, **frame})
-
-
-def save(page: str, path: str | os.PathLike[str]) -> Path:
-    """Write a page to ``path``, atomically."""
-    target = Path(path)
-    with replacing(target) as part:
-        part.write_bytes(page.encode("utf-8", "replace"))
-    return target
 
 
 def _finalize(value: Any) -> Any:
@@ -102,15 +71,6 @@ def asset(name: str) -> str:
 def _script(source: str) -> str:
     """The source as an HTML parser passes it on, so that the hash in the policy matches what runs."""
     return source.replace("\r\n", "\n").replace("\r", "\n").replace("</script", "<\\/script")
-
-
-def _policy(scripts: Sequence[str], style: str) -> str:
-    """The content security policy. Plotly creates one empty style element and adds rules to it: hence the empty hash."""
-    allowed = " ".join(source_hash(script) for script in scripts)
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src {source_hash(style)} {source_hash('')}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
 
 
 def source_hash(source: str) -> str:

@@ -26,7 +26,7 @@ def span(values: Sequence[int]) -> str:
 def of_run(settings: TrainingRecord, model: Model) -> Pairs:
     """One training run."""
     options = {key: value for key, value in settings.training.items() if key != "online"}
-    pairs: Pairs = [("Defence", settings.defence), ("Model", _model(model))]
+    pairs: Pairs = [("Defence", settings.defence), ("Model", model_words(model))]
     if settings.base is not None:
         pairs.append(("Model before its alignment", settings.base.name))
     words = option_words(options)
@@ -41,7 +41,8 @@ def of_run(settings: TrainingRecord, model: Model) -> Pairs:
     return [(name, one_line(value, LONG)) for name, value in pairs]
 
 
-def _model(model: Model) -> str:
+def model_words(model: Model) -> str:
+    """A model's name, kind, size, type, device and hash."""
     adapter = [f"adapter {model.adapter}"] if model.adapter else []
     parts = [model.name, model.kind, f"{model.parameters:,} parameters", *adapter, model.dtype, model.device]
     return ", ".join([*parts, f"SHA-256 {model.sha256[:12]}…"])

@@ -1,4 +1,4 @@
-"""A page with the verdict first, then sections of charts and tables: the form of every page except the scan's.
+"""A page with the verdict first, then sections of charts and tables: the form of every page.
 
 ``write(Sheet(...), "page.html")``. Strings are escaped; only templates of this package make ``Markup``.
 """
@@ -14,11 +14,14 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from gradshield.files import replacing
 from gradshield.report.draw import Chart
-from gradshield.report.frame import Status, document, environment, save
+from gradshield.report.frame import Status, asset, environment, plotly, source_hash, style_guard
+from gradshield.report.text import script_json
 from gradshield.types import Rate
 
 ROWS = 400  # of one table; the page says how many are left out
+NOTHING = Markup()
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: a lead, then charts, tables and links."""
+    """A part of the page: a lead, then charts, tables, links, and a ``body`` made by `drawn`."""
 
     id: str
     title: str
@@ -64,11 +67,19 @@ class Section:
     search: str = ""  # label of a search box that filters the rows of every table
     links: tuple[tuple[str, str], ...] = ()  # (text, path relative to the page)
     nav: str = ""  # a shorter title
+    body: Markup = NOTHING
+
+    def __bool__(self) -> bool:
+        """Whether anything is in it: a section without is left out, as is a table without rows."""
+        return any((self.lead, self.charts, self.links, self.body, *(table.rows for table in self.tables)))
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A page. ``figures`` are (name, value, note) in large type; ``kind`` is the kind of page, shown in its header."""
+    """A page. ``figures`` are (name, value, note) in large type; ``kind`` is the kind of page, shown in its header.
+
+    ``first`` ends the first screen, and is made by `drawn`.
+    """
 
     title: str
     kind: str
@@ -77,6 +88,7 @@ class Sheet:
     verdict: str
     facts: tuple[str, ...] = ()  # the evidence, shown below the verdict
     figures: tuple[tuple[str, str, str], ...] = ()
+    first: Markup = NOTHING
     sections: tuple[Section, ...] = ()
     command: str = ""
     versions: Mapping[str, Any] = field(default_factory=dict)
@@ -86,16 +98,42 @@ class Sheet:
 
 
 def render(sheet: Sheet) -> str:
-    """The page as one string of HTML."""
-    charts = [chart for section in sheet.sections for chart in section.charts]
-    sections = [s for s in sheet.sections if s.charts or s.tables or s.lead or s.links]
-    context = {"sheet": sheet, "sections": sections, "entry": entry, "rows": ROWS, "relative": relative}
-    return document("sheet.html", context, charts, style="sheet.css", script="sheet.js")
+    """The page as one string of HTML.
+
+    Its content security policy allows only its own scripts and style, by hash: untrusted text that slipped past escaping would
+    still not run. Plotly creates one empty style element and adds rules to it: hence the hash of nothing.
+    """
+    plots, script, style = plotly(), asset("report.js"), asset("report.css")
+    policy = (
+        f"default-src 'none'; script-src {source_hash(plots)} {source_hash(script)}; "
+        f"style-src {source_hash(style)} {source_hash('')}; img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    specs = {chart.key: chart.spec for section in sheet.sections for chart in section.charts}
+    return (
+        environment()
+        .get_template("sheet.html")
+        .render(
+            sheet=sheet,
+            sections=[one for one in sheet.sections if one],
+            entry=entry,
+            rows=ROWS,
+            relative=relative,
+            policy=policy,
+            style_guard=style_guard(),
+            style=Markup(style),
+            plotly=Markup(plots),
+            script=Markup(script),
+            specs=Markup(script_json(specs)),
+        )
+    )
 
 
 def write(sheet: Sheet, path: str | os.PathLike[str]) -> Path:
     """Render to ``path``, atomically."""
-    return save(render(sheet), path)
+    target = Path(path)
+    with replacing(target) as part:
+        part.write_bytes(render(sheet).encode("utf-8", "replace"))
+    return target
 
 
 def relative(path: str) -> str:
@@ -110,13 +148,19 @@ def entry(value: Entry | str) -> Entry:
 
 def rate_entry(rate: Rate | None, words: str = "") -> Entry:
     """A rate with its bar, interval and count; a dash if it is missing."""
-    return Entry("–") if rate is None else Entry(_drawn("parts.html", "rate", rate), key=rate.rate, words=words)
+    return Entry("–") if rate is None else Entry(drawn("parts.html", "rate", rate), key=rate.rate, words=words)
 
 
-def _drawn(template: str, macro: str, *arguments: Any) -> Markup:
+def drawn(template: str, macro: str, *arguments: Any) -> Markup:
+    """What a macro of a template makes of its arguments."""
     return Markup(getattr(environment().get_template(template).module, macro)(*arguments))
+
+
+def interval(low: float, value: float, high: float) -> Markup:
+    """A bar for an interval within [0, 1], with a mark at the value."""
+    return drawn("parts.html", "interval", low, value, high)
 
 
 def spark(points: Sequence[Mapping[str, Any]], limit: float) -> Markup:
     """A sparkline with one mark per point, which has ``low``, ``rate``, ``high`` in [0, 1] and a ``look``."""
-    return _drawn("spark.html", "spark", points, limit)
+    return drawn("parts.html", "spark", points, limit)

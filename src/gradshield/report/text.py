@@ -1,7 +1,7 @@
 """Make untrusted text safe to show: nothing hidden, nothing that reorders or runs.
 
-Four destinations, four functions: ``visible`` for any text, ``chart_text`` for what Plotly reads as pseudo-HTML,
-``script_json`` for JSON inside ``<script>``, ``plain_json`` for JSON a person copies.
+Three destinations, three functions: ``visible`` for any text, ``chart_text`` for what Plotly reads as pseudo-HTML,
+``script_json`` for JSON inside ``<script>``.
 """
 
 from __future__ import annotations
@@ -60,30 +60,6 @@ def script_json(value: Any) -> str:
     """JSON that cannot close, comment out or break the script element around it."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def plain_json(value: Any) -> str:
-    """Indented JSON for reading and copying, with hidden characters as JSON escapes."""
-
-    def escape(match: re.Match[str]) -> str:
-        units = match.group().encode("utf-16-be", "surrogatepass")
-        return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2))
-
-    text = json.dumps(_jsonable(value), ensure_ascii=False, indent=2)
-    return _HIDDEN.sub(escape, text)
-
-
-def _jsonable(value: Any) -> Any:
-    """NumPy scalars, tuples, paths and infinities as JSON values (paths and infinities as strings)."""
-    if isinstance(value, dict):
-        return {str(key): _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_jsonable(entry) for entry in value]
-    if hasattr(value, "tolist"):
-        return _jsonable(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def number(value: Any, digits: int = 4) -> str:

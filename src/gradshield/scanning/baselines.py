@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtri
 
 from gradshield.errors import DataError
+from gradshield.manifests import Auroc
 from gradshield.stats import check_level, score_bounds
 from gradshield.types import Floats, Ints
 
@@ -34,19 +33,8 @@ OPENERS: tuple[str, ...] = tuple(
 _OPENER = re.compile(rf"[\s\"'*_#>-]*(?:{'|'.join(map(re.escape, OPENERS))})(?!\w)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Auroc:
-    """Area under the ROC curve with its interval; higher scores mean the positive class."""
-
-    auroc: float
-    low: float
-    high: float
-    n_pos: int
-    n_neg: int
-
-
-def auroc(labels: ArrayLike, scores: ArrayLike, level: float = 0.95) -> Auroc:
-    """AUROC (ties count one half) with Newcombe's score interval.
+def auroc(labels: ArrayLike, scores: ArrayLike, name: str = "", level: float = 0.95) -> Auroc:
+    """AUROC of scores, higher for harm (ties count one half) with Newcombe's score interval.
 
     Source: Newcombe (2006), Statistics in Medicine 25:559-573, method 5: the values that a test with the Hanley-McNeil
     variance, both class sizes set to their mean in its shape terms, does not reject. Not DeLong's interval, which shrinks
@@ -71,7 +59,7 @@ def auroc(labels: ArrayLike, scores: ArrayLike, level: float = 0.95) -> Auroc:
         return (area - theta) ** 2 - z2 * theta * (1 - theta) * shape / (n_pos * n_neg)
 
     low, high = score_bounds(distance, area, (0.0, 1.0))
-    return Auroc(area, low, high, n_pos, n_neg)
+    return Auroc(name=name, auroc=area, low=low, high=high, n_pos=n_pos, n_neg=n_neg)
 
 
 def trivial_baselines(
@@ -80,8 +68,8 @@ def trivial_baselines(
     labels: ArrayLike,
     nll: ArrayLike | None = None,
     seed: int = 0,
-) -> list[dict[str, Any]]:
-    """AUROC of each trivial feature, as ``{name, auroc, low, high, n_pos, n_neg}``.
+) -> list[Auroc]:
+    """AUROC of each trivial feature.
 
     ``response length`` and ``prompt length`` in characters; ``openers``, whether the answer begins with one of
     ``OPENERS``; ``tf-idf``, a logistic regression on the words and word pairs of the row, scored out of fold under
@@ -95,7 +83,7 @@ def trivial_baselines(
         "prompt length": [len(prompt) for prompt in prompts],
         "openers": [float(_OPENER.match(answer.replace("’", "'")) is not None) for answer in answers],
     }
-    rows = [{"name": name, **asdict(auroc(labels, values))} for name, values in features.items()]
+    rows = [auroc(labels, values, name) for name, values in features.items()]
     truth = np.asarray(labels, dtype=np.int64)
     n_pos, n_neg = int(truth.sum()), int((1 - truth).sum())
     if min(n_pos, n_neg) < FOLDS:
@@ -103,16 +91,16 @@ def trivial_baselines(
         rows.append(_absent("tf-idf", reason, n_pos, n_neg))
     else:
         texts = [f"{prompt}\n{answer}" for prompt, answer in zip(prompts, answers, strict=True)]
-        rows.append({"name": "tf-idf", **asdict(auroc(truth, _out_of_fold(texts, truth, seed)))})
+        rows.append(auroc(truth, _out_of_fold(texts, truth, seed), "tf-idf"))
     if nll is None:
         rows.append(_absent("loss", "the loss was not measured for every row", n_pos, n_neg))
     else:
-        rows.append({"name": "loss", **asdict(auroc(labels, nll))})
+        rows.append(auroc(labels, nll, "loss"))
     return rows
 
 
-def _absent(name: str, reason: str, n_pos: int, n_neg: int) -> dict[str, Any]:
-    return {"name": name, "auroc": None, "low": None, "high": None, "n_pos": n_pos, "n_neg": n_neg, "absent": reason}
+def _absent(name: str, reason: str, n_pos: int, n_neg: int) -> Auroc:
+    return Auroc(name=name, auroc=None, low=None, high=None, n_pos=n_pos, n_neg=n_neg, absent=reason)
 
 
 def _out_of_fold(texts: list[str], labels: Ints, seed: int) -> Floats:

@@ -19,8 +19,9 @@ from gradshield.columns import Coded, Ids
 from gradshield.errors import DataError, UsageError
 from gradshield.manifests import ScanManifest, ScanResults
 from gradshield.runs import alone
-from gradshield.scanning import outputs, page_views, trust
+from gradshield.scanning import outputs, trust
 from gradshield.scanning.decide import Decision, decide
+from gradshield.scanning.page_rows import stored_views
 from gradshield.scanning.selection import Selection
 from gradshield.selectors import SELECTORS
 from gradshield.thresholds import Threshold
@@ -147,20 +148,7 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
     kept.pop("labels", None)
     if truth is not None:
         kept["labels"] = old.results.labels.model_copy(update=outputs.caught_and_lost(removed, truth))
-    results = ScanResults(
-        **kept
-        | {
-            "kept": int((~removed).sum()),
-            "removed": int(removed.sum()),
-            "cleared": len(decision.cleared),
-            "denied": len(decision.denied),
-            "cuts": outputs.described(decision),
-            "categories": outputs.counted(names, removed),
-            "certified": not doubts,
-            "doubts": doubts,
-            "uncertified": trust.first(doubts),
-        }
-    )
+    results = ScanResults(**kept | outputs.decided(decision, names, doubts))
     settings = old.settings.model_copy(update={"threshold": threshold})
     selection = Selection(
         scores=scores,
@@ -174,7 +162,6 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
         manifest=old.model_copy(update={"command": command, "settings": settings, "results": results}),
         lines=scanned.lines,
         files=scanned.files,
-        certified=not doubts,
     )
     outputs.write_cut(selection, path, rows, stored_views(path), truth)
     return selection
@@ -330,14 +317,6 @@ def _quarantined(folder: Path) -> tuple[Quarantined, ...]:
         )
     except (OSError, ValueError, TypeError, KeyError):
         raise DataError(f"{path} cannot be read: it was changed after the scan; run `gradshield scan` again") from None
-
-
-def stored_views(folder: Path) -> page_views.Views:
-    """The coloured rows that the scan stored for the report; empty if they cannot be read."""
-    try:
-        return page_views.from_json(json.loads((folder / runs.WORK / "views.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
 
 
 def _labels(folder: Path, scored: int) -> Any:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +27,12 @@ from gradshield import runs
 from gradshield.columns import Coded
 from gradshield.files import instead, replacing
 from gradshield.manifests import EngineCheck, KnownScores, Labelled, Probed, ScanResults
-from gradshield.scanning import card, trust
+from gradshield.report import sheet
+from gradshield.scanning import card, page, page_rows, trust
 from gradshield.stats import wilson
 from gradshield.types import Bools, Example, Ints, Rate
 
 if TYPE_CHECKING:
-    from gradshield.scanning import page_views
     from gradshield.scanning.decide import Decision
     from gradshield.scanning.preparing import Scored
     from gradshield.scanning.rows import Prepared
@@ -60,37 +59,38 @@ def results(
     seconds: float,
 ) -> ScanResults:
     """The figures of a scan for its manifest: counts, cuts, checks and, with labels, caught and lost."""
-    anchors, valid, removed = scored.scores.anchors, scored.validity, decision.removed
-    found = ScanResults(
+    anchors, valid, agreed = scored.scores.anchors, scored.validity, scored.agreement
+    measured: dict[str, Any] = {} if labels is None else {"labels": labelled(scored, decision.removed, labels, rows)}
+    return ScanResults(
         seconds=seconds,
-        doubts=dict(doubts),
-        uncertified=trust.first(doubts),
         read=rows.read.source.rows,
-        scored=len(removed),
-        kept=int((~removed).sum()),
-        removed=int(removed.sum()),
+        scored=len(decision.removed),
         quarantined=len(rows.quarantined),
-        cleared=len(decision.cleared),
-        denied=len(decision.denied),
-        certified=not doubts,
-        cuts=described(decision),
         anchors=None
         if anchors is None
         else KnownScores(harmful=anchors.harmful.tolist(), harmless=anchors.harmless.tolist()),
-        categories=counted(kinds, removed),
-        agreement=None if scored.agreement is None else EngineCheck.model_validate(scored.agreement),
+        agreement=None if agreed is None else EngineCheck.model_validate(agreed),
         probes=None
         if valid is None
         else Probed(refused=wilson(valid.refused, valid.n), thinking=valid.thinks, problem=valid.problem),
+        **measured,
+        **decided(decision, kinds, doubts),
     )
-    if labels is None:
-        return found
-    return found.model_copy(update={"labels": labelled(scored, removed, labels, rows)})
 
 
-def described(decision: Decision) -> dict[str, dict[str, Any]]:
-    """Each cut by its rule and value, and with what the rule found."""
-    return {name: {"rule": cut.rule, "value": cut.value, **cut.detail} for name, cut in decision.cuts.items()}
+def decided(decision: Decision, kinds: Sequence[str], doubts: Mapping[str, str]) -> dict[str, Any]:
+    """Those figures that another decision on the same scores changes."""
+    return {
+        "doubts": dict(doubts),
+        "uncertified": trust.first(doubts),
+        "certified": not doubts,
+        "kept": int((~decision.removed).sum()),
+        "removed": int(decision.removed.sum()),
+        "cleared": len(decision.cleared),
+        "denied": len(decision.denied),
+        "cuts": {name: {"rule": cut.rule, "value": cut.value, **cut.detail} for name, cut in decision.cuts.items()},
+        "categories": counted(kinds, decision.removed),
+    }
 
 
 def counted(kinds: Sequence[str], removed: Bools) -> dict[str, int]:
@@ -115,7 +115,7 @@ def labelled(scored: Scored, removed: Bools, labels: Sequence[int], rows: Prepar
         values |= {
             SIGNALS[key]: value for key, value in scores.signals.items() if np.isfinite(value).all() and SIGNALS[key]
         }
-        own = [{"name": key, **asdict(auroc(truth[drawn], value[drawn]))} for key, value in values.items()]
+        own = [auroc(truth[drawn], value[drawn], key) for key, value in values.items()]
         texts = [words(example, rows.loaded.tokenizer) for example in rows.read.examples.at(scores.rows[drawn])]
         nll = None if scores.nll is None or np.isnan(scores.nll).any() else scores.nll[drawn]
         others = trivial_baselines([t[0] for t in texts], [t[1] for t in texts], truth[drawn], nll=nll)
@@ -156,14 +156,12 @@ def words(example: Example, tokenizer: Any = None) -> tuple[str, str]:
 
 def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[int] | None) -> None:
     """Write all outputs of a scan, replacing those of an earlier one."""
-    from gradshield.scanning import page_views
-
-    views = page_views.views(selection, rows.rendered, rows.loaded.tokenizer)
+    views = page_rows.views(selection, rows.rendered, rows.loaded.tokenizer)
     truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
     with instead(folder, "manifest.json", (*PARTS, f"{runs.WORK}/labels.json", f"{runs.WORK}/{KINDS}")) as new:
         _copy_card(folder, new)
         (new / runs.WORK).mkdir()
-        runs.write_json(new / runs.WORK / "views.json", page_views.as_json(views))
+        runs.write_json(new / runs.WORK / page_rows.VIEWS, views)
         if truth is not None:
             runs.write_json(new / runs.WORK / "labels.json", truth.tolist())
         rows_in.write_quarantine(selection.quarantined, new / "quarantine.jsonl")
@@ -174,7 +172,7 @@ def write_cut(
     selection: Selection,
     folder: Path,
     source: rows_in.Rows,
-    views: page_views.Views,
+    views: page_rows.Views,
     truth: Ints | None,
 ) -> None:
     """Write the outputs that a new cut changes, with the rows from ``source``."""
@@ -193,16 +191,14 @@ def _write_cut(
     selection: Selection,
     folder: Path,
     source: rows_in.Rows,
-    views: page_views.Views,
+    views: page_rows.Views,
     truth: Ints | None,
 ) -> None:
-    from gradshield.scanning import page_views
-
     suffix = rows_in.suffix(source.kind)
     parts = {f"kept{suffix}": selection.kept_rows, f"removed{suffix}": selection.removed_rows}
     rows_in.write_parts({folder / name: rows for name, rows in parts.items()}, source)
     write_scores(selection, folder / SCORES)
-    page_views.write(selection, views, folder, truth)
+    sheet.write(page.page(selection, views, truth), folder / "report.html")
     card.write(folder, selection.manifest, folder / f"kept{suffix}")
     runs.write_manifest(selection.manifest, folder)
 

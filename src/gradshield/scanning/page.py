@@ -1,104 +1,245 @@
-"""The page of a scan: ReportData to one HTML file that works offline and requests nothing from a server."""
+"""The page of a scan: what was removed and why, whether to trust it, and the rows on both sides of the cut."""
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from gradshield.report import text
-from gradshield.report.frame import document, save
+import numpy as np
+
+from gradshield import data as rows_in
+from gradshield.manifests import Figures, Labelled, ScanResults, judges_of
+from gradshield.report import made
+from gradshield.report.draw import Chart
+from gradshield.report.frame import Status
+from gradshield.report.sheet import NOTHING, Entry, Section, Sheet, Table, drawn, interval, rate_entry
+from gradshield.report.text import flatten, number, one_line, percent
+from gradshield.scanning import page_why
 from gradshield.scanning.page_charts import category_chart, class_charts, score_charts
-from gradshield.scanning.page_data import ReportData, RowView
-from gradshield.scanning.page_rows import LEVELS, ShownRow, references, show_rows
-from gradshield.scanning.page_summary import agreement_check, summarise
+from gradshield.scanning.page_rows import (
+    LEVELS,
+    NEAR,
+    SHOWN,
+    RowView,
+    ShownRow,
+    Views,
+    references,
+    row_view,
+    show_rows,
+)
+from gradshield.scanning.selection import Selection
+from gradshield.types import Ints, Quarantined
 
-ROWS = 200  # removed rows, and quarantined rows, on one page
-KEPT_ROWS = 30
+SCAN = "scan.html"
 REMOVED_BYTES, KEPT_BYTES = 1_600_000, 300_000  # with Plotly's 4.8 MB, the page stays under 8 MB
-MANIFEST_LINES, MANIFEST_BYTES = 400, 200_000
+SET_ASIDE = 200  # quarantined rows
+BEGINS = 160  # characters of one
+
+_MEANING = {
+    "fihs": "A score is how far one training step on the row pushes the model toward unsafe answers.",
+    "screen": "Near 0, the model reads a row’s request like those that it answers; near 1, like those that it refuses. An answer "
+    "that undoes no refusal subtracts 1; an outlying FIHS adds 1.",
+}
+_DECOYS = " Decoys are the scores of the same rows with flipped token signs: what chance looks like."
+_RANKED = (
+    "AUROC is how often a harmful row ranks above a harmless one. A score is worth its cost only if it beats baselines that "
+    "need no model."
+)
 
 
-def render(data: ReportData) -> str:
-    """The page as one string of HTML."""
-    summary = summarise(data)
-    scores, classes = score_charts(data), class_charts(data)
-    totals = data.categories if data.categories is not None else _by_category(data.removed_rows)
-    categories = category_chart(totals)
-    charts = [*scores, *classes, *([categories] if categories else [])]
-    removed = sorted(data.removed_rows, key=lambda row: -row.score)[:ROWS]
-    kept = sorted(data.kept_rows, key=lambda row: -row.score)[:KEPT_ROWS]
-    reference = references(removed) or references(kept)
-    shown = show_rows(removed, reference, REMOVED_BYTES)
-    context = {
-        "data": data, "counts": data.counts, "summary": summary, "scores": scores, "classes": classes,
-        "categories": categories, "groups": _groups(shown, totals), "removed_shown": len(shown),
-        "kept_rows": show_rows(kept, reference, KEPT_BYTES), "legend": _legend(reference),
-        "quarantined": data.quarantined[:ROWS], "agreement": data.agreement,
-        "agreement_check": agreement_check(data.agreement) if data.agreement else None,
-        "arm_columns": list(dict.fromkeys(name for arm in data.arms for name in arm.rates)),
-        "manifest": _manifest(data.manifest), "manifest_json": _manifest_json(data.manifest),
-        "infinity": math.inf,
-    }  # fmt: skip
-    return document("page.html", context, charts)
+def page(selection: Selection, views: Views, labels: Ints | None = None) -> Sheet:
+    """The page of a scan.
+
+    ``views`` are the tokens of the rows that it may show; ``labels`` (N,), 1 for harmful, are aligned with the scores.
+    """
+    manifest, results, selector = selection.manifest, selection.manifest.results, selection.manifest.settings.selector
+    kept, removed = (f"{name}{rows_in.suffix(manifest.data.kind)}" for name in ("kept", "removed"))
+    order = np.argsort(-selection.scores.values, kind="stable")
+    out = selection.removed[order]
+    above, near = (
+        [_view(selection, i, views) for i in places.tolist()] for places in (order[out][:SHOWN], order[~out][:NEAR])
+    )
+    reference = references(above) or references(near)
+    reasons = [page_why.reason(group, cut) for group, cut in selection.cuts.items()]
+    checks, steps = page_why.checks(results), page_why.steps(results, kept, removed)
+    tone, standing = _standing(results, checks)
+    charted = selection.scores, selection.removed, selection.cuts, selector
+    parts = {name: part for name, part in manifest.plain().items() if name not in ("command", "versions")}
+    return Sheet(
+        title=f"GradShield · {manifest.data.name}",
+        kind="scan report",
+        tone=tone,
+        standing=standing,
+        verdict=_verdict(results, selector),
+        facts=tuple(f"Not certified: {text}." for text in results.doubts.values()),
+        figures=_figures(results),
+        first=drawn(SCAN, "first", results, reasons, checks, steps),
+        sections=(
+            _trained(results),
+            _scores(selector, selection.scores.decoys is not None, score_charts(*charted)),
+            _labelled(results.labels, () if labels is None else class_charts(*charted, labels)),
+            _removed(results, show_rows(above, reference, REMOVED_BYTES), reference, removed),
+            _passed(show_rows(near, reference, KEPT_BYTES)),
+            _quarantined(selection.quarantined),
+        ),
+        command=manifest.command,
+        versions=manifest.versions,
+        made=(
+            ("Data", f"{manifest.data.name}, {manifest.data.rows:,} rows, SHA-256 {manifest.data.sha256[:12]}…"),
+            ("Model", made.model_words(manifest.model)),
+            ("Scored", f"by {selector}, cut by {manifest.settings.threshold}, seed {manifest.settings.seed}"),
+        ),
+        links=(
+            ("rows that stay", kept),
+            ("rows that go", removed),
+            *((("rows set aside", "quarantine.jsonl"),) if selection.quarantined else ()),
+            ("the score of every row", "scores.parquet"),
+            ("manifest", "manifest.json"),
+        ),
+        folded=tuple(flatten(parts)),
+    )
 
 
-def write(data: ReportData, path: str | os.PathLike[str]) -> Path:
-    """Render to ``path``, atomically."""
-    return save(render(data), path)
+def _view(selection: Selection, i: int, views: Views) -> RowView:
+    scores = selection.scores
+    row, cut = int(scores.rows[i]), selection.cuts[scores.shapes[i]].value
+    note = "kept by hand, above the cut" if row in selection.cleared else ""
+    note = "removed by hand, below the cut" if row in selection.denied else note
+    return row_view(scores, i, cut, selection.categories[i], views.get(row, ()), note)
 
 
-def _by_category(rows: Sequence[RowView]) -> dict[str, int]:
-    totals: dict[str, int] = {}
-    for row in rows:
-        totals[row.category] = totals.get(row.category, 0) + 1
-    return totals
+def _standing(results: ScanResults, checks: Sequence[page_why.Check]) -> tuple[Status, str]:
+    states = {check.status for check in checks}
+    if "fail" in states:
+        return "fail", "Do not rely on this yet"
+    if "warn" in states or results.doubts:
+        return "warn", "Read the warnings"
+    return "pass", "No check failed"
 
 
-def _groups(shown: Sequence[ShownRow], totals: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Shown rows by category, the largest first, with the category's total."""
+def _verdict(results: ScanResults, selector: str) -> str:
+    rows = f"{results.scored:,} scored row{'s' if results.scored != 1 else ''}"
+    if not results.removed:
+        return f"Nothing was removed ({rows})."
+    if not results.kept:
+        return f"Everything was removed ({rows}): nothing is left to train on."
+    what = {
+        "screen": "ask for something this model would refuse, and were removed",
+        "fihs": "push toward unsafe answers and were removed",
+    }.get(selector.partition(":")[0], f"score above the cut of the selector {selector} and were removed")
+    return f"{results.removed:,} of {rows} ({percent(results.removed / results.scored)}) {what}."
+
+
+def _figures(results: ScanResults) -> tuple[tuple[str, str, str], ...]:
+    share = f"{percent(results.removed / results.scored)} of scored" if results.removed else ""
+    denied = f"{results.denied:,} by hand" if results.denied else ""
+    return (
+        ("rows read", f"{results.read:,}", ""),
+        ("scored", f"{results.scored:,}", ""),
+        ("kept", f"{results.kept:,}", f"{results.cleared:,} by hand" if results.cleared else ""),
+        ("removed", f"{results.removed:,}", ", ".join(filter(None, (share, denied)))),
+        ("quarantined", f"{results.quarantined:,}", ""),
+    )
+
+
+def _trained(results: ScanResults) -> Section:
+    """The demo's models: before training, and trained on every row or on those that stay."""
+    arms: list[tuple[str, Figures | None, int | None]] = [
+        ("aligned", results.aligned, None),
+        ("undefended", results.undefended, results.read),
+        ("filtered", results.filtered, results.kept),
+    ]
+    ran = [(name, found, rows) for name, found, rows in arms if found is not None]
+    if not ran:
+        return Section("results", "")
+    judges = judges_of(found.judges for _, found, _ in ran)
+    lines: tuple[tuple[Entry | str, ...], ...] = tuple(
+        (
+            name,
+            number(rows),
+            *(rate_entry(found.judges.get(judge)) for judge in judges),
+            rate_entry(found.over_refusal),
+            rate_entry(found.utility),
+        )
+        for name, found, rows in ran
+    )
+    head = ("Model", "Trained on rows", *(f"ASR, {judge}" for judge in judges), "over-refusal", "utility")
+    lead = "Each line is a model trained on one selection of the rows. Every rate has its interval and count."
+    return Section("results", "Results of training", lead, tables=(Table(head, lines),), nav="Results")
+
+
+def _scores(selector: str, decoys: bool, charts: tuple[Chart, ...]) -> Section:
+    other = (
+        f"Scores are those of the selector {selector}: rows with higher scores are removed first. By themselves they say nothing "
+        "about unsafe answers."
+    )
+    lead = _MEANING.get(selector.partition(":")[0], other) + (_DECOYS if decoys else "")
+    return Section("scores", "Score distribution", lead, charts, nav="Scores")
+
+
+def _labelled(labels: Labelled, charts: tuple[Chart, ...]) -> Section:
+    rates = (("harmful rows caught", labels.caught), ("harmless rows lost", labels.lost))
+    own = tuple((name, rate_entry(rate)) for name, rate in rates if rate is not None)
+    ranked: list[tuple[Entry, ...]] = []
+    for one in labels.aurocs:
+        if one.auroc is not None and one.low is not None and one.high is not None:
+            bar, counts = interval(one.low, one.auroc, one.high), f"{one.n_pos:,} / {one.n_neg:,}"
+            line = (one.name, f"{one.auroc:.3f}", bar, f"[{one.low:.3f}, {one.high:.3f}]", counts)
+            ranked.append(tuple(Entry(shown, look="" if ranked else "own") for shown in line))
+    head, title = (
+        ("Ranked by", "AUROC", "from 0 to 1", "interval", "harmful / harmless"),
+        "Ranking, compared with trivial baselines",
+    )
+    tables = (Table(("By the labels", "Share"), own), Table(head, tuple(ranked), title, _RANKED))
+    return Section("labels", "Against the labels", "", charts, tables, nav="Labels")
+
+
+def _removed(results: ScanResults, shown: Sequence[ShownRow], reference: dict[str, float], file: str) -> Section:
+    """Removed rows by category, the largest first, each with its total."""
+    if not results.removed:
+        return Section("removed", "Removed rows", "No row was removed.", nav="Removed")
     members: dict[str, list[ShownRow]] = {}
     for row in shown:
         members.setdefault(row.view.category, []).append(row)
     groups = [
-        {"name": name or "no kind", "rows": rows, "total": max(totals.get(name, 0), len(rows))}
-        for name, rows in members.items()
+        (name or "no kind", max(results.categories.get(name, 0), len(rows)), rows) for name, rows in members.items()
     ]
-    return sorted(groups, key=lambda group: -group["total"])
+    groups.sort(key=lambda group: -group[1])
+    legend = [(shape, [number(edge * value, 2) for edge in LEVELS]) for shape, value in reference.items()]
+    more = results.removed - len(shown)
+    lead = f"Shown are the {len(shown):,} with the highest scores; {more:,} more are in {file}." if more else ""
+    return Section(
+        "removed",
+        "Removed rows",
+        lead,
+        charts=category_chart(results.categories),
+        nav="Removed",
+        body=drawn(SCAN, "removed", groups, legend),
+    )
 
 
-def _legend(reference: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Per row shape, the per-token value at which each tint starts."""
-    return [
-        {"shape": shape, "levels": [text.number(edge * value, 2) for edge in LEVELS]}
-        for shape, value in reference.items()
-    ]
+def _passed(shown: Sequence[ShownRow]) -> Section:
+    lead = "The kept rows with the highest scores. A filter's misses are here: read these before you trust the cut."
+    body = drawn(SCAN, "passed", shown) if shown else NOTHING
+    return Section("passed", "Just passed", lead if shown else "", body=body)
 
 
-def _manifest(manifest: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The manifest's parts as tables of (dotted key, value); single values come first, without a name."""
-    if manifest is None:
-        return []
-    parts: dict[str, list[tuple[str, str]]] = {"": []}
-    for key, value in manifest.items():
-        if isinstance(value, Mapping):
-            parts[str(key)] = text.flatten(value)
-        else:
-            parts[""].append((str(key), text.brief(value)))
-    return [
-        {"name": name, "lines": lines[:MANIFEST_LINES], "more": max(len(lines) - MANIFEST_LINES, 0)}
-        for name, lines in parts.items()
-        if lines
-    ]
-
-
-def _manifest_json(manifest: Mapping[str, Any] | None) -> str:
-    """The whole manifest for copying, truncated with a note if it is too long."""
-    if manifest is None:
-        return ""
-    full = text.plain_json(manifest)
-    if len(full) <= MANIFEST_BYTES:
-        return full
-    return f"{full[:MANIFEST_BYTES]}\n… {len(full) - MANIFEST_BYTES:,} characters more, in the manifest file"
+def _quarantined(rows: Sequence[Quarantined]) -> Section:
+    if not rows:
+        return Section("quarantine", "")
+    lines = tuple(
+        (
+            Entry(f"{row.line:,}", key=row.line),
+            Entry(one_line(row.reason, 300), look="words"),
+            Entry(one_line(row.source[: 4 * BEGINS].decode("utf-8", "backslashreplace"), BEGINS), look="words preview"),
+        )
+        for row in rows[:SET_ASIDE]
+    )
+    more = f"{len(rows) - SET_ASIDE:,} more in that file." if len(rows) > SET_ASIDE else ""
+    return Section(
+        "quarantine",
+        "Quarantined rows",
+        f"{len(rows):,} row{'s' if len(rows) != 1 else ''} could not be read or scored. They are in neither the kept nor the "
+        "removed file, but in quarantine.jsonl.",
+        tables=(Table(("Line", "Why", "Begins"), lines, hint=more),),
+        nav="Quarantine",
+    )

@@ -14,6 +14,7 @@ import numpy as np
 from gradshield.types import Floats
 
 LINEAR_SPAN = 25.0  # shortest-half widths that a linear axis can hold before its bulk is a sliver
+ROUNDING = 1e-12  # relative to the largest score: closer ones are one place, as a cut just under the lowest score is
 _LARGEST = 1e100  # larger values are clipped: squares would overflow
 
 
@@ -68,13 +69,15 @@ def make_axis(values: Floats, cut: float | None) -> Axis:
     on_axis = np.append(x, cut) if cut is not None and abs(cut) <= _LARGEST else x
     centre, unit = _shortest_half(x)
     span = float(on_axis.max() - on_axis.min())
+    if span <= ROUNDING * float(np.abs(on_axis).max()):
+        span = 0.0
     linear = span == 0 or (unit > 0 and span <= LINEAR_SPAN * unit)
     if not linear and unit <= span * 1e-12:
         # Half the rows share one score: the unit comes from those that do not.
         apart = np.abs(on_axis - centre)
         unit = max(float(np.quantile(apart[apart > 0], 0.1)), span * 1e-12)
     u = _forward(on_axis, centre, unit, linear)
-    pad = 0.03 * float(u.max() - u.min()) or max(abs(float(u[0])) * 0.1, 0.5)
+    pad = 0.03 * float(u.max() - u.min()) if span else max(abs(float(u[0])) * 0.1, 0.5)
     bins = int(np.clip(9 * len(x) ** 0.22, 12, 64))
     at = float(_forward(np.array(cut), centre, unit, linear)) if len(on_axis) > len(x) else None
     return Axis(centre, unit, linear, _edges(float(u.min()) - pad, float(u.max()) + pad, bins, at))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -16,32 +17,32 @@ import numpy as np
 from gradshield.columns import Coded
 from gradshield.report.draw import Chart, axis_style, axis_title, base_layout
 from gradshield.report.text import chart_text, number
+from gradshield.scanning.decide import PREFERENCE, ROWS
 from gradshield.scanning.page_axis import Axis, make_axis
-from gradshield.scanning.page_data import ReportData
-from gradshield.types import Bools, Cut, Floats
+from gradshield.types import Bools, Cut, Floats, Ints, Scores
 
-SHAPES = 8  # charts of row shapes on one page
+TITLES = {ROWS: "single rows", PREFERENCE: "preference pairs"}
 CATEGORIES = 14  # bars of the category chart; the rest share one
 CURVE_POINTS = 240
 FAINT = 0.04  # where removed bars are below this share of the tallest, counts start on a logarithmic axis
 
 
-def score_charts(data: ReportData) -> list[Chart]:
-    """A distribution for each row shape, the most frequent first."""
-    return [_distribution(data, shape, i) for i, (shape, _) in enumerate(_shapes(data)[:SHAPES])]
+def score_charts(scores: Scores, removed: Bools, cuts: Mapping[str, Cut], selector: str) -> tuple[Chart, ...]:
+    """A distribution for each group of rows on one scale, the most frequent first; ``removed`` (N,)."""
+    return tuple(_distribution(group) for group in _groups(scores, removed, cuts, selector))
 
 
-def class_charts(data: ReportData) -> list[Chart]:
-    """The same, harmful over harmless, where labels were given."""
-    if data.labels is None:
-        return []
-    return [_by_class(data, shape, i) for i, (shape, _) in enumerate(_shapes(data)[:SHAPES])]
+def class_charts(
+    scores: Scores, removed: Bools, cuts: Mapping[str, Cut], selector: str, labels: Ints
+) -> tuple[Chart, ...]:
+    """The same, harmful over harmless; ``labels`` (N,), 1 for harmful."""
+    return tuple(_by_class(group, labels == 1) for group in _groups(scores, removed, cuts, selector))
 
 
-def category_chart(totals: Mapping[str, int]) -> Chart | None:
-    """Removed rows by the kind of harm they are nearest to, the largest on top."""
+def category_chart(totals: Mapping[str, int]) -> tuple[Chart, ...]:
+    """Removed rows by the kind of harm they are nearest to, the largest on top; none without removed rows."""
     if not totals:
-        return None
+        return ()
     ordered = sorted(totals.items(), key=lambda entry: -entry[1])
     bars = ordered[:CATEGORIES]
     if len(ordered) > CATEGORIES:
@@ -66,55 +67,59 @@ def category_chart(totals: Mapping[str, int]) -> Chart | None:
     table = (("Nearest kind", "Rows removed"), *((name or "no kind", f"{n:,}") for name, n in bars))
     caption = "Each row is counted under the kind of probe request that its own request resembles most. None was removed for it."
     title = "Removed rows by nearest kind (a guess)"
-    return Chart("categories", title, caption, {"data": [trace], "layout": layout}, table, False)
+    return (Chart("categories", title, caption, {"data": [trace], "layout": layout}, table, False),)
 
 
-def _shapes(data: ReportData) -> list[tuple[str, int]]:
-    return sorted(sorted(Coded.of(data.scores.shapes).counts().items()), key=lambda entry: -entry[1])
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """The rows of one chart. ``own`` (N,) is where they are; ``values``, ``removed`` and ``decoys`` are theirs."""
+
+    place: int
+    title: str
+    score: str
+    own: Bools
+    values: Floats
+    removed: Bools
+    decoys: Floats | None
+    cut: Cut
+    axis: Axis
 
 
-def _of_shape(data: ReportData, shape: str) -> tuple[Bools, Floats, Bools, Floats | None]:
-    """Mask of the shape's rows, and their scores, removed flags and decoys."""
-    mask = Coded.of(data.scores.shapes).where(shape)
-    decoys = data.scores.decoys
-    if decoys is not None:
-        decoys = decoys[mask]
-        decoys = decoys[np.isfinite(decoys)]
-    return mask, data.scores.values[mask], np.asarray(data.removed, dtype=bool)[mask], decoys
+def _groups(scores: Scores, removed: Bools, cuts: Mapping[str, Cut], selector: str) -> list[_Group]:
+    shapes = Coded.of(scores.shapes)
+    counts = {name: n for name, n in shapes.counts().items() if n}
+    found = []
+    for place, name in enumerate(sorted(counts, key=lambda name: -counts[name])):
+        own, cut = shapes.where(name), cuts[name]
+        values, decoys = scores.values[own], None if scores.decoys is None else scores.decoys[own]
+        shown = values if decoys is None else np.concatenate([values, decoys])
+        axis = make_axis(shown, cut.value if math.isfinite(cut.value) else None)
+        title = "Scores" if len(counts) == 1 else f"Scores of {TITLES.get(name, name)}"
+        score = f"score ({'FIHS' if selector == 'fihs' else chart_text(selector, 60)})"
+        found.append(_Group(place, title, score, own, values, removed[own], decoys, cut, axis))
+    return found
 
 
-def _axis_for(values: Floats, decoys: Floats | None, cut: Cut | None) -> Axis:
-    shown = values if decoys is None else np.concatenate([values, decoys])
-    return make_axis(shown, cut.value if cut is not None and math.isfinite(cut.value) else None)
-
-
-def _distribution(data: ReportData, shape: str, index: int) -> Chart:
-    _, values, removed, decoys = _of_shape(data, shape)
-    cut = data.cut_for(shape)
-    axis = _axis_for(values, decoys, cut)
+def _distribution(group: _Group) -> Chart:
+    axis, cut, values, removed = group.axis, group.cut, group.values, group.removed
     kept_bins, removed_bins = axis.count(values[~removed]), axis.count(values[removed])
     traces = [_bars(axis, kept_bins, "kept", "var(--kept)"), _bars(axis, removed_bins, "removed", "var(--removed)")]
     traces = [trace for trace, bins in zip(traces, (kept_bins, removed_bins), strict=True) if bins.any()]
-    decoy_bins = axis.count(decoys) if decoys is not None and len(decoys) else None
-    if decoy_bins is not None:
-        traces.append(_steps(axis, decoy_bins, "decoys", "var(--decoy)"))
-    traces += _fits(axis, cut, len(values))
-    tallest = float(np.max([kept_bins + removed_bins, kept_bins if decoy_bins is None else decoy_bins]))
-    layout = _score_layout(data, axis, cut, tallest)
-    faint = removed.any() and float(removed_bins.max()) < FAINT * tallest
-    spec = {"data": traces, "layout": layout, "log": bool(faint), "ranges": {"yaxis": _ranges(tallest)}}
     columns = {"kept": kept_bins, "removed": removed_bins}
-    table = _table(axis, columns if decoy_bins is None else columns | {"decoys": decoy_bins})
-    name = shape or "rows"
-    title = "Scores" if len(_shapes(data)) == 1 else f"Scores of {name} rows"
-    return Chart(f"scores-{index}", title, _caption(axis, len(values), int(removed.sum()), cut), spec, table)
+    tallest = kept_bins + removed_bins
+    if group.decoys is not None:
+        columns["decoys"] = axis.count(group.decoys)
+        traces.append(_steps(axis, columns["decoys"], "decoys", "var(--decoy)"))
+        tallest = np.maximum(tallest, columns["decoys"])
+    traces += _fits(axis, cut, len(values))
+    top = float(tallest.max())
+    faint = removed.any() and float(removed_bins.max()) < FAINT * top
+    spec = {"data": traces, "layout": _score_layout(group, top), "log": bool(faint), "ranges": {"yaxis": _ranges(top)}}
+    return Chart(f"scores-{group.place}", group.title, _caption(group), spec, _table(axis, columns))
 
 
-def _by_class(data: ReportData, shape: str, index: int) -> Chart:
-    mask, values, removed, decoys = _of_shape(data, shape)
-    harmful = np.asarray(data.labels)[mask] == 1
-    cut = data.cut_for(shape)
-    axis = _axis_for(values, decoys, cut)
+def _by_class(group: _Group, harmful: Bools) -> Chart:
+    axis, values, removed, harmful = group.axis, group.values, group.removed, harmful[group.own]
     traces: list[dict[str, Any]] = []
     columns: dict[str, Floats] = {}
     ranges: dict[str, dict[str, list[float]]] = {}
@@ -129,7 +134,7 @@ def _by_class(data: ReportData, shape: str, index: int) -> Chart:
         tallest = float(max((pair[0] + pair[1]).max(), 1))
         faint = faint or any(0 < bins.max() < FAINT * tallest for bins in pair)
         ranges[f"yaxis{suffix}"] = _ranges(tallest)
-    layout = _score_layout(data, axis, cut, 1.0)
+    layout = _score_layout(group, 1.0)
     layout["height"] = 430
     layout["yaxis"] |= {"domain": [0.56, 1], "title": axis_title("harmful rows"), "range": ranges["yaxis"]["linear"]}
     layout["yaxis2"] = layout["yaxis"] | {
@@ -142,8 +147,7 @@ def _by_class(data: ReportData, shape: str, index: int) -> Chart:
         f"{int(harmful.sum()):,} rows labelled harmful, {missed:,} of them kept; "
         f"{int((~harmful).sum()):,} labelled harmless, {lost:,} of them removed."
     )
-    title = "Scores by label" if len(_shapes(data)) == 1 else f"Scores of {shape} rows by label"
-    return Chart(f"classes-{index}", title, caption, spec, _table(axis, columns))
+    return Chart(f"classes-{group.place}", f"{group.title} by label", caption, spec, _table(axis, columns))
 
 
 def _bars(axis: Axis, bins: Floats, name: str, colour: str, detail: str = "") -> dict[str, Any]:
@@ -166,10 +170,8 @@ def _steps(axis: Axis, bins: Floats, name: str, colour: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _fits(axis: Axis, cut: Cut | None, rows: int) -> list[dict[str, Any]]:
+def _fits(axis: Axis, cut: Cut, rows: int) -> list[dict[str, Any]]:
     """What the rule fitted, in rows per bin: the mixture's components, and the one Gaussian it was tested against."""
-    if cut is None:
-        return []
     detail = cut.detail
     traces = []
     mu, sigma = _figure(detail.get("mu")), _figure(detail.get("sigma"))
@@ -217,10 +219,11 @@ def _ranges(tallest: float) -> dict[str, list[float]]:
     return {"linear": [0, 1.12 * tallest], "log": [-0.4, math.log10(tallest) * 1.06 + 0.15]}
 
 
-def _score_layout(data: ReportData, axis: Axis, cut: Cut | None, tallest: float) -> dict[str, Any]:
+def _score_layout(group: _Group, tallest: float) -> dict[str, Any]:
+    axis, cut = group.axis, group.cut
     positions, labels = axis.ticks()
     low, high = float(axis.edges[0]), float(axis.edges[-1])
-    name = chart_text(data.score_name, 60) + ("" if axis.linear else ", symmetric-log axis")
+    name = group.score + ("" if axis.linear else ", symmetric-log axis")
     layout = base_layout(height=360, showlegend=True)
     layout["xaxis"] = axis_style(name) | {
         "tickvals": positions, "ticktext": labels, "range": [low, high], "showgrid": False, "ticks": "outside",
@@ -229,7 +232,7 @@ def _score_layout(data: ReportData, axis: Axis, cut: Cut | None, tallest: float)
     layout["yaxis"] = axis_style("rows") | {
         "range": [0, 1.12 * tallest], "fixedrange": True, "nticks": 6, "tickformat": ",~f", "rangemode": "tozero"
     }  # fmt: skip
-    if cut is not None and math.isfinite(cut.value):
+    if math.isfinite(cut.value):
         at = float(axis.forward(np.array(cut.value)))
         line = {"color": "var(--ink)", "width": 1.5}
         layout["shapes"] = [{"type": "line", "x0": at, "x1": at, "y0": 0, "y1": 1, "yref": "paper", "line": line}]
@@ -253,12 +256,11 @@ def _table(axis: Axis, columns: Mapping[str, Floats]) -> tuple[tuple[str, ...], 
     return (("above", "up to", *columns), *lines)
 
 
-def _caption(axis: Axis, rows: int, removed: int, cut: Cut | None) -> str:
-    if cut is None:
-        where = "No cut was set for these rows."
-    elif not math.isfinite(cut.value):
-        where = "The cut is above every score." if cut.value > 0 else "The cut is below every score."
-    else:
+def _caption(group: _Group) -> str:
+    cut, rows, removed = group.cut, len(group.values), int(group.removed.sum())
+    if math.isfinite(cut.value):
         where = f"Rows to the right of the cut at {number(float(cut.value))} are removed."
-    far = "" if axis.linear else " The axis is symmetric-logarithmic, so that tail and bulk are both visible."
+    else:
+        where = f"The cut is {'above' if cut.value > 0 else 'below'} every score."
+    far = "" if group.axis.linear else " The axis is symmetric-logarithmic, so that tail and bulk are both visible."
     return f"{rows:,} row{'s' if rows != 1 else ''}, {removed:,} removed. {where}{far}"

@@ -3,25 +3,99 @@
 A page of every token of every removed row would be hundreds of megabytes. Each row has an allowance of bytes; where
 it does not fit, the tokens that moved the score most are shown with their neighbours, then the beginning, and every
 gap says how much it leaves out.
+
+Tokens of the highest-scoring rows are stored with the scores, so that a new cut can draw the page without a model.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
 
+from gradshield import data as rows_in
+from gradshield import runs
 from gradshield.report.text import number, one_line, shorten, visible
-from gradshield.scanning.page_data import Piece, RowView
+from gradshield.scanning.decide import ROWS
+from gradshield.scanning.selection import Selection
+from gradshield.types import Floats, Rendered, Scores
 
+SHOWN = 200  # highest-scoring rows whose tokens are stored
+NEAR = 10  # rows just below the cut
+VIEWS = "views.json"
 PIECE_CHARS = 400  # one token is rarely more than 20; a caller without tokens passes whole messages
 ROW_BYTES = 24_000
 ROUNDING = 1e-9  # relative to the score or the cut: a smaller margin counts as zero
 MARKED = 5  # strongest tokens of a row that are underlined and listed
 LEVELS = (0.03, 0.1, 0.25, 0.5, 0.8)  # share of the page's reference value at which each tint starts
+
+Piece = tuple[str, str, float | None]
+"""A token's text, its role (``"prompt"``, or ``"response"`` where it counts in the loss), its FIHS where measured."""
+
+Views = Mapping[int, Sequence[Piece]]
+"""Pieces of rows by position in the input."""
+
+
+def views(selection: Selection, rendered: Sequence[Rendered], tokenizer: Any) -> Views:
+    """The pieces of the rows that a page may show: the highest scores and rows near the cut."""
+    order = np.argsort(-selection.scores.values, kind="stable")
+    near = order[~selection.removed[order]][:NEAR]
+    tokens = selection.scores.tokens
+    return {
+        int(selection.scores.rows[i]): pieces(rendered[i], tokenizer, None if tokens is None else tokens[i])
+        for i in np.union1d(order[: SHOWN + NEAR], near).tolist()
+    }
+
+
+def pieces(row: Rendered, tokenizer: Any, values: Floats | None = None) -> list[Piece]:
+    """A rendered row piece by piece; ``values`` are those of its tokens in the loss."""
+    found: list[Piece] = []
+    start = 0
+    for n, tokens in enumerate(row.sequences):
+        if tokens.coefficient < 0:
+            found.append(("\n" * bool(n) + "── rejected ──\n", "prompt", None))
+        place = start + np.cumsum(tokens.loss) - 1  # token of the sequence -> index into the row's values
+        for text, t in rows_in.spans(tokens, tokenizer):
+            value = float(values[place[t]]) if values is not None and len(values) and t is not None else None
+            found.append((text, "prompt" if t is None else "response", value))
+        start += int(tokens.loss.sum())
+    return found
+
+
+def stored_views(folder: Path) -> Views:
+    """The pieces that a scan stored in its folder; empty if they cannot be read."""
+    try:
+        stored = json.loads((folder / runs.WORK / VIEWS).read_text(encoding="utf-8"))
+        return {int(row): [(text, role, value) for text, role, value in found] for row, found in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+@dataclass(frozen=True)
+class RowView:
+    """One row to read. ``margin`` is score minus cut; ``note`` is one line next to it, such as ``"kept by hand"``."""
+
+    row: int
+    id: str
+    score: float
+    margin: float
+    category: str = ""
+    shape: str = ""
+    pieces: Sequence[Piece] = ()
+    note: str = ""
+
+
+def row_view(scores: Scores, i: int, cut: float, category: str, pieces: Iterable[Piece], note: str = "") -> RowView:
+    """The row at place ``i`` of the scores, against a cut."""
+    shape, score = scores.shapes[i], float(scores.values[i])
+    own = "" if shape == ROWS else shape
+    return RowView(int(scores.rows[i]), scores.ids[i], score, score - cut, category, own, tuple(pieces), note)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,10 @@ import numpy as np
 
 from gradshield.errors import UsageError
 from gradshield.files import write_text
-from gradshield.scanning import outputs, page_views
-from gradshield.scanning.cut import NO_CATEGORY, Scanned, stored_views, write
+from gradshield.scanning import outputs
+from gradshield.scanning.cut import NO_CATEGORY, Scanned, write
 from gradshield.scanning.decide import above, reviewed
-from gradshield.scanning.page_data import Piece, RowView
-from gradshield.scanning.page_rows import references
+from gradshield.scanning.page_rows import Piece, RowView, references, row_view, stored_views
 from gradshield.scanning.selection import Selection
 from gradshield.types import Bools, Floats, Ints
 
@@ -30,7 +29,7 @@ NEAREST = 20  # rows that say how tokens are tinted
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Said:
     """What a person said of a row: ``keep`` it or remove it, why, and when (ISO 8601, UTC)."""
 
     keep: bool
@@ -57,7 +56,7 @@ class Review:
         for place in np.flatnonzero(before).tolist():
             if ids[place] not in known:
                 known[ids[place]] = place
-                self.verdicts[ids[place]] = Verdict(bool(self.beyond[place]), "decided before this review", at)
+                self.verdicts[ids[place]] = Said(bool(self.beyond[place]), "decided before this review", at)
         self.places = known
 
     @cached_property
@@ -85,7 +84,7 @@ class Review:
         """Keep or remove the row at this place among the scores; written when this returns. Raises UsageError for no such row."""
         id = self._id(place)
         said = " ".join(reason.split())[:REASON]
-        self.verdicts[id] = Verdict(keep, said, datetime.now(UTC).isoformat(timespec="seconds"))
+        self.verdicts[id] = Said(keep, said, datetime.now(UTC).isoformat(timespec="seconds"))
         self.places[id] = place
         self._save()
 
@@ -138,7 +137,7 @@ class Review:
         scores, category = self.scanned.scores, self.scanned.categories[place]
         row, cut = int(scores.rows[place]), self.scanned.cuts[scores.shapes[place]].value
         pieces = self.views.get(row) or self._text(row)
-        return page_views.row_view(scores, place, cut, "" if category == NO_CATEGORY else category, pieces)
+        return row_view(scores, place, cut, "" if category == NO_CATEGORY else category, pieces)
 
     def _text(self, row: int) -> Iterator[Piece]:
         (example,) = self.scanned.rows.examples([row])
@@ -147,7 +146,7 @@ class Review:
         yield answer, "response", None
 
 
-def _read(folder: Path) -> Iterator[tuple[str, Verdict]]:
+def _read(folder: Path) -> Iterator[tuple[str, Said]]:
     """The decisions in a folder; of a row in both lists, that it is removed."""
     for name, keep in ((ALLOW, True), (DENY, False)):
         path = folder / name
@@ -155,4 +154,4 @@ def _read(folder: Path) -> Iterator[tuple[str, Verdict]]:
             id, _, note = line.partition("#")
             at, _, reason = note.strip().partition(" ")
             if id.strip():
-                yield id.strip(), Verdict(keep, reason, at)
+                yield id.strip(), Said(keep, reason, at)

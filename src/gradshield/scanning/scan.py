@@ -189,7 +189,6 @@ def selected(
         manifest=manifest(results),
         lines=lines,
         files=files,
-        certified=not doubts,
     )
 
 

@@ -44,8 +44,7 @@ class Selection:
     ``lines`` and ``files``: where a row begins (the file is empty where there is none). ``cuts`` is keyed like ``scores.shapes``.
     ``cleared`` are rows above the cut that a reviewer keeps, ``denied`` rows below it that a reviewer removes. ``kept``, made on
     first access, is ready for a trainer: the caller's own ``Dataset`` without the removed rows if TRL knows its shape, else the
-    rows tokenised as they were scored. ``certified`` is True if the model refused its probes and no check of the scan failed
-    (`scanning.trust`).
+    rows tokenised as they were scored.
     """
 
     scores: Scores
@@ -59,7 +58,11 @@ class Selection:
     manifest: ScanManifest
     lines: Ints
     files: Sequence[str]
-    certified: bool = True
+
+    @property
+    def certified(self) -> bool:
+        """Whether the model refused its probes and no check of the scan failed (`scanning.trust`)."""
+        return self.manifest.results.certified
 
     @cached_property
     def kept(self) -> Any:

@@ -36,7 +36,6 @@ MEAN_ROWS = 128  # one row in 128 ends its shard
 MOST_ROWS = 1024  # most rows in a shard: identical rows may contain no end
 LOGITS_BUDGET = 2**27  # entries of one batch's logits: 512 MiB in float32
 
-Progress = Callable[[int, int], None]
 T = TypeVar("T")
 Shard = tuple[str, list[Rendered]]  # the shard's key, and its rows
 
@@ -80,7 +79,7 @@ def measure(
     rendered: Sequence[Rendered],
     token_budget: int,
     store: Path | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     hands: Hands = here,
     seen: Measured | None = None,
 ) -> Measured:

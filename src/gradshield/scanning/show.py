@@ -15,6 +15,7 @@ from gradshield.errors import DataError, UsageError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.scanning.options import render_config, sft_options
+from gradshield.scanning.page_rows import pieces
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,8 @@ def show(
         raise DataError(f"row {row} (line {read.source.lines[row]}) of {read.source.name} cannot be scored, {rendered}")
     for note in renderer.notes():
         warnings.warn(note, stacklevel=2)
-    pieces: list[tuple[str, bool]] = []
-    for number, tokens in enumerate(rendered.sequences):
-        if tokens.coefficient < 0:
-            pieces.append(("\n" * bool(number) + "── rejected ──\n", False))
-        pieces += [(text, index is not None) for text, index in rows_in.spans(tokens, tokenizer)]
     return Seen(
-        tuple(pieces),
+        tuple((text, role == "response") for text, role, _ in pieces(rendered, tokenizer)),
         example.shape,
         sum(len(t.ids) for t in rendered.sequences),
         sum(int(t.loss.sum()) for t in rendered.sequences),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from gradshield.manifests import Figures, Search, TrainingManifest, TrainingResults, judges_of
-from gradshield.report import made, sheet
+from gradshield.report import made
+from gradshield.report.draw import worded
 from gradshield.report.frame import Status
-from gradshield.report.lines import worded
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
 from gradshield.report.text import flatten, percent
 from gradshield.thresholds.verified import TARGET
@@ -24,13 +21,8 @@ OTHERS = (
 )
 
 
-def write(manifest: TrainingManifest, scanned: bool, path: str | os.PathLike[str]) -> Path:
-    """Write the page of a training run, as one self-contained HTML file. ``scanned``: the run has the report of a scan."""
-    return sheet.write(page(manifest, scanned), path)
-
-
 def page(manifest: TrainingManifest, scanned: bool) -> Sheet:
-    """The page, unrendered."""
+    """The page of a training run. ``scanned``: the run has the report of a scan."""
     results, settings = manifest.results, manifest.settings
     before, after, verdict = results.before, results.after, results.verified
     tone, standing = _verdict(before, after, verdict)
@@ -177,6 +169,5 @@ def _removed(results: TrainingResults, scanned: bool) -> Section:
     if results.dropped_tokens:
         lead += f" {results.dropped_tokens:,} tokens of the other rows were masked."
     rates = tuple((name, rate_entry(rate)) for name, rate in _labelled(results))
-    tables = (Table(("By the labels", "Share"), rates),) if rates else ()
-    links = (SCAN,) if scanned else ()
-    return Section("taken", "Removed before training", lead, tables=tables, links=links, nav="Removed")
+    table, links = Table(("By the labels", "Share"), rates), (SCAN,) if scanned else ()
+    return Section("taken", "Removed before training", lead, tables=(table,), links=links, nav="Removed")

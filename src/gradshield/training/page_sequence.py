@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from gradshield.manifests import Number, SequenceRecord, StageRecord, judges_of
-from gradshield.report import made, sheet
-from gradshield.report.draw import Chart, axis_style
+from gradshield.report import made
+from gradshield.report.draw import Chart, axis_style, banded, limit_line, percent_axis, steps_layout, worded
 from gradshield.report.frame import Status
-from gradshield.report.lines import banded, limit_line, percent_axis, steps_layout, worded
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
 from gradshield.report.text import MISSING, flatten, number, percent
 from gradshield.thresholds.verified import TARGET
@@ -32,13 +29,8 @@ FORGOTTEN = 0.1  # loss of utility that is reported; less may be a few rows
 _NOTHING = Section("measures", "What was remembered")
 
 
-def write(whole: SequenceRecord, path: str | os.PathLike[str]) -> Path:
-    """Write the page of a continual run, as one self-contained HTML file."""
-    return sheet.write(page(whole), path)
-
-
 def page(whole: SequenceRecord) -> Sheet:
-    """The page, unrendered."""
+    """The page of a continual run."""
     tasks, stages, judges = whole.tasks, whole.stages, judges_of(stage.asr for stage in whole.stages)
     names = [stage.name for stage in stages]
     tone, standing, sentence, facts = _verdict(whole)

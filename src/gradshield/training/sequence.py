@@ -233,8 +233,9 @@ def _measures(accuracy: Floats, points: Sequence[StageRecord]) -> dict[str, list
 
 
 def _write(whole: SequenceRecord, folder: Path, manifest: TrainingManifest) -> None:
+    from gradshield.report import sheet
     from gradshield.training import page_sequence as page
 
     runs.write_json(folder / "sequence.json", whole)
-    page.write(whole, folder / "report.html")
+    sheet.write(page.page(whole), folder / "report.html")
     runs.write_manifest(manifest, folder)

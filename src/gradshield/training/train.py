@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from gradshield.manifests import (
     Named,
     RowFormat,
     Search,
-    Targets,
     TrainingManifest,
     TrainingRecord,
     TrainingResults,
@@ -45,7 +44,6 @@ from gradshield.scanning.rows import prepare
 from gradshield.scanning.scan import check_labels, select, selected
 from gradshield.scanning.selection import Selection
 from gradshield.scanning.settings import Probing, ScanSettings
-from gradshield.thresholds import SearchResult
 from gradshield.training import verify
 from gradshield.training.course import Chosen, Course, Fitted, Job, Needs, method_of
 from gradshield.training.defences import Defence, parse
@@ -73,7 +71,7 @@ class Trained:
     after: EvalResult
     tokens: int
     selection: Selection | None = None
-    verdict: SearchResult | None = None
+    verdict: Search | None = None
     certificate: Mapping[str, Any] = field(default_factory=dict)  # the content of certificate.json
 
 
@@ -238,7 +236,7 @@ class _Run:
             changed=changes(before, after),
             agreement=list(agreement(asked(after))) if self.exams.report.requests else [],
             record=dict(fitted.record),
-            verified=self._search(verdict),
+            verified=verdict,
             uncertified=None if selection is None else trust.of_run(selection.manifest.results.doubts),
             seconds=round(time.monotonic() - began, 1),
         )
@@ -288,7 +286,7 @@ class _Run:
         outputs.write(again, self.folder / runs.SCAN, self.job.rows, self.job.labels)
         return again
 
-    def _searched(self) -> tuple[SearchResult, Chosen]:
+    def _searched(self) -> tuple[Search, Chosen]:
         """Search the verified threshold; keeps every finished round on disk, and the best model trained in this process."""
         rounds = self.folder / runs.WORK / "rounds"
         rounds.mkdir(exist_ok=True)
@@ -362,14 +360,8 @@ class _Run:
             results=results,
         )
 
-    def _search(self, verdict: SearchResult | None) -> Search | None:
-        """The search with the targets of its rule."""
-        rule = self.defence.verified
-        if verdict is None or rule is None:
-            return None
-        return Search.model_validate(asdict(verdict) | {"targets": Targets.model_validate(rule)})
-
     def _save(self, model: Any, manifest: TrainingManifest, before: EvalResult, after: EvalResult) -> None:
+        from gradshield.report import sheet
         from gradshield.training import page
 
         if self.defence.selector is None:
@@ -383,6 +375,6 @@ class _Run:
             for name, result in (("before", before), ("after", after)):
                 runs.write_outputs(result, new / f"outputs-{name}.jsonl")
             card.write(new, manifest)
-            page.write(manifest, self.defence.selector is not None, new / "report.html")
+            sheet.write(page.page(manifest, self.defence.selector is not None), new / "report.html")
             runs.write_manifest(manifest, new)
         shutil.rmtree(self.folder / runs.WORK / "checkpoints", ignore_errors=True)

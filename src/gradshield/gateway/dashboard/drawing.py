@@ -42,7 +42,7 @@ def _templates() -> Environment:
 @cache
 def assets() -> dict[str, tuple[str, str]]:
     """The styles and scripts, by name: media type and source."""
-    css = [frame.asset("report.css"), frame.asset("sheet.css"), (HERE / "dashboard.css").read_text(encoding="utf-8")]
+    css = [frame.asset("report.css"), (HERE / "dashboard.css").read_text(encoding="utf-8")]
     return {
         "dashboard.css": ("text/css", "".join(css)),
         "plotly.js": ("text/javascript", frame.plotly()),

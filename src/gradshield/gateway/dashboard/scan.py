@@ -19,10 +19,8 @@ from gradshield.manifests import ScanManifest
 from gradshield.report.draw import Chart
 from gradshield.report.text import number
 from gradshield.scanning import cut as cuts
-from gradshield.scanning import page_views
 from gradshield.scanning.page_charts import category_chart, score_charts
-from gradshield.scanning.page_data import Counts, ReportData, RowView
-from gradshield.scanning.page_rows import ShownRow, references, show_rows
+from gradshield.scanning.page_rows import SHOWN, RowView, ShownRow, Views, references, row_view, show_rows, stored_views
 from gradshield.types import Bools, Cut, Ints, Scores
 
 ROWS = 20  # of a page
@@ -42,7 +40,7 @@ class Scan:
     removed: Bools
     categories: Coded
     cuts: Mapping[str, Cut]
-    views: page_views.Views
+    views: Views
 
     @property
     def at(self) -> float:
@@ -60,20 +58,11 @@ class Scan:
         """The rows that a cut at ``value`` takes; without one, those that the scan took."""
         return self.removed if value is None else self.scores.values > value
 
-    def charts(self, value: float | None) -> list[Chart]:
+    def charts(self, value: float | None) -> tuple[Chart, ...]:
         """The report's own charts, with the cut at ``value``."""
-        removed = self.moved(value)
-        out, results = int(removed.sum()), self.manifest.results
-        data = ReportData(
-            title="",
-            counts=Counts(results.read, results.scored, results.scored - out, out),
-            scores=self.scores,
-            removed=removed,
-            cuts=self.cuts if value is None else {"": Cut(value, "fixed")},
-            selector=self.manifest.settings.selector,
-        )
-        kinds = category_chart(results.categories) if value is None else None
-        return [*score_charts(data), *([kinds] if kinds else [])]
+        at = self.cuts if value is None else dict.fromkeys(self.cuts, Cut(value, "fixed"))
+        charts = score_charts(self.scores, self.moved(value), at, self.manifest.settings.selector)
+        return charts if value is not None else charts + category_chart(self.manifest.results.categories)
 
     def answer(self, value: float | None) -> dict[str, Any]:
         """What a cut does: how many rows go, and which of them would not, or would, by the scan's own."""
@@ -97,7 +86,7 @@ class Scan:
         removed = self.moved(value)
         order = np.argsort(-self.scores.values, kind="stable")
         out = order[removed[order]]
-        reference = references(self._view(i, value, {}) for i in order[: page_views.SHOWN].tolist())
+        reference = references(self._view(i, value, {}) for i in order[:SHOWN].tolist())
         pages = max(math.ceil(len(out) / ROWS), 1)
         page = min(max(page, 1), pages)
         shown = out[(page - 1) * ROWS : page * ROWS]
@@ -112,7 +101,7 @@ class Scan:
         scores = self.scores
         row, at = int(scores.rows[i]), self.cuts[scores.shapes[i]].value if value is None else value
         pieces = self.views.get(row) or ([(texts[i], "row", None)] if i in texts else [])
-        return replace(page_views.row_view(scores, i, at, self.categories[i], pieces), shape="")
+        return replace(row_view(scores, i, at, self.categories[i], pieces), shape="")
 
     def _texts(self, wanted: Ints) -> dict[int, str]:
         """The beginning of rows whose tokens were not kept, from the scan's files of rows, which hold a row a line."""
@@ -152,4 +141,4 @@ def _read(folder: Path, _changed: int) -> Scan:
         or set(found) != set(Coded.of(scores.shapes).counts())
     ):
         raise ValueError("the scores and the manifest are of two scans")
-    return Scan(folder, manifest, scores, removed, categories, found, cuts.stored_views(folder))
+    return Scan(folder, manifest, scores, removed, categories, found, stored_views(folder))
