@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
 from gradshield.data.trl import IGNORED, check_names
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from gradshield.training.base import Penalty
     from gradshield.types import OnlineSelection
-
-Progress: TypeAlias = Callable[[int, int], None]
 
 
 def sft(
@@ -51,7 +49,7 @@ def sft(
     online: OnlineSelection | None = None,
     finish: Callable[[Any], None] | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Fine-tune ``model`` on ``dataset`` and return the trained model, in eval mode.
 
@@ -79,7 +77,7 @@ def sft(
     merge
         Merge the adapter into the weights and return the plain model; otherwise the ``PeftModel`` is returned.
     output_dir
-        Folder for TRL's checkpoints and, at the end, the returned model and the tokenizer.
+        Folder for TRL's checkpoints; saving the returned model is the caller's.
     callbacks
         More ``transformers`` callbacks.
     penalties
@@ -137,9 +135,6 @@ def sft(
         result = result.merge_and_unload()
         before.unfreeze()
     result.eval()
-    if output_dir is not None:
-        result.save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
     return cast("PreTrainedModel | PeftModel", result)
 
 
@@ -324,7 +319,7 @@ class _State:
             parameter.requires_grad_(trainable)
 
 
-def _report(progress: Progress) -> TrainerCallback:
+def _report(progress: Callable[[int, int], None]) -> TrainerCallback:
     """A callback that reports the steps done and the total to ``progress``."""
     from transformers import TrainerCallback
 
