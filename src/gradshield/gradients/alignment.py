@@ -133,8 +133,6 @@ def leading(v: Tensor, energy: float) -> Tensor:
 
     With ``energy`` 1 it is the whole column space, up to the rounding of float64. Float32; q = 0 for V = 0.
     """
-    if not 0 < energy <= 1:
-        raise UsageError(f"the energy is {energy}: give a share above 0 and at most 1")
     squares, vectors = torch.linalg.eigh(_gram(v))
     squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
     # Singular values that are zero within float64 rounding do not count.

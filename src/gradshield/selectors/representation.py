@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.logits import token_nll
 from gradshield.models.modules import outputs_of
 from gradshield.models.placement import in_float64
+from gradshield.options import Option, check
 from gradshield.selectors.base import SELECTORS, Measured, by_row, members, require_finite, standing
 from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
 
 FEATURES = ("mean", "last", "opening")
+Feature = Annotated[str, Option(str, choices=FEATURES)]
 _TOKENS = 4096  # positions in one batch of references
 _LEAST = 2  # references of a kind: one is held out at a time
 
@@ -41,12 +43,9 @@ class Representation(ABC):
     rule = "ratio:10%"
     travels, probed = True, False
 
-    def __init__(self, references: References, feature: str = "last") -> None:
+    def __init__(self, references: References, feature: Feature = "last") -> None:
         """``feature`` is one of FEATURES. Raises UsageError for any other."""
-        if feature not in FEATURES:
-            raise UsageError(
-                f"unknown feature {feature!r} of the selector {self.name}: choose one of {', '.join(FEATURES)}"
-            )
+        check(type(self), feature=feature)
         self.references, self.feature = references, feature
 
     def prepare(self, model: nn.Module) -> Direction:
@@ -158,11 +157,12 @@ class Larf(Representation):
 
     name = "larf"
 
-    def __init__(self, references: References, feature: str = "last", layers: int = 1) -> None:
+    def __init__(
+        self, references: References, feature: Feature = "last", layers: Annotated[int, Option(int, least=1)] = 1
+    ) -> None:
         """``layers`` is how many blocks are used. Raises UsageError for fewer than one."""
         super().__init__(references, feature)
-        if layers < 1:
-            raise UsageError(f"the selector larf got {layers} layers: give at least 1")
+        check(Larf, layers=layers)
         self.layers = layers
 
     def _require(self, blocks: int) -> None:

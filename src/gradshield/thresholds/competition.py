@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from gradshield.errors import UsageError
-from gradshield.thresholds.base import THRESHOLDS, fewest, require_rows, require_share
+from gradshield.options import check
+from gradshield.thresholds.base import THRESHOLDS, Share, fewest, require_rows
 from gradshield.types import Anchors, Cut, Floats
 
 TAIL_SHARE = 0.1  # share of the winning decoys that the tail is fitted on
@@ -91,9 +92,8 @@ class Competition:
 
     name = "competition"
 
-    def __init__(self, q: float = 0.2, lost: float = 0.004, alpha: float = 0.05) -> None:
-        for key, value in (("q", q), ("lost", lost), ("alpha", alpha)):
-            require_share(self.name, key, value)
+    def __init__(self, q: Share = 0.2, lost: Share = 0.004, alpha: Share = 0.05) -> None:
+        check(Competition, q=q, lost=lost, alpha=alpha)
         self.q, self.lost, self.alpha = q, lost, alpha
 
     def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from gradshield.errors import UsageError
-from gradshield.thresholds.base import THRESHOLDS, fewest, require_rows, require_share
+from gradshield.options import check
+from gradshield.thresholds.base import THRESHOLDS, Share, fewest, require_rows
 from gradshield.types import Anchors, Cut, Floats
 
 
@@ -36,8 +37,8 @@ class Decoy:
 
     name = "decoy"
 
-    def __init__(self, q: float = 0.2) -> None:
-        require_share(self.name, "q", q)
+    def __init__(self, q: Share = 0.2) -> None:
+        check(Decoy, q=q)
         self.q = q
 
     def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
