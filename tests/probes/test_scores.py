@@ -27,7 +27,7 @@ from gradshield.probes import (
     refuses,
     requests,
 )
-from gradshield.probes.continuations import continuation_nll
+from gradshield.probes.base import continuation_nll
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

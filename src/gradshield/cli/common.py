@@ -347,6 +347,16 @@ def rates(before: Figures | None, after: Figures, utility: str = "utility") -> N
         )
 
 
+def load(report: Any, *named: Any, **more: Any) -> Any:
+    """``models.loading.load``, as a stage of its own."""
+    from gradshield.models import loading
+
+    report("loading the model", 0, 1)
+    loaded = loading.load(*named, **more)
+    report("loading the model", 1, 1)
+    return loaded
+
+
 @contextmanager
 def progress() -> Iterator[Any]:
     """A callable (stage, done, total) that draws one bar per stage on standard error.

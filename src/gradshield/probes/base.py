@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gradshield.data import left_padded
+from gradshield.data.shapes import common
 from gradshield.models.loading import evaluating
-from gradshield.models.logits import logits_at
+from gradshield.models.logits import logits_at, token_nll
 from gradshield.registry import Registry
 
 
@@ -74,6 +75,16 @@ def first_logits(model: nn.Module, batch: PromptBatch, **more: Any) -> Tensor:
     return logits_at(model, batch.input_ids, batch.attention_mask, where, **more)
 
 
+def continuation_nll(model: nn.Module, batch: PromptBatch, answers: Sequence[Sequence[int]]) -> Tensor:
+    """Summed negative log-likelihood of ``answers[i]`` after prompt i, in nats: (B,)."""
+    prompts = [row[: int(n) + 1].tolist() for row, n in zip(batch.input_ids, batch.last, strict=True)]
+    whole = padded([p + list(a) for p, a in zip(prompts, answers, strict=True)], batch.input_ids.device)
+    loss = torch.zeros_like(whole.attention_mask, dtype=torch.bool)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        loss[i, len(prompt) : len(prompt) + len(answer)] = True
+    return token_nll(model, whole.input_ids, whole.attention_mask, loss).sum(-1)
+
+
 class Probe(Protocol):
     """One unsafety score. ``fit`` adapts it to the model once; a call gives the mean of S over a batch, a scalar.
 
@@ -110,10 +121,7 @@ def first_token(tokenizer: Any, text: str) -> int:
     )
     before = tokenizer(opened, add_special_tokens=False)["input_ids"]
     after = tokenizer(opened + text, add_special_tokens=False)["input_ids"]
-    shared = 0
-    while shared < len(before) and shared < len(after) and before[shared] == after[shared]:
-        shared += 1
-    return int(after[shared])
+    return int(after[common(before, after)])
 
 
 class _Decided(StoppingCriteria):  # type: ignore[misc]

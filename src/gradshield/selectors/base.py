@@ -15,7 +15,7 @@ from gradshield.errors import ScoreError
 from gradshield.models.loading import parameters_digest
 from gradshield.options import Given, Spec, build, of, read
 from gradshield.registry import Registry
-from gradshield.types import Batch, Direction, Floats, Ints, Scores
+from gradshield.types import Batch, Direction, Floats, Ints, OnlineSelection, Scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +146,7 @@ def require_finite(raw: Measured) -> None:
 SELECTORS: Registry[type[Selector]] = Registry(
     "selector", needs=("name", "rule", "travels", "probed", "prepare", "measure", "finish", "settings")
 )
-
+ONLINE: Registry[type[OnlineSelection]] = Registry("online selection")  # methods that select rows during training
 
 GIVEN = ("subspace", "targets", "seed", "rows")  # constructor arguments that come from the scan, not from the spec
 

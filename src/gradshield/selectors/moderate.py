@@ -13,9 +13,8 @@ from gradshield.columns import Coded
 from gradshield.errors import ScoreError, UsageError
 from gradshield.gradients import check_norms, check_subspace, parameter_names
 from gradshield.options import Option, check
-from gradshield.selectors.base import SELECTORS, Measured, no_direction, require_finite
+from gradshield.selectors.base import ONLINE, SELECTORS, Measured, no_direction, require_finite
 from gradshield.selectors.gradnorm import mean_norms
-from gradshield.selectors.online import ONLINE
 from gradshield.types import Batch, Bools, Direction, Floats, Scores
 
 Share = Annotated[float, Option(above=0, most=1)]

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from gradshield.data import batches
-from gradshield.errors import ModelError, ProbeError, ScoreError, UsageError
+from gradshield.errors import ProbeError, ScoreError, UsageError
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.gradients.direction import digest
-from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.logits import token_nll
 from gradshield.models.modules import outputs_of
 from gradshield.models.placement import in_float64
 from gradshield.options import Option, check
 from gradshield.selectors.base import SELECTORS, Measured, by_row, members, require_finite, standing
+from gradshield.selectors.reading import block_names
 from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
 
 FEATURES = ("mean", "last", "opening")
@@ -54,7 +54,7 @@ class Representation(ABC):
         ``meta["separation"]`` holds each block's separation of the references. Raises ProbeError with fewer than two
         references of a kind, UsageError with more layers than the model has, ScoreError if the two means are equal.
         """
-        names = _blocks(model)
+        names = block_names(model)
         self._require(len(names))
         unsafe, safe = (self._features(model, kind, rows, names) for kind, rows in self._sides())
         found = separation(unsafe, safe)
@@ -219,18 +219,6 @@ def separation(unsafe: Tensor, safe: Tensor) -> Floats:
     return apart
 
 
-def _blocks(model: nn.Module) -> list[str]:
-    """Names of the decoder's blocks. Raises ModelError if they cannot be found."""
-    try:
-        prefix, layers = decoder_layers(model)
-    except ModelError:
-        raise ModelError(
-            f"the decoder layers of {type(model).__name__} could not be found, and this selector reads their hidden "
-            "states: use another selector"
-        ) from None
-    return [f"{prefix}.{i}" if prefix else str(i) for i in range(len(layers))]
-
-
 def _weights(batch: Batch, feature: str) -> Floats:
     """(B, T), summing to one in each row: the weight of each position in the feature."""
     counted = batch.loss.astype(np.float64)
@@ -246,7 +234,7 @@ def _weights(batch: Batch, feature: str) -> Floats:
 
 def _check(model: nn.Module, direction: Direction) -> None:
     """Raises UsageError if the direction names blocks that the model does not have."""
-    unknown = sorted(set(direction.tensors) - set(_blocks(model)))
+    unknown = sorted(set(direction.tensors) - set(block_names(model)))
     if unknown or not direction.tensors:
         raise UsageError(
             f"the direction holds {', '.join(unknown) or 'no block'}, not the decoder blocks of this model: prepare it on the "
