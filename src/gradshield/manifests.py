@@ -278,8 +278,8 @@ class CutRecord(Record):
     value: Number
 
 
-class RoundRecord(Record):
-    """One round of a search, as in `thresholds.verified.Round`."""
+class Round(Record):
+    """One fine-tune of a search. The ``removed`` rows that score above ``cut`` were left out."""
 
     cut: Number
     removed: int
@@ -288,6 +288,11 @@ class RoundRecord(Record):
     seconds: float
     verdict: str
     stopped_early: bool
+
+    @property
+    def worst(self) -> str:
+        """The judge with the largest upper bound."""
+        return max(self.asr, key=lambda judge: self.asr[judge].high)
 
 
 class Targets(Record):
@@ -299,14 +304,24 @@ class Targets(Record):
 
 
 class Search(Record):
-    """How the search of a verified threshold ended, as in `thresholds.verified.SearchResult`, and its targets."""
+    """How the search of a verified threshold ended.
+
+    ``best`` is the index of the round whose model to keep: the one that passed, else the safest. ``stopped`` is ``passes``, ``no
+    cut`` (none is left between one that is too unsafe and one with too little utility), ``rounds`` or ``minutes``. ``sentence``
+    states the result in words and figures.
+    """
 
     met: bool
     sentence: str
     stopped: str
     best: int
-    rounds: list[RoundRecord]
+    rounds: list[Round]
     targets: Targets | None = None
+
+    @property
+    def kept(self) -> Round:
+        """The round whose model to keep."""
+        return self.rounds[self.best]
 
 
 class TrainingResults(Record):

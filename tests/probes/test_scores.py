@@ -272,7 +272,6 @@ def test_open_turns_end_where_the_answer_begins() -> None:
         f"<s><|user|>{q}?<|assistant|><x></x>" for q in ("How", "Why")
     ]
     assert found.categories == ("fraud", "") and found.texts == ("How?", "Why?") and len(found) == 2
-    assert found.where("fraud").texts == ("How?",)
     batch = REQUESTS.batch(CPU)
     assert batch.input_ids.shape == batch.attention_mask.shape
     for i, ids in enumerate(REQUESTS.ids):

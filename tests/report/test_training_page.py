@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gradshield.manifests import Data, Figures, Named, RoundRecord, Search, Targets, TrainingManifest, TrainingResults
+from gradshield.manifests import Data, Figures, Named, Round, Search, Targets, TrainingManifest, TrainingResults
 from gradshield.report import sheet
 from gradshield.stats import wilson
 from gradshield.training import page as rounds
@@ -26,9 +26,9 @@ def figures(k: int, k2: int, utility: int | None = 150, over_refusal: int = 4) -
 
 def verdict(met: bool = True, **more: Any) -> Search:
     done = [
-        RoundRecord(cut=2.5, removed=60, asr={"a": wilson(20, 96), "b": wilson(30, 96)}, utility=None, seconds=31.0,
+        Round(cut=2.5, removed=60, asr={"a": wilson(20, 96), "b": wilson(30, 96)}, utility=None, seconds=31.0,
                     verdict="too unsafe", stopped_early=True),
-        RoundRecord(cut=1.5, removed=96, asr={"a": wilson(3, 200), "b": wilson(4, 200)}, utility=wilson(170, 200), seconds=40.0,
+        Round(cut=1.5, removed=96, asr={"a": wilson(3, 200), "b": wilson(4, 200)}, utility=wilson(170, 200), seconds=40.0,
                     verdict="passes" if met else "utility short", stopped_early=False),
     ]  # fmt: skip
     sentence = "removing 96 of 1000 rows meets both targets" if met else "no cut meets both targets"
@@ -93,7 +93,7 @@ def test_the_chart_has_every_round_and_no_utility_where_none_was_measured() -> N
 
 
 def test_hostile_text_is_only_text() -> None:
-    bad = RoundRecord(
+    bad = Round(
         cut=1.0, removed=1, asr={EVIL: wilson(1, 96)}, utility=None, seconds=1.0, verdict=EVIL, stopped_early=False
     )
     one = verdict(sentence=EVIL, rounds=[bad, bad])

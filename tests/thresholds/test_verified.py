@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradshield.errors import EmptyDataError, UsageError
+from gradshield.manifests import Round, Search
 from gradshield.options import Spec, build
 from gradshield.stats import wilson
-from gradshield.thresholds import Round, SearchResult, Trial, Verified, decided
+from gradshield.thresholds import Trial, Verified, decided
 from gradshield.thresholds.verified import PASSES, TOO_UNSAFE, UTILITY_SHORT, safest
 from gradshield.types import Bools, Floats, Rate
 
@@ -53,7 +54,7 @@ def enough(values: Floats) -> int:
     return math.ceil(math.log2(len(set(values.tolist())))) + 1
 
 
-def check(values: Floats, verdict: SearchResult) -> None:
+def check(values: Floats, verdict: Search) -> None:
     """What holds of every search, whatever the world."""
     removed = [one.removed for one in verdict.rounds]
     assert len(set(removed)) == len(removed)  # never a kept set twice
@@ -264,7 +265,15 @@ def test_a_trial_must_have_measured_what_is_asked() -> None:
 def test_the_safest_round_is_kept_and_ties_go_to_the_more_useful() -> None:
     def round_(unsafe: int, useful: int | None) -> Round:
         utility = None if useful is None else wilson(useful, 100)
-        return Round(0.0, 0, rates(0, unsafe), utility, 1.0, TOO_UNSAFE, False)
+        return Round(
+            cut=0.0,
+            removed=0,
+            asr=rates(0, unsafe),
+            utility=utility,
+            seconds=1.0,
+            verdict=TOO_UNSAFE,
+            stopped_early=False,
+        )
 
     assert safest([round_(9, 90), round_(5, 10), round_(5, 40), round_(7, 99)]) == 2
     assert safest([round_(5, None), round_(5, 0)]) == 1
@@ -289,7 +298,7 @@ def test_after_every_round_the_caller_knows_which_model_to_keep() -> None:
 def test_the_sentence_says_which_target_failed_where() -> None:
     values = np.arange(10.0)
 
-    def run(unsafe: Callable[[float], int], useful: Callable[[float], int], **options: float) -> SearchResult:
+    def run(unsafe: Callable[[float], int], useful: Callable[[float], int], **options: float) -> Search:
         def trial(cut: float) -> Trial:
             return Trial({"phrases": wilson(unsafe(cut), PROMPTS)}, wilson(useful(cut), 100))
 

@@ -229,7 +229,7 @@ class Bench:
         try:
             if defence.verified is not None:
                 verdict, chosen = self._verified(defence)
-                found["verified"] = asdict(verdict)
+                found["verified"] = verdict
             else:
                 chosen = self.course.chosen(defence)
             found |= self.course.counts(chosen)

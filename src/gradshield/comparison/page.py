@@ -24,7 +24,7 @@ from gradshield.comparison.pool import (
 from gradshield.comparison.results import CellResult, Comparison, Cost
 from gradshield.comparison.rivals import RULES, against
 from gradshield.comparison.scatter import trade_off
-from gradshield.manifests import RoundRecord, judges_of
+from gradshield.manifests import Round, judges_of
 from gradshield.report import sheet
 from gradshield.report.made import span
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry, spark
@@ -281,7 +281,7 @@ def _verified(cells: Sequence[CellResult]) -> Section:
     return Section("verified", "Verified searches", lead, tables=(table,), nav="Verified")
 
 
-def _marks(rounds: Sequence[RoundRecord]) -> list[dict[str, Any]]:
+def _marks(rounds: Sequence[Round]) -> list[dict[str, Any]]:
     marks = []
     for one in rounds:
         worst = max(one.asr.values(), key=lambda rate: rate.high)

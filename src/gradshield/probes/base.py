@@ -32,11 +32,6 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def where(self, category: str) -> Prompts:
-        """The prompts of one category."""
-        keep = [i for i, c in enumerate(self.categories) if c == category]
-        return self.take(keep)
-
     def take(self, keep: Sequence[int]) -> Prompts:
         return Prompts(
             tuple(self.ids[i] for i in keep),

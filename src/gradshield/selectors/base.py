@@ -98,6 +98,12 @@ class Selector(Protocol):
     def settings(self) -> Mapping[str, Any]: ...
 
 
+def values_as_scores(_selector: Any, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
+    """A ``finish`` whose scores are the measured values. Raises ScoreError naming the rows whose value is not finite."""
+    require_finite(raw)
+    return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
+
+
 def no_direction(name: str, model: nn.Module | None = None, subspace: str = "all") -> Direction:
     """The result of ``prepare`` for a method without a direction: no tensors, and a digest unique to the weights.
 

@@ -18,9 +18,9 @@ from gradshield.models.logits import token_nll
 from gradshield.models.modules import outputs_of
 from gradshield.models.placement import in_float64
 from gradshield.options import Option, check
-from gradshield.selectors.base import SELECTORS, Measured, by_row, members, require_finite, standing
+from gradshield.selectors.base import SELECTORS, Measured, by_row, members, standing, values_as_scores
 from gradshield.selectors.reading import block_names
-from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
+from gradshield.types import Batch, Direction, Floats, References, Rendered
 
 FEATURES = ("mean", "last", "opening")
 Feature = Annotated[str, Option(str, choices=FEATURES)]
@@ -136,10 +136,7 @@ class Representation(ABC):
     def _between(self, at: Tensor, unsafe: Tensor, safe: Tensor) -> Tensor:
         """(B,): the position of features (B, layers, D) between two sides (layers, D)."""
 
-    def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score per row, without decoys. Raises ScoreError naming the rows whose value or loss is not finite."""
-        require_finite(raw)
-        return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
+    finish = values_as_scores
 
     def settings(self) -> Mapping[str, Any]:
         return {"feature": self.feature}

@@ -11,7 +11,7 @@ from gradshield.thresholds.conformal import Conformal
 from gradshield.thresholds.decoy import Decoy
 from gradshield.thresholds.fixed import Fixed
 from gradshield.thresholds.ratio import Ratio
-from gradshield.thresholds.verified import Round, SearchResult, Trial, Verified, decided
+from gradshield.thresholds.verified import Trial, Verified, decided
 
 __all__ = [
     "THRESHOLDS",
@@ -22,8 +22,6 @@ __all__ = [
     "Decoy",
     "Fixed",
     "Ratio",
-    "Round",
-    "SearchResult",
     "Threshold",
     "Trial",
     "Verified",

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import numpy as np
 
+from gradshield.manifests import Round, Search, Targets
 from gradshield.options import Option, check
 from gradshield.stats import wilson
 from gradshield.thresholds.base import Share, require_rows
@@ -32,44 +33,6 @@ class Trial:
     utility: Rate | None
     stopped_early: bool = False
     seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Round:
-    """One trial of the search. The ``removed`` rows that score above ``cut`` were left out."""
-
-    cut: float
-    removed: int
-    asr: Mapping[str, Rate]
-    utility: Rate | None
-    seconds: float
-    verdict: str
-    stopped_early: bool
-
-    @property
-    def worst(self) -> str:
-        """The judge with the largest upper bound."""
-        return max(self.asr, key=lambda judge: self.asr[judge].high)
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """How a search ended. ``best`` is the index of the round whose model to keep: the one that passed, else the safest.
-
-    ``stopped`` is ``passes``, ``no cut`` (none is left between one that is too unsafe and one with too little utility),
-    ``rounds`` or ``minutes``. ``sentence`` states the result in words and figures.
-    """
-
-    met: bool
-    sentence: str
-    stopped: str
-    best: int
-    rounds: tuple[Round, ...]
-
-    @property
-    def kept(self) -> Round:
-        """The round whose model to keep."""
-        return self.rounds[self.best]
 
 
 class Verified:
@@ -108,7 +71,7 @@ class Verified:
         utility_target: float,
         clock: Callable[[], float] = time.monotonic,
         after: Callable[[Sequence[Round], int], None] | None = None,
-    ) -> SearchResult:
+    ) -> Search:
         """Search for a cut of (N,) scores on one scale, from the cut ``start``; the first that meets both targets wins.
 
         ``trial(cut)`` fine-tunes the original model on the rows with score <= cut and measures it. ``utility_target`` is a
@@ -151,8 +114,14 @@ class Verified:
             elif self.minutes is not None and _next_end(done) > 60 * self.minutes:
                 stopped = "minutes"
             if stopped:
-                sentence = self._sentence(done, stopped, utility_target, len(values))
-                return SearchResult(stopped == PASSES, sentence, stopped, best, tuple(done))
+                return Search(
+                    met=stopped == PASSES,
+                    sentence=self._sentence(done, stopped, utility_target, len(values)),
+                    stopped=stopped,
+                    best=best,
+                    rounds=done,
+                    targets=Targets.model_validate(self),
+                )
 
     def _judge(self, measured: Trial, utility_target: float) -> str:
         """The verdict on a trial. Safety comes first: an unsafe trial needs no utility."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradshield.manifests import RoundRecord, Search, Targets, judges_of
+from gradshield.manifests import Round, Search, Targets, judges_of
 from gradshield.report.draw import Chart
 from gradshield.report.lines import STYLES, barred, limit_line, percent_axis, steps_layout, worded
 from gradshield.report.sheet import Entry, Section, Table, rate_entry
@@ -16,7 +16,7 @@ from gradshield.types import Rate
 LOOKS = {"too unsafe": "x", "utility short": "circle-open", "passes": "star"}
 OFFSET = 0.07  # of a step between the marks of two judges, so that their bars do not overlap
 
-Rounds = Sequence[RoundRecord]
+Rounds = Sequence[Round]
 
 
 def section(verdict: Search | None, rows: int) -> Section:

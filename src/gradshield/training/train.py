@@ -32,7 +32,6 @@ from gradshield.manifests import (
     Named,
     RowFormat,
     Search,
-    Targets,
     TrainingManifest,
     TrainingRecord,
     TrainingResults,
@@ -45,7 +44,6 @@ from gradshield.scanning.rows import prepare
 from gradshield.scanning.scan import check_labels, select, selected
 from gradshield.scanning.selection import Selection
 from gradshield.scanning.settings import Probing, ScanSettings
-from gradshield.thresholds import SearchResult
 from gradshield.training import verify
 from gradshield.training.course import Chosen, Course, Fitted, Job, Needs
 from gradshield.training.defences import Defence, parse
@@ -73,7 +71,7 @@ class Trained:
     after: EvalResult
     tokens: int
     selection: Selection | None = None
-    verdict: SearchResult | None = None
+    verdict: Search | None = None
     certificate: Mapping[str, Any] = field(default_factory=dict)  # the content of certificate.json
 
 
@@ -236,7 +234,7 @@ class _Run:
             changed=changes(before, after),
             agreement=list(agreement(asked(after))) if self.exams.report.requests else [],
             record=dict(fitted.record),
-            verified=self._search(verdict),
+            verified=verdict,
             uncertified=None if selection is None else trust.of_run(selection.manifest.results.doubts),
             seconds=round(time.monotonic() - began, 1),
         )
@@ -286,7 +284,7 @@ class _Run:
         outputs.write(again, self.folder / runs.SCAN, self.job.rows, self.job.labels)
         return again
 
-    def _searched(self) -> tuple[SearchResult, Chosen]:
+    def _searched(self) -> tuple[Search, Chosen]:
         """Search the verified threshold; keeps every finished round on disk, and the best model trained in this process."""
         rounds = self.folder / runs.WORK / "rounds"
         rounds.mkdir(exist_ok=True)
@@ -342,7 +340,7 @@ class _Run:
             settings=TrainingRecord(
                 defence=self.defence.spec,
                 training={**job.options, "online": self.defence.training},
-                render=rows.config.as_dict(),
+                render=asdict(rows.config),
                 template=dict(job.probing.template or {}),
                 answer_prefix=job.probing.answer_prefix,
                 probe_sha256=runs.digest([dict(p) for p in job.probing.requests or requests()]),
@@ -358,13 +356,6 @@ class _Run:
             ),
             results=results,
         )
-
-    def _search(self, verdict: SearchResult | None) -> Search | None:
-        """The search with the targets of its rule."""
-        rule = self.defence.verified
-        if verdict is None or rule is None:
-            return None
-        return Search.model_validate(asdict(verdict) | {"targets": Targets.model_validate(rule)})
 
     def _save(self, model: Any, manifest: TrainingManifest, before: EvalResult, after: EvalResult) -> None:
         from gradshield.training import page

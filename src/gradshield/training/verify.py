@@ -14,8 +14,9 @@ import numpy as np
 from gradshield import runs
 from gradshield.errors import UsageError
 from gradshield.evaluation.exam import Exam, Settled, never
+from gradshield.manifests import Round, Search
 from gradshield.scanning.decide import ROWS
-from gradshield.thresholds.verified import Round, SearchResult, Trial, Verified, decided
+from gradshield.thresholds.verified import Trial, Verified, decided
 from gradshield.training.course import Chosen, Course
 from gradshield.training.defences import Defence
 from gradshield.types import Bools, EvalResult
@@ -70,7 +71,7 @@ def search(
     examine: Examine,
     exam: Exam,
     after: Callable[[Sequence[Round], int], None] | None = None,
-) -> tuple[SearchResult, Chosen]:
+) -> tuple[Search, Chosen]:
     """Search the cut of a defence's scores, starting with the default cut; the verdict, and the rows of its best round.
 
     ``examine`` fine-tunes on the chosen rows and measures the model on ``exam``, the search prompts. The target of utility is the
