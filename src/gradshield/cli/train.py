@@ -131,8 +131,8 @@ def train(
     from gradshield.scanning.options import peft_config
     from gradshield.scanning.settings import ScanSettings
     from gradshield.training.course import Needs
-    from gradshield.training.reporting import Reporters, named
     from gradshield.training.sequence import Stage, sequence
+    from gradshield.training.trackers import Reporters, named
     from gradshield.training.train import train as run
 
     Reporters(named(training.get("report_to")), output)  # what is not installed is said before the model is loaded

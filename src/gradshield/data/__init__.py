@@ -1,7 +1,7 @@
 """Any fine-tuning data to tokens and back: read, render, batch, write.
 
 formats.py    a file, a Dataset, a list -> Examples, and bad rows with their reason
-files.py      the kind of file, decompressed, and where each of its rows ends
+raw_files.py  the kind of file, decompressed, and where each of its rows ends
 records.py    a row's bytes and its value; rows of any length in bounded memory
 source.py     the source of the rows, with a copy on disk, and rows made from it on access
 shapes.py     the row shapes: which keys, which conversations

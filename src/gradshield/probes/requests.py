@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from gradshield.data.files import open_file
+from gradshield.data.raw_files import open_file
 from gradshield.errors import DataError, UsageError
 
 SPLITS = ("direction", "search", "report")

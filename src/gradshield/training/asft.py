@@ -15,7 +15,7 @@ from gradshield.gradients.alignment import Alignment, largest_eigenvalue, leadin
 from gradshield.models.placement import in_float64
 from gradshield.options import Option, check
 from gradshield.training.adapters import Adapted, Moved, adapted_layers, direction_of, moved_weights
-from gradshield.training.base import PENALTIES
+from gradshield.training.penalties import PENALTIES
 
 PROJECTORS = ("published", "top")
 

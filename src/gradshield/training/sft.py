@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
     from trl.trainer.sft_config import SFTConfig
 
-    from gradshield.training.base import Penalty
+    from gradshield.training.penalties import Penalty
     from gradshield.types import OnlineSelection
 
 
@@ -150,8 +150,8 @@ def _trainer(
     from transformers import PrinterCallback
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from gradshield.training.mixin import Penalised
-    from gradshield.training.online import Selecting
+    from gradshield.training.penalties import Penalised
+    from gradshield.training.selecting import Selecting
 
     if _is_ready(rows, config):
         config.dataset_kwargs = {"skip_prepare_dataset": True}

@@ -47,7 +47,7 @@ from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.training import verify
 from gradshield.training.course import Chosen, Course, Fitted, Job, Needs
 from gradshield.training.defences import Defence, parse
-from gradshield.training.reporting import Reporters, named, values
+from gradshield.training.trackers import Reporters, named, values
 from gradshield.types import EvalResult, Progress, quiet
 
 # Files of an earlier run in the folder: weights or an adapter of another kind would be loaded instead of the new ones.
