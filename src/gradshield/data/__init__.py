@@ -18,7 +18,7 @@ batches.py    padded batches within a budget
 trl.py        rendered rows as a dataset for TRL
 """
 
-from gradshield.data.batches import batches, collate, left_padded
+from gradshield.data.batches import batches, collate
 from gradshield.data.formats import ReadResult, read
 from gradshield.data.pieces import spans
 from gradshield.data.render import RenderConfig, Renderer, RenderResult, render, render_all
@@ -47,7 +47,6 @@ __all__ = [
     "batches",
     "collate",
     "labelled",
-    "left_padded",
     "read",
     "render",
     "render_all",

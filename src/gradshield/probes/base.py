@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from gradshield.data import left_padded
 from gradshield.data.shapes import common
-from gradshield.models.loading import evaluating
+from gradshield.models.decoding import continued, stop_tokens, until
 from gradshield.models.logits import logits_at, token_nll
 from gradshield.registry import Registry
 
@@ -133,7 +132,6 @@ class _Decided(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
 
 
-@torch.no_grad()
 def greedy(
     model: nn.Module,
     prompts: Prompts,
@@ -147,27 +145,14 @@ def greedy(
 
     With ``known``, an answer also ends with the first token for which it is true of the tokens so far.
     """
-    device = next(model.parameters()).device
-    config = getattr(model, "generation_config", None)
-    stops = config.eos_token_id if config is not None else None
-    stops = set(stops if isinstance(stops, list) else [stops]) - {None}
+    stops = stop_tokens(model)
     answers: list[list[int]] = []
     for start in range(0, len(prompts), chunk):
-        ids, mask = map(torch.from_numpy, left_padded(prompts.ids[start : start + chunk], pad))
-        decided = None if known is None else _Decided(known, ids.shape[1], len(ids))
-        with evaluating(model):
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                use_cache=True,
-                stopping_criteria=None if decided is None else StoppingCriteriaList([decided]),
-            )
-        for i, row in enumerate(out[:, ids.shape[1] :].tolist()):
-            whole = row if decided is None else row[: decided.ends[i]]
-            end = next((n for n, t in enumerate(whole) if t in stops), len(whole))
-            answers.append(whole[:end])
+        some = prompts.ids[start : start + chunk]
+        decided = None if known is None else _Decided(known, max(map(len, some)), len(some))
+        criteria = None if decided is None else StoppingCriteriaList([decided])
+        found, _ = continued(model, some, tokens, pad, stops, stopping_criteria=criteria)
+        for i, row in enumerate(found):
+            answers.append(until(row if decided is None else row[: decided.ends[i]], stops))
         progress(len(answers), len(prompts))
     return answers
