@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def check(values: Floats, verdict: Search) -> None:
         assert verdict.kept is verdict.rounds[-1]
     else:
         assert verdict.kept.asr[verdict.kept.worst].high == min(one.asr[one.worst].high for one in verdict.rounds)
-    json.dumps(asdict(verdict), allow_nan=False)
+    json.dumps(verdict.plain(), allow_nan=False)
 
 
 scores = st.lists(st.one_of(st.integers(-5, 5).map(float), st.floats(-1e12, 1e12)), min_size=1, max_size=120).map(
