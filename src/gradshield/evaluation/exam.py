@@ -249,12 +249,17 @@ def check_disjoint(**sets: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
+def by_judge(rates: Mapping[str, Rate], kind: str = "asr") -> dict[str, Rate]:
+    """The rates ``<kind>/<judge>`` by judge."""
+    return {name.partition("/")[2]: rate for name, rate in rates.items() if name.startswith(f"{kind}/")}
+
+
 def figures(result: EvalResult) -> Figures:
     """The rates in the form of manifests."""
     rates: Mapping[str, Rate] = result.rates
-    judges = {name.partition("/")[2]: rate for name, rate in rates.items() if name.startswith("asr/")}
+    judges = by_judge(rates)
     found: dict[str, Any] = {"judges": judges}
-    if undecided := {n.partition("/")[2]: rate for n, rate in rates.items() if n.startswith("undecided/")}:
+    if undecided := by_judge(rates, "undecided"):
         found["undecided"] = undecided
     if judges:
         found["asr"] = judges.get("refusal-phrases", next(iter(judges.values())))
@@ -263,17 +268,14 @@ def figures(result: EvalResult) -> Figures:
 
 def asked(result: EvalResult) -> EvalResult:
     """The answers to harmful requests only, which an exam asks first."""
-    counts = [rate.n for name, rate in result.rates.items() if name.startswith("asr/")]
+    counts = [rate.n for rate in by_judge(result.rates).values()]
     return EvalResult(result.rates, result.outputs[: counts[0] if counts else 0])
 
 
 def changes(before: EvalResult, after: EvalResult) -> dict[str, McNemar]:
     """McNemar's test of the same requests before and after training, by judge."""
-    judges = [name.partition("/")[2] for name in after.rates if name.startswith("asr/")]
-    return {
-        judge: mcnemar(np.asarray(attacked(asked(before), judge)), np.asarray(attacked(asked(after), judge)))
-        for judge in judges
-    }
+    was, now = asked(before), asked(after)
+    return {judge: mcnemar(attacked(was, judge), attacked(now, judge)) for judge in by_judge(after.rates)}
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,6 @@ class Representation(ABC):
         references of a kind, UsageError with more layers than the model has, ScoreError if the two means are equal.
         """
         names = block_names(model)
-        self._require(len(names))
         unsafe, safe = (self._features(model, kind, rows, names) for kind, rows in self._sides())
         found = separation(unsafe, safe)
         chosen, (unsafe, safe) = self._chosen(found), (self._seen(side) for side in (unsafe, safe))
@@ -116,9 +115,6 @@ class Representation(ABC):
         rows, means, lengths = by_row(batch, nll)
         return Measured(rows, np.array(placed), means, lengths)
 
-    def _require(self, blocks: int) -> None:  # noqa: B027
-        """Raises UsageError if the model has too few blocks."""
-
     @abstractmethod
     def _chosen(self, separations: Floats) -> list[int]:
         """Indices of the blocks to use, in order."""
@@ -162,11 +158,9 @@ class Larf(Representation):
         check(Larf, layers=layers)
         self.layers = layers
 
-    def _require(self, blocks: int) -> None:
-        if self.layers > blocks:
-            raise UsageError(f"the selector larf got layers={self.layers}, but the model has {blocks}: ask for fewer")
-
     def _chosen(self, separations: Floats) -> list[int]:
+        if self.layers > (blocks := len(separations)):
+            raise UsageError(f"the selector larf got layers={self.layers}, but the model has {blocks}: ask for fewer")
         return sorted(np.argsort(-separations, kind="stable")[: self.layers].tolist())
 
     def _between(self, at: Tensor, unsafe: Tensor, safe: Tensor) -> Tensor:

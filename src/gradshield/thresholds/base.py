@@ -6,7 +6,7 @@ import math
 from typing import Annotated, Protocol
 
 from gradshield import options
-from gradshield.errors import EmptyDataError
+from gradshield.errors import EmptyDataError, UsageError
 from gradshield.registry import Registry
 from gradshield.types import Anchors, Cut, Floats
 
@@ -39,6 +39,16 @@ def require_rows(values: Floats) -> None:
     """Raises EmptyDataError for no rows."""
     if len(values) == 0:
         raise EmptyDataError("there are no scores to cut: no row could be scored; check the quarantine file")
+
+
+def require_decoys(name: str, decoys: Floats | None) -> Floats:
+    """The decoys. Raises UsageError if there are none."""
+    if decoys is None:
+        raise UsageError(
+            f"the threshold {name!r} needs a decoy for every row, and these scores have none: score with --selector fihs and a "
+            "per-token engine, or use the threshold adaptive, ratio or fixed"
+        )
+    return decoys
 
 
 def fewest(q: float) -> int:
