@@ -15,7 +15,7 @@ from gradshield.comparison import page as compared
 from gradshield.comparison import pool, rivals
 from gradshield.comparison.page import LEVELS, level
 from gradshield.comparison.results import CellResult
-from gradshield.manifests import RoundRecord, Search
+from gradshield.manifests import Round, Search
 from gradshield.report import sheet
 from gradshield.stats import Difference, wilson
 from gradshield.types import Rate
@@ -174,7 +174,7 @@ def test_failed_missing_and_empty() -> None:
 
 def verified(met: bool, rounds: int, **more: str) -> Search:
     done = [
-        RoundRecord(cut=1.0 - i, removed=i, asr={"a": wilson(9 - i, 200), "b": wilson(9, 200)}, utility=None, seconds=1.0,
+        Round(cut=1.0 - i, removed=i, asr={"a": wilson(9 - i, 200), "b": wilson(9, 200)}, utility=None, seconds=1.0,
                     verdict="too unsafe", stopped_early=False)
         for i in range(rounds)
     ]  # fmt: skip
