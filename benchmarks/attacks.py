@@ -120,7 +120,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ratio", type=float, default=0.1, help="share of harmful pairs that an attacker begins with")
     parser.add_argument("--rows", type=int, default=500, help="harmless rows of the lab")
-    parser.add_argument("--attacks", nargs="+", default=lab.ATTACKS.names())
+    parser.add_argument("--attacks", nargs="+", default=list(lab.ATTACKS))
     parser.add_argument(
         "--defences", nargs="+", help=f"as after `train --defence`; also {', '.join(map(repr, beside))}"
     )

@@ -42,13 +42,14 @@ def lines(base: Any, aligned: Any, count: int) -> tuple[dict[str, dict[str, Any]
     """Every direction by name, and the length of a step of 1."""
     import torch
 
-    from gradshield.evaluation.landscape import norm, orthogonal_part, random_directions, unit_norm, weights
+    from benchmarks.directions import orthogonal_part, random_across
+    from gradshield.evaluation.landscape import norm, unit_norm, weights
 
-    names = [n for n, m in weights(aligned.model).items() if n.endswith("_proj.weight") and m.ndim == 2]
-    start, here = weights(base.model, names), weights(aligned.model, names)
+    start, here = weights(base.model), weights(aligned.model)
+    names = [n for n, m in here.items() if n.endswith("_proj.weight") and m.ndim == 2]
     v = {name: here[name] - start[name] for name in names}
     found = {"alignment": unit_norm(v)}
-    drawn = random_directions(v, count, SEED, [v])
+    drawn = random_across(v, count, SEED)
     found |= {name.replace("random", "gaussian"): direction for name, direction in drawn.items()}
     generator = torch.Generator().manual_seed(SEED)
     for i in range(count):
@@ -104,7 +105,8 @@ def measurement(loaded: Any, prompts: int) -> Any:
 
 def summary(found: Any, name: str) -> dict[str, Any]:
     """VISAGE at every width and the breaking steps of one line, by each judge apart; and where the model fell apart."""
-    from gradshield.evaluation.landscape import breaking_steps, visage
+    from benchmarks.directions import breaking_steps
+    from gradshield.evaluation.landscape import visage
 
     a = np.array(found.alphas)
     line: dict[str, Any] = {"fell_apart": breaking_steps(a, 1 - found.curve(name, ANSWERED), 1 - MOST_ANSWERED)}
@@ -164,8 +166,9 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from benchmarks import landscape_page
+    from benchmarks.directions import cosine
     from gradshield import lab
-    from gradshield.evaluation.landscape import cosine, landscape, norm, weights
+    from gradshield.evaluation.landscape import landscape, norm, weights
     from gradshield.models import loading
     from gradshield.runs import finite, versions
 
@@ -177,11 +180,18 @@ def main(arguments: list[str] | None = None) -> None:
     directions, unit = lines(base, aligned, count)
     alphas = np.array(sorted({side * step + 0.0 for step in (QUICK if options.quick else STEPS) for side in (-1, 1)}))
 
-    def progress(done: int, total: int) -> None:
-        if done % 20 == 0 or done == total:
-            print(f"{done}/{total} points, {time.monotonic() - began:.0f} s", flush=True)
+    measure, done = measurement(aligned, prompts), 0
 
-    found = landscape(aligned.model, directions, alphas, unit, measurement(aligned, prompts), progress)
+    def counted() -> Mapping[str, Any]:
+        nonlocal done
+        done += 1
+        if done % 20 == 0:
+            print(
+                f"{done}/{1 + len(directions) * (len(alphas) - 1)} points, {time.monotonic() - began:.0f} s", flush=True
+            )
+        return measure()
+
+    found = landscape(aligned.model, directions, alphas, unit, counted)
     summaries = {name: summary(found, name) for name in found.rates}
     moved = list(directions["alignment"])
     record: dict[str, Any] = {
@@ -192,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
             "models": {"base": base.digest, "aligned": aligned.digest},
             "tensors": len(moved),
             "unit": unit,
-            "unit_over_weights": unit / norm(weights(aligned.model, moved)),
+            "unit_over_weights": unit / norm({name: weights(aligned.model)[name] for name in moved}),
             "cosine_with_alignment": {n: cosine(d, directions["alignment"]) for n, d in directions.items()},
             "prompts": prompts,
             "seconds": round(time.monotonic() - began, 1),

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradshield.evaluation.landscape import Landscape, breaking_steps
+from benchmarks.directions import breaking_steps
+from gradshield.evaluation.landscape import Landscape
 from gradshield.report import sheet
 from gradshield.report.draw import STYLES, Chart, axis_style, banded, base_layout, limit_line, percent_axis, worded
 from gradshield.report.frame import Status

@@ -151,7 +151,7 @@ def test_every_row_shape_is_documented() -> None:
 
     text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\| `([\w-]+)` \| (.*?) \| `(\{.*?\})`", text, re.MULTILINE)
-    assert [name for name, _, _ in lines] == SHAPES.names()
+    assert [name for name, _, _ in lines] == list(SHAPES)
     for name, keys, example in lines:
         assert tuple(re.findall(r"`(\w+)`", keys)) == SHAPES[name].keys
         (one,) = read([json.loads(example)]).examples

@@ -1,4 +1,4 @@
-"""Atomic writes: a file appears complete or not at all, even if the process is killed or several write at once."""
+"""Atomic writes: a file appears complete or not at all, even if the process is killed or several write at once; small reads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from gradshield.errors import DataError
 
 PART = ".part"
 _OURS = re.compile(rf"\..+\.[0-9a-f]{{12}}{re.escape(PART)}", re.DOTALL)  # as `drawn` names them
@@ -37,6 +39,15 @@ def write_text(path: Path, text: str) -> None:
     """Text in UTF-8; lone surrogates, as in a file name that is not UTF-8, are escaped."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_text(path: Path, what: str, remedy: str = "check its path") -> str:
+    """A small file of a user in UTF-8, without its byte order mark. Raises DataError, which calls it ``what``."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise DataError(f"{what} {str(path)!r} cannot be read ({reason}): {remedy}") from None
 
 
 def file_digest(path: Path) -> str:

@@ -77,6 +77,13 @@ class Figures(Record):
     over_refusal: Rate | None = None
     utility: Rate | None = None
 
+    def beside(self, before: Figures | None, utility: str = "utility") -> list[tuple[str, Rate | None, Rate | None]]:
+        """Every measure by its label, before and after; those of neither are left out."""
+        was = before or Figures(judges={})
+        asr = [(f"ASR, {judge}", was.judges.get(judge), rate) for judge, rate in self.judges.items()]
+        others = ("over-refusal", was.over_refusal, self.over_refusal), (utility, was.utility, self.utility)
+        return [*asr, *(line for line in others if line[1:] != (None, None))]
+
 
 def judges_of(rates: Iterable[Mapping[str, Rate]]) -> tuple[str, ...]:
     """Every judge of some rates by judge, in order of appearance."""

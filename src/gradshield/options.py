@@ -56,7 +56,7 @@ class Spec:
 class Option:
     """The values an option takes: a number (``float``, ``int``) in a range, text, or ``a+b`` (``tuple``).
 
-    A number is above ``above``, at least ``least`` and up to ``most``.
+    A number is above ``above``, at least ``least``, up to ``most`` and below ``below``.
 
     With ``choices``, the text must be one of them. ``default`` serves as the example in errors.
     """
@@ -68,6 +68,7 @@ class Option:
     choices: tuple[str, ...] = ()
     required: bool = False
     least: float = -math.inf
+    below: float = math.inf
 
     def read(self, text: str) -> Any:
         """The value. Raises ValueError if it is not allowed."""
@@ -82,13 +83,15 @@ class Option:
         """Whether a value of this kind is allowed."""
         if self.kind in (str, tuple):
             return not self.choices or value in self.choices
-        within = math.isfinite(value) and self.above < value <= self.most and value >= self.least
+        within = math.isfinite(value) and self.above < value < self.below and self.least <= value <= self.most
         return within and (self.kind is not int or value == int(value))
 
     def __str__(self) -> str:
         if self.choices:
             return " or ".join(self.choices)
         found = "a whole number" if self.kind is int else "a number"
+        if self.below < math.inf:
+            return f"{found} strictly between {self.above:g} and {self.below:g}"
         found += f" above {self.above:g}" if self.above > -math.inf else ""
         found += f" of at least {self.least:g}" if self.least > -math.inf else ""
         return found + (f", up to {self.most:g}" if self.most < math.inf else "")
@@ -181,10 +184,10 @@ def build(kind: str, spec: Spec, made: Callable[..., T], given: Given | None = N
 
 
 def check(made: type, **values: Any) -> None:
-    """Raises UsageError for a value that the constructor of a method does not take, as its annotations state."""
+    """Raises UsageError for a value that the constructor of a method does not take, as its annotations state; None is none."""
     known = of(made)
     for key, value in values.items():
-        if not known[key].takes(value):
+        if value is not None and not known[key].takes(value):
             raise UsageError(f"{getattr(made, 'name', made.__name__)} got {key}={value}: give {known[key]}")
 
 

@@ -56,10 +56,6 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._live())
 
-    def names(self) -> list[str]:
-        """Every name, in the order of registration."""
-        return list(self._live())
-
     def _live(self) -> Mapping[str, T]:
         """Every entry by name, plugins included."""
         plugins()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks import landscape_page
-from gradshield.evaluation.landscape import Landscape
+from benchmarks.directions import breaking_steps, cosine, orthogonal_part, random_across
+from gradshield.errors import UsageError
+from gradshield.evaluation.landscape import Landscape, norm
 from gradshield.report import sheet
 from gradshield.stats import wilson
 from gradshield.types import Rate
@@ -65,3 +68,31 @@ def test_another_direction_can_be_set_apart() -> None:
 def test_hostile_names_are_only_text() -> None:
     rates = {EVIL: {f"asr/{EVIL}": (wilson(1, 9),) * 5}, "other": {"answered/x": (wilson(1, 9),) * 5}}
     assert_tame(sheet.render(page(rates, EVIL, apart=EVIL)))
+
+
+def test_random_directions_across_another() -> None:
+    generator = torch.Generator().manual_seed(7)
+    like = {"w": torch.randn(8, 5, generator=generator), "b": 3 * torch.randn(6, generator=generator)}
+    for direction in random_across(like, 3, seed=1).values():
+        assert norm(direction) == pytest.approx(1.0, abs=1e-6)
+        for name, tensor in direction.items():
+            assert float(tensor.norm()) == pytest.approx(float(like[name].norm()) / norm(like), rel=1e-4)
+            assert abs(float((tensor.double() * like[name].double()).sum())) <= 1e-6 * float(like[name].norm())
+    one = {"one": torch.tensor([2.0]), "more": torch.tensor([1.0, 2.0, 2.0])}
+    direction = random_across(one, 1)["random-0"]
+    assert direction["one"].item() == 0.0 and norm(direction) == pytest.approx(1.0)
+
+
+def test_the_orthogonal_part_by_gram_schmidt() -> None:
+    direction, to = {"w": torch.tensor([[3.0, 4.0]])}, {"w": torch.tensor([[2.0, 0.0]])}
+    torch.testing.assert_close(orthogonal_part(direction, to)["w"], torch.tensor([[0.0, 1.0]]))
+    assert cosine(direction, to) == pytest.approx(0.6)
+    with pytest.raises(UsageError, match="norm above 0"):
+        orthogonal_part(to, to)
+
+
+def test_breaking_steps() -> None:
+    alphas = [-2, -1, 0, 1, 2]
+    assert breaking_steps(alphas, [0.9, 0.1, 0.0, 0.0, 0.0], 0.06) == (-1.0, None)
+    assert breaking_steps(alphas, [0.9, 0.06, 0.0, 0.07, 0.0], 0.06) == (-2.0, 1.0)
+    assert breaking_steps(alphas, [0, 0, 0.5, 0, 0], 0.06) == (0.0, 0.0)

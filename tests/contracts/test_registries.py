@@ -7,7 +7,7 @@ import pytest
 
 from gradshield.errors import UnknownNameError, UsageError
 from gradshield.gradients import ENGINES
-from gradshield.judges import JUDGES
+from gradshield.judges import JUDGES, GuardJudge
 from gradshield.probes import PROBES
 from gradshield.registry import Registry
 from gradshield.selectors import SELECTORS
@@ -20,7 +20,7 @@ IDS = [f"{registry.kind}-{name}" for registry, name in ENTRIES]
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda r: r.kind)
 def test_an_unknown_name_lists_the_live_names(registry: Registry[Any]) -> None:
-    for wrong in ("", "no-such-thing", registry.names()[0].upper()):
+    for wrong in ("", "no-such-thing", next(iter(registry)).upper()):
         with pytest.raises(UnknownNameError) as caught:
             registry[wrong]
         assert str(caught.value) == f"unknown {registry.kind} {wrong!r}: choose one of {', '.join(registry)}"
@@ -30,7 +30,7 @@ def test_an_unknown_name_lists_the_live_names(registry: Registry[Any]) -> None:
 @pytest.mark.parametrize(("registry", "name"), ENTRIES, ids=IDS)
 def test_an_entry_says_what_it_is_and_where_it_comes_from(registry: Registry[Any], name: str) -> None:
     entry = registry[name]
-    assert entry.name == name
+    assert entry is GuardJudge or entry.name == name  # a guard is named after its model
     summary = registry.summary(name)
     assert 20 < len(summary) <= 130 and summary.endswith((".", ";")) and "\n" not in summary
 

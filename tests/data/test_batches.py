@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradshield.data import batches, left_padded
+from gradshield.data import batches
 from gradshield.errors import UsageError
+from gradshield.models.decoding import left_padded
 from gradshield.types import Batch, Rendered, Tokens
 
 

@@ -54,7 +54,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def test_every_shape_is_detected_by_its_keys(tmp_path: Path) -> None:
-    assert list(ROWS) == SHAPES.names()
+    assert list(ROWS) == list(SHAPES)
     path = _file(tmp_path, b"".join(json.dumps(row).encode() + b"\n" for row in ROWS.values()))
     result = read(path)
     assert [example.shape for example in result.examples] == list(ROWS)

@@ -56,7 +56,7 @@ def test_json_files_that_hold_lines_bad_rows_or_junk(tmp_path: Path) -> None:
 def test_a_broken_element_of_a_json_array_is_set_aside_alone(
     size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradshield.data.files.BLOCK", size)
+    monkeypatch.setattr("gradshield.data.raw_files.BLOCK", size)
     content = (
         b'{"note": {"data": [1]}, "data":\n[{"text": "a]"},\n {"text": }, {"text": "\\\\\\""}, ,\n{"text": "b"},]}'
     )
@@ -77,7 +77,7 @@ def test_a_broken_element_of_a_json_array_is_set_aside_alone(
 def test_a_json_array_is_read_in_bounded_memory(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = b'{"text": "' + rb"\n\"," * 1_000_000 + b'"}'
     path = _file(tmp_path, b"[" + (GOOD + b", ") * 20_000 + long + b"\n, " + GOOD + b"]")
-    monkeypatch.setattr("gradshield.data.files.BLOCK", size)
+    monkeypatch.setattr("gradshield.data.raw_files.BLOCK", size)
     monkeypatch.setattr(records, "MAX_ROW_BYTES", 100_000)
     monkeypatch.setattr(records, "HEAD_BYTES", 1000)
     tracemalloc.start()

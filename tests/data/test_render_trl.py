@@ -220,6 +220,5 @@ def test_pairs_of_different_template_options_are_reported() -> None:
 
 def test_packing_is_noted_and_rows_stay_unpacked(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     config = RenderConfig.from_sft(_config(tmp_path, packing=True, max_length=48))
-    assert config.packing
     assert config.max_length == 48
     assert "packing=True" in caplog.text

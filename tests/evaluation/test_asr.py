@@ -130,22 +130,8 @@ def test_utility_of_degrees_is_a_mean_with_its_interval() -> None:
     assert values.mean() - 0.12 < rate.low < rate.rate < rate.high < values.mean() + 0.12
 
 
-def test_the_reference_answer_is_not_shown() -> None:
-    asked: list[Any] = []
-
-    def generate(prompts: Sequence[Prompt]) -> list[str]:
-        asked.extend(prompts)
-        return ["a"] * len(prompts)
-
-    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-    utility(generate, [{"messages": [user, answer, user, answer]}], lambda _row, _answer: 1.0)
-    assert asked == [[user, answer, user]]
-
-
 def test_rows_without_use() -> None:
     with pytest.raises(EmptyDataError, match="no row"):
         utility(_scripted([]), [], _exact)
-    with pytest.raises(DataError, match="row 0 has neither"):
-        utility(_scripted(["x"]), [{"messages": [{"role": "assistant", "content": "a"}]}], _exact)
     with pytest.raises(DataError, match="row 0 scored 7"):
         utility(_scripted(["x"]), [{"prompt": "q"}], lambda _row, _answer: 7.0)

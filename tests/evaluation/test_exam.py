@@ -7,21 +7,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from gradshield import lab, runs
-from gradshield.data import RenderConfig
 from gradshield.errors import DataError, UsageError
-from gradshield.evaluation.exam import Exam, asked, check_disjoint, exam, figures, lab_exam
-from gradshield.evaluation.loss import response_loss
+from gradshield.evaluation.exam import Exam, asked, check_disjoint, exam, lab_exam
 from gradshield.models import loading
 from gradshield.probes import requests
 from gradshield.stats import wilson
 from gradshield.training import verify
 from gradshield.types import EvalResult
 from tests.common import command, jsonl, write
-from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @cache
@@ -123,34 +119,6 @@ def test_an_arm_is_made_once_and_one_that_stopped_early_serves_its_own_target(tm
     assert made == ["k"] * 3
     arm(verify.never, "another")
     assert made[-1] == "another"
-
-
-def test_likelihood_is_that_of_the_reference() -> None:
-    rows = [{"prompt": row["prompt"], "reference": row["reference"]} for row in lab.utility("choice")[:5]]
-    found = Exam(task=rows).sit(aligned().model, aligned().tokenizer)
-    scores = [row["score"] for row in found.outputs]
-    for row, score in zip(rows, scores, strict=True):
-        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["reference"]}]
-        assert score == pytest.approx(
-            np.exp(-response_loss(aligned().model, aligned().tokenizer, [{"messages": turns}]).nats), rel=1e-4
-        )
-    assert figures(found).utility.rate == pytest.approx(np.mean(scores))
-
-
-def test_likelihood_is_measured_under_the_exams_template_whatever_the_length() -> None:
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    tokenizer.chat_template = "{% if short %}x{% endif %}" + tokenizer.chat_template
-    rows = [{"prompt": "Why?", "reference": "Because " * 600}]
-    found = {
-        options: Exam(task=rows, template=dict(options)).sit(model, tokenizer) for options in ((), (("short", True),))
-    }
-    scores = [result.outputs[0]["score"] for result in found.values()]
-    assert scores[0] != scores[1]
-    whole = RenderConfig(max_length=None)
-    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": rows[0]["reference"]}]
-    expected = response_loss(model, tokenizer, [{"messages": turns}], whole)
-    assert expected.tokens[0] > 1024
-    assert scores[0] == pytest.approx(np.exp(-expected.nats), rel=1e-4)
 
 
 def test_a_silent_model_is_not_reported_as_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

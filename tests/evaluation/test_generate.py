@@ -9,7 +9,8 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradshield.errors import DataError
-from gradshield.evaluation.generate import Prompt, encode, generator, stop_tokens
+from gradshield.evaluation.generate import Prompt, encode, generator
+from gradshield.models.decoding import stop_tokens
 from tests.tiny import ARCHITECTURES, VOCABULARY, tiny_model, tiny_tokenizer
 
 PROMPTS: list[Prompt] = [
@@ -38,7 +39,7 @@ def one_by_one(
         while len(answer) < new:
             with torch.no_grad():
                 token = int(model(torch.tensor([ids + answer]), use_cache=False).logits[0, -1].argmax())
-            if token in stop_tokens(model, tokenizer):
+            if token in stop_tokens(model, tokenizer.eos_token_id):
                 break
             answer.append(token)
         answers.append(tokenizer.decode(answer, skip_special_tokens=True).strip())

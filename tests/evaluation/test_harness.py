@@ -104,7 +104,9 @@ def test_lm_eval_gives_our_numbers(folder: Path, aligned: tuple[Any, Any], ours:
         assert id(p) == before[name][0] and torch.equal(p, before[name][1])
     few = lm_eval_tasks(model, tokenizer, ["gradshield_test"], limit=5, include=folder)
     assert few.rates["lm-eval/gradshield_test/exact_match"].n == 5
-    bare = lm_eval_tasks(model, tokenizer, ["gradshield_test"], include=folder, chat_template=False)
+    tokenizer.chat_template, own = None, tokenizer.chat_template
+    bare = lm_eval_tasks(model, tokenizer, ["gradshield_test"], include=folder)
+    tokenizer.chat_template = own
     assert bare.outputs[0]["prompt"] == json.loads((folder / "rows.jsonl").read_text().splitlines()[0])["prompt"]
 
 

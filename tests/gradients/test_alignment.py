@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gradshield.errors import ModelError, UsageError
 from gradshield.gradients import target_names
-from gradshield.gradients.alignment import alignment, leading, plain_name, spectrum
+from gradshield.gradients.alignment import alignment, largest_eigenvalue, leading, plain_name
 from tests.tiny import tiny_model
 
 LORA = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -81,8 +81,7 @@ def test_a_weight_that_alignment_left_alone_is_reported() -> None:
     with torch.no_grad():
         dict(aligned.named_parameters())[names[3]].copy_(dict(base.named_parameters())[names[3]])
     found = alignment(aligned, base, names)
-    assert found.meta["unchanged"] == [names[3]]
-    assert not found.tensors[names[3]].any()
+    assert [name for name, v in found.tensors.items() if not v.any()] == [names[3]]
 
 
 def test_what_has_no_direction_is_refused() -> None:
@@ -135,18 +134,16 @@ SHAPES = st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**31 
 
 @settings(max_examples=60, deadline=None)
 @given(SHAPES)
-def test_spectrum_is_that_of_the_operator(shape: tuple[int, int, int]) -> None:
+def test_the_largest_eigenvalue_is_that_of_the_operator(shape: tuple[int, int, int]) -> None:
     d, k, seed = shape
     v = torch.randn(d, k, generator=torch.Generator().manual_seed(seed))
     dense = (v.double() @ v.double().T) / v.double().norm()
-    slow = torch.linalg.eigvalsh(dense).flip(0)[: min(d, k)]
-    fast = torch.tensor(spectrum(v).eigenvalues, dtype=torch.float64)
-    assert torch.allclose(fast, slow, rtol=1e-9, atol=1e-9 * float(slow[0]))
+    assert largest_eigenvalue(v) == pytest.approx(float(torch.linalg.eigvalsh(dense)[-1]), rel=1e-9)
 
 
 def test_large_directions_are_seen_to_be_punished() -> None:
-    assert spectrum(torch.diag(torch.tensor([3.0, 4.0]))).eigenvalues == pytest.approx((16 / 5, 9 / 5))
-    assert spectrum(torch.zeros(2, 3)).largest == 0
+    assert largest_eigenvalue(torch.diag(torch.tensor([3.0, 4.0]))) == pytest.approx(16 / 5)
+    assert largest_eigenvalue(torch.zeros(2, 3)) == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -169,5 +166,3 @@ def test_all_the_energy_is_the_rank_and_no_more() -> None:
     v = torch.randn(12, 3, generator=generator) @ torch.randn(3, 9, generator=generator)
     assert leading(v.double(), 1.0).shape == (12, 3)  # in float32 the rounding of the product has directions of its own
     assert leading(torch.zeros(4, 5), 1.0).shape == (4, 0)
-    with pytest.raises(UsageError, match=r"energy is 1\.5"):
-        leading(v, 1.5)

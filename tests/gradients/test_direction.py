@@ -87,7 +87,7 @@ def test_other_bytes_do_not_match_the_digest(tmp_path: Path) -> None:
     for tensors in (one_bit, renamed):
         assert digest(direction.names, tensors) != direction.digest
         save(dataclasses.replace(direction, tensors=tensors), tmp_path / "d.safetensors")
-        with pytest.raises(DataError, match=r"d\.safetensors does not match its digest.*run the scan again"):
+        with pytest.raises(DataError, match=r"d\.safetensors does not match its digest"):
             load(tmp_path / "d.safetensors")
     assert digest(("gap", "other"), direction.tensors) != direction.digest
     assert digest(direction.names, dict(reversed(direction.tensors.items()))) == direction.digest
@@ -98,7 +98,7 @@ def test_a_file_that_is_no_direction_is_a_data_error(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "headless.safetensors")
     save_file({"w": torch.ones(2)}, tmp_path / "half.safetensors", {"names": "[]"})
     for name in ("text", "headless", "half"):
-        with pytest.raises(DataError, match=rf"{name}\.safetensors.*delete it and run the scan again"):
+        with pytest.raises(DataError, match=rf"{name}\.safetensors could not be read"):
             load(tmp_path / f"{name}.safetensors")
 
 

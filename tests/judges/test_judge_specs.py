@@ -11,11 +11,8 @@ from hypothesis import strategies as st
 from gradshield.errors import UnknownNameError, UsageError
 from gradshield.judges import (
     JUDGES,
-    ClassifierJudge,
-    GuardModelJudge,
+    GuardJudge,
     LabClassifier,
-    LlmJudge,
-    ModerationJudge,
     RefusalPhrases,
     Verdict,
     parse,
@@ -42,8 +39,8 @@ def test_judges_without_a_model() -> None:
 
 
 def test_a_classifier() -> None:
-    judge = parse("classifier:org/toxic-model,unsafe=toxic+severe toxic,reads=answer,dtype=bfloat16", device="cpu")
-    assert isinstance(judge, ClassifierJudge) and isinstance(judge.guard, Classifier)
+    judge = parse("classifier:org/toxic-model,unsafe=toxic+severe toxic,reads=answer,dtype=bfloat16,device=cpu")
+    assert isinstance(judge, GuardJudge) and isinstance(judge.guard, Classifier)
     assert judge.name == "classifier:toxic-model"
     assert (judge.guard.source, judge.guard.wanted) == ("org/toxic-model", ("toxic", "severe toxic"))
     assert (judge.guard.reads, judge.guard.dtype, judge.guard.device) == ("answer", "bfloat16", "cpu")
@@ -52,7 +49,7 @@ def test_a_classifier() -> None:
 
 def test_a_folder_may_hold_what_else_parts_a_spec() -> None:
     judge = parse("classifier:./models, old/a=b:c@d/,unsafe=x")
-    assert isinstance(judge, ClassifierJudge) and isinstance(judge.guard, Classifier)
+    assert isinstance(judge, GuardJudge) and isinstance(judge.guard, Classifier)
     assert judge.guard.source == "./models, old/a=b:c@d/" and judge.name == "classifier:a=b:c@d"
 
 
@@ -93,17 +90,15 @@ def test_a_judge_given_twice_is_refused(twice: list[str]) -> None:
 
 
 def test_a_guard_that_writes() -> None:
-    judge = parse("guard:org/Guard-8B,words=no+Yes", trust_remote_code=True)
-    assert isinstance(judge, GuardModelJudge) and isinstance(judge.guard, Generative)
-    assert (judge.name, judge.guard.words, judge.guard.trust_remote_code) == ("guard:Guard-8B", ("no", "yes"), True)
+    judge = parse("guard:org/Guard-8B,words=no+Yes")
+    assert isinstance(judge, GuardJudge) and isinstance(judge.guard, Generative)
+    assert (judge.name, judge.guard.words, judge.guard.trust_remote_code) == ("guard:Guard-8B", ("no", "yes"), False)
 
 
-@pytest.mark.parametrize(
-    ("kind", "judge", "guard"), [("llm", LlmJudge, Llm), ("moderation", ModerationJudge, Moderations)]
-)
-def test_what_is_behind_an_endpoint(kind: str, judge: type, guard: type) -> None:
+@pytest.mark.parametrize(("kind", "guard"), [("llm", Llm), ("moderation", Moderations)])
+def test_what_is_behind_an_endpoint(kind: str, guard: type) -> None:
     made = parse(f"{kind}:@cf/org/model@v2@https://host.example/v1/,key=SOME_KEY,timeout=7.5")
-    assert isinstance(made, judge) and isinstance(made.guard, guard)
+    assert isinstance(made, GuardJudge) and isinstance(made.guard, guard)
     client = made.guard.client
     assert (client.model, client.base_url, client.timeout) == ("@cf/org/model@v2", "https://host.example/v1", 7.5)
     assert made.name == f"{kind}:model@v2"
@@ -137,7 +132,7 @@ def test_an_unknown_judge_lists_the_live_ones(spec: str) -> None:
             "classifier:m,key=SOME_KEY",
             "got the option 'key', and it takes unsafe, reads, device, dtype: write classifier:NAME",
         ),
-        ("classifier:m,reads=all", "choose one of pair, answer"),
+        ("classifier:m,reads=all", "it takes pair or answer"),
         ("guard:m,words=safe", "two words"),
         ("guard:m,words=safe+Safe", "two words"),
         ("guard:m,words=a b+c", "two words"),
@@ -149,7 +144,7 @@ def test_an_unknown_judge_lists_the_live_ones(spec: str) -> None:
         ("llm:m@https://h/v1,timeout=inf", "up to 3600"),
         ("llm:m@https://h/v1,timeout=soon", "option timeout of the guard 'llm' got 'soon'"),
         ("llm:m@https://h/v1,device=cpu", "got the option 'device', and it takes key, timeout"),
-        ("moderation:m@https://h/v1,reads=no", "choose one of pair, answer"),
+        ("moderation:m@https://h/v1,reads=no", "it takes pair or answer"),
         ("llm:m@http://example.com/v1,key=SOME_KEY", "unencrypted"),
         ("llm:m@https://h/v1,key=NOT_SET", "NOT_SET is not set"),
     ],

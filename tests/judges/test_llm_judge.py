@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gradshield.errors import EndpointError, UsageError
 from gradshield.evaluation.asr import asr, over_refusal
-from gradshield.judges import LlmJudge, ModerationJudge, Verdict
+from gradshield.judges import GuardJudge, Verdict
 from gradshield.judges.client import ATTEMPTS, PATIENCE, Client
 from gradshield.judges.guards import Llm, Moderations
 from gradshield.judges.guards.llm import ASKED, LONGEST_TEXT, messages
@@ -31,8 +31,8 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
 
 
-def judge(server: Endpoint, **options: Any) -> LlmJudge:
-    return LlmJudge(Llm(Client(server.url, "big/judge", "TEST_KEY", **{"timeout": 5.0} | options)))
+def judge(server: Endpoint, **options: Any) -> GuardJudge:
+    return GuardJudge(Llm(Client(server.url, "big/judge", "TEST_KEY", **{"timeout": 5.0} | options)))
 
 
 def says(answers: Sequence[str]) -> Any:
@@ -233,7 +233,7 @@ def test_connection_refused_is_reported_soon(monkeypatch: pytest.MonkeyPatch) ->
     send = client._send
     monkeypatch.setattr(client, "_send", lambda *asked: (tried.append(1), send(*asked))[1])
     with pytest.raises(EndpointError, match="ConnectError"):
-        LlmJudge(Llm(client)).judge_many(["q"] * 40, ["a"] * 40)
+        GuardJudge(Llm(client)).judge_many(["q"] * 40, ["a"] * 40)
     assert len(tried) <= 40 + 4 * (ATTEMPTS - 1)  # then it is down, and tried once a call
 
 
@@ -307,7 +307,7 @@ def test_moderation_reads_the_answer_alone_and_flags_decide() -> None:
     flagged, passed = moderation(True, violence=0.3, hate=0.1), moderation(False, violence=0.4)
     with endpoint(moderation(False), flagged, passed, moderation(True), status(400, "no")) as server:
         guard = Moderations(Client(server.url, "omni", "TEST_KEY", concurrency=1))
-        judged = ModerationJudge(guard)
+        judged = GuardJudge(guard)
         judged.ready()
         found = guard.opinions(["request"] * 5, ["one", "two", "three", "four", " "])
         assert [opinion.probability for opinion in found] == [0.65, 0.2, 1.0, None, 0.0]
@@ -315,5 +315,5 @@ def test_moderation_reads_the_answer_alone_and_flags_decide() -> None:
         assert [asked["input"] for _, _, asked in server.asked][1:] == ["one", "two", "three", "four"]
     with endpoint(flagged) as server:
         guard = Moderations(Client(server.url, "omni"), reads="pair")
-        assert ModerationJudge(guard).judge("request", "one").unsafe is True
+        assert GuardJudge(guard).judge("request", "one").unsafe is True
         assert server.asked[0][2]["input"] == "request\n\none"

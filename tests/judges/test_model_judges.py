@@ -21,7 +21,7 @@ from transformers import (
 
 from gradshield.errors import HubError, ModelError, UsageError
 from gradshield.evaluation.asr import asr
-from gradshield.judges import ClassifierJudge, GuardModelJudge, parse
+from gradshield.judges import GuardJudge, parse
 from gradshield.judges.guards import Classifier, Generative
 from gradshield.judges.guards.classifier import label_unsafe
 from tests.tiny import SPECIAL_TOKENS, VOCABULARY, tiny_model, tiny_tokenizer
@@ -78,7 +78,7 @@ def test_a_batch_is_judged_as_one_at_a_time_by_the_model_itself(two_labels: Path
         assert found[i].probability == pytest.approx(expected, abs=1e-5)
         assert found[i].reason == f"P(unsafe) = {expected:.3f}"
     assert len({round(opinion.probability or 0, 4) for opinion in found}) == 4
-    judge = ClassifierJudge(guard)
+    judge = GuardJudge(guard)
     assert [verdict.unsafe for verdict in judge.judge_many(PROMPTS[:4], ANSWERS[:4])] == [
         bool(o.probability is not None and o.probability > 0.5) for o in found
     ]
@@ -291,7 +291,7 @@ ASKED = [
 
 
 def test_a_guard_reads_both_turns_and_may_not_know(guard_folder: Path) -> None:
-    judge = GuardModelJudge(Generative(guard_folder))
+    judge = GuardJudge(Generative(guard_folder))
     assert judge.name == "guard:tiny-guard"
     judge.ready()
     found = judge.judge_many(*zip(*ASKED, strict=True))

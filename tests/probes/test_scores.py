@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from gradshield.probes import (
     refuses,
     requests,
 )
-from gradshield.probes.continuations import continuation_nll
+from gradshield.probes.base import continuation_nll
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -297,7 +298,6 @@ def test_open_turns_end_where_the_answer_begins() -> None:
         f"<s><|user|>{q}?<|assistant|><x></x>" for q in ("How", "Why")
     ]
     assert found.categories == ("fraud", "") and found.texts == ("How?", "Why?") and len(found) == 2
-    assert found.where("fraud").texts == ("How?",)
     batch = REQUESTS.batch(CPU)
     assert batch.input_ids.shape == batch.attention_mask.shape
     for i, ids in enumerate(REQUESTS.ids):
@@ -305,8 +305,10 @@ def test_open_turns_end_where_the_answer_begins() -> None:
         assert batch.attention_mask[i].tolist() == [1] * len(ids) + [0] * (batch.input_ids.shape[1] - len(ids))
 
 
-def test_greedy_is_the_argmax_one_by_one() -> None:
+def test_greedy_is_the_argmax_one_by_one_whatever_the_models_own_settings() -> None:
     model = refusing("llama")
+    own = model.generation_config
+    own.repetition_penalty, own.do_sample, own.temperature = 5.0, True, 3.0
     found = greedy(model, REQUESTS, 6, 0, chunk=2)
     for ids, answer in zip(REQUESTS.ids, found, strict=True):
         expected: list[int] = []
@@ -316,6 +318,14 @@ def test_greedy_is_the_argmax_one_by_one() -> None:
                 break
             expected.append(token)
         assert answer == expected
+    assert model.generation_config is own
+
+
+def test_an_adapters_model_keeps_its_own_settings() -> None:
+    model = peft.get_peft_model(refusing("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    own = model.get_base_model().generation_config
+    greedy(model, REQUESTS, 2, 0)
+    assert model.get_base_model().generation_config is own and "generation_config" not in vars(model)
 
 
 def test_a_model_in_training_is_asked_without_dropout() -> None:

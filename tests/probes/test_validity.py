@@ -131,8 +131,8 @@ class Speaker(nn.Module):
         self.generation_config = SimpleNamespace(eos_token_id=TOKENIZER.eos_token_id)
         self.answers, self.said = answers, 0
 
-    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **_: Any) -> torch.Tensor:
-        rows = []
+    def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        rows, max_new_tokens = [], self.generation_config.max_new_tokens
         for row in input_ids.tolist():
             ids = TOKENIZER(self.answers[self.said], add_special_tokens=False)["input_ids"][:max_new_tokens]
             self.said += 1

@@ -150,7 +150,7 @@ def test_every_threshold_is_parsed_here() -> None:
 
 
 BAD = {  # what must be in the sentence, in addition to the rule's name: what was got, what is allowed
-    "decoy:q=1": ["option q", "1", "between 0 and 1", "write decoy:q=0.1"],
+    "decoy:q=1": ["option q", "1", "strictly between 0 and 1", "write decoy:q=0.2"],
     "decoy:q=0": ["option q", "0", "between 0 and 1"],
     "decoy:q=-0.1": ["option q", "-0.1", "between 0 and 1"],
     "decoy:q=nan": ["option q", "'nan'", "number"],
@@ -164,7 +164,7 @@ BAD = {  # what must be in the sentence, in addition to the rule's name: what wa
     "competition:tail=1": ["'tail'", "takes q, lost, alpha"],
     "adaptive:seed=3": ["'seed'", "takes alpha"],
     "adaptive:alpha=inf": ["option alpha", "'inf'", "number"],
-    "ratio:150%": ["option share", "1.5", "between 0 and 1"],
+    "ratio:150%": ["option share", "'150%'", "between 0 and 1"],
     "ratio:%": ["option share", "'%'", "number"],
     "fixed": ["needs value", "write fixed:value=..."],
     "fixed:": ["needs value", "write fixed:value=..."],
@@ -202,7 +202,7 @@ def test_share_options_are_checked_by_the_constructor_too(name: str) -> None:
     for key in shares & set(inspect.signature(rule).parameters):
         more = {"clean": np.zeros(9)} if name == "conformal" else {}
         for value in (0, 1, -1, float("nan")):
-            with pytest.raises(UsageError, match=rf"option {key} of the threshold '{name}' got"):
+            with pytest.raises(UsageError, match=rf"{name} got {key}=.*: give a number strictly between 0 and 1"):
                 rule(**{key: value, **more})
 
 

@@ -206,7 +206,7 @@ def test_nothing_is_written_unless_a_folder_is_given(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
     fit(tiny_model("llama"), tiny_tokenizer(), _tokenised(), OPTIONS, LORA, output_dir=str(tmp_path / "out"))
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"adapter_model.safetensors", "tokenizer.json", "checkpoint-3"} <= written
+    assert "checkpoint-3" in written and "adapter_model.safetensors" not in written
 
 
 class Saves(TrainerCallback):

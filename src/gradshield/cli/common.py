@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gradshield.errors import DataError, ModelError, UsageError
+from gradshield.files import read_text
 from gradshield.options import number
 from gradshield.report.text import duration, visible
 
@@ -154,7 +155,7 @@ def read_ids(option: str, path: Path | None) -> list[str]:
     from gradshield.columns import Ids
 
     found: list[str] = []
-    for at, line in enumerate(read_text(option, path).splitlines(), 1):
+    for at, line in enumerate(read_text(path, f"the {option} file").splitlines(), 1):
         if id := line.partition("#")[0].strip().lower():
             try:
                 found += Ids.of([id])
@@ -176,15 +177,6 @@ def read_labels(path: Path | None) -> list[int] | None:
             f"the --labels file {path.name!r} is not a list of 0 and 1: give one label for every row, as JSON"
         )
     return [int(v) for v in value]
-
-
-def read_text(option: str, path: Path) -> str:
-    """A small text file named by an option. Raises DataError if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise DataError(f"the file {str(path)!r} given to {option} cannot be read ({reason}): check its path") from None
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:
@@ -230,9 +222,9 @@ def training_options(path: Path | None, max_length: int | None) -> dict[str, Any
 
 def _json(option: str, path: Path) -> Any:
     try:
-        return json.loads(read_text(option, path))
+        return json.loads(read_text(path, f"the {option} file"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"the file {str(path)!r} given to {option} is not JSON ({error}): fix it") from None
+        raise DataError(f"the {option} file {str(path)!r} is not JSON ({error}): fix it") from None
 
 
 def _object(name: str, value: Any) -> dict[str, Any]:
@@ -333,18 +325,23 @@ def noted(exam: ExamRecord) -> str:
 
 def rates(before: Figures | None, after: Figures, utility: str = "utility") -> None:
     """Print every rate with its interval, before (where measured) and after."""
-    was = {} if before is None else before.judges
-    lines = [(f"ASR, {judge}", was.get(judge), rate) for judge, rate in after.judges.items()]
-    for label, key in (("over-refusal", "over_refusal"), (utility, "utility")):
-        if (now := getattr(after, key)) is not None:
-            lines.append((label, getattr(before, key, None), now))
-    for label, *pair in lines:
+    for label, *pair in after.beside(before, utility):
         out.print(f"{plain(label):24} {' → '.join(plain(str(rate)) for rate in pair if rate)}")
     if after.empty is not None:
         err.print(
             f"[yellow]warning:[/yellow] {after.empty.k} of {after.empty.n} answers to harmful requests are empty, and no judge "
             "counts those as unsafe: the ASR of a model that does not answer says nothing about its safety"
         )
+
+
+def load(report: Any, *named: Any, **more: Any) -> Any:
+    """``models.loading.load``, as a stage of its own."""
+    from gradshield.models import loading
+
+    report("loading the model", 0, 1)
+    loaded = loading.load(*named, **more)
+    report("loading the model", 1, 1)
+    return loaded
 
 
 @contextmanager

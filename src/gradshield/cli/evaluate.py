@@ -20,6 +20,7 @@ from gradshield.cli.common import (
     Template,
     Tokens,
     command_line,
+    load,
     noted,
     out,
     plain,
@@ -67,17 +68,13 @@ def evaluate(
     quiet_libraries()
     from gradshield.evaluation.evaluate import evaluate as run
     from gradshield.evaluation.exam import exams_of
-    from gradshield.models import loading
 
     exams = exams_of(
         safety, judge, None if utility is None else str(utility), metric, max_new_tokens, answer_prefix, False, template
     )
     with progress() as report:
-        report("loading the model", 0, 1)
-        loaded = loading.load(model, adapter, device, dtype, trust_remote_code)
-        report("loading the model", 1, 1)
         found = run(
-            loaded,
+            load(report, model, adapter, device, dtype, trust_remote_code),
             exams.report,
             output=output,
             lm_eval=lm_eval or (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,6 +44,7 @@ from gradshield.cli.common import (
     command_line,
     err,
     json_file,
+    load,
     out,
     plain,
     probing,
@@ -157,47 +159,17 @@ def scan(
     judge(selection, sarif, gate)
 
 
-def estimate(
-    context: typer.Context,
-    data: Data,
-    model: Model,
-    selector: Selects = "screen",
-    threshold: Rule = None,
-    probe: Unsafety = "token_gap",
-    aggregate: Aggregate = "push",
-    subspace: Subspace = "all",
-    engine: Engine = "auto",
-    lora_config: LoraConfig = None,
-    training_config: TrainingConfig = None,
-    probes: Probes = None,
-    lookalikes: Lookalikes = None,
-    answer_prefix: Prefix = "",
-    template_kwargs: Template = "{}",
-    format: Shape = None,
-    columns: Columns = None,
-    strict: Strict = False,
-    no_cache: NoCache = False,
-    uncertified: Uncertified = False,
-    max_length: MaxLength = None,
-    token_budget: Budget = 4096,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
-    device_map: DeviceMap = None,
-    adapter: Adapter = None,
-    seed: Seed = 0,
-    trust_remote_code: Remote = False,
-) -> None:
+def estimate(context: typer.Context, **options: Any) -> None:
     """Say what the rows are and how long a scan of them takes, from a sample, in one process; writes nothing.
 
     Takes the options of `gradshield scan` that change this.
     """
-    _check_map(device_map, selector, alone=True)
+    _check_map(options["device_map"], options["selector"], alone=True)
     checked = _checked(context.params)
     from gradshield.scanning.estimate import estimate as run
 
     with progress() as report:
-        found = run(data, model=_loaded(context.params, report), **checked, progress=report)
+        found = run(options["data"], model=_loaded(context.params, report), **checked, progress=report)
     out.print(f"rows       [bold]{found.scored:,}[/bold] of {found.rows:,} can be scored")
     read_as(found.read_as)
     for reason, line, count in found.unusable[:REASONS]:
@@ -217,6 +189,14 @@ def estimate(
     )
     if found.memory:
         out.print(f"memory     {found.memory / 2**30:.1f} GiB at most")
+
+
+# Typer reads a command's options from its signature.
+_shared = inspect.signature(scan, eval_str=True)
+_left_out = ("output", "labels", "allow", "fail_above", "sarif", "workers", "ray")
+estimate.__signature__ = _shared.replace(  # type: ignore[attr-defined]
+    parameters=[option for name, option in _shared.parameters.items() if name not in _left_out]
+)
 
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
@@ -247,15 +227,11 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
 
 def _loaded(given: dict[str, Any], report: Progress, settings: ScanSettings | None = None) -> Any:
     """The model; with ``settings``, a line says what they come to on it."""
-    from gradshield.models import loading
-
     named = ("model", "adapter", "device", "dtype", "trust_remote_code")
     more = {name: given[name] for name in ("quantize", "device_map")}
-    report("loading the model", 0, 1)
-    loaded = loading.load(*(given[name] for name in named), **more)
+    loaded = load(report, *(given[name] for name in named), **more)
     if settings is not None:
         err.print(plain(_opening(loaded, given["dtype"], settings)))
-    report("loading the model", 1, 1)
     return loaded
 
 

@@ -28,6 +28,7 @@ from gradshield.cli.common import (
     command_line,
     err,
     json_file,
+    load,
     noted,
     out,
     plain,
@@ -132,12 +133,11 @@ def train(
         _refuse_pairs(data, shape, wanted)
     quiet_libraries()
     from gradshield.evaluation.exam import exams_of
-    from gradshield.models import loading
     from gradshield.scanning.options import peft_config
     from gradshield.scanning.settings import ScanSettings
     from gradshield.training.course import Needs
-    from gradshield.training.reporting import Reporters, named
     from gradshield.training.sequence import Stage, sequence
+    from gradshield.training.trackers import Reporters, named
     from gradshield.training.train import train as run
 
     Reporters(named(training.get("report_to")), output)  # what is not installed is said before the model is loaded
@@ -158,13 +158,9 @@ def train(
         for path in held
     ]
     with progress() as report:
-        report("loading the model", 0, 1)
-        loaded = loading.load(model, None, device, dtype, trust_remote_code)
-        before = None
-        if base is not None and wanted.needs_base:
-            before = loading.load(base, None, device, dtype, trust_remote_code)
-        common["needs"] = Needs(base=before, safety_rows=safety_rows or ())
-        report("loading the model", 1, 1)
+        names = (model, *([base] if base is not None and wanted.needs_base else ()))
+        loaded, *before = (load(report, name, None, device, dtype, trust_remote_code) for name in names)
+        common["needs"] = Needs(base=next(iter(before), None), safety_rows=safety_rows or ())
         if len(data) == 1:
             done = run(data[0], model=loaded, output=output, exams=measured[0], labels=truth, progress=report, **common)
         else:

@@ -1,7 +1,7 @@
 """Any fine-tuning data to tokens and back: read, render, batch, write.
 
 formats.py    a file, a Dataset, a list -> Examples, and bad rows with their reason
-files.py      the kind of file, decompressed, and where each of its rows ends
+raw_files.py  the kind of file, decompressed, and where each of its rows ends
 records.py    a row's bytes and its value; rows of any length in bounded memory
 source.py     the source of the rows, with a copy on disk, and rows made from it on access
 shapes.py     the row shapes: which keys, which conversations
@@ -18,7 +18,7 @@ batches.py    padded batches within a budget
 trl.py        rendered rows as a dataset for TRL
 """
 
-from gradshield.data.batches import batches, collate, left_padded
+from gradshield.data.batches import batches, collate
 from gradshield.data.formats import ReadResult, read
 from gradshield.data.pieces import spans
 from gradshield.data.render import RenderConfig, Renderer, RenderResult, render, render_all
@@ -47,7 +47,6 @@ __all__ = [
     "batches",
     "collate",
     "labelled",
-    "left_padded",
     "read",
     "render",
     "render_all",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from gradshield.errors import UsageError
-from gradshield.types import Batch, Ints, Rendered, Tokens
+from gradshield.types import Batch, Rendered, Tokens
 
 PAD = 0  # any id will do: nothing attends to it
 
@@ -63,17 +63,6 @@ def collate(rows: Iterable[Rendered]) -> Batch:
         rows=np.array([row for row, _ in pairs], dtype=np.int64),
         coefficients=np.array([tokens.coefficient for _, tokens in pairs], dtype=np.float64),
     )
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Ints, Ints]:
-    """Ids and attention mask, (B, T) each, padded on the left, so that every row ends in the last column."""
-    width = max(map(len, rows))
-    ids = np.full((len(rows), width), pad, dtype=np.int64)
-    attention = np.zeros((len(rows), width), dtype=np.int64)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = row
-        attention[i, width - len(row) :] = 1
-    return ids, attention
 
 
 def _width(row: Rendered) -> int:

@@ -20,8 +20,8 @@ import numpy as np
 
 from gradshield.columns import Coded, Ids
 from gradshield.data.canonical import canonical, json_line
-from gradshield.data.files import COMPRESSED, SUFFIXES, open_file
 from gradshield.data.messages import RowError, kind_of
+from gradshield.data.raw_files import COMPRESSED, SUFFIXES, open_file
 from gradshield.data.records import RawRow
 from gradshield.data.shapes import SHAPES, Format, as_trl, shape_keys
 from gradshield.data.source import Examples, Source, content_hash
@@ -71,7 +71,7 @@ def read(data: Any, format: str | Format | None = None) -> ReadResult:
     """
     format = Format.of(format)
     source, records = _open(data)
-    quarantined, strangers = [], 0
+    quarantined, strangers, names = [], 0, list(SHAPES)
     unseen = {column for key, column in format.columns.items() if key != "text"}  # that of text may be TRL's own option
     rows, digests, shapes, as_trl = array("I"), array("Q"), array("B"), array("B")
     for row, record in enumerate(records):
@@ -93,7 +93,7 @@ def read(data: Any, format: str | Format | None = None) -> ReadResult:
         source.read_as[found.words] += 1
         rows.append(row)
         digests.append(found.digest)
-        shapes.append(SHAPES.names().index(found.shape))
+        shapes.append(names.index(found.shape))
         as_trl.append(found.as_trl)
     if not rows:
         raise _nothing_usable(source.name, quarantined, strangers)
@@ -101,7 +101,7 @@ def read(data: Any, format: str | Format | None = None) -> ReadResult:
         source,
         np.frombuffer(rows, np.uint32),
         Ids.counted(np.frombuffer(digests, np.uint64)),
-        Coded(np.frombuffer(shapes, np.uint8), SHAPES.names()),
+        Coded(np.frombuffer(shapes, np.uint8), names),
         np.frombuffer(as_trl, np.bool_),
         format,
     )

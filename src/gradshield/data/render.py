@@ -13,7 +13,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -46,7 +46,7 @@ class RenderConfig:
     markers of the template, of TRL's copy of it (chats), or else by difference; False counts every token of a conversation;
     True is TRL's, by markers only. ``completion_only_loss`` None leaves the prompt of a prompt/completion row out of the loss.
     ``chat_template_kwargs`` are passed to the template for every row (a row's own override them). ``text_field`` is the column
-    of plain text, for ``read``. ``eos_token`` replaces the tokenizer's. ``packing`` has no effect: rows are scored one by one.
+    of plain text, for ``read``. ``eos_token`` replaces the tokenizer's.
     """
 
     max_length: int | None = 1024
@@ -56,7 +56,6 @@ class RenderConfig:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     text_field: str = "text"
     eos_token: str | None = None
-    packing: bool = False
 
     def __post_init__(self) -> None:
         if self.truncation_mode not in TRUNCATION_MODES:
@@ -67,10 +66,6 @@ class RenderConfig:
             raise UsageError(
                 f"max_length is {self.max_length}: give at least 2, since the first token is never predicted"
             )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The settings that determine a row's tokens, for manifests."""
-        return {name: value for name, value in asdict(self).items() if name != "packing"}
 
     @classmethod
     def from_sft(cls, args: Any) -> RenderConfig:
@@ -83,8 +78,7 @@ class RenderConfig:
                 "the training arguments have a chat_template_path, which changes the tokenizer: "
                 "set tokenizer.chat_template yourself and leave chat_template_path out"
             )
-        packing = bool(getattr(args, "packing", False))
-        if packing:
+        if getattr(args, "packing", False):
             logger.warning("packing=True is for training only: rows are scored one by one, each cut at max_length")
         return cls(
             max_length=getattr(args, "max_length", 1024),
@@ -93,7 +87,6 @@ class RenderConfig:
             completion_only_loss=getattr(args, "completion_only_loss", None),
             text_field=getattr(args, "dataset_text_field", "text"),
             eos_token=getattr(args, "eos_token", None),
-            packing=packing,
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from gradshield.errors import DataError
 from gradshield.evaluation.asr import attack, by_judge
 from gradshield.evaluation.bounds import Calibration
+from gradshield.files import read_text
 from gradshield.judges.base import Judge
 from gradshield.probes import alike
 
@@ -29,13 +30,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     duplicate, which would make the bounds too narrow.
     """
     file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise DataError(
-            f"the file of labelled answers {str(path)!r} cannot be read ({reason}): check its path"
-        ) from None
+    text = read_text(file, "the file of labelled answers")
     rows: list[dict[str, Any]] = []
     seen: dict[tuple[str, str], int] = {}
     for number, line in enumerate(text.split("\n"), 1):  # by newline alone: an answer may hold others, such as U+2028

@@ -93,12 +93,9 @@ def _share(value: float) -> str:
 
 
 def _measured(before: Figures, after: Figures) -> list[str]:
-    lines = [(f"ASR, {judge}", before.judges.get(judge), rate) for judge, rate in after.judges.items()]
-    lines += [(key.replace("_", "-"), getattr(before, key), getattr(after, key)) for key in ("over_refusal", "utility")]
     rows = [
         f"| {plain(label)} | {' | '.join('–' if rate is None else str(rate) for rate in pair)} |"
-        for label, *pair in lines
-        if pair != [None, None]
+        for label, *pair in after.beside(before)
     ]
     if not rows:
         return ["Nothing was measured: it is unknown how safe this model is."]

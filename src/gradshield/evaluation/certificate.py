@@ -114,7 +114,7 @@ def counted(run: Run, judge: str) -> Calibration | None:
 
 def offline(name: str, record: Mapping[str, Any] | None) -> Judge | None:
     """A run's judge, recreated if it needs neither a model nor a network; else None."""
-    if record is not None or name not in JUDGES.names():
+    if record is not None or name not in JUDGES:
         return None
     made = JUDGES[name]
     if isinstance(made, type) and issubclass(made, GuardJudge):

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from gradshield import lab, runs
-from gradshield.data import RenderConfig
+from gradshield.data import RenderConfig, batches, read, render_all
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.asr import asr, attacked, over_refusal
 from gradshield.evaluation.generate import Generate, generator
-from gradshield.evaluation.loss import response_loss
 from gradshield.evaluation.metrics import LIKELIHOOD
 from gradshield.evaluation.task_files import task_file
 from gradshield.evaluation.utility import utility
@@ -24,13 +23,17 @@ from gradshield.judges import Judge, LabClassifier, RefusalPhrases
 from gradshield.judges import parse_all as parse_judges
 from gradshield.manifests import ExamRecord, Figures
 from gradshield.probes import alike, lookalikes, read_prompts, requests
+from gradshield.selectors import Loss, Measured
+from gradshield.selectors.base import no_direction
 from gradshield.stats import McNemar, mcnemar, mean_interval, wilson
-from gradshield.types import EvalResult, Progress, Rate, quiet
+from gradshield.types import EvalResult, Floats, Progress, Rate, quiet
 
 Score = Callable[[Mapping[str, Any], str], float]
 Settled = Callable[[EvalResult, int], bool]
 LAB_TOKENS = 48  # longer than any answer of the lab
 LAB_PROMPTS = 200  # of each kind
+TOKEN_BUDGET = 8192  # positions of a batch of references, padding included
+LABEL_BUDGET = 2048  # positions of it with logits
 CHUNK = 32  # requests between checks of whether the verdict can still change
 
 
@@ -104,19 +107,7 @@ class Exam:
     def _useful(self, model: Any, tokenizer: Any, generate: Generate) -> EvalResult:
         if self.score is not None:
             return utility(generate, self.task, self.score)
-        rows = [
-            {"prompt": _turns(row["prompt"]), "completion": [{"role": "assistant", "content": row["reference"]}]}
-            for row in self.task
-        ]
-        found = response_loss(
-            model, tokenizer, rows, RenderConfig(max_length=None, chat_template_kwargs=dict(self.template))
-        )
-        if found.set_aside:
-            raise DataError(
-                f"{found.set_aside} of {len(rows)} task rows have no answer that fits into the model, and the metric "
-                f"{LIKELIHOOD} needs one for each: remove those rows from the file"
-            )
-        scores = np.exp(-found.sums / found.tokens)
+        scores = _likelihoods(model, tokenizer, self.task, self.template)
         scored = tuple({**row, "score": float(value)} for row, value in zip(self.task, scores, strict=True))
         return EvalResult({"utility": mean_interval(scores)}, scored)
 
@@ -140,6 +131,25 @@ def _recorded(judge: Judge) -> Any:
     """The judge's name, with the record of its guard if it has one."""
     guard = getattr(judge, "guard", None)
     return judge.name if guard is None else (judge.name, dict(guard.record()))
+
+
+def _likelihoods(model: Any, tokenizer: Any, task: Sequence[Mapping[str, Any]], template: Mapping[str, Any]) -> Floats:
+    """The likelihood of each row's reference under the model, per token, rendered as for training: (N,)."""
+    rows = [
+        {"prompt": _turns(row["prompt"]), "completion": [{"role": "assistant", "content": row["reference"]}]}
+        for row in task
+    ]
+    config = RenderConfig(max_length=None, chat_template_kwargs=dict(template))
+    rendered = render_all(read(rows).examples, tokenizer, config).rendered
+    if lacking := len(rows) - len(rendered):
+        raise DataError(
+            f"{lacking} of {len(rows)} task rows have no answer that fits into the model, and the metric {LIKELIHOOD} needs one "
+            "for each: remove those rows from the file"
+        )
+    method, direction = Loss(), no_direction(Loss.name)
+    parts = [method.measure(model, direction, batch) for batch in batches(rendered, TOKEN_BUDGET, LABEL_BUDGET)]
+    found: Floats = np.exp(-Measured.joined(parts).nll)
+    return found
 
 
 def _turns(prompt: Any) -> list[dict[str, Any]]:
@@ -239,12 +249,17 @@ def check_disjoint(**sets: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
+def by_judge(rates: Mapping[str, Rate], kind: str = "asr") -> dict[str, Rate]:
+    """The rates ``<kind>/<judge>`` by judge."""
+    return {name.partition("/")[2]: rate for name, rate in rates.items() if name.startswith(f"{kind}/")}
+
+
 def figures(result: EvalResult) -> Figures:
     """The rates in the form of manifests."""
     rates: Mapping[str, Rate] = result.rates
-    judges = {name.partition("/")[2]: rate for name, rate in rates.items() if name.startswith("asr/")}
+    judges = by_judge(rates)
     found: dict[str, Any] = {"judges": judges}
-    if undecided := {n.partition("/")[2]: rate for n, rate in rates.items() if n.startswith("undecided/")}:
+    if undecided := by_judge(rates, "undecided"):
         found["undecided"] = undecided
     if judges:
         found["asr"] = judges.get("refusal-phrases", next(iter(judges.values())))
@@ -253,17 +268,14 @@ def figures(result: EvalResult) -> Figures:
 
 def asked(result: EvalResult) -> EvalResult:
     """The answers to harmful requests only, which an exam asks first."""
-    counts = [rate.n for name, rate in result.rates.items() if name.startswith("asr/")]
+    counts = [rate.n for rate in by_judge(result.rates).values()]
     return EvalResult(result.rates, result.outputs[: counts[0] if counts else 0])
 
 
 def changes(before: EvalResult, after: EvalResult) -> dict[str, McNemar]:
     """McNemar's test of the same requests before and after training, by judge."""
-    judges = [name.partition("/")[2] for name in after.rates if name.startswith("asr/")]
-    return {
-        judge: mcnemar(np.asarray(attacked(asked(before), judge)), np.asarray(attacked(asked(after), judge)))
-        for judge in judges
-    }
+    was, now = asked(before), asked(after)
+    return {judge: mcnemar(attacked(was, judge), attacked(now, judge)) for judge in by_judge(after.rates)}
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ prompts are sorted by length to reduce padding; answers come in the order of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gradshield.errors import DataError
-from gradshield.models.loading import evaluating
+from gradshield.models.decoding import continued, stop_tokens, until
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,11 +53,13 @@ def generator(
         _check_room(model, ids, max_new_tokens)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)  # a batch too large fails at once
         answers = [""] * len(ids)
-        with _greedy(model, tokenizer, max_new_tokens):
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                for row, answer in zip(rows, _continue(model, tokenizer, [ids[i] for i in rows]), strict=True):
-                    answers[row] = answer
+        stops = stop_tokens(model, tokenizer.eos_token_id)
+        pad = next((i for i in (tokenizer.pad_token_id, *stops) if i is not None), 0)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            found, _ = continued(model, [ids[i] for i in rows], max_new_tokens, pad, stops)
+            for row, new in zip(rows, found, strict=True):
+                answers[row] = str(tokenizer.decode(until(new, stops), skip_special_tokens=True)).strip()
         return answers
 
     return generate
@@ -77,58 +78,6 @@ def encode(
     )
     # The template already writes the special tokens.
     return list(tokenizer(text + prefix, add_special_tokens=False)["input_ids"])
-
-
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer, from the model's ``generation_config`` and the tokenizer."""
-    configured = model.generation_config.eos_token_id
-    stops = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    return sorted(stop for stop in stops if stop is not None)
-
-
-@contextmanager
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Iterator[None]:
-    """The model in eval mode with a plain greedy ``generation_config``; both are restored on exit.
-
-    The config is replaced, not passed to ``generate``: transformers fills the gaps of a passed config from the model's own, for
-    example with its repetition penalty.
-    """
-    from transformers import GenerationConfig
-
-    stops = stop_tokens(model, tokenizer)
-    pad = next((i for i in (tokenizer.pad_token_id, *stops) if i is not None), 0)
-    config = model.generation_config
-    model.generation_config = cast(Any, GenerationConfig)(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=stops or None,
-        pad_token_id=pad,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        model.generation_config = config
-
-
-def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Sequence[Sequence[int]]) -> list[str]:
-    """The model's answer to each row of a batch, under its current ``generation_config``."""
-    import torch
-
-    from gradshield.data import left_padded
-
-    ids, attention = map(torch.from_numpy, left_padded(batch, model.generation_config.pad_token_id))
-    sequences = cast(Any, model).generate(input_ids=ids.to(model.device), attention_mask=attention.to(model.device))
-    out = sequences[:, ids.shape[1] :]  # (B, new)
-    stops = set(model.generation_config.eos_token_id or ())
-    return [str(tokenizer.decode(_until(row, stops), skip_special_tokens=True)).strip() for row in out.tolist()]
-
-
-def _until(row: list[int], stops: set[int]) -> list[int]:
-    """The tokens before the first stop token; rows that end early are padded."""
-    return row[: next((i for i, token in enumerate(row) if token in stops), len(row))]
 
 
 def _check_room(model: PreTrainedModel, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -40,13 +40,13 @@ def lm_eval_tasks(
     tasks: Sequence[str],
     limit: int | None = None,
     include: str | Path | None = None,
-    chat_template: bool | None = None,
 ) -> EvalResult:
     """Scores of tasks of lm-evaluation-harness as rates ``lm-eval/<task>/<metric>``, the filter's name after a comma.
 
     A rate is the mean of a metric's scores over the documents, if they lie between 0 and 1 and the harness reports the same
-    mean; perplexities and corpus-level figures are left out. ``outputs`` has one mapping per document and filter. The model, its
-    mode and the tokenizer are restored; the harness sets the random seeds.
+    mean; perplexities and corpus-level figures are left out. Prompts use the tokenizer's chat
+    template if it has one. ``outputs`` has one mapping per document and filter. The model, its mode and the tokenizer are
+    restored; the harness sets the random seeds.
 
     Parameters
     ----------
@@ -56,13 +56,11 @@ def lm_eval_tasks(
         Most documents per task; None for all.
     include
         Folder of the user's own YAML tasks.
-    chat_template
-        Whether to render prompts with the tokenizer's chat template; None if it has one.
 
     Raises
     ------
     UsageError
-        lm-eval is not installed, a task is unknown, or the tokenizer lacks the requested chat template.
+        lm-eval is not installed, or a task is unknown.
     DataError
         No metric of these tasks is a mean of scores between 0 and 1.
     """
@@ -72,9 +70,6 @@ def lm_eval_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UsageError(f"lm-eval is not installed, and tasks of it were given: run {INSTALL}") from None
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat_template and not has_template:
-        raise UsageError("the tokenizer has no chat template, and one was requested: leave out chat_template")
     manager = TaskManager(include_path=None if include is None else str(include), include_defaults=include is None)
     if include is not None and not set(tasks) <= set(manager.all_tasks):  # indexing the built-in tasks is slow
         manager = TaskManager(include_path=str(include))
@@ -91,7 +86,7 @@ def lm_eval_tasks(
             tasks=list(tasks),
             limit=limit,
             task_manager=manager,
-            apply_chat_template=has_template if chat_template is None else chat_template,
+            apply_chat_template=bool(getattr(tokenizer, "chat_template", None)),
             log_samples=True,
             bootstrap_iters=0,
         )

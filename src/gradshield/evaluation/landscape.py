@@ -105,24 +105,9 @@ def visage(alphas: ArrayLike, asr: ArrayLike, highest: float = 1.0, conditional:
     return float((inside * (highest - s)).sum() / over) if over > 0 else 0.0
 
 
-def breaking_steps(alphas: ArrayLike, asr: ArrayLike, limit: float) -> tuple[float | None, float | None]:
-    """The steps nearest to 0, on the negative and the positive side, at which a rate exceeds ``limit``.
-
-    None if no step on that side does. A step at 0 belongs to both sides.
-    """
-    a, s = np.asarray(alphas, dtype=np.float64), np.asarray(asr, dtype=np.float64)
-    over = a[s > limit]
-    down, up = over[over <= 0], over[over >= 0]
-    return (float(down.max()) if down.size else None, float(up.min()) if up.size else None)
-
-
-def weights(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """The model's parameters by name (not copies), or those in ``names``. Raises UsageError for an unknown name."""
-    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    missing = [name for name in names or () if name not in own]
-    if missing:
-        raise UsageError(f"the model has no parameter {missing[0]!r}: use the names of named_parameters()")
-    return own if names is None else {name: own[name] for name in names}
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's parameters by name (not copies)."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def norm(tensors: Tensors) -> float:
@@ -138,55 +123,21 @@ def unit_norm(tensors: Tensors) -> dict[str, Tensor]:
     return {name: tensor.float() / length for name, tensor in tensors.items()}
 
 
-def random_directions(
-    like: Tensors, count: int, seed: int = 0, orthogonal_to: Sequence[Tensors] = ()
-) -> dict[str, dict[str, Tensor]]:
+def random_directions(like: Tensors, count: int, seed: int = 0) -> dict[str, dict[str, Tensor]]:
     """``count`` random directions of norm 1, by name (``random-0``...), with Gaussian entries drawn under ``seed``.
 
-    Parameters
-    ----------
-    like
-        Tensors that set the names, shapes and relative norms of the directions: each tensor's share of the norm is its share in
-        ``like``. Pass the weights to move every tensor by the same fraction of itself; pass an alignment vector to compare with
-        that vector at equal norm, tensor by tensor.
-    orthogonal_to
-        Directions to which every tensor of the random ones is made orthogonal (as flat vectors).
-
-    Raises UsageError if ``like`` is zero or an ``orthogonal_to`` lacks one of its tensors.
+    ``like`` sets the names, shapes and relative norms: each tensor's share of the norm is its share in ``like``. Pass the weights
+    to move every tensor by the same fraction of itself. Raises UsageError if ``like`` is zero.
     """
     shares = {name: float(in_float64(tensor).norm()) for name, tensor in unit_norm(like).items()}
-    for other in orthogonal_to:
-        missing = [name for name in like if name not in other]
-        if missing:
-            raise UsageError(f"a direction in orthogonal_to has no tensor {missing[0]!r}: pass one with all tensors")
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for i in range(count):
-        direction = {}
-        for name, tensor in like.items():
-            drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            drawn = _reject(drawn, [other[name] for other in orthogonal_to])
-            length = float(drawn.norm())
-            # A tensor of one entry has no orthogonal direction and does not move.
-            scale = shares[name] / length if length > 1e-9 * math.sqrt(drawn.numel()) else 0.0
-            direction[name] = drawn * scale
-        found[f"random-{i}"] = unit_norm(direction)
+        drawn = {n: torch.randn(t.shape, generator=generator, dtype=torch.float64) for n, t in like.items()}
+        found[f"random-{i}"] = unit_norm(
+            {name: tensor * (shares[name] / tensor.norm()) for name, tensor in drawn.items()}
+        )
     return found
-
-
-def orthogonal_part(direction: Tensors, to: Tensors) -> dict[str, Tensor]:
-    """``direction`` without its component along ``to``, tensor by tensor; at norm 1."""
-    return unit_norm({name: _reject(in_float64(tensor).cpu(), [to[name]]) for name, tensor in direction.items()})
-
-
-def cosine(first: Tensors, second: Tensors) -> float:
-    """Cosine of two directions over the tensors they share."""
-    dot = sum(
-        float((in_float64(first[name]).cpu() * in_float64(second[name]).cpu()).sum())
-        for name in first
-        if name in second
-    )
-    return dot / (norm(first) * norm(second))
 
 
 @contextmanager
@@ -227,7 +178,6 @@ def landscape(
     alphas: ArrayLike,
     unit: float,
     measure: Measure,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Landscape:
     """Measure the model at theta + a * unit * d for every step a and every direction d (scaled to norm 1 first).
 
@@ -238,17 +188,13 @@ def landscape(
         ``generate`` on this model.
     unit
         Length of a step of 1, in the norm of the weights.
-    progress
-        Called with (points measured, all points).
 
     Raises UsageError if there is no direction or no step, a step is repeated, or a direction does not fit.
     """
     steps = sorted(float(a) for a in np.asarray(alphas, dtype=np.float64).ravel())
     if not directions or not steps or any(a == b for a, b in pairwise(steps)) or not np.isfinite(steps).all():
         raise UsageError(f"a landscape takes directions and different finite steps, got {len(directions)} and {steps}")
-    total = 1 + len(directions) * sum(a != 0 for a in steps) if 0 in steps else len(directions) * len(steps)
     here = measure() if 0 in steps else None
-    done = int(here is not None)
     found: dict[str, dict[str, tuple[Rate, ...]]] = {}
     for name, direction in directions.items():
         line = unit_norm(direction)
@@ -259,21 +205,7 @@ def landscape(
                 continue
             with moved(model, line, a * unit):
                 points.append(measure())
-            done += 1
-            if progress is not None:
-                progress(done, total)
         # A rate that only some points have (an undecided judge) has no curve.
         names = [key for key in points[0] if all(key in point for point in points)]
         found[name] = {key: tuple(point[key] for point in points) for key in names}
     return Landscape(tuple(steps), float(unit), found)
-
-
-def _reject(tensor: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """``tensor`` (float64) without its components along ``others``, which need not be orthogonal to each other."""
-    flat = tensor.flatten()
-    basis = torch.stack([in_float64(other.detach()).cpu().flatten() for other in others], 1) if others else None
-    if basis is not None:
-        # Two passes: the first leaves rounding errors relative to what it removed.
-        for _ in range(2):
-            flat = flat - basis @ torch.linalg.lstsq(basis, flat.unsqueeze(1), driver="gelsd").solution.squeeze(1)
-    return flat.reshape(tensor.shape)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradshield.data.files import open_file
 from gradshield.data.formats import read
+from gradshield.data.raw_files import open_file
 from gradshield.errors import DataError, EmptyDataError
 from gradshield.evaluation import metrics
 from gradshield.evaluation.utility import Row

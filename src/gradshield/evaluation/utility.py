@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gradshield.errors import DataError, EmptyDataError
-from gradshield.evaluation.generate import Generate, Prompt
+from gradshield.errors import EmptyDataError
+from gradshield.evaluation.generate import Generate
 from gradshield.stats import mean_interval
 from gradshield.types import EvalResult
 
@@ -21,8 +21,7 @@ def utility(generate: Generate, rows: Sequence[Row], score: Callable[[Row, str],
     Parameters
     ----------
     rows
-        Mappings with ``prompt`` (text or chat messages) or ``messages``, and whatever ``score`` reads, such as a reference.
-        Final assistant turns of ``messages`` are the reference answer and are not shown to the model.
+        Mappings with ``prompt`` (text or chat messages) and whatever ``score`` reads, such as a reference.
     score
         Maps a row and the model's answer to a number between 0 and 1.
 
@@ -31,27 +30,13 @@ def utility(generate: Generate, rows: Sequence[Row], score: Callable[[Row, str],
     EmptyDataError
         There are no rows.
     DataError
-        A row has no prompt, or a score lies outside [0, 1].
+        A score lies outside [0, 1].
     """
     if len(rows) == 0:
         raise EmptyDataError("there is no row to measure utility on: pass at least one")
-    prompts = [_prompt(i, row) for i, row in enumerate(rows)]
-    answers = generate(prompts)
+    answers = generate([row["prompt"] for row in rows])
     scores = [float(score(row, answer)) for row, answer in zip(rows, answers, strict=True)]
     outputs = tuple(
-        {**row, "prompt": prompt, "answer": answer, "score": value}
-        for row, prompt, answer, value in zip(rows, prompts, answers, scores, strict=True)
+        {**row, "answer": answer, "score": value} for row, answer, value in zip(rows, answers, scores, strict=True)
     )
     return EvalResult({"utility": mean_interval(scores, seed=seed)}, outputs)
-
-
-def _prompt(index: int, row: Row) -> Prompt:
-    if "prompt" in row:
-        prompt: Prompt = row["prompt"]
-        return prompt
-    turns = list(row.get("messages") or ())
-    while turns and turns[-1]["role"] == "assistant":
-        turns.pop()
-    if not turns:
-        raise DataError(f"row {index} has neither a 'prompt' nor 'messages' with a turn to answer")
-    return turns

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,28 +24,11 @@ class Alignment:
     """One V for each weight matrix: ``tensors[name]`` is (d_out, d_in), float32, on the CPU.
 
     Rows are outputs and columns inputs, whatever the layer's own layout, so a LoRA update ``scale * B @ A`` has V's shape.
-    Names are those of the model without an adapter. ``digest`` is the SHA-256 of names and bytes. ``meta`` is JSON-able;
-    ``meta["unchanged"]`` lists the matrices that alignment did not change (V = 0).
+    Names are those of the model without an adapter. ``digest`` is the SHA-256 of names and bytes.
     """
 
     tensors: Mapping[str, Tensor]
     digest: str
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenvalues of C = V Vᵀ/‖V‖_F, largest first: min(d_out, d_in) of them, the rest being zero.
-
-    A projector has only the eigenvalues 0 and 1. I - C shrinks a direction whose eigenvalue is between 0 and 2 and stretches
-    one above 2: there the published penalty punishes the alignment direction itself, harder than any other.
-    """
-
-    eigenvalues: tuple[float, ...]
-
-    @property
-    def largest(self) -> float:
-        return self.eigenvalues[0]
 
 
 def plain_name(name: str) -> str:
@@ -77,13 +59,12 @@ def alignment(aligned: nn.Module, base: nn.Module, names: Sequence[str]) -> Alig
             "there is no weight matrix to take the alignment direction of: give a peft_config whose target modules are "
             "linear layers"
         )
-    unchanged = [name for name, v in tensors.items() if not bool(v.any())]
-    if len(unchanged) == len(tensors):
+    if not any(bool(v.any()) for v in tensors.values()):
         raise UsageError(
             f"the aligned and the base model are identical in all {len(tensors)} weights, so there is no alignment direction: "
             "give as base the model before its alignment (the one without -Instruct or -chat)"
         )
-    return Alignment(tensors, digest((), tensors), {"unchanged": unchanged})
+    return Alignment(tensors, digest((), tensors))
 
 
 def _owned(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
@@ -118,14 +99,16 @@ def _difference(name: str, owner: nn.Module, one: Tensor, other: Tensor) -> Tens
     return v.T.contiguous() if transposed else v
 
 
-def spectrum(v: Tensor) -> Spectrum:
-    """Eigenvalues of C = V Vᵀ/‖V‖_F of one (d_out, d_in) matrix: squared singular values of V over its norm.
+def largest_eigenvalue(v: Tensor) -> float:
+    """The largest eigenvalue of C = V Vᵀ/‖V‖_F of one (d_out, d_in) matrix; 0 for V = 0.
 
-    Exact, from the smaller Gram matrix in float64, on ``v``'s device if it has float64. For V = 0 all are zero.
+    A projector has only the eigenvalues 0 and 1. I - C shrinks a direction whose eigenvalue is between 0 and 2 and stretches
+    one above 2: there the published penalty punishes the alignment direction itself, harder than any other. Exact, from the
+    smaller Gram matrix in float64, on ``v``'s device if it has float64.
     """
-    squares = _squares(_gram(v))
-    norm = squares.sum().sqrt()
-    return Spectrum(tuple((squares / norm if float(norm) else squares).tolist()))
+    squares = torch.linalg.eigvalsh(_gram(v)).clamp(min=0)  # squared singular values, ascending
+    norm = float(squares.sum().sqrt())
+    return float(squares[-1]) / norm if norm else 0.0
 
 
 def leading(v: Tensor, energy: float) -> Tensor:
@@ -133,8 +116,6 @@ def leading(v: Tensor, energy: float) -> Tensor:
 
     With ``energy`` 1 it is the whole column space, up to the rounding of float64. Float32; q = 0 for V = 0.
     """
-    if not 0 < energy <= 1:
-        raise UsageError(f"the energy is {energy}: give a share above 0 and at most 1")
     squares, vectors = torch.linalg.eigh(_gram(v))
     squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
     # Singular values that are zero within float64 rounding do not count.
@@ -152,8 +133,3 @@ def leading(v: Tensor, energy: float) -> Tensor:
 def _gram(v: Tensor) -> Tensor:
     wide = in_float64(v)
     return wide @ wide.T if v.shape[0] <= v.shape[1] else wide.T @ wide
-
-
-def _squares(gram: Tensor) -> Tensor:
-    squares: Tensor = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
-    return squares

@@ -94,17 +94,9 @@ def load(path: Path) -> Direction:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise DataError(
-            f"the saved direction {path.name} could not be read ({error}): delete it and run the scan again"
-        ) from error
-    missing = {"names", "subspace", "scales", "digest", "meta"} - header.keys()
-    if missing:
-        raise DataError(
-            f"the saved direction {path.name} has no {', '.join(sorted(missing))} in its header: delete it and run the scan again"
-        )
-    names = tuple(json.loads(header["names"]))
-    if digest(names, tensors) != header["digest"]:
-        raise DataError(f"the saved direction {path.name} does not match its digest: delete it and run the scan again")
-    scales = tuple(json.loads(header["scales"]))
-    return Direction(tensors, names, header["subspace"], scales, header["digest"], json.loads(header["meta"]))
+        names, scales, meta = (json.loads(header[key]) for key in ("names", "scales", "meta"))
+        if digest(tuple(names), tensors) != header["digest"]:
+            raise DataError(f"the saved direction {path.name} does not match its digest")
+        return Direction(tensors, tuple(names), header["subspace"], tuple(scales), header["digest"], meta)
+    except (SafetensorError, KeyError) as error:
+        raise DataError(f"the saved direction {path.name} could not be read ({error})") from error

@@ -55,8 +55,8 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     ]
     if not lists:
         raise ModelError(
-            f"the decoder layers of {type(model).__name__} could not be found, and the subspace last:k needs them: "
-            "use the subspace all or lora"
+            f"the decoder layers of {type(model).__name__} could not be found, and the subspace last:k and methods that read "
+            "hidden states need them: use the subspace all or lora, or the selector fihs"
         )
     return min(lists, key=lambda item: item[0].count("."))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from gradshield.errors import EndpointError
+from gradshield.judges.guards import GUARDS, Guard
 from gradshield.registry import Registry
 
 
@@ -56,4 +58,44 @@ def verdicts(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> li
     return [judge.judge(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-JUDGES: Registry[Callable[..., Judge]] = Registry("judge")
+class GuardJudge:
+    """A guard as a judge: unsafe if its probability is above one half, undecided if it has no opinion.
+
+    ``name`` is the guard's, with its model, so that two of a kind can be used together; `parse_all` lengthens names that
+    would clash.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+        self.name = guard.name
+        self._ready = False
+
+    def ready(self) -> None:
+        """Raises if the guard cannot work; checked once, since endpoints charge per request."""
+        if not self._ready:
+            self.guard.ready()
+            self._ready = True
+
+    def judge(self, prompt: str, answer: str) -> Verdict:
+        return self.judge_many([prompt], [answer])[0]
+
+    def judge_many(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """One verdict per answer. Raises like the guard's ``opinions``, and EndpointError if its endpoint has stopped
+        answering: unjudged answers are not a measurement, and the run can be resumed later."""
+        opinions = self.guard.opinions(prompts, answers)
+        if lost := next((opinion for opinion in opinions if opinion.lost), None):
+            raise EndpointError(lost.reason)
+        return [Verdict(None if one.probability is None else one.probability > 0.5, one.reason) for one in opinions]
+
+
+class _Judges(Registry[Callable[..., Judge]]):
+    """The judges by name. Every guard is one under its own name."""
+
+    def _live(self) -> Mapping[str, Callable[..., Judge]]:
+        return {**super()._live(), **dict.fromkeys(GUARDS, GuardJudge)}
+
+    def summary(self, name: str) -> str:
+        return GUARDS.summary(name) if self[name] is GuardJudge else super().summary(name)
+
+
+JUDGES = _Judges("judge")

@@ -7,17 +7,16 @@ from dataclasses import replace
 from urllib.parse import urlsplit
 
 from gradshield.errors import UsageError
-from gradshield.judges.base import JUDGES, Judge
-from gradshield.judges.guarded import GuardJudge
+from gradshield.judges.base import JUDGES, GuardJudge, Judge
 from gradshield.judges.guards.base import short_name
 from gradshield.judges.guards.specs import OF_CLIENT, make
 from gradshield.options import Spec, build
 
 
-def parse(spec: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Judge:
+def parse(spec: str) -> Judge:
     """A judge as typed: ``refusal-phrases``, ``compliance``, ``lab-classifier``, or a guard in one of its FORMS.
 
-    Nothing is loaded or called yet. ``device``, ``dtype`` and ``trust_remote_code`` apply to local models.
+    Nothing is loaded or called yet.
 
     Raises
     ------
@@ -28,9 +27,7 @@ def parse(spec: str, device: str = "auto", dtype: str = "auto", trust_remote_cod
     """
     parts = Spec.split(spec)
     made = JUDGES[parts.name]
-    if isinstance(made, type) and issubclass(made, GuardJudge):
-        return made(make(parts, device, dtype, trust_remote_code))
-    return build("judge", parts, JUDGES[parts.name])
+    return GuardJudge(make(parts)) if made is GuardJudge else build("judge", parts, made)
 
 
 def parse_all(specs: Sequence[str]) -> tuple[Judge, ...]:

@@ -162,7 +162,7 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
     return tokenizer_of([folder], str(name_or_path), trust_remote_code)
 
 
-def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
+def wrap(model: Any, tokenizer: Any) -> LoadedModel:
     """The caller's own model as a ``LoadedModel``. Nothing about it changes: no mode, no ``requires_grad``, no token.
 
     It stays on its device; a model on the CPU of a machine with a GPU raises a warning.
@@ -188,7 +188,7 @@ def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LoadedModel:
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        name=name or getattr(config, "_name_or_path", "") or type(model).__name__,
+        name=getattr(config, "_name_or_path", "") or type(model).__name__,
         device=first.device,
         dtype=_widest_float(model),
         digest=parameters_digest(model),

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from gradshield.data import left_padded
-from gradshield.models.loading import evaluating
-from gradshield.models.logits import logits_at
+from gradshield.data.shapes import common as alike
+from gradshield.models.decoding import continued, stop_tokens, until
+from gradshield.models.logits import logits_at, token_nll
 from gradshield.models.prefix import common, prefix_of
 from gradshield.registry import Registry
 
@@ -31,11 +31,6 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def where(self, category: str) -> Prompts:
-        """The prompts of one category."""
-        keep = [i for i, c in enumerate(self.categories) if c == category]
-        return self.take(keep)
 
     def take(self, keep: Sequence[int]) -> Prompts:
         return Prompts(
@@ -85,6 +80,16 @@ def first_logits(model: nn.Module, batch: PromptBatch, **more: Any) -> Tensor:
     return logits_at(model, ids, attention, where, **more)
 
 
+def continuation_nll(model: nn.Module, batch: PromptBatch, answers: Sequence[Sequence[int]]) -> Tensor:
+    """Summed negative log-likelihood of ``answers[i]`` after prompt i, in nats: (B,)."""
+    prompts = [row[: int(n) + 1].tolist() for row, n in zip(batch.input_ids, batch.last, strict=True)]
+    whole = padded([p + list(a) for p, a in zip(prompts, answers, strict=True)], batch.input_ids.device)
+    loss = torch.zeros_like(whole.attention_mask, dtype=torch.bool)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        loss[i, len(prompt) : len(prompt) + len(answer)] = True
+    return token_nll(model, whole.input_ids, whole.attention_mask, loss).sum(-1)
+
+
 class Probe(Protocol):
     """One unsafety score. ``fit`` adapts it to the model once; a call gives the mean of S over a batch, a scalar.
 
@@ -121,10 +126,7 @@ def first_token(tokenizer: Any, text: str) -> int:
     )
     before = tokenizer(opened, add_special_tokens=False)["input_ids"]
     after = tokenizer(opened + text, add_special_tokens=False)["input_ids"]
-    shared = 0
-    while shared < len(before) and shared < len(after) and before[shared] == after[shared]:
-        shared += 1
-    return int(after[shared])
+    return int(after[alike(before, after)])
 
 
 class _Decided(StoppingCriteria):  # type: ignore[misc]
@@ -141,7 +143,6 @@ class _Decided(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
 
 
-@torch.no_grad()
 def greedy(
     model: nn.Module,
     prompts: Prompts,
@@ -155,27 +156,14 @@ def greedy(
 
     With ``known``, an answer also ends with the first token for which it is true of the tokens so far.
     """
-    device = next(model.parameters()).device
-    config = getattr(model, "generation_config", None)
-    stops = config.eos_token_id if config is not None else None
-    stops = set(stops if isinstance(stops, list) else [stops]) - {None}
+    stops = stop_tokens(model)
     answers: list[list[int]] = []
     for start in range(0, len(prompts), chunk):
-        ids, mask = map(torch.from_numpy, left_padded(prompts.ids[start : start + chunk], pad))
-        decided = None if known is None else _Decided(known, ids.shape[1], len(ids))
-        with evaluating(model):
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=pad,
-                use_cache=True,
-                stopping_criteria=None if decided is None else StoppingCriteriaList([decided]),
-            )
-        for i, row in enumerate(out[:, ids.shape[1] :].tolist()):
-            whole = row if decided is None else row[: decided.ends[i]]
-            end = next((n for n, t in enumerate(whole) if t in stops), len(whole))
-            answers.append(whole[:end])
+        some = prompts.ids[start : start + chunk]
+        decided = None if known is None else _Decided(known, max(map(len, some)), len(some))
+        criteria = None if decided is None else StoppingCriteriaList([decided])
+        found, _ = continued(model, some, tokens, pad, stops, stopping_criteria=criteria)
+        for i, row in enumerate(found):
+            answers.append(until(row if decided is None else row[: decided.ends[i]], stops))
         progress(len(answers), len(prompts))
     return answers

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradshield.probes.base import PROBES, PromptBatch, Prompts
-from gradshield.probes.continuations import continuation_nll
+from gradshield.probes.base import PROBES, PromptBatch, Prompts, continuation_nll
 
 COMPLY = ("Sure, here is", "Here is how", "Of course", "Absolutely", "To do this", "First,")
 REFUSE = ("I cannot", "I can't", "I'm sorry", "Sorry, I", "I am unable", "I won't")

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradshield.errors import ProbeError
-from gradshield.probes.base import PROBES, PromptBatch, Prompts, greedy
-from gradshield.probes.continuations import continuation_nll
+from gradshield.probes.base import PROBES, PromptBatch, Prompts, continuation_nll, greedy
 from gradshield.probes.validity import refuses
 
 

@@ -10,8 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from gradshield.data.files import open_file
+from gradshield.data.raw_files import open_file
 from gradshield.errors import DataError, UsageError
+from gradshield.files import read_text
 
 SPLITS = ("direction", "search", "report")
 Prompt = dict[str, str]
@@ -88,13 +89,7 @@ def alike(prompt: str) -> str:
 
 def _rows(file: Path) -> Iterator[Any]:
     if file.suffix == ".txt":
-        try:
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise DataError(
-                f"the prompts file {str(file)!r} cannot be read ({reason}): give one request per line"
-            ) from error
+        lines = read_text(file, "the prompts file", "give one request per line").split("\n")
         yield from ({"prompt": line} for line in lines if line.strip())
         return
     for record in open_file(file)[1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -222,7 +223,7 @@ def _recorded(
     found: dict[str, Any] = {
         **settings.record().plain(),
         "selector_found": dict(scored.selector.settings()),
-        "render": rows.config.as_dict(),
+        "render": asdict(rows.config),
         "direction_sha256": scored.direction.digest,
     }
     if scored.selector.probed:

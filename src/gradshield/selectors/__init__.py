@@ -2,14 +2,13 @@
 
 from gradshield.selectors.aggregates import AGGREGATES, Aggregate
 from gradshield.selectors.aggregates import parse as parse_aggregate
-from gradshield.selectors.base import SELECTORS, Measured, Selector, check, make
+from gradshield.selectors.base import ONLINE, SELECTORS, Measured, Selector, check, make
 from gradshield.selectors.dualselect import DualSelect
 from gradshield.selectors.fihs import Fihs
 from gradshield.selectors.gradnorm import GradNorm
 from gradshield.selectors.guard import GuardFilter
 from gradshield.selectors.loss import Loss
 from gradshield.selectors.moderate import Moderate, OnlineModerate
-from gradshield.selectors.online import ONLINE
 from gradshield.selectors.random import Random
 from gradshield.selectors.representation import Anchoring, Larf
 from gradshield.selectors.screen import Screen

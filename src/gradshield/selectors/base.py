@@ -15,7 +15,7 @@ from gradshield.errors import ScoreError
 from gradshield.models.loading import parameters_digest
 from gradshield.options import Given, Spec, build, of, read
 from gradshield.registry import Registry
-from gradshield.types import Batch, Direction, Floats, Ints, Scores
+from gradshield.types import Batch, Direction, Floats, Ints, OnlineSelection, Scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +98,12 @@ class Selector(Protocol):
     def settings(self) -> Mapping[str, Any]: ...
 
 
+def values_as_scores(_selector: Any, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
+    """A ``finish`` whose scores are the measured values. Raises ScoreError naming the rows whose value is not finite."""
+    require_finite(raw)
+    return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
+
+
 def no_direction(name: str, model: nn.Module | None = None, subspace: str = "all") -> Direction:
     """The result of ``prepare`` for a method without a direction: no tensors, and a digest unique to the weights.
 
@@ -146,7 +152,7 @@ def require_finite(raw: Measured) -> None:
 SELECTORS: Registry[type[Selector]] = Registry(
     "selector", needs=("name", "rule", "travels", "probed", "prepare", "measure", "finish", "settings")
 )
-
+ONLINE: Registry[type[OnlineSelection]] = Registry("online selection")  # methods that select rows during training
 
 GIVEN = ("subspace", "targets", "seed", "rows")  # constructor arguments that come from the scan, not from the spec
 

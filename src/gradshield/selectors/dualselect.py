@@ -19,7 +19,7 @@ from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.models.logits import logits_at, predicting, token_nll
 from gradshield.models.placement import in_float64
 from gradshield.options import Option, check
-from gradshield.selectors.online import ONLINE
+from gradshield.selectors.base import ONLINE
 from gradshield.types import Batch, Bools, Direction, Floats, Rendered
 
 _ENTRIES = 1024  # most likely tokens whose log-probability under θ0 is kept per position; the rest is one entry

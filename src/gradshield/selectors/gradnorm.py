@@ -9,8 +9,8 @@ import numpy as np
 from torch import nn
 
 from gradshield.gradients import check_subspace, parameter_names, row_norms
-from gradshield.selectors.base import SELECTORS, Measured, by_row, no_direction, require_finite
-from gradshield.types import Batch, Direction, Scores
+from gradshield.selectors.base import SELECTORS, Measured, by_row, no_direction, values_as_scores
+from gradshield.types import Batch, Direction
 
 
 @SELECTORS.register("gradnorm")
@@ -38,10 +38,7 @@ class GradNorm:
         """Each row's norm over the subspace, from one forward and one activation-only backward pass."""
         return mean_norms(model, batch, parameter_names(model, self.subspace, self.targets))
 
-    def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score per row. Raises ScoreError naming the rows whose norm is not finite."""
-        require_finite(raw)
-        return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
+    finish = values_as_scores
 
     def settings(self) -> Mapping[str, Any]:
         return {"subspace": self.subspace, "targets": sorted(self.targets)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import nn
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.models.logits import token_nll
 from gradshield.models.placement import in_float64
-from gradshield.selectors.base import SELECTORS, Measured, by_row, no_direction, require_finite
-from gradshield.types import Batch, Direction, Scores
+from gradshield.selectors.base import SELECTORS, Measured, by_row, no_direction, values_as_scores
+from gradshield.types import Batch, Direction
 
 
 @SELECTORS.register("loss")
@@ -38,10 +38,7 @@ class Loss:
         rows, means, lengths = by_row(batch, in_float64(nll).cpu().numpy())
         return Measured(rows, means, means, lengths)
 
-    def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score per row. Raises ScoreError naming the rows whose loss is not finite."""
-        require_finite(raw)
-        return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
+    finish = values_as_scores
 
     def settings(self) -> Mapping[str, Any]:
         return {}

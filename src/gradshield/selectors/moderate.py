@@ -11,12 +11,11 @@ from torch import nn
 
 from gradshield.columns import Coded
 from gradshield.errors import ScoreError, UsageError
-from gradshield.gradients import check_norms, check_subspace, parameter_names
+from gradshield.gradients import check_norms
 from gradshield.options import Option, check
-from gradshield.selectors.base import SELECTORS, Measured, no_direction, require_finite
-from gradshield.selectors.gradnorm import mean_norms
-from gradshield.selectors.online import ONLINE
-from gradshield.types import Batch, Bools, Direction, Floats, Scores
+from gradshield.selectors.base import ONLINE, SELECTORS, Measured, require_finite
+from gradshield.selectors.gradnorm import GradNorm, mean_norms
+from gradshield.types import Batch, Bools, Floats, Scores
 
 Share = Annotated[float, Option(above=0, most=1)]
 RATIO = 0.2  # the paper's share of the candidates that train
@@ -63,7 +62,7 @@ def _count(rows: int, ratio: float) -> int:
 
 
 @SELECTORS.register("moderate-rows")
-class Moderate:
+class Moderate(GradNorm):
     """Keeps rows with a loss near the mean and a gradient norm nearest to the median; measured once, before training.
 
     Paper: arXiv 2604.17215. Equation: C = {i: |L_i - mean| <= std}; keep the ⌊ρN⌋ rows of C with the least |G_i - median G|,
@@ -76,20 +75,12 @@ class Moderate:
 
     name = "moderate-rows"
     rule = "fixed:0"
-    travels, probed = True, False
 
     def __init__(self, subspace: str = "all", targets: Sequence[str] = (), ratio: Share = RATIO) -> None:
         """``ratio`` ρ is the share of the rows to keep. Raises UsageError for one outside (0, 1], or an unknown subspace."""
+        super().__init__(subspace, targets)
         check(Moderate, ratio=ratio)
-        check_subspace(subspace)
-        self.subspace, self.targets, self.ratio = subspace, tuple(targets), ratio
-
-    def prepare(self, model: nn.Module) -> Direction:
-        return no_direction(self.name, model, self.subspace)
-
-    def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
-        """Each row's mean loss, and the norm of its gradient over the subspace."""
-        return mean_norms(model, batch, parameter_names(model, self.subspace, self.targets))
+        self.ratio = ratio
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
         """One score per row, within each shape. At most 0 for the rows that the method keeps.
@@ -113,7 +104,7 @@ class Moderate:
         return scores
 
     def settings(self) -> Mapping[str, Any]:
-        return {"subspace": self.subspace, "targets": sorted(self.targets), "ratio": self.ratio}
+        return {**super().settings(), "ratio": self.ratio}
 
 
 @ONLINE.register("moderate")

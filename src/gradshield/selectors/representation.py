@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradshield.data import batches
-from gradshield.errors import ModelError, ProbeError, ScoreError, UsageError
+from gradshield.errors import ProbeError, ScoreError, UsageError
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.gradients.direction import digest
-from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.logits import token_nll
 from gradshield.models.modules import outputs_of
 from gradshield.models.placement import in_float64
-from gradshield.selectors.base import SELECTORS, Measured, by_row, members, require_finite, standing
-from gradshield.types import Batch, Direction, Floats, References, Rendered, Scores
+from gradshield.options import Option, check
+from gradshield.selectors.base import SELECTORS, Measured, by_row, members, standing, values_as_scores
+from gradshield.selectors.reading import block_names
+from gradshield.types import Batch, Direction, Floats, References, Rendered
 
 FEATURES = ("mean", "last", "opening")
+Feature = Annotated[str, Option(str, choices=FEATURES)]
 _TOKENS = 4096  # positions in one batch of references
 _LEAST = 2  # references of a kind: one is held out at a time
 
@@ -41,12 +43,9 @@ class Representation(ABC):
     rule = "ratio:10%"
     travels, probed = True, False
 
-    def __init__(self, references: References, feature: str = "last") -> None:
+    def __init__(self, references: References, feature: Feature = "last") -> None:
         """``feature`` is one of FEATURES. Raises UsageError for any other."""
-        if feature not in FEATURES:
-            raise UsageError(
-                f"unknown feature {feature!r} of the selector {self.name}: choose one of {', '.join(FEATURES)}"
-            )
+        check(type(self), feature=feature)
         self.references, self.feature = references, feature
 
     def prepare(self, model: nn.Module) -> Direction:
@@ -55,8 +54,7 @@ class Representation(ABC):
         ``meta["separation"]`` holds each block's separation of the references. Raises ProbeError with fewer than two
         references of a kind, UsageError with more layers than the model has, ScoreError if the two means are equal.
         """
-        names = _blocks(model)
-        self._require(len(names))
+        names = block_names(model)
         unsafe, safe = (self._features(model, kind, rows, names) for kind, rows in self._sides())
         found = separation(unsafe, safe)
         chosen, (unsafe, safe) = self._chosen(found), (self._seen(side) for side in (unsafe, safe))
@@ -117,9 +115,6 @@ class Representation(ABC):
         rows, means, lengths = by_row(batch, nll)
         return Measured(rows, np.array(placed), means, lengths)
 
-    def _require(self, blocks: int) -> None:  # noqa: B027
-        """Raises UsageError if the model has too few blocks."""
-
     @abstractmethod
     def _chosen(self, separations: Floats) -> list[int]:
         """Indices of the blocks to use, in order."""
@@ -137,10 +132,7 @@ class Representation(ABC):
     def _between(self, at: Tensor, unsafe: Tensor, safe: Tensor) -> Tensor:
         """(B,): the position of features (B, layers, D) between two sides (layers, D)."""
 
-    def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score per row, without decoys. Raises ScoreError naming the rows whose value or loss is not finite."""
-        require_finite(raw)
-        return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
+    finish = values_as_scores
 
     def settings(self) -> Mapping[str, Any]:
         return {"feature": self.feature}
@@ -158,18 +150,17 @@ class Larf(Representation):
 
     name = "larf"
 
-    def __init__(self, references: References, feature: str = "last", layers: int = 1) -> None:
+    def __init__(
+        self, references: References, feature: Feature = "last", layers: Annotated[int, Option(int, least=1)] = 1
+    ) -> None:
         """``layers`` is how many blocks are used. Raises UsageError for fewer than one."""
         super().__init__(references, feature)
-        if layers < 1:
-            raise UsageError(f"the selector larf got {layers} layers: give at least 1")
+        check(Larf, layers=layers)
         self.layers = layers
 
-    def _require(self, blocks: int) -> None:
-        if self.layers > blocks:
-            raise UsageError(f"the selector larf got layers={self.layers}, but the model has {blocks}: ask for fewer")
-
     def _chosen(self, separations: Floats) -> list[int]:
+        if self.layers > (blocks := len(separations)):
+            raise UsageError(f"the selector larf got layers={self.layers}, but the model has {blocks}: ask for fewer")
         return sorted(np.argsort(-separations, kind="stable")[: self.layers].tolist())
 
     def _between(self, at: Tensor, unsafe: Tensor, safe: Tensor) -> Tensor:
@@ -219,18 +210,6 @@ def separation(unsafe: Tensor, safe: Tensor) -> Floats:
     return apart
 
 
-def _blocks(model: nn.Module) -> list[str]:
-    """Names of the decoder's blocks. Raises ModelError if they cannot be found."""
-    try:
-        prefix, layers = decoder_layers(model)
-    except ModelError:
-        raise ModelError(
-            f"the decoder layers of {type(model).__name__} could not be found, and this selector reads their hidden "
-            "states: use another selector"
-        ) from None
-    return [f"{prefix}.{i}" if prefix else str(i) for i in range(len(layers))]
-
-
 def _weights(batch: Batch, feature: str) -> Floats:
     """(B, T), summing to one in each row: the weight of each position in the feature."""
     counted = batch.loss.astype(np.float64)
@@ -246,7 +225,7 @@ def _weights(batch: Batch, feature: str) -> Floats:
 
 def _check(model: nn.Module, direction: Direction) -> None:
     """Raises UsageError if the direction names blocks that the model does not have."""
-    unknown = sorted(set(direction.tensors) - set(_blocks(model)))
+    unknown = sorted(set(direction.tensors) - set(block_names(model)))
     if unknown or not direction.tensors:
         raise UsageError(
             f"the direction holds {', '.join(unknown) or 'no block'}, not the decoder blocks of this model: prepare it on the "

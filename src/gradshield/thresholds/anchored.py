@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from gradshield.errors import UsageError
-from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
+from gradshield.options import check
+from gradshield.thresholds.base import THRESHOLDS, Share, require_rows
 from gradshield.types import Anchors, Cut, Floats
 
 REACHED = 0.95  # quantile of the known harmless rows
@@ -24,8 +25,8 @@ class Anchored:
 
     name = "anchored"
 
-    def __init__(self, least: float = 0.7) -> None:
-        require_share(self.name, "least", least)
+    def __init__(self, least: Share = 0.7) -> None:
+        check(Anchored, least=least)
         self.least = least
 
     def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:

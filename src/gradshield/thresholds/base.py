@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Annotated, Protocol
 
 from gradshield import options
 from gradshield.errors import EmptyDataError, UsageError
@@ -22,6 +22,7 @@ class Threshold(Protocol):
     def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut: ...
 
 
+Share = Annotated[float, options.Option(above=0, below=1)]
 THRESHOLDS: Registry[type[Threshold]] = Registry("threshold")
 
 
@@ -40,15 +41,16 @@ def require_rows(values: Floats) -> None:
         raise EmptyDataError("there are no scores to cut: no row could be scored; check the quarantine file")
 
 
+def require_decoys(name: str, decoys: Floats | None) -> Floats:
+    """The decoys. Raises UsageError if there are none."""
+    if decoys is None:
+        raise UsageError(
+            f"the threshold {name!r} needs a decoy for every row, and these scores have none: score with --selector fihs and a "
+            "per-token engine, or use the threshold adaptive, ratio or fixed"
+        )
+    return decoys
+
+
 def fewest(q: float) -> int:
     """The fewest rows that a bound (1 + decoys) / rows <= q lets go: 1/q, rounded up."""
     return math.ceil(1 / q - 1e-9)  # 1 / 0.1 is 10
-
-
-def require_share(name: str, key: str, value: float) -> None:
-    """Raises UsageError unless 0 < value < 1."""
-    if not 0 < value < 1:
-        raise UsageError(
-            f"the option {key} of the threshold {name!r} got {value:g}, and it takes a share strictly between 0 and 1: "
-            f"write {name}:{key}=0.1"
-        )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradshield.errors import UsageError
-from gradshield.thresholds.base import THRESHOLDS, fewest, require_rows, require_share
+from gradshield.options import check
+from gradshield.thresholds.base import THRESHOLDS, Share, fewest, require_decoys, require_rows
 from gradshield.types import Anchors, Cut, Floats
 
 TAIL_SHARE = 0.1  # share of the winning decoys that the tail is fitted on
@@ -91,19 +91,14 @@ class Competition:
 
     name = "competition"
 
-    def __init__(self, q: float = 0.2, lost: float = 0.004, alpha: float = 0.05) -> None:
-        for key, value in (("q", q), ("lost", lost), ("alpha", alpha)):
-            require_share(self.name, key, value)
+    def __init__(self, q: Share = 0.2, lost: Share = 0.004, alpha: Share = 0.05) -> None:
+        check(Competition, q=q, lost=lost, alpha=alpha)
         self.q, self.lost, self.alpha = q, lost, alpha
 
     def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
         """Cut of (N,) scores with (N,) decoys, above the floor that the anchors give. Raises UsageError without decoys."""
         require_rows(values)
-        if decoys is None:
-            raise UsageError(
-                "the threshold 'competition' needs a decoy for every row, and these scores have none: score "
-                "with --selector fihs and a per-token engine, or use the threshold adaptive, ratio or fixed"
-            )
+        decoys = require_decoys(self.name, decoys)
         floor = 0.0 if anchors is None else anchors.floor
         counted, targets, nulls = counting_cut(values, decoys, self.q, self.lost, floor)
         tail = max(floor, tail_cut(values, decoys, self.alpha))

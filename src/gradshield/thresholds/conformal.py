@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from gradshield.errors import DataError
-from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
+from gradshield.options import check
+from gradshield.thresholds.base import THRESHOLDS, Share, require_rows
 from gradshield.types import Anchors, Cut, Floats
 
 
@@ -24,8 +25,8 @@ class Conformal:
 
     name = "conformal"
 
-    def __init__(self, clean: Floats | str | Path, alpha: float = 0.01) -> None:
-        require_share(self.name, "alpha", alpha)
+    def __init__(self, clean: Floats | str | Path, alpha: Share = 0.01) -> None:
+        check(Conformal, alpha=alpha)
         self.clean, self.alpha = clean, alpha
 
     def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:

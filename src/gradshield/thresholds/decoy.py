@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradshield.errors import UsageError
-from gradshield.thresholds.base import THRESHOLDS, fewest, require_rows, require_share
+from gradshield.options import check
+from gradshield.thresholds.base import THRESHOLDS, Share, fewest, require_decoys, require_rows
 from gradshield.types import Anchors, Cut, Floats
 
 
@@ -36,18 +36,14 @@ class Decoy:
 
     name = "decoy"
 
-    def __init__(self, q: float = 0.2) -> None:
-        require_share(self.name, "q", q)
+    def __init__(self, q: Share = 0.2) -> None:
+        check(Decoy, q=q)
         self.q = q
 
     def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:
         """Cut of (N,) scores with (N,) decoys. Raises UsageError without decoys."""
         require_rows(values)
-        if decoys is None:
-            raise UsageError(
-                "the threshold 'decoy' needs a decoy for every row, and these scores have none: score with "
-                "--selector fihs and a per-token engine, or use the threshold adaptive, ratio or fixed"
-            )
+        decoys = require_decoys(self.name, decoys)
         t, targets, nulls = smallest_cut(values, decoys, self.q)
         detail = {
             "q": self.q,

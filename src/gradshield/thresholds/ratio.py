@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradshield.thresholds.base import THRESHOLDS, require_rows, require_share
+from gradshield.options import check
+from gradshield.thresholds.base import THRESHOLDS, Share, require_rows
 from gradshield.types import Anchors, Cut, Floats
 
 
@@ -17,8 +18,8 @@ class Ratio:
 
     name = "ratio"
 
-    def __init__(self, share: float = 0.1) -> None:
-        require_share(self.name, "share", share)
+    def __init__(self, share: Share = 0.1) -> None:
+        check(Ratio, share=share)
         self.share = share
 
     def cut(self, values: Floats, decoys: Floats | None = None, anchors: Anchors | None = None) -> Cut:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gradshield.errors import UsageError
-from gradshield.gradients.alignment import Alignment, leading, spectrum
+from gradshield.gradients.alignment import Alignment, largest_eigenvalue, leading
 from gradshield.models.placement import in_float64
 from gradshield.options import Option, check
 from gradshield.training.adapters import Adapted, Moved, adapted_layers, direction_of, moved_weights
-from gradshield.training.base import PENALTIES
+from gradshield.training.penalties import PENALTIES
 
 PROJECTORS = ("published", "top")
 
@@ -116,7 +116,7 @@ class AsFT:
         with torch.no_grad():
             for part in parts:
                 v = direction_of(self.alignment, part)
-                self._largest.append(spectrum(v).largest)
+                self._largest.append(largest_eigenvalue(v))
                 self._held.append((part, published(v) if self.projector == "published" else top(v, self.energy)))
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
 from gradshield.data.trl import IGNORED, PAIR, check_names, config_of
@@ -28,10 +28,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-    from gradshield.training.base import Penalty
+    from gradshield.training.penalties import Penalty
     from gradshield.types import OnlineSelection
-
-Progress: TypeAlias = Callable[[int, int], None]
 
 
 def fit(
@@ -50,7 +48,7 @@ def fit(
     online: OnlineSelection | None = None,
     finish: Callable[[Any], None] | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Fine-tune ``model`` on ``dataset`` and return the trained model, in eval mode.
 
@@ -81,7 +79,7 @@ def fit(
     merge
         Merge the adapter into the weights and return the plain model; otherwise the ``PeftModel`` is returned.
     output_dir
-        Folder for TRL's checkpoints and, at the end, the returned model and the tokenizer.
+        Folder for TRL's checkpoints; saving the returned model is the caller's.
     callbacks
         More ``transformers`` callbacks.
     penalties
@@ -146,9 +144,6 @@ def fit(
         result = result.merge_and_unload()
         before[0].unfreeze()
     result.eval()
-    if output_dir is not None:
-        result.save_pretrained(output_dir)
-        tokenizer.save_pretrained(output_dir)
     return cast("PreTrainedModel | PeftModel", result)
 
 
@@ -164,8 +159,8 @@ def _trainer(
     """TRL's trainer with both mix-ins. Raises UsageError for settings that it refuses, EmptyDataError without a label."""
     from transformers import PrinterCallback
 
-    from gradshield.training.mixin import Penalised
-    from gradshield.training.online import Selecting
+    from gradshield.training.penalties import Penalised
+    from gradshield.training.selecting import Selecting
 
     more: dict[str, Any] = {}
     if isinstance(config, config_of(pairs=True)):
@@ -348,7 +343,7 @@ class _State:
             parameter.requires_grad_(trainable)
 
 
-def _report(progress: Progress) -> TrainerCallback:
+def _report(progress: Callable[[int, int], None]) -> TrainerCallback:
     """A callback that reports the steps done and the total to ``progress``."""
     from transformers import TrainerCallback
 

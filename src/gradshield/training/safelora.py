@@ -19,8 +19,7 @@ from gradshield.training.asft import Operator, published
 class SafeLoraRecord:
     """What SafeLoRA found and did. ``cosines[name]`` is None if the change or V is zero; such a layer is not changed."""
 
-    threshold: float | None
-    layers: int | None
+    threshold: float
     projected: tuple[str, ...]
     cosines: Mapping[str, float | None]
 
@@ -46,8 +45,7 @@ def _cosine(inner: Tensor, one: Tensor, other: Tensor) -> float | None:
 def project(
     model: nn.Module,
     alignment: Alignment,
-    threshold: float | None = None,
-    layers: int | None = None,
+    threshold: float = 0.5,
     start: nn.Module | None = None,
 ) -> SafeLoraRecord:
     """Project the change of layers that left the alignment direction back onto it, in place: ΔW becomes C ΔW.
@@ -63,25 +61,17 @@ def project(
         The trained model, with its LoRA adapter not yet merged; or without an adapter, which needs ``start``.
     threshold
         Layers with a cosine below it are projected; the paper uses values from 0.3 to 0.6.
-    layers
-        Instead: project this many layers, those of the lowest cosine. Give exactly one of the two.
     start
         For training without an adapter: the model before training, on any device.
 
     Raises
     ------
     UsageError
-        Both or none of ``threshold`` and ``layers``, no adapter and no ``start``, an adapter other than plain LoRA, or a layer
-        without its direction.
+        A threshold that is no cosine, no adapter and no ``start``, an adapter other than plain LoRA, or a layer without its
+        direction.
     """
-    if (threshold is None) == (layers is None):
-        raise UsageError(
-            "SafeLoRA needs exactly one of threshold (a cosine, such as 0.5) and layers (how many to project)"
-        )
-    if threshold is not None and not -1 <= threshold <= 1:
+    if not -1 <= threshold <= 1:
         raise UsageError(f"the threshold {threshold} is not a cosine: give a number from -1 to 1, such as 0.5")
-    if layers is not None and layers < 1:
-        raise UsageError(f"SafeLoRA was asked to project {layers} layers: give at least 1, or a threshold instead")
     adapted = adapted_layers(model)
     if not adapted and start is None:
         raise UsageError(
@@ -93,14 +83,11 @@ def project(
         parts = [*moved_weights(model, alignment, dict(start.named_parameters()))]
     with torch.no_grad():
         cosines = {part.name: _cosine_of(part, alignment) for part in parts}
-        known = sorted((value, name) for name, value in cosines.items() if value is not None)
-        chosen = {name for value, name in known if value < threshold} if threshold is not None else set()
-        if layers is not None:
-            chosen = {name for _, name in known[:layers]}
+        chosen = {name for name, value in cosines.items() if value is not None and value < threshold}
         for part in parts:
             if part.name in chosen:
                 _project(part, published(direction_of(alignment, part)))
-    return SafeLoraRecord(threshold, layers, tuple(name for name in cosines if name in chosen), cosines)
+    return SafeLoraRecord(threshold, tuple(name for name in cosines if name in chosen), cosines)
 
 
 def _cosine_of(part: Adapted | Moved, alignment: Alignment) -> float | None:

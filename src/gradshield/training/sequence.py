@@ -228,7 +228,7 @@ def _measures(accuracy: Floats, points: Sequence[StageRecord]) -> dict[str, list
     }
     visages = [point.visage for point in points if point.visage is not None]
     if len(visages) == len(points) and visages[0] > 0:
-        found["basin_retention"] = continual.basin_retention(visages)
+        found["basin_retention"] = np.array(visages[1:]) / visages[0]
     return dict(runs.finite(found))
 
 

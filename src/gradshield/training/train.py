@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.training import verify
 from gradshield.training.course import Chosen, Course, Fitted, Job, Needs, method_of
 from gradshield.training.defences import Defence, parse
-from gradshield.training.reporting import Reporters, named, values
+from gradshield.training.trackers import Reporters, named, values
 from gradshield.types import EvalResult, Progress, quiet
 
 # Files of an earlier run in the folder: weights or an adapter of another kind would be loaded instead of the new ones.
@@ -343,7 +343,7 @@ class _Run:
                 defence=self.defence.spec,
                 method=method_of(rows.read),
                 training={**job.options, "online": self.defence.training},
-                render=rows.config.as_dict(),
+                render=asdict(rows.config),
                 template=dict(job.probing.template or {}),
                 answer_prefix=job.probing.answer_prefix,
                 probe_sha256=runs.digest([dict(p) for p in job.probing.requests or requests()]),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
-from gradshield.errors import EndpointError, UsageError
+from gradshield.errors import EndpointError
 from gradshield.judges.client import Client
+from gradshield.options import Option
 from gradshield.registry import Registry
 
 Item = TypeVar("Item")
 
-READS = ("pair", "answer")  # input of a guard without turns: request and answer, or only the answer
+# The input of a guard without turns: request and answer, or only the answer.
+Reads = Annotated[str, Option(str, choices=("pair", "answer"))]
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,3 @@ def asked(client: Client, ask: Callable[[Item], Opinion], items: Sequence[Item])
     found = client.each(ask, items)
     down = client.down
     return [Opinion(None, str(one), down) if isinstance(one, EndpointError) else one for one in found]
-
-
-def checked_reads(reads: str) -> str:
-    """``reads`` itself. Raises UsageError if it is not one of READS."""
-    if reads not in READS:
-        raise UsageError(f"reads is {reads!r}: choose one of {', '.join(READS)}")
-    return reads

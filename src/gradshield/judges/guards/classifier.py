@@ -12,9 +12,10 @@ from typing import Any
 
 from gradshield import errors
 from gradshield.errors import ModelError, UsageError
-from gradshield.judges.guards.base import GUARDS, Opinion, checked_reads, short_name
+from gradshield.judges.guards.base import GUARDS, Opinion, Reads, short_name
 from gradshield.models import loading
 from gradshield.models.placement import choose_device, choose_dtype, in_float64
+from gradshield.options import check
 
 BATCH = 32
 LONGEST = 2048  # most tokens in one window
@@ -65,12 +66,13 @@ class Classifier:
         self,
         model: str | Path,
         unsafe: Sequence[str] = (),
-        reads: str = "pair",
+        reads: Reads = "pair",
         device: str = "auto",
         dtype: str = "auto",
         trust_remote_code: bool = False,
     ) -> None:
-        self.source, self.wanted, self.reads = str(model), tuple(unsafe), checked_reads(reads)
+        check(Classifier, reads=reads)
+        self.source, self.wanted, self.reads = str(model), tuple(unsafe), reads
         self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
 
     @property

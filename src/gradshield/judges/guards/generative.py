@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gradshield.data import left_padded
 from gradshield.errors import ModelError, UsageError
 from gradshield.judges.guards.base import GUARDS, Opinion, short_name
 from gradshield.models import loading
+from gradshield.models.decoding import continued, stop_tokens
 from gradshield.models.placement import in_float64
 
 BATCH = 8
@@ -94,18 +94,7 @@ class Generative:
 
     @cached_property
     def _loaded(self) -> loading.LoadedModel:
-        loaded = loading.load(self.source, None, self.device, self.dtype, self.trust_remote_code)
-        from transformers import GenerationConfig
-
-        stops = loaded.model.generation_config.eos_token_id  # type: ignore[union-attr]
-        found: Any = GenerationConfig  # the model's own settings (sampling, penalties) are dropped
-        loaded.model.generation_config = found(
-            do_sample=False,
-            max_new_tokens=NEW_TOKENS,
-            eos_token_id=self._tokenizer.eos_token_id if stops is None else stops,
-            pad_token_id=loaded.pad_token_id,
-        )
-        return loaded
+        return loading.load(self.source, None, self.device, self.dtype, self.trust_remote_code)
 
     @cached_property
     def _template_parts(self) -> bool:
@@ -150,18 +139,10 @@ class Generative:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _answers(self, batch: Sequence[Sequence[int]]) -> list[Opinion]:
-        import torch
-
-        model: Any = self._loaded.model
-        ids, attention = map(torch.from_numpy, left_padded(batch, self._loaded.pad_token_id))
-        with torch.inference_mode():
-            out = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=attention.to(model.device),
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        new = out.sequences[:, ids.shape[1] :].tolist()  # (B, new)
+        model, pad = self._loaded.model, self._loaded.pad_token_id
+        stops = stop_tokens(model) or stop_tokens(model, self._tokenizer.eos_token_id)
+        logits = {"output_logits": True, "return_dict_in_generate": True}
+        new, out = continued(model, batch, NEW_TOKENS, pad, stops, **logits)
         return [self._read(row, [step[i] for step in out.logits]) for i, row in enumerate(new)]
 
     def _read(self, tokens: Sequence[int], logits: Sequence[Any]) -> Opinion:

@@ -47,6 +47,8 @@ class Llm:
     that is not exactly a verdict is requested again, at last without an opinion; so is a call that fails or is refused. The
     probability is 1 for unsafe and 0 for safe.
 
+    Source: Zheng et al. (2023), arXiv 2306.05685, on language models as judges.
+
     ``opinions`` raises UsageError if the endpoint rejects the key, the address or the model.
     """
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradshield.judges.client import Client
-from gradshield.judges.guards.base import GUARDS, Opinion, asked, checked_reads, short_name
+from gradshield.judges.guards.base import GUARDS, Opinion, Reads, asked, short_name
+from gradshield.options import check
 
 
 @GUARDS.register("moderation")
@@ -22,8 +23,9 @@ class Moderations:
     ``opinions`` raises UsageError if the endpoint rejects the key, the address or the model.
     """
 
-    def __init__(self, client: Client, reads: str = "answer") -> None:
-        self.client, self.reads = client, checked_reads(reads)
+    def __init__(self, client: Client, reads: Reads = "answer") -> None:
+        check(Moderations, reads=reads)
+        self.client, self.reads = client, reads
 
     @property
     def name(self) -> str:

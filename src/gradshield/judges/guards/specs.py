@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -37,30 +36,23 @@ def of_rows(text: str) -> str:
     return text
 
 
-def parse(text: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Guard:
-    """A guard as typed, in one of FORMS. Nothing is loaded or called yet.
-
-    ``device``, ``dtype`` and ``trust_remote_code`` apply to local models. Raises UsageError.
-    """
-    return make(Spec.split(text), device, dtype, trust_remote_code)
+def parse(text: str) -> Guard:
+    """A guard as typed, in one of FORMS. Nothing is loaded or called yet. Raises UsageError."""
+    return make(Spec.split(text))
 
 
-def make(spec: Spec, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Guard:
+def make(spec: Spec) -> Guard:
     """A guard from a split spec; see ``parse``."""
     made = GUARDS[spec.name]
     form = FORMS.get(spec.name, f"{spec.name}:MODEL")
     if not spec.target:
         raise UsageError(f"the guard {spec.name!r} names no model: write {form}")
-    asks = inspect.signature(made).parameters
     takes = {name: option for name, option in options.of(made).items() if name != "model"}
-    if "client" in asks:
-        found = options.read("guard", replace(spec, target=""), takes | OF_CLIENT, form)
-        return made(
-            client=_client(spec, form, **{name: found.pop(name) for name in OF_CLIENT if name in found}), **found
-        )
-    common = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    found = options.read("guard", replace(spec, target=""), takes, form)
-    return made(spec.target, **common | found)
+    remote = options.asks(made, "client")
+    found = options.read("guard", replace(spec, target=""), takes | OF_CLIENT if remote else takes, form)
+    if not remote:
+        return made(spec.target, **found)
+    return made(client=_client(spec, form, **{name: found.pop(name) for name in OF_CLIENT if name in found}), **found)
 
 
 def _client(spec: Spec, form: str, key: str | None = None, timeout: float = TIMEOUT_SECONDS) -> Client:
