@@ -107,14 +107,6 @@ def test_a_mean_of_yes_and_no_is_a_proportion() -> None:
         stats.mean_interval([])
 
 
-@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
-def test_wilson_is_that_of_scipy(pair: tuple[int, int], level: float) -> None:
-    k, n = pair
-    slow = scipy_stats.binomtest(k, n).proportion_ci(level, method="wilson")
-    rate = wilson(k, n, level)
-    assert (rate.low, rate.high) == pytest.approx(tuple(slow), rel=1e-12, abs=1e-15)
-
-
 @pytest.mark.parametrize(
     ("k", "n", "low", "high"),
     [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,11 +39,16 @@ def wilson(k: int, n: int, level: float = 0.95) -> Rate:
         raise DataError("a rate over 0 rows is undefined: pass at least one row")
     if not 0 <= k <= n:
         raise ValueError(f"k must lie between 0 and n, got k={k}, n={n}")
-    p, z = k / n, float(ndtri(0.5 + 0.5 * level))
-    centre = (2 * k + z**2) / (2 * (n + z**2))
-    half = z / (2 * (n + z**2)) * math.sqrt(4 * n * p * (1 - p) + z**2)
-    low, high = 0.0 if k == 0 else centre - half, 1.0 if k == n else centre + half
+    low, high = _wilson(int(k), int(n), level)
     return Rate(k=int(k), n=int(n), rate=k / n, low=low, high=high)
+
+
+@lru_cache(4096)  # SciPy also computes the exact p-value each time, and a search asks for the same few rates
+def _wilson(k: int, n: int, level: float) -> tuple[float, float]:
+    from scipy.stats import binomtest  # not at the top: the import takes a second
+
+    low, high = binomtest(k, n).proportion_ci(level, method="wilson")
+    return float(low), float(high)
 
 
 RESAMPLES = 4000

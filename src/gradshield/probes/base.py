@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from gradshield.data.shapes import common as alike
 from gradshield.models.decoding import continued, stop_tokens, until
 from gradshield.models.logits import logits_at, token_nll
-from gradshield.models.prefix import common, prefix_of
+from gradshield.models.prefix import alike, common, prefix_of
 from gradshield.registry import Registry
 
 
