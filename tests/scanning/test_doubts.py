@@ -87,7 +87,7 @@ def test_answers_that_came_as_tokens_are_told_apart():
         ("pivots", {"pivots": 10, "count": 5000}, 4, None, "10 kept rows decline"),
         ("shared", {"rest": 3, "fihs": 1.0}, 4, None, "3 kept rows read as harm without the words"),
         ("shared", {"rest": 1, "fihs": 1.0}, 4, None, "('You are an assistant. … Be brief.')"),
-        ("unread", {"request": np.nan, "count": 5000}, 0, [], "5,000 rows are plain text"),
+        ("unread", {"request": np.nan, "count": 5000}, 0, [], "5,000 rows have no request"),
     ],
 )
 def test_each_reason(name, given, count, out, sentence):

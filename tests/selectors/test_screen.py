@@ -289,6 +289,11 @@ def test_the_request_that_plain_text_marks_is_read():
     assert found[0, 0] == 1 and np.isnan(found[1, 0]) and asked == ["steal it"]
 
 
+def test_an_empty_message_asks_for_nothing():
+    found, asked = looked((" ", "Like this."), ("steal it", "Like this."))
+    assert np.isnan(found[0, 0]) and found[1, 0] == 1 and asked == ["steal it"]
+
+
 def test_what_requests_do_not_share_is_read_by_itself_and_counts_where_asked():
     rows = [(f"You are very kind. {what} and thanks", "Yes.") for what in ("sing", "steal it", "dance")]
     found, _ = looked(*rows, ("steal", "Yes."))

@@ -186,7 +186,7 @@ def _signals(scores: Scores, removed: Bools, least_fihs: float) -> dict[str, str
         )
     if unread:
         found["unread"] = (
-            f"{unread:,} rows are plain text without a request, which the selector screen cannot read, so they are kept: scan "
-            "them with --selector fihs"
+            f"{unread:,} rows have no request (plain text, or an empty message) for the selector screen to read, so they are "
+            "kept: scan them with --selector fihs"
         )
     return found

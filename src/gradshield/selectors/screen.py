@@ -60,8 +60,10 @@ class Look:
             row, toward = int(batch.rows[i]), bool(batch.coefficients[i] > 0)
             openings = self.reading.turn.openings(ids, loss)
             for opened, own in openings:
-                words = self._words(ids[own], loss[own], bool(loss[max(own.start - 1, 0)]))
                 request = self._request(opened)
+                if not request.strip():
+                    continue  # nothing is asked
+                words = self._words(ids[own], loss[own], bool(loss[max(own.start - 1, 0)]))
                 marked = [self._opened(one) for one, answer in pairs(request)[-1:] if not answer]
                 rest = [self._opened(one) for one in [self.shared.rest(request)] if one]
                 asked += [opened, *marked, *rest]
@@ -153,8 +155,8 @@ class Screen(Fihs):
     rows' requests do not share, read by itself, counts only with ``shared=skipped``: shared words may change what is asked.
 
     ``Scores.signals`` holds ``request`` (r), ``fihs`` (NaN where it was not measured), ``pivots``: whether an answer declines
-    and then continues, and ``rest``: r of what is not shared (NaN without shared words). A row without a request (plain text)
-    has r = NaN, scores zero and is kept.
+    and then continues, and ``rest``: r of what is not shared (NaN without shared words). A row without a request (plain
+    text, an empty message) has r = NaN, scores zero and is kept.
     """
 
     name = "screen"
