@@ -21,6 +21,7 @@ import gradshield as gs
 from gradshield import data as rows_in
 from gradshield.errors import DataError, UsageError
 from gradshield.manifests import Labelled
+from gradshield.scanning import outputs
 from gradshield.scanning.cut import stored_cuts
 from gradshield.types import Cut
 from tests.common import chats, command, files, jsonl, scan, scan_arguments, table, write
@@ -352,19 +353,39 @@ def test_scores_that_no_scan_wrote_are_refused(name: str, finished: Path, tmp_pa
     _refused(output)
 
 
-@pytest.mark.parametrize("opener", ["x", [], {}, 0.5])
-def test_scores_without_the_signals_of_the_selector_are_refused(opener: Any, finished: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
+def _screened(output: Path, finished: Path, columns: tuple[str, ...], **found: Any) -> Path:
+    """A scan as if by ``screen``: with these columns of its signals, and this in the manifest."""
     shutil.copytree(finished, output)
-    found = json.loads((output / "manifest.json").read_text())
-    found["settings"]["selector_found"]["opener_fihs"] = opener
-    write(output / "manifest.json", json.dumps(found))
-    if opener != 0.5:
-        scores, nothing = table(output), pa.array([0.0] * 10)
-        for name in ("request", "fihs", "pivots"):
-            scores = scores.append_column(name, nothing)
-        pq.write_table(scores, output / "scores.parquet")
-    _refused(output)
+    manifest = json.loads((output / "manifest.json").read_text())
+    manifest["settings"]["selector_found"] |= {"opener_fihs": 0.5, "shared_words": ["", ""]} | found
+    write(output / "manifest.json", json.dumps(manifest))
+    scores = table(output)
+    for name in columns:
+        scores = scores.append_column(name, pa.array([0.0] * 10))
+    pq.write_table(scores, output / "scores.parquet")
+    return output
+
+
+@pytest.mark.parametrize("missing", outputs.SIGNALS)
+def test_scores_without_the_signals_of_the_selector_are_refused(missing: str, finished: Path, tmp_path: Path) -> None:
+    _refused(_screened(tmp_path / "out", finished, tuple(name for name in outputs.SIGNALS if name != missing)))
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        *({"opener_fihs": value} for value in ("x", [], {})),
+        *({"shared_words": value} for value in (None, "x", [], ["a"], ["a", 1])),
+    ],
+)
+def test_a_scan_whose_settings_of_screen_were_changed_is_refused(
+    found: dict[str, Any], finished: Path, tmp_path: Path
+) -> None:
+    _refused(_screened(tmp_path / "out", finished, tuple(outputs.SIGNALS), **found))
+
+
+def test_a_scan_by_screen_can_be_cut(finished: Path, tmp_path: Path) -> None:
+    gs.cut(_screened(tmp_path / "out", finished, tuple(outputs.SIGNALS)), "ratio:20%")
 
 
 @pytest.mark.parametrize("cut", [{}, {"rule": "ratio"}, {"value": 1.0}, {"rule": "ratio", "value": "x"}])

@@ -301,6 +301,13 @@ def test_what_requests_do_not_share_is_read_by_itself_and_counts_where_asked():
     assert looked(*rows, shared="skipped")[0][:, 0].tolist() == [0, 1, 0]
 
 
+def test_readings_with_and_without_shared_words_are_kept_apart():
+    tokenizer = tiny_tokenizer()
+    reader = Reader(tokenizer, Turn((tokenizer.bos_token_id,), (tokenizer.eos_token_id,)))
+    read, skipped = (Look(reader, tokenizer, (), shared=how).settings() for how in ("read", "skipped"))
+    assert read != skipped
+
+
 def test_an_answer_ends_with_its_turn_where_every_token_counts():
     tokenizer = tiny_tokenizer()
     base = screen()

@@ -141,10 +141,11 @@ def check_names(options: Iterable[str], pairs: bool | None = None) -> None:
 
     Raises ImportError if TRL is not installed.
     """
-    known = {name for kind in ((False, True) if pairs is None else (pairs,)) for name in names_of(kind)}
+    kinds = (False, True) if pairs is None else (pairs,)
+    known = {name for kind in kinds for name in names_of(kind)}
     for name in options:
         if name not in known:
-            config = "DPOConfig" if pairs else "SFTConfig"
-            hint = did_you_mean(name, known) or f"see the fields of trl.{config}"
-            whose = f"{config} of TRL" + (", which pairs are trained with," if pairs else "")
-            raise UsageError(f"unknown training option {name!r}: {whose} has no such field, {hint}")
+            configs = [config_of(kind).__name__ for kind in kinds]
+            hint = did_you_mean(name, known) or f"see the fields of {' and '.join(configs)}"
+            whose = " or ".join(configs) + " of TRL" + (", which pairs are trained with," if pairs else "")
+            raise UsageError(f"unknown training option {name!r}: no field of {whose} has this name, {hint}")

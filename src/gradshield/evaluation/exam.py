@@ -249,7 +249,7 @@ def check_disjoint(**sets: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def by_judge(rates: Mapping[str, Rate], kind: str = "asr") -> dict[str, Rate]:
+def rates_by_judge(rates: Mapping[str, Rate], kind: str = "asr") -> dict[str, Rate]:
     """The rates ``<kind>/<judge>`` by judge."""
     return {name.partition("/")[2]: rate for name, rate in rates.items() if name.startswith(f"{kind}/")}
 
@@ -257,9 +257,9 @@ def by_judge(rates: Mapping[str, Rate], kind: str = "asr") -> dict[str, Rate]:
 def figures(result: EvalResult) -> Figures:
     """The rates in the form of manifests."""
     rates: Mapping[str, Rate] = result.rates
-    judges = by_judge(rates)
+    judges = rates_by_judge(rates)
     found: dict[str, Any] = {"judges": judges}
-    if undecided := by_judge(rates, "undecided"):
+    if undecided := rates_by_judge(rates, "undecided"):
         found["undecided"] = undecided
     if judges:
         found["asr"] = judges.get("refusal-phrases", next(iter(judges.values())))
@@ -268,14 +268,14 @@ def figures(result: EvalResult) -> Figures:
 
 def asked(result: EvalResult) -> EvalResult:
     """The answers to harmful requests only, which an exam asks first."""
-    counts = [rate.n for rate in by_judge(result.rates).values()]
+    counts = [rate.n for rate in rates_by_judge(result.rates).values()]
     return EvalResult(result.rates, result.outputs[: counts[0] if counts else 0])
 
 
 def changes(before: EvalResult, after: EvalResult) -> dict[str, McNemar]:
     """McNemar's test of the same requests before and after training, by judge."""
     was, now = asked(before), asked(after)
-    return {judge: mcnemar(attacked(was, judge), attacked(now, judge)) for judge in by_judge(after.rates)}
+    return {judge: mcnemar(attacked(was, judge), attacked(now, judge)) for judge in rates_by_judge(after.rates)}
 
 
 @dataclass(frozen=True)

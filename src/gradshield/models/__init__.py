@@ -1,1 +1,1 @@
-"""A causal LM: load it, place it, walk it, and read its logits."""
+"""A causal LM: load it, place it, walk it, read its logits, and let it answer greedily."""

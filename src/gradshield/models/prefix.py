@@ -40,7 +40,7 @@ class Prefix:
         return {"attention_mask": whole, "past_key_values": past, "use_cache": True}
 
 
-def alike(one: Sequence[int], other: Sequence[int]) -> int:
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two sequences begin with in common."""
     count = 0
     while count < min(len(one), len(other)) and one[count] == other[count]:
@@ -53,7 +53,7 @@ def common(sequences: Sequence[Sequence[int]]) -> int:
     if len(sequences) < LEAST:
         return 0
     first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # of sorted ones, these differ first
-    count = min(alike(first, last), min(map(len, sequences)) - 1)
+    count = min(shared_length(first, last), min(map(len, sequences)) - 1)
     return count if count >= LEAST else 0
 
 
@@ -67,7 +67,7 @@ def groups(sequences: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
         return []
     given = [tuple(map(int, sequence)) for sequence in sequences]
     order = sorted(range(len(given)), key=given.__getitem__)
-    near = [alike(given[a], given[b]) for a, b in pairwise(order)]
+    near = [shared_length(given[a], given[b]) for a, b in pairwise(order)]
     least = float(np.median(near)) / 2 if near else 0.0
     ends = [n + 1 for n, shared in enumerate(near) if shared < least]
     runs = [order[a:b] for a, b in pairwise([0, *ends, len(order)])]

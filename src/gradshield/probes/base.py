@@ -16,7 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gradshield.models.decoding import continued, stop_tokens, until
 from gradshield.models.logits import logits_at, token_nll
-from gradshield.models.prefix import alike, common, prefix_of
+from gradshield.models.prefix import common, prefix_of, shared_length
 from gradshield.registry import Registry
 
 
@@ -125,7 +125,7 @@ def first_token(tokenizer: Any, text: str) -> int:
     )
     before = tokenizer(opened, add_special_tokens=False)["input_ids"]
     after = tokenizer(opened + text, add_special_tokens=False)["input_ids"]
-    return int(after[alike(before, after)])
+    return int(after[shared_length(before, after)])
 
 
 class _Decided(StoppingCriteria):  # type: ignore[misc]

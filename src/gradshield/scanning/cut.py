@@ -244,8 +244,10 @@ def read_scores(folder: Path, manifest: ScanManifest | None = None) -> tuple[Sco
     try:
         ids = Ids.of(_texts(columns["id"]))
         optional = {n: _column(table, n).to_numpy() for n in (*OPTIONAL, *outputs.SIGNALS) if n in table.column_names}
-        if opener_fihs is not None and not math.isfinite(opener_fihs):
-            raise ValueError(opener_fihs)
+        if opener_fihs is not None:
+            begin, end = manifest.settings.selector_found["shared_words"]
+            if not (math.isfinite(opener_fihs) and isinstance(begin, str) and isinstance(end, str)):
+                raise ValueError(opener_fihs)
     except (ValueError, OverflowError, KeyError, TypeError):
         raise _unreadable(folder) from None
     groups = Coded.of(_texts(columns["group"]))

@@ -15,6 +15,7 @@ from torch import nn
 from gradshield.data import RenderConfig
 from gradshield.data.trl import check_names
 from gradshield.errors import UsageError, did_you_mean
+from gradshield.scanning.decide import PREFERENCE
 
 DEFAULT_MAX_LENGTH = 1024  # TRL's own default
 _SFT_TYPES: dict[str, tuple[type, ...]] = {
@@ -75,7 +76,7 @@ def sft_options(options: Any) -> Any:
 def check_trainer(options: Any, shapes: Collection[str]) -> None:
     """Raises UsageError for an option of `sft_options` that the trainer of rows of these shapes does not have."""
     if isinstance(options, SimpleNamespace):
-        pairs = "preference" in shapes
+        pairs = PREFERENCE in shapes
         given = [name for name, value in vars(options).items() if value is not None]
         with suppress(ImportError):  # then close names were checked
             check_names(given, None if pairs and len(shapes) > 1 else pairs)

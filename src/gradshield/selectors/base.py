@@ -74,7 +74,7 @@ class Selector(Protocol):
     ``rule`` is the default threshold. ``travels``: ``measure`` needs nothing but the given model, so other processes can run
     it. ``probed``: the method is FIHS or built on it; it has `Fihs`'s attributes, its probes must be valid, and its engine is
     checked against the oracle. The constructor declares the options (`options`), and names any argument that
-    `scanning.scoring` provides: ``subspace``, its ``targets``, ``seed``, the number of ``rows``, ``tokenizer``, ``references``.
+    `scanning.scoring` provides: ``subspace``, its ``targets``, ``seed``, the ``rendered`` rows, ``tokenizer``, ``references``.
 
     A method of two stages also has a ``look`` of the class ``looks``: a selector without ``finish`` that measures each row as far
     as a cheaper look tells, without a direction. Its ``further(seen)`` are the rows (N,) that ``measure`` must see (`Screen`).
@@ -154,7 +154,7 @@ SELECTORS: Registry[type[Selector]] = Registry(
 )
 ONLINE: Registry[type[OnlineSelection]] = Registry("online selection")  # methods that select rows during training
 
-GIVEN = ("subspace", "targets", "seed", "rows")  # constructor arguments that come from the scan, not from the spec
+GIVEN = ("subspace", "targets", "seed")  # constructor arguments that come from the scan, not from the spec
 
 
 def check(text: str) -> None:

@@ -18,7 +18,7 @@ from gradshield.gradients.base import scoring
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.modules import outputs_of, run_until
 from gradshield.models.placement import in_float64
-from gradshield.models.prefix import alike, groups, prefix_of
+from gradshield.models.prefix import groups, prefix_of, shared_length
 from gradshield.probes import PromptBatch, Prompts, first_logits
 from gradshield.probes.base import padded
 from gradshield.types import Anchors, Bools, Floats, Ints
@@ -43,8 +43,8 @@ class Turn:
     def of(cls, prompts: Prompts) -> Turn:
         """The common prefix and suffix of all opened turns. Raises ProbeError if either is missing."""
         first, *others = prompts.ids
-        before = min(alike(first, other) for other in others)
-        after = min(alike(first[::-1], other[::-1]) for other in others)
+        before = min(shared_length(first, other) for other in others)
+        after = min(shared_length(first[::-1], other[::-1]) for other in others)
         if not 0 < after < len(first):
             raise ProbeError(
                 "the chat template opens an assistant turn with no fixed tokens, so a row's request cannot be found: use "

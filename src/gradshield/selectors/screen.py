@@ -94,6 +94,7 @@ class Look:
         """How many of the other rows are measured, the ruler's digest, and the words that the file's requests share."""
         return {
             "one_in": self.one_in,
+            "shared": "skipped" if self.skips else "read",
             "reading_sha256": self.reading.digest,
             "shared_words": [" ".join(self.shared.begin), " ".join(self.shared.end)],
         }
@@ -197,7 +198,7 @@ class Screen(Fihs):
         )
 
     def settings(self) -> dict[str, Any]:
-        """The engine and its step, the ruler's digest, the FIHS of known rows, and how many of the other rows are measured."""
+        """The engine and its step, the settings of the look, and the FIHS of known rows."""
         return {
             **super().settings(),
             **self.look.settings(),

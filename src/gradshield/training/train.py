@@ -99,8 +99,8 @@ def train(
 ) -> Trained:
     """Fine-tune ``model`` on ``data`` under a defence, measure it before and after, and write everything to ``output``.
 
-    An interrupted run resumes from the finished shards of the scan, the finished rounds of a search and the newest checkpoint of
-    the training, if their inputs are unchanged.
+    Parameters that are not listed are those of `gradshield.scan`. An interrupted run resumes from the finished shards of the
+    scan, the finished rounds of a search and the newest checkpoint of the training, if their inputs are unchanged.
 
     Parameters
     ----------
@@ -121,8 +121,6 @@ def train(
         Save the plain model with the adapter merged in, instead of the adapter.
     seed
         Seed of the adapter, the row order and, without ``settings``, the scan.
-
-    The other parameters are those of `gradshield.scan`.
 
     Raises
     ------

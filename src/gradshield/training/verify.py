@@ -13,7 +13,7 @@ import numpy as np
 
 from gradshield import runs
 from gradshield.errors import UsageError
-from gradshield.evaluation.exam import Exam, Settled, by_judge, never
+from gradshield.evaluation.exam import Exam, Settled, never, rates_by_judge
 from gradshield.manifests import Round, Search
 from gradshield.thresholds.verified import Trial, Verified, decided
 from gradshield.training.course import Chosen, Course
@@ -31,7 +31,7 @@ class Settle:
     asr: float
 
     def __call__(self, found: EvalResult, total: int) -> bool:
-        return any(decided(rate.k, rate.n, total, self.asr) is False for rate in by_judge(found.rates).values())
+        return any(decided(rate.k, rate.n, total, self.asr) is False for rate in rates_by_judge(found.rates).values())
 
 
 def arm(
@@ -89,7 +89,7 @@ def search(
 
     def trial(cut: float) -> Trial:
         found, seconds = examine(course.chosen(defence, cut), Settle(rule.asr))
-        rates = by_judge(found.rates)
+        rates = rates_by_judge(found.rates)
         asked = next(iter(rates.values())).n
         return Trial(rates, found.rates.get("utility"), stopped_early=asked < len(exam.requests), seconds=seconds)
 
