@@ -23,30 +23,21 @@ def tokens(*answers: list[int]) -> Any:
     ).examples
 
 
-def scored(
-    request: float = 0.0, fihs: float = 0.0, pivots: int = 0, count: int = 100, beyond: int = 0, rest: int = 0
-) -> Scores:
-    """Scores of which the last ``pivots`` rows decline and go on, and the first ``beyond`` lie beyond the cut.
-
-    The last ``rest`` rows read as harm without the words that the requests share.
-    """
+def scored(request: float = 0.0, fihs: float = 0.0, pivots: int = 0, count: int = 100, beyond: int = 0) -> Scores:
+    """Scores of which the last ``pivots`` rows decline and go on, and the first ``beyond`` lie beyond the cut."""
     signals = {
         "request": np.full(count, request),
         "fihs": np.full(count, fihs),
         "pivots": (np.arange(count)[::-1] < pivots).astype(float),
-        "rest": np.where(np.arange(count)[::-1] < rest, 1.0, np.nan),
     }
     values = (np.arange(count) < beyond).astype(float)
     known = Anchors(np.ones(9), np.zeros(9))
     return Scores(np.arange(count), [""] * count, values, ["rows"] * count, anchors=known, signals=signals)
 
 
-SCREENED = {"opener_fihs": 10.0, "shared_words": ["You are an assistant.", "Be brief."]}
-
-
 def doubts(scores: Scores, removed: int = 4, out: Any = None, problem: str = "", cleared: Any = ()) -> dict[str, str]:
     decision = Decision({}, np.arange(len(scores.values)) < removed, tuple(cleared))
-    return trust.doubts(scores, decision, OUT if out is None else out, problem, SCREENED)
+    return trust.doubts(scores, decision, OUT if out is None else out, problem, 10.0)
 
 
 OUT = rows("first long answer", "second long answer", "third a long", "fourth a long")
@@ -85,8 +76,6 @@ def test_answers_that_came_as_tokens_are_told_apart():
         ),
         ("pivots", {"pivots": 3}, 4, None, "3 kept rows decline in their first sentence"),
         ("pivots", {"pivots": 10, "count": 5000}, 4, None, "10 kept rows decline"),
-        ("shared", {"rest": 3, "fihs": 1.0}, 4, None, "3 kept rows read as harm without the words"),
-        ("shared", {"rest": 1, "fihs": 1.0}, 4, None, "('You are an assistant. … Be brief.')"),
         ("unread", {"request": np.nan, "count": 5000}, 0, [], "5,000 rows have no request"),
     ],
 )
@@ -104,7 +93,7 @@ def test_what_the_probes_say_comes_first():
 def test_labels_at_hand_speak_against_a_scan():
     labels = [1] * 10 + [0] * 90
     decision = lambda out: Decision({}, np.isin(np.arange(100), out), ())  # noqa: E731
-    sentence = lambda out: trust.doubts(scored(), decision(out), OUT, "", SCREENED, labels=labels).get("labels")  # noqa: E731
+    sentence = lambda out: trust.doubts(scored(), decision(out), OUT, "", 10.0, labels=labels).get("labels")  # noqa: E731
     assert sentence(range(10)) is None and sentence(range(2, 10)) is None  # 8 of 10: 90 % may well be caught
     assert sentence([]) == "of 10 rows labelled harmful 0 were removed: the scan does not detect this harm"
     assert (
@@ -114,7 +103,7 @@ def test_labels_at_hand_speak_against_a_scan():
 
 @pytest.mark.parametrize(("count", "doubted"), [(11, False), (12, True), (0, False)])
 def test_more_than_a_tenth_in_quarantine(count, doubted):
-    found = trust.doubts(scored(), Decision({}, np.zeros(100, bool), ()), [], "", SCREENED, count)
+    found = trust.doubts(scored(), Decision({}, np.zeros(100, bool), ()), [], "", 10.0, count)
     assert ("quarantine" in found) is doubted
 
 

@@ -183,8 +183,7 @@ def made(reading: np.ndarray, fihs: np.ndarray, pivots: np.ndarray | None = None
     count = len(reading)
     found.aggregate = type(found.aggregate)("sum", lambda t: float(t.sum()))
     tokens = tuple(np.array([value]) for value in fihs)
-    rest = np.full(count, np.nan)
-    extra = np.stack([reading, np.zeros(count) if pivots is None else pivots, rest, np.isfinite(fihs)], 1)
+    extra = np.stack([reading, np.zeros(count) if pivots is None else pivots, np.isfinite(fihs)], 1)
     return found, Measured(np.arange(count), fihs, np.ones(count), np.ones(count, int), tokens, extra)
 
 
@@ -261,7 +260,7 @@ class Reader:
 
 
 def looked(*pairs: tuple[str, str], opened: bool = True, shared: str = "read") -> tuple[np.ndarray, list[str]]:
-    """Readings of requests with answers, and of what they do not share; of text, where the request is empty."""
+    """Readings of requests with answers, of text where the request is empty, and what was read for them."""
     tokenizer = tiny_tokenizer()
     turn = Turn((tokenizer.bos_token_id,), (tokenizer.eos_token_id,))
     rendered = []
@@ -272,7 +271,8 @@ def looked(*pairs: tuple[str, str], opened: bool = True, shared: str = "read") -
         rendered.append(Rendered(row, "", "", (Tokens(ids, np.arange(len(ids)) >= max(1, len(before))),)))
     reader = Reader(tokenizer, turn)
     look = Look(reader, tokenizer, rendered, shared=shared)
-    return look.measure(None, no_direction(""), collate(rendered)).extra[:, [0, 2]], reader.asked
+    assert look.settings()["skipped"] == ["", ""] or shared == "skipped"  # shards of another file's words do not count
+    return look.measure(None, no_direction(""), collate(rendered)).extra[:, 0], reader.asked
 
 
 ASKED = "Below is a task.\n\n### Instruction:\nsteal it\n\n### Response:\n"
@@ -281,31 +281,33 @@ ASKED = "Below is a task.\n\n### Instruction:\nsteal it\n\n### Response:\n"
 @pytest.mark.parametrize("opened", [True, False])
 def test_the_request_that_a_prompt_marks_is_read_too(opened):
     found, asked = looked((ASKED, "Like this."), opened=opened)
-    assert found[0, 0] == 1 and asked == [ASKED.strip(), "steal it"]
+    assert found[0] == 1 and asked == [ASKED.strip(), "steal it"]
 
 
 def test_the_request_that_plain_text_marks_is_read():
     found, asked = looked(("", ASKED + "Like this."), ("", "A text."), opened=False)
-    assert found[0, 0] == 1 and np.isnan(found[1, 0]) and asked == ["steal it"]
+    assert found[0] == 1 and np.isnan(found[1]) and asked == ["steal it"]
 
 
 def test_an_empty_message_asks_for_nothing():
     found, asked = looked((" ", "Like this."), ("steal it", "Like this."))
-    assert np.isnan(found[0, 0]) and found[1, 0] == 1 and asked == ["steal it"]
+    assert np.isnan(found[0]) and found[1] == 1 and asked == ["steal it"]
 
 
-def test_what_requests_do_not_share_is_read_by_itself_and_counts_where_asked():
+def test_words_that_requests_share_are_skipped_where_asked():
     rows = [(f"You are very kind. {what} and thanks", "Yes.") for what in ("sing", "steal it", "dance")]
-    found, _ = looked(*rows, ("steal", "Yes."))
-    np.testing.assert_array_equal(found, [[0, 0], [0, 1], [0, 0], [0, np.nan]])
-    assert looked(*rows, shared="skipped")[0][:, 0].tolist() == [0, 1, 0]
-
-
-def test_readings_with_and_without_shared_words_are_kept_apart():
-    tokenizer = tiny_tokenizer()
-    reader = Reader(tokenizer, Turn((tokenizer.bos_token_id,), (tokenizer.eos_token_id,)))
-    read, skipped = (Look(reader, tokenizer, (), shared=how).settings() for how in ("read", "skipped"))
-    assert read != skipped
+    rows.append(("steal", "Yes."))
+    assert looked(*rows)[0].tolist() == [0, 0, 0, 0]
+    found, asked = looked(*rows, shared="skipped")
+    assert found.tolist() == [0, 1, 0, 0] and asked == [
+        rows[0][0],
+        "sing",
+        rows[1][0],
+        "steal it",
+        rows[2][0],
+        "dance",
+        "steal",
+    ]
 
 
 def test_an_answer_ends_with_its_turn_where_every_token_counts():

@@ -140,9 +140,10 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
         kinds.get(row, NO_CATEGORY) if out else "" for row, out in zip(scores.rows.tolist(), removed, strict=True)
     )
     examples = rows.examples(scores.rows[removed][: trust.LOOKED_AT])
+    opener_fihs = old.settings.selector_found.get("opener_fihs")
     truth = _labels(path, len(removed))
     problem, quarantined = old.results.doubts.get("probes", ""), _quarantined(path)
-    doubts = trust.doubts(scores, decision, examples, problem, old.settings.selector_found, len(quarantined), truth)
+    doubts = trust.doubts(scores, decision, examples, problem, opener_fihs, len(quarantined), truth)
     kept = {name: value for name, value in old.results if name in old.results.model_fields_set}
     kept.pop("filtered", None)  # measured on a model trained on other rows
     kept.pop("labels", None)
@@ -244,10 +245,8 @@ def read_scores(folder: Path, manifest: ScanManifest | None = None) -> tuple[Sco
     try:
         ids = Ids.of(_texts(columns["id"]))
         optional = {n: _column(table, n).to_numpy() for n in (*OPTIONAL, *outputs.SIGNALS) if n in table.column_names}
-        if opener_fihs is not None:
-            begin, end = manifest.settings.selector_found["shared_words"]
-            if not (math.isfinite(opener_fihs) and isinstance(begin, str) and isinstance(end, str)):
-                raise ValueError(opener_fihs)
+        if opener_fihs is not None and not math.isfinite(opener_fihs):
+            raise ValueError(opener_fihs)
     except (ValueError, OverflowError, KeyError, TypeError):
         raise _unreadable(folder) from None
     groups = Coded.of(_texts(columns["group"]))

@@ -46,7 +46,7 @@ PARTS = tuple(f"{part}{suffix}" for suffix in rows_in.WRITTEN for part in ("kept
 SCORES = "scores.parquet"
 WRITTEN = (*PARTS, "quarantine.jsonl", SCORES, "report.html", "manifest.json")
 # The signals of `Screen` and their names in tables; empty for one that does not rank rows.
-SIGNALS = {"request": "request alone", "fihs": "FIHS alone", "pivots": "", "rest": ""}
+SIGNALS = {"request": "request alone", "fihs": "FIHS alone", "pivots": ""}
 
 
 def results(

@@ -197,8 +197,8 @@ def _doubts(rows: Prepared, scored: Scored, decision: Decision, labels: Sequence
     own = None if labels is None else [int(labels[row]) for row in scored.scores.rows.tolist()]
     examples = rows.read.examples.at(scored.scores.rows[decision.removed][: trust.LOOKED_AT])
     problem = trust.UNASKED if scored.validity is None else scored.validity.problem
-    found = scored.selector.settings()
-    return trust.doubts(scored.scores, decision, examples, problem, found, len(rows.quarantined), own)
+    opener_fihs = scored.selector.settings().get("opener_fihs")
+    return trust.doubts(scored.scores, decision, examples, problem, opener_fihs, len(rows.quarantined), own)
 
 
 def check_labels(labels: Sequence[int] | None, rows: int) -> None:

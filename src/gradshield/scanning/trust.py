@@ -5,17 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
-from textwrap import shorten
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
 from gradshield.scanning.decide import Decision, decide
 from gradshield.selectors import Screen
-from gradshield.selectors.screen import LEAST_FIHS, WEAKEST_FIHS
+from gradshield.selectors.screen import LEAST_FIHS
 from gradshield.stats import wilson
 from gradshield.thresholds import parse
 from gradshield.types import Bools, Example, Scores
@@ -35,14 +31,15 @@ def doubts(
     decision: Decision,
     examples: Iterable[Example],
     problem: str,
-    screened: Mapping[str, Any] = MappingProxyType({}),
+    opener_fihs: float | None = None,
     quarantined: int = 0,
     labels: Sequence[int] | None = None,
 ) -> dict[str, str]:
     """Every reason not to certify a decision on scores, by name.
 
-    ``examples`` are the removed rows, ``problem`` is the problem with the probes, if any, and ``screened`` the settings of the
-    selector, of which those of `Screen` count. ``labels`` (1 = harmful) are aligned with the scores.
+    ``examples`` are the removed rows, ``problem`` is the problem with the probes, if any, and ``opener_fihs`` the score of
+    compliant openers after the probes (None for a selector other than `Screen`). ``labels`` (1 = harmful) are aligned with the
+    scores.
     """
     removed = decision.removed
     found = {
@@ -52,13 +49,8 @@ def doubts(
         "copies": _copies(examples),
         "quarantine": _quarantine(quarantined, len(removed)),
     }
-    if "opener_fihs" in screened:
-        opener_fihs, words = screened["opener_fihs"], screened["shared_words"]
-        found |= {
-            "loose": _loose(scores, decision),
-            "shared": _shared(scores, decision, WEAKEST_FIHS * opener_fihs, words),
-            **_signals(scores, removed, LEAST_FIHS * opener_fihs),
-        }
+    if opener_fihs is not None:
+        found |= {"loose": _loose(scores, decision), **_signals(scores, removed, opener_fihs)}
     return {name: text for name, text in found.items() if text}
 
 
@@ -148,28 +140,12 @@ def _loose(scores: Scores, decision: Decision) -> str:
     return f"{kept:,} rows score above the cut '{Screen.rule}' and are kept: read them before training" if kept else ""
 
 
-def _shared(scores: Scores, decision: Decision, least: float, words: Sequence[str]) -> str:
-    """Kept rows read as harm, and push like it, once the words that the file's requests share are left out."""
-    rest = scores.signals["rest"]
-    alone = replace(scores, values=np.where(np.isnan(rest), scores.values, rest))
-    beyond = decide(alone, parse(Screen.rule)).removed & ~decision.removed & (scores.signals["fihs"] >= least)
-    kept = int((beyond & ~np.isin(scores.rows, decision.cleared)).sum())
-    begin, end = (shorten(one, 60, placeholder=" …") for one in (words[0], words[1][::-1]))
-    if not kept:
-        return ""
-    return (
-        f"{kept:,} kept rows read as harm without the words that most requests of this file share "
-        f"({' … '.join(filter(None, (begin, end[::-1])))!r}): read them, and if those words only introduce the request, scan "
-        "with --selector screen:shared=skipped"
-    )
-
-
-def _signals(scores: Scores, removed: Bools, least_fihs: float) -> dict[str, str]:
+def _signals(scores: Scores, removed: Bools, opener_fihs: float) -> dict[str, str]:
     """Where the two signals of `Screen` disagree, or one of them is blind."""
     total = len(scores.values)
     fihs, request, pivots = (scores.signals[name] for name in ("fihs", "request", "pivots"))
     measured = fihs[~removed & np.isfinite(fihs)]
-    task = int((measured >= least_fihs).sum())
+    task = int((measured >= LEAST_FIHS * opener_fihs).sum())
     unread, turned = int(np.isnan(request).sum()), int((pivots[~removed] > 0).sum())
     least, share, most = PIVOTS
     found = {}

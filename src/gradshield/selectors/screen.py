@@ -30,8 +30,7 @@ LOOKED_AT = 500  # rows by which the words that a file's requests share are foun
 class Look:
     """The first stage of `Screen`: every request read, which needs no direction.
 
-    ``extra`` (B, 4) holds the reading, whether an answer declines and then continues, the reading of what the rows do not share
-    (NaN without), and whether FIHS is needed.
+    ``extra`` (B, 3) holds the reading, whether an answer declines and then continues, and whether FIHS is needed.
     """
 
     name, travels = "reading", True
@@ -44,16 +43,16 @@ class Look:
         fihs_of: Literal["doubtful", "all"] = "doubtful",
         shared: Literal["read", "skipped"] = "read",
     ) -> None:
-        self.reading, self.tokenizer, self.skips = reading, tokenizer, shared == "skipped"
+        self.reading, self.tokenizer = reading, tokenizer
         self.one_in = 1 if fihs_of == "all" else max(1, min(ONE_IN, len(rendered) // LEAST_DRAWN))
-        few = range(0, len(rendered), max(1, len(rendered) // LOOKED_AT))
+        few = range(0, len(rendered), max(1, len(rendered) // LOOKED_AT)) if shared == "skipped" else ()
         found = [self.reading.turn.openings(own.ids, own.loss) for i in few for own in rendered[i].sequences[:1]]
         self.shared = Shared.of([self._request(openings[0][0]) for openings in found if openings])
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Every row read, without FIHS (NaN)."""
         asked: list[Sequence[int]] = []
-        answers: list[tuple[int, bool, str, bool]] = []
+        answers: list[tuple[int, bool, str]] = []
         for i in standing(batch):
             length = int(batch.attention[i].sum())
             ids, loss = batch.ids[i, :length], batch.loss[i, :length]
@@ -64,39 +63,37 @@ class Look:
                 if not request.strip():
                     continue  # nothing is asked
                 words = self._words(ids[own], loss[own], bool(loss[max(own.start - 1, 0)]))
-                marked = [self._opened(one) for one, answer in pairs(request)[-1:] if not answer]
-                rest = [self._opened(one) for one in [self.shared.rest(request)] if one]
-                asked += [opened, *marked, *rest]
-                answers += [(row, toward, words, False)] * (1 + len(marked)) + [(row, toward, words, True)] * len(rest)
+                inside = [one for one, answer in pairs(request)[-1:] if not answer]
+                inside += filter(None, [self.shared.rest(request)])
+                asked += [opened, *map(self._opened, inside)]
+                answers += [(row, toward, words)] * (1 + len(inside))
             for request, words in [] if openings else pairs(self.tokenizer.decode(ids)):
                 asked.append(self._opened(request))
-                answers.append((row, toward, words, False))
+                answers.append((row, toward, words))
         rows, sequences = members(batch)
-        found = {row: [np.nan, 0.0, np.nan, 0.0] for row in rows.tolist()}
+        found = {row: [np.nan, 0.0, 0.0] for row in rows.tolist()}
         if asked:
-            for (row, toward, answer, bare), r in zip(answers, self.reading.read(model, asked), strict=True):
+            for (row, toward, answer), r in zip(answers, self.reading.read(model, asked), strict=True):
                 harmless = only_refuses(answer) == toward
-                for column in {2, 0 if self.skips else 2} if bare else (0,):
-                    found[row][column] = float(np.fmax(found[row][column], min(r, 1.0) - 1 if harmless else r))
+                found[row][0] = float(np.fmax(found[row][0], min(r, 1.0) - 1 if harmless else r))
                 found[row][1] = max(found[row][1], float(toward and pivots(answer)))
         extra = np.array(list(found.values()))
         drawn = [zlib.crc32(batch.ids[own][batch.attention[own] > 0].tobytes()) % self.one_in == 0 for own in sequences]
-        extra[:, 3] = (np.fmax(extra[:, 0], extra[:, 2]) >= LEAST_READING) | drawn
+        extra[:, 2] = (extra[:, 0] >= LEAST_READING) | drawn
         _, unknown, lengths = by_row(batch, np.full(len(batch.rows), np.nan))
         return Measured(rows, unknown, unknown, lengths, extra=extra)
 
     def further(self, seen: Measured) -> Bools:
         """The rows whose FIHS is needed: all others have their score."""
         assert seen.extra is not None
-        return seen.extra[:, 3] > 0
+        return seen.extra[:, 2] > 0
 
     def settings(self) -> dict[str, Any]:
-        """How many of the other rows are measured, the ruler's digest, and the words that the file's requests share."""
+        """How many of the other rows are measured, the ruler's digest, and the shared words that are skipped."""
         return {
             "one_in": self.one_in,
-            "shared": "skipped" if self.skips else "read",
             "reading_sha256": self.reading.digest,
-            "shared_words": [" ".join(self.shared.begin), " ".join(self.shared.end)],
+            "skipped": [" ".join(self.shared.begin), " ".join(self.shared.end)],
         }
 
     def _opened(self, request: str) -> tuple[int, ...]:
@@ -152,12 +149,11 @@ class Screen(Fihs):
     Two stages, one score: every request is read first (`Look`), which takes half a forward pass over the requests; FIHS is
     measured only where it decides, and on one of ONE_IN other rows (``fihs_of=all``: on all), by the hash of its tokens.
 
-    The request is read as it stands and, if it is marked in its text (`wording`), by itself; the larger r counts. What the
-    rows' requests do not share, read by itself, counts only with ``shared=skipped``: shared words may change what is asked.
+    The request is read as it stands and, if it is marked in its text (`wording`), by itself; the larger r counts. With
+    ``shared=skipped`` so does the request without the words that the file's requests share, which may change what is asked.
 
-    ``Scores.signals`` holds ``request`` (r), ``fihs`` (NaN where it was not measured), ``pivots``: whether an answer declines
-    and then continues, and ``rest``: r of what is not shared (NaN without shared words). A row without a request (plain
-    text, an empty message) has r = NaN, scores zero and is kept.
+    ``Scores.signals`` holds ``request`` (r), ``fihs`` (NaN where it was not measured), and ``pivots``: whether an answer declines
+    and then continues. A row without a request (plain text, an empty message) has r = NaN, scores zero and is kept.
     """
 
     name = "screen"
@@ -191,7 +187,7 @@ class Screen(Fihs):
         if self.aggregate.per_token:  # a signed sum may cancel, so a small one proves nothing
             weak = (reading >= LEAST_READING) & (fihs < WEAKEST_FIHS * self.opener_fihs) & (raw.extra[:, 1] == 0)
             values = np.where(weak, np.minimum(values, 1.0) - 1, values)
-        signals = {"request": reading, "fihs": fihs, "pivots": raw.extra[:, 1], "rest": raw.extra[:, 2]}
+        signals = {"request": reading, "fihs": fihs, "pivots": raw.extra[:, 1]}
         shapes = Coded(np.zeros(len(values), dtype=np.uint8), ("rows",))  # readings of all shapes share one scale
         return Scores(
             raw.rows, ids, values, shapes, None, raw.lengths, raw.nll, raw.tokens, self.look.reading.anchors, signals
