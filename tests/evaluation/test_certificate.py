@@ -98,6 +98,7 @@ def _run(
         },
         "model": MODEL,
         "settings": {
+            "method": "supervised",
             "defence": "none",
             "training": {},
             "render": {},
