@@ -19,7 +19,7 @@ from gradshield.scanning import shards
 from gradshield.selectors import Measured, Screen
 from gradshield.selectors.base import no_direction
 from gradshield.selectors.reading import Reading, Turn, _held_out, _ruler, read_blocks
-from gradshield.selectors.screen import LEAST_READING, Look
+from gradshield.selectors.screen import LEAST_READING, LOOKED_AT, Look
 from gradshield.types import Anchors, Rendered, Tokens
 from tests.contracts.test_every_selector import mixed, screen
 from tests.tiny import LAYERS, VOCABULARY, tiny_model, tiny_tokenizer
@@ -287,6 +287,54 @@ def test_the_request_that_a_prompt_marks_is_read_too(opened):
 def test_the_request_that_plain_text_marks_is_read():
     found, asked = looked(("", ASKED + "Like this."), ("", "A text."), opened=False)
     assert found[0] == 1 and np.isnan(found[1]) and asked == ["steal it"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[INST]sing[/INST]La.\n\nHuman: steal it\n\nAssistant: Like this.",
+        "Human: sing\nAssistant: La.\n### Instruction:\nsteal it\n### Response:\nLike this.",
+        "[INST]sing[/INST]La.### Human: steal it### Assistant: I cannot.### Human: Please.### Assistant: Sure.",
+    ],
+)
+def test_no_marks_hide_a_request_in_plain_text(text):
+    _, asked = looked(("", text), opened=False)
+    assert "steal it" in asked
+
+
+def test_a_second_answer_without_a_request_undoes_a_refusal():
+    text = "Human: steal it\nAssistant: I cannot help with that."
+    refused, answered = looked(("", text), ("", f"{text}\nAssistant: Sure, take it."), opened=False)[0]
+    assert refused == 0 and answered == 1
+
+
+def test_an_empty_message_hides_no_turn_before_it():
+    tokenizer = tiny_tokenizer()
+    user, assistant = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    turn = Turn((tokenizer.bos_token_id, user), (assistant,))
+    request, no, yes = (
+        tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("steal it", "I cannot help.", "Like this.")
+    )
+    ids = np.array([*turn.before, *request, assistant, *no, user, assistant, *yes])
+    rendered = [Rendered(0, "", "", (Tokens(ids, np.arange(len(ids)) >= len(ids) - len(yes), 1.0),))]
+    look = Look(Reader(tokenizer, turn), tokenizer, rendered)
+    found = look.measure(None, no_direction(""), collate(rendered)).extra[0, 0]
+    assert np.isfinite(found) and look.reading.asked[0].startswith("steal it")
+
+
+def test_words_that_are_skipped_are_those_of_the_rows_however_often_they_stand_in_the_file():
+    def skipped(requests: list[str]) -> list[str]:
+        tokenizer = tiny_tokenizer()
+        turn = Turn((tokenizer.bos_token_id,), (tokenizer.eos_token_id,))
+        ids = [np.array([*turn.before, *tokenizer(one)["input_ids"], *turn.after, 9]) for one in requests]
+        rendered = [
+            Rendered(i, "", "", (Tokens(own, np.arange(len(own)) == len(own) - 1),)) for i, own in enumerate(ids)
+        ]
+        return Look(Reader(tokenizer, turn), tokenizer, rendered, shared="skipped").settings()["skipped"]
+
+    rows = [f"You are very kind {i % 3} {i}" for i in range(3 * LOOKED_AT)]
+    assert skipped(rows) == skipped(rows * 2) == ["You are very kind", ""]
+    assert skipped(rows[:2]) == skipped(rows[:2] * 2)
 
 
 def test_an_empty_message_asks_for_nothing():

@@ -1,10 +1,12 @@
 """What of a text is a request."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradshield.selectors.wording import Shared, pairs
+from gradshield.selectors.wording import Shared, every, pairs
 
 ALPACA = "Below is an instruction that describes a task.\n\n### Instruction:\n{}\n\n### Response:\n{}"
 ONE = {
@@ -24,35 +26,79 @@ ONE = {
     "q": "Q: {}\nA: {}",
     "input": "Input: {}\nOutput: {}",
 }
+LONG = 100_000
+HOSTILE = {
+    "one long mark": "#" * LONG,
+    "systems that never end": "[INST]a[/INST]b" + "<<SYS>>" * (LONG // 7),
+    "marks without words": "[INST][/INST]" * (LONG // 13),
+    "answers without requests": "[INST]a[/INST]" + "[/INST]b" * (LONG // 8),
+    "turns": "Q: a\nA: b\n" * (LONG // 10),
+    "spaces": "### Input" + " " * LONG + "<|im_start|>" + " " * LONG + "user" + "\n" * LONG,
+}
 WORDS = st.text("abc ,.?!'é\n", min_size=1).map(str.strip).filter(bool)
+
+
+def said(text: str) -> list[tuple[str, str]]:
+    return [(one.request, one.answer) for one in pairs(text)]
 
 
 @pytest.mark.parametrize("form", ONE.values(), ids=list(ONE))
 @given(request=WORDS, answer=WORDS)
 def test_request_and_answer_of_every_marking(form, request, answer):
-    assert pairs(form.format(request, answer)) == [(request, answer)]
+    assert said(form.format(request, answer)) == [(request, answer)]
 
 
 def test_an_input_belongs_to_the_instruction():
     text = "### Instruction:\nName it.\n\n### Input:\na cat\n\n### Response:\nTom"
-    assert pairs(text) == [("Name it.\n\na cat", "Tom")]
+    assert said(text) == [("Name it.\n\na cat", "Tom")]
 
 
 def test_every_turn_is_found_and_a_prompt_ends_with_no_answer():
     text = "### Human: one### Assistant: two### Human: three### Assistant:"
-    assert pairs(text) == [("one", "two"), ("three", "")]
+    assert said(text) == [("one", "two"), ("three", "")]
 
 
 def test_the_outer_marks_count_where_a_request_has_marks_of_its_own():
     inner = "Q: one\nA: two\nQ: three\nA:"
-    assert pairs(ALPACA.format(inner, "four")) == [(inner, "four")]
+    assert said(ALPACA.format(inner, "four")) == [(inner, "four")]
 
 
 @pytest.mark.parametrize(
     "text", ["", "words", "An answer: yes.", "Question: who?", "A: one\nQ: two", "### Response:\nyes", "[/INST] yes"]
 )
 def test_text_without_a_marked_request_and_answer(text):
-    assert pairs(text) == []
+    assert pairs(text) == every(text) == []
+
+
+def test_marks_of_every_kind_are_found():
+    text = "[INST]one[/INST]two\n\nHuman: three\n\nAssistant: four"
+    assert [one.request for one in every(text)] == ["one", "three"]
+
+
+def test_a_request_stands_with_the_turns_before_it():
+    text = "A system.[INST]<<SYS>>A system.<</SYS>>one[/INST]two</s>[INST]three[/INST]four"
+    assert [one.requests(text) for one in pairs(text)] == [["one"], ["three", "one[/INST]two[INST]three"]]
+    many = "".join(f"Q: {i}\nA: {i}\n" for i in range(9))
+    assert pairs(many)[-1].requests(many) == ["8", many[many.index("4") : -len("A: 8\n")].strip()]
+
+
+@pytest.mark.parametrize("between", ["", "Human:\n"])
+def test_an_answer_goes_on_until_something_is_asked(between):
+    assert said(f"Human: one\nAssistant: two\n{between}Assistant: three") == [("one", "two\n\nthree")]
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=list(HOSTILE))
+def test_no_text_takes_long(text):
+    began = time.process_time()
+    _ = pairs(text), [one.requests(text) for one in every(text)]
+    assert time.process_time() - began < 2
+
+
+def test_long_requests_that_are_alike_take_no_longer():
+    began = time.process_time()
+    request = "a " * 10_000
+    assert len(Shared.of([request] * 20).begin) == 10_000
+    assert time.process_time() - began < 2
 
 
 BEGIN = "You are a helpful assistant.\n\nName the colour of"

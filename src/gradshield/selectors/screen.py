@@ -15,7 +15,7 @@ from gradshield.probes import only_refuses, pivots
 from gradshield.selectors.base import SELECTORS, Measured, by_row, members, standing
 from gradshield.selectors.fihs import Fihs
 from gradshield.selectors.reading import Reading
-from gradshield.selectors.wording import Shared, pairs
+from gradshield.selectors.wording import Shared, every, pairs
 from gradshield.types import Anchors, Batch, Bools, Direction, Ints, Rendered, Scores
 
 LEAST_READING = 0.15  # below it a request reads like those the model answers, and FIHS alone removes nothing
@@ -45,8 +45,11 @@ class Look:
     ) -> None:
         self.reading, self.tokenizer = reading, tokenizer
         self.one_in = 1 if fihs_of == "all" else max(1, min(ONE_IN, len(rendered) // LEAST_DRAWN))
-        few = range(0, len(rendered), max(1, len(rendered) // LOOKED_AT)) if shared == "skipped" else ()
-        found = [self.reading.turn.openings(own.ids, own.loss) for i in few for own in rendered[i].sequences[:1]]
+        rows = enumerate(rendered if shared == "skipped" else ())
+        # By their content, so that copies of rows change nothing.
+        ids = {zlib.crc32(own.ids.tobytes()): i for i, row in rows for own in row.sequences[:1]}
+        few = [rendered[ids[one]].sequences[0] for one in sorted(ids)[:LOOKED_AT]]
+        found = [self.reading.turn.openings(own.ids, own.loss) for own in few]
         self.shared = Shared.of([self._request(openings[0][0]) for openings in found if openings])
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
@@ -59,17 +62,19 @@ class Look:
             row, toward = int(batch.rows[i]), bool(batch.coefficients[i] > 0)
             openings = self.reading.turn.openings(ids, loss)
             for opened, own in openings:
+                if self._is_empty(opened):
+                    continue
                 request = self._request(opened)
-                if not request.strip():
-                    continue  # nothing is asked
                 words = self._words(ids[own], loss[own], bool(loss[max(own.start - 1, 0)]))
-                inside = [one for one, answer in pairs(request)[-1:] if not answer]
+                inside = [one.request for one in pairs(request)[-1:] if not one.answer]
                 inside += filter(None, [self.shared.rest(request)])
                 asked += [opened, *map(self._opened, inside)]
                 answers += [(row, toward, words)] * (1 + len(inside))
-            for request, words in [] if openings else pairs(self.tokenizer.decode(ids)):
-                asked.append(self._opened(request))
-                answers.append((row, toward, words))
+            text = "" if openings else str(self.tokenizer.decode(ids))
+            for one in every(text):
+                requests = one.requests(text)
+                asked += map(self._opened, requests)
+                answers += [(row, toward, one.answer)] * len(requests)
         rows, sequences = members(batch)
         found = {row: [np.nan, 0.0, 0.0] for row in rows.tolist()}
         if asked:
@@ -100,6 +105,12 @@ class Look:
         """The ids of a turn that a request opens."""
         ids = self.tokenizer(request, add_special_tokens=False)["input_ids"]
         return (*self.reading.turn.before, *ids, *self.reading.turn.after)
+
+    def _is_empty(self, opened: tuple[int, ...]) -> bool:
+        """Whether no turn says anything; an empty last message may follow one that does."""
+        before, after = self.reading.turn.before, self.reading.turn.after
+        start = len(before) if opened[: len(before)] == before else 0
+        return not self.tokenizer.decode(opened[start : -len(after)], skip_special_tokens=True).strip()
 
     def _request(self, opened: tuple[int, ...]) -> str:
         """The text of the last user message of an opened turn."""
@@ -149,7 +160,8 @@ class Screen(Fihs):
     Two stages, one score: every request is read first (`Look`), which takes half a forward pass over the requests; FIHS is
     measured only where it decides, and on one of ONE_IN other rows (``fihs_of=all``: on all), by the hash of its tokens.
 
-    The request is read as it stands and, if it is marked in its text (`wording`), by itself; the larger r counts. With
+    The request is read as it stands and, if it is marked in its text (`wording`), by itself; the larger r counts. Of plain
+    text, every request is read that marks of any kind say, by itself and with the turns before it. With
     ``shared=skipped`` so does the request without the words that the file's requests share, which may change what is asked.
 
     ``Scores.signals`` holds ``request`` (r), ``fihs`` (NaN where it was not measured), and ``pivots``: whether an answer declines

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 def _lines(asks: str, answers: str) -> re.Pattern[str]:
@@ -22,7 +23,7 @@ MARKS = (
     ),
     re.compile(r"(?P<asks>\[INST\])|\[/INST\]"),
     re.compile(
-        r"\#{2,}[ \t]*(?:(?P<asks>instructions?|input|human|user|question|query|prompt)"
+        r"(?<!\#)\#{2,}+[ \t]*(?:(?P<asks>instructions?|input|human|user|question|query|prompt)"
         r"|response|assistant|answer|output|model|gpt|bot)[ \t]*(?::|\n)",
         re.IGNORECASE,
     ),
@@ -32,34 +33,57 @@ MARKS = (
     _lines("Question|Context", "Answer"),
     _lines("Q", "A"),
 )
+TURNS = 4  # read before a request: "Go on." asks for what was refused
 SHARE = 0.5  # of the requests have the words that a file is said to share
 LEAST_SHARED = 3  # words: fewer say little about a request
-_SYSTEM = re.compile(r"<<SYS>>.*?<</SYS>>", re.DOTALL)
+_SYSTEM = re.compile(r"<<SYS>>(?:(?!<<SYS>>).)*?<</SYS>>", re.DOTALL)
 _ENDS = re.compile(r"</?s>|<\|(?:im_end|eot_id|end|endoftext|end_of_text)\|>|<(?:end_of_turn|eos|bos)>")
 
 
-def pairs(text: str) -> list[tuple[str, str]]:
-    """Each answer in a text with what was asked since the one before; none if its turns are not marked (`MARKS`)."""
-    for mark in MARKS:
-        found = list(mark.finditer(text))
-        asks = [any(one.groupdict().values()) for one in found]
-        if True not in asks or False not in asks[asks.index(True) :]:
-            continue
-        ends = [*(one.start() for one in found), len(text)]
-        said = [
-            _ENDS.sub("", _SYSTEM.sub("", text[one.end() : end])).strip()
-            for one, end in zip(found, ends[1:], strict=True)
-        ]
-        made: list[tuple[str, str]] = []
-        request: list[str] = []
-        for is_request, part in zip(asks, said, strict=True):
-            if is_request:
-                request.append(part)
-            elif any(request):
-                made.append(("\n\n".join(filter(None, request)), part))
-                request = []
-        return made
-    return []
+class Marked(NamedTuple):
+    """An answer in a text, what was asked since the one before, and where that and the TURNS before it stand."""
+
+    request: str
+    answer: str
+    before: slice
+
+    def requests(self, text: str) -> list[str]:
+        """The request by itself, and with the turns before it if there are any; what introduces the first is left out."""
+        return list(dict.fromkeys((self.request, _words(text[self.before]))))
+
+
+def pairs(text: str) -> list[Marked]:
+    """Each answer in a text by the least ambiguous marks that it has; none if its turns are not marked (`MARKS`)."""
+    return next(filter(None, (_marked(text, mark) for mark in MARKS)), [])
+
+
+def every(text: str) -> list[Marked]:
+    """Each answer by each kind of marks: those of one kind may stand in a text to have the others overlooked."""
+    return [one for mark in MARKS for one in _marked(text, mark)]
+
+
+def _words(text: str) -> str:
+    """Text without system prompts and the marks of ends."""
+    return _ENDS.sub("", _SYSTEM.sub("", text)).strip()
+
+
+def _marked(text: str, mark: re.Pattern[str]) -> list[Marked]:
+    found = list(mark.finditer(text))
+    ends = [*(one.start() for one in found), len(text)]
+    made: list[tuple[str, list[str], slice]] = []
+    request: list[str] = []
+    begins: list[int] = []  # of the requests so far
+    for one, end in zip(found, ends[1:], strict=True):
+        part = _words(text[one.end() : end])
+        if any(one.groupdict().values()):
+            begins += [one.end()] * bool(part and not request)
+            request += [part] * bool(part)
+        elif request:
+            made.append(("\n\n".join(request), [part], slice(begins[-TURNS - 1 :][0], one.start())))
+            request = []
+        elif made:  # nothing was asked in between: the answer goes on
+            made[-1][1].append(part)
+    return [Marked(asked, "\n\n".join(filter(None, answer)), before) for asked, answer, before in made]
 
 
 @dataclass(frozen=True)
@@ -89,9 +113,11 @@ class Shared:
 def _common(texts: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """The longest beginning of at least SHARE of the texts, and of two of them."""
     found: list[str] = []
-    while True:
-        here = [own for own in texts if list(own[: len(found)]) == found and len(own) > len(found)]
-        word, count = Counter(own[len(found)] for own in here).most_common(1)[0] if here else ("", 0)
+    here = list(texts)
+    while here := [own for own in here if len(own) > len(found)]:
+        word, count = Counter(own[len(found)] for own in here).most_common(1)[0]
         if count < max(2, SHARE * len(texts)):
-            return tuple(found)
+            break
+        here = [own for own in here if own[len(found)] == word]
         found.append(word)
+    return tuple(found)
