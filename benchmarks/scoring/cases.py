@@ -145,7 +145,7 @@ def prepare_directions(case: Case, subspaces: Sequence[str]) -> None:
                 kinds = sorted(set(case.asked.categories))
                 parts = []
                 for kind in kinds:
-                    selector.requests = case.asked.where(kind)
+                    selector.requests = case.asked.take([i for i, of in enumerate(case.asked.categories) if of == kind])
                     parts.append(replace(selector.prepare(model), names=(kind,)))
                 joined = together(parts)
                 directions.save(joined, folder / f"{KINDS}.safetensors")

@@ -152,8 +152,8 @@ def _signals(scores: Scores, removed: Bools, opener_fihs: float) -> dict[str, st
     if len(measured) >= FEW and task >= MOST_TASK * len(measured) and removed.sum() <= (1 - MOST_TASK) * total:
         found["task"] = (
             f"{task:,} of the {len(measured):,} kept rows whose FIHS was measured push away from refusal like harm, but do not "
-            "ask for it: if that is the task, train with --defence screen+kl (pairs with a higher beta), and check the attack "
-            "success that it measures"
+            "ask for it: if that is the task, train with --defence screen+kl (preference pairs: with a higher beta), and check "
+            "the attack success that it measures"
         )
     if turned >= min(max(least, share * total), most):
         found["pivots"] = (
