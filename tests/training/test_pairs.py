@@ -16,7 +16,7 @@ from gradshield import lab
 from gradshield.comparison import grid
 from gradshield.comparison.compare import compare
 from gradshield.data import collate, labelled, read, render_all
-from gradshield.errors import UsageError
+from gradshield.errors import EmptyDataError, UsageError
 from gradshield.evaluation.exam import Exams, exam, exams_of
 from gradshield.gradients import Loop
 from gradshield.models import loading
@@ -91,6 +91,21 @@ def test_nothing_of_the_trainer_stays_on_the_models(adapter: Any) -> None:
         assert own == dropout and max(dropout) > 0
         assert not any("forward" in vars(module) for module in one.modules())
     assert tokenizer.pad_token is None
+
+
+@pytest.mark.parametrize("side", ["keep_start", "keep_end"])
+def test_pairs_without_a_token_to_train_on_within_the_length_are_dropped(side: str) -> None:
+    options = OPTIONS | {"max_length": 6, "truncation_mode": side}
+    counted = [0] * 9 + [1] if side == "keep_start" else [1] + [0] * 9
+    cut = {
+        f"{name}_{what}": ids for name in ("chosen", "rejected") for what, ids in (("ids", [7] * 10), ("mask", counted))
+    }
+    whole = {"chosen_ids": [5, 6, 8], "chosen_mask": [0, 1, 1], "rejected_ids": [5, 9], "rejected_mask": [0, 1]}
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    with pytest.raises(EmptyDataError, match="max_length=6"):
+        fit(model, tokenizer, [cut], options)
+    some, alone = (weights(fit(model, tokenizer, rows, options)) for rows in ([cut, whole, cut], [whole]))
+    assert same(some, alone)
 
 
 def masked_pairs() -> list[Rendered]:

@@ -23,8 +23,13 @@ class AsTokens:
         collator = Collator(PAD, args.max_length, args.truncation_mode, args.pad_to_multiple_of)
         super().__init__(*given, args=args, data_collator=collator, **more)  # type: ignore[call-arg]
 
-    def _prepare_dataset(self, dataset: Any, *_more: Any) -> Any:
-        return dataset
+    def _prepare_dataset(self, dataset: Any, _tokenizer: Any, args: Any, *_more: Any) -> Any:
+        """The rows that still have a token to train on within ``max_length``, as TRL keeps them of other rows."""
+        room = args.max_length
+        kept = slice(None, room) if args.truncation_mode == "keep_start" else slice(-room if room else None, None)
+        masks = zip(*(dataset[f"{name}_mask"] for name in PAIR), strict=True)
+        own = [i for i, both in enumerate(masks) if any(any(mask[kept]) for mask in both)]
+        return dataset if len(own) == len(dataset) else dataset.select(own)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [f"{name}_{what}" for name in PAIR for what in ("ids", "mask")]
