@@ -171,9 +171,9 @@ def test_a_reference_that_follows_the_model_leaves_the_start_alone() -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "words"),
     [
-        (PAIRS, {"packing": True}, "'packing': DPOConfig of TRL, which pairs"),
+        (PAIRS, {"packing": True}, "'packing': no field of DPOConfig of TRL, which pairs"),
         (PAIRS, {"bets": 0.1}, "did you mean 'beta'"),
-        ([{"input_ids": [5, 6], "labels": [5, 6]}], {"beta": 0.1}, "'beta': SFTConfig of TRL has"),
+        ([{"input_ids": [5, 6], "labels": [5, 6]}], {"beta": 0.1}, "'beta': no field of SFTConfig of TRL has"),
     ],
 )
 def test_options_are_those_of_the_rows_trainer(rows: Any, options: dict[str, Any], words: str) -> None:
