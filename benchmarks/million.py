@@ -123,11 +123,11 @@ def figures(folder: Path, tokens: NDArray[np.int64], began: float, samples: Sequ
         "shards": len(costs),
         "seconds": {
             "read, render, probe": round(prepared - began, 1),
-            "measure": round(done[-1] - prepared, 1),
-            "cut, name the harm": round(shown - done[-1], 1),
+            "read requests": round(done[-1] - prepared, 1),
+            "measure FIHS, cut, name the harm": round(shown - done[-1], 1),
             "write": round(_time(out / "manifest.json") - shown, 1),
         },
-        "resident_mb": {"after 10 %": _mb(early), "all measured": _mb(late), "peak": _mb(peak)},
+        "resident_mb": {"after 10 %": _mb(early), "all read": _mb(late), "peak": _mb(peak)},
         "bytes_a_row": round((late - early) / (0.9 * len(tokens))),
         "bytes_a_row_at_peak": round((peak - early) / (0.9 * len(tokens))),
         "microseconds_a_token": {"first tenth": round(1e6 * first, 2), "last tenth": round(1e6 * last, 2)},
@@ -152,22 +152,23 @@ def _at(samples: Sequence[Sample], moment: float) -> int:
 def _shards(
     folder: Path, tokens: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """When each shard was done, its seconds a token, and its rows, in the order in which they were measured.
+    """When the requests of each shard were read, the seconds a token, and its rows, in the order in which they were read.
 
-    The first took as long a token as the second: when it began is not recorded.
+    Shards of FIHS hold a few rows each, and are not counted. The first took as long a token as the second: when it began is not
+    recorded.
     """
     from safetensors import safe_open
 
-    found = sorted((_time(path), path) for path in folder.glob("*.safetensors"))
-    counts = []
-    for _, path in found:
+    found = []
+    for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="numpy") as file:
-            counts.append(file.get_slice("lengths").get_shape()[0])
-    done = np.array([moment for moment, _ in found])
+            if "extra" in file.keys():  # noqa: SIM118 (not a dict)
+                found.append((_time(path), file.get_slice("lengths").get_shape()[0]))
+    done, counts = (np.array(column) for column in zip(*sorted(found), strict=True))
     ends = np.cumsum(counts)
     sums = np.diff(np.r_[0, np.cumsum(tokens)[ends - 1]])
     costs = np.diff(done) / sums[1:]
-    return done, np.r_[costs[:1], costs], np.array(counts)
+    return done, np.r_[costs[:1], costs], counts
 
 
 def table(found: Mapping[str, Any]) -> str:

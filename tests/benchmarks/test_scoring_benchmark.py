@@ -63,7 +63,7 @@ def test_whole_scans_are_split_by_stage(report: dict) -> None:
         assert set(line["stages"]) == set(stages.STAGES) and line["rows"] == before["rows"]
         assert sum(line["stages"].values()) == pytest.approx(line["whole"])  # of one round
         assert all(line["stages"][s] > 0 for s in ("loading the model", "reading rows", "scoring rows", "writing"))
-        assert 0 < line["first_row_seconds"] < line["whole"] * line["floor_seconds"]
+        assert line["first_row_seconds"] > 0  # by the clock, the stages in processor time
     assert cached["stages"]["finding the direction"] < first["stages"]["finding the direction"]
     assert cached["stages"]["asking the probes"] < first["stages"]["asking the probes"]
     assert "whole scan" in report["printed"]
