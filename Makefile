@@ -10,7 +10,8 @@
 #   make install   only the virtual environment, .venv
 #
 #   PYTHON=python3.12    the interpreter to build .venv with (3.11 or newer)
-#   TORCH_SOURCE="--extra-index-url https://download.pytorch.org/whl/cpu"    torch without CUDA, a much smaller download
+#   TORCH_SOURCE="--extra-index-url https://download.pytorch.org/whl/cpu"    torch without CUDA, a much smaller download;
+#                        any options of pip install, such as --find-links FOLDER with its wheel
 #   JOBS=2               processes that tests run in
 #   ARGS="..."           passed on: make test ARGS="tests/data -x", make demo ARGS="--task arithmetic"
 

@@ -50,7 +50,7 @@ Columns = Annotated[
     str | None,
     typer.Option(
         "--columns",
-        help="Your columns for keys of a shape: prompt=question,completion=answer.",
+        help="Your columns for keys of a shape: prompt=Q,completion=A.",
         show_default=False,
     ),
 ]
@@ -281,7 +281,8 @@ def summary(selection: Selection, folder: Path, listed: Sequence[str] = ()) -> N
         label = "" if name == "rows" else f" ({name})"
         out.print(f"cut{label}     {one.rule}, score > {one.value:.6g}")
     if results.categories:
-        out.print("harm    " + plain(", ".join(f"{name} {count}" for name, count in results.categories.items())))
+        kinds = ", ".join(f"{name} {count}" for name, count in results.categories.items())
+        out.print(f"harm    {plain(kinds)} (nearest kinds, a guess)")
     for key, rate in (("caught", results.labels.caught), ("lost", results.labels.lost)):
         if rate is not None:
             out.print(f"{key:7} {plain(str(rate))}")
