@@ -261,6 +261,11 @@ def require_model(name: str) -> None:
     path = Path(name).expanduser()
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ModelError(f"there is no folder {name}: give a model's folder (with config.json) or a hub name")
+    if name == "lab" and not path.exists():
+        raise ModelError(
+            "the bundled model goes by the name lab in `gradshield serve` only, and knows an invented language: "
+            "see it at work with `gradshield demo`, and give a model's folder (with config.json) or a hub name here"
+        )
 
 
 def summary(selection: Selection, folder: Path, listed: Sequence[str] = ()) -> None:
