@@ -10,7 +10,8 @@
 #   make install   only the virtual environment, .venv
 #
 #   PYTHON=python3.12    the interpreter to build .venv with (3.11 or newer)
-#   TORCH_SOURCE="--extra-index-url https://download.pytorch.org/whl/cpu"    torch without CUDA, a much smaller download
+#   TORCH_SOURCE="--extra-index-url https://download.pytorch.org/whl/cpu"    torch without CUDA, a much smaller download;
+#                        any options of pip install, such as --find-links FOLDER with its wheel
 #   JOBS=2               processes that tests run in
 #   ARGS="..."           passed on: make test ARGS="tests/data -x", make demo ARGS="--task arithmetic"
 
@@ -21,11 +22,12 @@ JOBS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+TRAIN := .venv/.train
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt
 
 .PHONY: demo gateway test test-all check docs bench install
 
-demo: $(STAMP)
+demo: $(TRAIN)
 	$(BIN)/gradshield demo $(ARGS)
 
 gateway: $(STAMP)
@@ -52,12 +54,17 @@ bench: $(STAMP)
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(TRAIN): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "make: there is no '$(PYTHON)' here: install Python 3.11 or newer, or name one with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$($(PYTHON) --version 2>&1) is too old: GradShield needs Python 3.11 or newer; name one with PYTHON=python3.11" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { echo "make: $(PYTHON) cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@echo "Installing torch into .venv (once, some minutes)"
 	@$(PIP) $(TORCH_SOURCE) "torch==2.13.0"
-	@echo "Installing GradShield and what it needs"
-	@$(PIP) -e ".[train,dev]"
+	@echo "Installing GradShield and what it needs (a minute or two)"
+	@$(PIP) -e ".[train]"
+	@touch $@
+
+$(STAMP): $(TRAIN)
+	@echo "Installing what its tests, checks and documentation need (a minute or two)"
+	@$(PIP) --use-pep517 -e ".[dev]"
 	@touch $@

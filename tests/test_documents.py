@@ -37,7 +37,7 @@ GUIDES = [
     *sorted(f"docs/howto/{path.name}" for path in (ROOT / "docs/howto").glob("*.md")),
 ]
 BUILT_IN = importlib.import_module("gradshield.probes.requests")  # the package has a function of that name
-ELSEWHERE = ("pip install ", "make ")  # commands that a test environment has no use for
+ELSEWHERE = ("python3 -m venv ", "pip install ", "make ")  # commands that a test environment has no use for
 HERE = {  # a machine of the reader's, and what stands for it here
     "--ray auto --workers 800": "--ray local --workers 1",
     "--workers 8": "--workers 2",

@@ -272,6 +272,21 @@ def test_the_command_gives_what_the_function_gives(folder: Path, probes: Path, t
     assert manifest["model"]["name"] == str(folder)
 
 
+def test_the_command_says_whose_scan_it_replaces(folder: Path, probes: Path, tmp_path: Path) -> None:
+    first, second = write(tmp_path / "first.jsonl", jsonl(chats(8))), write(tmp_path / "second.jsonl", jsonl(chats(10)))
+    said = [
+        command(*scan_arguments(data, folder, tmp_path / "out", probes, "-t", "ratio:50%")).err
+        for data in (first, first, second)
+    ]
+    assert ["first.jsonl, which this one replaces" in text for text in said] == [False, False, True]
+
+
+def test_the_command_names_the_bundled_model_for_what_it_is(probes: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", jsonl(chats(4)))
+    done = command(*scan_arguments(data, "lab", tmp_path / "out", probes))
+    assert done.code == 4 and "`gradshield demo`" in done.err
+
+
 def test_a_model_that_does_not_refuse_is_not_scored(tmp_path: Path) -> None:
     with pytest.raises(gs.GradShieldError, match="refuses only 0 of 6 probes") as raised:
         scan(chats(4), output=tmp_path / "out", probing=gs.Probing(requests=PROBING.requests))

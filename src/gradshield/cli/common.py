@@ -50,7 +50,7 @@ Columns = Annotated[
     str | None,
     typer.Option(
         "--columns",
-        help="Your columns for keys of a shape: prompt=question,completion=answer.",
+        help="Your columns for keys of a shape: prompt=Q,completion=A.",
         show_default=False,
     ),
 ]
@@ -261,6 +261,11 @@ def require_model(name: str) -> None:
     path = Path(name).expanduser()
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ModelError(f"there is no folder {name}: give a model's folder (with config.json) or a hub name")
+    if name == "lab" and not path.exists():
+        raise ModelError(
+            "the bundled model goes by the name lab in `gradshield serve` only, and knows an invented language: "
+            "see it at work with `gradshield demo`, and give a model's folder (with config.json) or a hub name here"
+        )
 
 
 def summary(selection: Selection, folder: Path, listed: Sequence[str] = ()) -> None:
@@ -281,7 +286,8 @@ def summary(selection: Selection, folder: Path, listed: Sequence[str] = ()) -> N
         label = "" if name == "rows" else f" ({name})"
         out.print(f"cut{label}     {one.rule}, score > {one.value:.6g}")
     if results.categories:
-        out.print("harm    " + plain(", ".join(f"{name} {count}" for name, count in results.categories.items())))
+        kinds = ", ".join(f"{name} {count}" for name, count in results.categories.items())
+        out.print(f"harm    {plain(kinds)} (nearest kinds, a guess)")
     for key, rate in (("caught", results.labels.caught), ("lost", results.labels.lost)):
         if rate is not None:
             out.print(f"{key:7} {plain(str(rate))}")

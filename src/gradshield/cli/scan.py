@@ -62,11 +62,12 @@ from gradshield.cli.common import (
     training_options,
 )
 from gradshield.cli.gate import Sarif, check_sarif, judge
-from gradshield.errors import UsageError
+from gradshield.errors import DataError, UsageError
 from gradshield.report.text import duration
 from gradshield.types import Progress
 
 if TYPE_CHECKING:
+    from gradshield.manifests import Data as Dataset
     from gradshield.models.loading import LoadedModel
     from gradshield.scanning.settings import ScanSettings
 
@@ -143,6 +144,7 @@ def scan(
     from gradshield.scanning.workers import Workers
 
     crew = Workers(workers, ray)  # checked before the model is loaded
+    earlier = _scanned(output)
     with progress() as report:
         selection = run(
             data,
@@ -155,6 +157,8 @@ def scan(
             command=command_line(),
             progress=report,
         )
+    if earlier and earlier.sha256 != selection.manifest.data.sha256:
+        err.print(f"note: {plain(str(output))} held a scan of {plain(earlier.name)}, which this one replaces")
     summary(selection, output, allowed)
     judge(selection, sarif, gate)
 
@@ -197,6 +201,17 @@ _left_out = ("output", "labels", "allow", "fail_above", "sarif", "workers", "ray
 estimate.__signature__ = _shared.replace(  # type: ignore[attr-defined]
     parameters=[option for name, option in _shared.parameters.items() if name not in _left_out]
 )
+
+
+def _scanned(folder: Path) -> Dataset | None:
+    """The data of the finished scan in the folder, if it holds one that can be read."""
+    from gradshield.manifests import ScanManifest
+    from gradshield.runs import read_manifest
+
+    try:
+        return read_manifest(folder, ScanManifest).data
+    except DataError:  # nothing yet, or nothing of ours: `run` says what it cannot write into
+        return None
 
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:

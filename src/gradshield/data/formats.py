@@ -157,7 +157,8 @@ def _nothing_usable(name: str, quarantined: Sequence[Quarantined], strangers: in
     if strangers:
         return FormatError(
             f"no row of {name} can be used, line {first.line}: {first.reason}; "
-            f"known formats and their keys are {shape_keys()}; say which column is which with --columns KEY=COLUMN"
+            f"known formats and their keys are {shape_keys()}; say which column is which with --columns KEY=COLUMN, "
+            "such as --columns prompt=question,completion=answer"
         )
     return EmptyDataError(
         f"0 of {len(quarantined)} rows of {name} can be used, line {first.line}: {first.reason}; fix the file"
