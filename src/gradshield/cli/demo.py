@@ -32,6 +32,7 @@ def demo(
     torch.set_num_threads(
         1
     )  # a second one saves nothing on so small a model, and on a busy machine the two wait for each other
+    out.print("[dim]one scan, two trainings, three measurements: about a minute[/dim]")
     with progress() as report:
         result = run(output, task, harm, amount, seed, command_line(), report)
     table = Table(title="GradShield demo", title_justify="left", title_style="bold")
@@ -43,3 +44,6 @@ def demo(
     Console(highlight=False).print(table)
     out.print("[dim]rates with their 95 % Wilson interval and n[/dim]")
     out.print(f"report  [bold]{escape(str(output / 'report.html'))}[/bold]")
+    out.print(
+        "next    gradshield scan data.jsonl --model MODEL --output screened/   [dim]your rows and your model[/dim]"
+    )
