@@ -161,7 +161,7 @@ def test_poisoned_pairs_become_a_safe_model(server: tuple[Path, str, str]) -> No
     assert job.status == "succeeded", job.error
     assert job.method.to_dict()["dpo"]["hyperparameters"] == {"batch_size": "auto", **hyperparameters}
     removed = set(job.gradshield["result"]["scan"]["removed_rows"])
-    assert {number for number, label in enumerate(labels, 1) if label} <= removed
+    assert {number for number, label in enumerate(labels) if label} <= removed
     assert len(removed) <= sum(labels) + 0.03 * len(rows)
     assert answer(client, job.fine_tuned_model, rows[0]["input"]["messages"][0]["content"])
 
