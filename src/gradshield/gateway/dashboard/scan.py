@@ -50,9 +50,9 @@ class Scan:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """A little under the lowest score, and the highest one."""
+        """A little under the lowest score, and a little over the highest: the page rounds what is chosen."""
         low, high = float(self.scores.values.min()), float(self.scores.values.max())
-        return low - 0.01 * (high - low or 1.0), high
+        return low - 0.01 * (high - low or 1.0), high + 0.01 * (high - low or 1.0)
 
     def moved(self, value: float | None) -> Bools:
         """The rows that a cut at ``value`` takes; without one, those that the scan took."""
