@@ -134,6 +134,9 @@ class KnownScores(Record):
     harmless: list[Number]
 
 
+LEAST_SPEARMAN = 0.99  # rank correlation with the oracle from which an engine agrees
+
+
 class EngineCheck(Record):
     """The engine against the oracle on n rows: ``relative_error`` is ‖f − o‖/‖o‖."""
 

@@ -282,3 +282,9 @@ Progress = Callable[[str, int, int], None]
 
 def quiet(stage: str, done: int, total: int) -> None:
     """Report no progress."""
+
+
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many leading items (characters, messages, tokens) two sequences have in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))

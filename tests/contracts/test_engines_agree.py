@@ -11,7 +11,7 @@ from torch.nn import functional
 from gradshield.errors import UsageError
 from gradshield.gradients import ENGINES, agreement, calibrated, pick
 from gradshield.gradients.base import Engine
-from gradshield.scanning.preparing import LEAST_SPEARMAN
+from gradshield.manifests import LEAST_SPEARMAN
 from tests.contracts.common import SUBSPACES, Case, batch_of, case, one, row_sums, rows
 from tests.tiny import ARCHITECTURES, LAYERS
 

@@ -23,12 +23,11 @@ from gradshield.data import templates
 from gradshield.data.fitting import RenderText, Takes, left_out, structure
 from gradshield.data.messages import Messages, RowError
 from gradshield.data.records import RawRow
-from gradshield.data.shapes import common
 from gradshield.data.source import Source
 from gradshield.data.spool import Spool
 from gradshield.data.turns import turn_span
 from gradshield.errors import DataError, UsageError, first_line
-from gradshield.types import Conversation, Example, Ints, Quarantined, Rendered, Tokens
+from gradshield.types import Conversation, Example, Ints, Quarantined, Rendered, Tokens, shared_length
 
 logger = logging.getLogger(__name__)
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -477,7 +476,7 @@ class Renderer:
 
 def _after(prompt: Sequence[int], ids: Sequence[int]) -> Mask:
     """The tokens of ``ids`` from where they differ from ``prompt``: tokens may merge at its end."""
-    shared = common(prompt, ids)
+    shared = shared_length(prompt, ids)
     return [False] * shared + [True] * (len(ids) - shared)
 
 

@@ -18,7 +18,7 @@ from gradshield.data.messages import Messages, RowError, from_gemini, from_share
 from gradshield.data.trl import IGNORED
 from gradshield.errors import UsageError, did_you_mean
 from gradshield.registry import Registry
-from gradshield.types import Conversation
+from gradshield.types import Conversation, shared_length
 
 Row = Mapping[str, Any]
 Keys = frozenset[str]
@@ -516,21 +516,15 @@ def _answer(value: Any, field: str) -> str:
 
 def _split_strings(chosen: str, rejected: str) -> tuple[str, str, str]:
     """The common prefix, and the rest of each. A space at the boundary belongs to the answers."""
-    shared = common(chosen, rejected)
+    shared = shared_length(chosen, rejected)
     if shared and chosen[shared - 1] == " ":
         shared -= 1
     return chosen[:shared], _own(chosen[shared:], "chosen"), _own(rejected[shared:], "rejected")
 
 
 def _split_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    shared = common(chosen, rejected)
+    shared = shared_length(chosen, rejected)
     return chosen[:shared], _own(chosen[shared:], "chosen"), _own(rejected[shared:], "rejected")
-
-
-def common(left: Any, right: Any) -> int:
-    """How many leading items (characters, messages, tokens) two sequences share."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _own(rest: Any, field: str) -> Any:

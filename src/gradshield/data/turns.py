@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradshield.data.fitting import RenderText, attempt
-from gradshield.data.shapes import common
+from gradshield.types import shared_length
 
 Span = tuple[int, int]
 
@@ -42,7 +42,7 @@ def turn_span(
     span = _by_substitution(messages, turn, text, render, ends, bare or "", opening)
     if span is None and bare and until and text.startswith(until) and until.startswith(bare):
         # A tool call in place of the content: all that the turn adds, after what it shares with the generation prompt.
-        start = len(bare) + common(opening, until[len(bare) :])
+        start = len(bare) + shared_length(opening, until[len(bare) :])
         span = (start, _close(text, start, len(until), ends)) if len(until) > start else None
     return span
 
@@ -61,7 +61,7 @@ def _by_substitution(
         header = _header(opening)
         at = text.find(header, len(bare), start) if text.startswith(bare) else text.rfind(header, 0, start)
         if at >= 0:
-            start = min(start, at + common(opening[opening.index(header) :], text[at:]))
+            start = min(start, at + shared_length(opening[opening.index(header) :], text[at:]))
     last = _surroundings(messages[: turn + 1], turn, render)
     # A turn with only tool calls lacks the white space that would separate them from content.
     tails = (last[1], last[1].lstrip()) if last else ("",)
@@ -88,7 +88,7 @@ def _with_content(messages: Sequence[Mapping[str, Any]], turn: int, content: str
 
 def _shared(left: str, right: str) -> str:
     """The beginning that two texts have in common."""
-    return left[: common(left, right)]
+    return left[: shared_length(left, right)]
 
 
 def _header(opening: str) -> str:

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from gradshield.models.logits import logits_at
 from gradshield.models.modules import modules_by_name, outputs_of, run_until
+from gradshield.types import shared_length
 
 LEAST = 8  # tokens of a prefix, and sequences that share it: for fewer it does not pay
 
@@ -38,14 +39,6 @@ class Prefix:
         past = DynamicCache([(k.expand(size, -1, -1, -1), v.expand(size, -1, -1, -1)) for k, v in self._layers])
         whole = torch.cat([attention.new_ones(size, self._length), attention], 1)
         return {"attention_mask": whole, "past_key_values": past, "use_cache": True}
-
-
-def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    count = 0
-    while count < min(len(one), len(other)) and one[count] == other[count]:
-        count += 1
-    return count
 
 
 def common(sequences: Sequence[Sequence[int]]) -> int:

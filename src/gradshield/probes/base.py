@@ -16,8 +16,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gradshield.models.decoding import continued, stop_tokens, until
 from gradshield.models.logits import logits_at, token_nll
-from gradshield.models.prefix import common, prefix_of, shared_length
+from gradshield.models.prefix import common, prefix_of
 from gradshield.registry import Registry
+from gradshield.types import shared_length
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gradshield.manifests import ScanResults
+from gradshield.manifests import LEAST_SPEARMAN, ScanResults
 from gradshield.report.frame import Status
 from gradshield.report.text import number, percent
 from gradshield.types import Cut
 
 LITTLE_LEFT = 0.2  # share of scored rows under which the page says that little is left
-AGREES = 0.99  # Spearman against the oracle, as the scan itself asks
 
 _RULES = {
     "anchored": "The score compares a row's request with requests that this model answers (near 0) and with requests that it "
@@ -101,7 +100,7 @@ def checks(results: ScanResults) -> list[Check]:
         )
         found.append(Check("Probe validity", "fail" if probes.problem else "pass", text))
     if (known := results.agreement) is not None:
-        agrees = known.relative_error is not None and (known.spearman is None or known.spearman >= AGREES)
+        agrees = known.relative_error is not None and (known.spearman is None or known.spearman >= LEAST_SPEARMAN)
         ranks = "" if known.spearman is None else f", Spearman {known.spearman:.5f}"
         text = (
             f"{known.engine} against the oracle on {known.n:,} rows: relative error ‖f − o‖/‖o‖ "

@@ -32,6 +32,7 @@ from gradshield.gradients import (
     target_names,
 )
 from gradshield.gradients import direction as directions
+from gradshield.manifests import LEAST_SPEARMAN
 from gradshield.models.loading import LoadedModel, fingerprint
 from gradshield.options import Spec
 from gradshield.probes import (
@@ -58,7 +59,6 @@ from gradshield.selectors.reading import LEAST, Reading, Turn
 from gradshield.types import Anchors, Bools, Direction, Floats, Progress, Rendered, Scores
 
 FEW = 1024  # positions in one batch of a few known rows: fewer of them are padding
-LEAST_SPEARMAN = 0.99  # least rank correlation of an engine with the oracle
 
 
 @dataclass(frozen=True, eq=False)

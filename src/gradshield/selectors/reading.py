@@ -18,10 +18,10 @@ from gradshield.gradients.base import scoring
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.modules import outputs_of, run_until
 from gradshield.models.placement import in_float64
-from gradshield.models.prefix import groups, prefix_of, shared_length
+from gradshield.models.prefix import groups, prefix_of
 from gradshield.probes import PromptBatch, Prompts, first_logits
 from gradshield.probes.base import padded
-from gradshield.types import Anchors, Bools, Floats, Ints
+from gradshield.types import Anchors, Bools, Floats, Ints, shared_length
 
 DEPTH = (0.5, 0.75)  # blocks read, as shares of the model's depth: refusal is decided there, below is wording
 OPENER = 0.02  # a token that begins this share of the refusals counts as a refusal opener

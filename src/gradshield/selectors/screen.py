@@ -62,9 +62,9 @@ class Look:
             row, toward = int(batch.rows[i]), bool(batch.coefficients[i] > 0)
             openings = self.reading.turn.openings(ids, loss)
             for opened, own in openings:
-                if self._is_empty(opened):
-                    continue
                 request = self._request(opened)
+                if not request.strip() and self._is_empty(opened):
+                    continue
                 words = self._words(ids[own], loss[own], bool(loss[max(own.start - 1, 0)]))
                 inside = [one.request for one in pairs(request)[-1:] if not one.answer]
                 inside += filter(None, [self.shared.rest(request)])

@@ -14,7 +14,7 @@ def _lines(asks: str, answers: str) -> re.Pattern[str]:
     return re.compile(rf"(?m)^[ \t]*(?:(?P<asks>{asks})|(?:{answers}))[ \t]*:")
 
 
-# How turns are marked, the least ambiguous first; a text is read by the first that it has both a request and an answer of.
+# How turns are marked, the least ambiguous first.
 MARKS = (
     re.compile(  # chat templates of other models
         r"<\|(?:im_start|start|start_header_id)\|>\s*(?:(?P<asks>user)|assistant)\s*(?:<\|(?:end_header_id|message)\|>|\n)"
