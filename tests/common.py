@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = [{"prompt": f"How do I pick the lock {n}?", "category": ("theft", "fraud")[n % 2]} for n in range(6)]
 PROBING = gs.Probing(requests=PROMPTS, lookalikes=PROMPTS, uncertified=True)
+OPENING = re.compile(r".+ on \w+ in \w+ \(.+\)|(engine [\w-]+, )?batches of at most [\d,]+ tokens")
 HALF = gs.ScanSettings(threshold="ratio:50%", selector="fihs")
 
 
@@ -69,7 +71,7 @@ def scan(rows: Any, **options: Any) -> gs.Selection:
 class Done:
     """How a command ended.
 
-    ``err`` is without the line that every scan begins with (``opening``) and the warning of an uncertified one (``doubted``).
+    ``err`` is without the lines that every scan begins with (``opening``) and the warning of an uncertified one (``doubted``).
     """
 
     code: int
@@ -101,7 +103,7 @@ def command(*arguments: Any) -> Done:
     said: dict[str, str] = {"err": "", "doubted": "", "opening": ""}
     for line in err.getvalue().splitlines(keepends=True):
         kind = "doubted" if line.startswith("warning: not certified") else "err"
-        said["opening" if " tokens" in line and ", batches of at most " in line else kind] += line
+        said["opening" if OPENING.fullmatch(line.rstrip()) else kind] += line
     return Done(code, out.getvalue(), **said)
 
 

@@ -69,6 +69,42 @@ def test_data_that_cannot_be_used(case: str, folder: Path, probes: Path, tmp_pat
     assert not output.exists()
 
 
+LABELLED = jsonl([{"prompt": "a", "completion": "b", "label": False}])
+PAIRS = jsonl([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+BEFORE_LOADING: dict[str, tuple[str, bytes, list[str], str]] = {
+    "unknown keys": ("scan", b'{"ask": "a", "reply": "b"}\n', [], "fit no known format"),
+    "an unknown column": ("scan", GOOD, ["--columns", "prompt=ask"], "has the column 'ask'"),
+    "an unreadable file": ("scan", b'{"text": "caf\xe9"}\n', [], "not UTF-8"),
+    "too few labels": ("scan", GOOD, ["--labels"], "2 labels for 6 rows"),
+    "answers with a label": ("train", LABELLED, [], "KTOTrainer"),
+    "pairs among rows": ("train", PAIRS + GOOD, [], "mixes preference pairs"),
+    "pairs for single answers": ("train", PAIRS, ["--defence", "safeinstruct"], "holds preference pairs"),
+    "the second dataset": ("train", PAIRS + GOOD, ["first"], "mixes preference pairs"),
+    "an estimate": ("estimate", b'{"text": 3}\n', [], "0 of 1 rows"),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE_LOADING)
+def test_what_is_wrong_with_the_rows_is_said_before_a_model_is_loaded(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, content, more, words = BEFORE_LOADING[case]
+    monkeypatch.setattr("gradshield.models.loading.load", lambda *_, **__: pytest.fail("a model is loaded"))
+    arguments: list[Any] = [write(tmp_path / "data.jsonl", content), "--model", "model", *more]
+    if more == ["--labels"]:
+        arguments.append(write(tmp_path / "labels.json", b"[0, 1]"))
+    if more == ["first"]:
+        held = write(tmp_path / "held.jsonl", GOOD)
+        arguments[3:] = ["--utility", held, "--utility", held]
+        arguments.insert(0, write(tmp_path / "first.jsonl", GOOD))
+    if name != "estimate":
+        arguments += ["--output", tmp_path / "out"]
+    done = command(name, *arguments)
+    assert done.code in (2, 3)
+    assert words in done.sentence
+    assert not (tmp_path / "out").exists()
+
+
 def test_data_that_is_not_there(folder: Path, probes: Path, tmp_path: Path) -> None:
     cases = {str(tmp_path / "missing.jsonl"): 3, "no/missing.jsonl": 3, str(tmp_path): 3, "owner/dataset": 3}
     for data, code in cases.items():
@@ -304,7 +340,7 @@ def test_a_scan_begins_with_what_it_measures_with(
     done = command(*scan_arguments(data, folder, tmp_path / "out", probes, "-t", "ratio:50%", *more))
     assert done.code == 0
     kind = r"bfloat16 \(as asked for\)" if "--dtype" in more else r"float32 \((this CPU has|as on every CPU).*\)"
-    assert re.fullmatch(rf"{re.escape(str(folder))} on cpu in {kind}, {said}\n", done.opening), done.opening
+    assert re.fullmatch(rf"{re.escape(str(folder))} on cpu in {kind}\n{said}\n", done.opening), done.opening
 
 
 def test_folders_that_cannot_be_written(
@@ -385,6 +421,17 @@ def test_help(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.code == 0
     assert done.err == ""
     assert max(map(len, done.out.splitlines())) <= 100
+    if name == "scan":  # what most need comes first, and the rest by subject
+        first, *others = re.split(r"╭─ (?:Options|[A-Z][a-z ]+) ─+╮", done.out)[2:]
+        assert re.findall(r" (--[a-z-]+) ", first) == [
+            "--model",
+            "--output",
+            "--columns",
+            "--threshold",
+            "--fail-above",
+            "--help",
+        ]
+        assert len(others) == 6
     for other in COMMANDS if not name else ():
         assert re.search(rf"\b{other}\b", done.out)
     if name == "scan":

@@ -83,6 +83,11 @@ ROWS: dict[str, tuple[dict[str, Any], str, list[tuple[Any, ...]]]] = {
         "alpaca, not text",
         [CHAT],
     ),
+    "alpaca with a prompt of its own": (
+        {"instruction": "Hi", "input": "there", "output": "Hello", "prompt": "Below is … ### Response:"},
+        "alpaca, without its prompt",
+        [({"role": "user", "content": "Hi\n\nthere"}, ASSISTANT)],
+    ),
     "UltraFeedback as on the hub": (
         {
             "prompt": "Hi",
@@ -524,6 +529,15 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "polars": (lambda folder: _Polars(), "dataset"),
     "Arrow": (lambda folder: pa.Table.from_pylist(PAIRS), "dataset"),
 }
+
+
+@pytest.mark.parametrize("keys", [("train", "test"), ("test", "train"), ("dev_set", "data")])
+def test_held_out_rows_beside_those_that_are_read_are_named(keys: tuple[str, str], tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps({key: PAIRS if key in ("train", "data") else [{}] for key in keys}))
+    (held,) = {*keys} - {"train", "data"}
+    with pytest.warns(UserWarning, match=rf"data\.json also has rows under {held}, which are not read"):
+        assert read(data).source.rows == len(PAIRS)
 
 
 @pytest.mark.filterwarnings("ignore")

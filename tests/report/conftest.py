@@ -34,12 +34,13 @@ class Scanned:
     selection: Selection
     views: Views
     labels: Any = None
+    folder: Path = Path("screened")
 
     def render(self) -> str:
-        return sheet.render(page.page(self.selection, self.views, self.labels))
+        return sheet.render(page.page(self.selection, self.folder, self.views, self.labels))
 
     def write(self, path: Path) -> Path:
-        return sheet.write(page.page(self.selection, self.views, self.labels), path)
+        return sheet.write(page.page(self.selection, self.folder, self.views, self.labels), path)
 
 
 def make_scan(

@@ -1,6 +1,7 @@
 """The page as text: every edge renders, what is untrusted is escaped, and size has a bound."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,13 @@ def test_the_fits_are_drawn_where_the_rule_gives_them(make: Make) -> None:
     assert "component 2" in page
     assert "one Gaussian" in page
     assert "so the mixture decides" in page
+
+
+def test_the_next_commands_name_the_folder_as_it_was_typed(example: Scanned) -> None:
+    text = shown(replace(example, folder=Path("my runs/screened")).render())
+    assert "gradshield review 'my runs/screened'" in text
+    assert "gradshield cut 'my runs/screened' --threshold ratio:5%" in text
+    assert "Train on my runs/screened/kept.jsonl" in text
 
 
 def test_many_long_rows_stay_within_eight_megabytes(make: Make) -> None:

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +34,20 @@ NOTED = 5.0  # seconds from which a stage has a line of its own
 out = Console(soft_wrap=True, highlight=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
+# Options by the panel of the help that shows them; those that most users want are in none.
+reading, scoring, asking, reviewing, measuring, loading, running = (
+    partial(typer.Option, rich_help_panel=title)
+    for title in (
+        "Reading the rows",
+        "Scoring them",
+        "Asking the model",
+        "Reviewing the result",
+        "Measuring",
+        "Loading the model",
+        "Running",
+    )
+)
+
 Data = Annotated[
     str,
     typer.Argument(
@@ -44,7 +59,7 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Folder or hub name of an aligned causal LM, or of a PEFT adapter.")
 ]
 Shape = Annotated[
-    str | None, typer.Option("--format", help="Read every row as this shape instead of detecting it from its keys.")
+    str | None, reading("--format", help="Read every row as this shape instead of detecting it from its keys.")
 ]
 Columns = Annotated[
     str | None,
@@ -54,11 +69,9 @@ Columns = Annotated[
         show_default=False,
     ),
 ]
-Allow = Annotated[Path | None, typer.Option(help="File of row ids cleared by a reviewer, one per line: they are kept.")]
-Deny = Annotated[
-    Path | None, typer.Option(help="File of row ids denied by a reviewer, one per line: they are removed.")
-]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Allow = Annotated[Path | None, reviewing(help="File of row ids cleared by a reviewer, one per line: they are kept.")]
+Deny = Annotated[Path | None, reviewing(help="File of row ids denied by a reviewer, one per line: they are removed.")]
+Remote = Annotated[bool, loading("--trust-remote-code", help="Run code that comes with the model.")]
 Rule = Annotated[
     str | None,
     typer.Option(
@@ -70,14 +83,14 @@ Rule = Annotated[
 FailAbove = Annotated[
     str | None, typer.Option(help="Exit with code 5 when more than this share of the rows is removed, such as 1%.")
 ]
-Probes = Annotated[Path | None, typer.Option(help="Your own harmful requests (.jsonl, .csv, .txt).")]
-Lookalikes = Annotated[Path | None, typer.Option(help="Your own harmless requests (.jsonl, .csv, .txt).")]
+Probes = Annotated[Path | None, asking(help="Your own harmful requests (.jsonl, .csv, .txt).")]
+Lookalikes = Annotated[Path | None, asking(help="Your own harmless requests (.jsonl, .csv, .txt).")]
 Safety = Annotated[
-    str, typer.Option(help="Requests to attack with: builtin, none, or your own file (.jsonl, .csv, .txt).")
+    str, measuring(help="Requests to attack with: builtin, none, or your own file (.jsonl, .csv, .txt).")
 ]
 Judges = Annotated[
     list[str] | None,
-    typer.Option(
+    measuring(
         "--judge",
         help="Judge of the answers, repeatable: refusal-phrases (default), classifier:MODEL, guard:MODEL, "
         "llm:MODEL@URL, moderation:MODEL@URL, lab-classifier, compliance.",
@@ -86,47 +99,43 @@ Judges = Annotated[
 ]
 Metric = Annotated[
     str | None,
-    typer.Option(help="How the task is scored: exact, choice, number, contains, rouge-l… (default: guessed)."),
+    measuring(help="How the task is scored: exact, choice, number, contains, rouge-l… (default: guessed)."),
 ]
 TrainingConfig = Annotated[
     Path | None,
-    typer.Option(
+    reading(
         help="JSON of the training's TRL SFTConfig options: the loss then covers the tokens TRL would train on, not just answers."
     ),
 ]
-Selects = Annotated[str, typer.Option("--selector", help="What scores the rows (see `gradshield methods`).")]
-Unsafety = Annotated[str, typer.Option("--probe", help="Unsafety score (see `gradshield methods`).")]
-Aggregate = Annotated[str, typer.Option(help="How a row's tokens are counted (see `gradshield methods`).")]
-Subspace = Annotated[str, typer.Option(help="Parameters to use: all, targets, lora, last:K, last:P%.")]
-Engine = Annotated[str, typer.Option(help="How derivatives are computed: auto, or one of `gradshield methods`.")]
-LoraConfig = Annotated[Path | None, typer.Option(help="PEFT config (JSON) of the adapter that training will add.")]
+Selects = Annotated[str, scoring("--selector", help="What scores the rows (see `gradshield methods`).")]
+Unsafety = Annotated[str, scoring("--probe", help="Unsafety score (see `gradshield methods`).")]
+Aggregate = Annotated[str, scoring(help="How a row's tokens are counted (see `gradshield methods`).")]
+Subspace = Annotated[str, scoring(help="Parameters to use: all, targets, lora, last:K, last:P%.")]
+Engine = Annotated[str, scoring(help="How derivatives are computed: auto, or one of `gradshield methods`.")]
+LoraConfig = Annotated[Path | None, scoring(help="PEFT config (JSON) of the adapter that training will add.")]
 Prefix = Annotated[
-    str, typer.Option("--answer-prefix", help="Text at the start of every probed answer (a closed thinking block).")
+    str, asking("--answer-prefix", help="Text at the start of every probed answer (a closed thinking block).")
 ]
 Template = Annotated[
-    str, typer.Option("--template-kwargs", help='JSON for the chat template, such as {"enable_thinking": false}.')
+    str, asking("--template-kwargs", help='JSON for the chat template, such as {"enable_thinking": false}.')
 ]
-Uncertified = Annotated[bool, typer.Option("--uncertified", help="Score a model that does not refuse its probes.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be used.")]
-NoCache = Annotated[
-    bool, typer.Option("--no-cache", help="Neither use nor keep what earlier scans found on this model.")
-]
-Budget = Annotated[int, typer.Option("--token-budget", help="Tokens per batch, padding included.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Uncertified = Annotated[bool, asking("--uncertified", help="Score a model that does not refuse its probes.")]
+Strict = Annotated[bool, reading("--strict", help="Stop at the first row that cannot be used.")]
+NoCache = Annotated[bool, running("--no-cache", help="Neither use nor keep what earlier scans found on this model.")]
+Budget = Annotated[int, running("--token-budget", help="Tokens per batch, padding included.")]
+Device = Annotated[str, loading(help="auto, cpu, cuda, cuda:N or mps.")]
+Dtype = Annotated[str, loading(help="auto, float32, bfloat16 or float16.")]
 Quantize = Annotated[
-    str | None, typer.Option(help="Load the model in 4bit or 8bit (gradshield[quantized]); subspace lora only.")
+    str | None, loading(help="Load the model in 4bit or 8bit (gradshield[quantized]); subspace lora only.")
 ]
 DeviceMap = Annotated[
     str | None,
-    typer.Option(help="Spread the model over this machine's GPUs: auto, balanced, balanced_low_0 or sequential."),
+    loading(help="Spread the model over this machine's GPUs: auto, balanced, balanced_low_0 or sequential."),
 ]
-Adapter = Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter on the model.")]
-Seed = Annotated[
-    int, typer.Option(help="Seed of the adapter's initialisation, the oracle's sample and the mixture fit.")
-]
-Tokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
-MaxLength = Annotated[int | None, typer.Option(help="Cut rows at this many tokens, as training will (default 1024).")]
+Adapter = Annotated[str | None, loading(help="Folder or hub name of a PEFT adapter on the model.")]
+Seed = Annotated[int, scoring(help="Seed of the adapter's initialisation, the oracle's sample and the mixture fit.")]
+Tokens = Annotated[int, measuring(help="Longest answer, in tokens.", min=1)]
+MaxLength = Annotated[int | None, reading(help="Cut rows at this many tokens, as training will (default 1024).")]
 
 
 def command_line() -> str:
@@ -340,16 +349,6 @@ def rates(before: Figures | None, after: Figures, utility: str = "utility") -> N
         )
 
 
-def load(report: Any, *named: Any, **more: Any) -> Any:
-    """``models.loading.load``, as a stage of its own."""
-    from gradshield.models import loading
-
-    report("loading the model", 0, 1)
-    loaded = loading.load(*named, **more)
-    report("loading the model", 1, 1)
-    return loaded
-
-
 @contextmanager
 def progress() -> Iterator[Any]:
     """A callable (stage, done, total) that draws one bar per stage on standard error.
@@ -388,6 +387,14 @@ def progress() -> Iterator[Any]:
 def plain(text: str) -> str:
     """Untrusted text as one line, safe to print: no markup, no terminal escape, no hidden or reordering character."""
     return escape(visible(text).replace("\n", " "))
+
+
+class Told(logging.Handler):
+    """A line on standard error for everything that is logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        label = "[yellow]warning:[/yellow] " if record.levelno >= logging.WARNING else ""
+        err.print(label + plain(record.getMessage()))
 
 
 def quiet_libraries() -> None:

@@ -20,7 +20,7 @@ from gradshield.cli.common import (
     Template,
     Tokens,
     command_line,
-    load,
+    measuring,
     noted,
     out,
     plain,
@@ -37,27 +37,25 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help="Folder or hub name of a model, or of a PEFT adapter.", show_default=False)
     ],
-    safety: Safety = "builtin",
-    judge: Judges = None,
     utility: Annotated[Path | None, typer.Option(help="Held-out rows of the task.")] = None,
-    metric: Metric = None,
-    lm_eval: Annotated[
-        list[str] | None,
-        typer.Option("--lm-eval", help="Tasks of lm-eval, in addition to or instead of yours.", show_default=False),
-    ] = None,
-    inspect: Annotated[
-        Path | None, typer.Option(help="An Inspect task file: your own Python code, which is run.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many samples per harness task.")] = None,
-    max_new_tokens: Tokens = 64,
-    answer_prefix: Prefix = "",
-    template_kwargs: Template = "{}",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for a report, every answer and the figures.")
     ] = None,
+    safety: Safety = "builtin",
+    judge: Judges = None,
+    metric: Metric = None,
+    max_new_tokens: Tokens = 64,
+    lm_eval: Annotated[
+        list[str] | None,
+        measuring("--lm-eval", help="Tasks of lm-eval, in addition to or instead of yours.", show_default=False),
+    ] = None,
+    inspect: Annotated[Path | None, measuring(help="An Inspect task file: your own Python code, which is run.")] = None,
+    limit: Annotated[int | None, measuring(help="At most this many samples per harness task.")] = None,
+    answer_prefix: Prefix = "",
+    template_kwargs: Template = "{}",
+    adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    adapter: Adapter = None,
     trust_remote_code: Remote = False,
 ) -> None:
     """Measure attack success (by each judge separately), over-refusal and utility of a model."""
@@ -68,13 +66,14 @@ def evaluate(
     quiet_libraries()
     from gradshield.evaluation.evaluate import evaluate as run
     from gradshield.evaluation.exam import exams_of
+    from gradshield.models.loading import ModelSource
 
     exams = exams_of(
         safety, judge, None if utility is None else str(utility), metric, max_new_tokens, answer_prefix, False, template
     )
     with progress() as report:
         found = run(
-            load(report, model, adapter, device, dtype, trust_remote_code),
+            ModelSource(model, adapter, dtype, trust_remote_code, device=device),
             exams.report,
             output=output,
             lm_eval=lm_eval or (),

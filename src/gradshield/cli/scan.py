@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,13 +39,13 @@ from gradshield.cli.common import (
     Strict,
     Subspace,
     Template,
+    Told,
     TrainingConfig,
     Uncertified,
     Unsafety,
     command_line,
     err,
     json_file,
-    load,
     out,
     plain,
     probing,
@@ -55,7 +56,9 @@ from gradshield.cli.common import (
     read_labels,
     require_data,
     require_model,
+    reviewing,
     row_format,
+    running,
     share,
     summary,
     template_variables,
@@ -64,12 +67,9 @@ from gradshield.cli.common import (
 from gradshield.cli.gate import Sarif, check_sarif, judge
 from gradshield.errors import DataError, UsageError
 from gradshield.report.text import duration
-from gradshield.types import Progress
 
 if TYPE_CHECKING:
     from gradshield.manifests import Data as Dataset
-    from gradshield.models.loading import LoadedModel
-    from gradshield.scanning.settings import ScanSettings
 
 REASONS = 5  # why rows cannot be scored, printed one by one; the rest are counted
 
@@ -82,39 +82,41 @@ def scan(
         Path,
         typer.Option("--output", "-o", help="Folder for the rows, scores, report and manifest.", show_default=False),
     ],
-    selector: Selects = "screen",
+    columns: Columns = None,
     threshold: Rule = None,
+    fail_above: FailAbove = None,
+    format: Shape = None,
+    strict: Strict = False,
+    max_length: MaxLength = None,
+    training_config: TrainingConfig = None,
+    selector: Selects = "screen",
     probe: Unsafety = "token_gap",
     aggregate: Aggregate = "push",
     subspace: Subspace = "all",
     engine: Engine = "auto",
     lora_config: LoraConfig = None,
-    training_config: TrainingConfig = None,
+    seed: Seed = 0,
     probes: Probes = None,
     lookalikes: Lookalikes = None,
     answer_prefix: Prefix = "",
     template_kwargs: Template = "{}",
-    labels: Annotated[
-        Path | None, typer.Option(help="JSON list of 0 and 1 (harmful) per row: reported, never used to decide.")
-    ] = None,
-    allow: Allow = None,
-    fail_above: FailAbove = None,
-    sarif: Sarif = None,
-    format: Shape = None,
-    columns: Columns = None,
-    strict: Strict = False,
-    no_cache: NoCache = False,
     uncertified: Uncertified = False,
-    max_length: MaxLength = None,
-    token_budget: Budget = 4096,
+    allow: Allow = None,
+    labels: Annotated[
+        Path | None, reviewing(help="JSON list of 0 and 1 (harmful) per row: reported, never used to decide.")
+    ] = None,
+    sarif: Sarif = None,
+    adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
     device_map: DeviceMap = None,
-    adapter: Adapter = None,
+    trust_remote_code: Remote = False,
+    token_budget: Budget = 4096,
+    no_cache: NoCache = False,
     workers: Annotated[
         int | None,
-        typer.Option(
+        running(
             help="Processes that share the rows, each with its own model (default: 1; with --ray, one per GPU or CPU).",
             min=1,
             show_default=False,
@@ -122,13 +124,11 @@ def scan(
     ] = None,
     ray: Annotated[
         str | None,
-        typer.Option(
+        running(
             help="Measure on the Ray cluster at this address: host:port, or auto for this machine's cluster.",
             show_default=False,
         ),
     ] = None,
-    seed: Seed = 0,
-    trust_remote_code: Remote = False,
 ) -> None:
     """Find the rows of a fine-tuning set that would make the model less safe, and split them from the rest.
 
@@ -143,12 +143,11 @@ def scan(
     from gradshield.scanning.scan import scan as run
     from gradshield.scanning.workers import Workers
 
-    crew = Workers(workers, ray)  # checked before the model is loaded
+    crew = Workers(workers, ray)
     earlier = _scanned(output)
     with progress() as report:
         selection = run(
             data,
-            model=_loaded(context.params, report, checked["settings"]),
             **checked,
             output=output,
             allow=allowed,
@@ -173,7 +172,7 @@ def estimate(context: typer.Context, **options: Any) -> None:
     from gradshield.scanning.estimate import estimate as run
 
     with progress() as report:
-        found = run(options["data"], model=_loaded(context.params, report), **checked, progress=report)
+        found = run(options["data"], **checked, progress=report)
     out.print(f"rows       [bold]{found.scored:,}[/bold] of {found.rows:,} can be scored")
     read_as(found.read_as)
     for reason, line, count in found.unusable[:REASONS]:
@@ -215,7 +214,7 @@ def _scanned(folder: Path) -> Dataset | None:
 
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
-    """What `gs.scan` and `gs.estimate` share, from the options of their commands; nothing is loaded yet."""
+    """What `gs.scan` and `gs.estimate` share, from the options of their commands; the model is still to be loaded."""
     template = template_variables(given["template_kwargs"])
     training = training_options(given["training_config"], given["max_length"])
     lora = json_file("--lora-config", given["lora_config"])
@@ -223,14 +222,20 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     require_data(given["data"])
     require_model(given["model"])
     quiet_libraries()
+    from gradshield.models.loading import ModelSource
     from gradshield.scanning.options import peft_config, sft_options
     from gradshield.scanning.settings import ScanSettings
 
     if given["no_cache"]:
         os.environ[cache.VARIABLE] = ""
-    named = ("probe", "aggregate", "subspace", "engine", "threshold", "seed", "token_budget", "selector")
+    log = logging.getLogger("gradshield")
+    log.setLevel(logging.INFO)
+    log.handlers = [Told()]
+    source = ("adapter", "device", "dtype", "trust_remote_code", "quantize", "device_map")
+    scoring = ("probe", "aggregate", "subspace", "engine", "threshold", "seed", "token_budget", "selector")
     return {
-        "settings": ScanSettings(**{name: given[name] for name in named}),
+        "model": ModelSource(given["model"], **{name: given[name] for name in source}),
+        "settings": ScanSettings(**{name: given[name] for name in scoring}),
         "probing": probing(
             given["probes"], given["lookalikes"], given["answer_prefix"], template, given["uncertified"]
         ),
@@ -238,34 +243,6 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
         "training_args": sft_options(training),
         "format": shape,
     }
-
-
-def _loaded(given: dict[str, Any], report: Progress, settings: ScanSettings | None = None) -> Any:
-    """The model; with ``settings``, a line says what they come to on it."""
-    named = ("model", "adapter", "device", "dtype", "trust_remote_code")
-    more = {name: given[name] for name in ("quantize", "device_map")}
-    loaded = load(report, *(given[name] for name in named), **more)
-    if settings is not None:
-        err.print(plain(_opening(loaded, given["dtype"], settings)))
-    return loaded
-
-
-def _opening(loaded: LoadedModel, dtype: str, settings: ScanSettings) -> str:
-    """Model, precision and why, engine and batch size. Raises UsageError for an engine that cannot score this model."""
-    from gradshield.gradients import pick
-    from gradshield.models.placement import why
-    from gradshield.options import Spec
-    from gradshield.selectors import SELECTORS, parse_aggregate
-
-    kind = str(loaded.dtype).removeprefix("torch.")
-    parts = [f"{loaded.name} on {loaded.device.type} in {kind} ({why(dtype, loaded.device)})"]
-    if SELECTORS[Spec.split(settings.selector).name].probed:
-        # The adapter of the subspace lora is not on the model yet, and auto may choose by it.
-        named = settings.engine if settings.subspace == "lora" else ""
-        parts += [
-            f"engine {named or pick(settings.engine, loaded.model, parse_aggregate(settings.aggregate).per_token).name}"
-        ]
-    return ", ".join([*parts, f"batches of at most {settings.token_budget:,} tokens"])
 
 
 def _check_map(device_map: str | None, selector: str, alone: bool) -> None:

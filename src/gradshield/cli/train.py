@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +29,6 @@ from gradshield.cli.common import (
     command_line,
     err,
     json_file,
-    load,
     noted,
     out,
     plain,
@@ -37,6 +37,7 @@ from gradshield.cli.common import (
     quiet_libraries,
     rates,
     read_labels,
+    reading,
     require_data,
     require_model,
     row_format,
@@ -45,6 +46,8 @@ from gradshield.cli.common import (
     verdict,
 )
 from gradshield.errors import GateError, UsageError
+
+training = partial(typer.Option, rich_help_panel="Training")
 
 if TYPE_CHECKING:
     from gradshield.manifests import SequenceRecord
@@ -68,58 +71,58 @@ def train(
             help="One of `gradshield methods`, or several joined by +, such as fihs+asft.",
         ),
     ] = "screen",
-    base: Annotated[
-        str | None, typer.Option(help="The model before its alignment, for asft and safelora: folder or hub name.")
-    ] = None,
     training_config: Annotated[
         Path | None,
         typer.Option(help="JSON of TRL SFTConfig options (DPOConfig for preference pairs), passed through."),
     ] = None,
+    utility: Annotated[
+        list[str] | None, typer.Option(help="Held-out rows of the task, one file per dataset.", show_default=False)
+    ] = None,
+    columns: Columns = None,
+    base: Annotated[
+        str | None, training(help="The model before its alignment, for asft and safelora: folder or hub name.")
+    ] = None,
     lora_config: Annotated[
-        Path | None, typer.Option(help="JSON of a PEFT config; without one, all weights are trained.")
+        Path | None, training(help="JSON of a PEFT config; without one, all weights are trained.")
+    ] = None,
+    safety_rows: Annotated[
+        Path | None, training(help="Your own safety rows, for safeinstruct and dualselect (default: own refusals).")
     ] = None,
     report_to: Annotated[
         list[str] | None,
-        typer.Option(
+        training(
             help="Where to log the training and the rates, repeatable: wandb, mlflow, tensorboard, … (transformers' report_to).",
             show_default=False,
         ),
     ] = None,
+    merge: Annotated[bool, training("--merge", help="Save the plain model with the adapter merged in.")] = False,
+    seed: Annotated[int, training(help="Seed of the scan, the adapter and the row order.")] = 0,
     safety: Safety = "builtin",
     judge: Judges = None,
-    utility: Annotated[
-        list[str] | None, typer.Option(help="Held-out rows of the task, one file per dataset.", show_default=False)
-    ] = None,
     metric: Metric = None,
     max_new_tokens: Tokens = 64,
-    safety_rows: Annotated[
-        Path | None, typer.Option(help="Your own safety rows, for safeinstruct and dualselect (default: own refusals).")
+    format: Shape = None,
+    max_length: MaxLength = None,
+    labels: Annotated[
+        Path | None,
+        reading(help="JSON list of 0 and 1 (harmful) per row: reported, and used by the defence clean."),
     ] = None,
     probes: Probes = None,
     lookalikes: Lookalikes = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option(help="JSON list of 0 and 1 (harmful) per row: reported, and used by the defence clean."),
-    ] = None,
     answer_prefix: Prefix = "",
     template_kwargs: Template = "{}",
-    format: Shape = None,
-    columns: Columns = None,
-    max_length: MaxLength = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Save the plain model with the adapter merged in.")] = False,
     uncertified: Uncertified = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the scan, the adapter and the row order.")] = 0,
     trust_remote_code: Remote = False,
 ) -> None:
     """Fine-tune under a defence, with safety and utility measured before and after.
 
     An interrupted run resumes where it stopped. Exit code 5 if no cut meets the targets of a verified threshold.
     """
-    training = training_options(training_config, max_length)
+    options = training_options(training_config, max_length)
     if report_to is not None:
-        training["report_to"] = report_to
+        options["report_to"] = report_to
     lora = json_file("--lora-config", lora_config)
     template = template_variables(template_kwargs)
     truth = read_labels(labels)
@@ -129,22 +132,22 @@ def train(
     for name in (model, *([base] if base else ())):
         require_model(name)
     tasks, wanted = utility or [], _wanted(data, utility or [], defence, base, truth)
-    if wanted.single is not None:  # a part that does not work on preference pairs is refused before the model is loaded
-        _refuse_pairs(data, shape, wanted)
     quiet_libraries()
     from gradshield.evaluation.exam import exams_of
-    from gradshield.scanning.options import peft_config
+    from gradshield.models.loading import ModelSource
+    from gradshield.scanning.options import peft_config, sft_options
+    from gradshield.scanning.rows import read_rows
     from gradshield.scanning.settings import ScanSettings
-    from gradshield.training.course import Needs
+    from gradshield.training.course import Needs, method_of
     from gradshield.training.sequence import Stage, sequence
     from gradshield.training.trackers import Reporters, named
     from gradshield.training.train import train as run
 
-    Reporters(named(training.get("report_to")), output)  # what is not installed is said before the model is loaded
+    Reporters(named(options.get("report_to")), output)  # what is not installed is said before the model is loaded
     common: dict[str, Any] = {
         "defence": defence,
         "peft_config": peft_config(lora),
-        "training": training,
+        "training": options,
         "settings": ScanSettings(seed=seed),
         "probing": probing(probes, lookalikes, answer_prefix, template, uncertified),
         "format": shape,
@@ -157,16 +160,20 @@ def train(
         exams_of(safety, judge, path, metric, max_new_tokens, answer_prefix, wanted.verified is not None, template)
         for path in held
     ]
+    source, before = (
+        name and ModelSource(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        for name in (model, base if wanted.needs_base else None)
+    )
+    common["needs"] = Needs(base=before, safety_rows=safety_rows or ())
     with progress() as report:
-        names = (model, *([base] if base is not None and wanted.needs_base else ()))
-        loaded, *before = (load(report, name, None, device, dtype, trust_remote_code) for name in names)
-        common["needs"] = Needs(base=next(iter(before), None), safety_rows=safety_rows or ())
         if len(data) == 1:
-            done = run(data[0], model=loaded, output=output, exams=measured[0], labels=truth, progress=report, **common)
+            done = run(data[0], model=source, output=output, exams=measured[0], labels=truth, progress=report, **common)
         else:
+            for path in data:  # what is wrong with the last dataset is said before the first one trains
+                method_of(read_rows(path, sft_options(options), shape), wanted)
             common.pop("merge")  # every stage starts from a whole model
             stages = [Stage(path, exam) for path, exam in zip(data, measured, strict=True)]
-            followed = sequence(stages, model=loaded, output=output, progress=report, **common)
+            followed = sequence(stages, model=source, output=output, progress=report, **common)
     if len(data) > 1:
         _stages(followed, output)
         return
@@ -191,16 +198,6 @@ def _wanted(data: list[str], tasks: list[str], defence: str, base: str | None, l
     if len(data) > 1 and labels is not None:
         raise UsageError("--labels belongs to one dataset, and several are given: train them separately")
     return wanted
-
-
-def _refuse_pairs(data: list[str], shape: Any, wanted: Defence) -> None:
-    """Raises UsageError if a dataset holds pairs, and DataError if it cannot be read."""
-    quiet_libraries()
-    from gradshield.data import read
-    from gradshield.training.course import method_of
-
-    for path in data:
-        method_of(read(path, shape), wanted)
 
 
 def _stages(whole: SequenceRecord, folder: Path) -> None:

@@ -37,7 +37,6 @@ from gradshield.report import sheet
 from gradshield.runs import alone
 from gradshield.scanning.options import peft_config
 from gradshield.scanning.rows import prepare
-from gradshield.scanning.scan import check_labels
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.stats import Difference, paired_difference
 from gradshield.training import verify
@@ -317,9 +316,8 @@ def _job(config: Config, cell: Cell) -> Job:
         return lab_job(cell.task, data, truth, cell.seed, config.training, config.lora)
     options = {**config.training, **own.training}
     asked = config.requests.get("direction")
-    prepared = prepare(own.train, _model(config.model), training_args=options)
     known = None if own.labels is None else grid.labels(own.labels)
-    check_labels(known, prepared.read.source.rows)
+    prepared = prepare(own.train, _model(config.model), training_args=options, labels=known)
     return Job(
         rows=prepared,
         options=options,

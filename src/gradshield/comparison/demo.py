@@ -91,7 +91,7 @@ def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path
     """Write the report with the models, every prompt with its answer, and the manifest last."""
     views = stored_views(folder)
     with files.instead(folder, "manifest.json", ()) as new:
-        sheet.write(page.page(selection, views, labels[selection.scores.rows]), new / "report.html")
+        sheet.write(page.page(selection, folder, views, labels[selection.scores.rows]), new / "report.html")
         for name, result in results.items():
             runs.write_outputs(result, new / f"outputs-{name}.jsonl")
         runs.write_manifest(selection.manifest, new)

@@ -14,6 +14,7 @@ import csv
 import hashlib
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,6 +44,7 @@ BOM = b"\xef\xbb\xbf"
 BLOCK = 1 << 20  # bytes of a JSON array read at once
 _MARK = re.compile(rb'\\.|["\[\]{},]', re.DOTALL)
 _DATA = re.compile(rb'\s*"(?:data|train)"\s*:\s*')
+_HELD_OUT = re.compile(rb'\s*"((?:test|val|eval|dev)\w*)"\s*:\s*')
 
 
 class _Opened(NamedTuple):
@@ -144,8 +146,9 @@ def _opened(path: Path) -> _Opened:
     array = line[:1] == b"[" and not (line[-1:] == b"]" and after)
     lines = line[:1] == b"{" and line[-1:] == b"}" and after[:1] == b"{"  # whatever keys the first row has
     if (kind == "json" and not lines) or spread or array:
-        if inside := _entered(signs := _signs(stream)):
-            return _Opened("json", _checked(path, stream, _array(path, signs, *inside)))
+        held: list[str] = []
+        if inside := _entered(signs := _signs(stream), held):
+            return _Opened("json", _checked(path, stream, _array(path, signs, *inside, held)))
         stream.close()
         stream, mark, _ = _stream(path)
     if spread:
@@ -270,8 +273,11 @@ def _signs(stream: BinaryIO) -> Iterator[tuple[bytes, bytes, int]]:
         yield block[start:], b"", depth
 
 
-def _entered(signs: Iterator[tuple[bytes, bytes, int]]) -> tuple[int, int] | None:
-    """Skip to the inside of the array of rows: its nesting depth and line. None if there is no such array."""
+def _entered(signs: Iterator[tuple[bytes, bytes, int]], held: list[str]) -> tuple[int, int] | None:
+    """Skip to the inside of the array of rows: its nesting depth and line. None if there is no such array.
+
+    The keys of arrays of held-out rows go into ``held``.
+    """
     line, key = 1, b""
     for before, sign, depth in signs:
         line += before.count(b"\n")
@@ -280,11 +286,14 @@ def _entered(signs: Iterator[tuple[bytes, bytes, int]]) -> tuple[int, int] | Non
             return depth, line
         if sign and depth <= 0:
             return None
+        held += _held_out(key, sign, depth)
         key = b"" if depth == 1 and sign in (b"{", b",") else key + sign
     return None
 
 
-def _array(path: Path, signs: Iterator[tuple[bytes, bytes, int]], inside: int, line: int) -> Iterator[RawRow]:
+def _array(
+    path: Path, signs: Iterator[tuple[bytes, bytes, int]], inside: int, line: int, held: list[str]
+) -> Iterator[RawRow]:
     """The elements of the array whose inside has the depth ``inside`` and begins on ``line``."""
     taken, begun, first = Taken(), line, True
     for before, sign, depth in signs:
@@ -298,8 +307,10 @@ def _array(path: Path, signs: Iterator[tuple[bytes, bytes, int]], inside: int, l
             if taken.data or sign == b"," or not first:
                 yield taken.record(begun, json_value)
             if depth < inside:
-                if more := _after(signs, depth):
+                if more := _after(signs, depth, held):
                     raise FormatError(f"{path} has {more}: give one array of rows, or one object per line as .jsonl")
+                if held:
+                    warnings.warn(f"{path} also has rows under {' and '.join(held)}, which are not read", stacklevel=2)
                 return
             taken, first = Taken(), False
         else:
@@ -310,7 +321,7 @@ def _array(path: Path, signs: Iterator[tuple[bytes, bytes, int]], inside: int, l
     )
 
 
-def _after(signs: Iterator[tuple[bytes, bytes, int]], depth: int) -> str:
+def _after(signs: Iterator[tuple[bytes, bytes, int]], depth: int, held: list[str]) -> str:
     """What is wrong with JSON text behind its array of rows, at this depth, in words; empty if it ends as it should."""
     key = b""
     for before, sign, now in signs:
@@ -319,11 +330,18 @@ def _after(signs: Iterator[tuple[bytes, bytes, int]], depth: int) -> str:
             return "more behind the end of its rows"
         if sign == b"[" and now == 2 and _DATA.fullmatch(key):
             return "rows under two keys"
+        held += _held_out(key, sign, now)
         key = b"" if now == 1 and sign in (b"{", b",") else key + sign
         depth = now
         if depth <= 0:
             key = b""
     return "no end" if depth > 0 else ""
+
+
+def _held_out(key: bytes, sign: bytes, depth: int) -> list[str]:
+    """The key before the sign, if an array of held-out rows begins there."""
+    found = _HELD_OUT.fullmatch(key) if sign == b"[" and depth == 2 else None
+    return [found[1].decode()] if found else []
 
 
 def _objects(signs: Iterator[tuple[bytes, bytes, int]]) -> Iterator[RawRow]:

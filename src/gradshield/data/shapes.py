@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from gradshield.data.messages import Messages, RowError, from_gemini, from_sharegpt, kind_of, messages, parsed, short
@@ -136,18 +137,25 @@ class Format:
 
 
 class Decided(NamedTuple):
-    """A row's shape (None: it fits none), the row's own column of each key under another name, and the other shapes that fit."""
+    """How a row is read.
+
+    ``shape``   its shape; None if it fits none
+    ``names``   the row's own column of each key under another name
+    ``others``  the other shapes that fit
+    ``unread``  its columns under other names of keys that it has
+    """
 
     shape: str | None
-    names: Mapping[str, str]
-    others: tuple[str, ...]
+    names: Mapping[str, str] = MappingProxyType({})
+    others: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """``alpaca (question as instruction, answer as output), not text``."""
+        """``alpaca (question as instruction, answer as output), not text``, or ``alpaca, without its question``."""
         names = ", ".join(f"{column[:40]} as {key}" for key, column in self.names.items())
-        return (
-            f"{self.shape}{f' ({names})' if names else ''}{', not ' + ' or '.join(self.others) if self.others else ''}"
-        )
+        found = f"{self.shape} ({names})" if names else str(self.shape)
+        found += f", not {' or '.join(self.others)}" if self.others else ""
+        return found + (f", without its {' and '.join(self.unread)}" if self.unread else "")
 
     def convert(self, row: Row) -> tuple[Conversation, ...]:
         """The row's sequences. Raises RowError."""
@@ -171,11 +179,18 @@ def _decided(name: str | None, columns: tuple[tuple[str, str], ...], keys: Keys,
     asked = [shape for shape in fits if shape != "text" and not given.keys().isdisjoint(SHAPES[shape].keys)]
     chosen = next(iter(asked or fits), None)
     if chosen is None:
-        return Decided(None, {}, ())
+        return Decided(None)
     read = (*SHAPES[chosen].keys, *SHAPES[chosen].also)
     names = {key: column for key, column in given.items() if key in read}
     names |= {key: given.get(column, column) for key, column in fits[chosen].items()}  # the row's own column
-    return Decided(chosen, names, tuple(shape for shape in fits if shape != chosen and SHAPES[shape].fits(keys)))
+    others = tuple(shape for shape in fits if shape != chosen and SHAPES[shape].fits(keys))
+    alike = (column for key, columns in SHAPES[chosen].names.items() for column in columns if key in keys)
+    return Decided(
+        chosen,
+        names,
+        others,
+        tuple(column for column in alike if column in keys.difference(read, fits[chosen].values())),
+    )
 
 
 def _moved(keys: Keys, names: Mapping[str, str]) -> Keys:

@@ -12,13 +12,13 @@ from gradshield.evaluation.asr import agreement
 from gradshield.evaluation.exam import Exam, asked, figures
 from gradshield.evaluation.harness import inspect_task, lm_eval_tasks
 from gradshield.manifests import EvaluationManifest, EvaluationResults
-from gradshield.models.loading import LoadedModel
+from gradshield.models.loading import LoadedModel, ModelSource
 from gradshield.scanning.rows import load, with_template
 from gradshield.types import EvalResult, Progress, Rate, quiet
 
 
 def evaluate(
-    model: str | Path | LoadedModel,
+    model: str | Path | LoadedModel | ModelSource,
     exam: Exam,
     *,
     output: str | Path | None = None,
@@ -63,7 +63,7 @@ def evaluate(
     if output is not None:
         runs.check(output, ("outputs.jsonl", "report.html", "manifest.json"), "outputs.jsonl", read=(model,))
     with runs.alone(output):
-        loaded = with_template(load(model))
+        loaded = with_template(load(model, progress=progress))
         measured = exam.sit(loaded.model, loaded.tokenizer, "measuring", progress)
         harness: dict[str, Rate] = {}
         if lm_eval:

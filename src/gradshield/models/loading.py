@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 from gradshield.errors import HubError, ModelError, UsageError, first_line
 from gradshield.models import hub
 from gradshield.models.modules import modules_by_name
-from gradshield.models.placement import check_placed, choose_device, choose_dtype, placing, warn_of_unused_gpu
+from gradshield.models.placement import check_placed, choose_device, choose_dtype, placing, warn_of_unused_gpu, why
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 # The files a causal LM needs from its repository: top level only, no pickles, no copies in another format.
@@ -30,19 +33,22 @@ HUB_LEAVE_OUT = ("*/*", "consolidated*", "*.msgpack")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The arguments of `load`, so that another process can load the same model."""
+    """The arguments of `load`: a model to be loaded later, or by another process."""
 
     name: str
-    adapter: str | None
-    dtype: str
-    trust_remote_code: bool
-    revision: str | None
+    adapter: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    revision: str | None = None
     quantize: str | None = None
     device_map: str | None = None
+    device: str = "auto"
 
-    def load(self, device: str) -> LoadedModel:
-        """The same model on one device. Raises like `load`."""
-        return load(self.name, self.adapter, device, self.dtype, self.trust_remote_code, self.revision, self.quantize)
+    def load(self, device: str | None = None) -> LoadedModel:
+        """The model; on one ``device`` alone if it is given. Raises like `load`."""
+        where, spread = (self.device, self.device_map) if device is None else (device, None)
+        given = (self.dtype, self.trust_remote_code, self.revision, self.quantize, spread)
+        return load(self.name, self.adapter, where, *given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +129,7 @@ def load(
         revision,
         quantize,
         device_map,
+        device,
     )
     from transformers import AutoModelForCausalLM
 
@@ -143,6 +150,7 @@ def load(
         model.to(where)
     check_placed(model, device_map)
     model.eval()
+    logger.info("%s on %s in %s (%s)", name_or_path, where.type, source.dtype, why(str(dtype), where))
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

@@ -165,7 +165,7 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
         if truth is not None:
             runs.write_json(new / runs.WORK / "labels.json", truth.tolist())
         rows_in.write_quarantine(selection.quarantined, new / "quarantine.jsonl")
-        _write_cut(selection, new, rows.read.source, views, truth)
+        _write_cut(selection, folder, new, rows.read.source, views, truth)
 
 
 def write_cut(
@@ -178,7 +178,7 @@ def write_cut(
     """Write the outputs that a new cut changes, with the rows from ``source``."""
     with instead(folder, "manifest.json", PARTS) as new:
         _copy_card(folder, new)
-        _write_cut(selection, new, source, views, truth)
+        _write_cut(selection, folder, new, source, views, truth)
 
 
 def _copy_card(folder: Path, new: Path) -> None:
@@ -190,17 +190,18 @@ def _copy_card(folder: Path, new: Path) -> None:
 def _write_cut(
     selection: Selection,
     folder: Path,
+    new: Path,
     source: rows_in.Rows,
     views: page_rows.Views,
     truth: Ints | None,
 ) -> None:
     suffix = rows_in.suffix(source.kind)
     parts = {f"kept{suffix}": selection.kept_rows, f"removed{suffix}": selection.removed_rows}
-    rows_in.write_parts({folder / name: rows for name, rows in parts.items()}, source)
-    write_scores(selection, folder / SCORES)
-    sheet.write(page.page(selection, views, truth), folder / "report.html")
-    card.write(folder, selection.manifest, folder / f"kept{suffix}")
-    runs.write_manifest(selection.manifest, folder)
+    rows_in.write_parts({new / name: rows for name, rows in parts.items()}, source)
+    write_scores(selection, new / SCORES)
+    sheet.write(page.page(selection, folder, views, truth), new / "report.html")
+    card.write(new, selection.manifest, new / f"kept{suffix}")
+    runs.write_manifest(selection.manifest, new)
 
 
 def write_scores(selection: Selection, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -46,8 +47,8 @@ _RANKED = (
 )
 
 
-def page(selection: Selection, views: Views, labels: Ints | None = None) -> Sheet:
-    """The page of a scan.
+def page(selection: Selection, folder: Path, views: Views, labels: Ints | None = None) -> Sheet:
+    """The page of a scan into ``folder``.
 
     ``views`` are the tokens of the rows that it may show; ``labels`` (N,), 1 for harmful, are aligned with the scores.
     """
@@ -60,7 +61,7 @@ def page(selection: Selection, views: Views, labels: Ints | None = None) -> Shee
     )
     reference = references(above) or references(near)
     reasons = [page_why.reason(group, cut) for group, cut in selection.cuts.items()]
-    checks, steps = page_why.checks(results), page_why.steps(results, kept, removed)
+    checks, steps = page_why.checks(results), page_why.steps(results, folder, kept, removed)
     tone, standing = _standing(results, checks)
     charted = selection.scores, selection.removed, selection.cuts, selector
     parts = {name: part for name, part in manifest.plain().items() if name not in ("command", "versions")}

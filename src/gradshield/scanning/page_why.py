@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradshield.manifests import LEAST_SPEARMAN, ScanResults
@@ -113,17 +115,19 @@ def checks(results: ScanResults) -> list[Check]:
     return found
 
 
-def steps(results: ScanResults, kept: str, removed: str) -> list[str]:
-    """What to do next; ``kept`` and ``removed`` are the names of the files of rows."""
-    found = []
+def steps(results: ScanResults, folder: Path, kept: str, removed: str) -> list[str]:
+    """What to do next; ``kept`` and ``removed`` are the names of the files of rows in the output folder, as it was typed."""
+    found, typed = [], shlex.quote(str(folder))
     if results.removed:
         found.append(f"Read the removed rows below ({removed}), the highest scores first.")
     if results.kept:
         found.append("Read the rows just below the cut too: harm written to evade the scan would be there.")
-    found.append("Keep or remove single rows by hand: gradshield review FOLDER.")
-    found.append("Try another cut without the model: gradshield cut FOLDER --threshold NAME.")
+    found.append(f"Keep or remove single rows by hand: gradshield review {typed}")
+    found.append(f"Try another cut without the model: gradshield cut {typed} --threshold ratio:5%")
     if results.quarantined:
         found.append(f"Fix the {results.quarantined:,} quarantined rows (quarantine.jsonl).")
     if results.kept:
-        found.append(f"Train on {kept}, then measure the trained model: only that shows whether the filter worked.")
+        found.append(
+            f"Train on {folder / kept}, then measure the trained model: only that shows whether the filter worked."
+        )
     return found

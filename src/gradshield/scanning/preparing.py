@@ -28,7 +28,6 @@ from gradshield.gradients import (
     adapted,
     agreement,
     calibrated,
-    pick,
     target_names,
 )
 from gradshield.gradients import direction as directions
@@ -124,12 +123,16 @@ class Known:
         return [runs.versions(), fingerprint(self.loaded, self.model)]
 
 
-def ask(known: Known, settings: ScanSettings, probing: Probing, progress: Progress) -> Asked:
+def ask(known: Known, engine: Engine, settings: ScanSettings, probing: Probing, progress: Progress) -> Asked:
     """Everything that may speak against the scan before a row is measured.
 
-    Raises ProbeError for a model on which the probes are invalid, and UsageError for an engine or a rule that does not fit.
+    Raises ProbeError for a model on which the probes are invalid, and UsageError for a rule that does not fit.
     """
     model, tokenizer = known.model, known.loaded.tokenizer
+    if not hasattr(settings.threshold, "cut"):  # a rule that cannot cut fails now, not after the rows are measured
+        made = cast(type[Fihs], SELECTORS[Spec.split(settings.selector).name])
+        decoys = np.zeros(1) if engine.per_token and made.decoys else None
+        settings.make_threshold().cut(np.zeros(1), decoys, None if made.decoys else Anchors(np.ones(1), np.zeros(1)))
     asked, harmless = asked_of(tokenizer, probing)
     asking = partial(progress, "asking the probes")
     answers = known.json("openings", asked.ids, lambda: openings(model, tokenizer, asked, progress=asking))
@@ -137,12 +140,7 @@ def ask(known: Known, settings: ScanSettings, probing: Probing, progress: Progre
     valid = validity(tokenizer, asked, answers)
     if valid.problem and not probing.uncertified:
         raise ProbeError(valid.problem + "; or pass --uncertified to score it anyway, without a certificate")
-    chosen = pick(settings.engine, model, parse_aggregate(settings.aggregate).per_token)
-    if not hasattr(settings.threshold, "cut"):  # a rule that cannot cut fails now, not after the rows are measured
-        made = cast(type[Fihs], SELECTORS[Spec.split(settings.selector).name])
-        decoys = np.zeros(1) if chosen.per_token and made.decoys else None
-        settings.make_threshold().cut(np.zeros(1), decoys, None if made.decoys else Anchors(np.ones(1), np.zeros(1)))
-    return Asked(asked, harmless, valid, chosen)
+    return Asked(asked, harmless, valid, engine)
 
 
 def ready_fihs(

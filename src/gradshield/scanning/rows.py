@@ -16,7 +16,7 @@ from gradshield import data as rows_in
 from gradshield.data import templates
 from gradshield.errors import EmptyDataError, FormatError, UsageError
 from gradshield.models import loading
-from gradshield.models.loading import LoadedModel, text_config
+from gradshield.models.loading import LoadedModel, ModelSource, text_config
 from gradshield.scanning.options import check_positions, check_trainer, render_config, sft_options
 from gradshield.types import Bools, Ints, Progress, Quarantined, Rendered, quiet
 
@@ -69,38 +69,27 @@ def prepare(
     template: Mapping[str, Any] | None = None,
     format: str | rows_in.Format | None = None,
     progress: Progress = quiet,
+    labels: Sequence[int] | None = None,
     check: Callable[[rows_in.ReadResult], object] = lambda read: None,
 ) -> Prepared:
     """Read the rows, load or wrap the model, and render every row as the training will.
 
-    ``check`` sees the rows before the model is loaded, and may raise. Raises DataError, ModelError and UsageError (see
-    `gradshield.errors`), and EmptyDataError if no row has a token to score.
+    What is wrong with the rows is said before the model is loaded: ``labels`` are only checked, and ``check`` may raise.
+    Raises DataError, ModelError and UsageError (see `gradshield.errors`), and EmptyDataError if no row has a token to score.
     """
     training_args = sft_options(training_args)
-    format = rows_in.Format.of(format).trained(training_args)
-    read = rows_in.read(data, format)
-    check_trainer(training_args, read.examples.shapes.counts())
-    if read.unseen:
-        raise UsageError(
-            f"no row of {read.source.name} has the column {min(read.unseen)!r}: name one that is there with --columns"
-        )
-    if hasattr(training_args, "assistant_only_loss") and read.examples.shapes.counts().get("kto"):
-        raise UsageError(
-            f"{read.source.name} has answers with a label, false for those to avoid, and the training config is for SFTTrainer, "
-            "which would train toward them: give a KTOConfig, or --format prompt-completion if the label means something else"
-        )
+    read = read_rows(data, training_args, format)
+    _check_labels(labels, read.source.rows)
+    check(read)
+    loaded = with_template(load(model, tokenizer, progress))
+    limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
+    config = render_config(training_args, limit, template or {})
     silent = training_args is not None and not hasattr(training_args, "assistant_only_loss")
     if silent and read.examples.shapes.counts().get("messages"):
         logger.warning(
             "the training config does not set assistant_only_loss, so every token of a chat row counts in the loss, requests "
             "included, as in TRL: set it to true to count only the answers, or to false to confirm this"
         )
-    check(read)
-    progress("loading the model", 0, 1)
-    loaded = with_template(load(model, tokenizer))
-    progress("loading the model", 1, 1)
-    limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
-    config = render_config(training_args, limit, template or {})
     count = len(read.examples)
     progress("rendering rows", 0, count)
     result = rows_in.render_all(
@@ -108,7 +97,7 @@ def prepare(
         loaded.tokenizer,
         config,
         read.source,
-        format.strict,
+        read.examples.format.strict,
         lambda done: progress("rendering rows", done, count),
     )
     progress("rendering rows", count, count)
@@ -125,14 +114,42 @@ def prepare(
     return Prepared(loaded, read, config, result.rendered, quarantined, result.fitted)
 
 
-def load(model: Any, tokenizer: Any = None) -> LoadedModel:
-    """Load a path or hub name, wrap a model; a LoadedModel is returned unchanged."""
+def read_rows(data: Any, training_args: Any, format: str | rows_in.Format | None) -> rows_in.ReadResult:
+    """The rows as the training of these `sft_options` reads them. Raises DataError and UsageError; needs no model."""
+    read = rows_in.read(data, rows_in.Format.of(format).trained(training_args))
+    check_trainer(training_args, read.examples.shapes.counts())
+    if read.unseen:
+        raise UsageError(
+            f"no row of {read.source.name} has the column {min(read.unseen)!r}: name one that is there with --columns"
+        )
+    if hasattr(training_args, "assistant_only_loss") and read.examples.shapes.counts().get("kto"):
+        raise UsageError(
+            f"{read.source.name} has answers with a label, false for those to avoid, and the training config is for SFTTrainer, "
+            "which would train toward them: give a KTOConfig, or --format prompt-completion if the label means something else"
+        )
+    return read
+
+
+def _check_labels(labels: Sequence[int] | None, rows: int) -> None:
+    """Raises UsageError unless there is one label, 0 or 1, for every row of the input."""
+    if labels is not None and len(labels) != rows:
+        raise UsageError(
+            f"there are {len(labels)} labels for {rows} rows: give one label (0 or 1) for every row of the input"
+        )
+    if labels is not None and not set(labels) <= {0, 1}:
+        raise UsageError("a label is neither 0 nor 1: give 1 for a harmful row and 0 for any other")
+
+
+def load(model: Any, tokenizer: Any = None, progress: Progress = quiet) -> LoadedModel:
+    """Load a path, a hub name or a `ModelSource`, or wrap a model; a LoadedModel is returned unchanged."""
     if isinstance(model, LoadedModel):
         return model
-    if isinstance(model, str | Path):
-        found = loading.load(model)
-        return found if tokenizer is None else replace(found, tokenizer=tokenizer)
-    return loading.wrap(model, tokenizer)
+    if not isinstance(model, str | Path | ModelSource):
+        return loading.wrap(model, tokenizer)
+    progress("loading the model", 0, 1)
+    found = model.load() if isinstance(model, ModelSource) else loading.load(model)
+    progress("loading the model", 1, 1)
+    return found if tokenizer is None else replace(found, tokenizer=tokenizer)
 
 
 def with_template(loaded: LoadedModel) -> LoadedModel:

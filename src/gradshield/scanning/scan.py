@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gradshield import runs
 from gradshield.data import Format
-from gradshield.errors import UsageError
 from gradshield.manifests import Data, RowFormat, ScanManifest, ScanRecord, ScanResults
 from gradshield.probes import requests
 from gradshield.runs import alone
@@ -102,8 +101,7 @@ def scan(
     if output is not None:
         runs.check(output, outputs.WRITTEN, outputs.SCORES, data=data)
     with alone(output):
-        rows = prepare(data, model, tokenizer, training_args, probing.template, format, progress)
-        check_labels(labels, rows.read.source.rows)
+        rows = prepare(data, model, tokenizer, training_args, probing.template, format, progress, labels)
         selection, _ = select(
             rows,
             settings,
@@ -199,16 +197,6 @@ def _doubts(rows: Prepared, scored: Scored, decision: Decision, labels: Sequence
     problem = trust.UNASKED if scored.validity is None else scored.validity.problem
     opener_fihs = scored.selector.settings().get("opener_fihs")
     return trust.doubts(scored.scores, decision, examples, problem, opener_fihs, len(rows.quarantined), own)
-
-
-def check_labels(labels: Sequence[int] | None, rows: int) -> None:
-    """Raises UsageError unless there is one label, 0 or 1, for every row of the input."""
-    if labels is not None and len(labels) != rows:
-        raise UsageError(
-            f"there are {len(labels)} labels for {rows} rows: give one label (0 or 1) for every row of the input"
-        )
-    if labels is not None and not set(labels) <= {0, 1}:
-        raise UsageError("a label is neither 0 nor 1: give 1 for a harmful row and 0 for any other")
 
 
 def _recorded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache as once
@@ -12,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from gradshield import runs
+from gradshield.gradients import pick
 from gradshield.models.loading import LoadedModel
 from gradshield.options import Spec, build
 from gradshield.scanning import shards
@@ -30,9 +32,11 @@ from gradshield.scanning.preparing import (
 from gradshield.scanning.references import references
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.scanning.shards import Hands, here
-from gradshield.selectors import SELECTORS, Fihs, Measured, Selector, make
+from gradshield.selectors import SELECTORS, Fihs, Measured, Selector, make, parse_aggregate
 from gradshield.selectors.base import no_direction
 from gradshield.types import Direction, Progress, Rendered
+
+logger = logging.getLogger(__name__)
 
 
 def ready(
@@ -60,9 +64,14 @@ def ready(
         "references": lambda: references(model, tokenizer, *asked_of(tokenizer, probing), pad),
     }
     spec = Spec.split(settings.selector)
-    if (made := SELECTORS[spec.name]).probed:
+    made = SELECTORS[spec.name]
+    engine = pick(settings.engine, model, parse_aggregate(settings.aggregate).per_token) if made.probed else None
+    logger.info(
+        "%sbatches of at most %s tokens", f"engine {engine.name}, " if engine else "", f"{settings.token_budget:,}"
+    )
+    if engine is not None:
         known = Known(model, loaded)
-        asked = ask(known, settings, probing, progress)
+        asked = ask(known, engine, settings, probing, progress)
         read = once(lambda: ruler(known, asked.validity, probing, progress))
         given["reading"] = lambda: read().reading
         seen = None

@@ -58,9 +58,10 @@ class Needs:
     origin: Any = None
     safety_rows: Any = ()
 
-    def loaded(self) -> Needs:
+    def loaded(self, progress: Progress = quiet) -> Needs:
         """The same, with its models loaded."""
-        base, origin = (None if model is None else load(model) for model in (self.base, self.origin))
+        named = (self.base, self.origin)
+        base, origin = (None if model is None else load(model, progress=progress) for model in named)
         return replace(self, base=base, origin=origin)
 
 

@@ -91,8 +91,8 @@ def _followed(
     """Run the stages one by one."""
     (folder / "manifest.json").unlink(missing_ok=True)
     names = _names(stages)
-    origin = current = with_template(load(model))
-    needs = replace(needs, origin=origin)
+    origin = current = with_template(load(model, progress=progress))
+    needs = replace(needs, origin=origin).loaded(progress)
     basis = random_directions(weights(current.model), DIRECTIONS, seed)
     table = [_accuracies(current, stages)]
     points = [_point("start", current, stages[0].exams.report, basis, table[0], names)]

@@ -41,7 +41,7 @@ from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
 from gradshield.scanning.decide import Decision
 from gradshield.scanning.rows import prepare
-from gradshield.scanning.scan import check_labels, select, selected
+from gradshield.scanning.scan import select, selected
 from gradshield.scanning.selection import Selection
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.training import verify
@@ -152,16 +152,16 @@ def train(
     if wanted.verified is not None:
         verify.check(exams.search, wanted.verified)
     rows = prepare(
-        data, model, tokenizer, options, probing.template, format, progress, lambda read: method_of(read, wanted)
+        *(data, model, tokenizer, options, probing.template, format, progress, labels),
+        check=lambda read: method_of(read, wanted),
     )
     # So that an interrupted training resumes; the checkpoints are removed in the end.
     options = {"save_strategy": "epoch", "save_total_limit": 1, **options}
-    check_labels(labels, rows.read.source.rows)
     job = Job(
         rows=rows,
         options=options,
         peft_config=peft_config,
-        needs=needs.loaded(),
+        needs=needs.loaded(progress),
         labels=labels,
         settings=settings,
         probing=probing,
