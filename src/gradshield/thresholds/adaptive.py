@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 
 from gradshield.thresholds.base import THRESHOLDS, require_rows
 from gradshield.types import Anchors, Cut, Floats
+
+if TYPE_CHECKING:
+    from sklearn.mixture import GaussianMixture  # takes longer to import than all the rest of this room
 
 MANY = 50_000  # above this, the five starts are tried on a sample of this size
 
@@ -40,6 +42,9 @@ class Adaptive:
         if len(values) < 3 or sigma == 0:
             return Cut(mu + 2 * sigma, self.name, detail)
         z = ((values - mu) / sigma)[:, None]
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.mixture import GaussianMixture
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct scores than components
             one = GaussianMixture(1, random_state=self.seed).fit(z)
@@ -61,6 +66,8 @@ class Adaptive:
 
     def _two(self, z: Floats) -> GaussianMixture:
         """The mixture of two, fitted to (N, 1) standardised scores."""
+        from sklearn.mixture import GaussianMixture
+
         if len(z) <= MANY:
             return GaussianMixture(2, n_init=5, random_state=self.seed).fit(z)
         some = z[np.random.default_rng(self.seed).choice(len(z), MANY, replace=False)]
