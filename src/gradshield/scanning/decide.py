@@ -15,6 +15,11 @@ from gradshield.types import Bools, Cut, Scores
 ROWS, PREFERENCE = "rows", "preference"  # groups of rows that share a scale
 
 
+def group(shape: str) -> str:
+    """The group of a shape. Rows of one group share a scale and are cut together: preference pairs, and all others."""
+    return PREFERENCE if shape == PREFERENCE else ROWS
+
+
 @dataclass(frozen=True, eq=False)
 class Decision:
     """``removed`` is aligned with the scores.

@@ -100,7 +100,7 @@ def estimate(
     rows = prepare(data, model, tokenizer, training_args, probing.template, format, progress)
     loaded = rows.loaded
     with scored_model(loaded, settings, peft_config) as (scored, targets, _):
-        found = ready(scored, loaded, rows.rendered, settings, probing, targets, progress)
+        found = ready(scored, rows, settings, probing, targets, progress)
         before = time.monotonic() - began
         parts, loss = [], 0
         for of_shard, _ in shards.cut(rows.rendered):

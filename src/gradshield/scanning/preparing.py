@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from torch import nn
 
 from gradshield import cache, runs
 from gradshield import data as rows_in
-from gradshield.columns import Coded, Ids
+from gradshield.columns import Coded
 from gradshield.errors import ProbeError, ScoreError, UsageError, first_line
 from gradshield.gradients import (
     ENGINES,
@@ -47,7 +46,7 @@ from gradshield.probes import (
     validity,
 )
 from gradshield.scanning import shards
-from gradshield.scanning.decide import PREFERENCE, ROWS
+from gradshield.scanning.decide import ROWS, group
 from gradshield.scanning.kinds import Kinds
 from gradshield.scanning.references import answered, opened
 from gradshield.scanning.settings import Probing, ScanSettings
@@ -292,24 +291,6 @@ def anchors(selector: Fihs, model: nn.Module, direction: Direction, harmless: Pr
     )
 
 
-def group(shape: str) -> str:
-    """The group of a shape. Rows of one group share a scale and are cut together: preference pairs, and all others."""
-    return PREFERENCE if shape == "preference" else ROWS
-
-
-def named(rendered: Iterable[Rendered]) -> tuple[Ids, Coded]:
-    """The ids and the groups of the rows."""
-    groups = array("B")
-    names = (ROWS, PREFERENCE)
-
-    def ids() -> Iterator[str]:
-        for row in rendered:
-            groups.append(names.index(group(row.shape)))
-            yield row.id
-
-    return Ids.of(ids()), Coded(np.array(groups), names)
-
-
 def _sample(rendered: Sequence[Rendered], settings: ScanSettings) -> list[Rendered]:
     chosen = np.random.default_rng(settings.seed).permutation(len(rendered))[: settings.check_rows]
     return [rendered[i] for i in sorted(chosen)]
@@ -321,9 +302,8 @@ def _trusted(
     """The first engine, from the chosen one to slower ones, that ranks a random sample like the oracle."""
     model, pad, engine = known.model, known.loaded.pad_token_id, asked.engine
     truth = _measured(Loop(), selector, model, direction, sample)
-    selector.finish(
-        truth, [row.id for row in sample], [group(row.shape) for row in sample]
-    )  # raises for values that are not finite
+    # Raises for values that are not finite.
+    selector.finish(truth, [row.id for row in sample], [group(row.shape) for row in sample])
     oracle = truth.sums
     slower: list[Engine] = [engine]
     if engine.name == "finite-difference":

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from gradshield import data as rows_in
+from gradshield.columns import Coded, Ids
 from gradshield.data import templates
 from gradshield.errors import EmptyDataError, FormatError, UsageError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel, ModelSource, text_config
+from gradshield.scanning.decide import group
 from gradshield.scanning.options import check_positions, check_trainer, render_config, sft_options
 from gradshield.types import Bools, Ints, Progress, Quarantined, Rendered, quiet
 
@@ -36,6 +38,13 @@ class Prepared:
     rendered: rows_in.Spool
     quarantined: tuple[Quarantined, ...]
     fitted: Ints
+
+    def named(self) -> tuple[Ids, Coded]:
+        """The ids and the groups of the rendered rows."""
+        examples, aside = self.read.examples, [row.row for row in self.quarantined]
+        own = ~np.isin(examples.rows, aside)
+        shapes = examples.shapes.take(own)
+        return examples.ids.take(own), shapes.renamed([group(name) for name in shapes.names])
 
     def kept(self, removed: Bools) -> Sequence[Rendered]:
         """The kept rows, read on access; ``removed`` is aligned with ``rendered``."""

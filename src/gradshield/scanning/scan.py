@@ -141,7 +141,7 @@ def select(
         scored_model(loaded, settings, peft_config) as (model, targets, adapter),
         workers.open(Origin(loaded, model, adapter, settings.seed)) as hands,
     ):
-        scored = score(model, loaded, rows.rendered, settings, probing, targets, output, progress, hands)
+        scored = score(model, rows, settings, probing, targets, output, progress, hands)
         decision = decide(scored.scores, settings.make_threshold(), allow)
         out = rows.kept(~decision.removed)
         kinds = categories(model, scored, out, decision.removed, settings, progress, hands)

@@ -14,7 +14,6 @@ from torch import nn
 
 from gradshield import runs
 from gradshield.gradients import pick
-from gradshield.models.loading import LoadedModel
 from gradshield.options import Spec, build
 from gradshield.scanning import shards
 from gradshield.scanning.preparing import (
@@ -25,24 +24,23 @@ from gradshield.scanning.preparing import (
     ask,
     asked_of,
     given_by,
-    named,
     ready_fihs,
     ruler,
 )
 from gradshield.scanning.references import references
+from gradshield.scanning.rows import Prepared
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.scanning.shards import Hands, here
 from gradshield.selectors import SELECTORS, Fihs, Measured, Selector, make, parse_aggregate
 from gradshield.selectors.base import no_direction
-from gradshield.types import Direction, Progress, Rendered
+from gradshield.types import Direction, Progress
 
 logger = logging.getLogger(__name__)
 
 
 def ready(
     model: nn.Module,
-    loaded: LoadedModel,
-    rendered: Sequence[Rendered],
+    rows: Prepared,
     settings: ScanSettings,
     probing: Probing,
     targets: Sequence[str],
@@ -54,6 +52,7 @@ def ready(
     ``model`` is the loaded one, with its adapter if the subspace needs it. ``look`` measures the look of a selector of
     two stages, which needs less than the selector, so that most rows have their score before there is a direction.
     """
+    loaded, rendered = rows.loaded, rows.rendered
     tokenizer, pad = loaded.tokenizer, loaded.pad_token_id
     given: dict[str, Callable[[], Any]] = {
         "subspace": lambda: settings.subspace,
@@ -90,8 +89,7 @@ def ready(
 
 def score(
     model: nn.Module,
-    loaded: LoadedModel,
-    rendered: Sequence[Rendered],
+    rows: Prepared,
     settings: ScanSettings,
     probing: Probing,
     targets: Sequence[str],
@@ -105,13 +103,15 @@ def score(
         # The first write: a scan that fails before leaves no folder.
         folder = None if output is None else runs.prepare(output) / runs.WORK / "shards"
         told = partial(progress, "scoring rows")
-        return shards.measure(selector, model, direction, rendered, settings.token_budget, folder, told, hands, seen)
+        return shards.measure(
+            selector, model, direction, rows.rendered, settings.token_budget, folder, told, hands, seen
+        )
 
-    found = ready(model, loaded, rendered, settings, probing, targets, progress, measure)
+    found = ready(model, rows, settings, probing, targets, progress, measure)
     selector, direction = found.selector, found.direction
     raw = measure(selector, direction, found.seen)
-    scores = selector.finish(raw, *named(rendered))
+    scores = selector.finish(raw, *rows.named())
     if found.harmless is not None and scores.anchors is None:
-        known = anchors(cast(Fihs, selector), model, direction, found.harmless, loaded.tokenizer)
+        known = anchors(cast(Fihs, selector), model, direction, found.harmless, rows.loaded.tokenizer)
         scores = replace(scores, anchors=known)
     return Scored(**vars(found), scores=scores)

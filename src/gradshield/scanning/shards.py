@@ -85,15 +85,16 @@ def measure(
 ) -> Measured:
     """Measure all rows, in input order; shards found in ``store`` are read instead.
 
-    A selector of two stages measures only what its look leaves open. ``seen`` is the look's result; without it, it looks first.
-    ``progress`` counts the rows that are finished.
+    A selector of two stages measures only what its look leaves open, in shards of those rows alone. ``seen`` is the look's
+    result; without it, it looks first. ``progress`` counts the rows that are finished.
     """
     look: Any = getattr(selector, "look", None)
-    if look is not None and seen is None:
-        seen = measure(look, model, no_direction(look.name), rendered, token_budget, None, progress, hands)
-    chosen = None if seen is None else look.further(seen)
+    own = rendered
+    if look is not None:
+        seen = seen or measure(look, model, no_direction(look.name), rendered, token_budget, None, progress, hands)
+        own = Picked(rendered, np.flatnonzero(look.further(seen)))
     open_after = getattr(selector, "further", lambda part: np.zeros(len(part.rows), dtype=np.bool_))
-    gathered, done = _Gathered(), 0 if chosen is None else int((~chosen).sum())
+    gathered, done = _Gathered(), len(rendered) - len(own)
 
     def take(part: Measured) -> None:
         nonlocal done
@@ -104,12 +105,7 @@ def measure(
     shared = _shared(selector, direction, token_budget)
 
     def missing() -> Iterator[Shard]:
-        for rows, hashes in cut(rendered):
-            if seen is not None and chosen is not None:
-                own = np.flatnonzero(chosen[np.searchsorted(seen.rows, [row.row for row in rows])]).tolist()
-                rows, hashes = [rows[i] for i in own], [hashes[i] for i in own]
-            if not rows:
-                continue
+        for rows, hashes in cut(own):
             key = hashlib.sha256(b"\n".join([shared, b"".join(hashes)])).hexdigest()
             found = _read(_file(store, key), rows) if store else None
             if found is None:

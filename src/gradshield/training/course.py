@@ -172,9 +172,7 @@ class Course:
             settings = replace(self.job.settings, selector=selector, threshold=None)
             job = self.job
             with scored_model(self.loaded, settings, job.peft_config) as (model, targets, _):
-                self._scored[selector] = score(
-                    model, self.loaded, job.rows.rendered, settings, job.probing, targets, None, self.progress
-                )
+                self._scored[selector] = score(model, job.rows, settings, job.probing, targets, None, self.progress)
         return self._scored[selector]
 
     def know(self, selector: str, scored: Scored) -> None:
