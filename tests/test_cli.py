@@ -500,8 +500,8 @@ def test_the_installed_command() -> None:
 def test_the_gate_counts_rows_without_rounding(gate: str, removed: int, closes: bool) -> None:
     from types import SimpleNamespace
 
-    from gradshield.cli.common import share
     from gradshield.cli.gate import check_gate
+    from gradshield.cli.options import share
     from gradshield.errors import GateError
 
     results: Any = SimpleNamespace(removed=removed, scored=1000)

@@ -88,8 +88,8 @@ class Plugin(BasePlugin):  # type: ignore[misc]
         from filelock import FileLock
 
         from gradshield import runs
-        from gradshield.cli.common import share
         from gradshield.cli.gate import check_gate
+        from gradshield.cli.options import share
         from gradshield.manifests import ScanManifest
         from gradshield.scanning.cut import read_scores
 
@@ -127,7 +127,7 @@ def _scan(cfg: Any, given: Settings, dataset: Any, folder: Path) -> None:
     import torch
 
     import gradshield as gs
-    from gradshield.cli.common import probing, read_ids
+    from gradshield.cli.options import probing, read_ids
     from gradshield.errors import UsageError
 
     columns = [name for name in COLUMNS if name in dataset.column_names]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradshield.cli.common import Judges, err, out, plain, quiet_libraries, share, verdict
+from gradshield.cli import options
+from gradshield.cli.common import err, out, plain, quiet_libraries, verdict
 from gradshield.errors import GateError, UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def certify(
         Path | None,
         typer.Option(help='Labelled answers of this model: JSON lines of {"prompt", "answer", "unsafe"}.'),
     ] = None,
-    judge: Judges = None,
+    judge: options.Judges = None,
     check: Annotated[
         bool, typer.Option("--check", help="Recompute every hash and bound offline, and fail on any change.")
     ] = False,
@@ -49,7 +50,7 @@ def certify(
         )
     claim: dict[str, Any] = {} if looks is None else {"looks": looks}
     for name, text in (("confidence", confidence), ("limit", limit)):
-        if (value := share(f"--{name}", text)) is not None:
+        if (value := options.share(f"--{name}", text)) is not None:
             claim[name] = value
     quiet_libraries()
     from gradshield.evaluation import certify as work

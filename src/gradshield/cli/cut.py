@@ -7,22 +7,23 @@ from typing import Annotated
 
 import typer
 
-from gradshield.cli.common import Allow, Deny, FailAbove, Rule, command_line, read_ids, share, summary
+from gradshield.cli import options
+from gradshield.cli.common import command_line, summary
 from gradshield.cli.gate import Sarif, check_sarif, judge
 from gradshield.errors import DataError
 
 
 def cut(
     folder: Annotated[Path, typer.Argument(help="Output folder of a finished scan.", show_default=False)],
-    threshold: Rule = None,
-    allow: Allow = None,
-    deny: Deny = None,
-    fail_above: FailAbove = None,
+    threshold: options.Rule = None,
+    allow: options.Allow = None,
+    deny: options.Deny = None,
+    fail_above: options.FailAbove = None,
     sarif: Sarif = None,
 ) -> None:
     """Cut saved scores again with another threshold; no model is needed."""
-    gate = share("--fail-above", fail_above)
-    allowed, denied = read_ids("--allow", allow), read_ids("--deny", deny)
+    gate = options.share("--fail-above", fail_above)
+    allowed, denied = options.read_ids("--allow", allow), options.read_ids("--deny", deny)
     check_sarif(sarif)
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}: run `gradshield scan` into it first")

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradshield.cli.common import command_line, out, progress, quiet_libraries, share
+from gradshield.cli import options
+from gradshield.cli.common import command_line, out, progress, quiet_libraries
 
 
 def demo(
@@ -23,7 +24,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the mix, the scan and the training.")] = 0,
 ) -> None:
     """Scan a poisoned set with the bundled lab model, fine-tune with and without the filter, and compare."""
-    amount = share("--ratio", ratio) or 0.0
+    amount = options.share("--ratio", ratio) or 0.0
     quiet_libraries()
     import torch
 

@@ -8,28 +8,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from gradshield.cli.common import (
-    Adapter,
-    Device,
-    Dtype,
-    Judges,
-    Metric,
-    Prefix,
-    Remote,
-    Safety,
-    Template,
-    Tokens,
-    command_line,
-    measuring,
-    noted,
-    out,
-    plain,
-    progress,
-    quiet_libraries,
-    rates,
-    require_model,
-    template_variables,
-)
+from gradshield.cli import options
+from gradshield.cli.common import command_line, noted, out, plain, progress, quiet_libraries, rates
 from gradshield.errors import UsageError
 
 
@@ -41,28 +21,32 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for a report, every answer and the figures.")
     ] = None,
-    safety: Safety = "builtin",
-    judge: Judges = None,
-    metric: Metric = None,
-    max_new_tokens: Tokens = 64,
+    safety: options.Safety = "builtin",
+    judge: options.Judges = None,
+    metric: options.Metric = None,
+    max_new_tokens: options.Tokens = 64,
     lm_eval: Annotated[
         list[str] | None,
-        measuring("--lm-eval", help="Tasks of lm-eval, in addition to or instead of yours.", show_default=False),
+        options.measuring(
+            "--lm-eval", help="Tasks of lm-eval, in addition to or instead of yours.", show_default=False
+        ),
     ] = None,
-    inspect: Annotated[Path | None, measuring(help="An Inspect task file: your own Python code, which is run.")] = None,
-    limit: Annotated[int | None, measuring(help="At most this many samples per harness task.")] = None,
-    answer_prefix: Prefix = "",
-    template_kwargs: Template = "{}",
-    adapter: Adapter = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: Remote = False,
+    inspect: Annotated[
+        Path | None, options.measuring(help="An Inspect task file: your own Python code, which is run.")
+    ] = None,
+    limit: Annotated[int | None, options.measuring(help="At most this many samples per harness task.")] = None,
+    answer_prefix: options.Prefix = "",
+    template_kwargs: options.Template = "{}",
+    adapter: options.Adapter = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.Remote = False,
 ) -> None:
     """Measure attack success (by each judge separately), over-refusal and utility of a model."""
     if safety == "none" and not (utility or lm_eval or inspect):
         raise UsageError("there is nothing to measure: give --safety, --utility, --lm-eval or --inspect")
-    template = template_variables(template_kwargs)
-    require_model(model)
+    template = options.template_variables(template_kwargs)
+    options.require_model(model)
     quiet_libraries()
     from gradshield.evaluation.evaluate import evaluate as run
     from gradshield.evaluation.exam import exams_of

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from gradshield.cli.common import reviewing
+from gradshield.cli import options
 from gradshield.errors import DataError, GateError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Sarif = Annotated[
     Path | None,
-    reviewing(
+    options.reviewing(
         "--sarif",
         help="Write the removed rows as findings (SARIF 2.1.0); in GitHub Actions, annotate them too.",
         show_default=False,

@@ -11,59 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradshield import cache
-from gradshield.cli.common import (
-    Adapter,
-    Aggregate,
-    Allow,
-    Budget,
-    Columns,
-    Data,
-    Device,
-    DeviceMap,
-    Dtype,
-    Engine,
-    FailAbove,
-    Lookalikes,
-    LoraConfig,
-    MaxLength,
-    Model,
-    NoCache,
-    Prefix,
-    Probes,
-    Quantize,
-    Remote,
-    Rule,
-    Seed,
-    Selects,
-    Shape,
-    Strict,
-    Subspace,
-    Template,
-    Told,
-    TrainingConfig,
-    Uncertified,
-    Unsafety,
-    command_line,
-    err,
-    json_file,
-    out,
-    plain,
-    probing,
-    progress,
-    quiet_libraries,
-    read_as,
-    read_ids,
-    read_labels,
-    require_data,
-    require_model,
-    reviewing,
-    row_format,
-    running,
-    share,
-    summary,
-    template_variables,
-    training_options,
-)
+from gradshield.cli import options
+from gradshield.cli.common import Told, command_line, err, out, plain, progress, quiet_libraries, read_as, summary
 from gradshield.cli.gate import Sarif, check_sarif, judge
 from gradshield.errors import DataError, UsageError
 from gradshield.report.text import duration
@@ -76,47 +25,47 @@ REASONS = 5  # why rows cannot be scored, printed one by one; the rest are count
 
 def scan(
     context: typer.Context,
-    data: Data,
-    model: Model,
+    data: options.Data,
+    model: options.Model,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", help="Folder for the rows, scores, report and manifest.", show_default=False),
     ],
-    columns: Columns = None,
-    threshold: Rule = None,
-    fail_above: FailAbove = None,
-    format: Shape = None,
-    strict: Strict = False,
-    max_length: MaxLength = None,
-    training_config: TrainingConfig = None,
-    selector: Selects = "screen",
-    probe: Unsafety = "token_gap",
-    aggregate: Aggregate = "push",
-    subspace: Subspace = "all",
-    engine: Engine = "auto",
-    lora_config: LoraConfig = None,
-    seed: Seed = 0,
-    probes: Probes = None,
-    lookalikes: Lookalikes = None,
-    answer_prefix: Prefix = "",
-    template_kwargs: Template = "{}",
-    uncertified: Uncertified = False,
-    allow: Allow = None,
+    columns: options.Columns = None,
+    threshold: options.Rule = None,
+    fail_above: options.FailAbove = None,
+    format: options.Shape = None,
+    strict: options.Strict = False,
+    max_length: options.MaxLength = None,
+    training_config: options.TrainingConfig = None,
+    selector: options.Selects = "screen",
+    probe: options.Unsafety = "token_gap",
+    aggregate: options.Aggregate = "push",
+    subspace: options.Subspace = "all",
+    engine: options.Engine = "auto",
+    lora_config: options.LoraConfig = None,
+    seed: options.Seed = 0,
+    probes: options.Probes = None,
+    lookalikes: options.Lookalikes = None,
+    answer_prefix: options.Prefix = "",
+    template_kwargs: options.Template = "{}",
+    uncertified: options.Uncertified = False,
+    allow: options.Allow = None,
     labels: Annotated[
-        Path | None, reviewing(help="JSON list of 0 and 1 (harmful) per row: reported, never used to decide.")
+        Path | None, options.reviewing(help="JSON list of 0 and 1 (harmful) per row: reported, never used to decide.")
     ] = None,
     sarif: Sarif = None,
-    adapter: Adapter = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
-    device_map: DeviceMap = None,
-    trust_remote_code: Remote = False,
-    token_budget: Budget = 4096,
-    no_cache: NoCache = False,
+    adapter: options.Adapter = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
+    device_map: options.DeviceMap = None,
+    trust_remote_code: options.Remote = False,
+    token_budget: options.Budget = 4096,
+    no_cache: options.NoCache = False,
     workers: Annotated[
         int | None,
-        running(
+        options.running(
             help="Processes that share the rows, each with its own model (default: 1; with --ray, one per GPU or CPU).",
             min=1,
             show_default=False,
@@ -124,7 +73,7 @@ def scan(
     ] = None,
     ray: Annotated[
         str | None,
-        running(
+        options.running(
             help="Measure on the Ray cluster at this address: host:port, or auto for this machine's cluster.",
             show_default=False,
         ),
@@ -136,9 +85,9 @@ def scan(
     where it stopped.
     """
     _check_map(device_map, selector, alone=workers in (None, 1) and ray is None)
-    gate = share("--fail-above", fail_above)
+    gate = options.share("--fail-above", fail_above)
     check_sarif(sarif)
-    allowed, truth = read_ids("--allow", allow), read_labels(labels)
+    allowed, truth = options.read_ids("--allow", allow), options.read_labels(labels)
     checked = _checked(context.params)
     from gradshield.scanning.scan import scan as run
     from gradshield.scanning.workers import Workers
@@ -162,17 +111,17 @@ def scan(
     judge(selection, sarif, gate)
 
 
-def estimate(context: typer.Context, **options: Any) -> None:
+def estimate(context: typer.Context, **given: Any) -> None:
     """Say what the rows are and how long a scan of them takes, from a sample, in one process; writes nothing.
 
     Takes the options of `gradshield scan` that change this.
     """
-    _check_map(options["device_map"], options["selector"], alone=True)
+    _check_map(given["device_map"], given["selector"], alone=True)
     checked = _checked(context.params)
     from gradshield.scanning.estimate import estimate as run
 
     with progress() as report:
-        found = run(options["data"], **checked, progress=report)
+        found = run(given["data"], **checked, progress=report)
     out.print(f"rows       [bold]{found.scored:,}[/bold] of {found.rows:,} can be scored")
     read_as(found.read_as)
     for reason, line, count in found.unusable[:REASONS]:
@@ -215,12 +164,12 @@ def _scanned(folder: Path) -> Dataset | None:
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
     """What `gs.scan` and `gs.estimate` share, from the options of their commands; the model is still to be loaded."""
-    template = template_variables(given["template_kwargs"])
-    training = training_options(given["training_config"], given["max_length"])
-    lora = json_file("--lora-config", given["lora_config"])
-    shape = row_format(given["format"], given["columns"], given["strict"])
-    require_data(given["data"])
-    require_model(given["model"])
+    template = options.template_variables(given["template_kwargs"])
+    training = options.training_options(given["training_config"], given["max_length"])
+    lora = options.json_file("--lora-config", given["lora_config"])
+    shape = options.row_format(given["format"], given["columns"], given["strict"])
+    options.require_data(given["data"])
+    options.require_model(given["model"])
     quiet_libraries()
     from gradshield.models.loading import ModelSource
     from gradshield.scanning.options import peft_config, sft_options
@@ -236,7 +185,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": ModelSource(given["model"], **{name: given[name] for name in source}),
         "settings": ScanSettings(**{name: given[name] for name in scoring}),
-        "probing": probing(
+        "probing": options.probing(
             given["probes"], given["lookalikes"], given["answer_prefix"], template, given["uncertified"]
         ),
         "peft_config": peft_config(lora),

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import SecretStr
 
-from gradshield.cli.common import Lookalikes, Probes, Tokens, err, json_file, out, plain, quiet_libraries
+from gradshield.cli.common import err, out, plain, quiet_libraries
+from gradshield.cli.options import Lookalikes, Probes, Tokens, json_file
 from gradshield.errors import UsageError
 from gradshield.options import number
 

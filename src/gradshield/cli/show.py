@@ -9,42 +9,30 @@ import typer
 from rich.markup import escape
 from rich.text import Text
 
-from gradshield.cli.common import (
-    Columns,
-    Data,
-    MaxLength,
-    Remote,
-    Shape,
-    TrainingConfig,
-    out,
-    quiet_libraries,
-    require_data,
-    require_model,
-    row_format,
-    training_options,
-)
+from gradshield.cli import options
+from gradshield.cli.common import out, quiet_libraries
 from gradshield.report.text import visible
 
 
 def show(
-    data: Data,
+    data: options.Data,
     row: Annotated[int, typer.Option("--row", "-n", help="Position in the file, from 0.", min=0)] = 0,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="Model whose tokenizer and template to use (default: the bundled lab's)."),
     ] = None,
-    format: Shape = None,
-    columns: Columns = None,
-    max_length: MaxLength = None,
-    training_config: TrainingConfig = None,
-    trust_remote_code: Remote = False,
+    format: options.Shape = None,
+    columns: options.Columns = None,
+    max_length: options.MaxLength = None,
+    training_config: options.TrainingConfig = None,
+    trust_remote_code: options.Remote = False,
 ) -> None:
     """Print a row as the model sees it, with the loss tokens in colour, or between ⟦ and ⟧ where there is none (a pipe)."""
-    training = training_options(training_config, max_length)
-    shape = row_format(format, columns)
-    require_data(data)
+    training = options.training_options(training_config, max_length)
+    shape = options.row_format(format, columns)
+    options.require_data(data)
     if model is not None:
-        require_model(model)
+        options.require_model(model)
     quiet_libraries()
     from gradshield.scanning.show import show as seen
 

@@ -9,42 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from gradshield.cli.common import (
-    Columns,
-    Device,
-    Dtype,
-    Judges,
-    Lookalikes,
-    MaxLength,
-    Metric,
-    Model,
-    Prefix,
-    Probes,
-    Remote,
-    Safety,
-    Shape,
-    Template,
-    Tokens,
-    Uncertified,
-    command_line,
-    err,
-    json_file,
-    noted,
-    out,
-    plain,
-    probing,
-    progress,
-    quiet_libraries,
-    rates,
-    read_labels,
-    reading,
-    require_data,
-    require_model,
-    row_format,
-    template_variables,
-    training_options,
-    verdict,
-)
+from gradshield.cli import options
+from gradshield.cli.common import command_line, err, noted, out, plain, progress, quiet_libraries, rates, verdict
 from gradshield.errors import GateError, UsageError
 
 training = partial(typer.Option, rich_help_panel="Training")
@@ -60,7 +26,7 @@ def train(
         list[str],
         typer.Argument(help="Dataset to train on; several are trained one after another.", show_default=False),
     ],
-    model: Model,
+    model: options.Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the model, the scan and the report.")],
     defence: Annotated[
         str,
@@ -78,7 +44,7 @@ def train(
     utility: Annotated[
         list[str] | None, typer.Option(help="Held-out rows of the task, one file per dataset.", show_default=False)
     ] = None,
-    columns: Columns = None,
+    columns: options.Columns = None,
     base: Annotated[
         str | None, training(help="The model before its alignment, for asft and safelora: folder or hub name.")
     ] = None,
@@ -97,40 +63,40 @@ def train(
     ] = None,
     merge: Annotated[bool, training("--merge", help="Save the plain model with the adapter merged in.")] = False,
     seed: Annotated[int, training(help="Seed of the scan, the adapter and the row order.")] = 0,
-    safety: Safety = "builtin",
-    judge: Judges = None,
-    metric: Metric = None,
-    max_new_tokens: Tokens = 64,
-    format: Shape = None,
-    max_length: MaxLength = None,
+    safety: options.Safety = "builtin",
+    judge: options.Judges = None,
+    metric: options.Metric = None,
+    max_new_tokens: options.Tokens = 64,
+    format: options.Shape = None,
+    max_length: options.MaxLength = None,
     labels: Annotated[
         Path | None,
-        reading(help="JSON list of 0 and 1 (harmful) per row: reported, and used by the defence clean."),
+        options.reading(help="JSON list of 0 and 1 (harmful) per row: reported, and used by the defence clean."),
     ] = None,
-    probes: Probes = None,
-    lookalikes: Lookalikes = None,
-    answer_prefix: Prefix = "",
-    template_kwargs: Template = "{}",
-    uncertified: Uncertified = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: Remote = False,
+    probes: options.Probes = None,
+    lookalikes: options.Lookalikes = None,
+    answer_prefix: options.Prefix = "",
+    template_kwargs: options.Template = "{}",
+    uncertified: options.Uncertified = False,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.Remote = False,
 ) -> None:
     """Fine-tune under a defence, with safety and utility measured before and after.
 
     An interrupted run resumes where it stopped. Exit code 5 if no cut meets the targets of a verified threshold.
     """
-    options = training_options(training_config, max_length)
+    trainer = options.training_options(training_config, max_length)
     if report_to is not None:
-        options["report_to"] = report_to
-    lora = json_file("--lora-config", lora_config)
-    template = template_variables(template_kwargs)
-    truth = read_labels(labels)
-    shape = row_format(format, columns)
+        trainer["report_to"] = report_to
+    lora = options.json_file("--lora-config", lora_config)
+    template = options.template_variables(template_kwargs)
+    truth = options.read_labels(labels)
+    shape = options.row_format(format, columns)
     for path in data:
-        require_data(path)
+        options.require_data(path)
     for name in (model, *([base] if base else ())):
-        require_model(name)
+        options.require_model(name)
     tasks, wanted = utility or [], _wanted(data, utility or [], defence, base, truth)
     quiet_libraries()
     from gradshield.evaluation.exam import exams_of
@@ -143,13 +109,13 @@ def train(
     from gradshield.training.trackers import Reporters, named
     from gradshield.training.train import train as run
 
-    Reporters(named(options.get("report_to")), output)  # what is not installed is said before the model is loaded
+    Reporters(named(trainer.get("report_to")), output)  # what is not installed is said before the model is loaded
     common: dict[str, Any] = {
         "defence": defence,
         "peft_config": peft_config(lora),
-        "training": options,
+        "training": trainer,
         "settings": ScanSettings(seed=seed),
-        "probing": probing(probes, lookalikes, answer_prefix, template, uncertified),
+        "probing": options.probing(probes, lookalikes, answer_prefix, template, uncertified),
         "format": shape,
         "merge": merge,
         "seed": seed,
@@ -170,7 +136,7 @@ def train(
             done = run(data[0], model=source, output=output, exams=measured[0], labels=truth, progress=report, **common)
         else:
             for path in data:  # what is wrong with the last dataset is said before the first one trains
-                method_of(read_rows(path, sft_options(options), shape), wanted)
+                method_of(read_rows(path, sft_options(trainer), shape), wanted)
             common.pop("merge")  # every stage starts from a whole model
             stages = [Stage(path, exam) for path, exam in zip(data, measured, strict=True)]
             followed = sequence(stages, model=source, output=output, progress=report, **common)
