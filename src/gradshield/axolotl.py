@@ -101,7 +101,7 @@ class Plugin(BasePlugin):  # type: ignore[misc]
             if not finished.exists() or finished.stat().st_mtime < self.began:
                 _scan(cfg, given, dataset, folder)
             results = runs.read_manifest(folder, ScanManifest).results
-            scores, removed, _ = read_scores(folder)
+            scores, removed, *_ = read_scores(folder)
         LOG.info(
             "GradShield: %d of %d rows removed, %d set aside, %d are trained on; report: %s",
             results.removed, results.read, results.quarantined, results.kept, folder / "report.html",

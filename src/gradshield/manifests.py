@@ -174,6 +174,18 @@ class Labelled(Record):
     aurocs: list[Auroc] = []
 
 
+class FoundCut(Record):
+    """The cut of a group by its ``rule``, with what the rule found in fields of its own.
+
+    A ``value`` of null in a file is an infinity: the cut removes nothing, or everything.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    rule: str
+    value: Number
+
+
 class ScanResults(Record):
     """What a scan found. ``doubts`` are the reasons not to certify it, by name; ``uncertified`` is the first of them.
 
@@ -193,7 +205,7 @@ class ScanResults(Record):
     cleared: int
     denied: int = 0
     certified: bool
-    cuts: dict[str, dict[str, Any]]
+    cuts: dict[str, FoundCut]
     anchors: KnownScores | None
     categories: dict[str, int]
     agreement: EngineCheck | None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,7 +18,7 @@ from scipy.special import ndtri
 
 from gradshield.errors import DataError
 from gradshield.manifests import Auroc
-from gradshield.stats import check_level, score_bounds
+from gradshield.stats import score_bounds
 from gradshield.types import Floats, Ints
 
 FOLDS = 5
@@ -33,8 +34,8 @@ OPENERS: tuple[str, ...] = tuple(
 _OPENER = re.compile(rf"[\s\"'*_#>-]*(?:{'|'.join(map(re.escape, OPENERS))})(?!\w)", re.IGNORECASE)
 
 
-def auroc(labels: ArrayLike, scores: ArrayLike, name: str = "", level: float = 0.95) -> Auroc:
-    """AUROC of scores, higher for harm (ties count one half) with Newcombe's score interval.
+def auroc(labels: ArrayLike, scores: ArrayLike, name: str = "") -> Auroc:
+    """AUROC of scores, higher for harm (ties count one half) with Newcombe's 95 % score interval.
 
     Source: Newcombe (2006), Statistics in Medicine 25:559-573, method 5: the values that a test with the Hanley-McNeil
     variance, both class sizes set to their mean in its shape terms, does not reject. Not DeLong's interval, which shrinks
@@ -44,14 +45,19 @@ def auroc(labels: ArrayLike, scores: ArrayLike, name: str = "", level: float = 0
     """
     from scipy.stats import rankdata
 
-    check_level(level)
-    truth, values = _checked(labels, scores)
+    truth, values = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if truth.shape != values.shape or truth.ndim != 1:
+        raise DataError(f"every row needs one label and one score, got {truth.size} labels and {values.size} scores")
+    if not np.isin(truth, (0, 1)).all():
+        raise DataError("labels must be 0 (harmless) or 1 (harmful), and some are neither")
+    if not np.isfinite(values).all():
+        raise DataError(f"scores must be finite, and that of row {int(np.flatnonzero(~np.isfinite(values))[0])} is not")
     n_pos, n_neg = int(truth.sum()), int((1 - truth).sum())
     if n_pos == 0 or n_neg == 0:
         raise DataError(f"an AUROC needs rows of both classes, got {n_pos} harmful and {n_neg} harmless")
     ranks = rankdata(values)
     area = float((ranks[truth == 1].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
-    z2 = float(ndtri((1 + level) / 2)) ** 2
+    z2 = float(ndtri(0.975)) ** 2
     mean = (n_pos + n_neg) / 2
 
     def distance(theta: float) -> float:
@@ -63,18 +69,14 @@ def auroc(labels: ArrayLike, scores: ArrayLike, name: str = "", level: float = 0
 
 
 def trivial_baselines(
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    labels: ArrayLike,
-    nll: ArrayLike | None = None,
-    seed: int = 0,
+    prompts: Sequence[str], answers: Sequence[str], labels: ArrayLike, nll: ArrayLike | None = None
 ) -> list[Auroc]:
     """AUROC of each trivial feature.
 
     ``response length`` and ``prompt length`` in characters; ``openers``, whether the answer begins with one of
-    ``OPENERS``; ``tf-idf``, a logistic regression on the words and word pairs of the row, scored out of fold under
-    ``seed`` (it sees the labels of the other folds, unlike an unsupervised score); ``loss``, if ``nll`` is given. An
-    unavailable baseline has ``auroc`` None and the reason under ``absent``.
+    ``OPENERS``; ``tf-idf``, a logistic regression on the words and word pairs of the row, scored out of fold (it sees
+    the labels of the other folds, unlike an unsupervised score); ``loss``, if ``nll`` is given. An unavailable baseline
+    has ``auroc`` None and the reason under ``absent``.
 
     Raises DataError like ``auroc``.
     """
@@ -86,24 +88,21 @@ def trivial_baselines(
     rows = [auroc(labels, values, name) for name, values in features.items()]
     truth = np.asarray(labels, dtype=np.int64)
     n_pos, n_neg = int(truth.sum()), int((1 - truth).sum())
+    absent = partial(Auroc, auroc=None, low=None, high=None, n_pos=n_pos, n_neg=n_neg)
     if min(n_pos, n_neg) < FOLDS:
         reason = f"{FOLDS} folds need {FOLDS} rows of each class, got {n_pos} harmful and {n_neg} harmless"
-        rows.append(_absent("tf-idf", reason, n_pos, n_neg))
+        rows.append(absent(name="tf-idf", absent=reason))
     else:
         texts = [f"{prompt}\n{answer}" for prompt, answer in zip(prompts, answers, strict=True)]
-        rows.append(auroc(truth, _out_of_fold(texts, truth, seed), "tf-idf"))
+        rows.append(auroc(truth, _out_of_fold(texts, truth), "tf-idf"))
     if nll is None:
-        rows.append(_absent("loss", "the loss was not measured for every row", n_pos, n_neg))
+        rows.append(absent(name="loss", absent="the loss was not measured for every row"))
     else:
         rows.append(auroc(labels, nll, "loss"))
     return rows
 
 
-def _absent(name: str, reason: str, n_pos: int, n_neg: int) -> Auroc:
-    return Auroc(name=name, auroc=None, low=None, high=None, n_pos=n_pos, n_neg=n_neg, absent=reason)
-
-
-def _out_of_fold(texts: list[str], labels: Ints, seed: int) -> Floats:
+def _out_of_fold(texts: list[str], labels: Ints) -> Floats:
     """Per row, the log-odds of harm by a classifier fitted on the other folds."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -115,17 +114,6 @@ def _out_of_fold(texts: list[str], labels: Ints, seed: int) -> Floats:
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
         LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000),
     )
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
     scores: Floats = cross_val_predict(model, texts, labels, cv=folds, method="decision_function")
     return scores
-
-
-def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[Ints, Floats]:
-    truth, values = np.asarray(labels), np.asarray(scores, dtype=np.float64)
-    if truth.shape != values.shape or truth.ndim != 1:
-        raise DataError(f"every row needs one label and one score, got {truth.size} labels and {values.size} scores")
-    if not np.isin(truth, (0, 1)).all():
-        raise DataError("labels must be 0 (harmless) or 1 (harmful), and some are neither")
-    if not np.isfinite(values).all():
-        raise DataError(f"scores must be finite, and that of row {int(np.flatnonzero(~np.isfinite(values))[0])} is not")
-    return truth.astype(np.int64), values

@@ -26,7 +26,7 @@ def section(manifest: ScanManifest, kept: Path) -> str:
     counts += f", {results.cleared:,} of the kept ones cleared by a reviewer" if results.cleared else ""
     counts += f", {results.denied:,} of the removed ones taken out by a reviewer" if results.denied else ""
     cuts = "; ".join(
-        f"{plain(str(cut['rule']))}, score above {cut['value']:.6g}" + (f" ({plain(name)})" if name != "rows" else "")
+        f"{plain(cut.rule)}, score above {cut.value:.6g}" + (f" ({plain(name)})" if name != "rows" else "")
         for name, cut in results.cuts.items()
     )
     verdict = (

@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from gradshield import data as rows_in
 from gradshield import runs
@@ -29,12 +30,14 @@ from gradshield.thresholds import parse as parse_threshold
 from gradshield.types import Anchors, Bools, Cut, Ints, Quarantined, Scores
 
 NO_CATEGORY = "not measured"
-TYPES = {  # of the columns of scores.parquet; the others are real numbers
+OPTIONAL = ("decoy", "tokens", "loss", *outputs.SIGNALS)
+TYPES = {  # of the columns of scores.parquet
     **dict.fromkeys(("row", "line", "tokens"), pa.int64()),
     **dict.fromkeys(("id", "file", "category", "group"), pa.string()),
     "removed": pa.bool_(),
+    **dict.fromkeys(("score", "decoy", "loss", *outputs.SIGNALS), pa.float64()),
 }
-OPTIONAL = ("decoy", "tokens", "loss")
+KINDS, LABELS = TypeAdapter(dict[int, str]), TypeAdapter(list[Literal[0, 1]])
 
 
 def cut(
@@ -107,12 +110,12 @@ class Scanned:
     def read(cls, path: Path) -> Scanned:
         """Raises DataError if the folder is not a finished scan, or its files do not belong together."""
         manifest = runs.read_manifest(path, ScanManifest)
-        scores, removed, categories = read_scores(path, manifest)
+        scores, removed, categories, lines, files = read_scores(path, manifest)
         if (known := manifest.results.anchors) is not None:
             harmful, harmless = (np.array(values, dtype=np.float64) for values in (known.harmful, known.harmless))
             scores = replace(scores, anchors=Anchors(harmful, harmless))
         rows = _together(path, manifest, scores, removed)
-        return cls(manifest, scores, removed, categories, rows, *read_places(path))
+        return cls(manifest, scores, removed, categories, rows, lines, files)
 
     @property
     def cuts(self) -> dict[str, Cut]:
@@ -122,14 +125,11 @@ class Scanned:
 
 def stored_cuts(results: ScanResults) -> dict[str, Cut]:
     """The cuts of a manifest, which has no infinities: one that removes nothing, or everything, is null there."""
-    found = {}
-    for name, stored in results.cuts.items():
-        detail = dict(stored)
-        value, rule = detail.pop("value"), str(detail.pop("rule"))
-        if value is None:
-            value = -math.inf if results.removed - results.denied else math.inf
-        found[name] = Cut(float(value), rule, detail)
-    return found
+    unbounded = -math.inf if results.removed - results.denied else math.inf
+    return {
+        name: Cut(unbounded if one.value is None else one.value, one.rule, one.model_extra or {})
+        for name, one in results.cuts.items()
+    }
 
 
 def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, command: str) -> Selection:
@@ -187,89 +187,67 @@ def _kinds(folder: Path, rows: Ints, names: Coded, removed: Bools) -> dict[int, 
     """The kind of harm of every row that the scan removed; the first cut stores it for later ones."""
     path = folder / runs.WORK / outputs.KINDS
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return {int(row): str(name) for row, name in stored.items()}
-    except (OSError, ValueError, AttributeError):  # missing before the first cut
+        return KINDS.validate_json(path.read_bytes())
+    except (OSError, ValueError):  # missing before the first cut
         found = {r: name for r, name in zip(rows.tolist(), names.take(removed), strict=True) if name != NO_CATEGORY}
         runs.write_json(path, found)
         return found
 
 
-def read_places(folder: Path) -> tuple[Ints, Coded]:
-    """The line and the file of each row from ``scores.parquet``. Raises DataError if it cannot be read."""
-    _, columns = _columns(folder, "line", "file", only=True)
-    return columns["line"].to_numpy(), Coded.of(_texts(columns["file"]))
+class Table(NamedTuple):
+    """``scores.parquet``, in input order: everything but the scores is aligned with them."""
+
+    scores: Scores
+    removed: Bools
+    categories: Coded
+    lines: Ints
+    files: Coded
 
 
-def _columns(folder: Path, *names: str, only: bool = False) -> tuple[Any, dict[str, Any]]:
-    """The table, of which ``only`` reads nothing but the named columns, and these by name. Raises DataError."""
+def read_scores(folder: Path, manifest: ScanManifest | None = None) -> Table:
+    """The scores of a scan and what was decided on them; ``manifest`` is that of the folder, if it was read.
+
+    Raises DataError if they cannot be read, or are not of the scan of the folder's manifest.
+    """
+    manifest = manifest or runs.read_manifest(folder, ScanManifest)
+    opener_fihs = manifest.settings.selector_found.get("opener_fihs")
     try:
-        table = pq.read_table(folder / "scores.parquet", columns=list(names) if only else None)
-        return table, {name: _column(table, name) for name in names}
-    except (OSError, pa.ArrowException, KeyError, ValueError):
-        raise _unreadable(folder) from None
+        table = pq.read_table(folder / outputs.SCORES)
+        known = [name for name in TYPES if name not in OPTIONAL or name in table.column_names]
+        columns = {name: _column(table, name) for name in known}
+        numbers = {n: one.to_numpy(zero_copy_only=False) for n, one in columns.items() if TYPES[n] != pa.string()}
+        texts = {n: _texts(one) for n, one in columns.items() if TYPES[n] == pa.string()}
+        scores = Scores(
+            rows=numbers["row"],
+            ids=Ids.of(texts["id"]),
+            values=numbers["score"],
+            shapes=Coded.of(texts["group"]),
+            decoys=numbers.get("decoy"),
+            lengths=numbers.get("tokens"),
+            nll=numbers.get("loss"),
+            signals={n: numbers[n] for n in outputs.SIGNALS if n in numbers},
+        )
+        rows, real = scores.rows, [one for one in (scores.values, scores.decoys) if one is not None]
+        whole = opener_fihs is None or (math.isfinite(opener_fihs) and scores.signals.keys() == outputs.SIGNALS.keys())
+        whole &= bool((np.diff(rows) > 0).all() and (rows >= 0).all() and (rows < manifest.results.read).all())
+        whole &= all(np.isfinite(one).all() for one in real)
+        if not (whole and Coded.of(scores.shapes).counts().keys() <= manifest.results.cuts.keys()):
+            raise ValueError(folder)
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, OverflowError):
+        raise DataError(
+            f"the scores of {str(folder)!r} cannot be read (scores.parquet): run `gradshield scan` into it again"
+        ) from None
+    categories, files = Coded.of(texts["category"]), Coded.of(texts["file"])
+    return Table(scores, numbers["removed"], categories, numbers["line"], files)
 
 
-def _column(table: Any, name: str) -> Any:
+def _column(table: pa.Table, name: str) -> Any:
     """One column. Raises ValueError for a type that is not its own, or a null (of real numbers, it reads as NaN)."""
-    column, kind = table[name], TYPES.get(name, pa.float64())
+    column, kind = table[name], TYPES[name]
     found = pa.string() if column.type == pa.large_string() else column.type
     if found != kind or (column.null_count and kind != pa.float64()):
         raise ValueError(name)
     return column
-
-
-def _unreadable(folder: Path) -> DataError:
-    return DataError(
-        f"the scores of {str(folder)!r} cannot be read (scores.parquet): run `gradshield scan` into it again"
-    )
-
-
-def read_scores(folder: Path, manifest: ScanManifest | None = None) -> tuple[Scores, Bools, Coded]:
-    """Scores, removed flags and categories from ``scores.parquet``; ``manifest`` is that of the folder, if it was read.
-
-    Raises DataError if it cannot be read, or is not of the scan of the folder's manifest.
-    """
-    manifest = manifest or runs.read_manifest(folder, ScanManifest)
-    opener_fihs = manifest.settings.selector_found.get("opener_fihs")
-    needed = (
-        "row",
-        "id",
-        "score",
-        "removed",
-        "category",
-        "group",
-        *(outputs.SIGNALS if opener_fihs is not None else ()),
-    )
-    table, columns = _columns(folder, *needed)
-    try:
-        ids = Ids.of(_texts(columns["id"]))
-        optional = {n: _column(table, n).to_numpy() for n in (*OPTIONAL, *outputs.SIGNALS) if n in table.column_names}
-        if opener_fihs is not None and not math.isfinite(opener_fihs):
-            raise ValueError(opener_fihs)
-    except (ValueError, OverflowError, KeyError, TypeError):
-        raise _unreadable(folder) from None
-    groups = Coded.of(_texts(columns["group"]))
-    scores = Scores(
-        rows=columns["row"].to_numpy(),
-        ids=ids,
-        values=columns["score"].to_numpy(),
-        shapes=groups,
-        decoys=optional.get("decoy"),
-        lengths=optional.get("tokens"),
-        nll=optional.get("loss"),
-        signals={n: optional[n] for n in outputs.SIGNALS if n in optional},
-    )
-    rows, real = scores.rows, [one for one in (scores.values, scores.decoys) if one is not None]
-    ordered = (np.diff(rows) > 0).all() and (rows >= 0).all() and (rows < manifest.results.read).all()
-    cuts = {
-        name
-        for name, one in manifest.results.cuts.items()
-        if isinstance(one.get("rule"), str) and isinstance(one.get("value", ""), int | float | None)
-    }
-    if not (ordered and all(np.isfinite(one).all() for one in real) and groups.counts().keys() <= cuts):
-        raise _unreadable(folder)
-    return scores, columns["removed"].to_numpy(zero_copy_only=False), Coded.of(_texts(columns["category"]))
 
 
 def _texts(column: Any) -> Iterator[str]:
@@ -322,15 +300,8 @@ def _quarantined(folder: Path) -> tuple[Quarantined, ...]:
 
 def _labels(folder: Path, scored: int) -> Any:
     """The label of each scored row (N,); None without labels, or if they cannot be read."""
-    path = folder / runs.WORK / "labels.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = LABELS.validate_json((folder / runs.WORK / "labels.json").read_bytes())
+    except (OSError, ValueError):
         return None
-    if (
-        not isinstance(found, list)
-        or len(found) != scored
-        or not all(type(one) is int and one in (0, 1) for one in found)
-    ):
-        return None
-    return np.array(found, dtype=np.int64)
+    return np.array(found, dtype=np.int64) if len(found) == scored else None

@@ -26,7 +26,7 @@ from gradshield import data as rows_in
 from gradshield import runs
 from gradshield.columns import Coded
 from gradshield.files import instead, replacing
-from gradshield.manifests import EngineCheck, KnownScores, Labelled, Probed, ScanResults
+from gradshield.manifests import EngineCheck, FoundCut, KnownScores, Labelled, Probed, ScanResults
 from gradshield.report import sheet
 from gradshield.scanning import card, page, page_rows, trust
 from gradshield.stats import wilson
@@ -88,7 +88,7 @@ def decided(decision: Decision, kinds: Sequence[str], doubts: Mapping[str, str])
         "removed": int(decision.removed.sum()),
         "cleared": len(decision.cleared),
         "denied": len(decision.denied),
-        "cuts": {name: {"rule": cut.rule, "value": cut.value, **cut.detail} for name, cut in decision.cuts.items()},
+        "cuts": {name: FoundCut(rule=cut.rule, value=cut.value, **cut.detail) for name, cut in decision.cuts.items()},
         "categories": counted(kinds, decision.removed),
     }
 

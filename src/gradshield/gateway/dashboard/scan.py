@@ -133,7 +133,7 @@ def read(folder: Path) -> Scan | None:
 @lru_cache(maxsize=4)
 def _read(folder: Path, _changed: int) -> Scan:
     manifest = runs.read_manifest(folder, ScanManifest)
-    scores, removed, categories = cuts.read_scores(folder, manifest)
+    scores, removed, categories, *_ = cuts.read_scores(folder, manifest)
     found = cuts.stored_cuts(manifest.results)
     if (
         not len(removed)
