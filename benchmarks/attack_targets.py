@@ -22,7 +22,7 @@ from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.probes import read_prompts
 from gradshield.scanning import outputs, scoring, shards
-from gradshield.scanning.options import peft_config
+from gradshield.scanning.settings import peft_config
 from gradshield.scanning.preparing import asked_of, named
 from gradshield.scanning.references import refusals
 from gradshield.scanning.rows import prepare

@@ -23,7 +23,7 @@ from gradshield.gradients import direction as directions
 from gradshield.models import loading
 from gradshield.models.placement import choose_device, choose_dtype, keep_freed_memory
 from gradshield.probes import FunctionProbe, Probe, PromptBatch, Prompts, first_logits
-from gradshield.scanning.options import peft_config
+from gradshield.scanning.settings import peft_config
 from gradshield.scanning.preparing import asked_of
 from gradshield.scanning.rows import prepare
 from gradshield.scanning.settings import Probing, ScanSettings

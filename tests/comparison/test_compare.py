@@ -15,7 +15,7 @@ from gradshield.comparison import compare, grid
 from gradshield.comparison.results import Comparison
 from gradshield.errors import DataError, UsageError
 from gradshield.runs import alone
-from gradshield.scanning.options import peft_config
+from gradshield.scanning.settings import peft_config
 from gradshield.training.course import Course
 
 SMALL: dict[str, Any] = {

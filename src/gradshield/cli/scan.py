@@ -172,8 +172,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     options.require_model(given["model"])
     quiet_libraries()
     from gradshield.models.loading import ModelSource
-    from gradshield.scanning.options import peft_config, sft_options
-    from gradshield.scanning.settings import ScanSettings
+    from gradshield.scanning.settings import ScanSettings, peft_config, sft_options
 
     if given["no_cache"]:
         os.environ[cache.VARIABLE] = ""

@@ -101,9 +101,8 @@ def train(
     quiet_libraries()
     from gradshield.evaluation.exam import exams_of
     from gradshield.models.loading import ModelSource
-    from gradshield.scanning.options import peft_config, sft_options
     from gradshield.scanning.rows import read_rows
-    from gradshield.scanning.settings import ScanSettings
+    from gradshield.scanning.settings import ScanSettings, peft_config, sft_options
     from gradshield.training.course import Needs, method_of
     from gradshield.training.sequence import Stage, sequence
     from gradshield.training.trackers import Reporters, named

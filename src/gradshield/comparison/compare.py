@@ -35,9 +35,8 @@ from gradshield.models.placement import keep_freed_memory
 from gradshield.probes import read_prompts, requests
 from gradshield.report import sheet
 from gradshield.runs import alone
-from gradshield.scanning.options import peft_config
 from gradshield.scanning.rows import prepare
-from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.scanning.settings import Probing, ScanSettings, peft_config
 from gradshield.stats import Difference, paired_difference
 from gradshield.training import verify
 from gradshield.training.course import Chosen, Course, Fitted, Job, Needs

@@ -14,8 +14,7 @@ from gradshield.evaluation.metrics import LIKELIHOOD
 from gradshield.gateway.settings import LAB, Settings
 from gradshield.gateway.wire import Method, Preferences
 from gradshield.probes import read_prompts
-from gradshield.scanning.options import peft_config
-from gradshield.scanning.settings import Probing
+from gradshield.scanning.settings import Probing, peft_config
 from gradshield.training.defences import parse
 from gradshield.training.lab_job import lab_probing
 

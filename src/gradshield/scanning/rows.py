@@ -19,7 +19,7 @@ from gradshield.errors import EmptyDataError, FormatError, UsageError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel, ModelSource, text_config
 from gradshield.scanning.decide import group
-from gradshield.scanning.options import check_positions, check_trainer, render_config, sft_options
+from gradshield.scanning.settings import check_positions, check_trainer, render_config, sft_options
 from gradshield.types import Bools, Ints, Progress, Quarantined, Rendered, quiet
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from gradshield import lab
 from gradshield.errors import DataError, UsageError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
-from gradshield.scanning.options import render_config, sft_options
 from gradshield.scanning.page_rows import pieces
+from gradshield.scanning.settings import render_config, sft_options
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from typing import Any
 from gradshield import lab
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
-from gradshield.scanning.options import peft_config
 from gradshield.scanning.rows import prepare
-from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.scanning.settings import Probing, ScanSettings, peft_config
 from gradshield.training.course import Job, Needs
 
 
