@@ -34,7 +34,7 @@ def judge(selection: Selection, sarif: Path | None, gate: float | None) -> None:
     from gradshield.runs import write_json
     from gradshield.scanning import findings
 
-    closed = closes(selection.manifest.results, gate)
+    closed = _closes(selection.manifest.results, gate)
     if sarif is not None:
         write_json(sarif, findings.sarif(selection, closed))
         if os.environ.get("GITHUB_ACTIONS") == "true":
@@ -43,14 +43,14 @@ def judge(selection: Selection, sarif: Path | None, gate: float | None) -> None:
     check_gate(selection.manifest.results, gate)
 
 
-def closes(results: ScanResults, gate: float | None) -> bool:
+def _closes(results: ScanResults, gate: float | None) -> bool:
     """Whether more rows were removed than ``gate``, a share, allows: 0.7 % of 1,000 is 7, and not less."""
     return gate is not None and results.removed > gate * results.scored * (1 + 1e-12)
 
 
 def check_gate(results: ScanResults, gate: float | None) -> None:
     """Raises GateError if the gate closes."""
-    if gate is not None and closes(results, gate):
+    if gate is not None and _closes(results, gate):
         percent = 100 * results.removed / results.scored
         raise GateError(
             f"{results.removed} of {results.scored} rows ({percent:.1f} %) were removed, and --fail-above allows "

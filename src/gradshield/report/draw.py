@@ -36,12 +36,10 @@ class Chart:
 
 
 def axis_title(text: str) -> dict[str, Any]:
-    """The title of an axis."""
     return {"text": text, "standoff": 8, "font": {"size": 12, "color": "var(--muted)"}}
 
 
 def axis_style(title: str | None) -> dict[str, Any]:
-    """An axis in the common style."""
     return {
         "gridcolor": "var(--line)", "linecolor": "var(--line)", "zeroline": False, "automargin": True,
         "tickfont": {"color": "var(--muted)", "size": 11}, "title": axis_title(title or ""),
@@ -49,7 +47,6 @@ def axis_style(title: str | None) -> dict[str, Any]:
 
 
 def base_layout(**more: Any) -> dict[str, Any]:
-    """A figure layout in the common style."""
     return {
         "autosize": True, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "barmode": "stack",
         "font": {"family": FONT, "color": "var(--ink)", "size": 12},

@@ -56,7 +56,6 @@ def environment() -> Environment:
 
 @cache
 def plotly() -> str:
-    """Plotly's source."""
     from plotly.offline import get_plotlyjs  # slow to import
 
     return _script(get_plotlyjs())

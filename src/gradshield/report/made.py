@@ -24,7 +24,6 @@ def span(values: Sequence[int]) -> str:
 
 
 def of_run(settings: TrainingRecord, model: Model) -> Pairs:
-    """One training run."""
     options = {key: value for key, value in settings.training.items() if key != "online"}
     pairs: Pairs = [("Defence", settings.defence), ("Model", model_words(model))]
     if settings.base is not None:

@@ -152,13 +152,10 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
     results = ScanResults(**kept | outputs.decided(decision, names, doubts))
     settings = old.settings.model_copy(update={"threshold": threshold})
     selection = Selection(
+        **vars(decision),
         scores=scores,
-        removed=removed,
         categories=names,
-        cuts=decision.cuts,
         quarantined=quarantined,
-        cleared=decision.cleared,
-        denied=decision.denied,
         keep=lambda: [rows.parse(raw) for raw in rows.raw(scores.rows[~removed])],
         manifest=old.model_copy(update={"command": command, "settings": settings, "results": results}),
         lines=scanned.lines,

@@ -43,7 +43,6 @@ class Kinds:
 
     @classmethod
     def fit(cls, model: nn.Module, asked: Prompts) -> Kinds:
-        """The kinds of the probe requests."""
         blocks = block_names(model)
         blocks = blocks[min(int(DEPTH * len(blocks)), len(blocks) - 1) :]
         found = states(model, asked.ids, blocks, over_tokens)
@@ -55,7 +54,6 @@ class Kinds:
         return cls(names, blocks, centre, scale, _unit((means - centre) / scale))
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
-        """The kind of each row of a batch."""
         rows, sequences = members(batch)
         asked = [_request(batch.ids[i][batch.attention[i] > 0], batch.loss[i]) for i, *_ in sequences]
         found = _unit((states(model, asked, self.blocks, over_tokens) - self.centre) / self.scale)

@@ -9,7 +9,6 @@ Tokens of the highest-scoring rows are stored with the scores, so that a new cut
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
+from pydantic import TypeAdapter
 
 from gradshield import data as rows_in
 from gradshield import runs
@@ -40,6 +40,8 @@ Piece = tuple[str, str, float | None]
 
 Views = Mapping[int, Sequence[Piece]]
 """Pieces of rows by position in the input."""
+
+_STORED = TypeAdapter(dict[int, list[Piece]])
 
 
 def views(selection: Selection, rendered: Sequence[Rendered], tokenizer: Any) -> Views:
@@ -71,9 +73,8 @@ def pieces(row: Rendered, tokenizer: Any, values: Floats | None = None) -> list[
 def stored_views(folder: Path) -> Views:
     """The pieces that a scan stored in its folder; empty if they cannot be read."""
     try:
-        stored = json.loads((folder / runs.WORK / VIEWS).read_text(encoding="utf-8"))
-        return {int(row): [(text, role, value) for text, role, value in found] for row, found in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return _STORED.validate_json((folder / runs.WORK / VIEWS).read_bytes())
+    except (OSError, ValueError):
         return {}
 
 

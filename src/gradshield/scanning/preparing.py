@@ -159,7 +159,8 @@ def ready_fihs(
     given = (asked.requests.ids, dict(probe.settings()), settings.subspace, list(targets))
     direction = known.direction(given, lambda: selector.prepare(model), isinstance(settings.probe, str))
     progress("finding the direction", 1, 1)
-    sample = _sample(rendered, settings)
+    chosen = np.random.default_rng(settings.seed).permutation(len(rendered))[: settings.check_rows]
+    sample = [rendered[i] for i in sorted(chosen)]
     progress("checking the engine", 0, 1)
     selector.engine, agreed = _trusted(asked, selector, known, direction, sample)
     progress("checking the engine", 1, 1)
@@ -289,11 +290,6 @@ def anchors(selector: Fihs, model: nn.Module, direction: Direction, harmless: Pr
     return Anchors(
         *(_fihs_of(selector, model, direction, opened(tokenizer, prompts)) for prompts in (selector.requests, known))
     )
-
-
-def _sample(rendered: Sequence[Rendered], settings: ScanSettings) -> list[Rendered]:
-    chosen = np.random.default_rng(settings.seed).permutation(len(rendered))[: settings.check_rows]
-    return [rendered[i] for i in sorted(chosen)]
 
 
 def _trusted(

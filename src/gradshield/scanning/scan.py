@@ -171,32 +171,25 @@ def selected(
     searched: bool = False,
 ) -> Selection:
     """The selection of a decision, with the doubts about it and its figures; ``searched``: the cut was found by training."""
-    doubts = _doubts(rows, scored, decision, labels)
+    own = None if labels is None else [int(labels[row]) for row in scored.scores.rows.tolist()]
+    examples = rows.read.examples.at(scored.scores.rows[decision.removed][: trust.LOOKED_AT])
+    problem = trust.UNASKED if scored.validity is None else scored.validity.problem
+    opener_fihs = scored.selector.settings().get("opener_fihs")
+    doubts = trust.doubts(scored.scores, decision, examples, problem, opener_fihs, len(rows.quarantined), own)
     if searched:
         doubts.pop("loose", None)  # the search measured the effect of the kept rows
     results = outputs.results(rows, scored, decision, kinds, labels, doubts, seconds)
     lines, files = rows.read.source.places(scored.scores.rows)
     return Selection(
+        **vars(decision),
         scores=scored.scores,
-        removed=decision.removed,
         categories=kinds,
-        cuts=decision.cuts,
         quarantined=rows.quarantined,
-        cleared=decision.cleared,
-        denied=decision.denied,
         keep=partial(rows.trainable, scored.scores.rows, decision.removed),
         manifest=manifest(results),
         lines=lines,
         files=files,
     )
-
-
-def _doubts(rows: Prepared, scored: Scored, decision: Decision, labels: Sequence[int] | None) -> dict[str, str]:
-    own = None if labels is None else [int(labels[row]) for row in scored.scores.rows.tolist()]
-    examples = rows.read.examples.at(scored.scores.rows[decision.removed][: trust.LOOKED_AT])
-    problem = trust.UNASKED if scored.validity is None else scored.validity.problem
-    opener_fihs = scored.selector.settings().get("opener_fihs")
-    return trust.doubts(scored.scores, decision, examples, problem, opener_fihs, len(rows.quarantined), own)
 
 
 def _recorded(

@@ -66,7 +66,6 @@ class Selection:
 
     @cached_property
     def kept(self) -> Any:
-        """The kept rows, for a trainer."""
         return self.keep()
 
     @property

@@ -212,7 +212,6 @@ class _Crew:
                 yield task.shard[0], measured
 
     def stop(self) -> None:
-        """Kill every actor, busy or not."""
         for actor in (*self.free, *(task.actor for task in self.tasks.values())):
             self.ray.kill(actor)
 
