@@ -10,7 +10,18 @@ import typer
 from rich.markup import escape
 
 from gradshield.cli import options
-from gradshield.cli.common import command_line, err, noted, out, plain, progress, quiet_libraries, rates, verdict
+from gradshield.cli.common import (
+    command_line,
+    err,
+    noted,
+    out,
+    plain,
+    progress,
+    quiet_libraries,
+    rates,
+    read_as,
+    verdict,
+)
 from gradshield.errors import GateError, UsageError
 
 training = partial(typer.Option, rich_help_panel="Training")
@@ -184,6 +195,7 @@ def _stages(whole: SequenceRecord, folder: Path) -> None:
 
 def _summary(done: Trained, folder: Path) -> None:
     results = done.manifest.results
+    read_as(done.manifest.data.read_as)
     out.print(f"[bold]{results.removed}[/bold] of {results.rows} rows removed, {results.trained} trained on")
     for label, rate in (("harmful caught", results.caught), ("harmless lost", results.lost)):
         if rate is not None:
