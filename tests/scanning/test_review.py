@@ -21,7 +21,7 @@ from gradshield import lab
 from gradshield.errors import DataError, UsageError
 from gradshield.scanning import review_server
 from gradshield.scanning.review import ALLOW, DENY, REASON, Review
-from gradshield.scanning.review_server import BODY, ROWS, Server, page, serving
+from gradshield.scanning.review_server import BODY, ROWS, Server, page
 from tests.report.pages import EVIL
 from tests.report.test_report_browser import browser  # noqa: F401
 from tests.report.test_report_browser import pytestmark as needs_browser
@@ -130,7 +130,7 @@ def test_hostile_rows_are_only_text_and_long_ones_are_cut_short(folder: Path, mo
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[Server]:
-    with serving(Review(folder), 0, "gradshield review") as made:
+    with Server(Review(folder), 0, "gradshield review") as made:
         thread = threading.Thread(target=made.serve_forever, daemon=True)
         thread.start()
         yield made
@@ -214,7 +214,7 @@ def test_the_body_of_a_refused_request_is_not_the_next_request(server: Server, f
 
 
 def test_a_taken_port_is_said(server: Server) -> None:
-    with pytest.raises(UsageError, match="cannot be used"), serving(server.review, server.server_port, ""):
+    with pytest.raises(UsageError, match="cannot be used"), Server(server.review, server.server_port, ""):
         pass
 
 

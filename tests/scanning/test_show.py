@@ -173,14 +173,14 @@ def test_without_trl_a_name_close_to_an_option_is_reported(monkeypatch: pytest.M
 
     from trl.trainer.sft_config import SFTConfig
 
-    from gradshield.scanning import options
+    from gradshield.scanning import settings
 
     def missing(_: object) -> None:
         raise ImportError
 
-    monkeypatch.setattr(options, "check_names", missing)
+    monkeypatch.setattr(settings, "check_names", missing)
     for name, meant in {"max_seq_length": "max_length", "assistant_only": "assistant_only_loss"}.items():
         with pytest.raises(UsageError, match=f"unknown training option '{name}': did you mean '{meant}'"):
-            options.sft_options({name: None})
+            settings.sft_options({name: None})
     for field in fields(SFTConfig):  # no TRL option is mistaken for another
-        options._check_names({field.name: None})
+        settings._check_names({field.name: None})

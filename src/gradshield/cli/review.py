@@ -28,11 +28,11 @@ def review(
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}: run `gradshield scan` into it first")
     from gradshield.scanning.review import Review
-    from gradshield.scanning.review_server import serving
+    from gradshield.scanning.review_server import Server
 
     with alone(folder):
         found = Review(folder)
-        with serving(found, port, command_line()) as server:
+        with Server(found, port, command_line()) as server:
             out.print(f"review  [bold]{escape(server.url)}[/bold]\n[dim]Ctrl-C ends[/dim]")
             if not no_browser:
                 webbrowser.open(server.url)

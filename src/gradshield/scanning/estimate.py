@@ -48,7 +48,6 @@ class Estimate:
     ``memory``    peak bytes on the device, on a CPU of the process; 0 if unknown
     """
 
-    name: str
     rows: int
     scored: int
     read_as: Mapping[str, int]
@@ -133,7 +132,6 @@ def estimate(
     fihs = found.selector if isinstance(found.selector, Fihs) else None
     sample = list(timed)
     return Estimate(
-        name=rows.read.source.name,
         rows=rows.read.source.rows,
         scored=len(rows.rendered),
         read_as=rows.read.source.read_as,

@@ -7,8 +7,6 @@ that no other page in the browser can read or decide. It works without scripts; 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePath
@@ -71,7 +69,7 @@ def page(review: Review, start: int = 0, show: str = "all", said: str = "") -> s
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one review, one request at a time; a browser may hold several connections open."""
+    """Serves one review, one request at a time, as a context; a browser may hold several connections open."""
 
     daemon_threads = True
 
@@ -91,16 +89,6 @@ class Server(ThreadingHTTPServer):
     def url(self) -> str:
         """The address of the page, with its secret."""
         return f"http://127.0.0.1:{self.server_port}/{self.token}/"
-
-
-@contextmanager
-def serving(review: Review, port: int, command: str) -> Iterator[Server]:
-    """A server that is closed when the block ends."""
-    server = Server(review, port, command)
-    try:
-        yield server
-    finally:
-        server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
