@@ -22,11 +22,11 @@ from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.probes import read_prompts
 from gradshield.scanning import outputs, scoring, shards
-from gradshield.scanning.settings import peft_config
-from gradshield.scanning.preparing import asked_of, named
+from gradshield.scanning.decide import group
+from gradshield.scanning.preparing import asked_of
 from gradshield.scanning.references import refusals
 from gradshield.scanning.rows import prepare
-from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.scanning.settings import Probing, ScanSettings, peft_config
 from gradshield.selectors import Measured
 from gradshield.training.course import Job
 from gradshield.training.lab_job import lab_job
@@ -59,7 +59,7 @@ class Target:
         job = self.unattacked
         loaded, settings = job.rows.loaded, replace(job.settings, selector=selector)
         null = list(job.rows.rendered)
-        found = scoring.ready(loaded.model, loaded, null, settings, job.probing, (), quiet)
+        found = scoring.ready(loaded.model, job.rows, settings, job.probing, (), quiet)
 
         def measure(rows: Any) -> Measured:
             return shards.measure(found.selector, loaded.model, found.direction, list(rows), settings.token_budget)
@@ -69,7 +69,8 @@ class Target:
         def score(given: Sequence[Pair]) -> list[float]:
             rows = list(self.job(given, [1] * len(given)).rows.rendered)
             raw = Measured.joined([measure(rows), replace(among, rows=among.rows + len(given))])
-            values = found.selector.finish(raw, *named([*rows, *null])).values
+            whole = [*rows, *null]
+            values = found.selector.finish(raw, [r.id for r in whole], [group(r.shape) for r in whole]).values
             known = dict(zip((row.row for row in rows), values, strict=False))
             return [float(known.get(i, np.inf)) for i in range(len(given))]  # what does not fit is no way to hide
 

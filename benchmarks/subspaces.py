@@ -67,7 +67,7 @@ def measured(loaded: Any, ready: dict[str, tuple[Any, Any]], data: Any, labels: 
     from gradshield.scanning.baselines import auroc
     from gradshield.scanning.rows import prepare
 
-    rows = prepare(data, loaded.model, loaded.tokenizer, None, None, None, None, False).rendered
+    rows = prepare(data, loaded.model, loaded.tokenizer).rendered
     truth = np.array(labels)[[row.row for row in rows]]
     checked = [rows[i] for i in sorted(np.random.default_rng(0).permutation(len(rows))[:CHECKED])]
     found = []

@@ -20,7 +20,6 @@ from gradshield import runs
 from gradshield.scanning import outputs, shards
 from gradshield.scanning.baselines import auroc, trivial_baselines
 from gradshield.scanning.decide import decide
-from gradshield.scanning.preparing import named
 from gradshield.scanning.rows import load, prepare
 from gradshield.scanning.scoring import ready
 from gradshield.scanning.settings import Probing, ScanSettings
@@ -74,7 +73,7 @@ def cells(folder: Path, tasks: Sequence[str], model: str, most: int, max_length:
             rendered: list[Rendered] = list(ready_rows.rendered)
             if found is None:
                 quiet: Any = lambda *_: None  # noqa: E731
-                found = ready(loaded.model, loaded, rendered, settings, Probing(), (), quiet)
+                found = ready(loaded.model, ready_rows, settings, Probing(), (), quiet)
             new = [row for row in rendered if row.id not in known]
             if new:
                 part = shards.measure(found.selector, loaded.model, found.direction, new, settings.token_budget)
@@ -84,7 +83,7 @@ def cells(folder: Path, tasks: Sequence[str], model: str, most: int, max_length:
             sums, nll, lengths, tokens, extra = zip(*(known[row.id] for row in rendered), strict=True)
             numbers = np.array([row.row for row in rendered])
             raw = Measured(numbers, np.array(sums), np.array(nll), np.array(lengths), tokens, np.stack(extra))
-            scores = found.selector.finish(raw, *named(rendered))
+            scores = found.selector.finish(raw, *ready_rows.named())
             removed = decide(scores, settings.make_threshold()).removed
             truth = np.array([labels[row.row] for row in rendered])
             cell: dict[str, Any] = {"task": task, "mix": mix, "n": len(truth), "cut": settings.rule}

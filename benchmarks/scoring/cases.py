@@ -23,10 +23,9 @@ from gradshield.gradients import direction as directions
 from gradshield.models import loading
 from gradshield.models.placement import choose_device, choose_dtype, keep_freed_memory
 from gradshield.probes import FunctionProbe, Probe, PromptBatch, Prompts, first_logits
-from gradshield.scanning.settings import peft_config
 from gradshield.scanning.preparing import asked_of
 from gradshield.scanning.rows import prepare
-from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.scanning.settings import Probing, ScanSettings, peft_config
 from gradshield.scanning.shards import label_budget
 from gradshield.selectors import Fihs, parse_aggregate
 from gradshield.training.lab_job import lab_probing
