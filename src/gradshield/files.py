@@ -109,3 +109,9 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def own_name(name: str) -> str:
+    """The own name of a file or folder; a relative one, such as a model of the hub, is as it was typed."""
+    path = Path(name)
+    return path.name if path.is_absolute() else name

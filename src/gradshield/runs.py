@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from gradshield.models.loading import LoadedModel
 
 M = TypeVar("M", bound=Manifest)
-MANIFEST = "manifest.json"
+MANIFEST, CERTIFICATE = "manifest.json", "certificate.json"
 LOCK = "lock"
 SCAN = "scan"  # folder of a training's own scan
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

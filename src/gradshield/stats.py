@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtri
 
 from gradshield.errors import DataError, UsageError
 from gradshield.types import Floats, Rate
@@ -190,6 +189,8 @@ def score_bounds(
 
 def _tango(only_a: int, only_b: int, n: int, level: float) -> tuple[float, float]:
     """Tango's score interval for ``(only_a - only_b) / n``, the discordant counts of ``n`` pairs."""
+    from scipy.special import ndtri
+
     z2 = float(ndtri((1 + level) / 2)) ** 2
 
     def distance(delta: float) -> float:

@@ -116,6 +116,6 @@ def listening(app: Any) -> Iterator[str]:
 @contextmanager
 def serving(folder: Path, **more: Any) -> Iterator[Served]:
     sent: list[str] = []
-    app = create_app(Settings(models={LAB: LAB}, folder=folder, **more), sent.append)
+    app = create_app(Settings(**{"models": {LAB: LAB}, "folder": folder, **more}), sent.append)
     with listening(app) as url:
         yield Served(app.state.gateway, url, sent)

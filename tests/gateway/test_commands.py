@@ -32,6 +32,9 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path, store: Store) -> None:
     assert caller is not None
     assert caller.role == "operator"
     assert store.project("a").policy == Policy(rows="review", limit=0.05).model_dump()
+    again = run("keys", "create", "--project", "a", "--limit", "1%", *folder)
+    assert again.code == 2 and "gradshield keys policy a" in again.sentence
+    assert run("keys", "create", "--project", "a", *folder).code == 0
     listed = run("keys", "list", *folder).out
     assert caller.key in listed
     assert secret[0] not in listed
@@ -39,6 +42,24 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path, store: Store) -> None:
     assert store.caller(secret[0]) is None
     assert "revoked" in run("keys", "list", *folder).out
     assert run("keys", "revoke", "nobody", *folder).code == 2
+
+
+def test_a_project_has_the_policy_of_serve_until_an_operator_changes_it(tmp_path: Path, store: Store) -> None:
+    settings(models={LAB: LAB}, folder=tmp_path, policy=Policy(rows="review", limit=0.1)).save()
+    folder = ["--folder", str(tmp_path)]
+    run("keys", "create", "--project", "a", "--defence", "fihs", *folder)
+    assert store.project("a").policy == {"rows": "review", "defence": "fihs", "limit": 0.1}
+    change = ["keys", "policy", "a", "--policy", "reject", "--limit", "5%", *folder]
+    assert "needs a reason" in run(*change).sentence
+    done = run(*change, "--reason", "a new contract")
+    assert done.code == 0
+    assert done.out.split() == ["rows", "reject", "defence", "fihs", "limit", "0.05"]
+    assert run("keys", "policy", "a", *folder).out == done.out
+    assert store.project("a").policy == {"rows": "reject", "defence": "fihs", "limit": 0.05}
+    line = store.audits(store.project("a").id)[0]
+    assert (line.actor, line.action, line.reason) == ("gradshield keys", "policy", "a new contract")
+    nobody = run("keys", "policy", "b", *folder)
+    assert nobody.code == 2 and "(a)" in nobody.sentence
 
 
 @pytest.mark.parametrize(
@@ -113,9 +134,24 @@ def test_a_cluster_has_to_answer_and_to_reach_the_database(tmp_path: Path) -> No
     assert not (tmp_path / "gateway").exists()
 
 
+def imported(names: set[str], script: str, *arguments: str) -> str:
+    """Which of these packages a script imports, in a process of its own."""
+    found = f"import sys; {script}; print({{name.split('.')[0] for name in sys.modules}} & {names})"
+    done = subprocess.run([sys.executable, "-c", found, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
 def test_the_package_does_not_need_the_gateway() -> None:
-    found = "{name.split('.')[0] for name in sys.modules} & {'fastapi', 'sqlalchemy', 'huey', 'uvicorn'}"
-    script = f"import sys, gradshield, gradshield.cli.app; print({found})"
-    assert (
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "set()\n"
+    script = "import gradshield, gradshield.cli.app"
+    assert imported({"fastapi", "sqlalchemy", "huey", "uvicorn"}, script) == "set()\n"
+
+
+def test_server_and_worker_start_without_torch(tmp_path: Path) -> None:
+    """It takes seconds to import, and half a gigabyte: jobs need it, and chats that are answered here."""
+    start = "create_app(Settings(models={'lab': 'lab'}, folder=Path(sys.argv[1]), policy=Policy(defence='screen')))"
+    script = "import gradshield.gateway.worker, gradshield.cli.serve; from pathlib import Path; "
+    script += (
+        "from gradshield.gateway.app import create_app; from gradshield.gateway.settings import Policy, Settings; "
     )
+    assert imported({"torch", "transformers", "sklearn", "datasets"}, script + start, str(tmp_path)) == "set()\n"
+    assert imported({"torch"}, "import gradshield.gateway.job") == "{'torch'}\n"  # so that the first line can fail

@@ -81,7 +81,9 @@ class Desk:
         id = self.job(project, **fields)
         shutil.copytree(scanned / "scan", self.settings.job_folder(id) / "scan")
         self.store.claim(id, "me", 60)
-        self.store.hold(id, "me", {"code": "review", "message": "30 rows are harmful", "removed": 30}, "look")
+        self.store.hold(
+            id, "me", {"code": "review", "message": "30 rows are harmful", "removed": 30, "movable": True}, "look"
+        )
         return id
 
     def post(self, path: str, client: TestClient | None = None, **data: Any) -> Response:

@@ -17,11 +17,12 @@ import psutil
 import pytest
 
 from gradshield.errors import DataError, UsageError
+from gradshield.evaluation.exam import Exams
 from gradshield.gateway import job, worker
 from gradshield.gateway.queue import Queue
 from gradshield.gateway.recipe import recipe
 from gradshield.gateway.settings import LAB, Policy, Settings
-from gradshield.gateway.store import UNSAFE, Caller, Store
+from gradshield.gateway.store import UNSAFE, Caller, Refused, Store
 from gradshield.gateway.tables import Job
 from gradshield.gateway.wire import Method
 from gradshield.manifests import Figures
@@ -45,7 +46,7 @@ class Stand:
 
     def __call__(self, data: str, **given: Any) -> Any:
         self.calls.append({"data": Path(data).read_bytes(), **given})
-        folder: Path = given["output"]
+        folder = Path(given["output"])
         for done in range(3):
             given["progress"]("scoring rows", done, 2)
         if self.raises is not None:
@@ -90,7 +91,8 @@ class Stand:
 def stand(monkeypatch: pytest.MonkeyPatch) -> Stand:
     found = Stand()
     monkeypatch.setattr(job, "train", found)
-    recipe = SimpleNamespace(model="m", training={}, peft_config=None, probing=None, exams=None)
+    monkeypatch.setattr(job, "loaded", lambda model, _name: model)
+    recipe = SimpleNamespace(model="m", training={}, peft_config=None, probing=None, exams=Exams())
     monkeypatch.setattr(job, "recipe", lambda *_: recipe)
     return found
 
@@ -215,18 +217,18 @@ def test_each_method_trains_with_its_own_options(tmp_path: Path) -> None:
     given = {"hyperparameters": {"n_epochs": 2, "learning_rate_multiplier": 0.5, "beta": 0.2}}
     dpo = Method.model_validate({"type": "dpo", "dpo": given})
     common = {"max_grad_norm": 2.0}
-    found = recipe(settings, "m", dpo, "screen", None).training
+    found = recipe(settings, "m", dpo, "screen").training
     assert found == common | {"learning_rate": 5e-5, "num_train_epochs": 2, "beta": 0.2}
-    found = recipe(settings, "m", Method(type="supervised"), "screen", None).training
+    found = recipe(settings, "m", Method(type="supervised"), "screen").training
     assert found == common | {"learning_rate": 1e-4, "packing": True, "assistant_only_loss": None}
-    assert recipe(settings, LAB, Method(type="dpo"), "screen", None).training["beta"] == 0.3
+    assert recipe(settings, LAB, Method(type="dpo"), "screen").training["beta"] == 0.3
     rate = {"hyperparameters": {"learning_rate_multiplier": 2.0}}
     plain = Settings(models={"m": "nowhere"}, folder=tmp_path)
     for method, expected in (("supervised", 4e-5), ("dpo", 2e-6)):
         asked = Method.model_validate({"type": method, method: rate})
-        assert recipe(plain, "m", asked, "screen", None).training["learning_rate"] == expected
+        assert recipe(plain, "m", asked, "screen").training["learning_rate"] == expected
     with pytest.raises(UsageError, match="'packin'"):
-        recipe(plain.model_copy(update={"training": {"packin": True}}), "m", dpo, "screen", None)
+        recipe(plain.model_copy(update={"training": {"packin": True}}), "m", dpo, "screen")
 
 
 def test_a_validation_file_is_validated_too(served: Served, stand: Stand) -> None:
@@ -268,9 +270,13 @@ def test_a_moved_cut_is_trained_with(served: Served, stand: Stand) -> None:
     stand.removed = (1,)
     case = Case(served, Policy(rows="review"))
     case.run()
-    served.store.approve(case.operator, case.id, "too strict", threshold="fixed:0.9")
+    served.store.approve(case.operator, case.id, "too strict", cut=0.9)
     assert case.run().status == "succeeded"
-    assert stand.calls[-1]["settings"].threshold == "fixed:0.9"
+    assert stand.calls[-1]["settings"].threshold == "fixed:value=0.9"
+    own = Case(served, Policy(rows="review", defence="screen:fixed:0.5"))
+    assert own.run().gradshield["hold"]["movable"] is False
+    with pytest.raises(Refused, match="a cut of its own"):
+        served.store.approve(own.operator, own.id, "too strict", cut=0.9)
 
 
 @pytest.mark.parametrize("rows", ["remove", "reject", "review"])

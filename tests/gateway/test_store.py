@@ -48,10 +48,10 @@ def job(store: Store, project: str) -> str:
     ).id
 
 
-def held(store: Store, project: str) -> str:
+def held(store: Store, project: str, movable: bool = True) -> str:
     id = job(store, project)
     store.claim(id, "me", 60)
-    store.hold(id, "me", {"code": "review", "message": "look", "removed": 1}, "look")
+    store.hold(id, "me", {"code": "review", "message": "look", "removed": 1, "movable": movable}, "look")
     return id
 
 
@@ -181,13 +181,11 @@ def test_an_approval_is_kept_with_what_it_released(store: Store, project: str, o
     first, second, third = (held(store, project) for _ in range(3))
     store.approve(operator, first, "fine")
     store.approve(operator, second, "a false alarm", released=["b", "a", "a"])
-    with pytest.raises(UsageError):
-        store.approve(operator, third, "move it", threshold="nothing:1")
-    store.approve(operator, third, "move it", threshold="fixed:0.9")
+    store.approve(operator, third, "move it", cut=0.9)
     assert [store.get(Job, project, id).decision for id in (first, second, third)] == [
         {"released": [], "threshold": None},
         {"released": ["a", "b"], "threshold": None},
-        {"released": [], "threshold": "fixed:0.9"},
+        {"released": [], "threshold": "fixed:value=0.9"},
     ]
     assert [(line.action, line.reason) for line in store.audits(project)] == [
         ("override cut", "move it"),
@@ -200,10 +198,10 @@ def test_an_approval_is_kept_with_what_it_released(store: Store, project: str, o
 
 
 def test_a_cut_of_the_policy_is_not_replaced(store: Store, operator: Caller, project: str) -> None:
-    store.set_policy(project, Policy(defence="screen:fixed:0.5"), "k", "stricter")
-    id = held(store, project)
+    id = held(store, project, movable=False)
     with pytest.raises(Refused, match="a cut of its own"):
-        store.approve(operator, id, "move it", threshold="fixed:0.9")
+        store.approve(operator, id, "move it", cut=0.9)
+    assert status(store, project, id) == "paused"
 
 
 def test_a_rejected_job_fails_with_the_reason(store: Store, project: str, operator: Caller) -> None:

@@ -139,13 +139,18 @@ class Told(logging.Handler):
         err.print(label + plain(record.getMessage()))
 
 
-def quiet_libraries() -> None:
-    """Turn off the progress bars and notices of other libraries."""
+def quiet_processes() -> None:
+    """Turn off the progress bars and notices of other libraries that are still to be imported, here and in child processes."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)  # from one library to another: no user can act on them
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that only its own kernels need
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars and notices of other libraries."""
+    quiet_processes()
     import datasets
     import transformers
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import SecretStr
 
-from gradshield.cli.common import err, out, plain, quiet_libraries
+from gradshield.cli.common import err, out, plain, quiet_processes
 from gradshield.cli.options import Lookalikes, Probes, Tokens, json_file
 from gradshield.errors import UsageError
-from gradshield.options import number
+from gradshield.options import Spec, number
 
 Folder = Annotated[Path, typer.Option(help="Folder of the gateway: database, files, jobs and models.")]
-Rows = Annotated[str, typer.Option(help="What happens to harmful rows in new projects: remove, reject or review.")]
-Defence = Annotated[
-    str, typer.Option("--defence", "--defense", help="Screening of new projects, as of train; none turns it off.")
+Rows = Annotated[
+    str | None, typer.Option(help="What happens to harmful rows: remove, reject or review.", show_default=False)
 ]
-Limit = Annotated[str, typer.Option(help="Highest upper bound of the attack success rate that is served, such as 6%.")]
+Defence = Annotated[
+    str | None,
+    typer.Option("--defence", "--defense", help="Screening, as of train; none turns it off.", show_default=False),
+]
+Limit = Annotated[
+    str | None,
+    typer.Option(help="Highest upper bound of the attack success rate that is served, such as 6%.", show_default=False),
+]
 GATEWAY = Path("gradshield-gateway")
 
 
@@ -42,9 +49,9 @@ def serve(
     ] = "",
     files: Annotated[str, typer.Option(help="Folder or fsspec URL of uploaded files (default: in --folder).")] = "",
     queue: Annotated[str, typer.Option(help="redis://HOST (default: as the database).")] = "",
-    policy: Rows = "remove",
-    defence: Defence = "screen",
-    limit: Limit = "6%",
+    policy: Rows = None,
+    defence: Defence = None,
+    limit: Limit = None,
     chat_url: Annotated[
         str, typer.Option(help="OpenAI-compatible server that answers chats, such as vLLM's /v1.")
     ] = "",
@@ -72,7 +79,7 @@ def serve(
 
     Ctrl-C stops it; jobs go on at the next start.
     """
-    quiet_libraries()
+    quiet_processes()
     _installed()
     import uvicorn
 
@@ -95,17 +102,17 @@ def serve(
         database=database,
         files=files,
         queue=queue,
-        policy=_policy(policy, defence, limit),
+        policy=_policy({}, policy, defence, limit),
         upstream=chat_url,
         upstream_key=SecretStr(chat_key),
         webhooks=tuple(webhook or ()),
         webhook_secret=SecretStr(secret),
         training=json_file("--training-config", training_config),
         lora=json_file("--lora-config", lora_config),
-        probes=probes and probes.absolute(),
-        lookalikes=lookalikes and lookalikes.absolute(),
-        safety=safety,
-        judges=tuple(judge or ("refusal-phrases",)),
+        probes=probes,
+        lookalikes=lookalikes,
+        safety=_whole(safety, safety),
+        judges=tuple(_whole(one, Spec.split(one).target) for one in judge or ("refusal-phrases",)),
         max_new_tokens=max_new_tokens,
     )
     configure()
@@ -160,8 +167,7 @@ def _first_key(store: Any, settings: Any) -> str | None:
             f"{settings.host} can be reached from other machines, and there is no key: make one first with "
             f"`gradshield keys create --folder {settings.folder}`"
         )
-    found = [project for project in store.projects() if project.name == "default"]
-    project = found[0] if found else store.add_project("default", settings.policy)
+    project = _project(store, "default") or store.add_project("default", settings.policy)
     secret: str = store.add_key(project.id, "first", "operator")[1]
     return secret
 
@@ -188,13 +194,20 @@ def _named(text: str) -> tuple[str, str]:
     return name, str(path.resolve()) if path.is_dir() else where
 
 
-def _policy(rows: str, defence: str, limit: str) -> Any:
+def _whole(typed: str, path: str) -> str:
+    """An option with the whole path of the file or folder that it names, if it names one: jobs run in their own folders."""
+    return typed.replace(path, str(Path(path).absolute()), 1) if path and Path(path).exists() else typed
+
+
+def _policy(base: Mapping[str, Any], rows: str | None, defence: str | None, limit: str | None) -> Any:
+    """A policy with what was given in place of ``base``. Raises UsageError."""
     from pydantic import ValidationError
 
     from gradshield.gateway.settings import Policy
 
+    given = {"rows": rows, "defence": defence, "limit": None if limit is None else number(limit)}
     try:
-        return Policy(rows=rows, defence=defence, limit=number(limit))  # type: ignore[arg-type]
+        return Policy.model_validate({**base, **{name: value for name, value in given.items() if value is not None}})
     except ValidationError as error:
         wrong = error.errors()[0]
         raise UsageError(f"the policy's {wrong['loc'][0]} is not allowed: {wrong['msg']}") from None
@@ -209,20 +222,32 @@ def _installed() -> None:
         raise UsageError("the gateway is not installed: run pip install 'gradshield[gateway]'") from None
 
 
-keys = typer.Typer(name="keys", help="API keys of the gateway: create, list, revoke.", no_args_is_help=True)
+keys = typer.Typer(
+    name="keys", help="API keys of the gateway, and the policies of their projects.", no_args_is_help=True
+)
 Database = Annotated[str, typer.Option(help="Database URL, if the gateway has one of its own.")]
 
 
-def _store(folder: Path, database: str) -> Any:
+def _settings(folder: Path, database: str) -> Any:
+    """The settings of a folder, or those that a gateway in it would have."""
     _installed()
     from gradshield.gateway.settings import NAME, Settings
+
+    found = Settings.read(folder) if (folder / NAME).exists() else Settings(models={}, folder=folder)
+    return found.model_copy(update={"database": database}) if database else found
+
+
+def _store(settings: Any) -> Any:
     from gradshield.gateway.store import Store
 
-    if not database and (folder / NAME).exists():
-        database = Settings.read(folder).database_url
-    store = Store(database or f"sqlite:///{folder.absolute() / 'gateway.db'}")
+    store = Store(settings.database_url)
     store.migrate()
     return store
+
+
+def _project(store: Any, name: str) -> Any:
+    """The project of this name; None if there is none."""
+    return next((project for project in store.projects() if project.name == name), None)
 
 
 @keys.command("create")
@@ -230,19 +255,22 @@ def create(
     project: Annotated[str, typer.Option(help="Project of the key; made if there is none.")] = "default",
     name: Annotated[str, typer.Option(help="What the key is called in lists and in the audit log.")] = "key",
     role: Annotated[str, typer.Option(help="user, or operator, who also decides on jobs that wait.")] = "user",
-    policy: Rows = "remove",
-    defence: Defence = "screen",
-    limit: Limit = "6%",
+    policy: Rows = None,
+    defence: Defence = None,
+    limit: Limit = None,
     folder: Folder = GATEWAY,
     database: Database = "",
 ) -> None:
-    """Make a key and print it, once. The policy is that of a project that this makes."""
+    """Make a key and print it, once. A project that this makes has the policy of serve, but for what is given here."""
     if role not in ("user", "operator"):
         raise UsageError(f"the role {role!r} does not exist: give user or operator")
-    wanted = _policy(policy, defence, limit)
-    store = _store(folder, database)
-    found = [one for one in store.projects() if one.name == project]
-    owner = found[0] if found else store.add_project(project, wanted)
+    settings = _settings(folder, database)
+    wanted = _policy(settings.policy.model_dump(), policy, defence, limit)
+    store = _store(settings)
+    owner = _project(store, project)
+    if owner is not None and (policy or defence or limit):
+        raise UsageError(f"the project {project!r} has a policy: change it with `gradshield keys policy {project}`")
+    owner = owner or store.add_project(project, wanted)
     made, secret = store.add_key(owner.id, name, role)
     err.print(f"{plain(made.id)} of the project {plain(project)}, shown once:")
     out.print(plain(secret))
@@ -251,7 +279,7 @@ def create(
 @keys.command("list")
 def listed(folder: Folder = GATEWAY, database: Database = "") -> None:
     """List every key by its id and its start."""
-    store = _store(folder, database)
+    store = _store(_settings(folder, database))
     names = {project.id: project.name for project in store.projects()}
     for key in store.all_keys():
         state = "revoked" if key.revoked_at else key.role
@@ -265,5 +293,29 @@ def revoke(
     database: Database = "",
 ) -> None:
     """Revoke a key, at once."""
-    found = _store(folder, database).revoke(key)
+    found = _store(_settings(folder, database)).revoke(key)
     out.print(f"revoked {plain(found.id)}")
+
+
+@keys.command("policy")
+def of_project(
+    project: Annotated[str, typer.Argument(help="Name of the project.")],
+    policy: Rows = None,
+    defence: Defence = None,
+    limit: Limit = None,
+    reason: Annotated[str, typer.Option(help="Why it changes, for the audit log.")] = "",
+    folder: Folder = GATEWAY,
+    database: Database = "",
+) -> None:
+    """Print a project's policy, after changing what is given, for jobs that are made from now on."""
+    store = _store(_settings(folder, database))
+    if (found := _project(store, project)) is None:
+        known = ", ".join(one.name for one in store.projects()) or "none yet"
+        raise UsageError(f"there is no project {project!r}: choose one of those that have keys ({known})")
+    wanted = _policy(found.policy, policy, defence, limit)
+    if policy or defence or limit:
+        if not reason.strip():
+            raise UsageError("a change of a policy needs a reason, which the audit log keeps: give --reason")
+        store.set_policy(found.id, wanted, "gradshield keys", reason)
+    for name, value in wanted.model_dump().items():
+        out.print(plain(f"{name:8} {value}"))

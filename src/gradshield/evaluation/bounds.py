@@ -143,3 +143,8 @@ def _check(k: int, n: int, error: float) -> None:
         raise DataError("a bound over 0 answers does not exist: pass at least one")
     if not 0 <= k <= n:
         raise ValueError(f"k must lie between 0 and n, got k={k}, n={n}")
+
+
+def percent(share: float) -> str:
+    """A bound in percent, rounded up so that the claim is never tighter than the bound."""
+    return f"{math.ceil(1e4 * share - 1e-9) / 100:g} %"

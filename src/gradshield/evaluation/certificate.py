@@ -6,7 +6,6 @@ The same files give the same statement, byte for byte, so that anyone with the f
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +15,15 @@ from gradshield import lab, runs
 from gradshield.errors import DataError
 from gradshield.evaluation import calibration
 from gradshield.evaluation.asr import attack, request_text
-from gradshield.evaluation.bounds import PARTS, Bound, Calibration, Claim, corrected, least, upper
-from gradshield.files import file_digest
+from gradshield.evaluation.bounds import PARTS, Bound, Calibration, Claim, corrected, least, percent, upper
+from gradshield.files import file_digest, own_name
 from gradshield.judges import JUDGES, GuardJudge, Judge, LabClassifier, verdicts
 from gradshield.manifests import ScanManifest, ScanResults, TrainingManifest
 from gradshield.models.loading import HUB_FILES
 from gradshield.probes import SPLITS, requests
 from gradshield.scanning import trust
 
-CERTIFICATE, LABELLED = "certificate.json", "calibration.jsonl"
+LABELLED = "calibration.jsonl"
 TYPE, PREDICATE = "https://in-toto.io/Statement/v1", "urn:gradshield:certificate:v1"
 ANSWERS = "outputs-after.jsonl"
 SCAN = f"{runs.SCAN}/manifest.json"
@@ -156,12 +155,12 @@ def statement(run: Run, claim: Claim, source: Mapping[str, Any] | None, start_in
         "calibration": None if run.labelled is None else {**(source or {}), **_described(run)},
         "lost": _lost(run, claim),
         "start": {
-            "name": _own(model.name),
+            "name": own_name(model.name),
             "sha256": model.sha256,
-            "adapter": model.adapter and _own(model.adapter),
+            "adapter": model.adapter and own_name(model.adapter),
             "in_place": start_in_place,
         },
-        "data": {**data.plain(), "name": _own(data.name)},
+        "data": {**data.plain(), "name": own_name(data.name)},
         "files": evidence(run.folder),
         "versions": run.manifest.versions,
     }
@@ -173,12 +172,6 @@ def statement(run: Run, claim: Claim, source: Mapping[str, Any] | None, start_in
     }
 
 
-def _own(name: str) -> str:
-    """The own name of a file or folder; a relative one, such as a model of the hub, is as it was typed."""
-    path = Path(name)
-    return path.name if path.is_absolute() else name
-
-
 def text(value: Mapping[str, Any]) -> str:
     """The canonical form of a statement: sorted keys and plain ASCII, so that equal statements are equal files."""
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False) + "\n"
@@ -186,7 +179,7 @@ def text(value: Mapping[str, Any]) -> str:
 
 def subject(folder: Path) -> list[dict[str, Any]]:
     """The model and tokenizer files of the folder, by name, with their hashes."""
-    own = {*evidence(folder), CERTIFICATE}
+    own = {*evidence(folder), runs.CERTIFICATE}
     found = {path for pattern in LOADED for path in folder.glob(pattern) if path.is_file() and path.name not in own}
     files = sorted(path for path in found if not path.name.startswith("."))
     return [{"name": path.relative_to(folder).as_posix(), "digest": {"sha256": file_digest(path)}} for path in files]
@@ -196,11 +189,6 @@ def evidence(folder: Path) -> dict[str, str]:
     """The hashes of the other files that a certificate rests on, if they exist."""
     found = sorted(path for pattern in EVIDENCE for path in folder.glob(pattern) if path.is_file())
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in found}
-
-
-def percent(share: float) -> str:
-    """A bound in percent, rounded up so that the claim is never tighter than the bound."""
-    return f"{math.ceil(1e4 * share - 1e-9) / 100:g} %"
 
 
 def _judged(run: Run, name: str, claim: Claim) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from gradshield.errors import DataError, UsageError
 from gradshield.evaluation import calibration, card
 from gradshield.evaluation.bounds import Claim
 from gradshield.evaluation.certificate import (
-    CERTIFICATE,
     LABELLED,
     Run,
     differing,
@@ -29,7 +28,7 @@ from gradshield.judges import Judge
 from gradshield.manifests import Model
 from gradshield.models.loading import files_digest
 from gradshield.report.markdown import BEGIN, END
-from gradshield.runs import alone
+from gradshield.runs import CERTIFICATE, alone
 from gradshield.thresholds.verified import TARGET
 
 Leaf = tuple[str, ...]

@@ -18,12 +18,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.types import Receive, Scope, Send
 
-from gradshield.evaluation.certificate import CERTIFICATE
 from gradshield.gateway import wire
 from gradshield.gateway.content import BLOCK
 from gradshield.gateway.edge import ApiError
 from gradshield.gateway.store import AWAY, Caller, Missing, Page, identity
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model, Owned
+from gradshield.runs import CERTIFICATE
 
 if TYPE_CHECKING:
     from gradshield.gateway.app import Gateway

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gradshield import __version__
-from gradshield.errors import GradShieldError, UsageError
+from gradshield.errors import UsageError
 from gradshield.gateway import api
 from gradshield.gateway.chat import Chats
 from gradshield.gateway.content import Content
@@ -165,10 +165,6 @@ def _refused(_request: Request, error: Any) -> Response:
     return JSONResponse(error_body(f"{str(error)[0].upper()}{str(error)[1:]}.", code="invalid_state"), 409)
 
 
-def _ours(_request: Request, error: Any) -> Response:
-    return JSONResponse(error_body(str(error)), 400)
-
-
 def _database(_request: Request, error: Any) -> Response:
     return unavailable(error).response()
 
@@ -193,7 +189,6 @@ HANDLERS: dict[type[Exception], Callable[[Request, Any], Response]] = {
     RequestValidationError: _invalid,
     Missing: _missing,
     Refused: _refused,
-    GradShieldError: _ours,
     **dict.fromkeys(AWAY, _database),
     ClientDisconnect: _gone,
     OSError: _full,

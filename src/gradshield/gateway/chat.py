@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
+import structlog
 
+from gradshield.errors import ModelError
 from gradshield.gateway.edge import ApiError
 from gradshield.gateway.settings import LAB, Settings
 from gradshield.gateway.wire import ChatRequest
@@ -21,6 +23,7 @@ from gradshield.gateway.wire import ChatRequest
 HELD = 2  # models in memory
 SEATS = 16  # chats that wait or are answered at once
 PATIENCE = 600.0  # seconds for the other server
+log = structlog.get_logger("gradshield.gateway.chat")
 
 
 @dataclass(eq=False)
@@ -117,7 +120,7 @@ class Chats:
             yield {**head, "choices": [], "usage": found.usage}
 
     def _model(self, name: str, folder: str) -> Any:
-        """A model, loaded if it is not in memory. The lock is held."""
+        """A model, loaded if it is not in memory. The lock is held. Raises ApiError."""
         from gradshield import lab
         from gradshield.models import loading
         from gradshield.scanning.rows import with_template
@@ -125,7 +128,13 @@ class Chats:
         if name not in self.loaded:
             while len(self.loaded) >= HELD:
                 self.loaded.popitem(last=False)
-            self.loaded[name] = with_template(loading.load(lab.checkpoint("aligned") if folder == LAB else folder))
+            try:
+                self.loaded[name] = with_template(loading.load(lab.checkpoint("aligned") if folder == LAB else folder))
+            except ModelError as error:  # it names the server's folders
+                log.error("a model cannot be loaded", model=name, error=str(error))
+                raise ApiError(
+                    503, f"The model {name!r} cannot be loaded now.", code="unavailable", type="server_error"
+                ) from None
         self.loaded.move_to_end(name)
         return self.loaded[name]
 

@@ -14,6 +14,8 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,12 @@ import numpy as np
 import structlog
 
 from gradshield import data, runs
-from gradshield.errors import DataError, GradShieldError
-from gradshield.evaluation.certificate import percent
+from gradshield.errors import DataError, GradShieldError, ModelError
+from gradshield.evaluation.bounds import percent
 from gradshield.evaluation.certify import certify
 from gradshield.gateway import results
 from gradshield.gateway.content import Content
-from gradshield.gateway.recipe import recipe
+from gradshield.gateway.recipe import Recipe, loaded, recipe, validated
 from gradshield.gateway.settings import Policy, Settings
 from gradshield.gateway.store import AWAY, UNSAFE, Lost, Store
 from gradshield.gateway.tables import Job
@@ -34,6 +36,7 @@ from gradshield.gateway.wire import LEAST_ROWS, Method
 from gradshield.scanning.decide import PREFERENCE
 from gradshield.scanning.selection import Selection
 from gradshield.scanning.settings import ScanSettings
+from gradshield.training.defences import parse
 from gradshield.training.train import Trained, train
 
 NAMED = 1000  # rows that a message or an event names
@@ -98,6 +101,11 @@ class Run:
 
     def whole(self) -> None:
         """Validate, scan, train, check and serve. Raises Stopped, Held, Lost and the errors of `gradshield.train`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with chdir(self.folder):  # what is read and written there is called by its own name in reports and errors
+            self._stages()
+
+    def _stages(self) -> None:
         if self.job.attempt > self.settings.attempts:
             raise Stopped("server_error", f"The job was interrupted {self.settings.attempts} times and is given up.")
         rows, validation = self._fetched("training_file"), self._fetched("validation_file")
@@ -110,27 +118,27 @@ class Run:
         done = self._trained(rows, validation)
         self._served(done, self._bound(done))
 
-    def _fetched(self, param: str) -> Path | None:
+    def _fetched(self, param: str) -> str | None:
+        """The name of a file of the job, in its folder."""
         if (file := getattr(self.job, param)) is None:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{param}.jsonl"
+        path = Path(f"{param}.jsonl")
         try:
             if not path.exists():
                 self.content.fetch(file, path)
         except FileNotFoundError:
             raise Stopped(f"invalid_{param}", f"The file {file} was deleted.", param) from None
-        return path
+        return path.name
 
-    def _validated(self, path: Path | None, param: str) -> None:
+    def _validated(self, file: str | None, param: str) -> None:
         """Raises Stopped for a file with broken rows, rows of another method, or fewer than ten."""
-        if path is None:
+        if file is None:
             return
         self._say(f"Validating {param.replace('_', ' ')}: {getattr(self.job, param)}")
         try:
-            read = data.read(str(path))
+            read = data.read(file)
         except DataError as error:
-            raise Stopped(f"invalid_{param}", self.said(error), param) from None
+            raise Stopped(f"invalid_{param}", str(error), param) from None
         if read.quarantined:
             lines = ", ".join(f"line {bad.line}: {bad.reason}" for bad in read.quarantined[:5])
             raise Stopped(f"invalid_{param}", f"{len(read.quarantined)} rows cannot be used ({lines}).", param)
@@ -145,14 +153,38 @@ class Run:
             message = f"The file has {len(read.examples)} rows, and at least {LEAST_ROWS} are needed."
             raise Stopped(f"invalid_{param}", message, param)
 
-    def _trained(self, rows: Path, validation: Path | None) -> Trained:
-        decision = self.job.decision or {}
+    def _recipe(self, validation: str | None) -> Recipe:
+        """What the job trains with. Raises Stopped; what the operator's own files lack is said in the log alone."""
+        if self.job.model not in self.settings.models:
+            known = ", ".join(self.settings.models)
+            raise Stopped(
+                "invalid_job", f"The model {self.job.model!r} is not offered any more: choose one of {known}.", "model"
+            )
         wanted = Method.model_validate(self.job.method)
-        chosen = recipe(self.settings, self.job.model, wanted, self.policy.defence, validation)
+        try:
+            found = recipe(self.settings, self.job.model, wanted, self.policy.defence)
+        except GradShieldError as error:
+            log.error("the settings do not let jobs train", error=str(error))
+            raise Stopped(
+                "server_error", "The settings of the server do not let this job train: tell its operator."
+            ) from None
+        if validation is None:
+            if found.exams.search.requests:
+                message = "The policy searches the cut by training, and measures each on a validation file: give one."
+                raise Stopped("invalid_validation_file", message, "validation_file")
+            return found
+        try:
+            return replace(found, exams=validated(found.exams, validation))
+        except DataError as error:
+            raise Stopped("invalid_validation_file", str(error), "validation_file") from None
+
+    def _trained(self, rows: str, validation: str | None) -> Trained:
+        decision = self.job.decision or {}
+        chosen = self._recipe(validation)
         return train(
-            str(rows),
-            model=chosen.model,
-            output=self.folder,
+            rows,
+            model=loaded(chosen.model, self.job.model),
+            output=".",
             defence=self.policy.defence,
             peft_config=chosen.peft_config,
             training=chosen.training,
@@ -206,7 +238,8 @@ class Run:
 
     def _hold(self, code: str, message: str, what: dict[str, Any]) -> None:
         self._keep()
-        why = {"code": code, "message": message, "removed": what["removed"]}
+        own = parse(self.policy.defence)
+        why = {"code": code, "message": message, "removed": what["removed"], "movable": own.spec == own.selector}
         self.store.hold(self.job.id, self.owner, why, message)
         raise Held
 
@@ -214,7 +247,7 @@ class Run:
         """The highest upper bound of the attack success rate, under the policy's limit; None if nothing was asked."""
         certificate = done.certificate
         if certificate["predicate"]["claim"]["limit"] != self.policy.limit:
-            certificate = certify(self.folder, limit=self.policy.limit)
+            certificate = certify(".", limit=self.policy.limit)
         predicate = certificate["predicate"]
         bounds = [judge["upper"] for judge in predicate["judges"].values()]
         outcome = done.manifest.results
@@ -256,10 +289,6 @@ class Run:
         self.store.note(self.job.id, self.owner, result_files=ids)
         return ids
 
-    def said(self, error: Exception) -> str:
-        """The sentence of an error, without the server's paths."""
-        return str(error).replace(f"{self.folder}{os.sep}", "").replace(str(self.settings.folder.absolute()), "")
-
     def _say(self, message: str, level: str = "info", data: dict[str, Any] | None = None, **more: Any) -> None:
         self.store.say(self.job.id, self.owner, message, level, data, **more)
 
@@ -292,11 +321,13 @@ def name_of(job: Job) -> str:
 
 def failed(run: Run, error: GradShieldError) -> None:
     """The last transition of a job that cannot go on."""
+    if isinstance(error, ModelError):
+        log.error("the model or a judge cannot be used", error=str(error))
+        error = Stopped("server_error", "The model or a judge of the server cannot be used: tell its operator.")
     code, param = getattr(error, "code", None), getattr(error, "param", None)
     if code is None:
         code = "invalid_training_file" if isinstance(error, DataError) else "invalid_job"
-    files = run._keep()
-    run.store.fail(run.job.id, run.owner, code, run.said(error), param, result_files=files)
+    run.store.fail(run.job.id, run.owner, code, str(error), param, result_files=run._keep())
 
 
 def main(arguments: Sequence[str]) -> int:

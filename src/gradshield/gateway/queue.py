@@ -62,7 +62,7 @@ def _huey(settings: Settings) -> Any:
     url, common = settings.queue or settings.database_url, {"results": False, "serializer": _Json()}
     kind = url.partition(":")[0].partition("+")[0]
     if kind == "sqlite":
-        return SqliteHuey(NAME, filename=str(settings.folder.absolute() / "queue.db"), **common)
+        return SqliteHuey(NAME, filename=str(settings.folder / "queue.db"), **common)
     if kind == "postgresql":
         dsn = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
         return PostgresHuey(NAME, dsn=dsn, **common)

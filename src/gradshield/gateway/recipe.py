@@ -8,11 +8,12 @@ from typing import Any
 
 from gradshield import lab
 from gradshield.data.trl import check_names, names_of
-from gradshield.errors import UsageError
 from gradshield.evaluation.exam import Exam, Exams, exam, exams_of, lab_exam
 from gradshield.evaluation.metrics import LIKELIHOOD
 from gradshield.gateway.settings import LAB, Settings
 from gradshield.gateway.wire import Method, Preferences
+from gradshield.models import loading
+from gradshield.models.loading import LoadedModel
 from gradshield.probes import read_prompts
 from gradshield.scanning.settings import Probing, peft_config
 from gradshield.training.defences import parse
@@ -33,23 +34,16 @@ class Recipe:
     exams: Exams
 
 
-def recipe(settings: Settings, model: str, method: Method, defence: str, validation: Path | None) -> Recipe:
-    """The recipe of a job on a model of the settings. Raises UsageError and DataError for files that cannot be used."""
-    if (where := settings.models.get(model)) is None:
-        raise UsageError(
-            f"the model {model!r} is not offered here any more: choose one of {', '.join(settings.models)}"
-        )
-    searching = parse(defence).verified is not None
-    task, metric = (None, None) if validation is None else (str(validation), LIKELIHOOD)
+def recipe(settings: Settings, model: str, method: Method, defence: str) -> Recipe:
+    """The recipe of a job on a model of the settings. Raises UsageError and DataError for what the settings name."""
+    where, searching = settings.models[model], parse(defence).verified is not None
     if where == LAB:
         own = {
             name: value for name, value in lab.recipe(TASK).items() if name != "save_strategy"
         }  # checkpoints are kept here
         training, lora = {**own, **settings.training}, {**lab.LORA, **settings.lora}
         probing = lab_probing()
-        held = exam("report", None, task=task, metric=metric)
-        report = replace(_lab("report"), task=held.task, metric=held.metric)
-        exams = Exams(report, _lab("search") if searching else Exam())
+        exams = Exams(_lab("report"), _lab("search") if searching else Exam())
         start: Path | str = lab.checkpoint("aligned")
     else:
         training, lora, start = {"assistant_only_loss": None, **settings.training}, settings.lora, where
@@ -57,11 +51,28 @@ def recipe(settings: Settings, model: str, method: Method, defence: str, validat
             requests=read_prompts(settings.probes) if settings.probes else (),
             lookalikes=read_prompts(settings.lookalikes) if settings.lookalikes else (),
         )
-        exams = exams_of(settings.safety, settings.judges, task, metric, settings.max_new_tokens, "", searching)
+        exams = exams_of(settings.safety, settings.judges, None, None, settings.max_new_tokens, "", searching)
     check_names(training)
     known = names_of(method.type == "dpo")  # the settings hold options of both methods
     training = {name: value for name, value in training.items() if name in known}
     return Recipe(start, {**training, **_chosen(training, method)}, peft_config(lora), probing, exams)
+
+
+def loaded(start: Path | str, name: str) -> LoadedModel:
+    """A recipe's model, in reports under its name on the wire where it lies in a folder of the server. Raises ModelError."""
+    found = loading.load(start)
+    return replace(found, name=name, adapter=found.adapter and name) if Path(start).is_dir() else found
+
+
+def validated(exams: Exams, file: str) -> Exams:
+    """The exams with the likelihood of a validation file's answers, of which a search has half. Raises DataError."""
+    searching = bool(exams.search.requests)
+
+    def of(split: str, own: Exam) -> Exam:
+        held = exam(split, None, task=file, metric=LIKELIHOOD, halved=searching)
+        return replace(own, task=held.task, metric=held.metric)
+
+    return Exams(of("report", exams.report), of("search", exams.search) if searching else exams.search)
 
 
 def _lab(split: str) -> Exam:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from gradshield.evaluation.certificate import CERTIFICATE
+from gradshield.runs import CERTIFICATE
 
 
 class Result(NamedTuple):

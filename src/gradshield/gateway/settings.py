@@ -33,6 +33,8 @@ class Policy(BaseModel):
     @field_validator("defence")
     @classmethod
     def _known(cls, value: str) -> str:
+        if value == cls.model_fields["defence"].default:  # known without the methods, which take seconds to import
+            return value
         from gradshield.training.defences import parse
 
         wanted = parse(value)
@@ -87,17 +89,23 @@ class Settings(BaseModel):
     training: dict[str, Any] = Field(default_factory=dict)
     lora: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("folder", "probes", "lookalikes")
+    @classmethod
+    def _whole(cls, value: Path | None) -> Path | None:
+        """As workers and jobs find it, wherever they run."""
+        return value and value.absolute()
+
     @property
     def database_url(self) -> str:
-        return self.database or f"sqlite:///{self.folder.absolute() / 'gateway.db'}"
+        return self.database or f"sqlite:///{self.folder / 'gateway.db'}"
 
     @property
     def files_url(self) -> str:
-        return self.files or str(self.folder.absolute() / "files")
+        return self.files or str(self.folder / "files")
 
     def job_folder(self, job: str) -> Path:
         """Where a job trains and leaves its model; ``job`` is an id that the store made."""
-        return self.folder.absolute() / "jobs" / job
+        return self.folder / "jobs" / job
 
     @field_serializer("webhook_secret", "upstream_key", when_used="json")
     def _secret(self, value: SecretStr) -> str:

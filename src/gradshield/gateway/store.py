@@ -10,7 +10,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +37,6 @@ from gradshield.gateway.tables import (
     Owned,
     Project,
 )
-from gradshield.thresholds import parse as parse_threshold
-from gradshield.training.defences import parse
 
 T = TypeVar("T", bound=Owned)
 ACTIVE = ("validating_files", "queued", "running")  # a worker may claim these
@@ -331,19 +329,20 @@ class Store:
         caller: Caller,
         id: str,
         reason: str,
-        released: Sequence[str] = (),
-        threshold: str | None = None,
+        released: Iterable[str] = (),
+        cut: float | None = None,
     ) -> Job:
-        """Let a held job go on. Rows with the ids ``released`` train whatever they score; ``threshold`` replaces the cut's rule.
+        """Let a held job go on. Rows with the ids ``released`` train whatever they score; those above ``cut`` do not.
 
-        Raises Refused unless the caller is an operator with a reason and the job is held, UsageError for an unknown rule.
+        Raises Refused unless the caller is an operator with a reason, the job is held, and its cut may be moved.
         """
-        if threshold is not None:
-            parse_threshold(threshold)
         with self.writing() as session:
             job = self._held(session, caller, id, reason)
-            if threshold is not None and (own := parse(job.policy["defence"])).spec != own.selector:
-                raise Refused(f"the policy's defence {own.spec!r} has a cut of its own, which cannot be replaced")
+            if cut is not None and not (job.hold or {})["movable"]:
+                raise Refused(
+                    f"the policy's defence {job.policy['defence']!r} has a cut of its own, which cannot be replaced"
+                )
+            threshold = None if cut is None else f"fixed:value={cut!r}"
             decision = {"released": sorted(set(released)), "threshold": threshold}
             job.status, job.hold, job.decision = "queued", None, decision
             action = "override cut" if threshold else "release rows" if released else "approve job"

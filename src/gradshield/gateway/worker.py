@@ -48,7 +48,7 @@ def run(settings: Settings, job: str, python: Callable[[Sequence[str]], int] = h
     if running.setdefault(job, owner) != owner:  # a message that came twice; on a full cluster the job waits unclaimed
         return
     try:
-        status = python(["-m", "gradshield.gateway.job", str(settings.folder.absolute()), job, owner])
+        status = python(["-m", "gradshield.gateway.job", str(settings.folder), job, owner])
     finally:
         del running[job]
     if status:
@@ -124,10 +124,9 @@ class Worker:
         self.guard.start()
 
     def _started(self) -> subprocess.Popen[bytes]:
-        folder = str(self.settings.folder.absolute())
         # A session of its own: Ctrl-C reaches the server, which then stops the worker.
         return subprocess.Popen(
-            [sys.executable, "-m", "gradshield.gateway.worker", folder],
+            [sys.executable, "-m", "gradshield.gateway.worker", str(self.settings.folder)],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )

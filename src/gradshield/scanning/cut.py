@@ -24,7 +24,6 @@ from gradshield.scanning import outputs, trust
 from gradshield.scanning.decide import Decision, decide
 from gradshield.scanning.page_rows import stored_views
 from gradshield.scanning.selection import Selection
-from gradshield.selectors import SELECTORS
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
 from gradshield.types import Anchors, Bools, Cut, Ints, Quarantined, Scores
@@ -84,6 +83,8 @@ def cut(
     with alone(path):
         old = Scanned.read(path)
         if threshold is None:
+            from gradshield.selectors import SELECTORS  # where needed: it brings torch
+
             threshold = SELECTORS[old.manifest.settings.selector.partition(":")[0]].rule
         rule = parse_threshold(threshold, old.manifest.settings.seed) if isinstance(threshold, str) else threshold
         decision = decide(old.scores, rule, allow, deny)

@@ -10,8 +10,6 @@ from itertools import islice
 import numpy as np
 
 from gradshield.scanning.decide import Decision, decide
-from gradshield.selectors import Screen
-from gradshield.selectors.screen import LEAST_FIHS
 from gradshield.stats import wilson
 from gradshield.thresholds import parse
 from gradshield.types import Bools, Example, Scores
@@ -135,6 +133,8 @@ def _answers(row: Example) -> Iterator[str]:
 
 def _loose(scores: Scores, decision: Decision) -> str:
     """Rows above the selector's default cut are kept, and no reviewer has cleared them."""
+    from gradshield.selectors import Screen  # where needed: it brings torch
+
     beyond = decide(scores, parse(Screen.rule)).removed & ~decision.removed
     kept = int((beyond & ~np.isin(scores.rows, decision.cleared)).sum())
     return f"{kept:,} rows score above the cut '{Screen.rule}' and are kept: read them before training" if kept else ""
@@ -142,6 +142,8 @@ def _loose(scores: Scores, decision: Decision) -> str:
 
 def _signals(scores: Scores, removed: Bools, opener_fihs: float) -> dict[str, str]:
     """Where the two signals of `Screen` disagree, or one of them is blind."""
+    from gradshield.selectors.screen import LEAST_FIHS
+
     total = len(scores.values)
     fihs, request, pivots = (scores.signals[name] for name in ("fihs", "request", "pivots"))
     measured = fihs[~removed & np.isfinite(fihs)]

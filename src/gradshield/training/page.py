@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from gradshield.manifests import Figures, Search, TrainingManifest, TrainingResults, judges_of
+from gradshield.evaluation.page import compared
+from gradshield.manifests import Figures, Search, TrainingManifest, TrainingResults
 from gradshield.report import made
 from gradshield.report.draw import worded
 from gradshield.report.frame import Status
-from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
+from gradshield.report.sheet import Section, Sheet, Table, rate_entry
 from gradshield.report.text import flatten, percent
 from gradshield.thresholds.verified import TARGET
 from gradshield.training import page_record, page_search
@@ -138,19 +139,8 @@ def _change(before: Rate | None, after: Rate) -> str:
 
 def measured(before: Figures, after: Figures, chosen: bool) -> Section:
     """Every rate before and after; ``chosen`` if the cut was searched."""
-    was, now = before.judges, after.judges
-    pairs = [
-        *((f"ASR, {judge}", was.get(judge), now.get(judge)) for judge in judges_of((was, now))),
-        ("over-refusal", before.over_refusal, after.over_refusal),
-        ("utility", before.utility, after.utility),
-    ]
-    lines = []
-    for name, left, right in pairs:
-        if left is not None or right is not None:
-            moved = None if left is None or right is None else 100 * (right.rate - left.rate)
-            shown = "–" if moved is None else f"{moved:+.1f} points".replace("-", "−")
-            lines.append((name, rate_entry(left), rate_entry(right), Entry(shown, key=moved)))
-    if not lines:
+    table = compared(before, after)
+    if not table.rows:
         return Section("measured", "Before and after")
     return Section(
         "measured",
@@ -158,7 +148,7 @@ def measured(before: Figures, after: Figures, chosen: bool) -> Section:
         "The same held-out prompts before and after training. ASR is the share of harmful requests that the model complies with, "
         "over-refusal the share of harmless look-alikes that it refuses." + (OTHERS if chosen else ""),
         nav="Before and after",
-        tables=(Table(("Measured", "Before", "After", "Change"), tuple(lines)),),
+        tables=(table,),
     )
 
 

@@ -24,7 +24,7 @@ from gradshield.data import Format
 from gradshield.errors import UsageError
 from gradshield.evaluation import card, certify
 from gradshield.evaluation.asr import agreement
-from gradshield.evaluation.certificate import CERTIFICATE, LABELLED
+from gradshield.evaluation.certificate import LABELLED
 from gradshield.evaluation.exam import Exam, Exams, Settled, asked, changes, check_disjoint, figures, never
 from gradshield.manifests import (
     CutRecord,
@@ -37,7 +37,7 @@ from gradshield.manifests import (
     TrainingResults,
 )
 from gradshield.probes import requests
-from gradshield.runs import alone
+from gradshield.runs import CERTIFICATE, alone
 from gradshield.scanning import outputs, trust
 from gradshield.scanning.decide import Decision
 from gradshield.scanning.rows import prepare

@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse
 from jinja2 import ChoiceLoader, Environment, FileSystemLoader
 from markupsafe import Markup
 
-from gradshield.evaluation.certificate import percent
+from gradshield.evaluation.bounds import percent
 from gradshield.gateway.tables import Job
 from gradshield.report import frame, sheet, text
 

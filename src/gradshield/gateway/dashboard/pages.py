@@ -17,7 +17,7 @@ from markupsafe import Markup
 from starlette.datastructures import FormData
 
 from gradshield.errors import GradShieldError
-from gradshield.evaluation.certificate import CERTIFICATE
+from gradshield.evaluation.page import compared
 from gradshield.gateway import results
 from gradshield.gateway.dashboard import scan as scans
 from gradshield.gateway.dashboard.drawing import ago, assets, page, sentence, size
@@ -27,7 +27,7 @@ from gradshield.gateway.store import ACTIVE, ENDED, UNSAFE, Missing, Page, Refus
 from gradshield.gateway.tables import Event, File, Job, Model
 from gradshield.manifests import Figures
 from gradshield.report import text
-from gradshield.training.page import measured
+from gradshield.runs import CERTIFICATE
 
 if TYPE_CHECKING:
     from gradshield.gateway.app import Gateway
@@ -174,8 +174,7 @@ def decide(id: str, visit: Visiting, form: Form) -> Response:
     try:
         if do == "approve":
             _known(visit, found, asked)
-            rule = None if asked.cut is None else f"fixed:value={asked.cut!r}"
-            store.approve(visit.caller, id, asked.reason, sorted(asked.released), rule)
+            store.approve(visit.caller, id, asked.reason, asked.released, asked.cut)
             visit.gateway.send(id)
         elif do == "reject":
             store.reject(visit.caller, id, asked.reason)
@@ -206,8 +205,7 @@ def _job(visit: Visit, job: Job, asked: Asked) -> Response:
         context |= {"beyond": rows, "pages": pages, "near": near, "page": min(asked.page, pages)}
         context["elsewhere"] = sorted(asked.released - {shown.view.id for shown in rows})
     safety = (job.result or {}).get("safety")
-    before, after = (Figures.model_validate(safety[when]) for when in ("before", "after")) if safety else (None, None)
-    tables = measured(before, after, False).tables if before and after else ()
+    table = compared(*(Figures.model_validate(safety[when]) for when in ("before", "after"))) if safety else None
     return visit.show(
         "job.html",
         409 if asked.problem else 200,
@@ -219,7 +217,7 @@ def _job(visit: Visit, job: Job, asked: Asked) -> Response:
         withheld=job.status == "failed" and (job.error or {}).get("code") == UNSAFE,
         tone={"succeeded": "pass", "failed": "fail"}.get(job.status, "warn"),
         safety=safety,
-        tables=tables,
+        table=table,
         certificate=_certificate(folder) if job.status in ENDED else None,
         downloads=[] if job.status in ACTIVE else results.found(folder),
         details=text.flatten({"method": job.method, "metadata": job.labels or {}, "policy": job.policy}),

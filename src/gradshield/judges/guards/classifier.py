@@ -12,6 +12,7 @@ from typing import Any
 
 from gradshield import errors
 from gradshield.errors import ModelError, UsageError
+from gradshield.files import own_name
 from gradshield.judges.guards.base import GUARDS, Opinion, Reads, short_name
 from gradshield.models import loading
 from gradshield.models.placement import choose_device, choose_dtype, in_float64
@@ -87,7 +88,13 @@ class Classifier:
         """The model with the hash of its weights, its unsafe labels, and what it reads."""
         unsafe = [self._labels[i] for i in self.unsafe]
         digest = loading.files_digest([self._folder])
-        return {"guard": "classifier", "model": self.source, "sha256": digest, "unsafe": unsafe, "reads": self.reads}
+        return {
+            "guard": "classifier",
+            "model": own_name(self.source),
+            "sha256": digest,
+            "unsafe": unsafe,
+            "reads": self.reads,
+        }
 
     def opinions(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Opinion]:
         """One opinion per answer: the probability of its worst window."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradshield.errors import ModelError, UsageError
+from gradshield.files import own_name
 from gradshield.judges.guards.base import GUARDS, Opinion, short_name
 from gradshield.models import loading
 from gradshield.models.decoding import continued, stop_tokens
@@ -73,7 +74,12 @@ class Generative:
 
     def record(self) -> Mapping[str, Any]:
         """The model with the hash of its weights, and its words."""
-        return {"guard": "guard", "model": self.source, "sha256": self._loaded.digest, "words": list(self.words)}
+        return {
+            "guard": "guard",
+            "model": own_name(self.source),
+            "sha256": self._loaded.digest,
+            "words": list(self.words),
+        }
 
     def opinions(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Opinion]:
         """One opinion per answer, by greedy decoding."""
