@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -395,6 +397,16 @@ def test_released_rows_and_a_moved_cut_reach_the_job(desk: Desk, scanned: Path) 
     job = desk.store.get(Job, desk.project, id)
     assert job.decision == {"released": sorted(chosen), "threshold": "fixed:value=0.9"}
     assert desk.audit().data == job.decision
+
+
+def test_looking_at_a_job_needs_no_torch(desk: Desk, scanned: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from gradshield.gateway.dashboard import pages, scan; "
+        "found = scan.read(Path(sys.argv[1])); found.charts(0.5); found.answer(0.5); assert found.rows(-9.0, 1)[0]; "
+        "print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, str(scanned / "scan")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_rejecting_fails_the_job_with_the_reason(desk: Desk, scanned: Path) -> None:

@@ -166,14 +166,50 @@ def test_poisoned_pairs_become_a_safe_model(server: tuple[Path, str, str]) -> No
     assert answer(client, job.fine_tuned_model, rows[0]["input"]["messages"][0]["content"])
 
 
+def keys(folder: Path, *typed: str) -> str:
+    """What `gradshield keys` prints."""
+    command = [sys.executable, "-m", "gradshield", "keys", *typed, "--folder", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout.strip()
+
+
+@pytest.mark.slow
+def test_each_policy_that_an_operator_sets_is_what_jobs_go_through(server: tuple[Path, str, str]) -> None:
+    folder, url, _ = server
+    secret = keys(folder, "create", "--project", "strict", "--policy", "reject")
+    client = OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0)
+    content, harmful = poisoned(200)
+    rejected = tuned(client, content)
+    assert (rejected.status, rejected.error.code) == ("failed", "harmful_rows")
+    numbers = re.search(r"rows ([\d, ]+) \(counted from 0\)", rejected.error.message)
+    assert numbers is not None
+    assert len({int(one) for one in numbers[1].split(",")} & set(harmful)) >= 0.9 * len(harmful)
+
+    keys(folder, "policy", "strict", "--policy", "review", "--reason", "somebody has time to look")
+    held = tuned(client, content)
+    assert (held.status, held.gradshield["hold"]["code"]) == ("paused", "review")
+    assert held.gradshield["policy"]["rows"] == "review" and rejected.gradshield["policy"]["rows"] == "reject"
+
+    search = ("--defence", "screen:verified:asr=0.1,rounds=2", "--policy", "remove")
+    keys(folder, "policy", "strict", *search, "--reason", "the cut is to be proven")
+    alone = tuned(client, content)
+    assert (alone.status, alone.error.code, alone.error.param) == (
+        "failed",
+        "invalid_validation_file",
+        "validation_file",
+    )
+    rows = "".join(json.dumps(row) + "\n" for row in lab.mix(TASK, harm="explicit", ratio=0.0, n=60)[0])
+    validation = client.files.create(file=("held.jsonl", rows.encode()), purpose="fine-tune").id
+    searched = tuned(client, content, validation_file=validation)
+    assert searched.status == "succeeded", searched.error
+    said = {event.message for event in client.fine_tuning.jobs.list_events(searched.id, limit=100)}
+    assert {"Round 1", "Measuring round 1", "Measuring the end"} <= said
+
+
 @pytest.mark.slow
 def test_the_same_upload_without_screening_is_withheld(server: tuple[Path, str, str]) -> None:
     folder, url, first = server
-    made = [sys.executable, "-m", "gradshield", "keys", "create", "--project", "open", "--defence", "none"]
-    found = subprocess.run(
-        [*made, "--folder", str(folder)], capture_output=True, text=True, check=True, env=ENVIRONMENT
-    )
-    client = OpenAI(base_url=f"{url}/v1", api_key=found.stdout.strip(), max_retries=0)
+    secret = keys(folder, "create", "--project", "open", "--defence", "none")
+    client = OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0)
     job = tuned(client, poisoned(300)[0])
     assert (job.status, job.error.code, job.fine_tuned_model) == ("failed", UNSAFE, None)
     assert re.search(

@@ -164,13 +164,12 @@ class Run:
         try:
             found = recipe(self.settings, self.job.model, wanted, self.policy.defence)
         except GradShieldError as error:
-            log.error("the settings do not let jobs train", error=str(error))
-            raise Stopped(
-                "server_error", "The settings of the server do not let this job train: tell its operator."
-            ) from None
+            raise ours(error) from None
         if validation is None:
             if found.exams.search.requests:
-                message = "The policy searches the cut by training, and measures each on a validation file: give one."
+                message = (
+                    "The policy searches the cut by training, and measures every cut on a validation file: give one."
+                )
                 raise Stopped("invalid_validation_file", message, "validation_file")
             return found
         try:
@@ -319,11 +318,16 @@ def name_of(job: Job) -> str:
     return f"ft:{job.model}:{job.project_id[5:13]}:{job.suffix or ''}:{job.id[-12:]}"
 
 
+def ours(error: GradShieldError) -> Stopped:
+    """What a job's owner reads of an error in what the operator chose; the log alone names it."""
+    log.error("a model, a judge or a file of the settings cannot be used", error=str(error))
+    return Stopped("server_error", "The server's model, judges or files cannot be used: tell its operator.")
+
+
 def failed(run: Run, error: GradShieldError) -> None:
     """The last transition of a job that cannot go on."""
     if isinstance(error, ModelError):
-        log.error("the model or a judge cannot be used", error=str(error))
-        error = Stopped("server_error", "The model or a judge of the server cannot be used: tell its operator.")
+        error = ours(error)
     code, param = getattr(error, "code", None), getattr(error, "param", None)
     if code is None:
         code = "invalid_training_file" if isinstance(error, DataError) else "invalid_job"
