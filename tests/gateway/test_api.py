@@ -15,8 +15,8 @@ from fastapi.responses import StreamingResponse
 from openai import OpenAI
 
 from gradshield.gateway.chat import SEATS
+from gradshield.gateway.database import Caller
 from gradshield.gateway.settings import LAB
-from gradshield.gateway.store import Caller
 from gradshield.gateway.tables import Job
 from tests.gateway.running import ROWS, Served, listening, serving
 

@@ -25,9 +25,10 @@ from gradshield import lab
 from gradshield.gateway.app import create_app
 from gradshield.gateway.dashboard import pages, scan
 from gradshield.gateway.dashboard.session import COOKIE, LIFETIME, SECRET, Session, Sessions
+from gradshield.gateway.jobs import UNSAFE
 from gradshield.gateway.settings import LAB, Policy, Settings
-from gradshield.gateway.store import UNSAFE, Store, identity
-from gradshield.gateway.tables import Audit, Job, Key
+from gradshield.gateway.store import Store
+from gradshield.gateway.tables import Audit, Job, Key, identity
 from gradshield.scanning.settings import ScanSettings
 from gradshield.stats import wilson
 from gradshield.training.lab_job import lab_probing
@@ -337,7 +338,7 @@ def test_progress_is_live_and_works_by_loading_the_page(desk: Desk) -> None:
     id = desk.job()
     desk.store.claim(id, "me", 60)
     desk.store.say(id, "me", "Fine-tuning job started", status="running")
-    desk.store.progress(id, "me", "scoring rows", 12, 40)
+    desk.store.note(id, "me", stage="scoring rows", done=12, total=40)
     for path in ("/", f"/jobs/{id}", f"/jobs/{id}/live"):
         page = desk.client.get(path).text
         assert '<progress value="12" max="40"' in page
@@ -354,7 +355,7 @@ def test_lists_have_pages(desk: Desk) -> None:
     second = desk.client.get(older.group(1)).text
     assert [f'/jobs/{id}"' in second for id in ids[:4]] == [True, True, True, False]
     for i in range(pages.LINES + 2):
-        desk.store.set_policy(desk.project, Policy(), "cli", f"reason {i}.")
+        desk.store.set_policy(desk.project, Policy(), f"reason {i}.")
     first = desk.client.get("/audit").text
     assert "reason 101." in first and "reason 1." not in first
     second = desk.client.get(re.search(r'href="(/audit\?before=\d+)"', first).group(1)).text  # type: ignore[union-attr]

@@ -19,10 +19,12 @@ import pytest
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.exam import Exams
 from gradshield.gateway import job, worker
+from gradshield.gateway.database import Caller, Refused
+from gradshield.gateway.jobs import UNSAFE
 from gradshield.gateway.queue import Queue
 from gradshield.gateway.recipe import recipe
 from gradshield.gateway.settings import LAB, Policy, Settings
-from gradshield.gateway.store import UNSAFE, Caller, Refused, Store
+from gradshield.gateway.store import Store
 from gradshield.gateway.tables import Job
 from gradshield.gateway.wire import Method
 from gradshield.manifests import Figures

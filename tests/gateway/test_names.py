@@ -17,8 +17,8 @@ import pytest
 from gradshield import lab
 from gradshield.gateway import job as jobs
 from gradshield.gateway import results
+from gradshield.gateway.database import Caller
 from gradshield.gateway.settings import Policy
-from gradshield.gateway.store import Caller
 from tests.gateway.running import ROWS, Served, serving
 
 PLACES = ("/", "/models", "/health", "/audit")

@@ -16,8 +16,10 @@ from openai import InvalidWebhookSignatureError, OpenAI
 
 from gradshield.errors import UsageError
 from gradshield.gateway import webhooks
+from gradshield.gateway.database import AWAY, Caller, Missing, Page, Refused
+from gradshield.gateway.jobs import UNSAFE, Lost
 from gradshield.gateway.settings import LAB, Policy, Settings
-from gradshield.gateway.store import AWAY, UNSAFE, Caller, Lost, Missing, Page, Refused, Store
+from gradshield.gateway.store import Store
 from gradshield.gateway.tables import Base, Delivery, Event, Job, Model
 from tests.gateway.running import Postgres, listening, serving
 
@@ -113,7 +115,7 @@ def test_a_job_whose_process_is_silent_goes_to_another_which_alone_may_end_it(st
     late: list[Callable[[], None]] = [
         lambda: store.beat(id, "first", 60),
         lambda: store.say(id, "first", "I am still here"),
-        lambda: store.progress(id, "first", "training", 1, 2),
+        lambda: store.note(id, "first", stage="training", done=1, total=2),
         lambda: store.add_checkpoint(id, "first", 1, {}),
         lambda: store.hold(id, "first", {}, "look"),
         lambda: store.fail(id, "first", "x", "x"),

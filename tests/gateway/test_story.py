@@ -25,9 +25,11 @@ from openai import OpenAI
 
 from gradshield import lab
 from gradshield.gateway.content import Content
+from gradshield.gateway.database import Page
+from gradshield.gateway.jobs import ACTIVE, UNSAFE
 from gradshield.gateway.settings import LAB, Policy, Settings
-from gradshield.gateway.store import ACTIVE, UNSAFE, Page, Store, identity
-from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model
+from gradshield.gateway.store import Store
+from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model, identity
 from gradshield.judges import RefusalPhrases
 from tests.common import jsonl, preferences
 from tests.gateway.running import ROW, ROWS, Postgres, free_port, serving

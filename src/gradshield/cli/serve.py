@@ -316,6 +316,6 @@ def of_project(
     if policy or defence or limit:
         if not reason.strip():
             raise UsageError("a change of a policy needs a reason, which the audit log keeps: give --reason")
-        store.set_policy(found.id, wanted, "gradshield keys", reason)
+        store.set_policy(found.id, wanted, reason)
     for name, value in wanted.model_dump().items():
         out.print(plain(f"{name:8} {value}"))

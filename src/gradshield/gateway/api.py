@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import Awaitable, Callable, Generator
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import anyio
 from fastapi import APIRouter, Depends, Query, Request
@@ -20,15 +20,14 @@ from starlette.types import Receive, Scope, Send
 
 from gradshield.gateway import wire
 from gradshield.gateway.content import BLOCK
+from gradshield.gateway.database import AWAY, Caller, Missing, Page, T
 from gradshield.gateway.edge import ApiError
-from gradshield.gateway.store import AWAY, Caller, Missing, Page, identity
-from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model, Owned
+from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model, identity
 from gradshield.runs import CERTIFICATE
 
 if TYPE_CHECKING:
     from gradshield.gateway.app import Gateway
 
-T = TypeVar("T", bound=Owned)
 LONGEST_NAME = 512
 UPLOAD = {
     "requestBody": {

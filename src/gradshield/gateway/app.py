@@ -23,10 +23,11 @@ from gradshield.gateway.chat import Chats
 from gradshield.gateway.content import Content
 from gradshield.gateway.dashboard import pages
 from gradshield.gateway.dashboard.session import Sessions
+from gradshield.gateway.database import AWAY, Missing, Refused
 from gradshield.gateway.edge import ApiError, Edge, unavailable
 from gradshield.gateway.queue import Queue
 from gradshield.gateway.settings import Settings
-from gradshield.gateway.store import AWAY, Missing, Refused, Store
+from gradshield.gateway.store import Store
 from gradshield.gateway.wire import error_body
 
 log = structlog.get_logger("gradshield.gateway")

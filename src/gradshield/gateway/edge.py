@@ -15,8 +15,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gradshield.gateway.database import AWAY, Caller
 from gradshield.gateway.settings import Limits
-from gradshield.gateway.store import AWAY, Caller, Store
+from gradshield.gateway.store import Store
 from gradshield.gateway.wire import error_body
 
 API = "/v1/"

@@ -28,9 +28,11 @@ from gradshield.evaluation.bounds import percent
 from gradshield.evaluation.certify import certify
 from gradshield.gateway import results
 from gradshield.gateway.content import Content
+from gradshield.gateway.database import AWAY
+from gradshield.gateway.jobs import UNSAFE, Lost
 from gradshield.gateway.recipe import Recipe, loaded, recipe, validated
 from gradshield.gateway.settings import Policy, Settings
-from gradshield.gateway.store import AWAY, UNSAFE, Lost, Store
+from gradshield.gateway.store import Store
 from gradshield.gateway.tables import Job
 from gradshield.gateway.wire import LEAST_ROWS, Method
 from gradshield.scanning.decide import PREFERENCE
@@ -284,7 +286,7 @@ class Run:
             ids.append(id := "file-" + hashlib.sha256(f"{self.job.id}/{name}".encode()).hexdigest()[:32])
             with (self.folder / path).open("rb") as source:
                 size, sha256 = self.content.keep(id, source)
-            self.store.add_result(self.job, id, name, size, sha256)
+            self.store.add_file(self.job.project_id, id, f"{self.job.id}/{name}", "fine-tune-results", size, sha256)
         self.store.note(self.job.id, self.owner, result_files=ids)
         return ids
 
@@ -298,7 +300,7 @@ class Run:
             self._say(f"{stage[:1].upper()}{stage[1:]}")
         if time.monotonic() - self.told > 1 or done == total:
             self.told = time.monotonic()
-            self.store.progress(self.job.id, self.owner, stage, done, total)
+            self.store.note(self.job.id, self.owner, stage=stage, done=done, total=total)
         if stage == "training" and done:
             self._stepped(done, total)
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import secrets
+import time
+from functools import partial
 from typing import Any, ClassVar
 
 from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, MetaData, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up an INTEGER only
+
+
+def identity(prefix: str) -> str:
+    """An id that cannot be guessed: 128 random bits."""
+    return f"{prefix}-{secrets.token_hex(16)}"
+
+
+def now() -> int:
+    return int(time.time())
+
+
+def _id(prefix: str) -> Mapped[str]:
+    return mapped_column(String(64), unique=True, default=partial(identity, prefix))
 
 
 class Base(DeclarativeBase):
@@ -24,13 +40,13 @@ class Base(DeclarativeBase):
     type_annotation_map: ClassVar = {dict[str, Any]: JSON(none_as_null=True), list[str]: JSON()}
 
     n: Mapped[int] = mapped_column(Number, primary_key=True, autoincrement=True)
-    created_at: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[int] = mapped_column(BigInteger, default=now)
 
 
 class Project(Base):
     __tablename__ = "projects"
 
-    id: Mapped[str] = mapped_column(String(64), unique=True)
+    id: Mapped[str] = _id("proj")
     name: Mapped[str] = mapped_column(String(64), unique=True)
     policy: Mapped[dict[str, Any]]
 
@@ -48,7 +64,7 @@ class Key(Owned):
 
     __tablename__ = "keys"
 
-    id: Mapped[str] = mapped_column(String(64), unique=True)
+    id: Mapped[str] = _id("key")
     name: Mapped[str] = mapped_column(String(64))
     hash: Mapped[str] = mapped_column(String(64), unique=True)
     prefix: Mapped[str] = mapped_column(String(16))
@@ -61,7 +77,7 @@ class File(Owned):
 
     __tablename__ = "files"
 
-    id: Mapped[str] = mapped_column(String(64), unique=True)
+    id: Mapped[str] = _id("file")
     filename: Mapped[str] = mapped_column(Text)
     purpose: Mapped[str] = mapped_column(String(32))
     bytes: Mapped[int] = mapped_column(BigInteger)
@@ -78,7 +94,7 @@ class Job(Owned):
     __tablename__ = "jobs"
     __table_args__ = (Index("ix_jobs_status_lease_until", "status", "lease_until"),)
 
-    id: Mapped[str] = mapped_column(String(64), unique=True)
+    id: Mapped[str] = _id("ftjob")
     status: Mapped[str] = mapped_column(String(24))
     model: Mapped[str] = mapped_column(Text)
     training_file: Mapped[str] = mapped_column(String(64))
@@ -109,7 +125,7 @@ class Event(Owned):
 
     __tablename__ = "events"
 
-    id: Mapped[str] = mapped_column(String(64), unique=True)
+    id: Mapped[str] = _id("ftevent")
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     level: Mapped[str] = mapped_column(String(8))
     message: Mapped[str] = mapped_column(Text)
@@ -123,7 +139,7 @@ class Checkpoint(Owned):
     __tablename__ = "checkpoints"
     __table_args__ = (Index("uq_checkpoints_job_id_step", "job_id", "step", unique=True),)
 
-    id: Mapped[str] = mapped_column(String(64), unique=True)
+    id: Mapped[str] = _id("ftckpt")
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     step: Mapped[int] = mapped_column(BigInteger)
     metrics: Mapped[dict[str, Any]]
@@ -144,7 +160,7 @@ class Delivery(Owned):
 
     __tablename__ = "deliveries"
 
-    id: Mapped[str] = mapped_column(String(64), unique=True)
+    id: Mapped[str] = _id("whd")
     url: Mapped[str] = mapped_column(Text)
     body: Mapped[str] = mapped_column(Text)
     attempt: Mapped[int] = mapped_column(default=0)

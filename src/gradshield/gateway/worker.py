@@ -21,9 +21,10 @@ from typing import Any
 import structlog
 from huey.consumer import Consumer
 
+from gradshield.gateway.database import AWAY
 from gradshield.gateway.queue import Queue
 from gradshield.gateway.settings import Settings
-from gradshield.gateway.store import AWAY, Store
+from gradshield.gateway.store import Store
 from gradshield.gateway.webhooks import deliver
 
 ROUND = 2.0  # seconds between looks at what waits

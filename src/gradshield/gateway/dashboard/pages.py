@@ -23,7 +23,8 @@ from gradshield.gateway.dashboard import scan as scans
 from gradshield.gateway.dashboard.drawing import ago, assets, page, sentence, size
 from gradshield.gateway.dashboard.session import COOKIE, DOOR
 from gradshield.gateway.dashboard.visit import Form, Pages, Visit, Visiting, field_text, sessions_of
-from gradshield.gateway.store import ACTIVE, ENDED, UNSAFE, Missing, Page, Refused
+from gradshield.gateway.database import Missing, Page, Refused
+from gradshield.gateway.jobs import ACTIVE, ENDED, UNSAFE
 from gradshield.gateway.tables import Event, File, Job, Model
 from gradshield.manifests import Figures
 from gradshield.report import text

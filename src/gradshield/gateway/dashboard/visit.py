@@ -13,7 +13,7 @@ from starlette.datastructures import FormData
 
 from gradshield.gateway.dashboard.drawing import error, page, sentence
 from gradshield.gateway.dashboard.session import COOKIE, DOOR, Session, Sessions
-from gradshield.gateway.store import AWAY, Caller, Missing, Refused
+from gradshield.gateway.database import AWAY, Caller, Missing, Refused
 from gradshield.gateway.tables import Job, Project
 from gradshield.report import frame
 

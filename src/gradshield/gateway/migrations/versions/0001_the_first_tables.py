@@ -1,5 +1,7 @@
 """The first tables"""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -9,166 +11,91 @@ branch_labels = None
 depends_on = None
 
 
+def _text(name: str, length: int | None = None, **more: Any) -> sa.Column[Any]:
+    return sa.Column(name, sa.String(length) if length else sa.Text(), **{"nullable": False, **more})
+
+
+def _count(name: str, **more: Any) -> sa.Column[Any]:
+    return sa.Column(name, sa.BigInteger(), **{"nullable": False, **more})
+
+
+def _json(name: str, **more: Any) -> sa.Column[Any]:
+    return sa.Column(name, sa.JSON(none_as_null=True), **{"nullable": False, **more})
+
+
+def _id(length: int = 64) -> sa.Column[Any]:
+    return _text("id", length, unique=True)
+
+
+def _job(**more: Any) -> sa.Column[Any]:
+    return sa.Column("job_id", sa.String(64), sa.ForeignKey("jobs.id"), nullable=False, **more)
+
+
+def _table(name: str, *columns: sa.Column[Any], owned: bool = True) -> None:
+    """A table with what all have: a number, a time, and of all but projects their project."""
+    number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+    common = [sa.Column("n", number, primary_key=True, autoincrement=True), _count("created_at")]
+    if owned:
+        project = sa.ForeignKey("projects.id")
+        common.append(sa.Column("project_id", sa.String(64), project, nullable=False, index=True))
+    op.create_table(name, *common, *columns)
+
+
 def upgrade() -> None:
-    op.create_table(
-        "projects",
-        sa.Column("id", sa.String(length=64), nullable=False),
-        sa.Column("name", sa.String(length=64), nullable=False),
-        sa.Column("policy", sa.JSON(none_as_null=True), nullable=False),
-        sa.Column("n", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
-        sa.Column("created_at", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("n", name=op.f("pk_projects")),
-        sa.UniqueConstraint("id", name=op.f("uq_projects_id")),
-        sa.UniqueConstraint("name", name=op.f("uq_projects_name")),
-    )
-    op.create_table(
-        "audit",
-        sa.Column("actor", sa.Text(), nullable=False),
-        sa.Column("action", sa.String(length=32), nullable=False),
-        sa.Column("target", sa.String(length=255), nullable=False),
-        sa.Column("reason", sa.Text(), nullable=False),
-        sa.Column("data", sa.JSON(none_as_null=True), nullable=False),
-        sa.Column("project_id", sa.String(length=64), nullable=False),
-        sa.Column("n", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
-        sa.Column("created_at", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_audit_project_id")),
-        sa.PrimaryKeyConstraint("n", name=op.f("pk_audit")),
-    )
-    op.create_index(op.f("ix_audit_project_id"), "audit", ["project_id"], unique=False)
-    op.create_table(
-        "deliveries",
-        sa.Column("id", sa.String(length=64), nullable=False),
-        sa.Column("url", sa.Text(), nullable=False),
-        sa.Column("body", sa.Text(), nullable=False),
-        sa.Column("attempt", sa.Integer(), nullable=False),
-        sa.Column("due_at", sa.Float(), nullable=True),
-        sa.Column("delivered_at", sa.BigInteger(), nullable=True),
-        sa.Column("error", sa.Text(), nullable=True),
-        sa.Column("project_id", sa.String(length=64), nullable=False),
-        sa.Column("n", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
-        sa.Column("created_at", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_deliveries_project_id")),
-        sa.PrimaryKeyConstraint("n", name=op.f("pk_deliveries")),
-        sa.UniqueConstraint("id", name=op.f("uq_deliveries_id")),
-    )
-    op.create_index(op.f("ix_deliveries_due_at"), "deliveries", ["due_at"], unique=False)
-    op.create_index(op.f("ix_deliveries_project_id"), "deliveries", ["project_id"], unique=False)
-    op.create_table(
-        "files",
-        sa.Column("id", sa.String(length=64), nullable=False),
-        sa.Column("filename", sa.Text(), nullable=False),
-        sa.Column("purpose", sa.String(length=32), nullable=False),
-        sa.Column("bytes", sa.BigInteger(), nullable=False),
-        sa.Column("sha256", sa.String(length=64), nullable=False),
-        sa.Column("project_id", sa.String(length=64), nullable=False),
-        sa.Column("n", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
-        sa.Column("created_at", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_files_project_id")),
-        sa.PrimaryKeyConstraint("n", name=op.f("pk_files")),
-        sa.UniqueConstraint("id", name=op.f("uq_files_id")),
-    )
-    op.create_index(op.f("ix_files_project_id"), "files", ["project_id"], unique=False)
-    op.create_table(
-        "jobs",
-        sa.Column("id", sa.String(length=64), nullable=False),
-        sa.Column("status", sa.String(length=24), nullable=False),
-        sa.Column("model", sa.Text(), nullable=False),
-        sa.Column("training_file", sa.String(length=64), nullable=False),
-        sa.Column("validation_file", sa.String(length=64), nullable=True),
-        sa.Column("method", sa.JSON(none_as_null=True), nullable=False),
-        sa.Column("seed", sa.BigInteger(), nullable=False),
-        sa.Column("suffix", sa.String(length=64), nullable=True),
-        sa.Column("metadata", sa.JSON(none_as_null=True), nullable=True),
-        sa.Column("policy", sa.JSON(none_as_null=True), nullable=False),
-        sa.Column("error", sa.JSON(none_as_null=True), nullable=True),
-        sa.Column("fine_tuned_model", sa.Text(), nullable=True),
-        sa.Column("trained_tokens", sa.BigInteger(), nullable=True),
-        sa.Column("result_files", sa.JSON(), nullable=False),
-        sa.Column("finished_at", sa.BigInteger(), nullable=True),
-        sa.Column("stage", sa.String(length=64), nullable=False),
-        sa.Column("done", sa.BigInteger(), nullable=False),
-        sa.Column("total", sa.BigInteger(), nullable=False),
-        sa.Column("hold", sa.JSON(none_as_null=True), nullable=True),
-        sa.Column("decision", sa.JSON(none_as_null=True), nullable=True),
-        sa.Column("result", sa.JSON(none_as_null=True), nullable=True),
-        sa.Column("owner", sa.String(length=64), nullable=True),
-        sa.Column("lease_until", sa.Float(), nullable=True),
-        sa.Column("attempt", sa.Integer(), nullable=False),
-        sa.Column("project_id", sa.String(length=64), nullable=False),
-        sa.Column("n", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
-        sa.Column("created_at", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_jobs_project_id")),
-        sa.PrimaryKeyConstraint("n", name=op.f("pk_jobs")),
-        sa.UniqueConstraint("id", name=op.f("uq_jobs_id")),
-    )
-    op.create_index(op.f("ix_jobs_project_id"), "jobs", ["project_id"], unique=False)
-    op.create_index("ix_jobs_status_lease_until", "jobs", ["status", "lease_until"], unique=False)
-    op.create_table(
+    _table("projects", _id(), _text("name", 64, unique=True), _json("policy"), owned=False)
+    _table(
         "keys",
-        sa.Column("id", sa.String(length=64), nullable=False),
-        sa.Column("name", sa.String(length=64), nullable=False),
-        sa.Column("hash", sa.String(length=64), nullable=False),
-        sa.Column("prefix", sa.String(length=16), nullable=False),
-        sa.Column("role", sa.String(length=16), nullable=False),
-        sa.Column("revoked_at", sa.BigInteger(), nullable=True),
-        sa.Column("project_id", sa.String(length=64), nullable=False),
-        sa.Column("n", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
-        sa.Column("created_at", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_keys_project_id")),
-        sa.PrimaryKeyConstraint("n", name=op.f("pk_keys")),
-        sa.UniqueConstraint("hash", name=op.f("uq_keys_hash")),
-        sa.UniqueConstraint("id", name=op.f("uq_keys_id")),
+        _id(),
+        _text("name", 64),
+        _text("hash", 64, unique=True),
+        _text("prefix", 16),
+        _text("role", 16),
+        _count("revoked_at", nullable=True),
     )
-    op.create_index(op.f("ix_keys_project_id"), "keys", ["project_id"], unique=False)
-    op.create_table(
-        "checkpoints",
-        sa.Column("id", sa.String(length=64), nullable=False),
-        sa.Column("job_id", sa.String(length=64), nullable=False),
-        sa.Column("step", sa.BigInteger(), nullable=False),
-        sa.Column("metrics", sa.JSON(none_as_null=True), nullable=False),
-        sa.Column("project_id", sa.String(length=64), nullable=False),
-        sa.Column("n", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
-        sa.Column("created_at", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_checkpoints_job_id")),
-        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_checkpoints_project_id")),
-        sa.PrimaryKeyConstraint("n", name=op.f("pk_checkpoints")),
-        sa.UniqueConstraint("id", name=op.f("uq_checkpoints_id")),
+    _table("files", _id(), _text("filename"), _text("purpose", 32), _count("bytes"), _text("sha256", 64))
+    _table(
+        "jobs",
+        _id(),
+        _text("status", 24),
+        _text("model"),
+        _text("training_file", 64),
+        _text("validation_file", 64, nullable=True),
+        _json("method"),
+        _count("seed"),
+        _text("suffix", 64, nullable=True),
+        _json("metadata", nullable=True),
+        _json("policy"),
+        _json("error", nullable=True),
+        _text("fine_tuned_model", nullable=True),
+        _count("trained_tokens", nullable=True),
+        _json("result_files"),
+        _count("finished_at", nullable=True),
+        _text("stage", 64),
+        _count("done"),
+        _count("total"),
+        _json("hold", nullable=True),
+        _json("decision", nullable=True),
+        _json("result", nullable=True),
+        _text("owner", 64, nullable=True),
+        sa.Column("lease_until", sa.Float()),
+        sa.Column("attempt", sa.Integer(), nullable=False),
     )
-    op.create_index(op.f("ix_checkpoints_project_id"), "checkpoints", ["project_id"], unique=False)
+    op.create_index("ix_jobs_status_lease_until", "jobs", ["status", "lease_until"])
+    _table("events", _id(), _job(index=True), _text("level", 8), _text("message"), _text("type", 16), _json("data"))
+    _table("checkpoints", _id(), _job(), _count("step"), _json("metrics"))
     op.create_index("uq_checkpoints_job_id_step", "checkpoints", ["job_id", "step"], unique=True)
-    op.create_table(
-        "events",
-        sa.Column("id", sa.String(length=64), nullable=False),
-        sa.Column("job_id", sa.String(length=64), nullable=False),
-        sa.Column("level", sa.String(length=8), nullable=False),
-        sa.Column("message", sa.Text(), nullable=False),
-        sa.Column("type", sa.String(length=16), nullable=False),
-        sa.Column("data", sa.JSON(none_as_null=True), nullable=False),
-        sa.Column("project_id", sa.String(length=64), nullable=False),
-        sa.Column("n", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
-        sa.Column("created_at", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_events_job_id")),
-        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_events_project_id")),
-        sa.PrimaryKeyConstraint("n", name=op.f("pk_events")),
-        sa.UniqueConstraint("id", name=op.f("uq_events_id")),
+    _table("models", _id(255), _job(unique=True), _text("base"))
+    _table(
+        "deliveries",
+        _id(),
+        _text("url"),
+        _text("body"),
+        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("due_at", sa.Float(), index=True),
+        _count("delivered_at", nullable=True),
+        _text("error", nullable=True),
     )
-    op.create_index(op.f("ix_events_job_id"), "events", ["job_id"], unique=False)
-    op.create_index(op.f("ix_events_project_id"), "events", ["project_id"], unique=False)
-    op.create_table(
-        "models",
-        sa.Column("id", sa.String(length=255), nullable=False),
-        sa.Column("job_id", sa.String(length=64), nullable=False),
-        sa.Column("base", sa.Text(), nullable=False),
-        sa.Column("project_id", sa.String(length=64), nullable=False),
-        sa.Column("n", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
-        sa.Column("created_at", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_models_job_id")),
-        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_models_project_id")),
-        sa.PrimaryKeyConstraint("n", name=op.f("pk_models")),
-        sa.UniqueConstraint("id", name=op.f("uq_models_id")),
-        sa.UniqueConstraint("job_id", name=op.f("uq_models_job_id")),
-    )
-    op.create_index(op.f("ix_models_project_id"), "models", ["project_id"], unique=False)
+    _table("audit", _text("actor"), _text("action", 32), _text("target", 255), _text("reason"), _json("data"))
 
 
 def downgrade() -> None:

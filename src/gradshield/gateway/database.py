@@ -1,0 +1,161 @@
+"""The database at a URL, and how anything in it is looked up: within the caller's project, here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Engine, create_engine, event, select
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoneToSpare
+from sqlalchemy.orm import Session, object_session
+
+from gradshield.errors import UsageError
+from gradshield.gateway.tables import Audit, Owned
+
+T = TypeVar("T", bound=Owned)
+AWAY = (OperationalError, InterfaceError, NoneToSpare)  # the database cannot be reached, or is overloaded
+THREADS = 40  # of the server, each with a connection at most
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: a key, in its project."""
+
+    project: str
+    key: str
+    role: str = "user"
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of a list: ``limit`` rows after the one with the id ``after``."""
+
+    limit: int = 20
+    after: str | None = None
+    newest_first: bool = True
+
+
+class Missing(LookupError):
+    """No such object in the project. ``kind`` is a word for it."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(f"there is no {kind} {name!r} in this project")
+        self.kind, self.name = kind, name
+
+
+class Refused(Exception):
+    """The object is in a state in which this cannot be done."""
+
+
+class Database:
+    """SQLite or PostgreSQL. ``webhooks`` are the URLs that are told of every job's end."""
+
+    def __init__(self, url: str, webhooks: Sequence[str] = ()) -> None:
+        self.webhooks = tuple(webhooks)
+        self.reader, self.writer = engines(url)
+        self.near = self.reader.dialect.name == "sqlite"  # a file, not a server
+
+    def migrate(self) -> None:
+        """Bring the tables to this version."""
+        from gradshield.gateway.migrations import upgrade
+
+        upgrade(self.writer)
+
+    def close(self) -> None:
+        self.reader.dispose()
+        self.writer.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A session for queries; its rows can be read after it ends."""
+        with Session(self.reader, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        """A transaction, committed when the block ends without an error."""
+        with Session(self.writer, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def page(self, kind: type[T], project: str, page: Page, *where: Any) -> tuple[list[T], bool]:
+        """A page of a project's objects, and whether there are more."""
+        order = kind.n.desc() if page.newest_first else kind.n.asc()
+        wanted = select(kind).where(kind.project_id == project, *where).order_by(order).limit(page.limit + 1)
+        with self.reading() as session:
+            if page.after is not None:
+                last = found(session, kind, project, page.after).n
+                wanted = wanted.where(kind.n < last if page.newest_first else kind.n > last)
+            rows = list(session.scalars(wanted))
+        return rows[: page.limit], len(rows) > page.limit
+
+    def get(self, kind: type[T], project: str, id: str) -> T:
+        """One of a project's objects. Raises Missing, also for one that belongs to another project."""
+        with self.reading() as session:
+            return found(session, kind, project, id)
+
+
+def found(session: Session, kind: type[T], project: str, id: str, lock: bool = False) -> T:
+    """One of a project's objects, locked until the transaction ends if it is to change. Raises Missing."""
+    wanted = select(kind).where(kind.project_id == project, kind.id == id)  # type: ignore[attr-defined]
+    one = session.scalar(wanted.with_for_update() if lock else wanted)  # SQLite has one writer at a time anyway
+    if one is None:
+        raise Missing(kind.__name__.lower(), id)
+    return one
+
+
+def add(beside: Owned, row: Owned) -> None:
+    """Add a row in the transaction of another one."""
+    session = object_session(beside)
+    assert session is not None
+    session.add(row)
+
+
+def audited(beside: Owned, caller: Caller, action: str, target: str, reason: str = "", **data: Any) -> None:
+    """A line of the audit log, in the transaction of what changed."""
+    line = Audit(project_id=caller.project, actor=caller.key, action=action, target=target, reason=reason, data=data)
+    add(beside, line)
+
+
+def engines(url: str) -> tuple[Engine, Engine]:
+    """What reads and what writes SQLite (WAL) or PostgreSQL. Raises UsageError for any other URL.
+
+    What reads begins no transactions, whose beginning and end PostgreSQL is told apart. SQLite takes one write at a time and has
+    the others try again at intervals, so that there they wait for the one connection that writes, in turn.
+    """
+    try:
+        parsed = make_url(url)
+    except Exception:
+        raise UsageError(
+            "the database URL cannot be read: write sqlite:///FILE or postgresql://USER@HOST/NAME"
+        ) from None
+    kind = parsed.get_backend_name()
+    if kind == "postgresql":
+        made = create_engine(
+            parsed.set(drivername="postgresql+psycopg"),
+            pool_pre_ping=True,
+            pool_size=THREADS // 2,
+            max_overflow=THREADS // 2,
+        )
+        return made.execution_options(isolation_level="AUTOCOMMIT"), made
+    if kind != "sqlite" or not parsed.database:
+        raise UsageError(f"the database {kind!r} is not supported: use sqlite:///FILE or postgresql://USER@HOST/NAME")
+    Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    reader, writer = (
+        create_engine(parsed, connect_args={"timeout": 30}, pool_size=size, max_overflow=0) for size in (THREADS, 1)
+    )
+    for made in (reader, writer):
+        event.listen(made, "connect", _connected)
+    # A transaction that reads first and then writes would fail, not wait, if another process wrote in between.
+    event.listen(writer, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    return reader, writer
+
+
+def _connected(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver begins no transaction
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
