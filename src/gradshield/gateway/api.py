@@ -294,14 +294,14 @@ def list_checkpoints(id: str, here: Here, asker: Asker, after: After = None, lim
 def list_models(here: Here, asker: Asker) -> Any:
     """The models that can be fine-tuned, and the project's own."""
     own, _ = here.store.page(Model, asker.project, Page(10_000))
-    base = [wire.model_object(name, 0, "gradshield") for name in here.settings.models]
+    base = [wire.model_object(name) for name in here.settings.models]
     return Answer({"object": "list", "data": base + [wire.tuned_object(model) for model in own]})
 
 
 @router.get("/models/{id}")
 def get_model(id: str, here: Here, asker: Asker) -> Any:
     if id in here.settings.models:
-        return Answer(wire.model_object(id, 0, "gradshield"))
+        return Answer(wire.model_object(id))
     return Answer(wire.tuned_object(here.store.get(Model, asker.project, id)))
 
 

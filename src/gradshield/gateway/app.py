@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import structlog
@@ -28,7 +29,6 @@ from gradshield.gateway.edge import ApiError, Edge, unavailable
 from gradshield.gateway.queue import Queue
 from gradshield.gateway.settings import Settings
 from gradshield.gateway.store import Store
-from gradshield.gateway.wire import error_body
 
 log = structlog.get_logger("gradshield.gateway")
 
@@ -82,8 +82,8 @@ def create_app(settings: Settings, send: Callable[[str], None] | None = None) ->
     app.add_middleware(Edge, store=store, limits=settings.limits, registry=gateway.registry)
     app.include_router(api.router)
     app.include_router(pages.router)
-    for kind, handler in HANDLERS.items():
-        app.add_exception_handler(kind, handler)
+    for kind, problem in PROBLEMS.items():
+        app.add_exception_handler(kind, partial(_answered, problem))
 
     @app.get("/healthz", include_in_schema=False)
     def healthz() -> dict[str, str]:
@@ -121,34 +121,31 @@ class _Jobs:
         yield family
 
 
-def _http(_request: Request, error: Any) -> Response:
+def _answered(problem: Callable[[Any], ApiError], _request: Request, error: Exception) -> Response:
+    return problem(error).response()
+
+
+def _http(error: Any) -> ApiError:
     if isinstance(error, ApiError):
-        return error.response()
-    message = {404: "Unknown request URL.", 405: "This method is not allowed here."}.get(
-        error.status_code, str(error.detail)
-    )
-    return JSONResponse(error_body(message), error.status_code, error.headers)
+        return error
+    said = {404: "Unknown request URL.", 405: "This method is not allowed here."}
+    return ApiError(error.status_code, said.get(error.status_code, str(error.detail)), headers=error.headers)
 
 
-def _invalid(_request: Request, error: Any) -> Response:
+def _invalid(error: Any) -> ApiError:
     """The first thing that is wrong with a request, with the name of its parameter."""
     found = error.errors()
     wrong = next((one for one in found if one["type"] != "literal_error"), found[0])  # "or 'auto'" says less
     path = [part for part in wrong["loc"][1:] if not (isinstance(part, str) and _is_union(part))]
     param = ".".join(map(str, path)) or None
-    kinds = {
-        "extra_forbidden": "unknown_parameter",
-        "missing": "missing_required_parameter",
-        "json_invalid": "invalid_json",
-    }
-    code = kinds.get(wrong["type"], "invalid_value")
-    said = {
-        "unknown_parameter": f"Unknown parameter: {param!r}.",
-        "missing_required_parameter": f"Missing required parameter: {param!r}.",
-        "invalid_json": "We could not parse the JSON body of your request.",
-    }
-    message = said.get(code, f"Invalid value for {param!r}: {wrong['msg']}." if param else f"{wrong['msg']}.")
-    return JSONResponse(error_body(message, param=None if code == "invalid_json" else param, code=code), 400)
+    if wrong["type"] == "extra_forbidden":
+        return ApiError(400, f"Unknown parameter: {param!r}.", param, "unknown_parameter")
+    if wrong["type"] == "missing":
+        return ApiError(400, f"Missing required parameter: {param!r}.", param, "missing_required_parameter")
+    if wrong["type"] == "json_invalid":
+        return ApiError(400, "We could not parse the JSON body of your request.", code="invalid_json")
+    where = f"Invalid value for {param!r}: " if param else ""
+    return ApiError(400, f"{where}{wrong['msg']}.", param, "invalid_value")
 
 
 def _is_union(part: str) -> bool:
@@ -156,42 +153,29 @@ def _is_union(part: str) -> bool:
     return part.startswith(("literal[", "constrained-", "list[")) or part in ("str", "int", "float")
 
 
-def _missing(_request: Request, error: Any) -> Response:
-    message = f"No such {error.kind}: {error.name!r}."
+def _missing(error: Any) -> ApiError:
     code = "model_not_found" if error.kind == "model" else "not_found"
-    return JSONResponse(error_body(message, param=error.kind, code=code), 404)
+    return ApiError(404, f"No such {error.kind}: {error.name!r}.", error.kind, code)
 
 
-def _refused(_request: Request, error: Any) -> Response:
-    return JSONResponse(error_body(f"{str(error)[0].upper()}{str(error)[1:]}.", code="invalid_state"), 409)
-
-
-def _database(_request: Request, error: Any) -> Response:
-    return unavailable(error).response()
-
-
-def _gone(_request: Request, _error: Any) -> Response:
-    return Response(status_code=400)  # nobody reads it
-
-
-def _full(_request: Request, error: Any) -> Response:
+def _full(error: Any) -> ApiError:
     log.error("the files cannot be written or read", error=str(error))
-    body = error_body("The server cannot write or read files now: try again later.", "server_error", code="unavailable")
-    return JSONResponse(body, 503, {"Retry-After": "60"})
+    message = "The server cannot write or read files now: try again later."
+    return ApiError(503, message, code="unavailable", type="server_error", headers={"Retry-After": "60"})
 
 
-def _unexpected(_request: Request, error: Any) -> Response:
+def _unexpected(error: Any) -> ApiError:
     log.error("unexpected error", exc_info=error)
-    return JSONResponse(error_body("The server had an error.", "server_error", code="server_error"), 500)
+    return ApiError(500, "The server had an error.", code="server_error", type="server_error")
 
 
-HANDLERS: dict[type[Exception], Callable[[Request, Any], Response]] = {
+PROBLEMS: dict[type[Exception], Callable[[Any], ApiError]] = {
     HTTPException: _http,
     RequestValidationError: _invalid,
     Missing: _missing,
-    Refused: _refused,
-    **dict.fromkeys(AWAY, _database),
-    ClientDisconnect: _gone,
+    Refused: lambda error: ApiError(409, str(error), code="invalid_state"),
+    **dict.fromkeys(AWAY, unavailable),
+    ClientDisconnect: lambda _error: ApiError(400, "The request broke off."),  # nobody reads it
     OSError: _full,
     Exception: _unexpected,
 }

@@ -49,7 +49,7 @@ class Missing(LookupError):
 
 
 class Refused(Exception):
-    """The object is in a state in which this cannot be done."""
+    """The object is in a state in which this cannot be done; the message is a sentence for the caller."""
 
 
 class Database:

@@ -18,7 +18,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gradshield.gateway.database import AWAY, Caller
 from gradshield.gateway.settings import Limits
 from gradshield.gateway.store import Store
-from gradshield.gateway.wire import error_body
 
 API = "/v1/"
 UPLOAD = "/v1/files"
@@ -39,7 +38,7 @@ class ApiError(HTTPException):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(status, message, headers)
-        self.body = error_body(message, type, param, code)
+        self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status_code, self.headers)

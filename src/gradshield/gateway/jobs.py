@@ -37,7 +37,7 @@ class Jobs(Database):
             policy = session.scalars(select(Project.policy).where(Project.id == project).with_for_update()).one()
             unfinished = select(func.count()).where(Job.project_id == project, Job.status.not_in(ENDED))
             if (session.scalar(unfinished) or 0) >= limit:
-                raise Refused(f"the project has {limit} jobs that have not ended: wait for one, or cancel one")
+                raise Refused(f"The project has {limit} jobs that have not ended: wait for one, or cancel one.")
             made = Job(project_id=project, status="validating_files", policy=policy, result_files=[], **fields)
             session.add(made)
             session.flush()  # which gives it its id
@@ -48,7 +48,7 @@ class Jobs(Database):
         """Raises Refused if the job has ended."""
         with self._changing(caller, id) as job:
             if job.status in ENDED:
-                raise Refused(f"the job has {job.status} and cannot be cancelled")
+                raise Refused(f"The job has {job.status} and cannot be cancelled.")
             job.hold = None
             self._end(job, "cancelled", "Fine-tuning job cancelled")
             audited(job, caller, "cancel job", id)
@@ -58,7 +58,7 @@ class Jobs(Database):
         """Raises Refused unless the job waits or runs. It keeps its last checkpoint."""
         with self._changing(caller, id) as job:
             if job.status not in ACTIVE:
-                raise Refused(f"the job has the status {job.status}, and only one that waits or runs can be paused")
+                raise Refused(f"The job has the status {job.status}, and only one that waits or runs can be paused.")
             job.status, job.owner, job.lease_until = "paused", None, None
             _say(job, "Fine-tuning job paused")
         return job
@@ -67,9 +67,9 @@ class Jobs(Database):
         """Raises Refused unless the job was paused by its user."""
         with self._changing(caller, id) as job:
             if job.status != "paused":
-                raise Refused(f"the job has the status {job.status}, and only a paused one can be resumed")
+                raise Refused(f"The job has the status {job.status}, and only a paused one can be resumed.")
             if job.hold is not None:
-                raise Refused("the job waits for an operator's review: only the operator can let it go on")
+                raise Refused("The job waits for an operator's review: only the operator can let it go on.")
             job.status = "queued"
             _say(job, "Fine-tuning job resumed")
         return job
@@ -86,7 +86,7 @@ class Jobs(Database):
         with self._held(caller, id, reason) as (job, why):
             if cut is not None and not why["movable"]:
                 own = job.policy["defence"]
-                raise Refused(f"the policy's defence {own!r} has a cut of its own, which cannot be replaced")
+                raise Refused(f"The policy's defence {own!r} has a cut of its own, which cannot be replaced.")
             threshold = None if cut is None else f"fixed:value={cut!r}"
             decision = {"released": sorted(set(released)), "threshold": threshold}
             job.status, job.decision = "queued", decision
@@ -106,7 +106,7 @@ class Jobs(Database):
         """Serve, as ``name``, the model that the safety check withheld. Raises Refused unless one was withheld."""
         with self._deciding(caller, id, reason) as job:
             if job.status != "failed" or (job.error or {}).get("code") != UNSAFE:
-                raise Refused("the job has no withheld model: only such a model can be released")
+                raise Refused("The job has no withheld model: only such a model can be released.")
             job.error = None
             self._end(job, "succeeded", f"Model released by an operator: {reason}", name)
             audited(job, caller, "release model", name, reason, job=id)
@@ -120,9 +120,9 @@ class Jobs(Database):
     @contextmanager
     def _deciding(self, caller: Caller, id: str, reason: str) -> Iterator[Job]:
         if caller.role != "operator":
-            raise Refused("only an operator decides on jobs: make a key with gradshield keys create --role operator")
+            raise Refused("Only an operator decides on jobs: make a key with gradshield keys create --role operator.")
         if not reason.strip():
-            raise Refused("a decision needs a reason, which the audit log keeps")
+            raise Refused("A decision needs a reason, which the audit log keeps.")
         with self._changing(caller, id) as job:
             yield job
 
@@ -131,7 +131,7 @@ class Jobs(Database):
         """A job that waits no longer, and why it did."""
         with self._deciding(caller, id, reason) as job:
             if job.status != "paused" or job.hold is None:
-                raise Refused("the job does not wait for a review")
+                raise Refused("The job does not wait for a review.")
             why, job.hold = job.hold, None
             yield job, why
 
@@ -213,7 +213,8 @@ class Jobs(Database):
     def counts(self) -> dict[str, int]:
         """Jobs by status, of all projects."""
         with self.reading() as session:
-            return {status: n for status, n in session.execute(select(Job.status, func.count()).group_by(Job.status))}
+            counted = session.execute(select(Job.status, func.count()).group_by(Job.status))
+            return {str(status): int(count) for status, count in counted}
 
     @contextmanager
     def _owned(self, id: str, owner: str, fields: Mapping[str, Any] | None = None) -> Iterator[Job]:

@@ -122,7 +122,7 @@ class Store(Jobs):
             used = or_(Job.training_file == id, Job.validation_file == id)
             needs = select(Job.id).where(Job.project_id == caller.project, Job.status.not_in(ENDED), used)
             if job := session.scalar(needs):
-                raise Refused(f"the file {id} is used by the job {job}: cancel the job, or wait until it ends")
+                raise Refused(f"The file {id} is used by the job {job}: cancel the job, or wait until it ends.")
             audited(file, caller, "delete file", id, filename=file.filename)
             session.delete(file)
 

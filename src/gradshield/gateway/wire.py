@@ -155,79 +155,52 @@ class ChatRequest(Request):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
 
+def _object(kind: str, row: Any, *fields: str, **more: Any) -> dict[str, Any]:
+    """A row of the store as published: what all objects have, these fields of it, and what it has not."""
+    own = {name: getattr(row, name) for name in fields}
+    return {"id": row.id, "object": kind, "created_at": row.created_at, **own, **more}
+
+
 def file_object(file: File) -> dict[str, Any]:
-    return {
-        "id": file.id,
-        "object": "file",
-        "bytes": file.bytes,
-        "created_at": file.created_at,
-        "filename": file.filename,
-        "purpose": file.purpose,
-        "status": "processed",
-        "expires_at": None,
-        "status_details": None,
-    }
+    more = {"status": "processed", "expires_at": None, "status_details": None}
+    return _object("file", file, "bytes", "filename", "purpose", **more)
 
 
 def job_object(job: Job) -> dict[str, Any]:
     """A job as published, and ``gradshield``: how far it is, why it waits, what the scan and the training found."""
-    error = job.error or {"code": None, "message": None, "param": None}
-    return {
-        "id": job.id,
-        "object": "fine_tuning.job",
-        "created_at": job.created_at,
-        "finished_at": job.finished_at,
-        "model": job.model,
-        "fine_tuned_model": job.fine_tuned_model,
-        "organization_id": job.project_id,
-        "status": job.status,
-        "error": error if job.error else None,
-        "training_file": job.training_file,
-        "validation_file": job.validation_file,
-        "result_files": job.result_files,
-        "trained_tokens": job.trained_tokens,
-        "hyperparameters": job.method.get("supervised", {}).get("hyperparameters", {}),  # of supervised jobs only
-        "method": job.method,
-        "seed": job.seed,
-        "metadata": job.labels,
-        "integrations": [],
-        "estimated_finish": None,
-        "gradshield": {
-            "stage": job.stage,
-            "done": job.done,
-            "total": job.total,
-            "policy": job.policy,
-            "hold": job.hold,
-            "result": job.result,
-        },
-    }
+    fields = ("finished_at", "model", "fine_tuned_model", "status", "error", "training_file", "validation_file")
+    more = ("result_files", "trained_tokens", "method", "seed")
+    return _object(
+        "fine_tuning.job",
+        job,
+        *fields,
+        *more,
+        organization_id=job.project_id,
+        hyperparameters=job.method.get("supervised", {}).get("hyperparameters", {}),  # of supervised jobs only
+        metadata=job.labels,
+        integrations=[],
+        estimated_finish=None,
+        gradshield={name: getattr(job, name) for name in ("stage", "done", "total", "policy", "hold", "result")},
+    )
 
 
 def event_object(event: Event) -> dict[str, Any]:
-    return {
-        "id": event.id,
-        "object": "fine_tuning.job.event",
-        "created_at": event.created_at,
-        "level": event.level,
-        "message": event.message,
-        "type": event.type,
-        "data": event.data,
-    }
+    return _object("fine_tuning.job.event", event, "level", "message", "type", "data")
 
 
 def checkpoint_object(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "id": checkpoint.id,
-        "object": "fine_tuning.job.checkpoint",
-        "created_at": checkpoint.created_at,
-        "fine_tuning_job_id": checkpoint.job_id,
-        "fine_tuned_model_checkpoint": f"{checkpoint.job_id}:step-{checkpoint.step}",
-        "step_number": checkpoint.step,
-        "metrics": checkpoint.metrics,
-    }
+    return _object(
+        "fine_tuning.job.checkpoint",
+        checkpoint,
+        "metrics",
+        step_number=checkpoint.step,
+        fine_tuning_job_id=checkpoint.job_id,
+        fine_tuned_model_checkpoint=f"{checkpoint.job_id}:step-{checkpoint.step}",
+    )
 
 
-def model_object(id: str, created: int, owner: str) -> dict[str, Any]:
+def model_object(id: str, created: int = 0, owner: str = "gradshield") -> dict[str, Any]:
+    """A model, by default one that can be fine-tuned."""
     return {"id": id, "object": "model", "created": created, "owned_by": owner}
 
 
@@ -248,9 +221,3 @@ def listed(objects: Sequence[dict[str, Any]], more: bool = False) -> dict[str, A
 
 def deleted(id: str, kind: str) -> dict[str, Any]:
     return {"id": id, "object": kind, "deleted": True}
-
-
-def error_body(
-    message: str, type: str = "invalid_request_error", param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    return {"error": {"message": message, "type": type, "param": param, "code": code}}

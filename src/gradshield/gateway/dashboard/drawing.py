@@ -70,12 +70,6 @@ def error(status: int, message: str) -> HTMLResponse:
     return page("error.html", status, message=message)
 
 
-def sentence(error: Exception) -> str:
-    """An error of the store, as a reader sees it."""
-    said = str(error)
-    return f"{said[:1].upper()}{said[1:]}."
-
-
 def _when(seconds: float | None) -> Markup:
     """A time for people and for machines."""
     if seconds is None:

@@ -16,11 +16,10 @@ from fastapi.responses import FileResponse, RedirectResponse, Response
 from markupsafe import Markup
 from starlette.datastructures import FormData
 
-from gradshield.errors import GradShieldError
 from gradshield.evaluation.page import compared
 from gradshield.gateway import results
 from gradshield.gateway.dashboard import scan as scans
-from gradshield.gateway.dashboard.drawing import ago, assets, page, sentence, size
+from gradshield.gateway.dashboard.drawing import ago, assets, page, size
 from gradshield.gateway.dashboard.session import COOKIE, DOOR
 from gradshield.gateway.dashboard.visit import Form, Pages, Visit, Visiting, field_text, sessions_of
 from gradshield.gateway.database import Missing, Page, Refused
@@ -183,8 +182,8 @@ def decide(id: str, visit: Visiting, form: Form) -> Response:
             from gradshield.gateway.job import name_of
 
             store.release_model(visit.caller, id, name_of(found), asked.reason)
-    except (Refused, GradShieldError) as error:
-        return _job(visit, visit.get(id), replace(asked, problem=sentence(error)))
+    except Refused as error:
+        return _job(visit, visit.get(id), replace(asked, problem=str(error)))
     return RedirectResponse(f"/jobs/{id}", 303)
 
 
@@ -192,7 +191,7 @@ def _known(visit: Visit, job: Job, asked: Asked) -> None:
     """Raises Refused for the id of a row that the job has not."""
     found = scans.read(_folder(visit, job) / "scan")
     if asked.released and (found is None or not asked.released <= found.ids()):
-        raise Refused("a row to be released is not of this job: load the page again")
+        raise Refused("A row to be released is not of this job: load the page again.")
 
 
 def _job(visit: Visit, job: Job, asked: Asked) -> Response:

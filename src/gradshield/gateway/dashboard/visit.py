@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import FormData
 
-from gradshield.gateway.dashboard.drawing import error, page, sentence
+from gradshield.gateway.dashboard.drawing import error, page
 from gradshield.gateway.dashboard.session import COOKIE, DOOR, Session, Sessions
 from gradshield.gateway.database import AWAY, Caller, Missing, Refused
 from gradshield.gateway.tables import Job, Project
@@ -61,7 +61,7 @@ class Pages(APIRoute):
             except Missing as missing:
                 response = error(404, f"There is no such {missing.kind} in this project.")
             except Refused as refused:
-                response = error(409, sentence(refused))
+                response = error(409, str(refused))
             except AWAY:
                 response = error(503, "The database cannot be reached: try again.")
             for name, value in HEADERS.items():
