@@ -24,6 +24,7 @@ from gradshield.gateway.chat import Chats
 from gradshield.gateway.content import Content
 from gradshield.gateway.dashboard import pages
 from gradshield.gateway.dashboard.session import Sessions
+from gradshield.gateway.dashboard.visit import Pages, failed
 from gradshield.gateway.database import AWAY, Missing, Refused
 from gradshield.gateway.edge import ApiError, Edge, unavailable
 from gradshield.gateway.queue import Queue
@@ -121,8 +122,9 @@ class _Jobs:
         yield family
 
 
-def _answered(problem: Callable[[Any], ApiError], _request: Request, error: Exception) -> Response:
-    return problem(error).response()
+def _answered(problem: Callable[[Any], ApiError], request: Request, error: Exception) -> Response:
+    made = problem(error)
+    return failed(made) if isinstance(request.scope.get("route"), Pages) else made.response()
 
 
 def _http(error: Any) -> ApiError:
@@ -137,7 +139,7 @@ def _invalid(error: Any) -> ApiError:
     found = error.errors()
     wrong = next((one for one in found if one["type"] != "literal_error"), found[0])  # "or 'auto'" says less
     path = [part for part in wrong["loc"][1:] if not (isinstance(part, str) and _is_union(part))]
-    param = ".".join(map(str, path)) or None
+    param = ".".join(map(str, path)).encode(errors="replace").decode() or None
     if wrong["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown parameter: {param!r}.", param, "unknown_parameter")
     if wrong["type"] == "missing":

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
@@ -34,12 +34,9 @@ class _Answer:
     asked: int = 0
     made: int = 0
     reason: str = "stop"
-    text: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[str]:
-        for piece in self.pieces:
-            self.text.append(piece)
-            yield piece
+        yield from self.pieces
 
     @property
     def usage(self) -> dict[str, int]:

@@ -11,7 +11,7 @@ from gradshield.data.trl import check_names, names_of
 from gradshield.evaluation.exam import Exam, Exams, exam, exams_of, lab_exam
 from gradshield.evaluation.metrics import LIKELIHOOD
 from gradshield.gateway.settings import LAB, Settings
-from gradshield.gateway.wire import Method, Preferences
+from gradshield.gateway.wire import Method
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.probes import read_prompts
@@ -20,6 +20,7 @@ from gradshield.training.defences import parse
 from gradshield.training.lab_job import lab_probing
 
 TASK = "dialogue"  # of the lab, whose learning rate suits most of its tasks
+NAMES = {"n_epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
 RATES = {"supervised": 2e-5, "dpo": 1e-6}  # of full training, and TRL's own
 
 
@@ -81,14 +82,7 @@ def _lab(split: str) -> Exam:
 
 def _chosen(training: dict[str, Any], method: Method) -> dict[str, Any]:
     """The hyperparameters that the request names, as options of TRL's."""
-    found: dict[str, Any] = {}
-    wanted = method.hyperparameters
-    if isinstance(wanted, Preferences) and wanted.beta != "auto":
-        found["beta"] = wanted.beta
-    if wanted.n_epochs != "auto":
-        found["num_train_epochs"] = wanted.n_epochs
-    if wanted.batch_size != "auto":
-        found["per_device_train_batch_size"] = wanted.batch_size
-    if wanted.learning_rate_multiplier != "auto":
-        found["learning_rate"] = training.get("learning_rate", RATES[method.type]) * wanted.learning_rate_multiplier
-    return found
+    wanted = {name: value for name, value in method.hyperparameters.model_dump().items() if value != "auto"}
+    if (times := wanted.pop("learning_rate_multiplier", None)) is not None:
+        wanted["learning_rate"] = training.get("learning_rate", RATES[method.type]) * times
+    return {NAMES.get(name, name): value for name, value in wanted.items()}

@@ -5,7 +5,7 @@ Source: the published API reference, as typed in the package ``openai`` (``types
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model
 
 Auto = Literal["auto"]
-Word = Annotated[str, StringConstraints(min_length=1, max_length=255)]
-Key = Annotated[str, StringConstraints(min_length=1, max_length=64)]
-Value = Annotated[str, StringConstraints(max_length=512)]
+STORABLE = r"^[^\x00]*$"  # no database holds a zero byte; halves of surrogate pairs are no text for pydantic
+Word = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=STORABLE)]
+Key = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=STORABLE)]
+Value = Annotated[str, StringConstraints(max_length=512, pattern=STORABLE)]
 LEAST_ROWS = 10
 
 
@@ -23,31 +24,6 @@ class Request(BaseModel):
     """The body of a request. An unknown parameter is refused with its name."""
 
     model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _storable(cls, value: Any) -> Any:
-        """Raises ValueError for text that no database holds: zero bytes and halves of surrogate pairs."""
-        if "\0" in (text := "".join(_texts(value))) or (not text.isascii() and _halves(text)):
-            raise ValueError("text holds a zero byte or half of a surrogate pair")
-        return value
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield str(key)
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
-
-
-def _halves(text: str) -> bool:
-    return any("\ud800" <= mark <= "\udfff" for mark in text)
 
 
 class Hyperparameters(Request):

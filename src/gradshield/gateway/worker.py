@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,18 +54,8 @@ def run(settings: Settings, job: str, python: Callable[[Sequence[str]], int] = h
         del running[job]
     if status:
         log.warning("the process of a job ended early", job=job, status=status)
-        _let_go(settings, job, owner)
-
-
-def _let_go(settings: Settings, job: str, owner: str) -> None:
-    """End the lease of a process that is gone, so that the job need not wait for it to run out."""
-    store = Store(settings.database_url)
-    try:
-        store.give_up(job, owner)
-    except AWAY:
-        log.warning("the lease could not be ended and runs out", job=job)
-    finally:
-        store.close()
+        with closing(Store(settings.database_url)) as store, suppress(*AWAY):  # else its lease runs out
+            store.give_up(job, owner)
 
 
 def sweep(store: Store, queue: Queue) -> list[str]:

@@ -65,11 +65,6 @@ def page(template: str, status: int = 200, **context: Any) -> HTMLResponse:
     return HTMLResponse(made.encode("utf-8", "replace"), status)
 
 
-def error(status: int, message: str) -> HTMLResponse:
-    """A page with one sentence."""
-    return page("error.html", status, message=message)
-
-
 def _when(seconds: float | None) -> Markup:
     """A time for people and for machines."""
     if seconds is None:

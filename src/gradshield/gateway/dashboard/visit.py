@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
-from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import FormData
 
-from gradshield.gateway.dashboard.drawing import error, page
+from gradshield.gateway.dashboard.drawing import page
 from gradshield.gateway.dashboard.session import COOKIE, DOOR, Session, Sessions
-from gradshield.gateway.database import AWAY, Caller, Missing, Refused
+from gradshield.gateway.database import Caller
+from gradshield.gateway.edge import ApiError
 from gradshield.gateway.tables import Job, Project
 from gradshield.report import frame
 
@@ -36,39 +37,29 @@ HEADERS = {
 }
 
 
-class Denied(Exception):
-    """A form that this session did not get, or a visitor without a session: ``to`` is where to go."""
-
-    def __init__(self, to: str = "") -> None:
-        super().__init__()
-        self.to = to
-
-
 class Pages(APIRoute):
-    """A route that answers errors with a page, and lets no page run anything but the dashboard's own scripts."""
+    """A route of the dashboard, whose errors are pages. No page runs anything but the dashboard's own scripts."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         inner = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            try:
-                response: Response = await inner(request)
-            except Denied as denied:
-                if denied.to:
-                    response = RedirectResponse(denied.to, 303)
-                else:
-                    response = error(403, "This form is out of date: go back, load the page again and repeat it.")
-            except Missing as missing:
-                response = error(404, f"There is no such {missing.kind} in this project.")
-            except Refused as refused:
-                response = error(409, str(refused))
-            except AWAY:
-                response = error(503, "The database cannot be reached: try again.")
-            for name, value in HEADERS.items():
-                response.headers.setdefault(name, value)
-            return response
+            return _guarded(await inner(request))
 
         return handle
+
+
+def failed(error: ApiError) -> Response:
+    """An error as a page."""
+    response = page("error.html", error.status_code, message=error.body["error"]["message"])
+    response.headers.update(error.headers or {})
+    return _guarded(response)
+
+
+def _guarded(response: Response) -> Response:
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
+    return response
 
 
 @dataclass(frozen=True)
@@ -106,21 +97,21 @@ def session_of(request: Request, name: str = COOKIE) -> Session | None:
 
 
 def visiting(request: Request) -> Visit:
-    """Raises Denied unless the session's key is an operator's and was not revoked."""
+    """Raises ApiError, which leads to the log-in, unless the session's key is an operator's and was not revoked."""
     session = session_of(request)
     gateway: Gateway = request.app.state.gateway
     caller = gateway.store.caller_with(session.key) if session and session.key else None
     if session is None or caller is None or caller.role != "operator":
-        raise Denied("/login")
+        raise ApiError(303, "Log in first.", headers={"Location": "/login"})
     return Visit(request, session, caller)
 
 
 async def posted(request: Request) -> FormData:
-    """The fields of a form that this session got. Raises Denied."""
+    """The fields of a form. Raises ApiError for one that this session did not get."""
     form = await request.form(max_files=0, max_fields=FIELDS)
     session = session_of(request, DOOR if request.url.path == "/login" else COOKIE)
     if session is None or not sessions_of(request).good(session, field_text(form, "token")):
-        raise Denied
+        raise ApiError(403, "This form is out of date: go back, load the page again and repeat it.")
     return form
 
 

@@ -6,17 +6,9 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Engine, text
 
 LOCK = 6715047  # of PostgreSQL: two servers that start at once migrate one after the other
-
-
-def config(connection: Connection) -> Config:
-    """Alembic's configuration, with the connection it uses."""
-    made = Config()
-    made.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
-    made.attributes["connection"] = connection
-    return made
 
 
 def upgrade(engine: Engine) -> None:
@@ -24,4 +16,6 @@ def upgrade(engine: Engine) -> None:
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
-        command.upgrade(config(connection), "head")
+        config = Config(attributes={"connection": connection})
+        config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+        command.upgrade(config, "head")
