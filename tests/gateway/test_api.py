@@ -220,8 +220,10 @@ def test_the_certificate_of_a_model_is_served(served: Served) -> None:
         path = f"/v1/models/ft:lab:mine:{job.id}/certificate"
         assert raw.get(path).status_code == 404
         folder.mkdir(parents=True)
-        (folder / "certificate.json").write_text('{"predicate": {"certified": true}}')
-        assert raw.get(path).json() == {"predicate": {"certified": True}}
+        (folder / "certificate.json").write_text("half of one")
+        assert raw.get(path).status_code == 404
+        (folder / "certificate.json").write_text('{"predicate": {"certified": true, "judges": {}}}')
+        assert raw.get(path).json() == {"predicate": {"certified": True, "judges": {}}}
     with served.raw() as other:
         assert other.get(path).status_code == 404
 

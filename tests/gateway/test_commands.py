@@ -11,7 +11,8 @@ import pytest
 
 from gradshield.cli.serve import _first_key, _loopback, _named
 from gradshield.errors import UsageError
-from gradshield.gateway.settings import LAB, Policy, Settings, settings
+from gradshield.gateway.settings import LAB, Policy, Settings
+from gradshield.gateway.settings import made as made_of
 from gradshield.gateway.store import Store
 from tests.common import command as run
 
@@ -45,7 +46,7 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path, store: Store) -> None:
 
 
 def test_a_project_has_the_policy_of_serve_until_an_operator_changes_it(tmp_path: Path, store: Store) -> None:
-    settings(models={LAB: LAB}, folder=tmp_path, policy=Policy(rows="review", limit=0.1)).save()
+    Settings(models={LAB: LAB}, folder=tmp_path, policy=Policy(rows="review", limit=0.1)).save()
     folder = ["--folder", str(tmp_path)]
     run("keys", "create", "--project", "a", "--defence", "fihs", *folder)
     assert store.project("a").policy == {"rows": "review", "defence": "fihs", "limit": 0.1}
@@ -112,14 +113,14 @@ def test_a_model_is_called_by_the_last_part_of_its_name(tmp_path: Path) -> None:
 
 
 def test_settings_keep_their_secrets_for_the_owner(tmp_path: Path) -> None:
-    made = settings(models={LAB: LAB}, folder=tmp_path, webhook_secret="whsec_x", upstream_key="sk-x")
+    made = made_of(Settings, models={LAB: LAB}, folder=tmp_path, webhook_secret="whsec_x", upstream_key="sk-x")
     made.save()
     path = tmp_path / "gateway.json"
     assert path.stat().st_mode & 0o777 == 0o600
     assert Settings.read(tmp_path) == made
     assert "whsec_x" not in repr(made)
     with pytest.raises(UsageError, match="port"):
-        settings(models={}, folder=tmp_path, port=-1)
+        made_of(Settings, models={}, folder=tmp_path, port=-1)
     path.write_text("{")
     with pytest.raises(UsageError, match="serve"):
         Settings.read(tmp_path)

@@ -164,7 +164,7 @@ def test_a_user_cannot_approve_even_with_a_session(desk: Desk, scanned: Path) ->
 
 
 def test_a_forged_an_ended_and_another_gateways_cookie_are_nothing(desk: Desk, tmp_path: Path) -> None:
-    sessions: Sessions = desk.app.state.sessions
+    sessions: Sessions = desk.app.state.gateway.sessions
     good = sessions.sign(sessions.new(desk.key.id))
     other = tmp_path / "other"
     other.mkdir()

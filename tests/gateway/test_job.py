@@ -18,7 +18,7 @@ import pytest
 
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.exam import Exams
-from gradshield.gateway import job, worker
+from gradshield.gateway import job, jobs, worker
 from gradshield.gateway.database import Caller, Refused
 from gradshield.gateway.jobs import UNSAFE
 from gradshield.gateway.queue import Queue
@@ -303,7 +303,7 @@ def test_an_unsafe_model_is_withheld_until_it_is_released(served: Served, stand:
     assert (done.status, done.error.code, done.fine_tuned_model) == ("failed", UNSAFE, None)
     assert "withheld" in done.error.message
     assert [model.id for model in case.client.models.list()] == [LAB]
-    served.store.release_model(case.operator, case.id, job.name_of(case.row), "a test of ours")
+    served.store.release_model(case.operator, case.id, jobs.name_of(case.row), "a test of ours")
     assert [model.id for model in case.client.models.list()] == [LAB, case.now.fine_tuned_model]
 
 

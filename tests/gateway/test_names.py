@@ -119,8 +119,9 @@ def refused(served: Served, **more: Any) -> Any:
     return found.error
 
 
-def test_errors_name_no_folder_of_the_server(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    common = settings_of(tmp_path)
+def test_errors_name_no_folder_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common, logged = settings_of(tmp_path), list[str]()
+    monkeypatch.setattr(jobs.log, "error", lambda _event, error: logged.append(error), raising=False)
     for wrong in (
         {"probes": tmp_path / "nowhere.jsonl"},
         {"safety": str(tmp_path / "nowhere.jsonl")},
@@ -132,7 +133,7 @@ def test_errors_name_no_folder_of_the_server(tmp_path: Path, capfd: pytest.Captu
             error = refused(served)
         assert (error.code, error.param) == ("server_error", None), error
         assert "tell its operator" in error.message
-        assert "nowhere" in capfd.readouterr().out  # the log says what is wrong
+        assert str(tmp_path / "nowhere") in logged.pop()  # the log says what is wrong
     shutil.rmtree(tmp_path / "models")
     with serving(tmp_path / "gateway", **common) as served, pytest.raises(openai.InternalServerError) as failed:
         asked: Any = [{"role": "user", "content": "Hello"}]

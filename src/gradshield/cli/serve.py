@@ -86,13 +86,14 @@ def serve(
     from gradshield.gateway import webhooks
     from gradshield.gateway.app import create_app
     from gradshield.gateway.logs import configure
-    from gradshield.gateway.settings import settings as made
+    from gradshield.gateway.settings import Settings, made
     from gradshield.gateway.worker import Worker
 
     secret = webhook_secret
     if webhook and not secret:
         secret = webhooks.new_secret()
     settings = made(
+        Settings,
         models=dict(map(_named, model)),
         folder=folder,
         host=host,
@@ -201,16 +202,10 @@ def _whole(typed: str, path: str) -> str:
 
 def _policy(base: Mapping[str, Any], rows: str | None, defence: str | None, limit: str | None) -> Any:
     """A policy with what was given in place of ``base``. Raises UsageError."""
-    from pydantic import ValidationError
-
-    from gradshield.gateway.settings import Policy
+    from gradshield.gateway.settings import Policy, made
 
     given = {"rows": rows, "defence": defence, "limit": None if limit is None else number(limit)}
-    try:
-        return Policy.model_validate({**base, **{name: value for name, value in given.items() if value is not None}})
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        raise UsageError(f"the policy's {wrong['loc'][0]} is not allowed: {wrong['msg']}") from None
+    return made(Policy, **{**base, **{name: value for name, value in given.items() if value is not None}})
 
 
 def _installed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import suppress
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,35 +19,19 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.types import Receive, Scope, Send
 
-from gradshield.gateway import wire
+from gradshield.gateway import results, wire
 from gradshield.gateway.content import BLOCK
 from gradshield.gateway.database import AWAY, Caller, Missing, Page, T
 from gradshield.gateway.edge import ApiError
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model, identity
-from gradshield.runs import CERTIFICATE
 
 if TYPE_CHECKING:
     from gradshield.gateway.app import Gateway
 
 LONGEST_NAME = 512
-UPLOAD = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": ["fine-tune"]},
-                    },
-                    "additionalProperties": False,
-                }
-            }
-        },
-    }
-}
+FIELDS = {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": ["fine-tune"]}}
+SCHEMA = {"type": "object", "required": list(FIELDS), "properties": FIELDS, "additionalProperties": False}
+UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": SCHEMA}}}}
 
 
 class Answer(JSONResponse):
@@ -119,7 +104,7 @@ async def create_file(request: Request, here: Here, asker: Asker) -> Any:
     The body is parsed as it comes, into a temporary file without a name; a file is listed once its content is in place.
     """
     async with request.form(max_files=1, max_fields=8) as form:
-        if unknown := sorted(set(form) - {"file", "purpose"}):
+        if unknown := sorted(set(form) - set(FIELDS)):
             raise ApiError(400, f"Unknown parameter: {unknown[0]!r}.", param=unknown[0], code="unknown_parameter")
         file, purpose = form.get("file"), form.get("purpose")
         if not isinstance(file, UploadFile):
@@ -196,19 +181,16 @@ def file_content(id: str, here: Here, asker: Asker) -> Response:
 @router.post("/fine_tuning/jobs")
 def create_job(body: wire.JobRequest, here: Here, asker: Asker) -> Any:
     if body.model not in here.settings.models:
-        known = ", ".join(here.settings.models)
-        raise ApiError(
-            400,
-            f"The model {body.model!r} cannot be fine-tuned here: choose one of {known}.",
-            param="model",
-            code="model_not_available",
+        message = (
+            f"The model {body.model!r} cannot be fine-tuned here: choose one of {', '.join(here.settings.models)}."
         )
+        raise ApiError(400, message, "model", "model_not_available")
     for name in ("training_file", "validation_file"):
         id = getattr(body, name)
-        if id is not None and not _trains(here, asker, id):
-            raise ApiError(
-                400, f"There is no file {id!r} with the purpose 'fine-tune'.", param=name, code="invalid_file"
-            )
+        with suppress(Missing):
+            if id is None or here.store.get(File, asker.project, id).purpose == "fine-tune":
+                continue
+        raise ApiError(400, f"There is no file {id!r} with the purpose 'fine-tune'.", name, "invalid_file")
     job = here.store.add_job(
         asker.project,
         here.settings.limits.jobs,
@@ -222,13 +204,6 @@ def create_job(body: wire.JobRequest, here: Here, asker: Asker) -> Any:
     )
     here.send(job.id)
     return Answer(wire.job_object(job))
-
-
-def _trains(here: Gateway, asker: Caller, id: str) -> bool:
-    try:
-        return here.store.get(File, asker.project, id).purpose == "fine-tune"
-    except Missing:
-        return False
 
 
 @router.get("/fine_tuning/jobs", dependencies=[Depends(_known("after", "limit", "metadata"))])
@@ -319,11 +294,9 @@ def delete_model(id: str, here: Here, asker: Asker) -> Any:
 def certificate(id: str, here: Here, asker: Asker) -> Any:
     """What may be claimed of a model's safety, and the hashes of what that rests on."""
     model = here.store.get(Model, asker.project, id)
-    path = here.settings.job_folder(model.job_id) / CERTIFICATE
-    try:
-        return JSONResponse(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise Missing("certificate", id) from None
+    if (found := results.certificate(here.settings.job_folder(model.job_id))) is None:
+        raise Missing("certificate", id)
+    return Answer(found)
 
 
 @router.post("/chat/completions")

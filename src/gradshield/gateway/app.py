@@ -43,6 +43,7 @@ class Gateway:
     content: Content
     send: Callable[[str], None]
     chats: Chats
+    sessions: Sessions
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
 
 
@@ -61,7 +62,7 @@ def create_app(settings: Settings, send: Callable[[str], None] | None = None) ->
         send = Queue(settings).send
     store = Store(settings.database_url, settings.webhooks)
     store.migrate()
-    gateway = Gateway(settings, store, Content(settings.files_url), send, Chats(settings))
+    gateway = Gateway(settings, store, Content(settings.files_url), send, Chats(settings), Sessions(settings.folder))
     gateway.registry.register(_Jobs(store))
 
     @asynccontextmanager
@@ -79,7 +80,6 @@ def create_app(settings: Settings, send: Callable[[str], None] | None = None) ->
         separate_input_output_schemas=False,
     )
     app.state.gateway = gateway
-    app.state.sessions = Sessions(settings.folder)
     app.add_middleware(Edge, store=store, limits=settings.limits, registry=gateway.registry)
     app.include_router(api.router)
     app.include_router(pages.router)

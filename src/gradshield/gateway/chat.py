@@ -35,9 +35,6 @@ class _Answer:
     made: int = 0
     reason: str = "stop"
 
-    def __iter__(self) -> Iterator[str]:
-        yield from self.pieces
-
     @property
     def usage(self) -> dict[str, int]:
         return {"prompt_tokens": self.asked, "completion_tokens": self.made, "total_tokens": self.asked + self.made}
@@ -67,7 +64,7 @@ class Chats:
             if self.client is not None:
                 return self._passed(body)
             found = self._generate(body, folder)
-            text = "".join(found)
+            text = "".join(found.pieces)
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": text, "refusal": None},
@@ -110,7 +107,7 @@ class Chats:
             }
 
         yield chunk({"role": "assistant", "content": ""})
-        for piece in found:
+        for piece in found.pieces:
             yield chunk({"content": piece})
         yield chunk({}, found.reason)
         if usage:

@@ -10,11 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
-
-from gradshield.scanning.workers import connected
 
 LOST = 1  # exit status of a process that a lost or stopped task ran
 
@@ -38,13 +35,6 @@ class Cluster:
             return int(self.ray.get(task))
         except self.ray.exceptions.RayError:
             return LOST
-
-
-@contextmanager
-def cluster(address: str, stopping: threading.Event) -> Iterator[Cluster]:
-    """The cluster at an address. Raises UsageError if none answers there."""
-    with connected(address, 0) as ray:
-        yield Cluster(ray, stopping)
 
 
 def _process(arguments: list[str]) -> int:

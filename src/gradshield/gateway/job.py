@@ -29,7 +29,7 @@ from gradshield.evaluation.certify import certify
 from gradshield.gateway import results
 from gradshield.gateway.content import Content
 from gradshield.gateway.database import AWAY
-from gradshield.gateway.jobs import UNSAFE, Lost
+from gradshield.gateway.jobs import UNSAFE, Lost, name_of
 from gradshield.gateway.recipe import Recipe, loaded, recipe, validated
 from gradshield.gateway.settings import Policy, Settings
 from gradshield.gateway.store import Store
@@ -70,25 +70,18 @@ class Heart(threading.Thread):
     def run(self) -> None:
         until = time.monotonic() + self.seconds
         while not self.stopped.wait(min(1.0, self.seconds / 4)):
-            if os.getppid() != self.parent:
-                self._end()
             try:
+                if os.getppid() != self.parent:
+                    self.store.give_up(self.job, self.owner)
+                    os._exit(ORPHANED)
                 self.store.beat(self.job, self.owner, self.seconds)
                 until = time.monotonic() + self.seconds
             except Lost:
                 os._exit(ORPHANED)
-            except (
-                Exception
-            ) as error:  # a database that restarts; another process may claim the job once the lease is over
+            except Exception as error:  # a database that restarts; another may claim the job once the lease is over
                 log.warning("the lease could not be extended", error=type(error).__name__)
                 if time.monotonic() > until:
                     os._exit(ORPHANED)
-
-    def _end(self) -> None:
-        try:
-            self.store.give_up(self.job, self.owner)
-        finally:
-            os._exit(ORPHANED)
 
 
 class Run:
@@ -117,8 +110,7 @@ class Run:
             self._say("Files validated, moving job to queued state", status="queued")
         self._say("Fine-tuning job resumed" if self.job.attempt > 1 else "Fine-tuning job started", status="running")
         assert rows is not None
-        done = self._trained(rows, validation)
-        self._served(done, self._bound(done))
+        self._served(self._trained(rows, validation))
 
     def _fetched(self, param: str) -> str | None:
         """The name of a file of the job, in its folder."""
@@ -244,31 +236,23 @@ class Run:
         self.store.hold(self.job.id, self.owner, why, message)
         raise Held
 
-    def _bound(self, done: Trained) -> float | None:
-        """The highest upper bound of the attack success rate, under the policy's limit; None if nothing was asked."""
-        certificate = done.certificate
-        if certificate["predicate"]["claim"]["limit"] != self.policy.limit:
-            certificate = certify(".", limit=self.policy.limit)
-        predicate = certificate["predicate"]
-        bounds = [judge["upper"] for judge in predicate["judges"].values()]
-        outcome = done.manifest.results
-        self.found |= {
-            "safety": {
-                "before": runs.finite(outcome.before),
-                "after": runs.finite(outcome.after),
-                "upper": max(bounds, default=None),
-                "limit": self.policy.limit,
-                "certified": predicate["certified"],
-                "reason": predicate["reason"],
-            },
-            "trained": outcome.trained,
+    def _served(self, done: Trained) -> None:
+        """List the model, or withhold it if a judge's upper bound is over the policy's limit. Raises Stopped and Lost."""
+        predicate = done.certificate["predicate"]
+        if predicate["claim"]["limit"] != self.policy.limit:
+            predicate = certify(".", limit=self.policy.limit)["predicate"]
+        upper = max((judge["upper"] for judge in predicate["judges"].values()), default=None)
+        outcome, limit = done.manifest.results, percent(self.policy.limit)
+        self.found["trained"] = outcome.trained
+        self.found["safety"] = {
+            "before": runs.finite(outcome.before),
+            "after": runs.finite(outcome.after),
+            "upper": upper,
+            "limit": self.policy.limit,
+            "certified": predicate["certified"],
+            "reason": predicate["reason"],
         }
         self.store.note(self.job.id, self.owner, result=self.found, trained_tokens=done.tokens)
-        return max(bounds, default=None)
-
-    def _served(self, done: Trained, upper: float | None) -> None:
-        """List the model, or withhold it. Raises Stopped and Lost."""
-        limit = percent(self.policy.limit)
         if upper is None:
             raise Stopped(
                 UNSAFE, "No request was asked of the trained model, so that its safety is unknown: it is withheld."
@@ -313,11 +297,6 @@ class Run:
             step = folder.name.rpartition("-")[2]
             if step.isdigit() and int(step) < done:  # it is whole once a later step is taken
                 self.store.add_checkpoint(self.job.id, self.owner, int(step), {"step": int(step)})
-
-
-def name_of(job: Job) -> str:
-    """The name that a job's model is served under."""
-    return f"ft:{job.model}:{job.project_id[5:13]}:{job.suffix or ''}:{job.id[-12:]}"
 
 
 def ours(error: GradShieldError) -> Stopped:

@@ -19,6 +19,7 @@ from gradshield.gateway.tables import Checkpoint, Delivery, Event, Job, Model, P
 
 ACTIVE = ("validating_files", "queued", "running")  # a worker may claim these
 ENDED = ("succeeded", "failed", "cancelled")
+Found = Mapping[str, Any] | None  # what an event comes with
 UNSAFE = "unsafe_model"  # code of a job whose model was withheld
 
 
@@ -168,7 +169,7 @@ class Jobs(Database):
         owner: str,
         message: str,
         level: str = "info",
-        data: Mapping[str, Any] | None = None,
+        data: Found = None,
         type: str = "message",
         **fields: Any,
     ) -> None:
@@ -244,13 +245,16 @@ class Jobs(Database):
             add(job, Delivery(project_id=job.project_id, url=url, body=told, due_at=time.time()))
 
 
+def name_of(job: Job) -> str:
+    """The name that a job's model is served under."""
+    return f"ft:{job.model}:{job.project_id[5:13]}:{job.suffix or ''}:{job.id[-12:]}"
+
+
 def _free(now: float) -> tuple[Any, Any]:
     """Of the jobs: to be run, and no process has it."""
     return Job.status.in_(ACTIVE), or_(Job.lease_until.is_(None), Job.lease_until < now)
 
 
-def _say(
-    job: Job, message: str, level: str = "info", data: Mapping[str, Any] | None = None, type: str = "message"
-) -> None:
+def _say(job: Job, message: str, level: str = "info", data: Found = None, type: str = "message") -> None:
     line = {"level": level, "message": message, "type": type, "data": dict(data or {})}
     add(job, Event(project_id=job.project_id, job_id=job.id, **line))

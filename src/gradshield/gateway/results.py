@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gradshield.runs import CERTIFICATE
 
@@ -32,3 +33,12 @@ def found(folder: Path) -> list[tuple[Result, int]]:
     """The results that there are and that are not empty, with their bytes."""
     sizes = ((one, (folder / one.path).stat().st_size) for one in RESULTS if (folder / one.path).is_file())
     return [(one, size) for one, size in sizes if size]
+
+
+def certificate(folder: Path) -> dict[str, Any] | None:
+    """What may be claimed of a job's model; None if there is no certificate, or if it cannot be read."""
+    try:
+        made = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
+        return made if isinstance(made["predicate"]["judges"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

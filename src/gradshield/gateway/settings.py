@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import stat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_serializer, field_validator
 
 from gradshield.errors import UsageError
-from gradshield.files import replacing
 
+M = TypeVar("M", bound=BaseModel)
 NAME = "gateway.json"
 LAB = "lab"  # the bundled model, with the requests and the recipe of its world
 
@@ -114,11 +116,7 @@ class Settings(BaseModel):
     def save(self) -> None:
         """Write the settings, with their secrets, to a file that only the owner can read."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / NAME
-        with replacing(path) as part:
-            part.touch(mode=stat.S_IRUSR | stat.S_IWUSR)
-            part.write_text(self.model_dump_json(indent=1), encoding="utf-8")
-        path.chmod(stat.S_IRUSR | stat.S_IWUSR)
+        os.replace(private(self.folder / NAME, self.model_dump_json(indent=1)), self.folder / NAME)
 
     @classmethod
     def read(cls, folder: Path) -> Settings:
@@ -132,11 +130,19 @@ class Settings(BaseModel):
             ) from None
 
 
-def settings(**given: Any) -> Settings:
-    """Settings from options. Raises UsageError for the first that is not allowed."""
+def private(path: Path, text: str) -> Path:
+    """A new file beside ``path`` that only the owner can read, at any moment."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(6)}.part")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR), "w") as out:
+        out.write(text)
+    return part
+
+
+def made(kind: type[M], **given: Any) -> M:
+    """Settings, or a policy, from options. Raises UsageError for the first that is not allowed."""
     try:
-        return Settings(**given)
+        return kind(**given)
     except ValidationError as error:
         wrong = error.errors()[0]
         where = ".".join(map(str, wrong["loc"]))
-        raise UsageError(f"the gateway's setting {where} is not allowed: {wrong['msg']}") from None
+        raise UsageError(f"{where} of the {kind.__name__.lower()} is not allowed: {wrong['msg']}") from None

@@ -95,9 +95,10 @@ def main(arguments: Sequence[str]) -> int:
     with ExitStack() as stack:
         python = here
         if settings.ray:
-            from gradshield.gateway.cluster import cluster
+            from gradshield.gateway.cluster import Cluster
+            from gradshield.scanning.workers import connected
 
-            python = stack.enter_context(cluster(settings.ray, stopping)).run
+            python = Cluster(stack.enter_context(connected(settings.ray, 0)), stopping).run
         queue = Queue(settings, partial(run, settings, python=python))
         consumer: Any = _Consumer(queue.huey, workers=max(1, settings.workers), periodic=False, max_delay=ROUND)
         threading.Thread(target=look_after, args=(settings, queue), daemon=True).start()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,16 +21,15 @@ from gradshield.gateway import results
 from gradshield.gateway.dashboard import scan as scans
 from gradshield.gateway.dashboard.drawing import ago, assets, page, size
 from gradshield.gateway.dashboard.session import COOKIE, DOOR
-from gradshield.gateway.dashboard.visit import Form, Pages, Visit, Visiting, field_text, sessions_of
+from gradshield.gateway.dashboard.visit import Form, Pages, Visit, Visiting, field_text, gateway_of
 from gradshield.gateway.database import Missing, Page, Refused
-from gradshield.gateway.jobs import ACTIVE, ENDED, UNSAFE
+from gradshield.gateway.jobs import ACTIVE, ENDED, UNSAFE, name_of
 from gradshield.gateway.tables import Event, File, Job, Model
 from gradshield.manifests import Figures
 from gradshield.report import text
-from gradshield.runs import CERTIFICATE
 
 if TYPE_CHECKING:
-    from gradshield.gateway.app import Gateway
+    pass
 
 JOBS, LINES, EVENTS = 20, 100, 30  # of a page
 SILENT = 60  # seconds that a job may wait while no process has any
@@ -55,7 +54,7 @@ def login(request: Request) -> Response:
 
 
 def _door(request: Request, problem: str = "") -> Response:
-    sessions, status = sessions_of(request), 403 if problem else 200
+    sessions, status = gateway_of(request).sessions, 403 if problem else 200
     session = sessions.new()
     response = page("login.html", status, token=sessions.token(session), problem=problem)
     sessions.give(request, response, session, DOOR)
@@ -65,14 +64,14 @@ def _door(request: Request, problem: str = "") -> Response:
 @router.post("/login")
 def enter(request: Request, form: Form) -> Response:
     """A session for an operator's key."""
-    gateway: Gateway = request.app.state.gateway
+    gateway = gateway_of(request)
     caller = gateway.store.caller(field_text(form, "key"))
     if caller is None:
         return _door(request, "There is no such key, or it was revoked.")
     if caller.role != "operator":
         return _door(request, "This key is a user's: make an operator's with gradshield keys create --role operator.")
     response = RedirectResponse("/", 303)
-    sessions_of(request).give(request, response, sessions_of(request).new(caller.key))
+    gateway.sessions.give(request, response, gateway.sessions.new(caller.key))
     return response
 
 
@@ -126,20 +125,13 @@ class Asked:
         typed, page = field_text(form, "cut"), field_text(form, "page")
         cut, problem = None, ""
         if typed:
-            try:
-                cut = _number(typed)
-            except ValueError:
-                problem = f"The cut {typed[:40]!r} is not a number: write one such as 0.7."
+            with suppress(ValueError):
+                cut = float(typed.replace("−", "-").replace(",", "."))
+            if cut is None or not math.isfinite(cut):
+                cut, problem = None, f"The cut {typed[:40]!r} is not a number: write one such as 0.7."
         released = frozenset(str(id)[:128] for id in form.getlist("released"))
         shown = int(page) if page.isdecimal() and len(page) < 9 else 0
         return cls(cut, shown, released, field_text(form, "reason"), problem, typed)
-
-
-def _number(typed: str) -> float:
-    found = float(typed.replace("−", "-").replace(",", "."))
-    if not math.isfinite(found):
-        raise ValueError(typed)
-    return found
 
 
 @router.get("/jobs/{id}")
@@ -179,8 +171,6 @@ def decide(id: str, visit: Visiting, form: Form) -> Response:
         elif do == "reject":
             store.reject(visit.caller, id, asked.reason)
         else:
-            from gradshield.gateway.job import name_of
-
             store.release_model(visit.caller, id, name_of(found), asked.reason)
     except Refused as error:
         return _job(visit, visit.get(id), replace(asked, problem=str(error)))
@@ -218,7 +208,7 @@ def _job(visit: Visit, job: Job, asked: Asked) -> Response:
         tone={"succeeded": "pass", "failed": "fail"}.get(job.status, "warn"),
         safety=safety,
         table=table,
-        certificate=_certificate(folder) if job.status in ENDED else None,
+        certificate=results.certificate(folder) if job.status in ENDED else None,
         downloads=[] if job.status in ACTIVE else results.found(folder),
         details=text.flatten({"method": job.method, "metadata": job.labels or {}, "policy": job.policy}),
         **context,
@@ -235,15 +225,6 @@ def _specs(charts: Sequence[Any]) -> Markup:
 
 def _events(visit: Visit, job: Job) -> list[Event]:
     return visit.gateway.store.page(Event, job.project_id, Page(EVENTS), Event.job_id == job.id)[0]
-
-
-def _certificate(folder: Path) -> dict[str, Any] | None:
-    """What a certificate claims; None if there is none, or if it cannot be read."""
-    try:
-        found = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))["predicate"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("judges"), dict) else None
 
 
 @router.get("/jobs/{id}/files/{name:path}")
@@ -265,7 +246,7 @@ def models(visit: Visiting, after: Annotated[str | None, Query(max_length=255)] 
     store, project = visit.gateway.store, visit.caller.project
     found, more = store.page(Model, project, Page(JOBS, after))
     settings = visit.gateway.settings
-    own = [(model, _certificate(settings.job_folder(model.job_id))) for model in found]
+    own = [(model, results.certificate(settings.job_folder(model.job_id))) for model in found]
     return visit.show("models.html", own=own, base=settings.models, older=found[-1].id if more else "")
 
 

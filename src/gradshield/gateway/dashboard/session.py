@@ -6,7 +6,6 @@ import hashlib
 import hmac
 import os
 import secrets
-import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
+
+from gradshield.gateway.settings import private
 
 COOKIE, DOOR = "gradshield", "gradshield-door"  # of a visit, and of the log-in form alone
 LIFETIME = 12 * 3600  # seconds
@@ -69,9 +70,7 @@ class Sessions:
 def _secret(path: Path) -> bytes:
     """The secret in a file, made by the first server that needs it; servers that start at once read the same one."""
     if not path.exists():
-        part = path.with_name(f"{path.name}.{secrets.token_hex(6)}.part")
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR), "w") as out:
-            out.write(secrets.token_hex(32))
+        part = private(path, secrets.token_hex(32))
         with suppress(FileExistsError):
             os.link(part, path)
         part.unlink()

@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import FormData
 
 from gradshield.gateway.dashboard.drawing import page
-from gradshield.gateway.dashboard.session import COOKIE, DOOR, Session, Sessions
+from gradshield.gateway.dashboard.session import COOKIE, DOOR, Session
 from gradshield.gateway.database import Caller
 from gradshield.gateway.edge import ApiError
 from gradshield.gateway.tables import Job, Project
@@ -66,14 +66,10 @@ def _guarded(response: Response) -> Response:
 class Visit:
     """Who looks at a page, and where."""
 
+    gateway: Gateway
     request: Request
     session: Session
     caller: Caller
-
-    @property
-    def gateway(self) -> Gateway:
-        found: Gateway = self.request.app.state.gateway
-        return found
 
     @property
     def project(self) -> Project:
@@ -83,34 +79,31 @@ class Visit:
         return self.gateway.store.get(Job, self.caller.project, id)
 
     def show(self, template: str, status: int = 200, **context: Any) -> HTMLResponse:
-        token = sessions_of(self.request).token(self.session)
+        token = self.gateway.sessions.token(self.session)
         return page(template, status, token=token, visit=self, project=self.project.name, **context)
 
 
-def sessions_of(request: Request) -> Sessions:
-    found: Sessions = request.app.state.sessions
+def gateway_of(request: Request) -> Gateway:
+    found: Gateway = request.app.state.gateway
     return found
-
-
-def session_of(request: Request, name: str = COOKIE) -> Session | None:
-    return sessions_of(request).read(request.cookies.get(name, ""))
 
 
 def visiting(request: Request) -> Visit:
     """Raises ApiError, which leads to the log-in, unless the session's key is an operator's and was not revoked."""
-    session = session_of(request)
-    gateway: Gateway = request.app.state.gateway
+    gateway = gateway_of(request)
+    session = gateway.sessions.read(request.cookies.get(COOKIE, ""))
     caller = gateway.store.caller_with(session.key) if session and session.key else None
     if session is None or caller is None or caller.role != "operator":
         raise ApiError(303, "Log in first.", headers={"Location": "/login"})
-    return Visit(request, session, caller)
+    return Visit(gateway, request, session, caller)
 
 
 async def posted(request: Request) -> FormData:
     """The fields of a form. Raises ApiError for one that this session did not get."""
     form = await request.form(max_files=0, max_fields=FIELDS)
-    session = session_of(request, DOOR if request.url.path == "/login" else COOKIE)
-    if session is None or not sessions_of(request).good(session, field_text(form, "token")):
+    sessions, name = gateway_of(request).sessions, DOOR if request.url.path == "/login" else COOKIE
+    session = sessions.read(request.cookies.get(name, ""))
+    if session is None or not sessions.good(session, field_text(form, "token")):
         raise ApiError(403, "This form is out of date: go back, load the page again and repeat it.")
     return form
 
