@@ -11,8 +11,7 @@ import pytest
 
 from gradshield.cli.serve import _first_key, _loopback, _named
 from gradshield.errors import UsageError
-from gradshield.gateway.settings import LAB, Policy, Settings
-from gradshield.gateway.settings import made as made_of
+from gradshield.gateway.settings import LAB, Policy, Settings, made
 from gradshield.gateway.store import Store
 from tests.common import command as run
 
@@ -113,14 +112,14 @@ def test_a_model_is_called_by_the_last_part_of_its_name(tmp_path: Path) -> None:
 
 
 def test_settings_keep_their_secrets_for_the_owner(tmp_path: Path) -> None:
-    made = made_of(Settings, models={LAB: LAB}, folder=tmp_path, webhook_secret="whsec_x", upstream_key="sk-x")
-    made.save()
+    chosen = made(Settings, models={LAB: LAB}, folder=tmp_path, webhook_secret="whsec_x", upstream_key="sk-x")
+    chosen.save()
     path = tmp_path / "gateway.json"
     assert path.stat().st_mode & 0o777 == 0o600
-    assert Settings.read(tmp_path) == made
-    assert "whsec_x" not in repr(made)
+    assert Settings.read(tmp_path) == chosen
+    assert "whsec_x" not in repr(chosen)
     with pytest.raises(UsageError, match="port"):
-        made_of(Settings, models={}, folder=tmp_path, port=-1)
+        made(Settings, models={}, folder=tmp_path, port=-1)
     path.write_text("{")
     with pytest.raises(UsageError, match="serve"):
         Settings.read(tmp_path)
