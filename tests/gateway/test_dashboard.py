@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -234,6 +235,19 @@ def test_another_projects_model_is_not_there(desk: Desk) -> None:
     desk.store.finish(id, "me", "ft:lab:theirs")
     assert "theirs" not in desk.client.get("/models").text
     assert desk.post("/models/delete", model="ft:lab:theirs").status_code == 404
+
+
+@pytest.mark.parametrize("text", ["' OR 1=1 --", "1; DROP TABLE jobs", "\\", "%27%20OR%201"])
+def test_sql_in_an_address_is_text(desk: Desk, text: str) -> None:
+    id = desk.job(suffix="mine")
+    for path, name in (("/", "after"), ("/models", "after"), ("/audit", "before"), (f"/jobs/{id}/cut", "value")):
+        answer = desk.client.get(path, params={name: text})
+        assert answer.status_code in (400, 404) and "mine" not in answer.text, (path, answer.status_code)
+    for form in ({"do": text}, {"page": text}, {"cut": text}, {"released": text}):
+        assert desk.post(f"/jobs/{id}", **form).status_code in (200, 409)
+    assert desk.post("/models/delete", model=text).status_code == 404
+    assert desk.client.get(f"/jobs/{quote(text, safe='')}").status_code == 404
+    assert desk.status(id) == "validating_files"
 
 
 # What pages show

@@ -319,8 +319,12 @@ def test_errors_of_training_fail_the_job_with_their_sentence(served: Served, sta
         assert ("secret" in done.error.message) is False
 
 
-def test_a_full_disk_lets_the_job_wait_and_go_on(served: Served, stand: Stand) -> None:
-    stand.raises = OSError(28, "No space left on device")
+@pytest.mark.parametrize("said", [None, DataError("the output folder cannot be written to")])
+def test_a_full_disk_lets_the_job_wait_and_go_on(served: Served, stand: Stand, said: Exception | None) -> None:
+    full = OSError(28, "No space left on device")
+    stand.raises = said or full
+    if said is not None:
+        said.__context__ = full  # as training says it
     case = Case(served)
     assert case.run().status == "running"
     assert case.row.owner is None

@@ -341,8 +341,10 @@ def test_a_database_that_restarts_during_uploads_and_a_job_loses_nothing(
         listed = {one.id for one in client.files.list(purpose="fine-tune")}
         kept = {answer.json()["id"]: content for content, answer in answers if answer.status_code == 200}
         assert kept.keys() <= listed
-        for one in listed - {file}:
-            assert client.files.content(one).read() == kept.get(one, client.files.content(one).read())
+        sent = {content for content, _ in answers}
+        for one in listed - {file}:  # one that was answered with 503 may be there, whole
+            content = client.files.content(one).read()
+            assert content in sent and content == kept.get(one, content)
 
 
 @pytest.mark.slow
