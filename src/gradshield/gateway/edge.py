@@ -22,6 +22,7 @@ from gradshield.gateway.store import Store
 API = "/v1/"
 UPLOAD = "/v1/files"
 ENVELOPE = 1 << 16  # bytes of an upload around its file
+CLOSE = {"Connection": "close"}  # the rest of a body without an end would be read, and thrown away, for ever
 log = structlog.get_logger("gradshield.gateway")
 
 
@@ -154,8 +155,9 @@ class Edge:
         log.info("request", method=method, path=scope["path"], status=status, ms=round(1000 * seconds, 1))
 
 
-def too_large(limit: int) -> ApiError:
-    return ApiError(413, f"The request is larger than {limit} bytes, the most allowed here.", code="request_too_large")
+def too_large(limit: int, headers: dict[str, str] | None = None) -> ApiError:
+    message = f"The request is larger than {limit} bytes, the most allowed here."
+    return ApiError(413, message, code="request_too_large", headers=headers)
 
 
 def unavailable(error: Exception) -> ApiError:
@@ -179,10 +181,11 @@ def _bounded(receive: Receive, limit: int, idle: float) -> Receive:
         try:
             message = await asyncio.wait_for(receive(), idle)
         except TimeoutError:
-            raise ApiError(408, f"The request's body stopped for {idle:g} s: send it again.", code="timeout") from None
+            message = f"The request's body stopped for {idle:g} s: send it again."
+            raise ApiError(408, message, code="timeout", headers=CLOSE) from None
         read += len(message.get("body", b""))
         if read > limit:
-            raise too_large(limit)
+            raise too_large(limit, CLOSE)
         ended = not message.get("more_body", False)
         return message
 
