@@ -181,8 +181,8 @@ def _bounded(receive: Receive, limit: int, idle: float) -> Receive:
         try:
             message = await asyncio.wait_for(receive(), idle)
         except TimeoutError:
-            message = f"The request's body stopped for {idle:g} s: send it again."
-            raise ApiError(408, message, code="timeout", headers=CLOSE) from None
+            said = f"The request's body stopped for {idle:g} s: send it again."
+            raise ApiError(408, said, code="timeout", headers=CLOSE) from None
         read += len(message.get("body", b""))
         if read > limit:
             raise too_large(limit, CLOSE)
