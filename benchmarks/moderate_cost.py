@@ -4,10 +4,9 @@
 
 Two models: the lab's, with the lab's adapter, and a Llama of about ten million parameters, all of them trained. A plain
 step trains on all rows of a batch (forward, backward, AdamW); the online step takes the losses and gradient norms of the
-same rows and trains on the fifth that it chose; the naive step takes the norms by one backward pass a row. The steps are
-timed in turn, round after round, on one thread, so that whatever else the machine does falls on all of them. Printed are
-medians over the rounds, and the median, least and greatest ratio within a round. All steps of a round see the same rows,
-so the ratio of their times is also that per candidate row.
+same rows and trains on the fifth that it chose. The steps are timed in turn, round after round, on one thread, so that
+whatever else the machine does falls on both. Printed are medians over the rounds, and the median, least and greatest ratio
+within a round. Both steps of a round see the same rows, so the ratio of their times is also that per candidate row.
 """
 
 from __future__ import annotations
@@ -78,10 +77,8 @@ def taken(batch: Batch, chosen: Bools) -> Batch:
 
 
 def steps(model: Any) -> dict[str, Step]:
-    """The three steps by name, each on a copy of the model with an optimiser of its own."""
-    from gradshield.gradients import Loop
+    """Both steps by name, each on a copy of the model with an optimiser of its own."""
     from gradshield.selectors import OnlineModerate
-    from gradshield.selectors.moderate import moderate
 
     def plain(own: Any) -> Step:
         import torch
@@ -107,21 +104,7 @@ def steps(model: Any) -> dict[str, Step]:
 
         return step
 
-    def naive(own: Any) -> Step:
-        train = plain(own)
-        names = [name for name, p in own.named_parameters() if p.requires_grad]
-
-        def step(batch: Batch) -> None:
-            found = Loop().norms(own, numbered(batch), names)
-            lengths = batch.loss.sum(1)
-            train(taken(batch, moderate(found.nll.sum(1).numpy() / lengths, found.values.numpy() / lengths)))
-
-        return step
-
-    return {
-        name: make(copy.deepcopy(model).train())
-        for name, make in (("plain", plain), ("online", online), ("naive", naive))
-    }
+    return {name: make(copy.deepcopy(model).train()) for name, make in (("plain", plain), ("online", online))}
 
 
 def numbered(batch: Batch) -> Batch:
@@ -147,13 +130,8 @@ def compare(model: Any, batches: list[Batch]) -> dict[str, Any]:
         "rounds": len(batches) - 1,
         "seconds": {name: float(np.median(kept[name])) for name in made},
     }
-    for name in ("online", "naive"):
-        ratios = kept[name] / kept["plain"]
-        found[name] = {
-            "ratio": float(np.median(ratios)),
-            "low": float(ratios.min()),
-            "high": float(ratios.max()),
-        }
+    ratios = kept["online"] / kept["plain"]
+    found["online"] = {"ratio": float(np.median(ratios)), "low": float(ratios.min()), "high": float(ratios.max())}
     return found
 
 
@@ -172,8 +150,7 @@ def main() -> None:
             f"{name}: {found['trained']:,} of {found['parameters']:,} parameters, {BATCH} rows, {found['rounds']} rounds"
         )
         print("  median seconds a step: " + ", ".join(f"{n} {s:.3f}" for n, s in found["seconds"].items()))
-        for kind in ("online", "naive"):
-            print("  {0} / plain: {ratio:.2f} (from {low:.2f} to {high:.2f})".format(kind, **found[kind]))
+        print("  online / plain: {ratio:.2f} (from {low:.2f} to {high:.2f})".format(**found["online"]))
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

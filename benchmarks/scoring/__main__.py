@@ -10,7 +10,7 @@
 Whole scans come first, split by stage (`stages.py`), then, in one process and in turn, on the same model, rows, device and
 precision: the floor (one batched, length-bucketed forward pass
 with loss under inference_mode, our batches, logits of response positions only), the oracle, every engine over every subspace,
-gradient norms, several directions at once, and the peers (bergson, kronfluence, torch.func, opacus) as their users
+several directions at once, and the peers (bergson, kronfluence, torch.func, opacus) as their users
 run them. The order turns from round to round; an arm's ratio is taken to the floor that ran just before it, on the same rows.
 Values are compared with the oracle's. Peak memory is taken apart, each arm in a process of its own. A peer that is not installed
 is left out by name.

@@ -1,4 +1,4 @@
-"""Our arms: the floor, the oracle, every engine over every subspace, norms, several directions at once.
+"""Our arms: the floor, the oracle, every engine over every subspace, several directions at once.
 
 An arm is made ready outside the clock (adapter on the model, direction loaded, rows in batches) and then run inside it,
 again and again. It gives one value for every row and direction, and one per token where it has them.
@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from benchmarks.scoring.cases import CATEGORIES, KINDS, Case, leading
-from gradshield.gradients import ENGINES, SUBSPACES, Engine, Loop, parameter_names, row_norms
+from gradshield.gradients import ENGINES, SUBSPACES, Engine
 from gradshield.gradients.base import DeviceBatch
 from gradshield.models.logits import token_nll
 from gradshield.types import Batch, Direction, Floats, Rendered
 
 FLOOR = "floor"
-GROUPS = ("floor", "ours", "directions", "norms", "oracle", "peer")  # in the order of the tables
+GROUPS = ("floor", "ours", "directions", "oracle", "peer")  # in the order of the tables
 ORACLE = "loop"
 LAST = "last:25%"  # what stands for last:k
 
@@ -73,7 +73,6 @@ def ours(case: Case) -> list[Arm]:
                     slow=engine == ORACLE,
                 )
             )
-    arms.append(Arm("norms/all", "norms", norms, "norms-loop/all"))
     for count in (2, CATEGORIES):
         several = partial(directions_ready, "perturbation", count)
         arms.append(Arm(f"perturbation/lora/K={count}", "directions", several, f"{ORACLE}/lora/K={count}"))
@@ -81,11 +80,10 @@ def ours(case: Case) -> list[Arm]:
 
 
 def truths() -> list[Arm]:
-    """Oracles that are run once, untimed: those of norms and of several directions."""
-    kinds = [
+    """Oracles that are run once, untimed: those of several directions."""
+    return [
         Arm(f"{ORACLE}/lora/K={n}", "oracle", partial(directions_ready, ORACLE, n), slow=True) for n in (2, CATEGORIES)
     ]
-    return [Arm("norms-loop/all", "oracle", norms_loop, slow=True), *kinds]
 
 
 # ---- how each is made ready ------------------------------------------------------------------------------------------
@@ -140,28 +138,3 @@ def _directional(
             for b, n in enumerate(where):
                 tokens[n].append(batch.coefficients[b] * found[0, b][batch.loss[b]])
     return Scored(values, [np.concatenate(parts) for parts in tokens] if engine.per_token else None)
-
-
-@contextmanager
-def norms(case: Case, rows: Sequence[Rendered]) -> Iterator[Run]:
-    """The norm of every row's gradient over all parameters, a batch at a time."""
-    names = parameter_names(case.model, "all")
-    made = case.batches(rows)
-    yield lambda: _norms(made, rows, lambda batch: row_norms(case.model, batch, names))
-
-
-@contextmanager
-def norms_loop(case: Case, rows: Sequence[Rendered]) -> Iterator[Run]:
-    """The same, one backward pass a row."""
-    names = parameter_names(case.model, "all")
-    made = case.batches(rows)
-    yield lambda: _norms(made, rows, lambda batch: Loop().norms(case.model, batch, names))
-
-
-def _norms(made: Sequence[Batch], rows: Sequence[Rendered], measure: Callable[[Batch], object]) -> Scored:
-    place = {row.row: n for n, row in enumerate(rows)}
-    values = np.zeros((1, len(rows)))
-    for batch in made:
-        found = measure(batch)
-        values[0, [place[int(row)] for row in found.rows]] = found.values.numpy()
-    return Scored(values)

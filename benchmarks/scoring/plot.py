@@ -11,8 +11,8 @@ Line = Mapping[str, Any]
 
 PANEL, LABELS, GAP, ROW, TOP, BOTTOM = 300, 190, 28, 19, 64, 44  # pixels
 TICKS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000)
-COLOURS = {"ours": "#0b6e4f", "directions": "#0b6e4f", "norms": "#5b8c7b", "oracle": "#8a6d00", "peer": "#b3261e"}
-WORDS = {"ours": "this project", "norms": "gradient norms", "oracle": "the oracle", "peer": "peers"}
+COLOURS = {"ours": "#0b6e4f", "directions": "#0b6e4f", "oracle": "#8a6d00", "peer": "#b3261e"}
+WORDS = {"ours": "this project", "oracle": "the oracle", "peer": "peers"}
 LEFT_OUT = ("floor",)  # the line at 1
 
 

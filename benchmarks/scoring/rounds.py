@@ -218,7 +218,7 @@ def _aurocs(case: Case, arm: Arm, scored: Scored) -> Mapping[str, float | None]:
     """AUROC of the row's sum, and of the default aggregate where there are per-token values."""
     truth = case.truth
     whole = truth is not None and scored.values is not None and scored.values.shape == (1, len(truth))
-    if not whole or truth is None or scored.values is None or len(set(truth)) < 2 or arm.group == "norms":
+    if not whole or truth is None or scored.values is None or len(set(truth)) < 2:
         return {"auroc": None, "auroc_push": None}
     push = parse_aggregate("push")
     found = {"auroc": auroc(truth, scored.values[0]).auroc, "auroc_push": None}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gradshield.gradients import Loop, gradient_direction, parameter_names
+from gradshield.gradients import Loop, gradient_direction, parameter_names, row_norms
 from gradshield.types import Batch, Direction, Rendered
 from tests.contracts.common import batch_of, rows, two_directions
 from tests.tiny import ARCHITECTURES, tiny_model
@@ -101,9 +101,9 @@ def test_a_caller_may_have_switched_gradients_off() -> None:
     direction, batch = two_directions(model, "last:1"), batch_of(rows(LENGTHS))
     values, norms = (
         Loop().directional(model, batch, direction).values,
-        Loop().norms(model, batch, list(direction.tensors)),
+        row_norms(model, batch, list(direction.tensors)),
     )
     with torch.no_grad():
         assert torch.equal(Loop().directional(model, batch, direction).values, values)
-        assert torch.equal(Loop().norms(model, batch, list(direction.tensors)).values, norms.values)
+        assert torch.equal(row_norms(model, batch, list(direction.tensors)).values, norms.values)
         assert not torch.is_grad_enabled()

@@ -11,8 +11,7 @@ from gradshield.gradients.base import ENGINES, ROW_SUMS, Derivatives, Engine, be
 from gradshield.gradients.direction import gradient_direction
 from gradshield.gradients.finite_difference import FiniteDifference
 from gradshield.gradients.forward import Forward
-from gradshield.gradients.loop import Loop
-from gradshield.gradients.norms import Norms, check_norms, row_norms
+from gradshield.gradients.loop import Loop, Norms, row_norms
 from gradshield.gradients.perturbation import Perturbation
 from gradshield.gradients.subspace import SUBSPACES, adapted, check_subspace, parameter_names, target_names
 from gradshield.models.loading import text_config
@@ -32,7 +31,6 @@ __all__ = [
     "adapted",
     "agreement",
     "calibrated",
-    "check_norms",
     "check_subspace",
     "gradient_direction",
     "parameter_names",

@@ -11,9 +11,8 @@ which is FIHS for v = ∇S (arXiv 2605.14194). Engines that declare ``per_token`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +21,6 @@ from torch.nn.modules.conv import _ConvNd as _Conv
 
 from gradshield.errors import UsageError
 from gradshield.models.loading import evaluating
-from gradshield.models.logits import token_nll
 from gradshield.models.modules import modules_by_name, parameters_by_name, parameters_of
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction
@@ -219,39 +217,3 @@ def followed(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.M
         names = {f"{inner}.{name}".removeprefix("."): tensor for name, tensor in own.items()}
         found.setdefault(place, {}).update(names)
     return [(modules[place], own) for place, own in found.items()]
-
-
-@contextmanager
-def all_followed(
-    model: nn.Module,
-    places: Places,
-    data: DeviceBatch,
-    who: str,
-    instead: str,
-) -> Iterator[None]:
-    """Wraps one pass of a hook-based engine. Raises UsageError if parameters of the direction were used past their hooks.
-
-    A layer may not run because nothing reaches it (an expert without tokens, a vision tower). If its parent ran and the loss
-    still depends on the layer's parameters, the parent read them itself.
-    """
-    modules = modules_by_name(model)
-    paths = {id(module): path for path, module in modules.items()}
-    held = {paths[id(module)]: own for module, own in places}
-    around = {path: path.rpartition(".")[0] for path in held}
-    ran: set[str] = set()
-    with ExitStack() as hooks:
-        for path in {*held, *around.values()}:
-            note = partial(lambda own, *_: ran.add(own), path)
-            hooks.enter_context(modules[path].register_forward_pre_hook(note))
-        yield
-    left = [path for path in held if path not in ran and around[path] in ran]
-    if not left:
-        return
-    moved = {f"{path}.{name}".removeprefix(".") for path in left for name in held[path]}
-    shared = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in moved}
-    with scoring(model, [name for name, p in model.named_parameters() if id(p) in shared]), torch.enable_grad():
-        reads = token_nll(model, data.ids, data.attention, data.loss).requires_grad
-    if reads:
-        raise UsageError(
-            f"{who} works layer by layer, and the parent module of {left[0]} reads its weights directly: {instead}"
-        )

@@ -1,18 +1,18 @@
-"""The oracle: one backward pass per sequence, its gradient dotted with the direction. Slow and obvious."""
+"""The oracle: one backward pass per row, its gradient dotted with the direction, or its norm. Slow and obvious."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, scoring
-from gradshield.gradients.norms import Norms
 from gradshield.models.logits import token_nll
 from gradshield.models.placement import in_float64, parts_of
-from gradshield.types import Batch, Direction
+from gradshield.types import Batch, Direction, Ints
 
 
 @ENGINES.register("loop")
@@ -29,37 +29,15 @@ class Loop:
         """(K, B) derivatives; every sequence runs alone and unpadded."""
         check_direction(model, direction)
         whole = DeviceBatch.of(batch, model)
-        count, width = whole.ids.shape
-        values = torch.zeros(len(direction.names), count, dtype=torch.float64)
-        nll = torch.zeros(count, width, dtype=torch.float64)
+        values = torch.zeros(len(direction.names), len(whole.ids), dtype=torch.float64)
+        nll = torch.zeros(whole.ids.shape, dtype=torch.float64)
         with scoring(model, direction.tensors) as parameters, torch.enable_grad():
-            for i in range(count):
-                length = int(whole.attention[i].sum())
-                row = slice(i, i + 1), slice(0, length)
-                losses = token_nll(model, whole.ids[row], whole.attention[row], whole.loss[row])
+            for i in range(len(whole.ids)):
+                losses = _alone(model, whole, i)
                 gradient = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
                 values[:, i] = -self._dot(dict(zip(parameters, gradient, strict=True)), direction)
-                nll[i, :length] = in_float64(losses[0].detach()).cpu()
+                nll[i, : len(losses)] = in_float64(losses.detach()).cpu()
         return Derivatives(values, nll)
-
-    def norms(self, model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norms:
-        """`row_norms` the slow way, for any parameters: one backward pass per sequence, unpadded."""
-        whole = DeviceBatch.of(batch, model)
-        nll = torch.zeros(whole.ids.shape, dtype=torch.float64)
-        totals: dict[int, list[Tensor]] = {}
-        with scoring(model, parameters) as trainable, torch.enable_grad():
-            for i, row in enumerate(batch.rows.tolist()):
-                length = int(whole.attention[i].sum())
-                part = slice(i, i + 1), slice(0, length)
-                losses = token_nll(model, whole.ids[part], whole.attention[part], whole.loss[part])
-                gradient = torch.autograd.grad(losses.sum(), list(trainable.values()), allow_unused=True)
-                total = totals.setdefault(row, [torch.zeros_like(p) for p in trainable.values()])
-                for sofar, g in zip(total, gradient, strict=True):
-                    if g is not None:  # a parameter the row does not reach
-                        sofar.add_(g, alpha=float(batch.coefficients[i]))
-                nll[i, :length] = in_float64(losses[0].detach()).cpu()
-        squares = [sum(float(in_float64(t).square().sum()) for t in total) for total in totals.values()]
-        return Norms(torch.tensor(squares, dtype=torch.float64).sqrt(), np.array(list(totals), dtype=np.int64), nll)
 
     @staticmethod
     def _dot(gradient: dict[str, Tensor | None], direction: Direction) -> Tensor:
@@ -71,3 +49,44 @@ class Loop:
             for own, other in zip(parts_of(v.flatten(1)), parts_of(g.flatten()), strict=True):
                 total += (in_float64(own) @ in_float64(other)).cpu()
         return total
+
+
+@dataclass(frozen=True, eq=False)
+class Norms:
+    """``values[r]`` is the L2 norm of the gradient of row ``rows[r]``'s loss; rows are in order of first appearance.
+
+    A row's loss is the sum over its sequences of coefficient times negative log-likelihood, in nats, so that a preference
+    pair has one gradient. ``nll`` is (B, T), the loss of each token. Both tensors are on the CPU, in float64.
+    """
+
+    values: Tensor
+    rows: Ints
+    nll: Tensor
+
+
+def row_norms(model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norms:
+    """Norms of the rows' gradients over the named parameters, whatever layer or adapter they are of.
+
+    One backward pass per row, in evaluation mode, without dropout; the model is bit-identical afterwards, with every mode, flag
+    and ``.grad`` unchanged.
+    """
+    whole = DeviceBatch.of(batch, model)
+    nll = torch.zeros(whole.ids.shape, dtype=torch.float64)
+    rows = list(dict.fromkeys(batch.rows.tolist()))
+    squares = []
+    with scoring(model, parameters) as trainable, torch.enable_grad():
+        for row in rows:
+            total = torch.zeros((), device=whole.ids.device)
+            for i in np.flatnonzero(batch.rows == row).tolist():
+                losses = _alone(model, whole, i)
+                total = total + float(batch.coefficients[i]) * losses.sum()
+                nll[i, : len(losses)] = in_float64(losses.detach()).cpu()
+            gradient = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
+            squares.append(sum(float(in_float64(g).square().sum()) for g in gradient if g is not None))
+    return Norms(torch.tensor(squares, dtype=torch.float64).sqrt(), np.array(rows, dtype=np.int64), nll)
+
+
+def _alone(model: nn.Module, whole: DeviceBatch, i: int) -> Tensor:
+    """The loss of each token of sequence i, which runs alone and unpadded: (T,)."""
+    part = slice(i, i + 1), slice(0, int(whole.attention[i].sum()))
+    return token_nll(model, whole.ids[part], whole.attention[part], whole.loss[part])[0]

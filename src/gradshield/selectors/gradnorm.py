@@ -35,7 +35,7 @@ class GradNorm:
         return no_direction(self.name, model, self.subspace)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
-        """Each row's norm over the subspace, from one forward and one activation-only backward pass."""
+        """Each row's norm over the subspace, from one backward pass per row."""
         return mean_norms(model, batch, parameter_names(model, self.subspace, self.targets))
 
     finish = values_as_scores
@@ -47,7 +47,7 @@ class GradNorm:
 def mean_norms(model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Measured:
     """``sums[r]`` is the norm of the gradient of the mean loss of row r over the named parameters, at the current weights.
 
-    A row without a loss token has norm zero. Raises UsageError like `row_norms`.
+    A row without a loss token has norm zero.
     """
     found = row_norms(model, batch, parameters)
     rows, means, lengths = by_row(batch, found.nll.numpy())

@@ -11,7 +11,6 @@ from torch import nn
 
 from gradshield.columns import Coded
 from gradshield.errors import ScoreError, UsageError
-from gradshield.gradients import check_norms
 from gradshield.options import Option, check
 from gradshield.selectors.base import ONLINE, SELECTORS, Measured, require_finite
 from gradshield.selectors.gradnorm import GradNorm, mean_norms
@@ -132,14 +131,13 @@ class OnlineModerate:
         return math.ceil(1 / self.ratio - 1e-9)
 
     def begin(self, model: nn.Module) -> None:
-        """Record the trainable parameters. Raises UsageError if there are none, or if `check_norms` does."""
+        """Record the trainable parameters. Raises UsageError if there are none."""
         self._parameters = [name for name, p in model.named_parameters() if p.requires_grad]
         if not self._parameters:
             raise UsageError(
                 "the model has no trainable parameter, and rows are selected by their gradient over those: unfreeze some, or "
                 "add an adapter"
             )
-        check_norms(model, self._parameters)
 
     def choose(self, model: nn.Module, batch: Batch) -> Bools:
         """Which rows of the batch train (B,). Raises ScoreError if no row has a finite loss and norm."""
