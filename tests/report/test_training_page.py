@@ -187,11 +187,11 @@ RECORD = {
 def test_a_record_is_shown_in_words() -> None:
     page = sheet.render(run(record=RECORD))
     text = shown(page).partition("What the method did in training")[2].partition("How it was made")[0]
-    assert "largest eigenvalue, highest of any layer 0.6773" in text
-    assert "layers held 28" in text
-    assert "last value of the penalty 0.5" in text
-    assert "new_key 1" in text
-    assert "cosines of the layers 10 values from 0 to 0.9, median 0.45" in text
+    assert "largest eigenvalue, max 0.6773" in text
+    assert "layers 28" in text
+    assert "value 0.5" in text
+    assert "new key 1" in text
+    assert "cosines 10 values from 0 to 0.9, median 0.45" in text
     assert "self_attn" not in text
     assert "model.<wbr>layers.<wbr>0.<wbr>self_<wbr>attn.<wbr>q_<wbr>proj.<wbr>weight" in page  # among the settings
 

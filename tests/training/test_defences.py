@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from gradshield.errors import UnknownNameError, UsageError
 from gradshield.selectors import parse_aggregate
+from gradshield.training.course import masked
 from gradshield.training.defences import DEFENCES, parse
-from gradshield.training.masking import masked
 from gradshield.types import Rendered, Tokens
 
 NAMES = [name for name in DEFENCES if name != "guard"]

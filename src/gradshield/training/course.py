@@ -7,7 +7,7 @@ What several defences of one job share is computed once: scores, reference rows,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -35,8 +35,7 @@ from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.selectors import ONLINE
 from gradshield.training import PENALTIES
 from gradshield.training.defences import AS_MANY, Defence, parse
-from gradshield.training.masking import masked
-from gradshield.types import Bools, Cut, OnlineSelection, Progress, Rendered, quiet
+from gradshield.types import Bools, Cut, Floats, OnlineSelection, Progress, Rendered, quiet
 
 # Options that rendering has already applied: the rows carry their mask and are truncated.
 RENDERED = {"max_length", "truncation_mode", "dataset_text_field", "eos_token"}
@@ -412,6 +411,29 @@ def _linear(model: Any) -> list[str]:
     head = model.get_output_embeddings()
     kinds = (nn.Linear, Conv1D)
     return [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, kinds) and m is not head]
+
+
+def masked(row: Rendered, values: Floats, cut: float, aggregate: Callable[[Floats], float]) -> Rendered:
+    """The row with the fewest highest-scoring loss tokens masked that bring its score down to the cut.
+
+    ``values`` (n,) are the FIHS of the row's loss tokens in order, ``aggregate`` scores those that remain. If no number of tokens
+    suffices, all are masked.
+    """
+    kept = np.ones(len(values), dtype=bool)
+    for t in np.argsort(-values, kind="stable"):
+        if aggregate(values[kept]) <= cut:
+            break
+        kept[t] = False
+        if not kept.any():
+            break
+    sequences, start = [], 0
+    for tokens in row.sequences:
+        places = np.flatnonzero(tokens.loss)
+        loss = tokens.loss.copy()
+        loss[places[~kept[start : start + len(places)]]] = False
+        sequences.append(replace(tokens, loss=loss))
+        start += len(places)
+    return replace(row, sequences=tuple(sequences))
 
 
 def _counted(row: Rendered) -> int:

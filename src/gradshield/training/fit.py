@@ -7,7 +7,7 @@ an unrequested output folder.
 
 from __future__ import annotations
 
-import copy as copying
+import copy
 import json
 import shutil
 import tempfile
@@ -40,7 +40,6 @@ def fit(
     peft_config: PeftConfig | None = None,
     *,
     seed: int = 0,
-    copy: bool = True,
     merge: bool = False,
     output_dir: str | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -50,7 +49,7 @@ def fit(
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Fine-tune ``model`` on ``dataset`` and return the trained model, in eval mode.
+    """Fine-tune a copy of ``model`` on ``dataset`` and return it, in eval mode.
 
     The seed is set before the adapter is created: the same arguments give the same weights, bit for bit on one CPU with the same
     number of threads. As in TRL, training sets the global random state of Python, NumPy and torch.
@@ -73,9 +72,6 @@ def fit(
         For the seed and the folder use the arguments of this function.
     peft_config
         The adapter to train. It is copied, since TRL and PEFT modify it.
-    copy
-        Train a deep copy and leave ``model`` unchanged. False trains the object itself, which saves memory; with a
-        ``peft_config`` its layers are then wrapped in place.
     merge
         Merge the adapter into the weights and return the plain model; otherwise the ``PeftModel`` is returned.
     output_dir
@@ -112,12 +108,12 @@ def fit(
     rows = _as_dataset(dataset)
     pairs = not {*PAIR, f"{PAIR[0]}_ids"}.isdisjoint(rows.column_names)
     _check_options(options, pairs)
-    trained = copying.deepcopy(model) if copy else model
+    trained = copy.deepcopy(model)
     reference = None
     if pairs and peft_config is None:
         # TRL would load one by the name in the model's config. The model itself serves where nothing changes or moves it.
-        borrowed = copy and options.keys().isdisjoint(("sync_ref_model", "use_cpu"))
-        reference = model if borrowed else copying.deepcopy(model)
+        borrowed = options.keys().isdisjoint(("sync_ref_model", "use_cpu"))
+        reference = model if borrowed else copy.deepcopy(model)
     before = [_State(one) for one in (trained, reference) if one is not None]
     with _folder(output_dir) as folder, _quiet_datasets(), warnings.catch_warnings():
         # A rename between PEFT, TRL and transformers, which the caller cannot act on.
@@ -126,7 +122,7 @@ def fit(
         config = _config(config_of(pairs), options, seed, folder, saving=output_dir is not None, on_cpu=on_cpu)
         hooks = [*callbacks, *([_report(progress)] if progress is not None else [])]
         try:
-            trainer = _trainer(trained, reference, tokenizer, rows, config, copying.deepcopy(peft_config), hooks)
+            trainer = _trainer(trained, reference, tokenizer, rows, config, copy.deepcopy(peft_config), hooks)
             trainer.penalties, trainer.online = tuple(penalties), online
             _warn_of_rounding(trainer.model)
             saved = config.output_dir
@@ -174,7 +170,7 @@ def _trainer(
         own = (SFTTrainer,)
         if _is_ready(rows, config):
             config.dataset_kwargs = {"skip_prepare_dataset": True}
-    tokenizer = copying.deepcopy(tokenizer)  # TRL sets its padding token
+    tokenizer = copy.deepcopy(tokenizer)  # TRL sets its padding token
     if not tokenizer.chat_template:
         tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # as rows are scored
     kind = type("Defended", (Selecting, Penalised, *own), {})

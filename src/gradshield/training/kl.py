@@ -98,34 +98,18 @@ class FrozenReferenceKL:
 
 
 def _starts_without(model: nn.Module) -> bool:
-    """Whether the model without its adapter is θ0 and stays so: LoRA that changes nothing yet, and nothing else trains.
-
-    An adapter that was trained before is part of θ0, and so are other modules and tokens trained with it.
-    """
+    """Whether the model without its adapter is θ0 and stays so: only LoRA that changes nothing yet, and nothing else trains."""
     from peft.tuners.lora.layer import LoraLayer
-    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    own = (".lora_", ".modules_to_save", ".token_adapter")
-    if any(p.requires_grad and not any(part in name for part in own) for name, p in model.named_parameters()):
+    if any(p.requires_grad and ".lora_" not in name for name, p in model.named_parameters()):
         return False
     layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
-    for layer in layers:
-        if isinstance(layer, LoraLayer):
-            same = not layer.merged and not any(_changes(layer, a) for a in layer.active_adapters)
-        elif isinstance(layer, ModulesToSaveWrapper):
-            now = [layer.modules_to_save[a] for a in layer.active_adapters if a in layer.modules_to_save]
-            first = list(layer.original_module.parameters())
-            same = all(_equal(p, q) for module in now for p, q in zip(module.parameters(), first, strict=True))
-        elif isinstance(layer, TrainableTokensLayer):
-            delta, original = layer.trainable_tokens_delta, layer.trainable_tokens_original
-            same = not layer.merged and all(_equal(delta[a], original[a]) for a in layer.active_adapters if a in delta)
-        else:
-            same = False
-        if not same:
-            return False
-    return bool(layers)
+    return bool(layers) and all(
+        isinstance(layer, LoraLayer) and not layer.merged and not any(_changes(layer, a) for a in layer.active_adapters)
+        for layer in layers
+    )
 
 
 def _changes(layer: Any, adapter: str) -> bool:
@@ -135,11 +119,6 @@ def _changes(layer: Any, adapter: str) -> bool:
     if adapter in layer.lora_embedding_A:
         return bool(layer.lora_embedding_A[adapter].any()) and bool(layer.lora_embedding_B[adapter].any())
     return False
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Equality by value: PEFT may keep its copy in a wider type."""
-    return one.shape == other.shape and bool((one == other).all())
 
 
 def _frozen(model: nn.Module) -> nn.Module:

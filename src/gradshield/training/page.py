@@ -1,25 +1,34 @@
-"""The page of one training run: safety and utility before and after, the search of the cut, and the removed rows."""
+"""The page of one training run: safety and utility before and after, the search of the cut, the removed rows, the record."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
 from gradshield.evaluation.page import compared
-from gradshield.manifests import Figures, Search, TrainingManifest, TrainingResults
+from gradshield.manifests import Figures, Round, Search, Targets, TrainingManifest, TrainingResults, judges_of
 from gradshield.report import made
-from gradshield.report.draw import worded
+from gradshield.report.draw import STYLES, Chart, barred, limit_line, percent_axis, steps_layout, worded
 from gradshield.report.frame import Status
-from gradshield.report.sheet import Section, Sheet, Table, rate_entry
-from gradshield.report.text import flatten, percent
+from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
+from gradshield.report.text import brief, flatten, number, one_line, percent
 from gradshield.thresholds.verified import TARGET
-from gradshield.training import page_record, page_search
 from gradshield.types import Rate
 
 USELESS = 0.05  # highest utility at which a task counts as not learned
 OUTPUTS = ("outputs-before.jsonl", "outputs-after.jsonl")
 SCAN = ("scan report", "scan/report.html")
+LOOKS = {"too unsafe": "x", "utility short": "circle-open", "passes": "star"}
+OFFSET = 0.07  # of a step between the marks of two judges, so that their bars do not overlap
+LINES = 120  # of one method's record
+FEW = 8  # values under one key; more are shown as a range, and in full among the settings
 OTHERS = (
     " The search of the cut used other requests and other rows of the task, so its figures differ: data that selected a model "
     "must not also evaluate it."
 )
+
+Rounds = Sequence[Round]
 
 
 def page(manifest: TrainingManifest, scanned: bool) -> Sheet:
@@ -44,9 +53,9 @@ def page(manifest: TrainingManifest, scanned: bool) -> Sheet:
         figures=_figures(results, scanned),
         sections=(
             measured(before, after, verdict is not None),
-            page_search.section(verdict, results.rows),
+            _search(verdict, results.rows),
             _removed(results, scanned),
-            page_record.section(results.record),
+            _record(results.record),
         ),
         command=manifest.command,
         versions=manifest.versions,
@@ -161,3 +170,152 @@ def _removed(results: TrainingResults, scanned: bool) -> Section:
     rates = tuple((name, rate_entry(rate)) for name, rate in _labelled(results))
     table, links = Table(("By the labels", "Share"), rates), (SCAN,) if scanned else ()
     return Section("taken", "Removed before training", lead, tables=(table,), links=links, nav="Removed")
+
+
+# ---- the search of the cut, round by round ---------------------------------------------------------------------------
+
+
+def _search(verdict: Search | None, rows: int) -> Section:
+    """Every round of a verdict; a single round has a table only."""
+    if verdict is None:
+        return Section("search", "The search of the cut")
+    done = verdict.rounds
+    judges = judges_of(one.asr for one in done)
+    lead = (
+        "Every round trains on the rows below its cut and measures the model on requests and task rows that are used only to "
+        "choose the cut. They differ from those of the figures before and after, and so do the rates."
+    )
+    if len(done) == 1:
+        lead += " The search ended with its first round."
+    return Section(
+        "search",
+        "The search of the cut",
+        f"{lead} {_wanted(verdict.targets)}".strip(),
+        charts=(_rounds_chart(done, judges, verdict.targets),) if len(done) > 1 else (),
+        tables=(_rounds_table(done, judges, verdict.best, rows),),
+        nav="Search",
+    )
+
+
+def _least(targets: Targets | None) -> float | None:
+    """The least acceptable utility: the target minus the tolerance."""
+    return None if targets is None or targets.utility is None else targets.utility - targets.tolerance
+
+
+def _wanted(targets: Targets | None) -> str:
+    if targets is None:
+        return ""
+    least = _least(targets)
+    useful = "" if least is None else f", and a utility of at least {percent(least)}"
+    return f"Targets: an ASR whose interval ends below {percent(targets.asr)} by every judge{useful}."
+
+
+def _rounds_table(done: Rounds, judges: Sequence[str], best: int, rows: int) -> Table:
+    lines = []
+    for i, one in enumerate(done):
+        result = one.verdict + (", this model is kept" if i == best else "")
+        lines.append(
+            (
+                Entry(f"{i + 1}", key=i),
+                Entry(number(one.cut), key=one.cut),
+                Entry(f"{one.removed:,}", small=percent(one.removed / rows), key=one.removed),
+                *(rate_entry(one.asr.get(judge)) for judge in judges),
+                rate_entry(one.utility),
+                Entry(f"{one.seconds:,.0f}", key=one.seconds),
+                Entry(result, small="stopped before every prompt was asked" if one.stopped_early else ""),
+            )
+        )
+    head = ("Round", "Cut", "Removed", *(f"ASR, {judge}" for judge in judges), "Utility", "Seconds", "Verdict")
+    return Table(head, tuple(lines), sorts=len(lines) > 1)
+
+
+def _rounds_chart(done: Rounds, judges: Sequence[str], targets: Targets | None) -> Chart:
+    """ASR over the rounds, and utility below it if any round has one."""
+    rates = {judge: [one.asr.get(judge) for one in done] for judge in judges}
+    useful = [one.utility for one in done]
+    shown = any(rate is not None for rate in useful)
+    limit = TARGET if targets is None else targets.asr
+    names = [f"{i + 1}: {one.removed:,} out" for i, one in enumerate(done)]
+    figure = steps_layout(names, height=440 if shown else 300)
+    figure["yaxis"] = percent_axis("ASR", [rate for found in rates.values() for rate in found])
+    figure["shapes"] = [limit_line(limit)]
+    if shown:
+        figure["yaxis"] |= {"domain": [0.46, 1]}
+        figure["yaxis2"] = percent_axis("utility") | {"domain": [0, 0.36]}
+        figure["xaxis"]["anchor"] = "y2"
+    least = _least(targets)
+    if shown and least is not None:
+        figure["shapes"].append(limit_line(least, "y2"))
+    head = ("Round", *(f"ASR, {judge}" for judge in judges), "Utility", "Verdict")
+    table = [
+        (names[i], *(worded(rates[judge][i]) for judge in judges), worded(one.utility), one.verdict)
+        for i, one in enumerate(done)
+    ]
+    caption = "Cross: too unsafe. Ring: utility short. Star: both targets are met. Bars are 95 % intervals; the dotted line is "
+    caption += f"an ASR of {percent(limit)}, and an interval must end below it."
+    if shown and least is not None:
+        caption += f" The lower line is the least utility accepted, {percent(least)}."
+    spec = {"data": _traces(done, rates, useful if shown else []), "layout": figure}
+    return Chart("rounds", "Rounds of the search", caption, spec, (head, *table), False)
+
+
+def _traces(
+    done: Rounds, rates: Mapping[str, Sequence[Rate | None]], useful: Sequence[Rate | None]
+) -> list[dict[str, Any]]:
+    symbols = [LOOKS.get(one.verdict, "circle") for one in done]
+    traces = []
+    for i, (judge, found) in enumerate(rates.items()):
+        x = [j + OFFSET * (i - (len(rates) - 1) / 2) for j in range(len(done))]
+        marker = {"symbol": symbols, "size": 10, "color": STYLES[i % len(STYLES)][0]}
+        traces += barred(f"ASR, {judge}", x, found, i, marker=marker)
+    mark = {"symbol": "square", "size": 8, "color": STYLES[4][0]}  # a cross would mean too unsafe
+    places = [float(j) for j in range(len(done))]
+    return traces + (barred("utility", places, useful, 4, y="y2", marker=mark) if useful else [])
+
+
+# ---- what a method recorded in training ------------------------------------------------------------------------------
+
+
+def _record(record: Mapping[str, Any]) -> Section:
+    """A table per method of a record, ``{method: {key: value}}``, and one for values outside any method."""
+    nested = {str(name): found for name, found in record.items() if isinstance(found, Mapping) and found}
+    loose = {str(key): found for key, found in record.items() if not isinstance(found, Mapping)}
+    parts = [*nested.items(), *([("", loose)] if loose else [])]
+    tables = tuple(_record_table(name, found, len(parts) > 1) for name, found in parts)
+    return Section("record", "What the method did in training", tables=tables, nav="Record")
+
+
+def _record_table(name: str, found: Mapping[str, Any], several: bool) -> Table:
+    lines = _lines(found)
+    hint = f"{len(lines) - LINES:,} more are among the settings below." if len(lines) > LINES else ""
+    shown = tuple((_words(key), Entry(value, look="words")) for key, value in lines[:LINES])
+    return Table(("Setting or count", "Value"), shown, title=name if several else "", hint=hint)
+
+
+def _words(key: str) -> str:
+    """``largest_eigenvalue.max`` as *largest eigenvalue, max*."""
+    return key.replace("_", " ").replace(".", ", ")
+
+
+def _lines(found: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    for key, value in found.items():
+        name = one_line(f"{prefix}{key}", 120)
+        if not isinstance(value, Mapping) or not value:
+            lines.append((name, _value(value)))
+        elif len(value) > FEW and all(isinstance(entry, int | float) for entry in value.values()):
+            lines.append((name, _range([float(entry) for entry in value.values()])))
+        else:
+            lines += _lines(value, f"{name}.")
+    return lines
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"{len(value)}: {', '.join(map(str, value))}" if len(value) <= FEW else f"{len(value)}"
+    return number(value) if value is None or isinstance(value, bool | int | float) else brief(value)
+
+
+def _range(values: list[float]) -> str:
+    low, middle, high = (number(x, 3) for x in (min(values), median(values), max(values)))
+    return f"{len(values)} values from {low} to {high}, median {middle}"
