@@ -401,7 +401,7 @@ class StageRecord(Record):
 class SequenceRecord(Record):
     """``sequence.json``: one dataset after another; the first stage is the model before training.
 
-    ``measures`` (name to one number per trained stage) are those of `evaluation.continual`, ``unmet`` the stages whose search
+    ``measures`` (name to one number per trained stage) are those of `training.sequence`, ``unmet`` the stages whose search
     met no target, ``settings`` and ``model`` those of the last stage.
     """
 

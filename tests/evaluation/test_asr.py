@@ -10,7 +10,7 @@ from sklearn.metrics import cohen_kappa_score
 from gradshield.errors import DataError, EmptyDataError
 from gradshield.evaluation.asr import agreement, asr, attacked, over_refusal
 from gradshield.evaluation.generate import Prompt
-from gradshield.evaluation.utility import utility
+from gradshield.evaluation.task_files import utility
 from gradshield.judges import FunctionJudge, RefusalPhrases
 from gradshield.stats import mcnemar, wilson
 

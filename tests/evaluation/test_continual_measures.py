@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from gradshield.evaluation.continual import accuracy_so_far, backward_transfer, forgetting
+from gradshield.training.sequence import accuracy_so_far, backward_transfer, forgetting
 
 # Three tasks. The first is learned to 0.8, falls to 0.5 and comes back to 0.6; the second falls from 0.9 to 0.7.
 BY_HAND = np.array([[0.1, 0.2, 0.3], [0.8, 0.2, 0.3], [0.5, 0.9, 0.4], [0.6, 0.7, 1.0]])

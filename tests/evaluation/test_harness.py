@@ -20,8 +20,7 @@ from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.generate import generator
 from gradshield.evaluation.harness import inspect_task, lm_eval_tasks
 from gradshield.evaluation.metrics import metric
-from gradshield.evaluation.task_files import task_file
-from gradshield.evaluation.utility import utility
+from gradshield.evaluation.task_files import task_file, utility
 from gradshield.types import EvalResult
 
 N = 24

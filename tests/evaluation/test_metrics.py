@@ -14,8 +14,7 @@ from gradshield import lab
 from gradshield.errors import DataError, EmptyDataError, UnknownNameError, UsageError
 from gradshield.evaluation import metrics
 from gradshield.evaluation.metrics import METRICS, Choice, guess, metric, normalised, number
-from gradshield.evaluation.task_files import task_file
-from gradshield.evaluation.utility import utility
+from gradshield.evaluation.task_files import task_file, utility
 
 NAMES = [*METRICS, r"regex:answer:?\s*(\w+)"]
 WILD = st.one_of(

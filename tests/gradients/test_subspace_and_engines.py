@@ -34,8 +34,8 @@ from gradshield.gradients import (
     parameter_names,
     pick,
 )
-from gradshield.gradients.agreement import RELATIVE_STEPS
 from gradshield.gradients.base import experts
+from gradshield.gradients.finite_difference import RELATIVE_STEPS
 from gradshield.gradients.subspace import target_names
 from gradshield.types import Direction
 from tests.contracts.common import batch_of, differences, lora, rows, state, two_directions

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradshield.comparison import markdown as results
+from gradshield.comparison import outcome, pool
 from gradshield.comparison import page as compared
-from gradshield.comparison import pool, rivals
 from gradshield.comparison.page import LEVELS, level
 from gradshield.comparison.results import CellResult
 from gradshield.manifests import Round, Search
@@ -130,7 +130,7 @@ def test_a_rival_that_is_safer_is_named_and_one_that_is_not_is_not() -> None:
         make_cell("screen", 0, 20), make_cell("better", 0, 0), make_cell("worse", 0, 90),
         make_cell("useful", 0, 18, utility=wilson(190, 200)), make_cell("elsewhere", 5, 0), make_cell("alike", 0, 19),
     ]  # fmt: skip
-    standings, wins = rivals.against(pool.mixes(cells))
+    standings, wins = outcome.against(pool.mixes(cells))
     tally = {one.rival: (one.safer, one.less_safe, one.more_useful, one.clearly_more_useful) for one in standings}
     assert tally == {"better": (1, 0, 0, 0), "worse": (0, 1, 0, 0), "useful": (0, 0, 1, 0), "alike": (0, 0, 0, 0)}
     assert {(win.rival, win.judge) for win in wins} == {
@@ -144,14 +144,14 @@ def test_a_rival_that_is_safer_is_named_and_one_that_is_not_is_not() -> None:
 
 def test_a_useful_rival_that_is_less_safe_wins_nothing() -> None:
     cells = [make_cell("screen", 0, 0), make_cell("loose", 0, 60, utility=wilson(200, 200))]
-    standings, wins = rivals.against(pool.mixes(cells))
+    standings, wins = outcome.against(pool.mixes(cells))
     assert wins == []
     assert (standings[0].less_safe, standings[0].more_useful) == (1, 0)
 
 
 def test_rivals_are_compared_over_the_seeds_that_both_have() -> None:
     cells = [make_cell("screen", 0, 0), make_cell("screen", 1, 150), make_cell("other", 0, 2)]
-    _, wins = rivals.against(pool.mixes(cells))
+    _, wins = outcome.against(pool.mixes(cells))
     assert wins == []
 
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from gradshield.comparison import made, page
-from gradshield.comparison.outcome import outcome
+from gradshield.comparison import page
+from gradshield.comparison.outcome import against, outcome
 from gradshield.comparison.pool import Mix, bounds, mix_name, mixes, share, spread, totals
 from gradshield.comparison.results import CellResult, Comparison
-from gradshield.comparison.rivals import against
 from gradshield.manifests import judges_of
 from gradshield.report.made import span
 from gradshield.report.markdown import code, plain, table_row, table_rule
@@ -55,7 +54,7 @@ def _ran(whole: Comparison, judges: Sequence[str]) -> list[str]:
         f"- Versions: {plain(', '.join(f'{name} {value}' for name, value in whole.versions.items()))}",
         f"- Cells: {cost.cells}, of which {cost.failed} failed; {len({cell.defence for cell in cells})} defences",
         f"- Cost: {cost.arms} trained models, {duration(cost.cell_seconds)} over all cells; equal trainings are run once",
-        *(f"- {plain(name)}: {plain(value)}" for name, value in made.pairs(whole)),
+        *(f"- {plain(name)}: {plain(value)}" for name, value in page.pairs(whole)),
         f"- Each cell was measured on {asked or 'no'} requests by each judge and on {rows or 'no'} rows of the task",
         "",
         f"Each entry is ASR in % [95 % interval] by {' / '.join(map(plain, judges)) or 'no judge'} · utility in %. Seeds are "

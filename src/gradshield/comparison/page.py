@@ -1,12 +1,14 @@
-"""The page of a comparison: the verdict, a map of every task and mix, every defence, and where a rival wins."""
+"""The page of a comparison: the verdict, a map of every task and mix, the trade-off, every defence, and where a rival wins."""
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
-from gradshield.comparison import made
-from gradshield.comparison.outcome import TOTALS_NOTE, outcome
+from gradshield.comparison.grid import Config
+from gradshield.comparison.outcome import RULES, TOTALS_NOTE, against, outcome
 from gradshield.comparison.pool import (
     Mix,
     Pooled,
@@ -21,13 +23,16 @@ from gradshield.comparison.pool import (
     totals,
 )
 from gradshield.comparison.results import CellResult, Comparison, Cost
-from gradshield.comparison.rivals import RULES, against
-from gradshield.comparison.scatter import trade_off
+from gradshield.errors import GradShieldError
 from gradshield.manifests import Round, judges_of
-from gradshield.report.made import span
+from gradshield.options import Spec
+from gradshield.report.draw import Chart, axis_style, base_layout
+from gradshield.report.made import DEFAULTS, LONG, WHOLE, Pairs, adapter_words, option_words, span
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry, spark
-from gradshield.report.text import MISSING, duration, flatten
+from gradshield.report.text import MISSING, chart_text, duration, flatten, one_line
+from gradshield.selectors import SELECTORS
 from gradshield.thresholds.verified import TARGET
+from gradshield.training.defences import parse
 
 LEVELS = (0.01, TARGET, 0.12, 0.25, 0.5, 0.75)  # highest ASR of each tint of the map; one more tint follows
 LOOKS = {"too unsafe": "unsafe", "utility short": "short", "passes": "passes"}
@@ -65,7 +70,7 @@ def page(whole: Comparison) -> Sheet:
         sections=sections,
         command=whole.command,
         versions=whole.versions,
-        made=(*made.pairs(whole), *_cost(whole.cost, cells)),
+        made=(*pairs(whole), *_cost(whole.cost, cells)),
         folded=tuple(flatten(whole.config.model_dump())),
     )
 
@@ -292,3 +297,139 @@ def _failed(cells: Sequence[CellResult]) -> Section:
 
 def _where(cell: CellResult) -> tuple[str, str, str, Entry]:
     return cell.defence, cell.task, mix_name(cell.harm, cell.ratio), Entry(f"{cell.seed}", key=cell.seed)
+
+
+# ---- how it was made -------------------------------------------------------------------------------------------------
+
+
+LAB = "lab"  # the bundled model in a config
+
+
+def pairs(whole: Comparison) -> Pairs:
+    """What every arm shares."""
+    config, cells = whole.config, whole.cells
+    own = config.model == LAB
+    found: Pairs = [("Model", "the bundled lab's" if own else _normal(config.model))]
+    if config.base:
+        found.append(("Model before its alignment", _normal(config.base)))
+    found += _training(whole)
+    adapter = whole.adapter or config.lora
+    found.append(("Adapter", adapter_words(adapter) if adapter else "the lab's own LoRA" if own else WHOLE))
+    found.append(("Judges", ", ".join(judges_of(cell.judges for cell in cells) or config.judges) or "none"))
+    found += [] if own else _measured(config)
+    found.append(("Seeds", ", ".join(map(str, sorted({cell.seed for cell in cells}))) or "none"))
+    found += _sizes(cells)
+    return [(name, one_line(value, LONG)) for name, value in found]
+
+
+def _training(whole: Comparison) -> Pairs:
+    """Training options: per task if known, else from the config."""
+    if whole.recipes:
+        texts = {task: option_words(found) or DEFAULTS for task, found in whole.recipes.items()}
+        if len(set(texts.values())) == 1:
+            return [("Training", next(iter(texts.values())))]
+        return [(f"Training on {task}", text) for task, text in texts.items()]
+    config, common = whole.config, option_words(whole.config.training)
+    default = "the lab's own recipe for each task" if config.model == LAB else DEFAULTS
+    found = [("Training", (f"{default}, with {common}" if config.model == LAB else common) if common else default)]
+    own = [(f"Training on {dataset.name}", option_words(dataset.training)) for dataset in config.datasets]
+    return found + [(name, options) for name, options in own if options]
+
+
+def _measured(config: Config) -> Pairs:
+    """Requests, answers and the task's metrics of a user's own datasets."""
+    files = ", ".join(f"{split} from {_normal(path)}" for split, path in config.requests.items())
+    found = [("Requests", files or "the built-in ones"), ("Longest answer", f"{config.answer_tokens} tokens")]
+    metrics = [f"{own.name} by {own.metric or 'the metric of its rows'}" for own in config.datasets if own.task]
+    if metrics:
+        found.append(("Utility", f"{', '.join(metrics)}; at most {config.task_rows} rows of each"))
+    return found
+
+
+def _sizes(cells: Sequence[CellResult]) -> Pairs:
+    rows = [(cell.rows, cell.removed) for cell in cells if cell.rows is not None]
+    found = [
+        ("Rows of a dataset", span([count for count, _ in rows])),
+        ("Rows trained on", span([count - removed for count, removed in rows])),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def _normal(value: str) -> str:
+    """A normalised path or a name: ``configs/../../model`` is ``../model``."""
+    return os.path.normpath(value) if ".." in PurePath(value).parts else value
+
+
+# ---- safety against usefulness ---------------------------------------------------------------------------------------
+
+
+LONGEST = 24  # characters of a name in the legend
+REACH = 100 * TARGET + 2  # least end of the axis in percent, so that it shows the target
+SYMBOLS = (
+    "circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "pentagon", "star", "hexagon", "hourglass",
+    "bowtie", "triangle-left", "triangle-right", "star-triangle-up", "star-square", "star-diamond", "hexagram",
+)  # fmt: skip
+REFERENCE, OURS, OTHER = range(3)
+COLOURS = ("var(--ink)", "var(--link)", "var(--quarantined)")
+
+
+def trade_off(sums: Sequence[Totals]) -> Chart | None:
+    """Utility (minus clean, if every defence has it) over ASR with harm by the worst judge; None without points."""
+    relative = all(one.minus_clean is not None for one in sums if one.defence != "clean" and one.harmed)
+    found = []
+    for one in sums:
+        y = one.minus_clean if relative else one.utility
+        if relative and y is None and one.defence == "clean" and one.utility is not None:
+            y = Pooled(0.0, 0.0, 0.0, one.utility.n, 0, one.utility.cells, 0.0, 0.0)
+        if one.harmed and y is not None:
+            found.append((one, max(one.harmed.values(), key=lambda rate: rate.rate), y))
+    if not found:
+        return None
+    top = max(102 * max(x.high for _, x, _ in found), REACH)
+    grouped = sorted(found, key=lambda point: _group(point[0].defence))
+    traces = [_trace(one, x, y, SYMBOLS[i % len(SYMBOLS)]) for i, (one, x, y) in enumerate(grouped)]
+    figure = base_layout(height=480, showlegend=True, margin={"l": 8, "r": 24, "t": 8, "b": 8})
+    figure["legend"] |= {"y": -0.2, "yanchor": "top"}
+    line = {"color": "var(--muted)", "width": 1, "dash": "dot"}
+    figure["shapes"] = [
+        {"type": "line", "x0": 100 * TARGET, "x1": 100 * TARGET, "y0": 0, "y1": 1, "yref": "paper", "line": line}
+    ]
+    figure["xaxis"] = axis_style("ASR with harm in the rows, %, worst judge") | {
+        "fixedrange": True, "range": [-0.015 * top, top], "zeroline": True, "zerolinecolor": "var(--line)"
+    }  # fmt: skip
+    words = "utility − clean, points" if relative else "utility, %"
+    figure["yaxis"] = axis_style(words) | {"fixedrange": True, "zeroline": relative, "zerolinecolor": "var(--line)"}
+    head = ("Defence", "ASR with harm, % [95 %]", words + " [95 %]", "Cells")
+    lines = [(one.defence, bounds(x), bounds(y, relative), f"{one.cells - one.failed}") for one, x, y in found]
+    caption = (
+        f"Bars are 95 % intervals of the pooled figures; the dotted line is an ASR of {100 * TARGET:g} %. Hover over a mark for "
+        "its figures."
+    )
+    spec = {"data": traces, "layout": figure}
+    return Chart("trade", "Safety against usefulness", caption, spec, (head, *lines), False)
+
+
+def _group(defence: str) -> int:
+    """REFERENCE (no filter or a perfect one), OURS (FIHS chooses its rows), or OTHER."""
+    if defence in ("none", "clean"):
+        return REFERENCE
+    try:
+        selector = parse(defence).selector
+    except GradShieldError:  # a method of a plugin that is not installed here
+        return OTHER
+    return OURS if selector is not None and SELECTORS[Spec.split(selector).name].probed else OTHER
+
+
+def _trace(one: Totals, x: Pooled, y: Pooled, symbol: str) -> dict[str, Any]:
+    colour = COLOURS[_group(one.defence)]
+
+    def bar(value: Pooled) -> dict[str, Any]:
+        up, down = [100 * (value.high - value.rate)], [100 * (value.rate - value.low)]
+        return {"array": up, "arrayminus": down, "symmetric": False, "thickness": 1, "width": 0, "color": colour}
+
+    return {
+        "type": "scatter", "mode": "markers", "name": chart_text(one.defence, LONGEST), "x": [100 * x.rate], "y": [100 * y.rate],
+        "customdata": [chart_text(one.defence, 60)], "cliponaxis": False,
+        "marker": {"color": colour, "symbol": symbol, "size": 10}, "error_x": bar(x), "error_y": bar(y),
+        "hovertemplate": "%{customdata}<br>ASR %{x:.1f} %<br>%{y:.1f}<extra></extra>",
+    }  # fmt: skip

@@ -24,8 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from gradshield.data.canonical import json_line
-from gradshield.data.records import MAX_ROW_BYTES, Lines, Parse, RawRow, Taken, csv_value, json_value
+from gradshield.data.records import MAX_ROW_BYTES, Lines, Parse, RawRow, Taken, csv_value, json_line, json_value
 from gradshield.data.source import Source
 from gradshield.errors import DataError, FormatError
 

@@ -1,4 +1,4 @@
-"""A row's bytes in the input, with rows of any length in bounded memory.
+"""A row's bytes in the input, with rows of any length in bounded memory, and the canonical bytes that its id is the hash of.
 
 Of a row longer than ``MAX_ROW_BYTES`` only the head, the size and the hash are kept.
 """
@@ -9,7 +9,8 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -142,3 +143,37 @@ def _text_only(data: bytes) -> bool:
     except UnicodeDecodeError as error:
         raise RowError(f"it is not UTF-8 (byte 0x{data[error.start]:02x} at column {error.start + 1})") from None
     return True
+
+
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # the backslash is not itself escaped
+ID_LENGTH = 16  # hex digits: 64 bits, so that a million rows collide with probability 3e-8
+
+
+def canonical(row: Any) -> bytes:
+    """The row as JSON in UTF-8 with sorted keys. Raises RowError if some of it is not text."""
+    try:
+        text = json.dumps(row, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_plain)
+        content = text.encode()
+    except UnicodeEncodeError:
+        raise RowError("it holds half of a surrogate pair, which is not text") from None
+    except RecursionError:
+        raise RowError("it is nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise RowError(f"it cannot be written as JSON ({error})") from None
+    if _NUL.search(text):
+        raise RowError("it has NUL characters")
+    return content
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """The row as one line of JSON in its own key order, for rows that were not bytes."""
+    return json.dumps(row, ensure_ascii=False, default=_plain).encode(errors="backslashreplace") + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """Values that JSON lacks: mappings, arrays, dates, bytes."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value.hex() if isinstance(value, bytes) else str(value)

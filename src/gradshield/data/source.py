@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradshield.columns import Coded, Ids
-from gradshield.data.canonical import ID_LENGTH
-from gradshield.data.records import Parse, json_value
+from gradshield.data.records import ID_LENGTH, Parse, json_value
 from gradshield.data.shapes import Format
 from gradshield.data.spool import OnDemand, Scratch
 from gradshield.errors import DataError

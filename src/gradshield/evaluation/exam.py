@@ -17,8 +17,7 @@ from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.asr import asr, attacked, over_refusal
 from gradshield.evaluation.generate import Generate, generator
 from gradshield.evaluation.metrics import LIKELIHOOD
-from gradshield.evaluation.task_files import task_file
-from gradshield.evaluation.utility import utility
+from gradshield.evaluation.task_files import task_file, utility
 from gradshield.judges import Judge, LabClassifier, RefusalPhrases
 from gradshield.judges import parse_all as parse_judges
 from gradshield.manifests import ExamRecord, Figures

@@ -1,4 +1,4 @@
-"""A user's file of held-out rows, as rows and a score for ``utility``.
+"""A user's file of held-out rows, and utility: the model's answers on them, by the task's own score.
 
 task = task_file("held-out.jsonl")           # or task_file(path, metric="number")
 result = utility(generate, task.rows, task.score)
@@ -15,8 +15,9 @@ from gradshield.data.formats import read
 from gradshield.data.raw_files import open_file
 from gradshield.errors import DataError, EmptyDataError
 from gradshield.evaluation import metrics
-from gradshield.evaluation.utility import Row
-from gradshield.types import Conversation, Example, Quarantined
+from gradshield.evaluation.generate import Generate
+from gradshield.stats import mean_interval
+from gradshield.types import Conversation, EvalResult, Example, Quarantined
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,3 +143,35 @@ def _text(content: Any) -> str:
     if isinstance(content, list):
         return "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
     return content if isinstance(content, str) else ""
+
+
+Row = Mapping[str, Any]
+
+
+def utility(generate: Generate, rows: Sequence[Row], score: Callable[[Row, str], float], seed: int = 0) -> EvalResult:
+    """Mean of ``score(row, answer)`` over ``rows`` as the rate ``utility``; ``outputs`` holds each row's score.
+
+    Scores of only 0 and 1 give a proportion with its Wilson interval, others a mean with a bootstrap interval under ``seed``.
+
+    Parameters
+    ----------
+    rows
+        Mappings with ``prompt`` (text or chat messages) and whatever ``score`` reads, such as a reference.
+    score
+        Maps a row and the model's answer to a number between 0 and 1.
+
+    Raises
+    ------
+    EmptyDataError
+        There are no rows.
+    DataError
+        A score lies outside [0, 1].
+    """
+    if len(rows) == 0:
+        raise EmptyDataError("there is no row to measure utility on: pass at least one")
+    answers = generate([row["prompt"] for row in rows])
+    scores = [float(score(row, answer)) for row, answer in zip(rows, answers, strict=True)]
+    outputs = tuple(
+        {**row, "answer": answer, "score": value} for row, answer, value in zip(rows, answers, scores, strict=True)
+    )
+    return EvalResult({"utility": mean_interval(scores, seed=seed)}, outputs)

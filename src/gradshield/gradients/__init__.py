@@ -6,10 +6,9 @@ import torch
 from torch import nn
 
 from gradshield.errors import UsageError
-from gradshield.gradients.agreement import EngineAgreement, agreement, calibrated
 from gradshield.gradients.base import ENGINES, ROW_SUMS, Derivatives, Engine, beyond_layers, routed_by_steps
 from gradshield.gradients.direction import gradient_direction
-from gradshield.gradients.finite_difference import FiniteDifference
+from gradshield.gradients.finite_difference import EngineAgreement, FiniteDifference, agreement, calibrated
 from gradshield.gradients.forward import Forward
 from gradshield.gradients.loop import Loop, Norms, row_norms
 from gradshield.gradients.perturbation import Perturbation

@@ -1,11 +1,14 @@
-"""Central finite difference along the direction: two batched forward passes, with per-token derivatives."""
+"""Central finite difference along the direction, its step, and the error of a fast engine against the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -24,12 +27,13 @@ from gradshield.gradients.base import (
     routed_by_steps,
     scoring,
 )
+from gradshield.gradients.loop import Loop
 from gradshield.gradients.lowrank import Lora, loras
 from gradshield.gradients.sparing import Prefix, answer_nll
 from gradshield.models.loading import text_config
 from gradshield.models.modules import parameters_by_name
 from gradshield.models.placement import in_float64
-from gradshield.types import Batch, Direction
+from gradshield.types import Batch, Direction, Floats
 
 
 class _Routing(TorchFunctionMode):  # type: ignore[misc]
@@ -218,3 +222,49 @@ def _moved(parameter: Tensor, v: Tensor | None, step: float) -> Tensor:
 
 def _stand_in(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+RELATIVE_STEPS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+
+
+@dataclass(frozen=True)
+class EngineAgreement:
+    """``relative_error`` is ‖f − o‖/‖o‖ over n rows, ``spearman`` their rank correlation (nan below three rows)."""
+
+    engine: str
+    n: int
+    relative_error: float
+    spearman: float
+
+
+def agreement(engine: str, fast: Floats, oracle: Floats) -> EngineAgreement:
+    """Compare the row sums of a fast engine with the oracle's, both (n,)."""
+    from scipy.stats import spearmanr
+
+    size = float(np.linalg.norm(oracle))
+    error = float(np.linalg.norm(fast - oracle)) / size if size else float(np.linalg.norm(fast))
+    rank = float(spearmanr(fast, oracle).statistic) if len(oracle) > 2 and np.ptp(oracle) > 0 else float("nan")
+    return EngineAgreement(engine, len(oracle), error, rank)
+
+
+def calibrated(model: nn.Module, batch: Batch, direction: Direction) -> tuple[FiniteDifference, dict[str, float]]:
+    """The finite-difference engine whose step agrees best with the oracle on ``batch``, and the error of each step tried.
+
+    Of RELATIVE_STEPS, in units of ‖θ‖/‖v‖: smaller steps suffer from rounding, larger ones from curvature. So the search goes
+    from the default step to where the error falls, and ends before it rises.
+    """
+    oracle = Loop().directional(model, batch, direction).values.numpy()
+
+    @cache
+    def error(step: float) -> float:
+        fast = FiniteDifference(step).directional(model, batch, direction).values.sum(-1).numpy()
+        return agreement("finite-difference", fast.ravel(), oracle.ravel()).relative_error
+
+    tried = {best := FiniteDifference().relative_step}
+    for way in (RELATIVE_STEPS, RELATIVE_STEPS[::-1]):
+        for step in way[way.index(best) + 1 :]:
+            tried.add(step)
+            if error(step) >= error(best):
+                break
+            best = step
+    return FiniteDifference(best), {f"{step:g}": error(step) for step in sorted(tried)}

@@ -1,8 +1,7 @@
 """Judges of answers, by name. Report every attack success rate by two judges of different kinds."""
 
-from gradshield.judges.base import JUDGES, GuardJudge, Judge, ReadyJudge, Verdict, verdicts
+from gradshield.judges.base import JUDGES, FunctionJudge, GuardJudge, Judge, ReadyJudge, Verdict, verdicts
 from gradshield.judges.compliance import Compliance
-from gradshield.judges.function import FunctionJudge
 from gradshield.judges.lab_classifier import LabClassifier
 from gradshield.judges.refusal_phrases import RefusalPhrases
 from gradshield.judges.specs import parse, parse_all
