@@ -5,21 +5,17 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.models.bloom import BloomConfig
 
 from gradshield.gradients import ENGINES, FiniteDifference, Loop, agreement, gradient_direction, parameter_names
-from gradshield.gradients.base import DeviceBatch
-from gradshield.gradients.sparing import Prefix, answer_nll
+from gradshield.gradients.sparing import Prefix
 from gradshield.gradients.subspace import decoder_layers
-from gradshield.models.logits import output_head, token_nll
+from gradshield.models.logits import output_head
 from gradshield.types import Direction
 from tests.contracts.common import batch_of, differences, gap, rows, state, two_directions
-from tests.tiny import ARCHITECTURES, VOCABULARY, tiny_model
+from tests.tiny import ARCHITECTURES, tiny_model
 
 BATCH = batch_of(rows())
 
@@ -119,45 +115,6 @@ def test_all_of_it_runs_where_layers_share_a_place_to_write_into(monkeypatch: py
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda _m, args, kwargs: (args, {**kwargs, "shared": shared}), with_kwargs=True)
     assert _passes_below(model, two_directions(model, "last:1")) == 4
-
-
-@pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if arch != "lfm2"])  # whose MLP has another name
-def test_the_last_mlp_runs_where_a_token_is_predicted_and_changes_nothing(arch: str) -> None:
-    model = tiny_model(arch)
-    data = DeviceBatch.of(BATCH, model)
-    last = Seen(decoder_layers(model)[1][-1].mlp)
-    with torch.no_grad():
-        found, whole = answer_nll(model, data), token_nll(model, data.ids, data.attention, data.loss)
-    count, width = BATCH.ids.shape
-    assert [shape[:2] for shape in last.shapes] == [(1, int(BATCH.loss.sum())), (count, width)]
-    assert not found[~data.loss].any()
-    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
-
-
-def test_a_last_layer_that_runs_twice_gets_all_positions() -> None:
-    model = tiny_model("llama")
-    first, last = model.model.layers
-    model.model.layers = nn.ModuleList([first, last, last])
-    model.config.num_hidden_layers = 3
-    data = DeviceBatch.of(BATCH, model)
-    with torch.no_grad():
-        assert torch.equal(answer_nll(model, data), token_nll(model, data.ids, data.attention, data.loss))
-
-
-@pytest.mark.parametrize("name", ["finite-difference", "perturbation"])  # BLOOM's activation has no forward mode
-@pytest.mark.parametrize("lengths", [(9, 30, 14, 22, 6), (9, 9, 9)])  # of the second, M = T positions are predicted
-def test_a_last_mlp_that_adds_the_residual_itself_gets_all_positions(name: str, lengths: tuple[int, ...]) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        shape = {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1}
-        model = AutoModelForCausalLM.from_config(BloomConfig(**shape, pad_token_id=0)).eval()
-    direction, batch = two_directions(model, "last:1"), batch_of(rows(lengths))
-    if len(set(lengths)) == 1:
-        batch.loss[:] = np.arange(9) >= 6
-    found = ENGINES[name]().directional(model, batch, direction).values
-    sums = found.sum(-1) if found.dim() == 3 else found
-    oracle = Loop().directional(model, batch, direction).values
-    assert agreement(name, sums.numpy().ravel(), oracle.numpy().ravel()).relative_error <= 1e-2
 
 
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "loop"])

@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd as _Conv
 
 from gradshield.errors import UsageError
 from gradshield.models.loading import evaluating
+from gradshield.models.logits import token_nll
 from gradshield.models.modules import modules_by_name, parameters_by_name, parameters_of
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction
@@ -67,6 +68,10 @@ class DeviceBatch:
             attention=torch.as_tensor(batch.attention, dtype=torch.long, device=device),
             loss=torch.as_tensor(batch.loss, dtype=torch.bool, device=device),
         )
+
+    def nll(self, model: nn.Module) -> Tensor:
+        """`token_nll` of the whole batch: (B, T)."""
+        return token_nll(model, self.ids, self.attention, self.loss)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from gradshield.gradients.base import (
 )
 from gradshield.gradients.loop import Loop
 from gradshield.gradients.lowrank import Lora, loras
-from gradshield.gradients.sparing import Prefix, answer_nll
+from gradshield.gradients.sparing import Prefix
 from gradshield.models.loading import text_config
 from gradshield.models.modules import parameters_by_name
 from gradshield.models.placement import in_float64
@@ -101,7 +101,7 @@ class FiniteDifference:
         prefix = Prefix(model, [module for module, _ in places])
 
         def losses() -> Tensor:
-            return in_float64(answer_nll(model, data)).cpu()
+            return in_float64(data.nll(model)).cpu()
 
         with scoring(model), torch.no_grad():
             routing = _Routing() if experts(text_config(model)) else None

@@ -19,21 +19,20 @@ from gradshield.gradients.base import (
     scoring,
     torch_attention,
 )
-from gradshield.gradients.sparing import answer_nll
 from gradshield.models.modules import parameters_by_name
 from gradshield.models.placement import in_float64
 from gradshield.types import Batch, Direction
 
 
 class _TokenLoss(nn.Module):
-    """answer_nll as a module, so that functional_call can swap the model's parameters."""
+    """The loss of a batch as a module, so that functional_call can swap the model's parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, data: DeviceBatch) -> Tensor:
-        return answer_nll(self.model, data)
+        return data.nll(self.model)
 
 
 @ENGINES.register("forward")

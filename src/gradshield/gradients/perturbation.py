@@ -33,8 +33,7 @@ from gradshield.gradients.base import (
     scoring,
 )
 from gradshield.gradients.lowrank import Lora, loras, starting
-from gradshield.gradients.sparing import answer_nll, gathering
-from gradshield.models.logits import token_nll
+from gradshield.models.logits import output_head
 from gradshield.models.modules import modules_by_name
 from gradshield.models.placement import in_float64
 from gradshield.types import Batch, Direction
@@ -66,19 +65,17 @@ class _Rows:
 
     def __init__(self, data: DeviceBatch, model: nn.Module) -> None:
         self.count, self.width = data.ids.shape
-        self.gathered = {id(m) for holder in gathering(model) for m in holder.modules()}
+        self.gathered = {id(m) for m in output_head(model).modules()}
         self.predicting = data.loss[:, 1:].nonzero()[:, 0]  # (M,) row of each gathered position
         self.each = torch.arange(self.count, device=data.ids.device).repeat_interleave(self.width)  # (B·T,)
 
     def of(self, module: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, int]:
         """The row of each position of an activation, flat, and the number of leading dimensions that hold positions.
 
-        Supported are (1, M, …) and (M, …) where the input was gathered, (B, T, …), and (B·T, …), as in routers and experts.
+        Supported are (1, M, …) in the head, whose input was gathered, (B, T, …), and (B·T, …), as in routers and experts.
         """
         if id(module) in self.gathered and shape[:2] == (1, len(self.predicting)):
             return self.predicting, 2
-        if id(module) in self.gathered and len(shape) == 2 and shape[0] == len(self.predicting):
-            return self.predicting, 1
         if shape[:2] == (self.count, self.width):
             return self.each, 2
         if shape[:1] == (self.count * self.width,):
@@ -219,7 +216,7 @@ def _all_followed(model: nn.Module, places: Places, data: DeviceBatch) -> Iterat
     moved = {f"{path}.{name}".removeprefix(".") for path in left for name in held[path]}
     shared = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in moved}
     with scoring(model, [name for name, p in model.named_parameters() if id(p) in shared]), torch.enable_grad():
-        reads = token_nll(model, data.ids, data.attention, data.loss).requires_grad
+        reads = data.nll(model).requires_grad
     if reads:
         raise UsageError(
             f"the engine perturbation works layer by layer, and the parent module of {left[0]} reads its weights directly: use "
@@ -250,7 +247,7 @@ class Perturbation:
             e = torch.zeros(shape, device=data.ids.device, requires_grad=True)
             places = followed(model, direction.tensors)
             with _all_followed(model, places, data), _perturbed(model, places, e, _Rows(data, model)):
-                losses = answer_nll(model, data)
+                losses = data.nll(model)
                 gradient = torch.zeros_like(e)
                 if losses.requires_grad:  # False if no layer with a moved parameter ran
                     (gradient,) = torch.autograd.grad(losses.sum(), e)

@@ -1,8 +1,7 @@
-"""Work that a pass can skip: layers whose output does not change, and positions whose logits are not needed.
+"""Work that a pass can skip: layers whose output does not change.
 
-Both are exact. A direction that moves only the last layers does not change their input, so the layers below run once for all
-passes over a batch. After the last layer's attention positions are independent, so its MLP is needed only where a loss token
-is predicted. A model that does not allow this is detected during the pass and then runs in full.
+A direction that moves only the last layers does not change their input, so the layers below run once for all passes over a batch,
+which is exact. A model that does not allow this is detected during the pass and then runs in full.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradshield.errors import ModelError
-from gradshield.gradients.base import DeviceBatch
 from gradshield.gradients.subspace import decoder_layers
-from gradshield.models.logits import output_head, predicting, token_nll
 from gradshield.models.modules import modules_by_name
 
 
@@ -113,65 +110,3 @@ def _plain(values: Iterable[Any]) -> bool:
         v is None or isinstance(v, Tensor | bool | int | float | str) or (isinstance(v, tuple) and _plain(v))
         for v in values
     )
-
-
-def answer_nll(model: nn.Module, data: DeviceBatch) -> Tensor:
-    """`token_nll`, (B, T), with the last layer's MLP run only at the M positions that predict a loss token.
-
-    A model that runs that MLP more than once in a pass needs all positions, and is run again in full.
-    """
-    last = _last_mlp(model)
-    where = predicting(data.loss)
-    entries = where.flatten().nonzero().squeeze(1)  # (M,)
-    if last is None or len(entries) in (0, where.numel()):
-        return token_nll(model, data.ids, data.attention, data.loss)
-    with _gathered(last, tuple(where.shape), entries) as calls:
-        found = token_nll(model, data.ids, data.attention, data.loss)
-    return found if len(calls) == 1 else token_nll(model, data.ids, data.attention, data.loss)
-
-
-def gathering(model: nn.Module) -> list[nn.Module]:
-    """The modules that see only the M positions in `answer_nll`: the head, and the last layer's MLP if it has one."""
-    last = _last_mlp(model)
-    return [output_head(model)] if last is None else [output_head(model), last]
-
-
-def _last_mlp(model: nn.Module) -> nn.Module | None:
-    layers = _layers(model)
-    found = getattr(layers[-1], "mlp", None) if layers else None
-    return found if isinstance(found, nn.Module) else None
-
-
-@contextmanager
-def _gathered(module: nn.Module, shape: tuple[int, ...], entries: Tensor) -> Iterator[list[bool]]:
-    """The module sees M of the (B, T) positions, as (1, M, D), and gives zero at the others. Yields one item per call.
-
-    A module with a second per-position argument (BLOOM's adds the residual itself) sees all positions.
-    """
-    calls: list[bool] = []
-
-    def gather(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        by_position = [isinstance(a, Tensor) and tuple(a.shape[:2]) == shape for a in (*args, *kwargs.values())]
-        calls.append(bool(args) and by_position[0] and sum(by_position) == 1)
-        if not calls[-1]:
-            return None
-        return (args[0].flatten(0, 1).index_select(0, entries.to(args[0].device)).unsqueeze(0), *args[1:]), kwargs
-
-    def scatter(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return _spread(output, shape, entries) if calls[-1] else None
-
-    with (
-        module.register_forward_pre_hook(gather, prepend=True, with_kwargs=True),
-        module.register_forward_hook(scatter),
-    ):
-        yield calls
-
-
-def _spread(output: Any, shape: tuple[int, ...], entries: Tensor) -> Any:
-    """(1, M, D) as (B, T, D), zero where nothing was gathered; applied to each such tensor of a tuple."""
-    if isinstance(output, tuple):
-        return tuple(_spread(o, shape, entries) for o in output)
-    if not isinstance(output, Tensor) or output.shape[:2] != (1, len(entries)):
-        return output
-    out = output.new_zeros(shape[0] * shape[1], *output.shape[2:])
-    return out.index_copy(0, entries.to(out.device), output[0]).unflatten(0, shape)
