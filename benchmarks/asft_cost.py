@@ -27,7 +27,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradshield.gradients import target_names
 from gradshield.gradients.alignment import Alignment
-from gradshield.gradients.direction import digest
 from gradshield.training.adapters import adapted_layers
 from gradshield.training.asft import AsFT
 
@@ -59,7 +58,7 @@ def build(shape: Mapping[str, int]) -> tuple[nn.Module, Alignment]:
     config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     shapes = dict(model.named_parameters())
     tensors = {name: 0.001 * torch.randn_like(shapes[name]) for name in target_names(model, config)}
-    return peft.get_peft_model(model, config), Alignment(tensors, digest((), tensors))
+    return peft.get_peft_model(model, config), Alignment(tensors)
 
 
 def dense(model: nn.Module, alignment: Alignment) -> Tensor:

@@ -25,7 +25,7 @@ from gradshield.lab.harm import Pair
 from gradshield.probes import requests
 from gradshield.scanning import outputs
 from gradshield.scanning.settings import ScanSettings
-from gradshield.thresholds import Conformal
+from gradshield.thresholds.conformal import Conformal
 from gradshield.training.course import Chosen, Course
 from gradshield.training.defences import Defence, parse
 from gradshield.types import Bools, EvalResult

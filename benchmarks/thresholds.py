@@ -15,7 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gradshield.thresholds import Adaptive, Competition, Conformal, Decoy, Fixed, Ratio, Threshold
+from gradshield.thresholds import Threshold
+from gradshield.thresholds.adaptive import Adaptive
+from gradshield.thresholds.competition import Competition
+from gradshield.thresholds.conformal import Conformal
+from gradshield.thresholds.decoy import Decoy
+from gradshield.thresholds.fixed import Fixed
+from gradshield.thresholds.ratio import Ratio
 from gradshield.types import Floats
 
 PORTION, ROUNDS = 0.05, 3

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from gradshield.gradients import ENGINES, adapted, gradient_direction, parameter_names
-from gradshield.gradients.base import owners
+from gradshield.gradients.base import followed
 from gradshield.models.logits import output_head
 from gradshield.types import Direction
 from tests.contracts.common import batch_of, differences, gap, lora, one, rows, state, two_directions
@@ -62,7 +62,7 @@ def test_engine_leaves_the_model_bit_identical(name: str, borrowed: tuple[nn.Mod
 
     # A hook of the caller's raises inside the forward of a layer that holds parameters of the direction: the first
     # such layer, whose stand-in is then in its slot, and one near the end, from the first call to the last.
-    places = [m for m, _ in owners(model, direction.tensors) if m is not output_head(model)]
+    places = [m for m, _ in followed(model, direction.tensors) if m is not output_head(model)]
     for module, error in ((places[0], Stop("first")), (places[-2], KeyboardInterrupt())):
         counter = Interrupt()
         with module.register_forward_hook(counter):

@@ -44,7 +44,6 @@ def test_a_classifier() -> None:
     assert judge.name == "classifier:toxic-model"
     assert (judge.guard.source, judge.guard.wanted) == ("org/toxic-model", ("toxic", "severe toxic"))
     assert (judge.guard.reads, judge.guard.dtype, judge.guard.device) == ("answer", "bfloat16", "cpu")
-    assert judge.guard.trust_remote_code is False
 
 
 def test_a_folder_may_hold_what_else_parts_a_spec() -> None:
@@ -92,7 +91,7 @@ def test_a_judge_given_twice_is_refused(twice: list[str]) -> None:
 def test_a_guard_that_writes() -> None:
     judge = parse("guard:org/Guard-8B,words=no+Yes")
     assert isinstance(judge, GuardJudge) and isinstance(judge.guard, Generative)
-    assert (judge.name, judge.guard.words, judge.guard.trust_remote_code) == ("guard:Guard-8B", ("no", "yes"), False)
+    assert (judge.name, judge.guard.words) == ("guard:Guard-8B", ("no", "yes"))
 
 
 @pytest.mark.parametrize(("kind", "guard"), [("llm", Llm), ("moderation", Moderations)])

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradshield.errors import DataError, EmptyDataError, UnknownNameError, UsageError
-from gradshield.thresholds import THRESHOLDS, Conformal, Fixed, Threshold, parse
+from gradshield.thresholds import THRESHOLDS, Threshold, parse
+from gradshield.thresholds.conformal import Conformal
+from gradshield.thresholds.fixed import Fixed
 from gradshield.types import Anchors, Cut, Floats
 
 NAMES = list(THRESHOLDS)

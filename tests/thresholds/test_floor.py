@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gradshield.thresholds import Competition
+from gradshield.thresholds.competition import Competition
 from gradshield.types import LEAST_ANCHORS, Anchors
 
 

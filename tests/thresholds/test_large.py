@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.thresholds import PORTION, rules, scores
-from gradshield.thresholds import Adaptive, adaptive
+from gradshield.thresholds import adaptive
+from gradshield.thresholds.adaptive import Adaptive
 
 SHAPES = ("one hump", "long tail", "two humps")
 

@@ -11,9 +11,11 @@ from scipy import stats
 from sklearn.mixture import GaussianMixture
 
 from gradshield.errors import DataError
-from gradshield.thresholds import Adaptive, Competition, Conformal, Decoy, Ratio
-from gradshield.thresholds.competition import counting_cut, expected_beyond, tail_cut
-from gradshield.thresholds.decoy import smallest_cut
+from gradshield.thresholds.adaptive import Adaptive
+from gradshield.thresholds.competition import Competition, counting_cut, expected_beyond, tail_cut
+from gradshield.thresholds.conformal import Conformal
+from gradshield.thresholds.decoy import Decoy, smallest_cut
+from gradshield.thresholds.ratio import Ratio
 from gradshield.types import Floats
 
 # ---- adaptive: Algorithm 1

@@ -16,8 +16,7 @@ from gradshield.errors import EmptyDataError, UsageError
 from gradshield.manifests import Round, Search
 from gradshield.options import Spec, build
 from gradshield.stats import wilson
-from gradshield.thresholds import Trial, Verified, decided
-from gradshield.thresholds.verified import PASSES, TOO_UNSAFE, UTILITY_SHORT, safest
+from gradshield.thresholds.verified import PASSES, TOO_UNSAFE, UTILITY_SHORT, Trial, Verified, decided, safest
 from gradshield.types import Bools, Floats, Rate
 
 PROMPTS = 128

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from gradshield.errors import UsageError
 from gradshield.gradients import target_names
 from gradshield.gradients.alignment import Alignment, alignment
-from gradshield.gradients.direction import digest
 from gradshield.training.asft import AsFT, penalty, penalty_full, published, top
 from gradshield.training.penalties import PENALTIES
 from tests.tiny import tiny_model
@@ -346,7 +345,7 @@ def test_it_is_registered_and_says_whose_it_is() -> None:
 )
 def test_settings_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        AsFT(Alignment({}, ""), **options)
+        AsFT(Alignment({}), **options)
 
 
 def test_what_it_cannot_hold_is_refused() -> None:
@@ -362,10 +361,10 @@ def test_what_it_cannot_hold_is_refused() -> None:
         AsFT(direction).prepare(tiny_model("gpt2"))
     few = dict(list(direction.tensors.items())[1:])
     with pytest.raises(UsageError, match="no such weight: compute it with the peft_config"):
-        AsFT(Alignment(few, digest((), few))).prepare(model)
+        AsFT(Alignment(few)).prepare(model)
     bent = {name: v[:, :-1] for name, v in direction.tensors.items()}
     with pytest.raises(UsageError, match=r"has shape \(64, 63\)"):
-        AsFT(Alignment(bent, digest((), bent))).prepare(model)
+        AsFT(Alignment(bent)).prepare(model)
     model.merge_adapter()
     with pytest.raises(UsageError, match="already merged into its weight"):
         AsFT(direction).prepare(model)

@@ -150,7 +150,7 @@ def test_a_layer_that_did_not_move_or_has_no_direction_is_left_alone() -> None:
     with torch.no_grad():
         model.get_submodule("base_model.model." + second.removesuffix(".weight")).lora_B["default"].weight.zero_()
     kept = merged(model)
-    record = project(model, Alignment(tensors, ""), threshold=1.0)
+    record = project(model, Alignment(tensors), threshold=1.0)
     assert record.cosines[first] is None and record.cosines[second] is None
     assert set(record.projected) == set(tensors) - {first, second}
     assert torch.equal(merged(model)[first], kept[first])

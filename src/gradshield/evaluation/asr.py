@@ -131,8 +131,6 @@ def _rate(values: Bools) -> Rate:
 def _agreement(
     outputs: Sequence[Mapping[str, Any]], first: str, second: str, level: float, seed: int
 ) -> JudgeAgreement:
-    from sklearn.metrics import cohen_kappa_score
-
     check_level(level)
     verdicts = [(row["verdicts"][first]["unsafe"], row["verdicts"][second]["unsafe"]) for row in outputs]
     differ = tuple(i for i, (a, b) in enumerate(verdicts) if a is not b)
@@ -140,9 +138,11 @@ def _agreement(
     n = len(decided)
     if n == 0 or len(set(decided[:, 0])) == 1 or len(set(decided[:, 1])) == 1:
         return JudgeAgreement(judges=(first, second), n=n, kappa=None, low=None, high=None, differ=differ)
-    kappa = float(cohen_kappa_score(decided[:, 0], decided[:, 1]))
-    low, high = bootstrap(_kappa, (decided[:, 0], decided[:, 1]), level, seed)
-    return JudgeAgreement(judges=(first, second), n=n, kappa=kappa, low=low, high=high, differ=differ)
+    both = decided[:, 0], decided[:, 1]
+    low, high = bootstrap(_kappa, both, level, seed)
+    return JudgeAgreement(
+        judges=(first, second), n=n, kappa=float(_kappa(*both, axis=-1)), low=low, high=high, differ=differ
+    )
 
 
 def _kappa(first: Bools, second: Bools, axis: int) -> Floats:

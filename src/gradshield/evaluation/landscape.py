@@ -23,7 +23,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from gradshield.errors import DataError, UsageError
-from gradshield.gradients.base import owners
 from gradshield.models.placement import in_float64
 from gradshield.types import Floats, Rate
 
@@ -161,15 +160,19 @@ def moved(model: nn.Module, direction: Tensors, step: float) -> Iterator[None]:
         here = own[name].detach()
         shifted = torch.add(here.float(), tensor.to(here.device, torch.float32), alpha=step).to(here.dtype)
         stand_ins[id(own[name])] = nn.Parameter(shifted, requires_grad=False)
-    places = [(module, tuple(slots)) for module, slots in owners(model, direction)]
-    originals = [(module, {slot: module._parameters[slot] for slot in slots}) for module, slots in places]
+    slots = [
+        (module._parameters, slot, p)
+        for module in model.modules()
+        for slot, p in module._parameters.items()
+        if id(p) in stand_ins
+    ]
     try:
-        for module, mine in originals:
-            module._parameters.update({slot: stand_ins[id(parameter)] for slot, parameter in mine.items()})
+        for holder, slot, parameter in slots:
+            holder[slot] = stand_ins[id(parameter)]
         yield
     finally:
-        for module, mine in originals:
-            module._parameters.update(mine)
+        for holder, slot, parameter in slots:
+            holder[slot] = parameter
 
 
 def landscape(

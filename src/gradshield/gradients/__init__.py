@@ -10,7 +10,7 @@ from gradshield.gradients.base import ENGINES, ROW_SUMS, Derivatives, Engine, be
 from gradshield.gradients.direction import gradient_direction
 from gradshield.gradients.finite_difference import EngineAgreement, FiniteDifference, agreement, calibrated
 from gradshield.gradients.forward import Forward
-from gradshield.gradients.loop import Loop, Norms, row_norms
+from gradshield.gradients.loop import Loop, row_norms
 from gradshield.gradients.perturbation import Perturbation
 from gradshield.gradients.subspace import SUBSPACES, adapted, check_subspace, parameter_names, target_names
 from gradshield.models.loading import text_config
@@ -25,7 +25,6 @@ __all__ = [
     "FiniteDifference",
     "Forward",
     "Loop",
-    "Norms",
     "Perturbation",
     "adapted",
     "agreement",

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from gradshield.errors import ModelError, UsageError
-from gradshield.gradients.direction import digest
 from gradshield.models.placement import in_float64
 
 
@@ -24,11 +23,10 @@ class Alignment:
     """One V for each weight matrix: ``tensors[name]`` is (d_out, d_in), float32, on the CPU.
 
     Rows are outputs and columns inputs, whatever the layer's own layout, so a LoRA update ``scale * B @ A`` has V's shape.
-    Names are those of the model without an adapter. ``digest`` is the SHA-256 of names and bytes.
+    Names are those of the model without an adapter.
     """
 
     tensors: Mapping[str, Tensor]
-    digest: str
 
 
 def plain_name(name: str) -> str:
@@ -64,7 +62,7 @@ def alignment(aligned: nn.Module, base: nn.Module, names: Sequence[str]) -> Alig
             f"the aligned and the base model are identical in all {len(tensors)} weights, so there is no alignment direction: "
             "give as base the model before its alignment (the one without -Instruct or -chat)"
         )
-    return Alignment(tensors, digest((), tensors))
+    return Alignment(tensors)
 
 
 def _owned(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:

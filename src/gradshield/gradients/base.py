@@ -178,47 +178,25 @@ def check_layers(engine: str, model: nn.Module, direction: Direction) -> None:
 
 
 Places = Sequence[tuple[nn.Module, Mapping[str, Tensor]]]
-"""Modules, each with tensors by parameter name: the result of `owners` and `followed`."""
-
-
-def owners(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
-    """Modules that own the direction's parameters, each with its tensors by attribute name.
-
-    A tied parameter is listed under every module that uses it, so that each use moves.
-    """
-    return _owners(modules_by_name(model), tensors)
-
-
-def _owners(
-    modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
-) -> list[tuple[nn.Module, dict[str, Tensor]]]:
-    by_identity = {id(parameter): name for name, parameter in parameters_of(modules).items()}
-    found = []
-    for module in modules.values():
-        own = {
-            attribute: tensors[by_identity[id(parameter)]]
-            for attribute, parameter in module._parameters.items()
-            if parameter is not None and by_identity.get(id(parameter)) in tensors
-        }
-        if own:
-            found.append((module, own))
-    return found
+"""Modules, each with tensors by parameter name: the result of `followed`."""
 
 
 def followed(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
     """Modules in whose forward the direction's parameters act, each with its tensors by their name in it.
 
-    That is the owner, except for convolutions, which are listed under their parent (``conv.weight``): LFM2, Mamba and
-    similar models read a convolution's weights themselves and never run it.
+    That is the owner (every one of a tied parameter, so that each use moves), except for convolutions, which are listed under
+    their parent (``conv.weight``): LFM2, Mamba and similar models read a convolution's weights themselves and never run it.
     """
     modules = modules_by_name(model)
-    paths = {id(module): path for path, module in modules.items()}
+    names = {id(parameter): name for name, parameter in parameters_of(modules).items() if name in tensors}
     found: dict[str, dict[str, Tensor]] = {}
-    for owner, own in _owners(modules, tensors):
-        path = place = paths[id(owner)]
+    for path, owner in modules.items():
+        own = {slot: tensors[names[id(p)]] for slot, p in owner._parameters.items() if id(p) in names}
+        if not own:
+            continue
+        place = path
         while place and isinstance(modules[place], _Conv | nn.ModuleList | nn.ModuleDict):
             place = place.rpartition(".")[0]
         inner = path.removeprefix(place).removeprefix(".")
-        names = {f"{inner}.{name}".removeprefix("."): tensor for name, tensor in own.items()}
-        found.setdefault(place, {}).update(names)
+        found.setdefault(place, {}).update({f"{inner}.{slot}".removeprefix("."): v for slot, v in own.items()})
     return [(modules[place], own) for place, own in found.items()]

@@ -3,28 +3,8 @@
 ``verified`` is not one of them: it searches with real fine-tunes, passed in as a callable, and cannot cut by itself.
 """
 
-from gradshield.thresholds.adaptive import Adaptive
-from gradshield.thresholds.anchored import Anchored
+from gradshield.thresholds import adaptive, anchored, competition, conformal, decoy, fixed, ratio  # noqa: F401
 from gradshield.thresholds.base import THRESHOLDS, Threshold, parse
-from gradshield.thresholds.competition import Competition
-from gradshield.thresholds.conformal import Conformal
-from gradshield.thresholds.decoy import Decoy
-from gradshield.thresholds.fixed import Fixed
-from gradshield.thresholds.ratio import Ratio
-from gradshield.thresholds.verified import Trial, Verified, decided
+from gradshield.thresholds.verified import Verified
 
-__all__ = [
-    "THRESHOLDS",
-    "Adaptive",
-    "Anchored",
-    "Competition",
-    "Conformal",
-    "Decoy",
-    "Fixed",
-    "Ratio",
-    "Threshold",
-    "Trial",
-    "Verified",
-    "decided",
-    "parse",
-]
+__all__ = ["THRESHOLDS", "Threshold", "Verified", "parse"]

@@ -70,11 +70,10 @@ class Classifier:
         reads: Reads = "pair",
         device: str = "auto",
         dtype: str = "auto",
-        trust_remote_code: bool = False,
     ) -> None:
         check(Classifier, reads=reads)
         self.source, self.wanted, self.reads = str(model), tuple(unsafe), reads
-        self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
+        self.device, self.dtype = device, dtype
 
     @property
     def name(self) -> str:
@@ -137,8 +136,8 @@ class Classifier:
 
     @cached_property
     def _folder(self) -> Path:
-        folder = loading.fetch(self.source, None, self.trust_remote_code)
-        loading.check_folder(folder, self.source, self.trust_remote_code)
+        folder = loading.fetch(self.source, None, False)
+        loading.check_folder(folder, self.source, False)
         return folder
 
     @cached_property
@@ -146,9 +145,7 @@ class Classifier:
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(
-                self._folder, trust_remote_code=self.trust_remote_code, local_files_only=True
-            )
+            return AutoConfig.from_pretrained(self._folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
                 f"the config of {self.source} cannot be read ({errors.first_line(error)}): give a complete model folder"
@@ -156,7 +153,7 @@ class Classifier:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return loading.tokenizer_of([self._folder], self.source, self.trust_remote_code)
+        return loading.tokenizer_of([self._folder], self.source, False)
 
     @cached_property
     def _labels(self) -> tuple[str, ...]:
@@ -173,9 +170,8 @@ class Classifier:
 
         device = choose_device(self.device)
         # A language model loads here too, but it lacks the weights of the head.
-        options = {"dtype": choose_dtype(self.dtype, device), "trust_remote_code": self.trust_remote_code}
-        auto = AutoModelForSequenceClassification
-        return loading.pretrained(auto, self._folder, self.source, "text classifier", **options).to(device).eval()
+        dtype, auto = choose_dtype(self.dtype, device), AutoModelForSequenceClassification
+        return loading.pretrained(auto, self._folder, self.source, "text classifier", dtype=dtype).to(device).eval()
 
     @cached_property
     def _length(self) -> int:

@@ -54,13 +54,12 @@ class Generative:
         words: Sequence[str] = ("safe", "unsafe"),
         device: str = "auto",
         dtype: str = "auto",
-        trust_remote_code: bool = False,
     ) -> None:
         self.words = tuple(word.strip().lower() for word in words)
         if len(set(self.words)) != 2 or not all(re.fullmatch(r"\w+", word) for word in self.words):
             raise UsageError(f"words are {'+'.join(words)!r}: give two words, SAFE+UNSAFE, as the guard writes them")
         self.source = str(model)
-        self.device, self.dtype, self.trust_remote_code = device, dtype, trust_remote_code
+        self.device, self.dtype = device, dtype
         alternatives = "|".join(map(re.escape, self.words))
         self._verdict = re.compile(rf"\W*(?:\w+\s*:\W*)?({alternatives})(?!\w)", re.IGNORECASE)
 
@@ -96,11 +95,11 @@ class Generative:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return loading.load_tokenizer(self.source, self.trust_remote_code)
+        return loading.load_tokenizer(self.source)
 
     @cached_property
     def _loaded(self) -> loading.LoadedModel:
-        return loading.load(self.source, None, self.device, self.dtype, self.trust_remote_code)
+        return loading.load(self.source, None, self.device, self.dtype)
 
     @cached_property
     def _template_parts(self) -> bool:
