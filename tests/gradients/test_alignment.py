@@ -71,7 +71,7 @@ def test_names_of_a_model_with_its_adapter_are_those_of_the_plain_one() -> None:
     carrying = peft.get_peft_model(copy.deepcopy(aligned), copy.deepcopy(LORA))
     other = alignment(carrying, base, target_names(carrying, None))
     assert other.tensors.keys() == plain.tensors.keys()
-    assert other.digest == plain.digest
+    assert all(torch.equal(other.tensors[name], v) for name, v in plain.tensors.items())
 
 
 def test_a_weight_that_alignment_left_alone_is_reported() -> None:

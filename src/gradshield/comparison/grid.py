@@ -13,6 +13,7 @@ datasets:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -27,7 +28,6 @@ from gradshield import lab, runs
 from gradshield.errors import DataError, UsageError, did_you_mean
 from gradshield.files import file_digest
 from gradshield.judges import parse as parse_judge
-from gradshield.judges.guards import of_rows
 from gradshield.lab import manifest
 from gradshield.options import Spec, number
 from gradshield.thresholds import parse as parse_threshold
@@ -184,24 +184,15 @@ def _check_cell(config: Config, cell: Cell) -> None:
 def setting(config: Config, cell: Cell) -> str:
     """A hash of everything that a cell's figures depend on, except its mix and seed.
 
-    Files count by content, a defence with its defaults.
+    Files and folders count by content, wherever they are named; a defence with its defaults.
     """
-    own = config.dataset(cell.task)
-    inputs: dict[str, Any] = config.model_dump(include={"training", "lora", "judges", "answer_tokens", "task_rows"})
+    own, defence = config.dataset(cell.task), parse(cell.spec)
+    inputs = config.model_dump(exclude={"grids", "datasets"})
     inputs["version"] = version("gradshield")
-    inputs["models"] = [_content(name) for name in (config.model, config.base)]
-    inputs["requests"] = {split: _content(path) for split, path in config.requests.items()}
-    defence = parse(cell.spec)
     inputs["defence"] = asdict(replace(defence, verified=None))
-    if clean := _clean(defence):
-        inputs["clean"] = _content(clean)
-    rule = defence.verified
-    inputs["verified"] = None if rule is None else vars(rule)
-    if guards := _guards(config, defence):
-        inputs["guards"] = guards
-    if own is not None:
-        inputs["dataset"] = [_content(own.train), _content(own.labels), _content(own.task), own.metric, own.training]
-    return runs.digest(inputs)[:16]
+    inputs["verified"] = None if defence.verified is None else vars(defence.verified)
+    inputs["dataset"] = own and own.model_dump()
+    return runs.digest(_by_content(inputs))[:16]
 
 
 def _clean(defence: Defence) -> str | None:
@@ -215,29 +206,37 @@ def _clean(defence: Defence) -> str | None:
     return clean if isinstance(clean, str) else None
 
 
-def _guards(config: Config, defence: Defence) -> list[str | None]:
-    """The content of every local guard folder, of the judges and of the defence."""
-    kind, _, guard = (defence.selector or "").partition(":")
-    targets = [Spec.split(text).target for text in (*config.judges, *([of_rows(guard)] if kind == "guard" else []))]
-    return [_content(target) for target in targets if target and Path(target).is_dir()]
+def _by_content(value: Any) -> Any:
+    """The value with hashes in place of the files and folders that its texts name, also as a part of a spec."""
+    if isinstance(value, Mapping):
+        return {key: _by_content(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_by_content(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return next((value.replace(part, found) for part in _parts(value) if (found := _content(part)) != part), value)
 
 
-def _content(path: str | None) -> str | None:
+def _parts(text: str) -> Iterator[str]:
+    """A text, and the targets and options of the specs in it."""
+    yield text
+    spec = Spec.split(text)
+    for part in (spec.target, *spec.options.values()):
+        if part:
+            yield from _parts(part)
+
+
+def _content(path: str) -> str:
     """Hashes of what a name stands for; any other name as it is.
 
     That is a file's bytes, a folder's weights, configuration and chat template, or the bundled lab's manifest.
     """
-    if path is None:
-        return None
-    found = Path(path)
-    if path == "lab":
-        return _hashed(manifest.MANIFEST, manifest.MANIFEST.stat().st_mtime_ns)
-    if found.is_file():
-        return _hashed(found, found.stat().st_mtime_ns)
-    if found.is_dir():
-        files = sorted(p for pattern in ("*.safetensors", "*.json", "*.jinja") for p in found.glob(pattern))
-        return " ".join(_hashed(p, p.stat().st_mtime_ns) for p in files)
-    return path
+    found = manifest.MANIFEST if path == "lab" else Path(path)
+    if path == "" or not os.path.exists(found):
+        return path
+    patterns = ("*.safetensors", "*.json", "*.jinja")
+    files = [found] if found.is_file() else sorted(p for pattern in patterns for p in found.glob(pattern))
+    return " ".join(_hashed(p, p.stat().st_mtime_ns) for p in files) or path
 
 
 @cache
