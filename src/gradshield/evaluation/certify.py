@@ -151,41 +151,53 @@ def check(folder: str | Path) -> Checked:
     try:
         claim = Claim(*(predicate["claim"][key] for key in ("confidence", "looks", "limit")))
         source, in_place = predicate["calibration"], bool(predicate["start"]["in_place"])
-        certified, reason = bool(predicate["certified"]), predicate["reason"]
+        certified, reason, then = bool(predicate["certified"]), predicate["reason"], _listed(old)
     except (KeyError, TypeError, UsageError) as error:
         raise _unreadable(folder, f"its claim is broken, {type(error).__name__}: {error}") from None
-    changed = [] if text(old) == raw else [f"{CERTIFICATE} is not in the form in which it was written"]
-    same: list[str] = []
-    unchecked: list[str] = []
     kept = {key: source[key] for key in ("name", "sha256") if key in source} if isinstance(source, Mapping) else None
+    changed = [] if text(old) == raw else [f"{CERTIFICATE} is not in the form in which it was written"]
     run = None
     try:
         run = read(folder)
-        changed += _differences(old, _made(run, claim, kept, in_place))
-        changed += differing(run)
+        new, wrong = _made(run, claim, kept, in_place), differing(run)
     except (DataError, LookupError, TypeError, AttributeError, ValueError) as error:
-        if run is None:
-            now = {"subject": subject(folder), "predicate": {"files": evidence(folder)}}
-            changed += _differences(_only_files(old), _only_files(now))
-        changed.append(str(error))
-        return Checked(certified, reason, tuple(changed), (), ("everything that is computed from those files",))
+        new, wrong, run = {"subject": subject(folder), "predicate": {"files": evidence(folder)}}, [str(error)], None
+    now = _listed(new)
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            what = (
+                "is missing"
+                if name not in now
+                else "was added"
+                if name not in then
+                else "is not the file that was certified"
+            )
+            changed.append(f"{name} {what}")
+    if run is None:
+        return Checked(certified, reason, (*changed, *wrong), (), ("everything that is computed from those files",))
+    changed += [*_differences(old, new), *wrong]
+    found: dict[str, list[str]] = {"changed": changed, "same": [], "unchecked": []}
     if not changed:
-        same += [f"{len(old['subject'])} files of the model", "manifest, answers and requests", "every bound"]
+        found["same"] += [f"{len(old['subject'])} files of the model", "manifest, answers and requests", "every bound"]
     for name, record in run.judges.items():
-        (unchecked if offline(name, record) is None else same).append(f"the verdicts of {name}")
-    for part in (_card(folder, run, old), _data(run), _start(run, in_place), _source(kept)):
-        for which, clause in part:
-            {"changed": changed, "same": same, "unchecked": unchecked}[which].append(clause)
-    if others := _others(folder, old):
-        unchecked.append(
-            f"{len(others)} files that it does not list ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
-        )
-    return Checked(certified, reason, tuple(changed), tuple(same), tuple(unchecked))
+        found["unchecked" if offline(name, record) is None else "same"].append(f"the verdicts of {name}")
+    for which, clause in (_card(folder, run, old), _data(run), _start(run, in_place), *_source(kept)):
+        found[which].append(clause)
+    if others := _others(folder, then):
+        shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        found["unchecked"].append(f"{len(others)} files that it does not list ({shown})")
+    return Checked(certified, reason, **{which: tuple(clauses) for which, clauses in found.items()})
 
 
-def _others(folder: Path, certificate: Mapping[str, Any]) -> list[str]:
+def _listed(certificate: Mapping[str, Any]) -> dict[str, str]:
+    """The hashes of every file that a certificate lists, by name."""
+    model = {one["name"]: one["digest"]["sha256"] for one in certificate["subject"]}
+    return {**model, **certificate["predicate"]["files"]}
+
+
+def _others(folder: Path, listed: Mapping[str, str]) -> list[str]:
     """Files of the run's folder without a hash in the certificate."""
-    named = {*certificate["predicate"]["files"], *_named(certificate)["subject"], CERTIFICATE, "README.md"}
+    named = {*listed, CERTIFICATE, "README.md"}
     found = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return [path.as_posix() for path in found if path.as_posix() not in named and not path.parts[0].startswith(".")]
 
@@ -258,36 +270,19 @@ def _unreadable(folder: Path, why: str) -> DataError:
     )
 
 
-def _only_files(value: Mapping[str, Any]) -> dict[str, Any]:
-    return {"subject": value.get("subject"), "predicate": {"files": value["predicate"].get("files")}}
-
-
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """A clause for each leaf that differs; files by their names."""
-    before, after = dict(_leaves(_named(old))), dict(_leaves(_named(new)))
+    """A clause for each leaf that differs, files aside."""
+    before, after = (
+        dict(_leaves({**one, "subject": (), "predicate": {**one["predicate"], "files": ()}})) for one in (old, new)
+    )
     found = []
     for path in sorted(before.keys() | after.keys()):
         was, now = before.get(path, "nothing"), after.get(path, "nothing")
-        if was == now and type(was) is type(now):
-            continue
         # Another SciPy version may round the last digits of a bound differently.
-        if isinstance(was, float) and isinstance(now, float) and math.isclose(was, now, rel_tol=1e-9):
-            continue
-        if path[0] == "subject" or path[:2] == ("predicate", "files"):
-            missing, added = path not in after, path not in before
-            what = "is missing" if missing else "was added" if added else "is not the file that was certified"
-            found.append(f"{path[-1]} {what}")
-        else:
+        near = isinstance(was, float) and isinstance(now, float) and math.isclose(was, now, rel_tol=1e-9)
+        if not near and (was != now or type(was) is not type(now)):
             found.append(f"{'.'.join(path)} is {was!r} in the certificate and {now!r} in the files")
     return found
-
-
-def _named(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The statement with its subject by name."""
-    try:
-        return {**value, "subject": {one["name"]: one["digest"]["sha256"] for one in value["subject"]}}
-    except (KeyError, TypeError):
-        return dict(value)
 
 
 def _leaves(value: Any, path: Leaf = ()) -> Iterator[tuple[Leaf, Any]]:
@@ -301,58 +296,56 @@ def _leaves(value: Any, path: Leaf = ()) -> Iterator[tuple[Leaf, Any]]:
         yield path, value
 
 
-def _card(folder: Path, run: Run, certificate: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _card(folder: Path, run: Run, certificate: Mapping[str, Any]) -> tuple[str, str]:
     """The model card must match the certificate, which it names by hash."""
     path = folder / "README.md"
     try:
         section = card.section(run.manifest, certificate)
     except (KeyError, TypeError, AttributeError, ValueError):
-        return [("changed", "the certificate lacks what the model card shows")]
+        return "changed", "the certificate lacks what the model card shows"
     found = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     once = found.count(BEGIN) == found.count(END) == found.count("## Safety of the fine-tuning") == 1
     if once and "\n".join(section.splitlines()) in "\n".join(found.splitlines()):
-        return [("same", "the model card's section")]
-    return [("changed", "README.md does not match the certificate")]
+        return "same", "the model card's section"
+    return "changed", "README.md does not match the certificate"
 
 
-def _data(run: Run) -> list[tuple[str, str]]:
-    """The training data, if the file still exists; rows from memory or the hub have no file."""
+def _data(run: Run) -> tuple[str, str]:
+    """The training data; rows from memory or the hub have no file."""
     data = run.manifest.data
-    name = data.name
-    if data.kind in ("dataset", "list") or not Path(name).is_file():
-        return [("unchecked", f"the training data ({name} is missing)")]
-    if file_digest(Path(name)) == data.sha256:
-        return [("same", "the training data")]
-    return _another(Path(name), f"the training data {name} are not the ones that were trained on")
+    if data.kind in ("dataset", "list"):
+        return "unchecked", f"the training data ({data.name} is missing)"
+    return _file(data.name, data.sha256, "the training data", "are not the ones that were trained on")
 
 
-def _start(run: Run, in_place: bool) -> list[tuple[str, str]]:
+def _start(run: Run, in_place: bool) -> tuple[str, str]:
     """The model that training started from, which an adapter depends on."""
     model = run.manifest.model
     if not in_place or not _folders(model):
-        return [("unchecked", f"the model that training started from ({model.name})")]
+        return "unchecked", f"the model that training started from ({model.name})"
     if _start_in_place(model):
-        return [("same", "the weights that training started from")]
-    return [("changed", f"{model.name} is not the model that training started from")]
+        return "same", "the weights that training started from"
+    return "changed", f"{model.name} is not the model that training started from"
 
 
 def _source(kept: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """The user's file of labelled answers, which the run's folder holds a copy of."""
     if not kept:
         return []
-    path = Path(str(kept.get("name")))
+    what = "the file of labelled answers"
+    return [_file(str(kept.get("name")), kept.get("sha256"), what, "is not the one that calibrated the judges")]
+
+
+def _file(name: str, sha256: Any, what: str, another: str) -> tuple[str, str]:
+    """A file outside the run's folder; a relative path may lead to another file of that name."""
+    path = Path(name)
     if not path.is_file():
-        return [("unchecked", f"the file of labelled answers ({path} is missing)")]
-    if file_digest(path) == kept.get("sha256"):
-        return [("same", "the file of labelled answers")]
-    return _another(path, f"the labelled answers {path} are not the ones that calibrated the judges")
-
-
-def _another(path: Path, clause: str) -> list[tuple[str, str]]:
-    """A file that differs from the certificate's: a relative path may lead to another file of that name."""
+        return "unchecked", f"{what} ({path} is missing)"
+    if file_digest(path) == sha256:
+        return "same", what
     if path.is_absolute():
-        return [("changed", clause)]
-    return [("unchecked", f"{clause}, or the command runs in a different folder from the training")]
+        return "changed", f"{what} {path} {another}"
+    return "unchecked", f"{what} {path} {another}, or the command runs in a different folder from the training"
 
 
 def _folders(model: Model) -> list[Path]:
