@@ -13,8 +13,6 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForImageTextToText,
     DbrxConfig,
-    PhimoeConfig,
-    PhimoeForCausalLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -210,22 +208,6 @@ def test_an_experts_choice_is_held_fixed_under_a_large_step(monkeypatch: pytest.
     monkeypatch.setattr("gradshield.gradients.finite_difference.experts", lambda config: 0)
     found = FiniteDifference(1e-2).directional(model, batch, direction).values.sum(-1).numpy().ravel()
     assert held < agreement("", found, oracle).relative_error / 2
-
-
-def test_a_mixture_whose_routing_cannot_be_held_is_left_to_another_engine() -> None:
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    model: Any = PhimoeForCausalLM(
-        PhimoeConfig(vocab_size=320, num_key_value_heads=2, num_local_experts=4, **shape)
-    ).eval()
-    direction, batch = two_directions(model, "all"), batch_of(rows())
-    engine = pick("auto", model, per_token=True)
-    found = engine.directional(model, batch, direction).values.sum(-1).numpy().ravel()
-    oracle = Loop().directional(model, batch, direction).values.numpy().ravel()
-    assert engine.name == "forward"
-    assert agreement("", found, oracle).relative_error < 1e-4
-    with pytest.raises(UsageError, match="hold fixed"):
-        FiniteDifference().directional(model, batch, direction)
 
 
 @pytest.mark.parametrize(("config", "count"), [(DbrxConfig(), 4), (AriaTextConfig(), 8), (Gemma3TextConfig(), 0)])

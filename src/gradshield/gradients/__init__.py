@@ -6,14 +6,13 @@ import torch
 from torch import nn
 
 from gradshield.errors import UsageError
-from gradshield.gradients.base import ENGINES, ROW_SUMS, Derivatives, Engine, beyond_layers, routed_by_steps
+from gradshield.gradients.base import ENGINES, ROW_SUMS, Derivatives, Engine, beyond_layers
 from gradshield.gradients.direction import gradient_direction
 from gradshield.gradients.finite_difference import EngineAgreement, FiniteDifference, agreement, calibrated
 from gradshield.gradients.forward import Forward
 from gradshield.gradients.loop import Loop, row_norms
 from gradshield.gradients.perturbation import Perturbation
 from gradshield.gradients.subspace import SUBSPACES, adapted, check_subspace, parameter_names, target_names
-from gradshield.models.loading import text_config
 
 __all__ = [
     "ENGINES",
@@ -54,7 +53,7 @@ def pick(name: str, model: nn.Module, per_token: bool) -> Engine:
     if name == "auto":
         if rounding:
             return Perturbation()
-        if beyond_layers(model) or routed_by_steps(text_config(model)):
+        if beyond_layers(model):
             return Forward()
         if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()):
             return FiniteDifference()

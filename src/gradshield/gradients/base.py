@@ -137,11 +137,6 @@ def experts(config: Any) -> int:
     return next((getattr(part, name) for part in parts for name in names if getattr(part, name, None)), 0)
 
 
-def routed_by_steps(config: Any) -> bool:
-    """Whether the router compares scores one by one, so that there is no single choice to hold fixed."""
-    return getattr(config, "model_type", None) == "phimoe"
-
-
 def check_direction(model: nn.Module, direction: Direction) -> None:
     """Raises UsageError if the direction does not fit the model's parameters."""
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters_by_name(model).items()}
