@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradshield.gradients import ENGINES, FiniteDifference, Loop, agreement, gradient_direction, parameter_names
-from gradshield.gradients.sparing import Prefix
+from gradshield.gradients.finite_difference import Prefix
 from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.logits import output_head
 from gradshield.types import Direction

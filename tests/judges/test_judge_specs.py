@@ -19,7 +19,7 @@ from gradshield.judges import (
     parse_all,
 )
 from gradshield.judges.guards import GUARDS, Classifier, Generative, Llm, Moderations
-from gradshield.judges.guards.specs import FORMS
+from gradshield.judges.guards.base import FORMS
 from gradshield.lab.judge import complied
 from gradshield.options import Spec
 

@@ -1,10 +1,19 @@
 """Judges of answers, by name. Report every attack success rate by two judges of different kinds."""
 
-from gradshield.judges.base import JUDGES, FunctionJudge, GuardJudge, Judge, ReadyJudge, Verdict, verdicts
+from gradshield.judges.base import (
+    JUDGES,
+    FunctionJudge,
+    GuardJudge,
+    Judge,
+    ReadyJudge,
+    Verdict,
+    parse,
+    parse_all,
+    verdicts,
+)
 from gradshield.judges.compliance import Compliance
 from gradshield.judges.lab_classifier import LabClassifier
 from gradshield.judges.refusal_phrases import RefusalPhrases
-from gradshield.judges.specs import parse, parse_all
 
 __all__ = [
     "JUDGES",
