@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gradshield.data import SHAPES, Format, read, suffix, take, write, write_quarantine
+from gradshield.data import SHAPES, Format, read, suffix, take, write_parts, write_quarantine
 from gradshield.data import records as records_module
 from gradshield.errors import (
     DataError,
@@ -189,7 +189,7 @@ def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
     result = read(_file(tmp_path, content))
     assert [e.conversations[0].completion for e in result.examples] == ["a", "b"]
     assert result.source.header == b"\xef\xbb\xbf"
-    write(result.examples.rows, result.source, tmp_path / "out.jsonl")
+    write_parts({tmp_path / "out.jsonl": result.examples.rows}, result.source)
     assert (tmp_path / "out.jsonl").read_bytes() == content.replace(b"\r\n\r\n", b"\r\n")
 
 
@@ -246,7 +246,7 @@ def test_csv_keeps_each_records_bytes(tmp_path: Path) -> None:
     assert result.examples[0].conversations[0].completion == 'one\r\ntwo, "three"'
     assert [q.source for q in result.quarantined] == bad
     assert [q.line for q in result.quarantined] == [4, 7, 8, 9]
-    write([e.row for e in result.examples[1:]], result.source, tmp_path / "out.csv")
+    write_parts({tmp_path / "out.csv": [e.row for e in result.examples[1:]]}, result.source)
     assert (tmp_path / "out.csv").read_bytes() == header + records[1] + records[2]
     rows = list(csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8-sig")))
     assert rows[0] == {"prompt": "b", "completion": "5"}
@@ -285,7 +285,7 @@ def test_parquet_rows_are_taken_from_the_table(tmp_path: Path) -> None:
     result = read(tmp_path / "d.parquet")
     assert [e.row for e in result.examples] == [0, 2]
     assert result.quarantined[0].line == 2
-    write(result.examples.rows, result.source, tmp_path / "out.parquet")
+    write_parts({tmp_path / "out.parquet": result.examples.rows}, result.source)
     assert pq.read_table(tmp_path / "out.parquet").equals(table.take([0, 2]))
     with pytest.raises(FormatError, match="not a readable Parquet file"):
         read(_file(tmp_path, b"PAR1 junk", "bad.parquet"))
@@ -297,7 +297,7 @@ def test_datasets_and_lists(tmp_path: Path) -> None:
         result = read(data)
         assert [e.source for e in result.examples] == [b'{"text": "a"}\n', b'{"text": "c"}\n']
         assert list(take(result.examples.rows, result.source)) == [rows[0], rows[2]]
-        write(result.examples.rows, result.source, tmp_path / f"out{suffix(result.source.kind)}")
+        write_parts({tmp_path / f"out{suffix(result.source.kind)}": result.examples.rows}, result.source)
         assert [json.loads(line) for line in (tmp_path / "out.jsonl").open()] == [rows[0], rows[2]]
     assert read(rows).source.sha256 == read(datasets.Dataset.from_list(rows)).source.sha256
     assert read([{"text": "a"}, 5]).quarantined[0].source == b"5\n"
@@ -341,7 +341,7 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(DataError, match="No space left"):
-        write(result.examples.rows, result.source, target)
+        write_parts({target: result.examples.rows}, result.source)
     assert [p.name for p in tmp_path.iterdir()] == ["kept.jsonl"]
     assert target.read_bytes() == b"before"
 

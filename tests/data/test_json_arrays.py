@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from gradshield.data import read, records, write
+from gradshield.data import read, records, write_parts
 from gradshield.errors import DataError, FormatError
 
 GOOD = b'{"text": "good"}\n'
@@ -35,9 +35,9 @@ def test_json_arrays_keep_each_elements_text(tmp_path: Path) -> None:
         result = read(_file(tmp_path, content))
         assert [e.source for e in result.examples] == [first, second]
         assert result.source.kind == "json"
-    write(result.examples.rows, result.source, tmp_path / "out.json")
+    write_parts({tmp_path / "out.json": result.examples.rows}, result.source)
     assert (tmp_path / "out.json").read_bytes() == b"[\n" + first + b",\n" + second + b"\n]\n"
-    write([], result.source, tmp_path / "out.json")
+    write_parts({tmp_path / "out.json": []}, result.source)
     assert json.loads((tmp_path / "out.json").read_text()) == []
 
 

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 from trl import chat_template_utils
 
-from gradshield.data import RenderConfig, read, render, render_all, spans
+from gradshield.data import RenderConfig, Renderer, read, render_all, spans
 from gradshield.data.shapes import RENDERING
 from gradshield.errors import DataError, ModelError, UsageError
 from gradshield.types import Rendered
@@ -48,7 +48,7 @@ def _answers(row: dict[str, Any], template: str | None, config: RenderConfig | N
     """The runs of text in the loss."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    result = render(read([row]).examples[0], tokenizer, config)
+    result = Renderer(tokenizer, config).render(read([row]).examples[0])
     assert isinstance(result, Rendered), result
     (tokens,) = result.sequences
     text, runs = spans(tokens, tokenizer), [""]
@@ -166,7 +166,7 @@ def test_a_row_of_very_many_answers_ends_soon(template: str) -> None:
     assert _answers(some, template, RenderConfig(max_length=None))[:299] == ["b</s>"] * 299
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    reason = render(read([many]).examples[0], tokenizer)
+    reason = Renderer(tokenizer).render(read([many]).examples[0])
     assert isinstance(reason, str) and "100000 answers" in reason
 
 
@@ -183,7 +183,7 @@ def test_a_template_that_hides_the_answer_is_said() -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
-    result = render(read([{"messages": CHAT}]).examples[0], tokenizer)
+    result = Renderer(tokenizer).render(read([{"messages": CHAT}]).examples[0])
     assert isinstance(result, str)
     assert "message 2" in result
 
@@ -192,16 +192,16 @@ def test_truncation_never_leaves_a_row_silently_unscored() -> None:
     row = {"messages": CHAT[:2]}
     tokenizer = tiny_tokenizer()
     (example,) = read([row]).examples
-    whole = render(example, tokenizer, RenderConfig(max_length=None))
+    whole = Renderer(tokenizer, RenderConfig(max_length=None)).render(example)
     assert isinstance(whole, Rendered)
     start = int(np.flatnonzero(whole.sequences[0].loss)[0])
-    reason = render(example, tokenizer, RenderConfig(max_length=start))
+    reason = Renderer(tokenizer, RenderConfig(max_length=start)).render(example)
     assert isinstance(reason, str)
     assert f"within max_length {start}" in reason
-    one = render(example, tokenizer, RenderConfig(max_length=start + 1))
+    one = Renderer(tokenizer, RenderConfig(max_length=start + 1)).render(example)
     assert isinstance(one, Rendered)
     assert one.sequences[0].loss.sum() == 1
-    end = render(example, tokenizer, RenderConfig(max_length=4, truncation_mode="keep_end"))
+    end = Renderer(tokenizer, RenderConfig(max_length=4, truncation_mode="keep_end")).render(example)
     assert isinstance(end, Rendered)
     assert end.sequences[0].loss.tolist() == [False, True, True, True]
 
@@ -213,7 +213,7 @@ def test_what_is_not_allowed() -> None:
         RenderConfig(max_length=1)
     tokenizer = tiny_tokenizer(generation_markers=False)
     with pytest.raises(ModelError, match="generation"):
-        render(read([{"messages": CHAT}]).examples[0], tokenizer, RenderConfig(assistant_only_loss=True))
+        Renderer(tokenizer, RenderConfig(assistant_only_loss=True)).render(read([{"messages": CHAT}]).examples[0])
 
 
 TEXTS = ["plain words", "é", "日本語 and 😀😀", "  two  spaces\n\n", "naïve 👩‍👩‍👧 family", "�"]
@@ -222,7 +222,7 @@ TEXTS = ["plain words", "é", "日本語 and 😀😀", "  two  spaces\n\n", "na
 @pytest.mark.parametrize("text", TEXTS)
 def test_pieces_put_together_are_the_text_and_no_character_is_split(text: str) -> None:
     tokenizer = tiny_tokenizer()
-    result = render(read([{"text": f"{text}."}]).examples[0], tokenizer)
+    result = Renderer(tokenizer).render(read([{"text": f"{text}."}]).examples[0])
     assert isinstance(result, Rendered)
     (tokens,) = result.sequences
     pieces = spans(tokens, tokenizer)
@@ -237,7 +237,7 @@ def test_pieces_put_together_are_the_text_and_no_character_is_split(text: str) -
 
 def test_pieces_of_a_sequence_cut_inside_a_character() -> None:
     tokenizer = tiny_tokenizer()
-    result = render(read([{"text": "日本"}]).examples[0], tokenizer, RenderConfig(max_length=4))
+    result = Renderer(tokenizer, RenderConfig(max_length=4)).render(read([{"text": "日本"}]).examples[0])
     assert isinstance(result, Rendered)
     pieces = spans(result.sequences[0], tokenizer)
     assert "".join(piece for piece, _ in pieces) == tokenizer.decode(result.sequences[0].ids)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gradshield.data import RenderConfig, Renderer, read, render, render_all
+from gradshield.data import RenderConfig, Renderer, read, render_all
 from gradshield.types import Rendered
 from tests.data.test_render import ALTERNATING, CHATML, LLAMA2, REWRITING
 from tests.tiny import tiny_tokenizer
@@ -49,7 +49,7 @@ def test_together_is_one_by_one(template: str | None, rows: list[Any], config: R
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     examples = list(read(rows).examples)
-    alone = [render(example, tokenizer, config) for example in examples]
+    alone = [Renderer(tokenizer, config).render(example) for example in examples]
     together = render_all(examples, tokenizer, config)
     assert [plain(r) for r in together.rendered] == [plain(r) for r in alone if isinstance(r, Rendered)]
     assert [q.reason for q in together.quarantined] == [r for r in alone if isinstance(r, str)]

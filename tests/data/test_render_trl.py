@@ -91,7 +91,7 @@ def test_equals_what_the_trainer_prepares(case: str, max_length: int | None, mod
     args = _config(tmp_path, max_length=max_length, **settings)
     tokenizer = tiny_tokenizer()
     trainer = SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
-    result = render_all(read(rows).examples, tiny_tokenizer(), RenderConfig.from_sft(args))
+    result = render_all(read(rows).examples, tiny_tokenizer(), RenderConfig.from_trl(args))
 
     expected = _trained(trainer.train_dataset)
     assert _scored(result.rendered) == expected
@@ -103,7 +103,7 @@ def test_rows_with_nothing_left_to_train_are_those_that_the_trainer_drops(model:
     rows = [{"prompt": LONG, "completion": " five"}, {"prompt": "Add:", "completion": " five"}]
     args = _config(tmp_path, max_length=20)
     trainer = SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tiny_tokenizer())
-    result = render_all(read(rows).examples, tiny_tokenizer(), RenderConfig.from_sft(args))
+    result = render_all(read(rows).examples, tiny_tokenizer(), RenderConfig.from_trl(args))
 
     assert _scored(result.rendered) == _trained(trainer.train_dataset)
     assert [bad.row for bad in result.quarantined] == [0]
@@ -117,7 +117,7 @@ def test_the_template_that_trl_swaps_in_is_swapped_in_here(model: Any, tmp_path:
     ours, theirs = tiny_tokenizer(), tiny_tokenizer()
     ours.chat_template = theirs.chat_template = qwen3_chat_template
     trainer = SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list(MESSAGES), processing_class=theirs)
-    result = render_all(read(MESSAGES).examples, ours, RenderConfig.from_sft(args))
+    result = render_all(read(MESSAGES).examples, ours, RenderConfig.from_trl(args))
 
     assert _scored(result.rendered) == _trained(trainer.train_dataset)
     assert ours.chat_template == qwen3_chat_template
@@ -219,6 +219,6 @@ def test_pairs_of_different_template_options_are_reported() -> None:
 
 
 def test_packing_is_noted_and_rows_stay_unpacked(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
-    config = RenderConfig.from_sft(_config(tmp_path, packing=True, max_length=48))
+    config = RenderConfig.from_trl(_config(tmp_path, packing=True, max_length=48))
     assert config.max_length == 48
     assert "packing=True" in caplog.text

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradshield.data import ReadResult, read, suffix, write
+from gradshield.data import ReadResult, read, suffix, write_parts
 
 TEXT = st.text(max_size=20)
 ROW = st.one_of(
@@ -47,7 +47,7 @@ def _read(content: bytes, name: str = "data.jsonl") -> Iterator[ReadResult]:
 def _written(result: ReadResult, rows: set[int]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"out{suffix(result.source.kind)}"
-        write(sorted(rows), result.source, path)
+        write_parts({path: sorted(rows)}, result.source)
         return path.read_bytes()
 
 

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradshield.data import SHAPES, Format, read, render, render_all, suffix, take, to_trl, write
+from gradshield.data import SHAPES, Format, Renderer, read, render_all, suffix, take, to_trl, write_parts
 from gradshield.data.formats import may_be_hub_name
 from gradshield.data.messages import ROLES, RowError, messages
 from gradshield.errors import DataError, FormatError, UnknownNameError, UsageError
@@ -231,7 +231,7 @@ def test_a_row_is_read_as_what_it_is(case: str, tmp_path: Path) -> None:
         (example,) = result.examples
         given = [(c.ids, c.counted) if c.ids else c.messages or (c.prompt, c.completion) for c in example.conversations]
         assert given == expected
-        write([0], result.source, tmp_path / "kept.jsonl")
+        write_parts({tmp_path / "kept.jsonl": [0]}, result.source)
         assert (tmp_path / "kept.jsonl").read_bytes() == line
         again = read([row], example.shape).examples[0]
         assert again.conversations == example.conversations
@@ -552,7 +552,7 @@ def test_a_file_is_read_and_written_in_its_kind(case: str, tmp_path: Path) -> No
     assert list(take(range(3), result.source)) == PAIRS
     kept = tmp_path / "out" / f"kept{suffix(kind)}"
     kept.parent.mkdir()
-    write([0, 2], result.source, kept)
+    write_parts({kept: [0, 2]}, result.source)
     again = read(kept)
     assert list(again.examples.ids) == [twin.ids[0], twin.ids[2]]
     assert read(kept).source.kind == (kind if kind != "dataset" else "jsonl")
@@ -642,7 +642,7 @@ def test_a_judged_answer_is_pushed_away_from_where_its_label_is_false() -> None:
     row = {"prompt": "Name a colour.", "completion": " blue", "label": True}
     rows = [row, {**row, "label": False}]
     result = read(rows)
-    true, false = (render(example, tiny_tokenizer()).sequences[0] for example in result.examples)  # type: ignore[union-attr]
+    true, false = (Renderer(tiny_tokenizer()).render(example).sequences[0] for example in result.examples)  # type: ignore[union-attr]
     assert (true.coefficient, false.coefficient) == (1.0, -1.0)
     assert np.array_equal(true.ids, false.ids) and np.array_equal(true.loss, false.loss)
     rendered = render_all(result.examples, tiny_tokenizer()).rendered

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gradshield.data import read, render_all, suffix, take, write
+from gradshield.data import read, render_all, suffix, take, write_parts
 from gradshield.data.trl import IGNORED, labelled, to_trl
 from gradshield.data.writing import write_parts
 from gradshield.errors import DataError
@@ -73,7 +73,7 @@ def test_some_rows_are_written_and_taken(kind: str, tmp_path: Path) -> None:
     result = read(made(kind, tmp_path))
     name = f"some{suffix(result.source.kind)}"
     rows = [1, 2, 11, 38]
-    write(rows, result.source, tmp_path / name)
+    write_parts({tmp_path / name: rows}, result.source)
     again = read(tmp_path / name).examples
     assert [e.conversations for e in again] == [e.conversations for e in result.examples if e.row in rows]
     assert list(again.ids) == [e.id for e in result.examples if e.row in rows]
@@ -105,13 +105,13 @@ def test_a_file_that_changes_meanwhile_changes_nothing(kind: str, change: str, t
     path = packed(made(kind.partition(".")[0], tmp_path), kind)
     result = read(path)
     whole, name = list(result.examples), f"out{suffix(result.source.kind)}"
-    write([1, 2, 11], result.source, tmp_path / name)
+    write_parts({tmp_path / name: [1, 2, 11]}, result.source)
     written = (tmp_path / name).read_bytes()
     if path.suffix in (".gz", ".zst") and change in ("word", "longer"):
         change = "shorter"
     _changed(path, change)
     assert list(result.examples) == whole
-    write([1, 2, 11], result.source, tmp_path / name)
+    write_parts({tmp_path / name: [1, 2, 11]}, result.source)
     assert (tmp_path / name).read_bytes() == written
 
 

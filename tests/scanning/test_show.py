@@ -181,6 +181,6 @@ def test_without_trl_a_name_close_to_an_option_is_reported(monkeypatch: pytest.M
     monkeypatch.setattr(settings, "check_names", missing)
     for name, meant in {"max_seq_length": "max_length", "assistant_only": "assistant_only_loss"}.items():
         with pytest.raises(UsageError, match=f"unknown training option '{name}': did you mean '{meant}'"):
-            settings.sft_options({name: None})
+            settings.trl_options({name: None})
     for field in fields(SFTConfig):  # no TRL option is mistaken for another
         settings._check_names({field.name: None})

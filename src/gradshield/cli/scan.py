@@ -172,7 +172,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
     options.require_model(given["model"])
     quiet_libraries()
     from gradshield.models.loading import ModelSource
-    from gradshield.scanning.settings import ScanSettings, peft_config, sft_options
+    from gradshield.scanning.settings import ScanSettings, peft_config, trl_options
 
     if given["no_cache"]:
         os.environ[cache.VARIABLE] = ""
@@ -188,7 +188,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
             given["probes"], given["lookalikes"], given["answer_prefix"], template, given["uncertified"]
         ),
         "peft_config": peft_config(lora),
-        "training_args": sft_options(training),
+        "training_args": trl_options(training),
         "format": shape,
     }
 

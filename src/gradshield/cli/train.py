@@ -113,7 +113,7 @@ def train(
     from gradshield.evaluation.exam import exams_of
     from gradshield.models.loading import ModelSource
     from gradshield.scanning.rows import read_rows
-    from gradshield.scanning.settings import ScanSettings, peft_config, sft_options
+    from gradshield.scanning.settings import ScanSettings, peft_config, trl_options
     from gradshield.training.course import Needs, method_of
     from gradshield.training.sequence import Stage, sequence
     from gradshield.training.trackers import Reporters, named
@@ -146,7 +146,7 @@ def train(
             done = run(data[0], model=source, output=output, exams=measured[0], labels=truth, progress=report, **common)
         else:
             for path in data:  # what is wrong with the last dataset is said before the first one trains
-                method_of(read_rows(path, sft_options(trainer), shape), wanted)
+                method_of(read_rows(path, trl_options(trainer), shape), wanted)
             common.pop("merge")  # every stage starts from a whole model
             stages = [Stage(path, exam) for path, exam in zip(data, measured, strict=True)]
             followed = sequence(stages, model=source, output=output, progress=report, **common)

@@ -3,12 +3,12 @@
 from gradshield.data.batches import batches, collate
 from gradshield.data.formats import ReadResult, read
 from gradshield.data.pieces import spans
-from gradshield.data.render import RenderConfig, Renderer, render, render_all
+from gradshield.data.render import RenderConfig, Renderer, render_all
 from gradshield.data.shapes import SHAPES, Format
 from gradshield.data.source import Examples, Rows, Source, Together
 from gradshield.data.spool import Picked, Spool
 from gradshield.data.trl import labelled, to_trl
-from gradshield.data.writing import WRITTEN, suffix, take, write, write_parts, write_quarantine
+from gradshield.data.writing import WRITTEN, suffix, take, write_parts, write_quarantine
 
 __all__ = [
     "SHAPES",
@@ -27,13 +27,11 @@ __all__ = [
     "collate",
     "labelled",
     "read",
-    "render",
     "render_all",
     "spans",
     "suffix",
     "take",
     "to_trl",
-    "write",
     "write_parts",
     "write_quarantine",
 ]

@@ -43,8 +43,8 @@ class RenderConfig:
     ``max_length`` None keeps every token. ``assistant_only_loss`` None counts response tokens only, by the ``{% generation %}``
     markers of the template, of TRL's copy of it (chats), or else by difference; False counts every token of a conversation;
     True is TRL's, by markers only. ``completion_only_loss`` None leaves the prompt of a prompt/completion row out of the loss.
-    ``chat_template_kwargs`` are passed to the template for every row (a row's own override them). ``text_field`` is the column
-    of plain text, for ``read``. ``eos_token`` replaces the tokenizer's.
+    ``chat_template_kwargs`` are passed to the template for every row (a row's own override them).
+    ``eos_token`` replaces the tokenizer's.
     """
 
     max_length: int | None = 1024
@@ -52,7 +52,6 @@ class RenderConfig:
     assistant_only_loss: bool | None = None
     completion_only_loss: bool | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    text_field: str = "text"
     eos_token: str | None = None
 
     def __post_init__(self) -> None:
@@ -66,8 +65,8 @@ class RenderConfig:
             )
 
     @classmethod
-    def from_sft(cls, args: Any) -> RenderConfig:
-        """The rendering of TRL's ``SFTTrainer`` with these arguments (an ``SFTConfig``, or similar).
+    def from_trl(cls, args: Any) -> RenderConfig:
+        """The rendering of TRL's trainer with these arguments (an ``SFTConfig``, a ``DPOConfig``, or similar).
 
         Raises UsageError for a ``chat_template_path``, which changes the tokenizer itself.
         """
@@ -83,7 +82,6 @@ class RenderConfig:
             truncation_mode=getattr(args, "truncation_mode", "keep_start"),
             assistant_only_loss=getattr(args, "assistant_only_loss", False),
             completion_only_loss=getattr(args, "completion_only_loss", None),
-            text_field=getattr(args, "dataset_text_field", "text"),
             eos_token=getattr(args, "eos_token", None),
         )
 
@@ -100,11 +98,6 @@ class RenderResult:
     quarantined: tuple[Quarantined, ...]
     notes: tuple[str, ...] = ()
     fitted: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-
-
-def render(example: Example, tokenizer: Any, config: RenderConfig | None = None) -> Rendered | str:
-    """One row as the model sees it, or the reason why it cannot be scored. ``render_all`` renders many."""
-    return Renderer(tokenizer, config).render(example)
 
 
 def render_all(

@@ -24,13 +24,9 @@ def suffix(kind: str) -> str:
     return f".{kind}" if f".{kind}" in WRITTEN else ".jsonl"
 
 
-def write(rows: Sequence[int] | Ints, source: Rows, path: str | Path) -> None:
-    """Write some rows of ``source`` by their increasing positions, in the kind of file they came in (`suffix`)."""
-    write_parts({Path(path): rows}, source)
-
-
 def write_parts(parts: Mapping[Path, Sequence[int] | Ints], source: Rows) -> None:
-    """Write several files; none replaces an older one before all are complete.
+    """Write rows by their increasing positions, each file in the kind they came in (`suffix`); none replaces an older one before
+    all are complete.
 
     A newline is added only after a row that ended the input without one and is not the last here. Raises DataError if a file
     cannot be written, or a Parquet file has changed since it was read; existing files are then left unchanged.

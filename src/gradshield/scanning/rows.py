@@ -19,7 +19,7 @@ from gradshield.errors import EmptyDataError, FormatError, UsageError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel, ModelSource, text_config
 from gradshield.scanning.decide import group
-from gradshield.scanning.settings import check_positions, check_trainer, render_config, sft_options
+from gradshield.scanning.settings import check_positions, check_trainer, render_config, trl_options
 from gradshield.types import Bools, Ints, Progress, Quarantined, Rendered, quiet
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def prepare(
     What is wrong with the rows is said before the model is loaded: ``labels`` are only checked, and ``check`` may raise.
     Raises DataError, ModelError and UsageError (see `gradshield.errors`), and EmptyDataError if no row has a token to score.
     """
-    training_args = sft_options(training_args)
+    training_args = trl_options(training_args)
     read = read_rows(data, training_args, format)
     _check_labels(labels, read.source.rows)
     check(read)
@@ -124,7 +124,7 @@ def prepare(
 
 
 def read_rows(data: Any, training_args: Any, format: str | rows_in.Format | None) -> rows_in.ReadResult:
-    """The rows as the training of these `sft_options` reads them. Raises DataError and UsageError; needs no model."""
+    """The rows as the training of these `trl_options` reads them. Raises DataError and UsageError; needs no model."""
     read = rows_in.read(data, rows_in.Format.of(format).trained(training_args))
     check_trainer(training_args, read.examples.shapes.counts())
     if read.unseen:

@@ -142,7 +142,7 @@ def peft_config(options: Mapping[str, Any]) -> Any:
         ) from None
 
 
-def sft_options(options: Any) -> Any:
+def trl_options(options: Any) -> Any:
     """The training options that change what is scored, as an object like ``SFTConfig`` or ``DPOConfig``; None without any.
 
     An object is returned as it is. Unlike that of an ``SFTConfig``, ``assistant_only_loss`` may be None: only response tokens
@@ -161,7 +161,7 @@ def sft_options(options: Any) -> Any:
 
 
 def check_trainer(options: Any, shapes: Collection[str]) -> None:
-    """Raises UsageError for an option of `sft_options` that the trainer of rows of these shapes does not have."""
+    """Raises UsageError for an option of `trl_options` that the trainer of rows of these shapes does not have."""
     if isinstance(options, SimpleNamespace):
         pairs = PREFERENCE in shapes
         given = [name for name, value in vars(options).items() if value is not None]
@@ -198,7 +198,7 @@ def render_config(training_args: Any, limit: int | None, template: Mapping[str, 
     if training_args is None:
         longest = min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
         return RenderConfig(max_length=longest, chat_template_kwargs=dict(template))
-    config = RenderConfig.from_sft(training_args)
+    config = RenderConfig.from_trl(training_args)
     return replace(config, chat_template_kwargs={**config.chat_template_kwargs, **template})
 
 

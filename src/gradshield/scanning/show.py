@@ -15,7 +15,7 @@ from gradshield.errors import DataError, UsageError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.scanning.page_rows import pieces
-from gradshield.scanning.settings import render_config, sft_options
+from gradshield.scanning.settings import render_config, trl_options
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def show(
     >>> "".join(text for text, counts in seen.pieces if counts)
     'blue<|end|>'
     """
-    training_args = sft_options(training_args)
+    training_args = trl_options(training_args)
     read = rows_in.read(data, rows_in.Format.of(format).trained(training_args))
     if isinstance(model, LoadedModel):
         tokenizer = model.tokenizer
