@@ -26,12 +26,7 @@ def wilson(k: int, n: int, level: float = 0.95) -> Rate:
 
     Source: Wilson (1927), as recommended by Brown, Cai and DasGupta (2001); no continuity correction.
 
-    Raises
-    ------
-    DataError
-        ``n`` is 0.
-    UsageError
-        ``level`` is not between 0 and 1.
+    Raises DataError if ``n`` is 0, UsageError if ``level`` is not between 0 and 1.
     """
     check_level(level)
     if n == 0:

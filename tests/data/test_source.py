@@ -15,7 +15,6 @@ import pytest
 
 from gradshield.data import read, render_all, suffix, take, write_parts
 from gradshield.data.trl import IGNORED, labelled, to_trl
-from gradshield.data.writing import write_parts
 from gradshield.errors import DataError
 from tests.tiny import tiny_tokenizer
 

@@ -15,15 +15,9 @@ PAD = 0  # any id will do: nothing attends to it
 def batches(rendered: Iterable[Rendered], token_budget: int, label_budget: int) -> Iterator[Batch]:
     """Group rows of similar length, longest first, so that a batch too large for memory fails at once.
 
-    Parameters
-    ----------
-    token_budget
-        Most positions in a batch, padding included: B * T.
-    label_budget
-        Most loss positions in a batch; each costs a row of V logits.
-
-    A row is never split; one that exceeds a budget alone gets its own batch. The order depends only on the rows. Raises
-    UsageError for a budget below 1.
+    ``token_budget`` is the most positions in a batch, padding included: B * T. ``label_budget`` is the most loss positions in a
+    batch; each costs a row of V logits. A row is never split; one that exceeds a budget alone gets its own batch. The order
+    depends only on the rows. Raises UsageError for a budget below 1.
     """
     for name, budget in (("token_budget", token_budget), ("label_budget", label_budget)):
         if budget < 1:

@@ -188,12 +188,8 @@ def turn_span(
 ) -> Span | None:
     """Span in ``text`` (the rendered ``messages``) that the model writes in a turn; None if it cannot be found.
 
-    Parameters
-    ----------
-    render
-        Renders messages to text; any exception means that these messages cannot be rendered.
-    ends
-        Regular expression of the special tokens, one of which may end a turn; empty without any.
+    It runs from the first character that the model writes to the token that ends its turn, inclusive. ``ends`` is a regular
+    expression of the special tokens, one of which may end a turn; empty without any.
     """
     before = attempt(render, messages[:turn], add_generation_prompt=True)
     bare = attempt(render, messages[:turn])

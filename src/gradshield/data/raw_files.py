@@ -61,12 +61,8 @@ def open_file(path: Path) -> tuple[Source, Iterator[RawRow]]:
 
     ``path`` is a file, a folder of files or a pattern (``data/*.jsonl``); several files are read in the order of their names.
 
-    Raises
-    ------
-    DataError
-        There is no such file, or it cannot be read.
-    FormatError
-        It is not one of the file kinds above, or is broken as a whole; the files differ in kind or columns.
+    Raises DataError for a file that is not there or cannot be read; FormatError for one that is of no kind above or broken as a
+    whole, and for files that differ in kind or columns.
     """
     digest = hashlib.sha256()
     with _readable(path):

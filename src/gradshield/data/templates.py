@@ -54,12 +54,8 @@ def missing(tokenizer: Any) -> str | None:
 def marked_copy(tokenizer: Any, needed: bool) -> str | None:
     """TRL's marked copy of the tokenizer's template, which it trains with under ``assistant_only_loss=True``.
 
-    None if the template marks the answers itself; without ``needed``, also if TRL is not installed or has no copy.
-
-    Raises
-    ------
-    ModelError
-        Markers are needed, and neither the template nor TRL has them.
+    None if the template marks the answers itself; without ``needed``, also if TRL is not installed or has no copy. Raises
+    ModelError if markers are needed, and neither the template nor TRL has them.
     """
     if not tokenizer.chat_template or has_markers(default_variant(tokenizer.chat_template)):
         return None

@@ -33,13 +33,8 @@ def to_trl(examples: Iterable[Example], rendered: Sequence[Rendered]) -> Any:
     ``SFTTrainer`` uses unchanged; since the labels are the mask, leave ``assistant_only_loss`` False there (TRL rejects it for
     tokenised rows).
 
-    Raises
-    ------
-    FormatError
-        Preference pairs or answers with a label among other rows, or strings among messages there: no trainer takes both. Such
-        rows with different keys in ``chat_template_kwargs``.
-    EmptyDataError
-        There is no row.
+    Raises FormatError for preference pairs or answers with a label among other rows, or strings among messages there, since no
+    trainer takes both, and for such rows with different keys in ``chat_template_kwargs``; EmptyDataError if there is no row.
     """
     import datasets
 

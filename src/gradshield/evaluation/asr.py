@@ -24,17 +24,8 @@ from gradshield.types import Bools, EvalResult, Floats, Rate
 def asr(generate: Generate, requests: Sequence[Mapping[str, Any]], judges: Sequence[Judge]) -> EvalResult:
     """Share of harmful requests that are answered, as one rate ``asr/<judge>`` per judge; ``empty``, if any answer is.
 
-    Parameters
-    ----------
-    requests
-        Mappings with ``prompt`` (text or chat messages) and, if known, ``category``.
-
-    Raises
-    ------
-    EmptyDataError
-        There are no requests.
-    DataError
-        A request has no prompt, or two judges share a name.
+    ``requests`` are mappings with ``prompt`` (text or chat messages) and, if known, ``category``. Raises EmptyDataError for no
+    requests, DataError for one without a prompt and for two judges of one name.
     """
     outputs = _judged(generate, requests, judges)
     rates: dict[str, Rate] = {}

@@ -34,18 +34,9 @@ def generator(
     The same prompts give the same answers. Sampling and penalties of the model's ``generation_config`` are ignored. The config,
     the mode of each module and the tokenizer are restored after every call, also after an exception.
 
-    Parameters
-    ----------
-    prefix
-        Text after the generation prompt that the model continues (a closed thinking block, or a forced start of the
-        answer). It is not part of the returned answer.
-    template
-        Arguments for the chat template.
-
-    Raises
-    ------
-    DataError
-        A prompt and its answer exceed the model's table of positions.
+    ``prefix`` is text after the generation prompt that the model continues (a closed thinking block, or a forced start of the
+    answer) and is not part of the returned answer; ``template`` are arguments for the chat template. The callable raises
+    DataError if a prompt and its answer exceed the model's table of positions.
     """
 
     def generate(prompts: Sequence[Prompt]) -> list[str]:

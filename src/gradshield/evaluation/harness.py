@@ -48,21 +48,9 @@ def lm_eval_tasks(
     template if it has one. ``outputs`` has one mapping per document and filter. The model, its mode and the tokenizer are
     restored; the harness sets the random seeds.
 
-    Parameters
-    ----------
-    tasks
-        Names of tasks; their data may come from the hub.
-    limit
-        Most documents per task; None for all.
-    include
-        Folder of the user's own YAML tasks.
-
-    Raises
-    ------
-    UsageError
-        lm-eval is not installed, or a task is unknown.
-    DataError
-        No metric of these tasks is a mean of scores between 0 and 1.
+    ``tasks`` are names, whose data may come from the hub; ``limit`` is the most documents per task; ``include`` is a folder of
+    the user's own YAML tasks. Raises UsageError if lm-eval is not installed or a task is unknown, DataError if no metric of
+    these tasks is a mean of scores between 0 and 1.
     """
     try:
         from lm_eval import simple_evaluate
@@ -136,12 +124,8 @@ def inspect_task(task_file: str | Path, generate: Generate, limit: int | None = 
     own limit on new tokens, batching calls that wait at the same time. The task's sampling options are ignored, and so are its
     epochs, which would all be equal. ``outputs`` has one mapping per sample.
 
-    Raises
-    ------
-    UsageError
-        inspect-ai is not installed, or there is no such file.
-    DataError
-        The task failed, or none of its scorers gives scores between 0 and 1.
+    Raises UsageError if inspect-ai is not installed or there is no such file, DataError if the task failed or none of its
+    scorers gives scores between 0 and 1.
     """
     try:
         import inspect_ai

@@ -68,25 +68,16 @@ class Landscape:
 def visage(alphas: ArrayLike, asr: ArrayLike, highest: float = 1.0, conditional: bool = True) -> float:
     """The safe basin along one line: the mean of S_max - S(a) over a in (-A, A), over those a where S(a) < S_max.
 
-    0 if no point lies below ``highest``. The mean over a is an integral: each step covers half the distance to its neighbours, so
-    that steps may be uneven. ``Landscape.visage`` averages lines.
+    0 if no point lies below ``highest``. The mean over a is an integral: each step covers half the distance to its neighbours,
+    so that steps may be uneven. ``Landscape.visage`` averages lines.
 
-    Parameters
-    ----------
-    highest
-        S_max. The paper does not say whether it is the highest observed or the highest possible rate; 1 by default, so that
-        models are compared on the same scale.
-    conditional
-        Exclude points at S_max from the mean (as published, read as a conditional expectation). This measures the depth of the
-        basin, not its width: a narrow basin in an otherwise unsafe model scores like a wide one. False counts such points as 0,
-        so that a wider basin always scores higher.
+    ``highest`` is S_max. The paper does not say whether it is the highest observed or the highest possible rate; 1 by default,
+    so that models are compared on the same scale. ``conditional`` excludes points at S_max from the mean (as published, read as
+    a conditional expectation). This measures the depth of the basin, not its width: a narrow basin in an otherwise unsafe model
+    scores like a wide one. False counts such points as 0, so that a wider basin always scores higher.
 
-    Source: arXiv 2604.17215, after Peng et al. (arXiv 2405.17374).
-
-    Raises
-    ------
-    DataError
-        Steps and rates differ in number, a step is repeated, a value is not finite, or the steps are not on both sides of 0.
+    Source: arXiv 2604.17215, after Peng et al. (arXiv 2405.17374). Raises DataError if steps and rates differ in number, a step
+    is repeated, a value is not finite, or the steps are not on both sides of 0.
     """
     a, s = np.asarray(alphas, dtype=np.float64), np.asarray(asr, dtype=np.float64)
     if a.ndim != 1 or a.shape != s.shape:
@@ -125,8 +116,8 @@ def unit_norm(tensors: Tensors) -> dict[str, Tensor]:
 def random_directions(like: Tensors, count: int, seed: int = 0) -> dict[str, dict[str, Tensor]]:
     """``count`` random directions of norm 1, by name (``random-0``...), with Gaussian entries drawn under ``seed``.
 
-    ``like`` sets the names, shapes and relative norms: each tensor's share of the norm is its share in ``like``. Pass the weights
-    to move every tensor by the same fraction of itself. Raises UsageError if ``like`` is zero.
+    ``like`` sets the names, shapes and relative norms: each tensor's share of the norm is its share in ``like``. Pass the
+    weights to move every tensor by the same fraction of itself. Raises UsageError if ``like`` is zero.
     """
     shares = {name: float(in_float64(tensor).norm()) for name, tensor in unit_norm(like).items()}
     generator = torch.Generator().manual_seed(seed)
@@ -144,8 +135,8 @@ def moved(model: nn.Module, direction: Tensors, step: float) -> Iterator[None]:
     """The model at theta + step * direction; on exit it holds its own parameters again, the same objects and bits.
 
     The caller's parameters are never written to: meanwhile, every module's slot holds a moved stand-in, one per parameter, so
-    that tied weights stay tied. In half precision a step below a weight's rounding does not move it. Costs one copy of the moved
-    tensors. Raises UsageError if the direction does not fit the model.
+    that tied weights stay tied. In half precision a step below a weight's rounding does not move it. Costs one copy of the
+    moved tensors. Raises UsageError if the direction does not fit the model.
     """
     own = dict(model.named_parameters())
     for name, tensor in direction.items():
@@ -184,14 +175,8 @@ def landscape(
 ) -> Landscape:
     """Measure the model at theta + a * unit * d for every step a and every direction d (scaled to norm 1 first).
 
-    Parameters
-    ----------
-    measure
-        Called with the moved weights in place; returns rates by name, such as the ``rates`` of ``evaluation.asr.asr`` with a
-        ``generate`` on this model.
-    unit
-        Length of a step of 1, in the norm of the weights.
-
+    ``measure`` is called with the moved weights in place and returns rates by name, such as the ``rates`` of
+    ``evaluation.asr.asr`` with a ``generate`` on this model. ``unit`` is the length of a step of 1, in the norm of the weights.
     Raises UsageError if there is no direction or no step, a step is repeated, or a direction does not fit.
     """
     steps = sorted(float(a) for a in np.asarray(alphas, dtype=np.float64).ravel())

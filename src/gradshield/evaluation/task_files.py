@@ -24,9 +24,9 @@ from gradshield.types import Conversation, EvalResult, Example, Quarantined
 class Task:
     """A user's held-out rows, ready for ``utility``.
 
-    ``rows`` have ``prompt`` (text or messages), ``reference``, and ``metric`` if the row names one. ``score`` takes a row and an
-    answer. ``metric`` is the metric of the other rows, and ``guessed`` says that the user did not choose it. ``set_aside`` are
-    unusable rows, each with its line and the reason.
+    ``rows`` have ``prompt`` (text or messages), ``reference``, and ``metric`` if the row names one. ``score`` takes a row and
+    an answer. ``metric`` is the metric of the other rows, and ``guessed`` says that the user did not choose it. ``set_aside``
+    are unusable rows, each with its line and the reason.
     """
 
     rows: tuple[Row, ...]
@@ -42,20 +42,9 @@ def task_file(path: str | Path, metric: str | None = None) -> Task:
     The final assistant turn (of a preference pair, the chosen one) is the reference, and everything before it is the prompt. A
     plain-text prompt is asked as a user turn.
 
-    Parameters
-    ----------
-    metric
-        A name that ``metrics.metric`` takes, for rows that name none; None guesses it from the references
-        (``metrics.guess``).
-
-    Raises
-    ------
-    UnknownNameError
-        An unknown metric, on the command line or in a row.
-    EmptyDataError
-        No row can be used.
-    UsageError, DataError
-        As ``metrics.metric`` and ``data.read``.
+    ``metric`` is a name that ``metrics.metric`` takes, for rows that name none; None guesses it from the references
+    (``metrics.guess``). Raises UnknownNameError for an unknown metric, EmptyDataError if no row can be used, and as
+    ``metrics.metric`` and ``data.read`` do.
     """
     if metric is not None:
         metrics.metric(metric)  # an unknown name is reported before the file is read
@@ -153,19 +142,9 @@ def utility(generate: Generate, rows: Sequence[Row], score: Callable[[Row, str],
 
     Scores of only 0 and 1 give a proportion with its Wilson interval, others a mean with a bootstrap interval under ``seed``.
 
-    Parameters
-    ----------
-    rows
-        Mappings with ``prompt`` (text or chat messages) and whatever ``score`` reads, such as a reference.
-    score
-        Maps a row and the model's answer to a number between 0 and 1.
-
-    Raises
-    ------
-    EmptyDataError
-        There are no rows.
-    DataError
-        A score lies outside [0, 1].
+    ``rows`` are mappings with ``prompt`` (text or chat messages) and whatever ``score`` reads, such as a reference; ``score``
+    maps a row and the model's answer to a number between 0 and 1. Raises EmptyDataError for no rows, DataError for a score
+    outside [0, 1].
     """
     if len(rows) == 0:
         raise EmptyDataError("there is no row to measure utility on: pass at least one")

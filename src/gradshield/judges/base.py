@@ -128,14 +128,8 @@ class FunctionJudge:
 def parse(spec: str) -> Judge:
     """A judge as typed: ``refusal-phrases``, ``compliance``, ``lab-classifier``, or a guard in one of its FORMS.
 
-    Nothing is loaded or called yet.
-
-    Raises
-    ------
-    UnknownNameError
-        A kind that is not one of ``JUDGES``.
-    UsageError
-        A judge without its model or endpoint, an option that it does not take, or a missing key.
+    Nothing is loaded or called yet. Raises UnknownNameError for a kind that is not one of ``JUDGES``; UsageError for a judge
+    without its model or endpoint, an option that it does not take, or a missing key.
     """
     parts = Spec.split(spec)
     made = JUDGES[parts.name]

@@ -56,23 +56,13 @@ class _Refused(EndpointError):
 class Client:
     """One model behind one OpenAI-compatible endpoint. Calls may come from several threads.
 
-    Parameters
-    ----------
-    base_url
-        The endpoint's address, up to and including ``/v1``.
-    key
-        Name of the environment variable that holds the API key; None sends no key.
-    timeout
-        Seconds for a connection, for each read, and for a whole reply.
-    attempts
-        Most tries of one call. A call is retried after a timeout, a broken connection, a malformed body, and the statuses
-        408, 409, 429 and 5xx; the wait doubles, or follows Retry-After.
+    ``base_url`` is the endpoint's address, up to and including ``/v1``; ``key`` names the environment variable that holds the
+    API key, None sends none; ``timeout`` is in seconds, for a connection, for each read, and for a whole reply; ``attempts`` is
+    the most tries of one call, which is tried again after a timeout, a broken connection, a malformed body, and the statuses
+    408, 409, 429 and 5xx (the wait doubles, or follows Retry-After).
 
-    Raises
-    ------
-    UsageError
-        The SDK is not installed; the address is not a plain http(s) URL; the environment variable is not set; a key would go
-        over plain http to a public host.
+    Raises UsageError if the SDK is not installed, the address is not a plain http(s) URL, the environment variable is not set,
+    or a key would go over plain http to a public host.
     """
 
     def __init__(

@@ -55,20 +55,10 @@ def project(
     is the whole adapter, including what it held before this training. A layer whose change or direction is zero has no cosine
     and is not changed.
 
-    Parameters
-    ----------
-    model
-        The trained model, with its LoRA adapter not yet merged; or without an adapter, which needs ``start``.
-    threshold
-        Layers with a cosine below it are projected; the paper uses values from 0.3 to 0.6.
-    start
-        For training without an adapter: the model before training, on any device.
-
-    Raises
-    ------
-    UsageError
-        A threshold that is no cosine, no adapter and no ``start``, an adapter other than plain LoRA, or a layer without its
-        direction.
+    ``model`` is the trained model with its LoRA adapter not yet merged; or without an adapter, which needs ``start``, the model
+    before training, on any device. Layers with a cosine below ``threshold`` are projected; the paper uses values from 0.3 to
+    0.6. Raises UsageError for a threshold that is no cosine, no adapter and no ``start``, an adapter other than plain LoRA, and
+    a layer without its direction.
     """
     if not -1 <= threshold <= 1:
         raise UsageError(f"the threshold {threshold} is not a cosine: give a number from -1 to 1, such as 0.5")

@@ -48,19 +48,9 @@ class Classifier:
     The probability is the sum over the unsafe labels if labels are exclusive, and their maximum if each label is decided
     independently. An answer longer than the model's input is read in windows, of which the worst counts.
 
-    Parameters
-    ----------
-    unsafe
-        Names of the labels that mean unsafe; inferred from the names if every one is clear.
-    reads
-        ``pair`` gives the model request and answer as two segments, ``answer`` only the answer.
-
-    Raises
-    ------
-    UsageError
-        Labels that the model does not have, or that cannot be inferred (the message lists them).
-    ModelError, HubError
-        As ``models.loading.load`` raises them.
+    ``unsafe`` are the names of the labels that mean unsafe, inferred if every name is clear; ``reads`` is ``pair`` to give the
+    model request and answer as two segments, or ``answer``. Raises UsageError for labels that the model does not have or that
+    cannot be inferred (the message lists them), ModelError and HubError as ``models.loading.load`` does.
     """
 
     def __init__(

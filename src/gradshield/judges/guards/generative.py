@@ -35,17 +35,9 @@ class Generative:
 
     Source: Inan et al. (2023), arXiv 2312.06674, whose classifier score is the probability of the first token.
 
-    Parameters
-    ----------
-    words
-        What the guard writes for safe and for unsafe; case is ignored.
-
-    Raises
-    ------
-    UsageError
-        ``words`` are not two different words.
-    ModelError, HubError
-        As ``models.loading.load`` raises them; a tokenizer without a chat template, or one that omits a turn.
+    ``words`` are what the guard writes for safe and for unsafe; case is ignored. Raises UsageError if they are not two
+    different words; ModelError and HubError as ``models.loading.load`` does, and for a tokenizer without a chat template or
+    with one that omits a turn.
     """
 
     def __init__(
