@@ -49,24 +49,13 @@ class ReadResult:
 def read(data: Any, format: str | Format | None = None) -> ReadResult:
     """Read a path, a hub name, a table or a list of dicts.
 
-    Parameters
-    ----------
-    data
-        A file, a folder of files or a pattern; a dataset's folder (``save_to_disk``) or hub name; a ``Dataset``, a pandas, polars
-        or Arrow table, or a list of dicts.
-    format
-        How rows are read: a `Format`, or the name of a shape in ``SHAPES`` for every row; None detects each row's shape.
+    ``data`` is a file, a folder of files or a pattern; a dataset's folder (``save_to_disk``) or hub name; a ``Dataset``, a
+    pandas, polars or Arrow table, or a list of dicts. ``format`` is how rows are read: a `Format`, or the name of a shape in
+    ``SHAPES`` for every row; None detects each row's shape.
 
-    Raises
-    ------
-    UnknownNameError
-        No such format.
-    FormatError
-        An unknown kind of file or rows.
-    EmptyDataError
-        No row, or no usable row.
-    DataError
-        A file that cannot be read, or a hub name that cannot be fetched; if ``format`` is strict, a row that cannot be used.
+    Raises UnknownNameError for no such format; FormatError for an unknown kind of file or rows; EmptyDataError for no row or no
+    usable row; DataError for a file that cannot be read, a hub name that cannot be fetched and, if ``format`` is strict, a row
+    that cannot be used.
     """
     format = Format.of(format)
     source, records = _open(data)

@@ -89,33 +89,16 @@ def load(
 ) -> LoadedModel:
     """Load a causal LM from a folder or the hub, in eval mode.
 
-    Parameters
-    ----------
-    name_or_path
-        Folder or hub name of a model, or of a PEFT adapter that names its base.
-    adapter
-        Folder or hub name of a PEFT adapter for it.
-    device
-        ``auto`` takes CUDA, else MPS, else the CPU.
-    dtype
-        ``auto`` is bfloat16 on a CUDA device that supports it, else float32.
-    revision
-        Branch, tag or commit of a hub model.
-    quantize
-        ``4bit`` (NF4) or ``8bit``: the linear layers' weights are quantised by bitsandbytes and computed with in ``dtype``. They
-        have no gradient, so only the subspace ``lora`` can be scored.
-    device_map
-        ``auto``, ``balanced``, ``balanced_low_0`` or ``sequential``: layers on several GPUs, as accelerate splits them.
-        ``device`` stays ``auto``.
+    ``name_or_path`` is a model, or a PEFT adapter that names its base; ``adapter`` an adapter for it. ``device`` ``auto`` takes
+    CUDA, else MPS, else the CPU; ``dtype`` ``auto`` is bfloat16 on a CUDA device that supports it, else float32. ``revision``
+    is a branch, tag or commit of a hub model. ``quantize`` is ``4bit`` (NF4) or ``8bit``: the linear layers' weights are
+    quantised by bitsandbytes and computed with in ``dtype``; they have no gradient, so only the subspace ``lora`` can be
+    scored. ``device_map`` is ``auto``, ``balanced``, ``balanced_low_0`` or ``sequential``: layers on several GPUs, as
+    accelerate splits them; ``device`` stays ``auto``.
 
-    Raises
-    ------
-    UsageError
-        A device or dtype that is not available; a model that does not fit on the devices of ``device_map``.
-    HubError
-        The hub cannot be reached, or has no such model.
-    ModelError
-        No such folder, no safetensors, missing or broken weights, or a model with its own code and no ``trust_remote_code``.
+    Raises UsageError for a device or dtype that is not available and for a model that does not fit on the devices of
+    ``device_map``; HubError if the hub cannot be reached or has no such model; ModelError for no such folder, no safetensors,
+    missing or broken weights, and a model with its own code without ``trust_remote_code``.
     """
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
@@ -173,14 +156,8 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
 def wrap(model: Any, tokenizer: Any) -> LoadedModel:
     """The caller's own model as a ``LoadedModel``. Nothing about it changes: no mode, no ``requires_grad``, no token.
 
-    It stays on its device; a model on the CPU of a machine with a GPU raises a warning.
-
-    Raises
-    ------
-    UsageError
-        It is not a torch module, or there is no tokenizer.
-    ModelError
-        It has no parameters in memory.
+    It stays on its device; a model on the CPU of a machine with a GPU raises a warning. Raises UsageError if it is no torch
+    module or there is no tokenizer, ModelError if it has no parameters in memory.
     """
     import torch
 

@@ -51,55 +51,30 @@ def fit(
 ) -> PreTrainedModel | PeftModel:
     """Fine-tune a copy of ``model`` on ``dataset`` and return it, in eval mode.
 
-    The seed is set before the adapter is created: the same arguments give the same weights, bit for bit on one CPU with the same
-    number of threads. As in TRL, training sets the global random state of Python, NumPy and torch.
+    The seed is set before the adapter is created: the same arguments give the same weights, bit for bit on one CPU with the
+    same number of threads. As in TRL, training sets the global random state of Python, NumPy and torch.
 
     Training runs on the model's device: on the CPU for a model there, even if there is an accelerator (unless ``options`` set
-    ``use_cpu``; False moves the model to the first accelerator). A model on an accelerator must be on the only visible one: hide
-    the others, for example with CUDA_VISIBLE_DEVICES.
+    ``use_cpu``; False moves the model to the first accelerator). A model on an accelerator must be on the only visible one:
+    hide the others, for example with CUDA_VISIBLE_DEVICES.
 
-    Parameters
-    ----------
-    dataset
-        Rows in any shape that TRL knows, or tokenised rows with ``input_ids`` and ``labels`` (-100 outside the loss). Both are
-        truncated at ``max_length``, and rows left without a label are dropped. Preference pairs (``chosen``, ``rejected``) are
-        trained with DPO; tokenised, they have the ids of each answer after its prompt, and the mask of those that count
-        (`data.labelled`). DPO's reference is the start: with an adapter that model with the adapter off, else a second one.
-    options
-        Options of ``trl.SFTConfig``, or of ``trl.DPOConfig`` for pairs, passed through. The defaults are TRL's, except that
-        nothing is printed or sent anywhere, nothing is saved without ``output_dir``, and training on the CPU uses the model's
-        own precision and keeps activations.
-        For the seed and the folder use the arguments of this function.
-    peft_config
-        The adapter to train. It is copied, since TRL and PEFT modify it.
-    merge
-        Merge the adapter into the weights and return the plain model; otherwise the ``PeftModel`` is returned.
-    output_dir
-        Folder for TRL's checkpoints; saving the returned model is the caller's.
-    callbacks
-        More ``transformers`` callbacks.
-    penalties
-        Penalties added to the loss of every step (AsFT, a KL to the start).
-    online
-        A method that selects rows inside training, at the current weights.
-    finish
-        Called with the trained model before its adapter is merged (SafeLoRA's projection).
-    resume
-        Resume from the newest complete checkpoint in ``output_dir``, if there is one; newer, incomplete ones are removed.
-    progress
-        Called with (steps done, all steps), first with 0.
+    ``dataset`` holds rows in any shape that TRL knows, or tokenised rows with ``input_ids`` and ``labels`` (-100 outside the
+    loss). Both are truncated at ``max_length``, and rows left without a label are dropped. Preference pairs (``chosen``,
+    ``rejected``) are trained with DPO; tokenised, they have the ids of each answer after its prompt, and the mask of those that
+    count (`data.labelled`). DPO's reference is the start: with an adapter that model with the adapter off, else a second one.
 
-    Raises
-    ------
-    UsageError
-        An option that TRL's config does not have, or a setting that it or its trainer refuses.
-    EmptyDataError
-        No row, or no row with a label left after truncation.
+    ``options`` are those of ``trl.SFTConfig``, or of ``trl.DPOConfig`` for pairs, passed through; the seed and the folder are
+    arguments here. The defaults are TRL's, except that nothing is printed or sent anywhere, nothing is saved without
+    ``output_dir``, and training on the CPU uses the model's own precision and keeps activations. ``peft_config`` is copied,
+    since TRL and PEFT modify it. ``merge`` returns the plain model with the adapter merged in, else the ``PeftModel`` is
+    returned. ``output_dir`` is for TRL's checkpoints; with ``resume`` training goes on from the newest complete one there, and
+    newer, incomplete ones are removed.
 
-    Warns
-    -----
-    UserWarning
-        Trainable weights are stored in half precision.
+    ``penalties`` are added to the loss of every step, ``online`` selects rows inside training, ``finish`` is called with the
+    trained model before its adapter is merged (SafeLoRA's projection), ``progress`` with (steps done, all steps), first with 0.
+
+    Raises UsageError for an option that TRL's config does not have, or a setting that it or its trainer refuses; EmptyDataError
+    for no row, or no row with a label left after truncation. Warns if trainable weights are stored in half precision.
     """
     if merge and peft_config is None:
         raise UsageError(
