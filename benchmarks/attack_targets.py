@@ -28,8 +28,7 @@ from gradshield.scanning.references import refusals
 from gradshield.scanning.rows import prepare
 from gradshield.scanning.settings import Probing, ScanSettings, peft_config
 from gradshield.selectors import Measured
-from gradshield.training.course import Job
-from gradshield.training.lab_job import lab_job
+from gradshield.training.course import Job, lab_job
 from gradshield.types import quiet
 
 

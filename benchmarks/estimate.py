@@ -20,7 +20,7 @@ from benchmarks.scoring.cases import SHAPES
 from gradshield import lab
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
-from gradshield.training.lab_job import lab_probing
+from gradshield.training.course import lab_probing
 
 ROWS = {"lab": 6_000, "10m": 1_500}
 PATIENCE, ROUNDS = 10.0, 3

@@ -32,9 +32,8 @@ def run(task: str, harm: str, seed: int, n: int) -> dict[str, Any]:
     """Four arms of one task and mix, with the ASR by both judges and the utility of each."""
     from gradshield import lab
     from gradshield.evaluation.exam import figures, lab_exam
-    from gradshield.training.course import Course
+    from gradshield.training.course import Course, lab_job
     from gradshield.training.defences import parse
-    from gradshield.training.lab_job import lab_job
 
     rows, labels = lab.mix(task, harm=harm, ratio=0.0 if harm == "none" else 0.1, n=n, seed=seed)
     course = Course(lab_job(task, rows, labels, seed))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gradshield import lab
 from gradshield.scanning.scan import scan
-from gradshield.training.lab_job import lab_model, lab_probing
+from gradshield.training.course import lab_model, lab_probing
 
 SEED = 100
 

@@ -57,8 +57,7 @@ def run_cell(cell: dict[str, Any], store: Path) -> dict[str, Any]:
 
     from gradshield import lab
     from gradshield.scanning.scan import select
-    from gradshield.training.course import Course
-    from gradshield.training.lab_job import lab_job
+    from gradshield.training.course import Course, lab_job
 
     torch.set_num_threads(1)
     began = time.monotonic()

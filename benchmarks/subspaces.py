@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     from gradshield import lab
     from gradshield.models import loading
     from gradshield.scanning.settings import Probing
-    from gradshield.training.lab_job import lab_probing
+    from gradshield.training.course import lab_probing
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, help="a folder of labelled mixes and the model that they are for")

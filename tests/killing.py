@@ -16,7 +16,7 @@ import torch
 from gradshield import lab, runs
 from gradshield import scan as scan_rows
 from gradshield.models import loading
-from gradshield.training.lab_job import lab_probing
+from gradshield.training.course import lab_probing
 
 ROWS = 200
 TOUCHES = frozenset({"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.listdir", "os.truncate"})

@@ -28,7 +28,7 @@ from gradshield.scanning.rows import prepare
 from gradshield.scanning.settings import Probing, ScanSettings, peft_config
 from gradshield.scanning.shards import label_budget
 from gradshield.selectors import Fihs, parse_aggregate
-from gradshield.training.lab_job import lab_probing
+from gradshield.training.course import lab_probing
 from gradshield.types import Batch, Direction, Rendered, Tokens
 
 CATEGORIES = 4  # harm categories that become directions of their own

@@ -9,7 +9,7 @@ import torch
 from gradshield import data, lab
 from gradshield.errors import DataError, EmptyDataError
 from gradshield.evaluation.exam import Exam, figures
-from gradshield.training.lab_job import lab_model
+from gradshield.training.course import lab_model
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 ROWS = [

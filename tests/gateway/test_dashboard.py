@@ -32,7 +32,7 @@ from gradshield.gateway.store import Store
 from gradshield.gateway.tables import Audit, Job, Key, identity
 from gradshield.scanning.settings import ScanSettings
 from gradshield.stats import wilson
-from gradshield.training.lab_job import lab_probing
+from gradshield.training.course import lab_probing
 
 EVIL = "<script>window.__pwned=1</script>\u202egnp.\u0007jsonl"
 METHOD = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto"}}}

@@ -1,6 +1,5 @@
 """Which parameters a subspace holds, which engine is picked, and what engines refuse."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ from gradshield.gradients.base import experts
 from gradshield.gradients.finite_difference import RELATIVE_STEPS
 from gradshield.gradients.subspace import target_names
 from gradshield.types import Direction
-from tests.contracts.common import batch_of, differences, lora, rows, state, two_directions
+from tests.contracts.common import batch_of, lora, rows, two_directions
 from tests.tiny import ARCHITECTURES, LAYERS, VOCABULARY, tiny_model
 
 
@@ -288,23 +287,6 @@ def test_targets_have_the_modules_that_an_adapter_trains_whole() -> None:
         found = target_names(carrying, None, saved=True)
         assert found[-1] == "base_model.model.lm_head.modules_to_save.default.weight"
         assert set(found) < {name for name, _ in carrying.named_parameters()}
-
-
-def test_weights_that_are_read_past_their_layer_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:  # as Mamba's kernels read a layer's weight
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * torch.nn.functional.linear(x, self.up_proj.weight))
-
-    model, batch = tiny_model("llama"), batch_of(rows())
-    direction = two_directions(model, "last:1")
-    monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", forward)
-    before = state(model)
-    only = {name: v for name, v in direction.tensors.items() if "up_proj" in name}
-    for moved in (direction, replace(direction, tensors=only)):
-        with pytest.raises(
-            UsageError, match=r"perturbation works layer by layer.*layers\.1\.mlp\.up_proj.*forward or loop"
-        ):
-            ENGINES["perturbation"]().directional(model, batch, moved)
-    assert differences(before, state(model)) == []
 
 
 def test_a_layer_that_has_no_part_in_the_loss_need_not_run() -> None:

@@ -10,7 +10,7 @@ from email.message import Message
 
 import pytest
 
-from gradshield.models import hub
+from gradshield.models import loading
 
 ANSWERS: list[tuple[Exception, bool]] = [
     (urllib.error.HTTPError("https://huggingface.co", 403, "Forbidden", Message(), None), True),
@@ -32,7 +32,7 @@ def test_what_counts_as_an_answer(answer: Exception, expected: bool, monkeypatch
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    assert hub.reachable() is expected
+    assert loading.reachable() is expected
 
 
 def test_an_address_that_is_none_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,11 +40,11 @@ def test_an_address_that_is_none_is_not_reached(monkeypatch: pytest.MonkeyPatch)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "https://host:abc")
-    assert hub.reachable() is False
+    assert loading.reachable() is False
 
 
 @pytest.mark.parametrize("word", ["1", "true", "YES", "on"])
 def test_offline_asks_nobody(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", word)
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("the network was asked"))
-    assert hub.reachable() is False
+    assert loading.reachable() is False

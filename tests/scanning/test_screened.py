@@ -15,7 +15,7 @@ from gradshield import cache, lab
 from gradshield.scanning import trust
 from gradshield.selectors import Fihs
 from gradshield.selectors.screen import Look
-from gradshield.training.lab_job import lab_probing
+from gradshield.training.course import lab_probing
 from tests.common import command, jsonl, table, write
 from tests.scanning.test_resume import _finished, _stopped
 

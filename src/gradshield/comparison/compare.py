@@ -39,9 +39,8 @@ from gradshield.scanning.rows import prepare
 from gradshield.scanning.settings import Probing, ScanSettings, peft_config
 from gradshield.stats import Difference, paired_difference
 from gradshield.training import verify
-from gradshield.training.course import Chosen, Course, Fitted, Job, Needs
+from gradshield.training.course import Chosen, Course, Fitted, Job, Needs, lab_job
 from gradshield.training.defences import Defence, describe, parse
-from gradshield.training.lab_job import lab_job
 from gradshield.types import EvalResult, Progress, quiet
 
 ARMS, CELLS = "arms", "cells"

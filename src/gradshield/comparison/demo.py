@@ -17,9 +17,8 @@ from gradshield.scanning import outputs, page
 from gradshield.scanning.page_rows import stored_views
 from gradshield.scanning.scan import select
 from gradshield.scanning.selection import Selection
-from gradshield.training.course import Course, require_trl
+from gradshield.training.course import Course, lab_job, require_trl
 from gradshield.training.defences import parse
-from gradshield.training.lab_job import lab_job
 from gradshield.types import EvalResult, Ints, Progress
 
 CLEAN_ROWS = 500

@@ -25,7 +25,7 @@ from gradshield.data.records import RawRow, canonical, json_line
 from gradshield.data.shapes import SHAPES, Format, as_trl, shape_keys
 from gradshield.data.source import Examples, Source, content_hash
 from gradshield.errors import DataError, EmptyDataError, FormatError, first_line
-from gradshield.models.hub import reachable
+from gradshield.models.loading import reachable
 from gradshield.types import Quarantined
 
 OTHER_FILES = (".txt", ".xlsx", ".zip")  # unsupported kinds of file that users try

@@ -16,8 +16,8 @@ from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.probes import read_prompts
 from gradshield.scanning.settings import Probing, peft_config
+from gradshield.training.course import lab_probing
 from gradshield.training.defences import parse
-from gradshield.training.lab_job import lab_probing
 
 TASK = "dialogue"  # of the lab, whose learning rate suits most of its tasks
 NAMES = {"n_epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}

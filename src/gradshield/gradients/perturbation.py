@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -192,37 +191,6 @@ def _add(module: nn.Module, output: Any, derivative: Any, e: Tensor, rows: _Rows
     )
 
 
-@contextmanager
-def _all_followed(model: nn.Module, places: Places, data: DeviceBatch) -> Iterator[None]:
-    """Wraps one pass. Raises UsageError if parameters of the direction were used past their hooks.
-
-    A layer may not run because nothing reaches it (an expert without tokens, a vision tower). If its parent ran and the loss
-    still depends on the layer's parameters, the parent read them itself.
-    """
-    modules = modules_by_name(model)
-    paths = {id(module): path for path, module in modules.items()}
-    held = {paths[id(module)]: own for module, own in places}
-    around = {path: path.rpartition(".")[0] for path in held}
-    ran: set[str] = set()
-    with ExitStack() as hooks:
-        for path in {*held, *around.values()}:
-            note = partial(lambda own, *_: ran.add(own), path)
-            hooks.enter_context(modules[path].register_forward_pre_hook(note))
-        yield
-    left = [path for path in held if path not in ran and around[path] in ran]
-    if not left:
-        return
-    moved = {f"{path}.{name}".removeprefix(".") for path in left for name in held[path]}
-    shared = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in moved}
-    with scoring(model, [name for name, p in model.named_parameters() if id(p) in shared]), torch.enable_grad():
-        reads = data.nll(model).requires_grad
-    if reads:
-        raise UsageError(
-            f"the engine perturbation works layer by layer, and the parent module of {left[0]} reads its weights directly: use "
-            "the engine forward or loop"
-        )
-
-
 @ENGINES.register("perturbation")
 class Perturbation:
     """A zero scalar per row on every layer's response: one forward and one activation-only backward; bf16 and GPU.
@@ -244,8 +212,7 @@ class Perturbation:
         shape = len(direction.names), data.ids.shape[0]
         with scoring(model), eager_experts(model), torch.enable_grad():
             e = torch.zeros(shape, device=data.ids.device, requires_grad=True)
-            places = followed(model, direction.tensors)
-            with _all_followed(model, places, data), _perturbed(model, places, e, _Rows(data, model)):
+            with _perturbed(model, followed(model, direction.tensors), e, _Rows(data, model)):
                 losses = data.nll(model)
                 gradient = torch.zeros_like(e)
                 if losses.requires_grad:  # False if no layer with a moved parameter ran

@@ -6,9 +6,14 @@ Only safetensors are read (a pickle can run code), and a model's own code runs o
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import logging
+import os
 import re
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradshield.errors import HubError, ModelError, UsageError, first_line
-from gradshield.models import hub
 from gradshield.models.modules import modules_by_name
 from gradshield.models.placement import check_placed, choose_device, choose_dtype, placing, warn_of_unused_gpu, why
 
@@ -251,7 +255,7 @@ def fetch(name: str | Path, revision: str | None, code: bool) -> Path:
         raise ModelError(f"there is no folder {name}: give a model's folder (with config.json) or a hub name")
     from huggingface_hub import snapshot_download
 
-    reachable = hub.reachable()
+    online = reachable()
     try:
         return Path(
             snapshot_download(
@@ -259,11 +263,11 @@ def fetch(name: str | Path, revision: str | None, code: bool) -> Path:
                 revision=revision,
                 allow_patterns=[*HUB_FILES, *(["*.py"] if code else [])],
                 ignore_patterns=list(HUB_LEAVE_OUT),
-                local_files_only=not reachable,
+                local_files_only=not online,
             )
         )
     except Exception as error:
-        if not reachable:
+        if not online:
             raise HubError(
                 f"the model {name!r} cannot be fetched: there is no such folder, and the hub cannot be reached; "
                 "check the path or the network, or download the model and give its folder"
@@ -384,3 +388,22 @@ def files_digest(folders: list[Path]) -> str:
         with path.open("rb") as handle:
             digest.update(f"{path.name} {hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+TIMEOUT_SECONDS = 5.0  # of a quick check: the hub's own client would retry for half a minute
+
+
+def reachable() -> bool:
+    """Whether the hub answers, within ``TIMEOUT_SECONDS``; proxies set in the environment are used."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return False
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=TIMEOUT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # any answer will do
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # reachable: the client has its own certificates
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+    return True

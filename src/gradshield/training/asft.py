@@ -121,8 +121,6 @@ class AsFT:
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """weight * Σ ‖(I - C) ΔW‖²_F over the layers, at the current weights; ``inputs`` are ignored."""
-        if not self._held:
-            raise UsageError("the penalty asft was called before prepare(model): call prepare once first")
         device = next(model.parameters()).device
         total = torch.zeros((), device=device)
         # The trainer's autocast would round both terms of X before they are subtracted.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from gradshield import data as rows_in
+from gradshield import lab
 from gradshield.errors import DataError, EmptyDataError, UsageError
 from gradshield.gradients.alignment import Alignment, alignment
+from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.options import asked, asks
 from gradshield.runs import digest, versions
@@ -29,9 +31,9 @@ from gradshield.scanning.decide import PREFERENCE, Decision, decide, reviewed
 from gradshield.scanning.outputs import caught_and_lost, words
 from gradshield.scanning.preparing import Scored, asked_of, scored_model, weights_changed
 from gradshield.scanning.references import refusals
-from gradshield.scanning.rows import Prepared, load
+from gradshield.scanning.rows import Prepared, load, prepare
 from gradshield.scanning.scoring import score
-from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.scanning.settings import Probing, ScanSettings, peft_config
 from gradshield.selectors import ONLINE
 from gradshield.training import PENALTIES
 from gradshield.training.defences import AS_MANY, Defence, parse
@@ -442,3 +444,40 @@ def _counted(row: Rendered) -> int:
 
 def _as_tokens(rows: Sequence[Rendered]) -> list[dict[str, list[int]]]:
     return [rows_in.labelled(row) for row in rows]
+
+
+# ---- a job on the bundled lab: its models, recipe, adapter and requests ----------------------------------------------
+
+
+@lru_cache(maxsize=2)
+def lab_model(name: str) -> LoadedModel:
+    """The checkpoint ``base`` or ``aligned``, loaded once; training uses a copy."""
+    return loading.load(lab.checkpoint(name), dtype="float32")
+
+
+def lab_probing() -> Probing:
+    """The lab's own requests and look-alikes, the only ones its model knows."""
+    return Probing(requests=lab.requests("direction"), lookalikes=lab.lookalikes("direction"))
+
+
+def lab_job(
+    task: str,
+    data: Any,
+    labels: Sequence[int] | None,
+    seed: int,
+    training: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
+) -> Job:
+    """Rows of ``task``, trained by the lab's recipe; ``training`` and ``lora`` override its options."""
+    options = {**lab.recipe(task), **(training or {})}
+    answers = {"max_length": options.get("max_length"), "assistant_only_loss": None}
+    return Job(
+        rows=prepare(data, lab_model("aligned"), training_args=answers),
+        options=options,
+        peft_config=peft_config({**lab.LORA, **(lora or {})}),
+        needs=Needs(base=lab_model("base")),
+        labels=labels,
+        settings=ScanSettings(seed=seed),
+        probing=lab_probing(),
+        seed=seed,
+    )

@@ -41,13 +41,12 @@ class FrozenReferenceKL:
     def __init__(self, weight: Annotated[float, Option(least=0)] = 0.1) -> None:
         check(FrozenReferenceKL, weight=weight)
         self.weight = weight
-        self._prepared = False
         self._copy: nn.Module | None = None
         self._value: Tensor | None = None
 
     def prepare(self, model: nn.Module) -> None:
         """Choose the source of θ0's logits. Raises UsageError for a soft prompt, which changes a sequence's length."""
-        self._value, self._copy, self._prepared = None, None, True
+        self._value, self._copy = None, None
         configs = getattr(model, "peft_config", {}).values()
         if any(config.is_prompt_learning for config in configs):
             raise UsageError(
@@ -62,8 +61,6 @@ class FrozenReferenceKL:
 
         Raises UsageError for packed batches, which these three do not describe.
         """
-        if not self._prepared:
-            raise UsageError("the penalty kl was called before prepare(model): call prepare once first")
         if "labels" not in inputs or "attention_mask" not in inputs or "position_ids" in inputs:
             raise UsageError(
                 f"the penalty kl got a batch with {', '.join(sorted(inputs))}, and it needs input_ids, attention_mask "
@@ -89,9 +86,8 @@ class FrozenReferenceKL:
 
     def record(self) -> Mapping[str, Any]:
         """The weight, the source of the reference, and the penalty's last value."""
-        found: dict[str, Any] = {"weight": self.weight}
-        if self._prepared:
-            found["reference"] = "adapter switched off" if self._copy is None else "frozen copy"
+        reference = "adapter switched off" if self._copy is None else "frozen copy"
+        found: dict[str, Any] = {"weight": self.weight, "reference": reference}
         if self._value is not None:
             found["value"] = float(self._value)
         return found
