@@ -6,34 +6,40 @@ import re
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradshield.types import Bools
 
+T = TypeVar("T")
 _ID = re.compile(r"[0-9a-f]{16}(?:-([2-9]|[1-9][0-9]+))?")
 
 
-class _Column(Sequence[str]):
-    """Strings built on access. Equal to any sequence of the same strings."""
+class OnDemand(Sequence[T]):
+    """A sequence whose entries are made on access."""
 
     @abstractmethod
-    def _at(self, index: int) -> str: ...
+    def _at(self, index: int) -> T:
+        """The entry at an index from 0."""
 
-    @abstractmethod
     def take(self, where: Any) -> Any:
-        """The strings at these indices, or where a mask is set, as a column of the same kind."""
+        """The entries of a slice."""
+        return [self._at(index) for index in range(len(self))[where]]
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> T: ...
 
     @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
 
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
         return self.take(index) if isinstance(index, slice) else self._at(range(len(self))[index])
+
+
+class _Column(OnDemand[str]):
+    """Equal to any sequence of the same strings; `take` also takes indices or a mask, and gives a column."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):

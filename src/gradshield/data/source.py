@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradshield.columns import Coded, Ids
+from gradshield.columns import Coded, Ids, OnDemand
 from gradshield.data.records import ID_LENGTH, Parse, json_value
 from gradshield.data.shapes import Format
-from gradshield.data.spool import OnDemand, Scratch
+from gradshield.data.spool import Scratch
 from gradshield.errors import DataError
 from gradshield.types import Bools, Example, Ints
 

@@ -6,38 +6,20 @@ import json
 import os
 import tempfile
 import weakref
-from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
-from typing import TypeVar, overload
+from typing import TypeVar
 
 import numpy as np
 
+from gradshield.columns import OnDemand
 from gradshield.errors import DataError
 from gradshield.types import Floats, Ints, Rendered, Tokens
 
 T = TypeVar("T")
 IDS = np.dtype(np.int32)  # no vocabulary is larger
-
-
-class OnDemand(Sequence[T]):
-    """A sequence whose entries are made on access."""
-
-    @abstractmethod
-    def _at(self, index: int) -> T:
-        """The entry at an index from 0."""
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        places = range(len(self))[index]
-        return self._at(places) if isinstance(places, int) else [self._at(place) for place in places]
 
 
 class Scratch(OnDemand[bytes]):

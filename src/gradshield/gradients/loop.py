@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, scoring
 from gradshield.models.logits import token_nll
-from gradshield.models.placement import in_float64, parts_of
+from gradshield.models.placement import in_float64
 from gradshield.types import Batch, Direction, Ints
 
 
@@ -46,8 +46,7 @@ class Loop:
             if g is None:  # a parameter the row does not reach (an expert it was not routed to)
                 continue
             v = direction.tensors[name].to(g.device)
-            for own, other in zip(parts_of(v.flatten(1)), parts_of(g.flatten()), strict=True):
-                total += (in_float64(own) @ in_float64(other)).cpu()
+            total += (in_float64(v.flatten(1)) @ in_float64(g.flatten())).cpu()
         return total
 
 

@@ -69,12 +69,6 @@ def in_float64(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
-def parts_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensor in parts of its last dimension, to put in float64 one by one: on a CPU they fit its cache, for half the time."""
-    size = 2**16 if tensor.device.type == "cpu" else max(1, tensor.shape[-1])
-    return tuple(tensor.split(size, -1))  # type: ignore[no-untyped-call]
-
-
 def keep_freed_memory() -> None:
     """Let this process keep up to 1 GiB of freed memory, so that new tensors need not be mapped and zeroed again.
 

@@ -13,8 +13,8 @@ import shutil
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -90,7 +90,9 @@ def fit(
         borrowed = options.keys().isdisjoint(("sync_ref_model", "use_cpu"))
         reference = model if borrowed else copy.deepcopy(model)
     before = [_State(one) for one in (trained, reference) if one is not None]
-    with _folder(output_dir) as folder, _quiet_datasets(), warnings.catch_warnings():
+    # transformers always creates its folder.
+    place = tempfile.TemporaryDirectory(prefix="gradshield-") if output_dir is None else nullcontext(output_dir)
+    with place as folder, warnings.catch_warnings():
         # A rename between PEFT, TRL and transformers, which the caller cannot act on.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         on_cpu = next(trained.parameters()).device.type == "cpu"
@@ -262,10 +264,8 @@ def _check_options(options: Mapping[str, Any], pairs: bool) -> None:
 
 
 def _as_dataset(dataset: Dataset | Sequence[Mapping[str, Any]]) -> Dataset:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
 
-    if isinstance(dataset, IterableDataset):
-        raise UsageError("a streamed dataset cannot be trained on here: load it whole, as a datasets.Dataset")
     rows = dataset if isinstance(dataset, Dataset) else Dataset.from_list([dict(row) for row in dataset])
     if len(rows) == 0:
         raise EmptyDataError("there is no row to train on: pass at least one")
@@ -337,27 +337,3 @@ def counting(seen: list[int]) -> TrainerCallback:
             seen.append(state.num_input_tokens_seen)
 
     return Counting()
-
-
-@contextmanager
-def _folder(output_dir: str | None) -> Iterator[str]:
-    """The caller's folder, or a temporary one, since transformers always creates its folder."""
-    if output_dir is not None:
-        yield output_dir
-        return
-    with tempfile.TemporaryDirectory(prefix="gradshield-") as folder:
-        yield folder
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Disable the progress bars of row preparation, and restore the caller's setting."""
-    import datasets
-
-    enabled = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if enabled:
-            datasets.enable_progress_bars()
