@@ -296,12 +296,11 @@ def exams_of(
     template: Mapping[str, Any] | None = None,
 ) -> Exams:
     """The exams of typed options; the search and the report use different rows. Raises DataError, UsageError."""
-    by = tuple(judges or ("refusal-phrases",))
-    requests = None if safety == "none" else safety
-
-    def of(split: str, halved: bool) -> Exam:
-        return exam(split, requests, by, utility, metric, tokens, answer_prefix, halved=halved, template=template)
-
-    report = of("report", searching)
+    given: dict[str, Any] = {
+        "safety": None if safety == "none" else safety,
+        "judges": tuple(judges or ("refusal-phrases",)),
+    }
+    given |= {"task": utility, "metric": metric, "tokens": tokens, "answer_prefix": answer_prefix, "template": template}
+    report = exam("report", **given, halved=searching)
     # One set of judges for both: a guard may be as large as the model.
-    return Exams(report, replace(of("search", True), judges=report.judges) if searching else Exam())
+    return Exams(report, replace(exam("search", **given, halved=True), judges=report.judges) if searching else Exam())

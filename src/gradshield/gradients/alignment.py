@@ -7,7 +7,6 @@ C = V Vᵀ/‖V‖_F stretches them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradshield.errors import ModelError, UsageError
+from gradshield.gradients.subspace import plain_name
 from gradshield.models.placement import in_float64
 
 
@@ -27,12 +27,6 @@ class Alignment:
     """
 
     tensors: Mapping[str, Tensor]
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name in the model without its adapter."""
-    # Adapters of two weights of one layer (fused experts) are nested.
-    return re.sub(r"(\.base_layer)+(?=\.|$)", "", name.removeprefix("base_model.model."))
 
 
 def alignment(aligned: nn.Module, base: nn.Module, names: Sequence[str]) -> Alignment:

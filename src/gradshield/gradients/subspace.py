@@ -138,9 +138,14 @@ def target_names(model: nn.Module, peft_config: PeftConfig | None, saved: bool =
         acting = ".modules_to_save." if carrying is model else ".original_module."  # PEFT trains a copy
         whole = {id(p) for name, p in carrying.named_parameters(remove_duplicate=False) if acting in name}
     if carrying is not model:
-        # Adapters of two weights of one layer (fused experts) are nested.
-        inside = [re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model.")) for name in inside]
+        inside = [plain_name(name) for name in inside]
     return inside + ([name for key, name in own.items() if key in whole] if saved else [])
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model without its adapter."""
+    # Adapters of two weights of one layer (fused experts) are nested.
+    return re.sub(r"(\.base_layer)+(?=\.|$)", "", name.removeprefix("base_model.model."))
 
 
 def _is_adapter(name: str) -> bool:
