@@ -74,24 +74,44 @@ def compare(
 
 
 def _all(config: Config, folder: Path, workers: int, progress: Progress) -> list[CellResult]:
-    """Every cell of the grid; missing ones are run."""
-    found = _Finished(folder, config, grid.cells(config))
-    wanted, missing = found.wanted, found.look()
+    """Every cell of the grid: those on disk that were run under the same settings, and the missing ones, which are run.
+
+    Cells that failed in an earlier run count as missing, since the cause may be fixed. A cell is read once, so that watching a
+    long grid is cheap.
+    """
+    wanted = grid.cells(config)
+    missing, done = {cell: grid.setting(config, cell) for cell in wanted}, dict[Cell, CellResult]()
+
+    def look() -> None:
+        for cell, setting in tuple(missing.items()):
+            found = _stored(_file(folder, cell))
+            if found is not None and found.setting == setting and _cell(found) == cell:
+                done[cell] = found
+                del missing[cell]
+
+    def report() -> None:
+        look()
+        progress("comparing", len(done), len(wanted))
+
+    look()
+    for cell in [cell for cell, found in done.items() if found.failed is not None]:
+        _file(folder, cell).unlink()
+        missing[cell] = done.pop(cell).setting
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in sorted(missing, key=lambda cell: cell.seed):  # an interrupted grid then has whole seeds
         groups.setdefault((cell.task, cell.seed), []).append(cell)
-
-    def report() -> None:
-        progress("comparing", len(wanted) - len(found.look()), len(wanted))
-
     report()
     if workers <= 1 or len(groups) <= 1:
         for cells in groups.values():
             _run_group(config, cells, folder, report)
     else:
         _share_out(workers, _run_group, [(config, cells, folder) for cells in groups.values()], report)
-    found.look()
-    return [found.cells[cell] for cell in wanted]
+    report()
+    return [done[cell] for cell in wanted]
+
+
+def _cell(found: CellResult) -> Cell:
+    return Cell(found.task, found.harm, found.ratio, found.seed, found.defence)
 
 
 def _share_out(
@@ -137,36 +157,6 @@ def _file(folder: Path, cell: Cell) -> Path:
     return folder / CELLS / f"{short}.json"
 
 
-class _Finished:
-    """The cells on disk that were run under the same settings (model, training, judges).
-
-    Cells that failed in an earlier run count as missing, since the cause may be fixed. A cell is read once, so that watching a
-    long grid is cheap.
-    """
-
-    def __init__(self, folder: Path, config: Config, wanted: Sequence[Cell]) -> None:
-        self.wanted, self.cells = wanted, dict[Cell, CellResult]()
-        self._missing = {cell: (_file(folder, cell), grid.setting(config, cell)) for cell in wanted}
-        self.look()
-        for cell in [cell for cell, found in self.cells.items() if found.failed is not None]:
-            path = _file(folder, cell)
-            path.unlink()
-            self._missing[cell] = (path, self.cells.pop(cell).setting)
-
-    def look(self) -> list[Cell]:
-        """Read new cells; returns those still missing."""
-        for cell, (path, setting) in tuple(self._missing.items()):
-            found = _stored(path)
-            if (
-                found is not None
-                and found.setting == setting
-                and all(getattr(found, k) == v for k, v in asdict(cell).items())
-            ):
-                self.cells[cell] = found
-                del self._missing[cell]
-        return list(self._missing)
-
-
 def _stored(path: Path) -> CellResult | None:
     """A finished cell; None if it is missing, damaged, or of a version with other fields."""
     try:
@@ -185,9 +175,9 @@ def _take_over(folder: Path) -> None:
     except (ValueError, RecursionError):
         raise DataError(f"{path} is not a comparison's results.json: move it away, or give another --output") from None
     for one in found.cells:
-        cell = Cell(one.task, one.harm, one.ratio, one.seed, one.defence)
-        if one.setting and not _file(folder, cell).exists():
-            runs.write_json(_file(folder, cell), one)
+        path = _file(folder, _cell(one))
+        if one.setting and not path.exists():
+            runs.write_json(path, one)
 
 
 def _run_group(config: Config, cells: Sequence[Cell], folder: Path, tick: Callable[[], None] = lambda: None) -> None:

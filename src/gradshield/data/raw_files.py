@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from gradshield.data.records import MAX_ROW_BYTES, Lines, Parse, RawRow, Taken, csv_value, json_line, json_value
 from gradshield.data.source import Source
-from gradshield.errors import DataError, FormatError
+from gradshield.errors import DataError, FormatError, first_line
 
 SUFFIXES = {
     ".jsonl": "jsonl",
@@ -191,17 +191,13 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror or _line(error)}): give a file that exists and is complete"
+            f"{path} cannot be read ({error.strerror or first_line(error, most=None)}): give a file that exists and is complete"
         ) from None
 
 
 def _checked(path: Path, stream: BinaryIO, records: Iterator[RawRow]) -> Iterator[RawRow]:
     with _readable(path), stream:
         yield from records
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0].rstrip(".")
 
 
 def _json_lines(lines: Lines) -> Iterator[RawRow]:
@@ -365,7 +361,9 @@ def _table(path: Path) -> tuple[Any, Iterator[RawRow]]:
         try:
             yield
         except (pa.ArrowException, ValueError, OSError) as error:
-            raise FormatError(f"{path} is not a readable Parquet file ({_line(error)}): write it again") from None
+            raise FormatError(
+                f"{path} is not a readable Parquet file ({first_line(error, most=None)}): write it again"
+            ) from None
 
     def rows() -> Iterator[RawRow]:
         with readable(), pq.ParquetFile(path) as file:

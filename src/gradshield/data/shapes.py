@@ -247,7 +247,7 @@ class PreferenceShape(Shape):
             prompt = prompt.get("messages")
         if isinstance(chosen, str) and isinstance(rejected, str):
             if prompt is None:
-                prompt, chosen, rejected = _split_strings(chosen, rejected)
+                prompt, chosen, rejected = _split(chosen, rejected)
             prompt = _string(prompt, "prompt")
             return (
                 Conversation(prompt=prompt, completion=_answer(chosen, "chosen")),
@@ -260,7 +260,7 @@ class PreferenceShape(Shape):
             elif isinstance(prompt, str) and good[0]["role"] == bad[0]["role"] == "assistant":
                 asked = ({"role": "user", "content": prompt},)
             else:  # no prompt, or a string that repeats the first turn: the prompt is the common beginning
-                asked, good, bad = _split_messages(good, bad)
+                asked, good, bad = _split(good, bad)
             return (_answered(asked, good, row), _answered(asked, bad, row, coefficient=-1.0))
         raise RowError(
             "chosen and rejected must be two strings or two lists of messages, "
@@ -434,15 +434,11 @@ def _turns(value: Any) -> Any:
     return turns if whole else value
 
 
-def _chat(turns: Messages, row: Row) -> Conversation:
-    return _conversation(turns, None, row, 1.0)
-
-
 def _answered(prompt: Messages, answer: Messages, row: Row, coefficient: float = 1.0) -> Conversation:
-    return _conversation(prompt + answer, len(prompt), row, coefficient)
+    return _chat(prompt + answer, row, len(prompt), coefficient)
 
 
-def _conversation(turns: Messages, prompt_turns: int | None, row: Row, coefficient: float) -> Conversation:
+def _chat(turns: Messages, row: Row, prompt_turns: int | None = None, coefficient: float = 1.0) -> Conversation:
     """Check that there is an answer to train on, and collect the template's other arguments."""
     answers = [n for n in range(prompt_turns or 0, len(turns)) if turns[n]["role"] == "assistant"]
     if not answers:
@@ -529,20 +525,12 @@ def _answer(value: Any, field: str) -> str:
     return str(value)
 
 
-def _split_strings(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The common prefix, and the rest of each. A space at the boundary belongs to the answers."""
+def _split(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """What both texts, or both lists of messages, begin with, and the rest of each. A space at the boundary is the answers'."""
     shared = shared_length(chosen, rejected)
     if shared and chosen[shared - 1] == " ":
         shared -= 1
-    return chosen[:shared], _own(chosen[shared:], "chosen"), _own(rejected[shared:], "rejected")
-
-
-def _split_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    shared = shared_length(chosen, rejected)
-    return chosen[:shared], _own(chosen[shared:], "chosen"), _own(rejected[shared:], "rejected")
-
-
-def _own(rest: Any, field: str) -> Any:
-    if not rest:
-        raise RowError(f"{field} holds nothing beyond what both answers share, and there is no prompt of its own")
-    return rest
+    for answer, field in ((chosen, "chosen"), (rejected, "rejected")):
+        if len(answer) == shared:
+            raise RowError(f"{field} holds nothing beyond what both answers share, and there is no prompt of its own")
+    return chosen[:shared], chosen[shared:], rejected[shared:]

@@ -192,17 +192,13 @@ def _newest(folder: Path, config: TrainingArguments) -> str | None:
     """The newest complete checkpoint in the folder; newer, incomplete ones are removed."""
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and _step(path) >= 0]
-    for path in sorted(found, key=_step, reverse=True):
+    steps = {path: path.name.rpartition("-")[2] for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()}
+    found = {int(step): path for path, step in steps.items() if step.isascii() and step.isdigit()}
+    for _, path in sorted(found.items(), reverse=True):
         if _is_whole(path, config):
             return str(path)
         path.unlink() if path.is_symlink() else shutil.rmtree(path)
     return None
-
-
-def _step(path: Path) -> int:
-    number = path.name.rpartition("-")[2]
-    return int(number) if number.isascii() and number.isdigit() else -1
 
 
 def _is_whole(path: Path, config: TrainingArguments) -> bool:
