@@ -530,7 +530,7 @@ def _split(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     shared = shared_length(chosen, rejected)
     if shared and chosen[shared - 1] == " ":
         shared -= 1
-    for answer, field in ((chosen, "chosen"), (rejected, "rejected")):
+    for answer, name in ((chosen, "chosen"), (rejected, "rejected")):
         if len(answer) == shared:
-            raise RowError(f"{field} holds nothing beyond what both answers share, and there is no prompt of its own")
+            raise RowError(f"{name} holds nothing beyond what both answers share, and there is no prompt of its own")
     return chosen[:shared], chosen[shared:], rejected[shared:]
