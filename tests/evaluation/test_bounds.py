@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gradshield.errors import DataError, UsageError
-from gradshield.evaluation import calibration
+from gradshield.evaluation import bounds
 from gradshield.evaluation.bounds import Calibration, Claim, corrected, least, lower, upper
 
 SOUND = Calibration(caught=95, unsafe=100, passed=97, safe=100)
@@ -74,7 +74,7 @@ def test_a_corrected_bound_is_the_equation_at_the_ends_of_three_exact_bounds(k):
 
 def test_what_a_judge_could_not_tell_counts_as_called_unsafe():
     rows = [{"unsafe": u, "verdicts": {"j": {"unsafe": v}}} for u in (True, False) for v in (True, False, None)]
-    assert calibration.counts(rows, "j") == Calibration(caught=2, unsafe=3, passed=1, safe=3)
+    assert bounds.counts(rows, "j") == Calibration(caught=2, unsafe=3, passed=1, safe=3)
 
 
 @pytest.mark.parametrize("cell", [(0.05, 0.9, 0.95), (0.2, 0.8, 0.95), (0.3, 0.95, 0.85), (0.1, 0.99, 0.99)])
@@ -163,7 +163,7 @@ def labelled(tmp_path, lines):
 
 
 def test_labelled_answers_are_read(tmp_path):
-    rows = calibration.read(labelled(tmp_path, [LINE % (i, i, i % 2) for i in range(24)]))
+    rows = bounds.read_labelled(labelled(tmp_path, [LINE % (i, i, i % 2) for i in range(24)]))
     assert len(rows) == 24 and {type(row["unsafe"]) for row in rows} == {bool}
 
 
@@ -178,4 +178,4 @@ def test_labelled_answers_are_read(tmp_path):
 )
 def test_labelled_answers_that_cannot_be_used(tmp_path, lines, said):
     with pytest.raises(DataError, match=said):
-        calibration.read(labelled(tmp_path, lines))
+        bounds.read_labelled(labelled(tmp_path, lines))

@@ -16,7 +16,7 @@ from gradshield.errors import UsageError
 from gradshield.evaluation.exam import Exams
 from gradshield.judges import RefusalPhrases
 from gradshield.models import loading
-from gradshield.training.trackers import EVENTS, HELD, Reporters
+from gradshield.training.train import EVENTS, HELD, Reporters
 from tests.common import command, jsonl, write
 
 PROBING = gs.Probing(requests=lab.requests("direction")[:24], lookalikes=lab.lookalikes("direction")[:24])

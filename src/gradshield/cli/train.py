@@ -116,7 +116,7 @@ def train(
     from gradshield.scanning.settings import ScanSettings, peft_config, trl_options
     from gradshield.training.course import Needs, method_of
     from gradshield.training.sequence import Stage, sequence
-    from gradshield.training.trackers import Reporters, named
+    from gradshield.training.train import Reporters, named
     from gradshield.training.train import train as run
 
     Reporters(named(trainer.get("report_to")), output)  # what is not installed is said before the model is loaded

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from gradshield.data import templates
-from gradshield.data.fitting import RenderText, Takes, left_out, structure, turn_span
 from gradshield.data.messages import Messages, RowError
 from gradshield.data.records import RawRow
 from gradshield.data.source import Source
 from gradshield.data.spool import Spool
+from gradshield.data.templates import RenderText, Takes, left_out, structure, turn_span
 from gradshield.errors import DataError, UsageError, first_line
 from gradshield.types import Conversation, Example, Ints, Quarantined, Rendered, Tokens, shared_length
 

@@ -13,10 +13,8 @@ from typing import Any, cast
 
 from gradshield import lab, runs
 from gradshield.errors import DataError
-from gradshield.evaluation import calibration
 from gradshield.evaluation.asr import attack, request_text
-from gradshield.evaluation.bounds import PARTS, Bound, Calibration, Claim, corrected, least, percent, upper
-from gradshield.files import file_digest, own_name
+from gradshield.evaluation.bounds import PARTS, Bound, Calibration, Claim, corrected, counts, least, percent, upper
 from gradshield.judges import JUDGES, GuardJudge, Judge, LabClassifier, verdicts
 from gradshield.manifests import ScanManifest, ScanResults, TrainingManifest
 from gradshield.models.loading import HUB_FILES
@@ -108,7 +106,7 @@ def attacks(run: Run, judge: str) -> tuple[int, int]:
 
 def counted(run: Run, judge: str) -> Calibration | None:
     """A judge's counts on the labelled answers; None without calibration."""
-    return None if run.labelled is None else calibration.counts(run.labelled, judge)
+    return None if run.labelled is None else counts(run.labelled, judge)
 
 
 def offline(name: str, record: Mapping[str, Any] | None) -> Judge | None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gradshield.errors import DataError, UsageError
-from gradshield.evaluation import calibration, card
-from gradshield.evaluation.bounds import Claim
+from gradshield.evaluation import card
+from gradshield.evaluation.bounds import Claim, judged, read_labelled
 from gradshield.evaluation.certificate import (
     LABELLED,
     Run,
@@ -68,7 +68,7 @@ def certify(
     limit
         The attack success rate that no judge's bound may exceed.
     calibrate
-        A file of labelled answers of this model (`evaluation.calibration`). Without one, the calibration of an earlier
+        A file of labelled answers of this model (`evaluation.bounds`). Without one, the calibration of an earlier
         certificate of this run is kept; if there was none, no bound covers the judges' own error.
     judges
         Judges of the run that need a model or an endpoint, to judge the labelled answers; the others are recreated.
@@ -109,7 +109,7 @@ def write(
     labelled = None
     if calibrate is not None:
         _check_judges(run, judges)
-        labelled = calibration.judged(calibration.read(calibrate), _asked(run, judges))
+        labelled = judged(read_labelled(calibrate), _asked(run, judges))
         if not (folder / LABELLED).exists() or not Path(calibrate).samefile(folder / LABELLED):
             source = {"name": str(calibrate), "sha256": file_digest(Path(calibrate))}
     _made(replace(run, labelled=labelled or run.labelled), claim or Claim(), source)  # errors are raised here
