@@ -1,7 +1,7 @@
 """The choice of chat template, and what a template does with messages.
 
-A template is a program that does not say which kinds of values it takes, what it leaves out and where it writes each answer: all of
-it is found by rendering stand-ins.
+A template is a program that does not say which kinds of values it takes, what it leaves out and where it writes each answer:
+all of it is found by rendering stand-ins.
 """
 
 from __future__ import annotations
