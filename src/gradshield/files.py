@@ -101,14 +101,10 @@ def _open_to_others(file: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete the temporary files that killed processes left in a folder no other process is writing to."""
+    """Delete the temporary folders that killed processes left in a folder no other process is writing to."""
     for part in folder.glob(f".*{PART}"):
-        if not _OURS.fullmatch(part.name):
-            continue
-        if part.is_dir():
+        if _OURS.fullmatch(part.name):
             shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
 
 
 def own_name(name: str) -> str:

@@ -108,14 +108,13 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95, seed: int
     return Difference(float(differences.mean()), low, high, n, level, "bootstrap")
 
 
-def mean_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> Rate:
+def mean_interval(values: ArrayLike, seed: int = 0) -> Rate:
     """The mean of scores between 0 and 1 with its interval: Wilson when all are 0 or 1, else percentile bootstrap.
 
     ``k`` of a mean is the sum of the scores rounded to a whole number.
 
     Raises DataError when there is no score, or one outside [0, 1].
     """
-    check_level(level)
     scores = np.asarray(values, dtype=np.float64)
     if scores.ndim != 1 or scores.size == 0:
         raise DataError("a mean over 0 rows is undefined: pass at least one row")
@@ -123,8 +122,8 @@ def mean_interval(values: ArrayLike, level: float = 0.95, seed: int = 0) -> Rate
     if outside.size:
         raise DataError(f"a score must lie between 0 and 1, and row {outside[0]} scored {scores[outside[0]]}")
     if _binary(scores):
-        return wilson(int(scores.sum()), scores.size, level)
-    low, high = bootstrap(_mean, (scores,), level, seed)
+        return wilson(int(scores.sum()), scores.size)
+    low, high = bootstrap(_mean, (scores,), 0.95, seed)
     mean = float(scores.mean())
     return Rate(k=round(float(scores.sum())), n=scores.size, rate=mean, low=low, high=high)
 

@@ -17,7 +17,7 @@ from gradshield.errors import DataError, EmptyDataError
 from gradshield.evaluation.generate import Generate, Prompt
 from gradshield.judges.base import Judge, ReadyJudge, verdicts
 from gradshield.manifests import JudgeAgreement
-from gradshield.stats import bootstrap, check_level, wilson
+from gradshield.stats import bootstrap, wilson
 from gradshield.types import Bools, EvalResult, Floats, Rate
 
 
@@ -56,10 +56,10 @@ def attacked(result: EvalResult, judge: str) -> Bools:
     return _attacks(result.outputs, judge)
 
 
-def agreement(result: EvalResult, level: float = 0.95, seed: int = 0) -> tuple[JudgeAgreement, ...]:
+def agreement(result: EvalResult) -> tuple[JudgeAgreement, ...]:
     """Agreement of each pair of judges. Answers that either left undecided count in ``differ`` but not in kappa."""
     names = list(result.outputs[0]["verdicts"]) if result.outputs else []
-    return tuple(_agreement(result.outputs, first, second, level, seed) for first, second in combinations(names, 2))
+    return tuple(_agreement(result.outputs, *pair) for pair in combinations(names, 2))
 
 
 def _judged(
@@ -119,10 +119,7 @@ def _rate(values: Bools) -> Rate:
     return wilson(int(values.sum()), len(values))
 
 
-def _agreement(
-    outputs: Sequence[Mapping[str, Any]], first: str, second: str, level: float, seed: int
-) -> JudgeAgreement:
-    check_level(level)
+def _agreement(outputs: Sequence[Mapping[str, Any]], first: str, second: str) -> JudgeAgreement:
     verdicts = [(row["verdicts"][first]["unsafe"], row["verdicts"][second]["unsafe"]) for row in outputs]
     differ = tuple(i for i, (a, b) in enumerate(verdicts) if a is not b)
     decided = np.array([pair for pair in verdicts if None not in pair], dtype=bool).reshape(-1, 2)
@@ -130,7 +127,7 @@ def _agreement(
     if n == 0 or len(set(decided[:, 0])) == 1 or len(set(decided[:, 1])) == 1:
         return JudgeAgreement(judges=(first, second), n=n, kappa=None, low=None, high=None, differ=differ)
     both = decided[:, 0], decided[:, 1]
-    low, high = bootstrap(_kappa, both, level, seed)
+    low, high = bootstrap(_kappa, both, 0.95, seed=0)
     return JudgeAgreement(
         judges=(first, second), n=n, kappa=float(_kappa(*both, axis=-1)), low=low, high=high, differ=differ
     )

@@ -318,8 +318,7 @@ def _report(progress: Callable[[int, int], None]) -> TrainerCallback:
         def on_train_begin(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
             progress(state.global_step, state.max_steps)
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
-            progress(state.global_step, state.max_steps)
+        on_step_end = on_train_begin
 
     return Report()
 
