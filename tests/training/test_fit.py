@@ -18,6 +18,7 @@ from trl import SFTConfig
 
 from gradshield.errors import EmptyDataError, UsageError
 from gradshield.training import fit
+from gradshield.training.course import Followed
 from gradshield.training.fit import _config
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -182,7 +183,9 @@ def test_chats_are_trained_on_their_answers(template: bool, capsys: pytest.Captu
     options = {**OPTIONS, "assistant_only_loss": True}
     model = tiny_model("llama")
     datasets.enable_progress_bars()  # a command that ran in this process may have disabled them
-    trained = fit(model, tokenizer, CHATS, options, progress=lambda step, total: seen.append((step, total)))
+    trained = fit(
+        model, tokenizer, CHATS, options, callbacks=[Followed(lambda step, total: seen.append((step, total)))]
+    )
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert not _same(_weights(trained), _weights(model))
     assert capsys.readouterr().out == ""
@@ -268,7 +271,7 @@ def _resumed(out: Path, **options: Any) -> tuple[int, dict[str, torch.Tensor]]:
         LORA,
         output_dir=str(out),
         resume=True,
-        progress=lambda step, _total: seen.append(step),
+        callbacks=[Followed(lambda step, _total: seen.append(step))],
     )
     return seen[0], _weights(result)
 

@@ -27,7 +27,7 @@ from gradshield.scanning.settings import Probing
 from gradshield.selectors import Fihs, parse_aggregate
 from gradshield.training import fit
 from gradshield.training import train as training
-from gradshield.training.course import Course, Job
+from gradshield.training.course import Course, Followed, Job
 from gradshield.training.defences import parse
 from gradshield.training.sequence import Stage, sequence
 from gradshield.types import Rendered, Tokens
@@ -152,7 +152,7 @@ def test_an_interrupted_training_goes_on_with_its_reference(adapter: Any, tmp_pa
             adapter,
             output_dir=str(tmp_path),
             resume=True,
-            progress=lambda step, total: seen.append((step, total)),
+            callbacks=[Followed(lambda step, total: seen.append((step, total)))],
         )
     once = fit(tiny_model("llama"), tiny_tokenizer(), tokenised(), options | {"lr_scheduler_type": "constant"}, adapter)
     assert (2, 4) in seen and (1, 4) not in seen

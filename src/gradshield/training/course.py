@@ -290,10 +290,10 @@ class Course:
     ) -> Fitted:
         """A trained copy of the model."""
         from gradshield.training import safelora
-        from gradshield.training.fit import counting, fit
+        from gradshield.training.fit import fit
 
         record: dict[str, Any] = {}
-        seen: list[int] = []
+        followed = Followed(lambda step, total: self.progress(stage, step, total))
         penalties = [self._penalty(name, options) for name, options in defence.penalties]
         online = self._online(defence)
 
@@ -313,17 +313,16 @@ class Course:
             seed=self.job.seed,
             merge=merge and self.job.peft_config is not None,
             output_dir=output_dir,
-            callbacks=[*callbacks, counting(seen)],
+            callbacks=[*callbacks, followed],
             penalties=penalties,
             online=online,
             finish=finish,
             resume=resume,
-            progress=lambda step, total: self.progress(stage, step, total),
         )
         record |= {penalty.name: dict(penalty.record()) for penalty in penalties}
         if online is not None:
             record[online.name] = dict(online.record())
-        return Fitted(trained, record, seen[-1])
+        return Fitted(trained, record, followed.tokens)
 
     def _penalty(self, name: str, options: Mapping[str, Any]) -> Any:
         made = PENALTIES[name]
@@ -364,6 +363,21 @@ class Course:
         whole = [start, base, dataset, job.trainer_options, peft, job.seed, defence.training, safety]
         asked = [getattr(loaded.tokenizer, "chat_template", None), versions()]
         return digest([*whole, *asked])[:24]
+
+
+class Followed(TrainerCallback):  # type: ignore[misc]
+    """Reports the steps done and all steps, first with 0; ``tokens`` are those of all, before a resumption too, no padding."""
+
+    def __init__(self, progress: Callable[[int, int], None]) -> None:
+        self.progress, self.tokens = progress, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
+        self.progress(state.global_step, state.max_steps)
+
+    on_step_end = on_train_begin
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
+        self.tokens = state.num_input_tokens_seen
 
 
 def require_trl() -> None:

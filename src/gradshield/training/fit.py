@@ -47,7 +47,6 @@ def fit(
     online: OnlineSelection | None = None,
     finish: Callable[[Any], None] | None = None,
     resume: bool = False,
-    progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Fine-tune a copy of ``model`` on ``dataset`` and return it, in eval mode.
 
@@ -71,7 +70,7 @@ def fit(
     newer, incomplete ones are removed.
 
     ``penalties`` are added to the loss of every step, ``online`` selects rows inside training, ``finish`` is called with the
-    trained model before its adapter is merged (SafeLoRA's projection), ``progress`` with (steps done, all steps), first with 0.
+    trained model before its adapter is merged (SafeLoRA's projection).
 
     Raises UsageError for an option that TRL's config does not have, or a setting that it or its trainer refuses; EmptyDataError
     for no row, or no row with a label left after truncation. Warns if trainable weights are stored in half precision.
@@ -97,9 +96,8 @@ def fit(
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
         on_cpu = next(trained.parameters()).device.type == "cpu"
         config = _config(config_of(pairs), options, seed, folder, saving=output_dir is not None, on_cpu=on_cpu)
-        hooks = [*callbacks, *([_report(progress)] if progress is not None else [])]
         try:
-            trainer = _trainer(trained, reference, tokenizer, rows, config, copy.deepcopy(peft_config), hooks)
+            trainer = _trainer(trained, reference, tokenizer, rows, config, copy.deepcopy(peft_config), list(callbacks))
             trainer.penalties, trainer.online = tuple(penalties), online
             _warn_of_rounding(trainer.model)
             saved = config.output_dir
@@ -308,27 +306,3 @@ class _State:
         """Make the weights that the adapter froze trainable again."""
         for parameter, trainable in self.trainable:
             parameter.requires_grad_(trainable)
-
-
-def _report(progress: Callable[[int, int], None]) -> TrainerCallback:
-    """A callback that reports the steps done and the total to ``progress``."""
-    from transformers import TrainerCallback
-
-    class Report(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
-            progress(state.global_step, state.max_steps)
-
-        on_step_end = on_train_begin
-
-    return Report()
-
-
-def counting(seen: list[int]) -> TrainerCallback:
-    """A callback that adds the tokens of all steps to ``seen`` at the end, those before a resumption included, no padding."""
-    from transformers import TrainerCallback
-
-    class Counting(TrainerCallback):
-        def on_train_end(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
-            seen.append(state.num_input_tokens_seen)
-
-    return Counting()
