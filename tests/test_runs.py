@@ -70,7 +70,10 @@ def test_what_was_half_written_is_taken_away(tmp_path: Path) -> None:
     own.append(tmp_path / "scan" / f".scores.parquet.{'0c' * 6}.part")
     own[-1].parent.mkdir()
     others = [tmp_path / "mine.part", tmp_path / ".hidden", tmp_path / ".download.0a.part"]
-    for path in (*own, *others):
+    for path in own:  # every writer has a folder of its own
+        path.mkdir()
+        (path / "part").write_text("x")
+    for path in others:
         path.write_text("x")
     with runs.alone(tmp_path):
         assert not any(path.exists() for path in own)

@@ -73,78 +73,64 @@ def sequence(
     for number in range(1, len(stages) + 1):
         runs.check(Path(output) / f"stage-{number}", (), "", read=read)
     with alone(output):
-        return _followed(stages, runs.prepare(output), model, peft_config, needs, seed, command, progress, options)
-
-
-def _followed(
-    stages: Sequence[Stage],
-    folder: Path,
-    model: Any,
-    peft_config: Any,
-    needs: Needs,
-    seed: int,
-    command: str,
-    progress: Progress,
-    options: Mapping[str, Any],
-) -> SequenceRecord:
-    """Run the stages one by one."""
-    (folder / "manifest.json").unlink(missing_ok=True)
-    names = _names(stages)
-    origin = current = with_template(load(model, progress=progress))
-    needs = replace(needs, origin=origin).loaded(progress)
-    basis = random_directions(weights(current.model), DIRECTIONS, seed)
-    table = [_accuracies(current, stages)]
-    points = [_point("start", current, stages[0].exams.report, basis, table[0], names)]
-    unmet: list[str] = []
-    for number, stage in enumerate(stages, 1):
-        progress("stages", number - 1, len(stages))
-        own = folder / f"stage-{number}"
-        key = _key(stage, current, needs, peft_config, seed, options)
-        found = _finished(own, key, current, bool(origin.source and origin.source.trust_remote_code))
-        if found is None:
-            done = train(
-                stage.data,
-                model=current,
-                output=own,
-                exams=stage.exams,
-                peft_config=peft_config,
-                merge=True,
-                needs=needs,
-                seed=seed,
-                command=command,
-                progress=progress,
-                **options,
-            )
-            trained = replace(
-                current,
-                model=done.model,
-                digest=parameters_digest(done.model),
-                is_peft=False,
-                adapter=None,
-                source=None,
-            )
-            runs.write_json(own / runs.WORK / STAGE, {"key": key, "model": trained.digest})
-            found = trained, done.manifest
-        current, manifest = found
-        if (verdict := manifest.results.verified) is not None and not verdict.met:
-            unmet.append(names[number - 1])
-        table.append(_accuracies(current, stages))
-        points.append(_point(names[number - 1], current, stages[0].exams.report, basis, table[-1], names))
-    progress("stages", len(stages), len(stages))
-    whole = SequenceRecord(
-        tasks=names,
-        stages=points,
-        unmet=unmet,
-        measures=_measures(np.array([[rate.rate for rate in row] for row in table]), points),
-        settings=manifest.settings,
-        model=manifest.model,
-        command=command,
-        versions=runs.versions(),
-    )
-    _write(whole, folder, manifest)
-    for number in range(1, len(stages) + 1):  # a finished sequence is not resumed
-        (folder / f"stage-{number}" / runs.WORK / STAGE).unlink(missing_ok=True)
-    return whole
+        folder = runs.prepare(output)
+        (folder / "manifest.json").unlink(missing_ok=True)
+        names = _names(stages)
+        origin = current = with_template(load(model, progress=progress))
+        needs = replace(needs, origin=origin).loaded(progress)
+        basis = random_directions(weights(current.model), DIRECTIONS, seed)
+        table = [_accuracies(current, stages)]
+        points = [_point("start", current, stages[0].exams.report, basis, table[0], names)]
+        unmet: list[str] = []
+        for number, stage in enumerate(stages, 1):
+            progress("stages", number - 1, len(stages))
+            own = folder / f"stage-{number}"
+            key = _key(stage, current, needs, peft_config, seed, options)
+            found = _finished(own, key, current, bool(origin.source and origin.source.trust_remote_code))
+            if found is None:
+                done = train(
+                    stage.data,
+                    model=current,
+                    output=own,
+                    exams=stage.exams,
+                    peft_config=peft_config,
+                    merge=True,
+                    needs=needs,
+                    seed=seed,
+                    command=command,
+                    progress=progress,
+                    **options,
+                )
+                trained = replace(
+                    current,
+                    model=done.model,
+                    digest=parameters_digest(done.model),
+                    is_peft=False,
+                    adapter=None,
+                    source=None,
+                )
+                runs.write_json(own / runs.WORK / STAGE, {"key": key, "model": trained.digest})
+                found = trained, done.manifest
+            current, manifest = found
+            if (verdict := manifest.results.verified) is not None and not verdict.met:
+                unmet.append(names[number - 1])
+            table.append(_accuracies(current, stages))
+            points.append(_point(names[number - 1], current, stages[0].exams.report, basis, table[-1], names))
+        progress("stages", len(stages), len(stages))
+        whole = SequenceRecord(
+            tasks=names,
+            stages=points,
+            unmet=unmet,
+            measures=_measures(np.array([[rate.rate for rate in row] for row in table]), points),
+            settings=manifest.settings,
+            model=manifest.model,
+            command=command,
+            versions=runs.versions(),
+        )
+        _write(whole, folder, manifest)
+        for number in range(1, len(stages) + 1):  # a finished sequence is not resumed
+            (folder / f"stage-{number}" / runs.WORK / STAGE).unlink(missing_ok=True)
+        return whole
 
 
 def _key(
