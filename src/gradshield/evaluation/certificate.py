@@ -15,6 +15,7 @@ from gradshield import lab, runs
 from gradshield.errors import DataError
 from gradshield.evaluation.asr import attack, request_text
 from gradshield.evaluation.bounds import PARTS, Bound, Calibration, Claim, corrected, counts, least, percent, upper
+from gradshield.files import file_digest, own_name
 from gradshield.judges import JUDGES, GuardJudge, Judge, LabClassifier, verdicts
 from gradshield.manifests import ScanManifest, ScanResults, TrainingManifest
 from gradshield.models.loading import HUB_FILES
