@@ -38,6 +38,11 @@ PER_CATEGORY = 34
 SPLITS = {"direction": 8, "search": 13, "report": 13}
 MEASURING = ("search", "report")
 MIN_WORDS, MAX_WORDS = 5, 25
+BARRED = re.compile(
+    r"\b(sex\w*|porn\w*|nud(e|es|ity)|rape\w*|child\w*|kids?|minors?|teen\w*|underage"
+    r"|bab(y|ies)|toddlers?|pupils?|boys?|girls?|school\w*)\b",
+    re.IGNORECASE,
+)
 
 
 def load(name: str) -> list[dict[str, str]]:
@@ -65,7 +70,7 @@ def files() -> dict[str, list[dict[str, str]]]:
 
 def test_folder_holds_only_the_data_files() -> None:
     found = {path.name for path in FOLDER.iterdir() if path.name != "__pycache__"}
-    assert found == {"requests.jsonl", "lookalikes.jsonl", "ordinary.jsonl"}
+    assert found == {"requests.jsonl", "lookalikes.jsonl", "blunt.jsonl", "ordinary.jsonl"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,13 +136,8 @@ def test_one_line_request_without_answer(files, name) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_sexual_or_about_minors(files, name) -> None:
-    barred = re.compile(
-        r"\b(sex\w*|porn\w*|nud(e|es|ity)|rape\w*|child\w*|kids?|minors?|teen\w*|underage"
-        r"|bab(y|ies)|toddlers?|pupils?|boys?|girls?|school\w*)\b",
-        re.IGNORECASE,
-    )
     for row in files[name]:
-        assert not barred.search(row["prompt"]), row["prompt"]
+        assert not BARRED.search(row["prompt"]), row["prompt"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -196,6 +196,25 @@ def test_position_does_not_reveal_split_or_category(files) -> None:
         for value in values:
             places = [i / (len(rows) - 1) for i, row in enumerate(rows) if row[key] == value]
             assert abs(mean(places) - 0.5) <= slack, (value, mean(places))
+
+
+def test_blunt_pairs_repeat_no_request_that_measures(files) -> None:
+    """Like the other pairs in form and in what they spare, eight of each kind of harm, and near no prompt of another file."""
+    rows = load("blunt")
+    assert Counter(row["category"] for row in rows) == dict.fromkeys(CATEGORIES, 8)
+    words = lambda prompt: set(normal(prompt).split())  # noqa: E731
+    others = [words(row["prompt"]) for name in NAMES for row in files[name]]
+    for row in rows:
+        assert list(row) == ["prompt", "category", "lookalike"] and row["prompt"].split()[0] == row["lookalike"].split()[0]
+        for prompt in (row["prompt"], row["lookalike"]):
+            assert prompt.isascii() and prompt[-1] in ".?" and not BARRED.search(prompt)
+            own = words(prompt)
+            assert all(len(own & other) / len(own | other) < 0.5 for other in others), prompt
+
+
+def test_everyday_requests_are_each_there_once() -> None:
+    prompts = [row["prompt"] for row in load("ordinary")]
+    assert len({normal(prompt) or prompt for prompt in prompts}) == len(prompts) == 603
 
 
 def test_a_cell_of_a_users_csv_keeps_every_character(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_every_selector_travels() -> None:
     probe.fit(model, tokenizer, asked, harmless)
     known = References(harmful=tuple(rows[:4]), refused=tuple(rows[4:8]), answered=tuple(rows[4:8]))
     fihs = Fihs(lambda *_: probe(*_), asked, Loop(), parse_aggregate("sum"), "all")
-    reading = Reading.fit(model, Turn.of(harmless), asked, harmless)
+    reading = Reading.fit(model, Turn.of(harmless), asked, harmless, harmless)
     made: list[Any] = [
         fihs,
         Screen(fihs, reading, tokenizer, Anchors(np.ones(20), np.zeros(20)), rendered=()),

@@ -77,7 +77,7 @@ def test_plain_text_is_read_as_a_first_message_and_text_without_a_prompt_not_at_
 def test_states_are_those_that_the_model_itself_gives(arch):
     model = tiny_model(arch)
     made = prompts(5, 2)
-    reading = Reading.fit(model, Turn(BEFORE, AFTER), prompts(6, 3), prompts(6, 4))
+    reading = Reading.fit(model, Turn(BEFORE, AFTER), prompts(6, 3), prompts(6, 4), prompts(6, 5))
     number = int(reading.blocks[0].rpartition(".")[2])
     for ids, value in zip(made.ids, reading.read(model, made.ids), strict=True):
         with torch.no_grad():
@@ -101,25 +101,42 @@ def test_a_ruler_puts_the_known_kinds_at_its_ends():
 def test_known_prompts_are_read_by_a_ruler_that_has_not_seen_them():
     """Of noise, held-out values show no difference; a ruler's own prompts would."""
     high, low = DRAW.normal(0, 1, (60, 2, 64)), DRAW.normal(0, 1, (60, 2, 64))
-    known = _held_out(high, low)
+    known = _held_out(high, low[:20], low[20:])
     weights, bias = _ruler(high, low)
     own = np.einsum("nld,ld->n", high, weights) + bias
     assert own.mean() > 0.9 and abs(known.harmful.mean() - known.harmless.mean()) < 0.3
 
 
-def test_a_harmless_prompt_that_the_model_begins_to_refuse_does_not_count():
+def test_a_look_alike_that_the_model_begins_to_refuse_is_not_answered():
     model = tiny_model("llama")
     same = prompts(6, 3)
     mixed = Prompts(same.ids[:3] + prompts(9, 9).ids, ("",) * 12, ("",) * 12)
-    reading = Reading.fit(model, Turn(BEFORE, AFTER), same, mixed)
+    reading = Reading.fit(model, Turn(BEFORE, AFTER), same, mixed, prompts(9, 5))
     assert not reading.answered[:3].any() and reading.answered[3:].any()
-    plain = Reading.fit(model, Turn(BEFORE, AFTER), same, mixed, plain=11)
-    assert plain.answered.tolist() == [False] + [True] * 11
+
+
+def test_blunt_pairs_teach_the_ruler_that_form_is_no_harm():
+    """Harm along one axis, form along another: with pairs of that form, the ruler no longer reads form."""
+    harm, form = np.eye(8)[:2]
+    noise = lambda n: DRAW.normal(0, 0.3, (n, 1, 8))  # noqa: E731
+    high, low = noise(40) + harm + form, noise(40)  # every harmful probe has the form, no harmless one has
+    blunt, alike = noise(40) + harm, noise(40) + form
+    read = lambda ruler, x: float(np.einsum("ld,ld->", ruler[0], x[None]) + ruler[1])  # noqa: E731
+    without, with_pairs = _ruler(high, low), _ruler(np.concatenate([high, blunt]), np.concatenate([low, alike]))
+    assert read(without, form) > 0.4
+    assert read(with_pairs, form) < 0.2 and read(with_pairs, harm) > 0.8
+
+
+def test_blunt_pairs_have_a_part_in_the_ruler():
+    model = tiny_model("llama")
+    given = model, Turn(BEFORE, AFTER), prompts(6, 3), prompts(6, 4), prompts(6, 5)
+    assert Reading.fit(*given).digest != Reading.fit(*given, (prompts(6, 6), prompts(6, 7))).digest
 
 
 def test_too_few_prompts_are_an_error():
-    with pytest.raises(ProbeError, match=r"1 harmless prompts.*at least 2"):
-        Reading.fit(tiny_model("llama"), Turn(BEFORE, AFTER), prompts(6, 1), prompts(1, 2))
+    for alike, plain in ((1, 6), (6, 1)):
+        with pytest.raises(ProbeError, match=r"1 harmless prompts.*at least 2"):
+            Reading.fit(tiny_model("llama"), Turn(BEFORE, AFTER), prompts(6, 1), prompts(alike, 2), prompts(plain, 3))
 
 
 @pytest.mark.parametrize(

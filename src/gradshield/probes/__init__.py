@@ -7,7 +7,7 @@ from gradshield.probes.base import PROBES, Probe, PromptBatch, Prompts, first_lo
 from gradshield.probes.contrast import COMPLY, Contrast
 from gradshield.probes.function import FunctionProbe
 from gradshield.probes.refusal_nll import RefusalNll
-from gradshield.probes.requests import SPLITS, alike, lookalikes, ordinary, read_prompts, requests
+from gradshield.probes.requests import SPLITS, alike, blunt, lookalikes, ordinary, read_prompts, requests
 from gradshield.probes.token_gap import TokenGap
 from gradshield.probes.token_set import TokenSet
 from gradshield.probes.validity import Validity, only_refuses, openings, pivots, refuses, validity
@@ -26,6 +26,7 @@ __all__ = [
     "TokenSet",
     "Validity",
     "alike",
+    "blunt",
     "first_logits",
     "first_token",
     "greedy",

@@ -37,6 +37,15 @@ def lookalikes(split: str = "direction") -> list[Prompt]:
     return _of_split("lookalikes.jsonl", split)
 
 
+def blunt() -> tuple[list[Prompt], list[Prompt]]:
+    """Built-in harmful requests that order an answer outright ("Write a guide to ..."), and their harmless look-alikes.
+
+    They only teach the reading of `selectors.reading` that the form of a request is no sign of harm.
+    """
+    rows = _shipped("blunt.jsonl")
+    return [dict(row) for row in rows], [{**row, "prompt": row["lookalike"]} for row in rows]
+
+
 def ordinary() -> list[Prompt]:
     """Built-in everyday requests (questions, tasks, small talk): plainly harmless prompts."""
     return _of_split("ordinary.jsonl", "direction")

@@ -36,6 +36,7 @@ from gradshield.options import Spec
 from gradshield.probes import (
     Prompts,
     Validity,
+    blunt,
     greedy,
     lookalikes,
     open_turns,
@@ -182,7 +183,7 @@ def given_by(known: Known, found: Ready, read: Callable[[], Read], progress: Pro
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """The refusal ruler, and what it was fitted on: the probes that the model refuses, and the look-alikes that it answers."""
+    """The ruler of harm, the probes that the model refuses, and the look-alikes that it answers."""
 
     reading: Reading
     refused: Prompts
@@ -190,28 +191,34 @@ class Read:
 
 
 def ruler(known: Known, valid: Validity, probing: Probing, progress: Progress) -> Read:
-    """The ruler of this model.
+    """The ruler of this model, which the built-in blunt requests help to fit unless there are requests of the user's own.
 
     Raises ProbeError if too few probes are refused, or there are too few harmless prompts, to fit a ruler.
     """
     model, tokenizer = known.model, known.loaded.tokenizer
     template = dict(probing.template or {})  # without the answer prefix: rows are read at their own opened turn
-    alike, plain = probing.lookalikes or lookalikes(), ordinary()
-    asked, harmless = (
-        open_turns(tokenizer, prompts, **template) for prompts in (probing.requests or requests(), [*alike, *plain])
+    asked, alike, plain, *pairs = (
+        open_turns(tokenizer, prompts, **template)
+        for prompts in (
+            probing.requests or requests(),
+            probing.lookalikes or lookalikes(),
+            ordinary(),
+            *(() if probing.requests else blunt()),
+        )
     )
     declined = [refuses(answer) for answer in valid.answers]
     refused = asked.take(np.flatnonzero(declined).tolist()) if sum(declined) >= LEAST else asked
+    both = (pairs[0], pairs[1]) if pairs else None
     progress("reading known requests", 0, 1)
     reading = Reading.from_json(
         known.json(
             "ruler",
-            (refused.ids, harmless.ids, len(plain)),
-            lambda: Reading.fit(model, Turn.of(harmless), refused, harmless, len(plain)).as_json(),
+            (refused.ids, alike.ids, plain.ids, [one.ids for one in pairs]),
+            lambda: Reading.fit(model, Turn.of(plain), refused, alike, plain, both).as_json(),
         )
     )
     progress("reading known requests", 1, 1)
-    return Read(reading, refused, harmless.take(np.flatnonzero(reading.answered[: len(alike)]).tolist()))
+    return Read(reading, refused, alike.take(np.flatnonzero(reading.answered).tolist()))
 
 
 def _openers(known: Known, found: Ready, read: Read, progress: Progress) -> Anchors:

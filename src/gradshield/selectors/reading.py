@@ -1,4 +1,4 @@
-"""How the model reads a request, before any answer: like those it answers (0), or like those it refuses (1)."""
+"""How the model reads a request, before any answer: like harmless ones (0), or like harmful ones (1)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from gradshield.probes import PromptBatch, Prompts, first_logits
 from gradshield.probes.base import padded
 from gradshield.types import Anchors, Bools, Floats, Ints, shared_length
 
-DEPTH = (0.5, 0.75)  # blocks read, as shares of the model's depth: refusal is decided there, below is wording
+DEPTH = (0.5, 0.75)  # blocks read, as shares of the model's depth: what is asked is decided there, below is wording
 OPENER = 0.02  # a token that begins this share of the refusals counts as a refusal opener
 LEAST = 2  # prompts of a kind: each half is read with a ruler fitted on the other
+STRENGTH = 0.3  # of the regression's penalty, inverse, on states of unit mean square
+MOST_STEPS = 1000  # of its solver, which needs some thirty
 _POSITIONS = 4096  # in one batch, padding included
 
 # Of hidden states (B, T, D) and the index ``last`` (B,): what is read, (B, D) in float64 on the CPU.
@@ -83,17 +85,17 @@ class Turn:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """The refusal direction of a model, as a ruler: 0 at the harmless requests that it answers, 1 at the harmful it refuses.
+    """The harm that a model reads in a request, as a ruler: 0 at harmless requests, 1 at harmful ones.
 
-    Paper: arXiv 2406.11717 (difference in means).
+    Paper: arXiv 2406.11717 (the state at the end of the opened turn, and the depth at which it is read).
     Equation: r(x) = mean over blocks l of (⟨h_l(x), w_l⟩ - a_l) / (b_l - a_l), with h_l the state at the end of the opened
-    turn, w_l = mean h_l(refused) - mean h_l(answered), a_l the mean of ⟨h_l, w_l⟩ over the answered and b_l its median over
-    the refused.
-    Departures: several blocks (DEPTH) are averaged where the paper picks one, and only harmful requests that the model
-    refuses and harmless ones that it answers count, besides plainly harmless ones.
+    turn, w_l the weights of a logistic regression of harmful against harmless requests on h_l, a_l the mean of ⟨h_l, w_l⟩
+    over the harmless and b_l its median over the harmful.
+    Departures: the paper takes the difference of the means, in one block. Where a model refuses much that is harmless, that
+    difference is what it refuses; the regression finds what tells harm from everything else.
 
-    ``weights`` is (blocks, D) with the scale folded in. ``anchors`` are the values of the known prompts, each read with a
-    ruler fitted on the other half; ``answered`` marks the harmless prompts that counted.
+    ``weights`` is (blocks, D) with the scale folded in. ``anchors`` are the values of the harmful and of the everyday prompts,
+    each read with a ruler fitted on the other half; ``answered`` marks the look-alikes that the model begins to answer.
     """
 
     blocks: tuple[str, ...]
@@ -104,31 +106,41 @@ class Reading:
     answered: Bools
 
     @classmethod
-    def fit(cls, model: nn.Module, turn: Turn, refused: Prompts, harmless: Prompts, plain: int = 0) -> Reading:
-        """Fit the ruler on both kinds of prompts.
+    def fit(
+        cls,
+        model: nn.Module,
+        turn: Turn,
+        refused: Prompts,
+        tricky: Prompts,
+        everyday: Prompts,
+        blunt: tuple[Prompts, Prompts] | None = None,
+    ) -> Reading:
+        """Fit the ruler on ``refused`` against ``tricky`` (their harmless look-alikes) and ``everyday``, with ``blunt`` pairs.
 
-        Harmless prompts whose answer would begin with a refusal opener (OPENER) are left out, unless fewer than LEAST would
-        remain. The last ``plain`` of them, which nobody takes for harm, count all the same: a model that refuses those is no
-        reason to remove them. Raises ProbeError with fewer than LEAST prompts of a kind.
+        A look-alike whose answer begins with a refusal opener (OPENER) is not ``answered``. Raises ProbeError with fewer than
+        LEAST prompts of a kind.
         """
-        for kind, prompts in (("harmful prompts that the model refuses", refused), ("harmless prompts", harmless)):
-            if len(prompts) < LEAST:
+        for kind, number in (
+            ("harmful prompts that the model refuses", len(refused)),
+            ("harmless prompts", min(len(tricky), len(everyday))),
+        ):
+            if number < LEAST:
                 raise ProbeError(
-                    f"there are {len(prompts)} {kind}, and the selector screen needs at least {LEAST}: give more, or use "
+                    f"there are {number} {kind}, and the selector screen needs at least {LEAST}: give more, or use "
                     "--selector fihs"
                 )
         blocks = read_blocks(model)
-        begun, first = (np.zeros(len(prompts), dtype=np.int64) for prompts in (refused, harmless))
-        high = states(model, refused.ids, blocks, at_end, begun)
-        low = states(model, harmless.ids, blocks, at_end, first)
+        begun, first = (np.zeros(len(prompts), dtype=np.int64) for prompts in (refused, tricky))
+        high = [states(model, refused.ids, blocks, at_end, begun)]
+        low = [states(model, tricky.ids, blocks, at_end, first)]
+        for kind, prompts in zip((high, low), blunt or (), strict=False):
+            kind.append(states(model, prompts.ids, blocks, at_end))
+        plain = states(model, everyday.ids, blocks, at_end)
         tokens, counts = np.unique(begun, return_counts=True)
         answered = ~np.isin(first, tokens[counts >= OPENER * len(refused)])
-        answered[len(answered) - plain :] = True
-        if answered.sum() < LEAST:
-            answered[:] = True
-        low = low[answered]
-        weights, bias = _ruler(high, low)
-        return cls(blocks, weights, bias, turn, _held_out(high, low), answered)
+        harmful, alike = np.concatenate(high), np.concatenate(low)
+        weights, bias = _ruler(harmful, np.concatenate([alike, plain]))
+        return cls(blocks, weights, bias, turn, _held_out(harmful, alike, plain), answered)
 
     def read(self, model: nn.Module, requests: Sequence[Sequence[int]]) -> Floats:
         """r of each request, given as the ids of an opened turn: (n,)."""
@@ -181,19 +193,29 @@ def block_names(model: nn.Module) -> tuple[str, ...]:
 
 def _ruler(high: Floats, low: Floats) -> tuple[Floats, float]:
     """Weights (blocks, D) and bias that put the mean of ``low`` (m, blocks, D) at 0 and the median of ``high`` at 1."""
-    w = high.mean(0) - low.mean(0)  # (blocks, D)
-    a = np.einsum("nld,ld->nl", low, w).mean(0)
-    b = np.median(np.einsum("nld,ld->nl", high, w), axis=0)
-    scale = 1.0 / np.where(b - a > 0, b - a, np.inf)  # a block that does not separate the two gets weight 0
-    return w * scale[:, None] / len(w), float(-(a * scale).mean())
+    from sklearn.linear_model import LogisticRegression
+
+    harmful = np.arange(len(high) + len(low)) < len(high)
+    weights, bias = np.zeros(high.shape[1:]), 0.0
+    for block in range(high.shape[1]):
+        both = np.concatenate([high[:, block], low[:, block]])
+        centred = both - both.mean(0)
+        size = float(np.sqrt((centred**2).sum(1).mean())) or 1.0
+        model = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=MOST_STEPS)
+        w = model.fit(centred / size, harmful).coef_[0]
+        a, b = (low[:, block] @ w).mean(), np.median(high[:, block] @ w)
+        # A block that does not separate the two gets weight 0.
+        scale = 1.0 / (b - a) / high.shape[1] if b > a else 0.0
+        weights[block], bias = w * scale, bias - a * scale
+    return weights, float(bias)
 
 
-def _held_out(high: Floats, low: Floats) -> Anchors:
-    """The values of both kinds, each half on a ruler fitted on the other."""
-    values = [np.zeros(len(high)), np.zeros(len(low))]
+def _held_out(high: Floats, alike: Floats, plain: Floats) -> Anchors:
+    """The values of the harmful and the everyday prompts, each half on a ruler fitted on the other (with its look-alikes)."""
+    values = [np.zeros(len(high)), np.zeros(len(plain))]
     for half in (0, 1):
-        weights, bias = _ruler(high[half::2], low[half::2])
-        for side, out in zip((high, low), values, strict=True):
+        weights, bias = _ruler(high[half::2], np.concatenate([alike[half::2], plain[half::2]]))
+        for side, out in zip((high, plain), values, strict=True):
             out[1 - half :: 2] = np.einsum("nld,ld->n", side[1 - half :: 2], weights) + bias
     return Anchors(values[0], values[1])
 

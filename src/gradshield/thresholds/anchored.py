@@ -25,7 +25,7 @@ class Anchored:
 
     name = "anchored"
 
-    def __init__(self, least: Share = 0.7) -> None:
+    def __init__(self, least: Share = 0.5) -> None:
         check(Anchored, least=least)
         self.least = least
 
