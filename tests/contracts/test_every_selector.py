@@ -87,7 +87,7 @@ def screen() -> Screen:
         Prompts(tuple((1, 3, *draw.integers(5, VOCABULARY, 4), 4) for _ in range(6)), ("",) * 6, ("",) * 6)
         for _ in "ab"
     ]
-    reading = Reading.fit(tiny_model("llama"), Turn.of(sides[0]), *sides)
+    reading = Reading.fit(tiny_model("llama"), Turn.of(sides[0]), *sides, sides[1])
     return Screen(fihs, reading, Speller(), Anchors(np.ones(20), np.zeros(20)), rendered=())
 
 
