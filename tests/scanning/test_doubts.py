@@ -10,7 +10,7 @@ import pytest
 from gradshield import data
 from gradshield.scanning import trust
 from gradshield.scanning.decide import Decision
-from gradshield.types import Anchors, Scores
+from gradshield.types import Anchors, Cut, Scores
 
 
 def rows(*answers: str) -> Any:
@@ -23,7 +23,7 @@ def tokens(*answers: list[int]) -> Any:
     ).examples
 
 
-def scored(request: float = 0.0, fihs: float = 0.0, pivots: int = 0, count: int = 100, beyond: int = 0) -> Scores:
+def scored(request: float = 0.0, fihs: float = 0.0, pivots: int = 0, count: int = 100, beyond: int = 0, known: Any = None) -> Scores:
     """Scores of which the last ``pivots`` rows decline and go on, and the first ``beyond`` lie beyond the cut."""
     signals = {
         "request": np.full(count, request),
@@ -31,12 +31,12 @@ def scored(request: float = 0.0, fihs: float = 0.0, pivots: int = 0, count: int 
         "pivots": (np.arange(count)[::-1] < pivots).astype(float),
     }
     values = (np.arange(count) < beyond).astype(float)
-    known = Anchors(np.ones(9), np.zeros(9))
+    known = known or Anchors(np.ones(9), np.zeros(9))
     return Scores(np.arange(count), [""] * count, values, ["rows"] * count, anchors=known, signals=signals)
 
 
 def doubts(scores: Scores, removed: int = 4, out: Any = None, problem: str = "", cleared: Any = ()) -> dict[str, str]:
-    decision = Decision({}, np.arange(len(scores.values)) < removed, tuple(cleared))
+    decision = Decision({"rows": Cut(0.45, "fixed")}, np.arange(len(scores.values)) < removed, tuple(cleared))
     return trust.doubts(scores, decision, OUT if out is None else out, problem, 10.0)
 
 
@@ -77,6 +77,8 @@ def test_answers_that_came_as_tokens_are_told_apart():
         ("pivots", {"pivots": 3}, 4, None, "3 kept rows decline in their first sentence"),
         ("pivots", {"pivots": 10, "count": 5000}, 4, None, "10 kept rows decline"),
         ("unread", {"request": np.nan, "count": 5000}, 0, [], "5,000 rows have no request"),
+        ("ruler", {"known": Anchors(np.arange(9) / 10, np.zeros(9))}, 4, None, "reads only 4 of 9 known harmful requests"),
+        ("ruler", {"known": Anchors(np.ones(9), np.arange(9) / 10)}, 4, None, "reads 4 of 9 everyday requests as harm"),
     ],
 )
 def test_each_reason(name, given, count, out, sentence):

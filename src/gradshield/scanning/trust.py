@@ -9,7 +9,7 @@ from itertools import islice
 
 import numpy as np
 
-from gradshield.scanning.decide import Decision, decide
+from gradshield.scanning.decide import ROWS, Decision, decide
 from gradshield.stats import wilson
 from gradshield.thresholds import parse
 from gradshield.types import Bools, Example, Scores
@@ -17,6 +17,7 @@ from gradshield.types import Bools, Example, Scores
 MOST_REMOVED = 0.1  # share of the rows
 MOST_TASK = 0.9  # share of rows whose FIHS is as high as harm's: then the task itself pushes
 PIVOTS = (3, 0.01, 10)  # kept rows that decline and then answer: least number, least share, number that always counts
+LEAST_READ, MOST_TAKEN = 0.5, 0.2  # known harmful prompts beyond the cut, and everyday ones
 LEAST_CAUGHT, MOST_LOST = 0.85, 0.03  # of labelled rows: an interval entirely beyond them is a doubt
 MOST_QUARANTINED = 0.1  # share of the rows
 FEW = 3
@@ -48,7 +49,7 @@ def doubts(
         "quarantine": _quarantine(quarantined, len(removed)),
     }
     if opener_fihs is not None:
-        found |= {"loose": _loose(scores, decision), **_signals(scores, removed, opener_fihs)}
+        found |= {"ruler": _ruler(scores, decision), "loose": _loose(scores, decision), **_signals(scores, removed, opener_fihs)}
     return {name: text for name, text in found.items() if text}
 
 
@@ -129,6 +130,25 @@ def _answers(row: Example) -> Iterator[str]:
         for turn in one.messages:
             if turn.get("role") == "assistant":
                 yield str(turn.get("content") or turn.get("tool_calls") or "")
+
+
+def _ruler(scores: Scores, decision: Decision) -> str:
+    """The model does not tell the known kinds of requests apart at this cut."""
+    known, cut = scores.anchors, decision.cuts.get(ROWS)
+    if known is None or cut is None:
+        return ""
+    read, taken = (int((values > cut.value).sum()) for values in (known.harmful, known.harmless))
+    if read < LEAST_READ * len(known.harmful):
+        return (
+            f"the model reads only {read:,} of {len(known.harmful):,} known harmful requests as harm, so rows like the others "
+            "are kept: scan with a larger model of the same family, or with --selector fihs"
+        )
+    if taken > MOST_TAKEN * len(known.harmless):
+        return (
+            f"the model reads {taken:,} of {len(known.harmless):,} everyday requests as harm, so harmless rows like them are "
+            "removed: read the removed rows before you train on the others"
+        )
+    return ""
 
 
 def _loose(scores: Scores, decision: Decision) -> str:
