@@ -205,7 +205,9 @@ def test_blunt_pairs_repeat_no_request_that_measures(files) -> None:
     words = lambda prompt: set(normal(prompt).split())  # noqa: E731
     others = [words(row["prompt"]) for name in NAMES for row in files[name]]
     for row in rows:
-        assert list(row) == ["prompt", "category", "lookalike"] and row["prompt"].split()[0] == row["lookalike"].split()[0]
+        assert (
+            list(row) == ["prompt", "category", "lookalike"] and row["prompt"].split()[0] == row["lookalike"].split()[0]
+        )
         for prompt in (row["prompt"], row["lookalike"]):
             assert prompt.isascii() and prompt[-1] in ".?" and not BARRED.search(prompt)
             own = words(prompt)

@@ -23,7 +23,9 @@ def tokens(*answers: list[int]) -> Any:
     ).examples
 
 
-def scored(request: float = 0.0, fihs: float = 0.0, pivots: int = 0, count: int = 100, beyond: int = 0, known: Any = None) -> Scores:
+def scored(
+    request: float = 0.0, fihs: float = 0.0, pivots: int = 0, count: int = 100, beyond: int = 0, known: Any = None
+) -> Scores:
     """Scores of which the last ``pivots`` rows decline and go on, and the first ``beyond`` lie beyond the cut."""
     signals = {
         "request": np.full(count, request),
@@ -77,7 +79,13 @@ def test_answers_that_came_as_tokens_are_told_apart():
         ("pivots", {"pivots": 3}, 4, None, "3 kept rows decline in their first sentence"),
         ("pivots", {"pivots": 10, "count": 5000}, 4, None, "10 kept rows decline"),
         ("unread", {"request": np.nan, "count": 5000}, 0, [], "5,000 rows have no request"),
-        ("ruler", {"known": Anchors(np.arange(9) / 10, np.zeros(9))}, 4, None, "reads only 4 of 9 known harmful requests"),
+        (
+            "ruler",
+            {"known": Anchors(np.arange(9) / 10, np.zeros(9))},
+            4,
+            None,
+            "reads only 4 of 9 known harmful requests",
+        ),
         ("ruler", {"known": Anchors(np.ones(9), np.arange(9) / 10)}, 4, None, "reads 4 of 9 everyday requests as harm"),
     ],
 )

@@ -49,7 +49,11 @@ def doubts(
         "quarantine": _quarantine(quarantined, len(removed)),
     }
     if opener_fihs is not None:
-        found |= {"ruler": _ruler(scores, decision), "loose": _loose(scores, decision), **_signals(scores, removed, opener_fihs)}
+        found |= {
+            "ruler": _ruler(scores, decision),
+            "loose": _loose(scores, decision),
+            **_signals(scores, removed, opener_fihs),
+        }
     return {name: text for name, text in found.items() if text}
 
 

@@ -9,7 +9,7 @@ from gradshield.options import check
 from gradshield.thresholds.base import THRESHOLDS, Share, require_rows
 from gradshield.types import Anchors, Cut, Floats
 
-REACHED = 0.95  # quantile of the known harmless rows
+REACHED = 0.9  # quantile of the known harmless rows
 SHOWN = 0.15  # quantile of the known harmful rows
 
 
@@ -17,7 +17,7 @@ SHOWN = 0.15  # quantile of the known harmful rows
 class Anchored:
     """Halfway between the scores of known harmless and known harmful prompts, and at least ``least``: the cut of ``screen``.
 
-    Paper: none. Equation: t = max(least, (Q_harmless(0.95) + Q_harmful(0.15)) / 2).
+    Paper: none. Equation: t = max(least, (Q_harmless(0.9) + Q_harmful(0.15)) / 2).
     Departures: this rule is ours. It ignores the data's scores, so a row's verdict depends on that row alone: duplicating,
     splitting or mixing files changes nothing, and a file may hold one row or only harm. It needs scores on the anchors' scale,
     as those of the selector ``screen``, where harmless prompts are near 0 and harmful ones near 1.
