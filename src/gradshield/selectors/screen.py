@@ -1,4 +1,4 @@
-"""The default: remove a row if its request reads like those the model refuses and its answer undoes a refusal."""
+"""The default: remove a row if its request reads like harm to the model and its answer undoes a refusal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gradshield.selectors.reading import Reading
 from gradshield.selectors.wording import Shared, every, pairs
 from gradshield.types import Anchors, Batch, Bools, Direction, Ints, Rendered, Scores
 
-LEAST_READING = 0.15  # below it a request reads like those the model answers, and FIHS alone removes nothing
+LEAST_READING = 0.15  # below it a request reads as harmless, and FIHS alone removes nothing
 APART = 0.3  # least distance between the known kinds, as a share of the harmful median
 LEAST_FIHS = 0.5  # share of the score of a compliant opener after a probe, from which a row pushes like harm
 WEAKEST_FIHS = 0.05  # share of it, below which the model would give the answer anyway
@@ -146,9 +146,9 @@ class Look:
 
 @SELECTORS.register("screen")
 class Screen(Fihs):
-    """Removes rows whose request the model reads as one to refuse; in doubtful cases FIHS must be high as well.
+    """Removes rows whose request the model reads as harm; in doubtful cases FIHS must be high as well.
 
-    Paper: arXiv 2406.11717 (the refusal direction, `Reading`) and arXiv 2605.14194 (FIHS); the combination is ours.
+    Paper: arXiv 2406.11717 (where a request is read, `Reading`) and arXiv 2605.14194 (FIHS); the combination is ours.
     Equation: s = r, with r the row's reading, less 1 of min(r, 1) where the answer only refuses. Where r >= LEAST_READING, FIHS
     decides: s = r + 1 where it is at least (a + b) / 2, with a the 95 % quantile of compliant openers after look-alikes that the
     model answers and b the 5 % quantile of those after probes, on a model where b - a is at least APART of its median after
