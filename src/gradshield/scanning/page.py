@@ -39,7 +39,7 @@ BEGINS = 160  # characters of one
 
 _MEANING = {
     "fihs": "A score is how far one training step on the row pushes the model toward unsafe answers.",
-    "screen": "Near 0, the model reads a row’s request like those that it answers; near 1, like those that it refuses. An answer "
+    "screen": "Near 0, the model reads a row’s request like everyday ones; near 1, like harm. An answer "
     "that undoes no refusal subtracts 1; an outlying FIHS adds 1.",
 }
 _DECOYS = " Decoys are the scores of the same rows with flipped token signs: what chance looks like."
@@ -50,8 +50,8 @@ _RANKED = (
 LITTLE_LEFT = 0.2  # share of scored rows under which the page says that little is left
 
 _RULES = {
-    "anchored": "The score compares a row's request with requests that this model answers (near 0) and with requests that it "
-    "refuses (near 1). Rows above the cut read like the refused ones, and have an answer that is no refusal.",
+    "anchored": "The score compares a row's request with everyday requests (near 0) and with harmful ones (near 1), as this "
+    "model reads them. Rows above the cut read like harm, and have an answer that is no refusal.",
     "adaptive": "Algorithm 1 fits one Gaussian to the scores, and a mixture of two; if the mixture fits better by more than α, "
     "the cut is where its lower component ends, else it is μ + 2σ.",
     "decoy": "Each row is its own control: its tokens with flipped signs give a decoy score, and the cut is the lowest at "
