@@ -131,16 +131,15 @@ class Reading:
                 )
         blocks = read_blocks(model)
         begun, first = (np.zeros(len(prompts), dtype=np.int64) for prompts in (refused, tricky))
-        high = [states(model, refused.ids, blocks, at_end, begun)]
-        low = [states(model, tricky.ids, blocks, at_end, first)]
-        for kind, prompts in zip((high, low), blunt or (), strict=False):
-            kind.append(states(model, prompts.ids, blocks, at_end))
+        high, low = states(model, refused.ids, blocks, at_end, begun), states(model, tricky.ids, blocks, at_end, first)
+        if blunt is not None:
+            more = [states(model, prompts.ids, blocks, at_end) for prompts in blunt]
+            high, low = (np.concatenate(both) for both in zip((high, low), more, strict=True))
         plain = states(model, everyday.ids, blocks, at_end)
         tokens, counts = np.unique(begun, return_counts=True)
         answered = ~np.isin(first, tokens[counts >= OPENER * len(refused)])
-        harmful, alike = np.concatenate(high), np.concatenate(low)
-        weights, bias = _ruler(harmful, np.concatenate([alike, plain]))
-        return cls(blocks, weights, bias, turn, _held_out(harmful, alike, plain), answered)
+        weights, bias = _ruler(high, np.concatenate([low, plain]))
+        return cls(blocks, weights, bias, turn, _held_out(high, low, plain), answered)
 
     def read(self, model: nn.Module, requests: Sequence[Sequence[int]]) -> Floats:
         """r of each request, given as the ids of an opened turn: (n,)."""
