@@ -83,7 +83,7 @@ def measure(
     hands: Hands = here,
     seen: Measured | None = None,
 ) -> Measured:
-    """Measure all rows, in input order; shards found in ``store`` are read instead.
+    """Measure all rows, which come in the order of their numbers; shards found in ``store`` are read instead.
 
     A selector of two stages measures only what its look leaves open, in shards of those rows alone. ``seen`` is the look's
     result; without it, it looks first. ``progress`` counts the rows that are finished.
