@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -439,3 +440,13 @@ def test_a_file_whose_name_is_not_utf8_is_scanned_to_its_end(tmp_path: Path) -> 
     manifest = _json(tmp_path / "out" / "manifest.json")
     assert manifest["data"]["name"] == str(data)
     assert manifest["command"].endswith(data.name)
+
+
+@pytest.mark.parametrize("own", [{}, {"lookalikes": PROBING.lookalikes}])
+def test_own_probes_without_own_harmless_requests_are_warned_of(own) -> None:
+    """Else what only they share, such as their language, reads as harm."""
+    settings = gs.ScanSettings(selector="screen", threshold="ratio:50%")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        scan(chats(4), settings=settings, probing=gs.Probing(requests=PROBING.requests, uncertified=True, **own))
+    assert any("--lookalikes FILE" in str(one.message) for one in said) is not bool(own)

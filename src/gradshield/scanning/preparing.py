@@ -206,6 +206,12 @@ def ruler(known: Known, valid: Validity, probing: Probing, progress: Progress) -
             *(() if probing.requests else blunt()),
         )
     )
+    if probing.requests and not probing.lookalikes:
+        warnings.warn(
+            "the probes are your own and the harmless requests built in, so that what only sets yours apart (their language, their "
+            "subject) reads as harm: give harmless requests of the same kind as well (--lookalikes FILE)",
+            stacklevel=2,
+        )
     declined = [refuses(answer) for answer in valid.answers]
     refused = asked.take(np.flatnonzero(declined).tolist()) if sum(declined) >= LEAST else asked
     both = (pairs[0], pairs[1]) if pairs else None
