@@ -10,6 +10,8 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 
+from gradshield.probes import blunt, ordinary
+from gradshield.scanning import preparing
 from tests.common import save_model, write_probes
 
 os.environ["GRADSHIELD_CACHE"] = ""  # what one test finds must not reach another
@@ -23,6 +25,15 @@ def one_thread() -> Iterator[None]:
     with threadpool_limits(1):
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fewer_known_requests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixth of the everyday requests and of the blunt pairs: they cost a scan of a tiny model most of its time."""
+    if "slow" not in request.keywords and "shared" not in request.path.parts:
+        everyday, pairs = ordinary()[::6], tuple(kind[::6] for kind in blunt())
+        monkeypatch.setattr(preparing, "ordinary", lambda: everyday)
+        monkeypatch.setattr(preparing, "blunt", lambda: pairs)
 
 
 @pytest.fixture(autouse=True)

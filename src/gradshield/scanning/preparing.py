@@ -208,8 +208,8 @@ def ruler(known: Known, valid: Validity, probing: Probing, progress: Progress) -
     )
     if probing.requests and not probing.lookalikes:
         warnings.warn(
-            "the probes are your own and the harmless requests built in, so that what only sets yours apart (their language, their "
-            "subject) reads as harm: give harmless requests of the same kind as well (--lookalikes FILE)",
+            "the probes are your own and the harmless requests built in, so that whatever sets yours apart (their language, "
+            "their subject) reads as harm: give harmless requests of the same kind as well (--lookalikes FILE)",
             stacklevel=2,
         )
     declined = [refuses(answer) for answer in valid.answers]
