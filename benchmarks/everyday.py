@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gradshield import runs
+from gradshield.gradients import pick
 from gradshield.models.loading import load
 from gradshield.probes import open_turns, read_prompts
 from gradshield.scanning.preparing import Known, ask, ruler
@@ -32,7 +33,7 @@ def main() -> None:
     loaded = load(given.model, dtype="float32")
     known, quiet = Known(loaded.model, loaded), lambda *_: None
     probing = Probing()
-    asked = ask(known, ScanSettings(), probing, quiet)
+    asked = ask(known, pick("auto", loaded.model, per_token=True), ScanSettings(), probing, quiet)
     reading = ruler(known, asked.validity, probing, quiet).reading
     cut = parse(Screen.rule).cut(np.zeros(1), None, reading.anchors).value
     print(f"the cut is {cut:.3f}\n\n| requests | n | beyond the cut | median r |\n|---|---|---|---|")

@@ -180,9 +180,10 @@ class Direction:
 
 @dataclass(frozen=True, eq=False)
 class Anchors:
-    """Scores of short rows of known kind on this model: a prompt followed by a compliant opener.
+    """Scores of known prompts on this model, ``harmful`` (M,) and ``harmless`` (L,).
 
-    ``harmful`` (M,) answer the probe requests; ``harmless`` (L,) answer the look-alikes that the model itself answers.
+    Of FIHS, those of a compliant opener after each probe and after each look-alike that the model itself answers; of
+    `selectors.reading`, how the harmful and the everyday prompts read.
     """
 
     harmful: Floats

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradshield.cli.serve import _first_key, _loopback, _named
+from gradshield.cli.serve import _first_key, _loopback, _named, _whole
 from gradshield.errors import UsageError
 from gradshield.gateway.settings import LAB, Policy, Settings, made
 from gradshield.gateway.store import Store
@@ -155,3 +155,13 @@ def test_server_and_worker_start_without_torch(tmp_path: Path) -> None:
     )
     assert imported({"torch", "transformers", "sklearn", "datasets"}, script + start, str(tmp_path)) == "set()\n"
     assert imported({"torch"}, "import gradshield.gateway.job") == "{'torch'}\n"  # so that the first line can fail
+
+
+def test_a_folder_in_an_option_is_whole_whatever_its_judge_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "guard").mkdir()
+    assert _whole("guard", "guard") == str(tmp_path / "guard")
+    assert _whole("guard:guard,words=yes+no", "guard") == f"guard:{tmp_path}/guard,words=yes+no"
+    assert _whole("guard:nowhere", "nowhere") == "guard:nowhere" and _whole("compliance", "") == "compliance"

@@ -197,7 +197,10 @@ def _named(text: str) -> tuple[str, str]:
 
 def _whole(typed: str, path: str) -> str:
     """An option with the whole path of the file or folder that it names, if it names one: jobs run in their own folders."""
-    return typed.replace(path, str(Path(path).absolute()), 1) if path and Path(path).exists() else typed
+    if not path or not Path(path).exists():
+        return typed
+    at = 0 if typed == path else typed.index(path, typed.index(":"))  # a judge's kind may have the name of its folder
+    return f"{typed[:at]}{Path(path).absolute()}{typed[at + len(path) :]}"
 
 
 def _policy(base: Mapping[str, Any], rows: str | None, defence: str | None, limit: str | None) -> Any:

@@ -228,7 +228,7 @@ def ruler(known: Known, valid: Validity, probing: Probing, progress: Progress) -
 
 
 def _openers(known: Known, found: Ready, read: Read, progress: Progress) -> Anchors:
-    """The FIHS of compliant openers after the requests that the ruler was fitted on."""
+    """The FIHS of compliant openers after the probes that the model refuses, and after the look-alikes that it answers."""
     model, tokenizer, fihs = known.model, known.loaded.tokenizer, cast(Fihs, found.selector)
     refused, tricky = read.refused, read.tricky
     progress("scoring known rows", 0, 1)

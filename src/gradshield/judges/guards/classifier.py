@@ -110,16 +110,17 @@ class Classifier:
     def unsafe(self) -> tuple[int, ...]:
         """Indices of the labels that mean unsafe."""
         labels, listed = self._labels, ", ".join(map(repr, self._labels))
+        own = own_name(self.source)
         if self.wanted:
             if unknown := [label for label in self.wanted if label not in labels]:
-                raise UsageError(f"{self.source} has no label {unknown[0]!r}: choose from {listed}")
+                raise UsageError(f"{own} has no label {unknown[0]!r}: choose from {listed}")
             if self._exclusive and set(self.wanted) == set(labels):
-                raise UsageError(f"every label of {self.source} would mean unsafe: choose from {listed}, but not all")
+                raise UsageError(f"every label of {own} would mean unsafe: choose from {listed}, but not all")
             return tuple(i for i, label in enumerate(labels) if label in self.wanted)
         meant = [label_unsafe(label) for label in labels]
         if None in meant or True not in meant or (self._exclusive and False not in meant):
             raise UsageError(
-                f"the names of the labels of {self.source} do not say which mean unsafe ({listed}): name those with "
+                f"the names of the labels of {own} do not say which mean unsafe ({listed}): name those with "
                 "unsafe=LABEL, several joined with +"
             )
         return tuple(i for i, value in enumerate(meant) if value)
