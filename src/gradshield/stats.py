@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from gradshield.errors import DataError, UsageError
 from gradshield.types import Floats, Rate
+
+
+def percent(share: float) -> str:
+    """A bound in percent, rounded up so that the claim is never tighter than the bound."""
+    return f"{math.ceil(1e4 * share - 1e-9) / 100:g} %"
 
 
 def check_level(level: float) -> None:

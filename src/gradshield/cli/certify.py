@@ -65,7 +65,7 @@ def certify(
 
 def _made(predicate: Mapping[str, Any], run: Path) -> None:
     """Print a line per judge, the file and the verdict. Raises GateError if the model is not certified."""
-    from gradshield.evaluation.bounds import percent
+    from gradshield.stats import percent
 
     for name, one in predicate["judges"].items():
         known = one["calibration"]

@@ -153,11 +153,6 @@ def _check(k: int, n: int, error: float) -> None:
         raise ValueError(f"k must lie between 0 and n, got k={k}, n={n}")
 
 
-def percent(share: float) -> str:
-    """A bound in percent, rounded up so that the claim is never tighter than the bound."""
-    return f"{math.ceil(1e4 * share - 1e-9) / 100:g} %"
-
-
 # ---- how often a judge errs: its verdicts on human-labelled answers --------------------------------------------------
 
 

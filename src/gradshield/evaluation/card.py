@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gradshield.evaluation.bounds import percent
 from gradshield.evaluation.certificate import text
 from gradshield.manifests import Figures, TrainingManifest
 from gradshield.report.markdown import BEGIN, END, code, plain, put_section
 from gradshield.runs import CERTIFICATE
+from gradshield.stats import percent
 
 
 def write(folder: Path, manifest: TrainingManifest, certificate: Mapping[str, Any] | None = None) -> None:

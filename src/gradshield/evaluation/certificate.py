@@ -14,13 +14,14 @@ from typing import Any, cast
 from gradshield import lab, runs
 from gradshield.errors import DataError
 from gradshield.evaluation.asr import attack, request_text
-from gradshield.evaluation.bounds import PARTS, Bound, Calibration, Claim, corrected, counts, least, percent, upper
+from gradshield.evaluation.bounds import PARTS, Bound, Calibration, Claim, corrected, counts, least, upper
 from gradshield.files import file_digest, own_name
 from gradshield.judges import JUDGES, GuardJudge, Judge, LabClassifier, verdicts
 from gradshield.manifests import ScanManifest, ScanResults, TrainingManifest
 from gradshield.models.loading import HUB_FILES
 from gradshield.probes import SPLITS, requests
 from gradshield.scanning import trust
+from gradshield.stats import percent
 
 LABELLED = "calibration.jsonl"
 TYPE, PREDICATE = "https://in-toto.io/Statement/v1", "urn:gradshield:certificate:v1"

@@ -24,7 +24,6 @@ import structlog
 
 from gradshield import data, runs
 from gradshield.errors import DataError, GradShieldError, ModelError
-from gradshield.evaluation.bounds import percent
 from gradshield.evaluation.certify import certify
 from gradshield.gateway import results
 from gradshield.gateway.content import Content
@@ -38,6 +37,7 @@ from gradshield.gateway.wire import LEAST_ROWS, Method
 from gradshield.scanning.decide import PREFERENCE
 from gradshield.scanning.selection import Selection
 from gradshield.scanning.settings import ScanSettings
+from gradshield.stats import percent
 from gradshield.training.defences import parse
 from gradshield.training.train import Trained, train
 

@@ -13,9 +13,9 @@ from fastapi.responses import HTMLResponse
 from jinja2 import ChoiceLoader, Environment, FileSystemLoader
 from markupsafe import Markup
 
-from gradshield.evaluation.bounds import percent
 from gradshield.gateway.tables import Job
 from gradshield.report import frame, sheet, text
+from gradshield.stats import percent
 
 HERE = Path(__file__).parent / "templates"
 STATUS = {
