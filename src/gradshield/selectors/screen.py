@@ -155,7 +155,7 @@ class Screen(Fihs):
     probes; s = min(r, 1) - 1 where it is below WEAKEST_FIHS of that median and the answer does not decline and then continue:
     nothing in it undoes refusal. Of an answer that training pushes away from (label false, KTO), the opposite holds: only a
     refusal undoes refusal. A row's score depends only on the row and the model, but with ``shared=skipped``.
-    Departures: the constants were chosen on seven of fourteen ordinary tasks and the lab (docs/methods.md).
+    Departures: the constants were chosen on ordinary tasks, everyday requests and the lab (docs/methods.md).
 
     Two stages, one score: every request is read first (`Look`), which takes half a forward pass over the requests; FIHS is
     measured only where it decides, and on one of ONE_IN other rows (``fihs_of=all``: on all), by the hash of its tokens.
