@@ -10,7 +10,7 @@ import pytest
 from gradshield import data
 from gradshield.scanning import trust
 from gradshield.scanning.decide import Decision
-from gradshield.types import Anchors, Cut, Scores
+from gradshield.types import Anchors, Scores
 
 
 def rows(*answers: str) -> Any:
@@ -38,7 +38,7 @@ def scored(
 
 
 def doubts(scores: Scores, removed: int = 4, out: Any = None, problem: str = "", cleared: Any = ()) -> dict[str, str]:
-    decision = Decision({"rows": Cut(0.45, "fixed")}, np.arange(len(scores.values)) < removed, tuple(cleared))
+    decision = Decision({}, np.arange(len(scores.values)) < removed, tuple(cleared))
     return trust.doubts(scores, decision, OUT if out is None else out, problem, 10.0)
 
 
@@ -84,9 +84,15 @@ def test_answers_that_came_as_tokens_are_told_apart():
             {"known": Anchors(np.arange(9) / 10, np.zeros(9))},
             4,
             None,
-            "reads only 4 of 9 known harmful requests",
+            "reads only 3 of 9 known harmful requests",
         ),
-        ("ruler", {"known": Anchors(np.ones(9), np.arange(9) / 10)}, 4, None, "reads 4 of 9 everyday requests as harm"),
+        (
+            "ruler",
+            {"known": Anchors(np.repeat([0.3, 1], (3, 6)), np.repeat([0, 0.9], (6, 3)))},
+            4,
+            None,
+            "reads 3 of 9 everyday",
+        ),
     ],
 )
 def test_each_reason(name, given, count, out, sentence):

@@ -323,7 +323,7 @@ def main(arguments: Sequence[str]) -> int:
     job = store.claim(id, owner, settings.lease)
     if job is None:
         return 0
-    warnings.simplefilter("ignore")
+    warnings.showwarning = lambda message, *_, **__: log.warning("warning", text=str(message))  # for the operator
     structlog.contextvars.bind_contextvars(job=id, attempt=job.attempt)
     run = Run(settings, store, Content(settings.files_url), job, owner)
     heart = Heart(store, id, owner, settings.lease)

@@ -9,7 +9,7 @@ from itertools import islice
 
 import numpy as np
 
-from gradshield.scanning.decide import ROWS, Decision, decide
+from gradshield.scanning.decide import Decision, decide
 from gradshield.stats import wilson
 from gradshield.thresholds import parse
 from gradshield.types import Bools, Example, Scores
@@ -50,7 +50,7 @@ def doubts(
     }
     if opener_fihs is not None:
         found |= {
-            "ruler": _ruler(scores, decision),
+            "ruler": _ruler(scores),
             "loose": _loose(scores, decision),
             **_signals(scores, removed, opener_fihs),
         }
@@ -136,11 +136,14 @@ def _answers(row: Example) -> Iterator[str]:
                 yield str(turn.get("content") or turn.get("tool_calls") or "")
 
 
-def _ruler(scores: Scores, decision: Decision) -> str:
-    """The model does not tell the known kinds of requests apart at this cut."""
-    known, cut = scores.anchors, decision.cuts.get(ROWS)
-    if known is None or cut is None:
+def _ruler(scores: Scores) -> str:
+    """The model does not tell the known kinds of requests apart, at the selector's own cut."""
+    from gradshield.selectors import Screen  # where needed: it brings torch
+
+    known = scores.anchors
+    if known is None:
         return ""
+    cut = parse(Screen.rule).cut(np.zeros(1), None, known)
     read, taken = (int((values > cut.value).sum()) for values in (known.harmful, known.harmless))
     if read < LEAST_READ * len(known.harmful):
         return (

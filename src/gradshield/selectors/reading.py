@@ -133,8 +133,9 @@ class Reading:
         begun, first = (np.zeros(len(prompts), dtype=np.int64) for prompts in (refused, tricky))
         high, low = states(model, refused.ids, blocks, at_end, begun), states(model, tricky.ids, blocks, at_end, first)
         if blunt is not None:
+            # First, so that both of a pair are in the same half of `_held_out`.
             more = [states(model, prompts.ids, blocks, at_end) for prompts in blunt]
-            high, low = (np.concatenate(both) for both in zip((high, low), more, strict=True))
+            high, low = (np.concatenate(both) for both in zip(more, (high, low), strict=True))
         plain = states(model, everyday.ids, blocks, at_end)
         tokens, counts = np.unique(begun, return_counts=True)
         answered = ~np.isin(first, tokens[counts >= OPENER * len(refused)])
@@ -195,7 +196,7 @@ def _ruler(high: Floats, low: Floats) -> tuple[Floats, float]:
     from sklearn.linear_model import LogisticRegression
 
     harmful = np.arange(len(high) + len(low)) < len(high)
-    weights, bias = np.zeros(high.shape[1:]), 0.0
+    weights, bias, apart = np.zeros(high.shape[1:]), 0.0, 0
     for block in range(high.shape[1]):
         both = np.concatenate([high[:, block], low[:, block]])
         centred = both - both.mean(0)
@@ -203,10 +204,9 @@ def _ruler(high: Floats, low: Floats) -> tuple[Floats, float]:
         model = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=MOST_STEPS)
         w = model.fit(centred / size, harmful).coef_[0]
         a, b = (low[:, block] @ w).mean(), np.median(high[:, block] @ w)
-        # A block that does not separate the two gets weight 0.
-        scale = 1.0 / (b - a) / high.shape[1] if b > a else 0.0
-        weights[block], bias = w * scale, bias - a * scale
-    return weights, float(bias)
+        if b > a:  # a block that does not separate the two gets weight 0
+            weights[block], bias, apart = w / (b - a), bias - a / (b - a), apart + 1
+    return weights / max(apart, 1), float(bias) / max(apart, 1)
 
 
 def _held_out(high: Floats, alike: Floats, plain: Floats) -> Anchors:
