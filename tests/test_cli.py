@@ -80,6 +80,7 @@ BEFORE_LOADING: dict[str, tuple[str, bytes, list[str], str]] = {
     "pairs among rows": ("train", PAIRS + GOOD, [], "mixes preference pairs"),
     "pairs for single answers": ("train", PAIRS, ["--defence", "safeinstruct"], "holds preference pairs"),
     "the second dataset": ("train", PAIRS + GOOD, ["first"], "mixes preference pairs"),
+    "a length": ("scan", GOOD, ["--max-length", "0"], "max_length is 0"),
     "an estimate": ("estimate", b'{"text": 3}\n', [], "0 of 1 rows"),
 }
 

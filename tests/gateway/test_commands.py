@@ -79,6 +79,18 @@ def test_a_key_that_cannot_be_is_refused_in_a_sentence(tmp_path: Path, option: s
     assert not (tmp_path / "gateway.db").exists()
 
 
+def test_a_limit_that_is_no_number_is_told_so(tmp_path: Path) -> None:
+    for value in ("abc", "nan", "200%"):
+        assert f"--limit got '{value}'" in run("keys", "create", "--limit", value, "--folder", str(tmp_path)).sentence
+
+
+@pytest.mark.parametrize("words", [["list"], ["revoke", "gs-0"], ["policy", "a"]])
+def test_what_reads_a_gateway_makes_none(tmp_path: Path, words: list[str]) -> None:
+    done = run("keys", *words, "--folder", str(tmp_path / "mistyped"))
+    assert done.code == 2 and "no gateway" in done.sentence
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_beyond_loopback_needs_a_key(tmp_path: Path, store: Store) -> None:
     open_to_all = Settings(models={LAB: LAB}, folder=tmp_path, host="0.0.0.0")
     with pytest.raises(UsageError, match="keys create"):

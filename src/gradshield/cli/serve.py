@@ -207,7 +207,10 @@ def _policy(base: Mapping[str, Any], rows: str | None, defence: str | None, limi
     """A policy with what was given in place of ``base``. Raises UsageError."""
     from gradshield.gateway.settings import Policy, made
 
-    given = {"rows": rows, "defence": defence, "limit": None if limit is None else number(limit)}
+    share = None if limit is None else number(limit)
+    if share is not None and not 0 < share < 1:
+        raise UsageError(f"--limit got {limit!r}: give a percentage such as 6%, or a number between 0 and 1")
+    given = {"rows": rows, "defence": defence, "limit": share}
     return made(Policy, **{**base, **{name: value for name, value in given.items() if value is not None}})
 
 
@@ -233,6 +236,18 @@ def _settings(folder: Path, database: str) -> Any:
 
     found = Settings.read(folder) if (folder / NAME).exists() else Settings(models={}, folder=folder)
     return found.model_copy(update={"database": database}) if database else found
+
+
+def _there(folder: Path, database: str) -> Any:
+    """The store of a gateway. Raises UsageError if the folder holds none, and leaves nothing in it then."""
+    settings = _settings(folder, database)
+    from gradshield.gateway.settings import DATABASE
+
+    if not settings.database and not (folder / DATABASE).exists():
+        raise UsageError(
+            f"there is no gateway in {str(folder)!r}: give its --folder, or make a first key with keys create"
+        )
+    return _store(settings)
 
 
 def _store(settings: Any) -> Any:
@@ -277,7 +292,7 @@ def create(
 @keys.command("list")
 def listed(folder: Folder = GATEWAY, database: Database = "") -> None:
     """List every key by its id and its start."""
-    store = _store(_settings(folder, database))
+    store = _there(folder, database)
     names = {project.id: project.name for project in store.projects()}
     for key in store.all_keys():
         state = "revoked" if key.revoked_at else key.role
@@ -291,7 +306,7 @@ def revoke(
     database: Database = "",
 ) -> None:
     """Revoke a key, at once."""
-    found = _store(_settings(folder, database)).revoke(key)
+    found = _there(folder, database).revoke(key)
     out.print(f"revoked {plain(found.id)}")
 
 
@@ -306,7 +321,7 @@ def of_project(
     database: Database = "",
 ) -> None:
     """Print a project's policy, after changing what is given, for jobs that are made from now on."""
-    store = _store(_settings(folder, database))
+    store = _there(folder, database)
     if (found := _project(store, project)) is None:
         known = ", ".join(one.name for one in store.projects()) or "none yet"
         raise UsageError(f"there is no project {project!r}: choose one of those that have keys ({known})")

@@ -15,6 +15,7 @@ from gradshield.errors import UsageError
 
 M = TypeVar("M", bound=BaseModel)
 NAME = "gateway.json"
+DATABASE = "gateway.db"
 LAB = "lab"  # the bundled model, with the requests and the recipe of its world
 
 
@@ -99,7 +100,7 @@ class Settings(BaseModel):
 
     @property
     def database_url(self) -> str:
-        return self.database or f"sqlite:///{self.folder / 'gateway.db'}"
+        return self.database or f"sqlite:///{self.folder / DATABASE}"
 
     @property
     def files_url(self) -> str:

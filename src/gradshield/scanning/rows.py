@@ -90,6 +90,7 @@ def prepare(
     read = read_rows(data, training_args, format)
     _check_labels(labels, read.source.rows)
     check(read)
+    render_config(training_args, None, template or {})  # its options are checked before the model loads
     loaded = with_template(load(model, tokenizer, progress))
     limit = getattr(text_config(loaded.model), "max_position_embeddings", None)
     config = render_config(training_args, limit, template or {})
