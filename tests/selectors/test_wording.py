@@ -1,6 +1,7 @@
 """What of a text is a request."""
 
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -27,6 +28,9 @@ ONE = {
     "input": "Input: {}\nOutput: {}",
 }
 LONG = 100_000
+MINUTES = (
+    30  # seconds of processor time: what goes as the square takes minutes, the rest a second even on a busy machine
+)
 HOSTILE = {
     "one long mark": "#" * LONG,
     "systems that never end": "[INST]a[/INST]b" + "<<SYS>>" * (LONG // 7),
@@ -36,6 +40,16 @@ HOSTILE = {
     "spaces": "### Input" + " " * LONG + "<|im_start|>" + " " * LONG + "user" + "\n" * LONG,
 }
 WORDS = st.text("abc ,.?!'é\n", min_size=1).map(str.strip).filter(bool)
+
+
+def least_seconds(work: Callable[[], object]) -> float:
+    """Processor time of the quickest of three runs: on a busy machine a single one may take any time."""
+    times = []
+    for _ in range(3):
+        began = time.process_time()
+        work()
+        times.append(time.process_time() - began)
+    return min(times)
 
 
 def said(text: str) -> list[tuple[str, str]]:
@@ -89,16 +103,13 @@ def test_an_answer_goes_on_until_something_is_asked(between):
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=list(HOSTILE))
 def test_no_text_takes_long(text):
-    began = time.process_time()
-    _ = pairs(text), [one.requests(text) for one in every(text)]
-    assert time.process_time() - began < 2
+    assert least_seconds(lambda: [one.requests(text) for one in [*pairs(text), *every(text)]]) < 2
 
 
 def test_long_requests_that_are_alike_take_no_longer():
-    began = time.process_time()
     request = "a " * 10_000
     assert len(Shared.of([request] * 20).begin) == 10_000
-    assert time.process_time() - began < 2
+    assert least_seconds(lambda: Shared.of([request] * 20)) < 2
 
 
 BEGIN = "You are a helpful assistant.\n\nName the colour of"
