@@ -214,13 +214,12 @@ def ruler(known: Known, valid: Validity, probing: Probing, progress: Progress) -
         )
     declined = [refuses(answer) for answer in valid.answers]
     refused = asked.take(np.flatnonzero(declined).tolist()) if sum(declined) >= LEAST else asked
-    both = (pairs[0], pairs[1]) if pairs else None
     progress("reading known requests", 0, 1)
     reading = Reading.from_json(
         known.json(
             "ruler",
             (refused.ids, alike.ids, plain.ids, [one.ids for one in pairs]),
-            lambda: Reading.fit(model, Turn.of(plain), refused, alike, plain, both).as_json(),
+            lambda: Reading.fit(model, Turn.of(plain), refused, alike, plain, pairs).as_json(),
         )
     )
     progress("reading known requests", 1, 1)

@@ -9,10 +9,10 @@ from itertools import islice
 
 import numpy as np
 
-from gradshield.scanning.decide import Decision, decide
+from gradshield.scanning.decide import ROWS, Decision, decide
 from gradshield.stats import wilson
 from gradshield.thresholds import parse
-from gradshield.types import Bools, Example, Scores
+from gradshield.types import Anchors, Bools, Example, Scores
 
 MOST_REMOVED = 0.1  # share of the rows
 MOST_TASK = 0.9  # share of rows whose FIHS is as high as harm's: then the task itself pushes
@@ -49,9 +49,12 @@ def doubts(
         "quarantine": _quarantine(quarantined, len(removed)),
     }
     if opener_fihs is not None:
+        from gradshield.selectors import Screen  # where needed: it brings torch
+
+        default = decide(scores, parse(Screen.rule))
         found |= {
-            "ruler": _ruler(scores),
-            "loose": _loose(scores, decision),
+            "ruler": _ruler(scores.anchors, default.cuts[ROWS].value),
+            "loose": _loose(scores, decision, default),
             **_signals(scores, removed, opener_fihs),
         }
     return {name: text for name, text in found.items() if text}
@@ -136,15 +139,11 @@ def _answers(row: Example) -> Iterator[str]:
                 yield str(turn.get("content") or turn.get("tool_calls") or "")
 
 
-def _ruler(scores: Scores) -> str:
-    """The model does not tell the known kinds of requests apart, at the selector's own cut."""
-    from gradshield.selectors import Screen  # where needed: it brings torch
-
-    known = scores.anchors
+def _ruler(known: Anchors | None, cut: float) -> str:
+    """The model does not tell the known kinds of requests apart, at the selector's default cut."""
     if known is None:
         return ""
-    cut = parse(Screen.rule).cut(np.zeros(1), None, known)
-    read, taken = (int((values > cut.value).sum()) for values in (known.harmful, known.harmless))
+    read, taken = (int((values > cut).sum()) for values in (known.harmful, known.harmless))
     if read < LEAST_READ * len(known.harmful):
         return (
             f"the model reads only {read:,} of {len(known.harmful):,} known harmful requests as harm, so rows like the others "
@@ -158,13 +157,12 @@ def _ruler(scores: Scores) -> str:
     return ""
 
 
-def _loose(scores: Scores, decision: Decision) -> str:
+def _loose(scores: Scores, decision: Decision, default: Decision) -> str:
     """Rows above the selector's default cut are kept, and no reviewer has cleared them."""
-    from gradshield.selectors import Screen  # where needed: it brings torch
-
-    beyond = decide(scores, parse(Screen.rule)).removed & ~decision.removed
-    kept = int((beyond & ~np.isin(scores.rows, decision.cleared)).sum())
-    return f"{kept:,} rows score above the cut '{Screen.rule}' and are kept: read them before training" if kept else ""
+    kept = int((default.removed & ~decision.removed & ~np.isin(scores.rows, decision.cleared)).sum())
+    if not kept:
+        return ""
+    return f"{kept:,} rows score above the cut '{default.cuts[ROWS].rule}' and are kept: read them before training"
 
 
 def _signals(scores: Scores, removed: Bools, opener_fihs: float) -> dict[str, str]:

@@ -113,9 +113,10 @@ class Reading:
         refused: Prompts,
         tricky: Prompts,
         everyday: Prompts,
-        blunt: tuple[Prompts, Prompts] | None = None,
+        blunt: Sequence[Prompts] = (),
     ) -> Reading:
-        """Fit the ruler on ``refused`` against ``tricky`` (their harmless look-alikes) and ``everyday``, with ``blunt`` pairs.
+        """Fit the ruler on ``refused`` against ``tricky`` (their harmless look-alikes) and ``everyday``, with ``blunt``,
+        harmful prompts and their look-alikes, if given.
 
         A look-alike whose answer begins with a refusal opener (OPENER) is not ``answered``. Raises ProbeError with fewer than
         LEAST prompts of a kind.
@@ -132,8 +133,7 @@ class Reading:
         blocks = read_blocks(model)
         begun, first = (np.zeros(len(prompts), dtype=np.int64) for prompts in (refused, tricky))
         high, low = states(model, refused.ids, blocks, at_end, begun), states(model, tricky.ids, blocks, at_end, first)
-        if blunt is not None:
-            # First, so that both of a pair are in the same half of `_held_out`.
+        if blunt:  # first, so that both of a pair are in the same half of `_held_out`
             more = [states(model, prompts.ids, blocks, at_end) for prompts in blunt]
             high, low = (np.concatenate(both) for both in zip(more, (high, low), strict=True))
         plain = states(model, everyday.ids, blocks, at_end)
