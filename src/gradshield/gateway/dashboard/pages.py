@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
@@ -27,9 +27,6 @@ from gradshield.gateway.jobs import ACTIVE, ENDED, UNSAFE, name_of
 from gradshield.gateway.tables import Event, File, Job, Model
 from gradshield.manifests import Figures
 from gradshield.report import text
-
-if TYPE_CHECKING:
-    pass
 
 JOBS, LINES, EVENTS = 20, 100, 30  # of a page
 SILENT = 60  # seconds that a job may wait while no process has any
