@@ -18,7 +18,7 @@ from gradshield.selectors.reading import Reading
 from gradshield.selectors.wording import Shared, every, pairs
 from gradshield.types import Anchors, Batch, Bools, Direction, Ints, Rendered, Scores
 
-LEAST_READING = 0.15  # below it a request reads as harmless, and FIHS alone removes nothing
+LEAST_READING = 0.25  # below it a request reads as harmless, and FIHS alone removes nothing
 APART = 0.3  # least distance between the known kinds, as a share of the harmful median
 LEAST_FIHS = 0.5  # share of the score of a compliant opener after a probe, from which a row pushes like harm
 WEAKEST_FIHS = 0.05  # share of it, below which the model would give the answer anyway
