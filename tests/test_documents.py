@@ -79,9 +79,13 @@ def ctrl_c(server: Server) -> None:
 
 
 def shipped(name: str) -> list[dict[str, str]]:
-    make = {"requests.jsonl": lab.requests, "lookalikes.jsonl": lab.lookalikes}.get(name)
-    if make is None:
-        return [{**prompt, "split": "direction"} for prompt in lab.lookalikes("align")[:60]]
+    if name == "blunt.jsonl":
+        pairs = zip(lab.requests("align")[:60], lab.lookalikes("align")[:60], strict=True)
+        return [{**request, "lookalike": alike["prompt"]} for request, alike in pairs]
+    if name == "ordinary.jsonl":
+        rows, _ = lab.mix("dialogue", harm="none", ratio=0, n=60, seed=9)
+        return [{"prompt": row["messages"][0]["content"], "category": "chat", "split": "direction"} for row in rows]
+    make = {"requests.jsonl": lab.requests, "lookalikes.jsonl": lab.lookalikes}[name]
     return [{**prompt, "split": split} for split in BUILT_IN.SPLITS for prompt in make(split)[:90]]
 
 
