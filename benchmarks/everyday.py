@@ -1,4 +1,7 @@
-"""How many requests of each set the default scan reads as harm: ``python -m benchmarks.everyday --wheels FOLDER FILE... --model MODEL``.
+"""How many requests of each set the default scan reads as harm.
+
+    python -m benchmarks.everyday --model MODEL --wheels FOLDER FILE...
+
 
 Files hold rows with ``prompt`` (JSONL, CSV or another kind of data file), or one prompt a line (``.txt``). ``--wheels`` adds the
 harmless requests of public sets (PUBLIC) that packages of the registry carry:
