@@ -2,7 +2,6 @@
 
     python -m benchmarks.everyday --model MODEL --wheels FOLDER FILE...
 
-
 Files hold rows with ``prompt`` (JSONL, CSV or another kind of data file), or one prompt a line (``.txt``). ``--wheels`` adds the
 harmless requests of public sets (PUBLIC) that packages of the registry carry:
 
