@@ -24,15 +24,21 @@ def tokens(*answers: list[int]) -> Any:
 
 
 def scored(
-    request: float = 0.0, fihs: float = 0.0, pivots: int = 0, count: int = 100, beyond: int = 0, known: Any = None
+    request: float = 0.0,
+    fihs: float = 0.0,
+    pivots: int = 0,
+    count: int = 100,
+    beyond: int = 0,
+    near: int = 0,
+    known: Any = None,
 ) -> Scores:
-    """Scores of which the last ``pivots`` rows decline and go on, and the first ``beyond`` lie beyond the cut."""
+    """Scores of which the last ``pivots`` rows decline and go on, and the first ``beyond`` lie beyond the cut, ``near`` just so."""
     signals = {
         "request": np.full(count, request),
         "fihs": np.full(count, fihs),
         "pivots": (np.arange(count)[::-1] < pivots).astype(float),
     }
-    values = (np.arange(count) < beyond).astype(float)
+    values = np.select([np.arange(count) < near, np.arange(count) < beyond], [0.7, 1.0])
     known = known or Anchors(np.ones(9), np.zeros(9))
     return Scores(np.arange(count), [""] * count, values, ["rows"] * count, anchors=known, signals=signals)
 
@@ -69,6 +75,8 @@ def test_answers_that_came_as_tokens_are_told_apart():
         ("copies", {}, 4, tokens([7, 8, 9], [7, 8, 9], [7, 8, 9], [5, 6, 9]), "the same answer"),
         ("copies", {}, 4, rows("Yes", "No", "first", "third a long"), "an answer of one or two words"),
         ("loose", {"beyond": 6}, 4, None, "2 rows score above the cut 'anchored' and are kept"),
+        ("near", {"beyond": 4, "near": 3}, 4, None, "3 of 4 removed rows score nearer to the cut than to known harm"),
+        ("near", {"beyond": 10, "near": 3}, 10, None, "3 of 10 removed rows score nearer"),
         (
             "task",
             {"fihs": 5.0},
@@ -132,6 +140,12 @@ def test_removed_pivots_and_few_of_them_are_no_doubt():
     assert doubts(scored(pivots=2)) == {}
     assert doubts(scored(pivots=9, count=5000)) == {}
     assert "pivots" not in doubts(scored(pivots=100), removed=100)
+
+
+def test_few_rows_near_the_cut_are_no_doubt():
+    assert doubts(scored(beyond=8, near=2), 8) == {}  # two
+    assert doubts(scored(count=200, beyond=12, near=3), 12) == {}  # a quarter
+    assert "near" not in doubts(scored(beyond=4, near=4), 2, cleared=(2, 3))  # removed ones count
 
 
 def test_what_a_person_has_cleared_is_not_loose():

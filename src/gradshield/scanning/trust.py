@@ -18,6 +18,7 @@ MOST_REMOVED = 0.1  # share of the rows
 MOST_TASK = 0.9  # share of rows whose FIHS is as high as harm's: then the task itself pushes
 PIVOTS = (3, 0.01, 10)  # kept rows that decline and then answer: least number, least share, number that always counts
 LEAST_READ, MOST_TAKEN = 0.5, 0.2  # known harmful prompts beyond the cut, and everyday ones
+MOST_NEAR = 0.25  # of the removed rows beyond the default cut, those nearer to it than to known harm
 LEAST_CAUGHT, MOST_LOST = 0.85, 0.03  # of labelled rows: an interval entirely beyond them is a doubt
 MOST_QUARANTINED = 0.1  # share of the rows
 FEW = 3
@@ -54,6 +55,7 @@ def doubts(
         default = decide(scores, parse(Screen.rule))
         found |= {
             "ruler": _ruler(scores.anchors, default.cuts[ROWS].value),
+            "near": _near(scores, removed, default),
             "loose": _loose(scores, decision, default),
             **_signals(scores, removed, opener_fihs),
         }
@@ -155,6 +157,20 @@ def _ruler(known: Anchors | None, cut: float) -> str:
             "removed: read the removed rows before you train on the others"
         )
     return ""
+
+
+def _near(scores: Scores, removed: Bools, default: Decision) -> str:
+    """Many removed rows score nearer to the selector's default cut than to known harm, where harmless rows that are lost lie."""
+    if scores.anchors is None:
+        return ""
+    beyond = scores.values[removed & default.removed]
+    near = int((beyond < (default.cuts[ROWS].value + np.median(scores.anchors.harmful)) / 2).sum())
+    if near < FEW or near <= MOST_NEAR * len(beyond):
+        return ""
+    return (
+        f"{near:,} of {len(beyond):,} removed rows score nearer to the cut than to known harm, as harmless rows that a scan "
+        "loses do: read them before you train on the others"
+    )
 
 
 def _loose(scores: Scores, decision: Decision, default: Decision) -> str:
