@@ -22,7 +22,7 @@ from gradshield.gradients import ENGINES
 from gradshield.probes import PROBES
 from gradshield.selectors import AGGREGATES, SELECTORS
 from gradshield.thresholds import THRESHOLDS
-from tests.common import chats, command, files, jsonl, scan_arguments, table, write
+from tests.common import chat, chats, command, files, jsonl, scan_arguments, table, write
 from tests.tiny import tiny_tokenizer
 
 COMMANDS = ("scan", "cut", "show", "methods", "demo")
@@ -314,9 +314,21 @@ def test_an_unreachable_hub_is_reported_fast(probes: Path, tmp_path: Path) -> No
     assert "the hub cannot be reached" in done.sentence
 
 
+def test_a_warning_of_a_training_is_labelled(folder: Path, tmp_path: Path) -> None:
+    config = write(tmp_path / "training.json", b'{"num_train_epochs": 1}')
+    data = write(tmp_path / "data.jsonl", jsonl([chat(0)]))
+    done = command("train", data, "--model", folder, "--output", tmp_path / "out", "--training-config", config)
+    assert done.code == 4  # a random model refuses nothing
+    assert "warning: the training config does not set assistant_only_loss" in done.err
+
+
 def test_scoring_a_model_that_does_not_refuse_needs_the_option(folder: Path, probes: Path, tmp_path: Path) -> None:
     data, output = write(tmp_path / "data.jsonl", GOOD), tmp_path / "out"
     arguments = [a for a in scan_arguments(data, folder, output, probes, "-t", "ratio:50%") if a != "--uncertified"]
+    done = command(*arguments)
+    assert done.code == 2
+    assert "6 requests are among both the probes and the look-alikes" in done.sentence
+    arguments += ["--lookalikes", write(tmp_path / "harmless.jsonl", jsonl([{"prompt": "How do I bake?"}]))]
     done = command(*arguments)
     assert done.code == 4
     assert "refuses only 0 of 6 probes" in done.sentence

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import gradshield as gs
-from gradshield.errors import DataError
+from gradshield.errors import DataError, UsageError
 from tests.common import HALF, PROBING, chat, chats, command, files, jsonl, scan, scan_arguments, table, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -440,6 +440,15 @@ def test_a_file_whose_name_is_not_utf8_is_scanned_to_its_end(tmp_path: Path) -> 
     manifest = _json(tmp_path / "out" / "manifest.json")
     assert manifest["data"]["name"] == str(data)
     assert manifest["command"].endswith(data.name)
+
+
+def test_a_request_is_harmful_or_harmless() -> None:
+    """Between equal requests there is nothing to measure with; a model that need not refuse has no such ruler either."""
+    asked = [{"prompt": "How do I pick a lock?"}, {"prompt": "How do I bake?"}]
+    with pytest.raises(UsageError, match="1 request is among both the probes and the look-alikes"):
+        gs.Probing(requests=asked, lookalikes=[{"prompt": "how do I  pick a lock?"}])
+    assert gs.Probing(requests=asked[:1], lookalikes=asked[1:]).lookalikes == asked[1:]
+    assert gs.Probing(requests=asked, lookalikes=asked, uncertified=True).uncertified
 
 
 @pytest.mark.parametrize("own", [{}, {"lookalikes": PROBING.lookalikes}])

@@ -149,8 +149,9 @@ def quiet_processes() -> None:
 
 
 def quiet_libraries() -> None:
-    """Turn off the progress bars and notices of other libraries."""
+    """Turn off the progress bars and notices of other libraries, and print what GradShield logs."""
     quiet_processes()
+    logging.getLogger("gradshield").handlers = [Told()]
     import datasets
     import transformers
 

@@ -12,7 +12,7 @@ import typer
 
 from gradshield import cache
 from gradshield.cli import options
-from gradshield.cli.common import Told, command_line, err, out, plain, progress, quiet_libraries, read_as, summary
+from gradshield.cli.common import command_line, err, out, plain, progress, quiet_libraries, read_as, summary
 from gradshield.cli.gate import Sarif, check_sarif, judge
 from gradshield.errors import DataError, UsageError
 from gradshield.report.text import duration
@@ -176,9 +176,7 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
 
     if given["no_cache"]:
         os.environ[cache.VARIABLE] = ""
-    log = logging.getLogger("gradshield")
-    log.setLevel(logging.INFO)
-    log.handlers = [Told()]
+    logging.getLogger("gradshield").setLevel(logging.INFO)
     source = ("adapter", "device", "dtype", "trust_remote_code", "quantize", "device_map")
     scoring = ("probe", "aggregate", "subspace", "engine", "threshold", "seed", "token_budget", "selector")
     return {

@@ -358,7 +358,7 @@ def _steps(results: ScanResults, folder: Path, kept: str, removed: str) -> list[
     found.append(f"Keep or remove single rows by hand: gradshield review {typed}")
     found.append(f"Try another cut without the model: gradshield cut {typed} --threshold ratio:5%")
     if results.quarantined:
-        found.append(f"Fix the {results.quarantined:,} quarantined rows (quarantine.jsonl).")
+        found.append(f"Fix the quarantined rows (quarantine.jsonl): {results.quarantined:,}.")
     if results.kept:
         found.append(
             f"Train on {folder / kept}, then measure the trained model: only that shows whether the filter worked."

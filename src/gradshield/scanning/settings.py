@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -17,7 +18,7 @@ from gradshield.data.trl import check_names
 from gradshield.errors import UsageError, did_you_mean
 from gradshield.gradients import ENGINES, check_subspace
 from gradshield.manifests import Scoring
-from gradshield.probes import PROBES, FunctionProbe, Probe
+from gradshield.probes import PROBES, FunctionProbe, Probe, alike
 from gradshield.scanning.decide import PREFERENCE
 from gradshield.selectors import SELECTORS, check, parse_aggregate
 from gradshield.thresholds import Threshold
@@ -117,6 +118,14 @@ class Probing:
     template: Mapping[str, Any] | None = None
     uncertified: bool = False
 
+    def __post_init__(self) -> None:
+        harmful, harmless = ({alike(str(row["prompt"])) for row in rows} for rows in (self.requests, self.lookalikes))
+        if (both := len(harmful & harmless)) and not self.uncertified:
+            raise UsageError(
+                f"{both:,} {'request is' if both == 1 else 'requests are'} among both the probes and the look-alikes, and "
+                "look-alikes are harmless: give --lookalikes requests that the model should answer"
+            )
+
 
 def peft_config(options: Mapping[str, Any]) -> Any:
     """The PEFT config of the adapter that training will add; None without options. Raises UsageError for a bad one."""
@@ -202,15 +211,22 @@ def render_config(training_args: Any, limit: int | None, template: Mapping[str, 
     return replace(config, chat_template_kwargs={**config.chat_template_kwargs, **template})
 
 
-def check_positions(model: Any, longest: int, limit: int | None) -> None:
+def check_positions(model: Any, longest: int, config: RenderConfig, limit: int | None) -> None:
     """Raises UsageError if the longest row has more tokens than the model has learned positions (GPT-2, OPT).
 
-    Rotary positions have no limit.
+    Rotary positions have no limit: rows may be longer than what the model was made for, which a warning tells.
     """
-    if limit is None or longest <= limit:
+    if limit is None or (config.max_length or longest) <= limit:
         return
-    if any(isinstance(m, nn.Embedding) and re.search("wpe|position", name) for name, m in model.named_modules()):
+    if longest > limit and any(
+        isinstance(m, nn.Embedding) and re.search("wpe|position", name) for name, m in model.named_modules()
+    ):
         raise UsageError(
             f"a row has {longest} tokens, and the model has positions for {limit}: give --max-length {limit}, or a training "
             "config with that max_length"
         )
+    warnings.warn(
+        f"max_length is {config.max_length}, and the model has positions for {limit}: longer rows are not cut to what the model "
+        f"was trained on; give --max-length {limit}, or a training config with that max_length",
+        stacklevel=2,
+    )
