@@ -69,6 +69,8 @@ def test_most_rows_have_their_score_before_there_is_a_direction(
     given: dict[str, Any] = {"model": lab.checkpoint("aligned"), "probing": lab_probing()}
     told: list[tuple[str, int, int]] = []
     whole = gs.scan(rows, **given, progress=lambda *stage: told.append(stage))
+    out = int(whole.removed.sum())
+    assert repr(whole) == f"<Selection: {out} of {len(rows)} rows removed, certified>"
     stages = list(dict.fromkeys(stage for stage, _, _ in told))
     assert stages.index("scoring rows") < stages.index("finding the direction") < stages.index("scoring known rows")
     scored = [(done, total) for stage, done, total in told if stage == "scoring rows"]

@@ -212,16 +212,16 @@ def test_learned_positions_have_an_end() -> None:
     assert kept.manifest.settings.render["max_length"] == 512
     with pytest.raises(UsageError, match="the model has positions for 512"):
         scan([long, *ROWS], model=tiny_model("gpt2"), tokenizer=tiny_tokenizer(), training_args={"max_length": 2000})
-    with pytest.warns(UserWarning, match="max_length is 2000, and the model has positions for 512"):
+    with pytest.warns(UserWarning, match="and the model was trained on 512 positions"):
         rotary = scan([long, *ROWS], training_args={"max_length": 2000})
     assert rotary.scores.lengths is not None
     assert rotary.scores.lengths[0] > 600
 
 
-def test_a_length_that_the_model_has_positions_for_is_not_warned_of() -> None:
+def test_rows_that_the_model_has_positions_for_are_not_warned_of() -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        scan(ROWS, training_args={"max_length": 512})
+        scan(ROWS, training_args={"max_length": 2000})
     assert not [one for one in said if "positions" in str(one.message)]
 
 

@@ -119,7 +119,7 @@ def prepare(
         )
     for note in result.notes:
         warnings.warn(note, stacklevel=2)
-    check_positions(loaded.model, result.rendered.longest, config, limit)
+    check_positions(loaded.model, result.rendered.longest, limit)
     quarantined = tuple(sorted((*read.quarantined, *result.quarantined), key=lambda q: q.row))
     return Prepared(loaded, read, config, result.rendered, quarantined, result.fitted)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -54,10 +54,14 @@ class Selection:
     quarantined: tuple[Quarantined, ...]
     cleared: tuple[int, ...]
     denied: tuple[int, ...]
-    keep: Callable[[], Any] = field(repr=False)
+    keep: Callable[[], Any]
     manifest: ScanManifest
     lines: Ints
     files: Sequence[str]
+
+    def __repr__(self) -> str:
+        said = "certified" if self.certified else "not certified: see manifest.results.doubts"
+        return f"<Selection: {int(self.removed.sum()):,} of {len(self.removed):,} rows removed, {said}>"
 
     @property
     def certified(self) -> bool:

@@ -211,22 +211,18 @@ def render_config(training_args: Any, limit: int | None, template: Mapping[str, 
     return replace(config, chat_template_kwargs={**config.chat_template_kwargs, **template})
 
 
-def check_positions(model: Any, longest: int, config: RenderConfig, limit: int | None) -> None:
+def check_positions(model: Any, longest: int, limit: int | None) -> None:
     """Raises UsageError if the longest row has more tokens than the model has learned positions (GPT-2, OPT).
 
-    Rotary positions have no limit: rows may be longer than what the model was made for, which a warning tells.
+    Rotary positions have no limit: rows longer than what the model was made for are warned of.
     """
-    if limit is None or (config.max_length or longest) <= limit:
+    if limit is None or longest <= limit:
         return
-    if longest > limit and any(
-        isinstance(m, nn.Embedding) and re.search("wpe|position", name) for name, m in model.named_modules()
-    ):
-        raise UsageError(
-            f"a row has {longest} tokens, and the model has positions for {limit}: give --max-length {limit}, or a training "
-            "config with that max_length"
-        )
+    remedy = f"give --max-length {limit}, or a training config with that max_length"
+    if any(isinstance(m, nn.Embedding) and re.search("wpe|position", name) for name, m in model.named_modules()):
+        raise UsageError(f"a row has {longest} tokens, and the model has positions for {limit}: {remedy}")
     warnings.warn(
-        f"max_length is {config.max_length}, and the model has positions for {limit}: longer rows are not cut to what the model "
-        f"was trained on; give --max-length {limit}, or a training config with that max_length",
+        f"a row has {longest} tokens, and the model was trained on {limit} positions, beyond which its gradients say little: "
+        f"{remedy}",
         stacklevel=2,
     )
