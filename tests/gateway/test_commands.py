@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gradshield.cli.serve import _first_key, _loopback, _named, _whole
+from gradshield.cli.serve import _first_key, _loopback, _named
 from gradshield.errors import UsageError
-from gradshield.gateway.settings import LAB, Policy, Settings, made
+from gradshield.gateway.settings import LAB, Policy, Settings, made, whole
 from gradshield.gateway.store import Store
 from tests.common import command as run
 
@@ -174,6 +174,49 @@ def test_a_folder_in_an_option_is_whole_whatever_its_judge_is_called(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "guard").mkdir()
-    assert _whole("guard", "guard") == str(tmp_path / "guard")
-    assert _whole("guard:guard,words=yes+no", "guard") == f"guard:{tmp_path}/guard,words=yes+no"
-    assert _whole("guard:nowhere", "nowhere") == "guard:nowhere" and _whole("compliance", "") == "compliance"
+    assert whole("guard", "guard") == str(tmp_path / "guard")
+    assert whole("guard:guard,words=yes+no", "guard") == f"guard:{tmp_path}/guard,words=yes+no"
+    assert whole("guard:nowhere", "nowhere") == "guard:nowhere" and whole("compliance", "") == "compliance"
+
+
+def test_settings_made_in_python_name_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers and jobs have working folders of their own."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("base", LAB, "guard"):
+        (tmp_path / folder).mkdir()
+    made = Settings(
+        models={"base": "base", "hub": "org/base", LAB: LAB, "mine": f"./{LAB}"},
+        folder=Path("gateway"),
+        database="sqlite:///own.db",
+        files="contents",
+        probes=Path("probes.jsonl"),
+        lookalikes=Path("lookalikes.jsonl"),
+        safety="safety.jsonl",
+        judges=("guard:guard", "guard:org/name", "refusal-phrases"),
+    )
+    here = str(tmp_path)
+    assert made.models == {"base": f"{here}/base", "hub": "org/base", LAB: LAB, "mine": f"{here}/{LAB}"}
+    assert (made.folder, made.probes) == (tmp_path / "gateway", tmp_path / "probes.jsonl")
+    assert (made.lookalikes, made.safety) == (tmp_path / "lookalikes.jsonl", f"{here}/safety.jsonl")
+    assert (made.database, made.files) == (f"sqlite:///{here}/own.db", f"{here}/contents")
+    assert made.judges == (f"guard:{here}/guard", "guard:org/name", "refusal-phrases")
+    made.save()
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "org" / "base").mkdir(parents=True)
+    (elsewhere / "org" / "name").mkdir()
+    monkeypatch.chdir(elsewhere)  # a worker's folder, where the hub names are folders
+    assert Settings.read(tmp_path / "gateway") == made
+
+
+def test_urls_and_words_of_settings_stay_as_they_are(tmp_path: Path) -> None:
+    for name, value in (
+        ("files", "s3://bucket/files"),
+        ("files", "simplecache::s3://bucket/files"),
+        ("files", ""),
+        ("database", "postgresql://u@h/n"),
+        ("database", "sqlite:////data/own.db"),
+        ("database", ""),
+        ("safety", "builtin"),
+        ("safety", "none"),
+    ):
+        assert getattr(Settings(models={}, folder=tmp_path, **{name: value}), name) == value  # type: ignore[arg-type]

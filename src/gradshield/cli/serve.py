@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from gradshield.cli.common import err, out, plain, quiet_processes
 from gradshield.cli.options import Lookalikes, Probes, Tokens, json_file
 from gradshield.errors import UsageError
-from gradshield.options import Spec, number
+from gradshield.options import number
 
 Folder = Annotated[Path, typer.Option(help="Folder of the gateway: database, files, jobs and models.")]
 Rows = Annotated[
@@ -112,8 +112,8 @@ def serve(
         lora=json_file("--lora-config", lora_config),
         probes=probes,
         lookalikes=lookalikes,
-        safety=_whole(safety, safety),
-        judges=tuple(_whole(one, Spec.split(one).target) for one in judge or ("refusal-phrases",)),
+        safety=safety,
+        judges=tuple(judge or ("refusal-phrases",)),
         max_new_tokens=max_new_tokens,
     )
     configure()
@@ -191,16 +191,7 @@ def _named(text: str) -> tuple[str, str]:
     name = name if given else Path(where).expanduser().name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UsageError(f"the model name {name!r} is not of letters, digits, dots and dashes: give NAME=FOLDER")
-    path = Path(where).expanduser()
-    return name, str(path.resolve()) if path.is_dir() else where
-
-
-def _whole(typed: str, path: str) -> str:
-    """An option with the whole path of the file or folder that it names, if it names one: jobs run in their own folders."""
-    if not path or not Path(path).exists():
-        return typed
-    at = 0 if typed == path else typed.index(path, typed.index(":"))  # a judge's kind may have the name of its folder
-    return f"{typed[:at]}{Path(path).absolute()}{typed[at + len(path) :]}"
+    return name, where
 
 
 def _policy(base: Mapping[str, Any], rows: str | None, defence: str | None, limit: str | None) -> Any:

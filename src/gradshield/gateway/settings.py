@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import secrets
 import stat
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+)
 
 from gradshield.errors import UsageError
+from gradshield.options import Spec
 
 M = TypeVar("M", bound=BaseModel)
 NAME = "gateway.json"
@@ -63,7 +73,11 @@ class Limits(BaseModel):
 
 
 class Settings(BaseModel):
-    """The gateway's settings. An empty URL is the default inside ``folder``."""
+    """The gateway's settings. An empty URL is the default inside ``folder``.
+
+    Paths are made absolute where settings are made, since workers and jobs have working folders of their own; those that are
+    read from the file stay as they were saved.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -95,8 +109,35 @@ class Settings(BaseModel):
     @field_validator("folder", "probes", "lookalikes")
     @classmethod
     def _whole(cls, value: Path | None) -> Path | None:
-        """As workers and jobs find it, wherever they run."""
-        return value and value.absolute()
+        return value and _absolute(value)
+
+    @field_validator("models")
+    @classmethod
+    def _whole_models(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        if info.mode == "json":
+            return value
+        folders = (name for name, where in value.items() if where != LAB and _absolute(where).is_dir())
+        return {**value, **{name: str(_absolute(value[name])) for name in folders}}
+
+    @field_validator("safety")
+    @classmethod
+    def _whole_safety(cls, value: str, info: ValidationInfo) -> str:
+        return value if info.mode == "json" or value in ("builtin", "none") else str(_absolute(value))
+
+    @field_validator("judges")
+    @classmethod
+    def _whole_judges(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        return value if info.mode == "json" else tuple(whole(one, Spec.split(one).target) for one in value)
+
+    @field_validator("database")
+    @classmethod
+    def _whole_database(cls, value: str) -> str:
+        return re.sub(r"^(sqlite(?:\+\w+)?:///)(.+)", lambda found: f"{found[1]}{_absolute(found[2])}", value)
+
+    @field_validator("files")
+    @classmethod
+    def _whole_files(cls, value: str) -> str:
+        return str(_absolute(value)) if value and "://" not in value and "::" not in value else value
 
     @property
     def database_url(self) -> str:
@@ -123,12 +164,24 @@ class Settings(BaseModel):
     def read(cls, folder: Path) -> Settings:
         """The settings in a folder. Raises UsageError if it has none."""
         try:
-            return cls.model_validate(json.loads((folder / NAME).read_text(encoding="utf-8")))
+            return cls.model_validate_json((folder / NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "it is not as serve wrote it"
             raise UsageError(
                 f"{str(folder)!r} is not the folder of a gateway ({NAME}: {why}): start one there with `gradshield serve`"
             ) from None
+
+
+def whole(typed: str, path: str) -> str:
+    """An option with the whole path of the file or folder that it names; as typed where nothing is there, as for a hub name."""
+    if not path or not _absolute(path).exists():
+        return typed
+    at = 0 if typed == path else typed.index(path, typed.index(":"))  # a judge's kind may have the name of its folder
+    return f"{typed[:at]}{_absolute(path)}{typed[at + len(path) :]}"
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(path).expanduser().absolute()
 
 
 def private(path: Path, text: str) -> Path:
