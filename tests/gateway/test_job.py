@@ -16,7 +16,8 @@ import numpy as np
 import psutil
 import pytest
 
-from gradshield.errors import DataError, UsageError
+from gradshield import runs
+from gradshield.errors import DataError, ModelError, UsageError
 from gradshield.evaluation.exam import Exams
 from gradshield.gateway import job, jobs, worker
 from gradshield.gateway.database import Caller, Refused
@@ -309,7 +310,6 @@ def test_an_unsafe_model_is_withheld_until_it_is_released(served: Served, stand:
 
 def test_errors_of_training_fail_the_job_with_their_sentence(served: Served, stand: Stand) -> None:
     for error, code in (
-        (UsageError("no such option"), "invalid_job"),
         (DataError("no row is left"), "invalid_training_file"),
         (RuntimeError("secret path"), "server_error"),
     ):
@@ -317,6 +317,21 @@ def test_errors_of_training_fail_the_job_with_their_sentence(served: Served, sta
         done = Case(served).run()
         assert (done.status, done.error.code) == ("failed", code)
         assert ("secret" in done.error.message) is False
+
+
+@pytest.mark.parametrize("error", [UsageError("fix /srv/lora.json"), ModelError("no judge at http://10.0.0.1")])
+def test_what_the_operator_chose_is_told_to_the_operator_alone(
+    served: Served, stand: Stand, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    logged = list[str]()
+    monkeypatch.setattr(job.log, "error", lambda _event, error: logged.append(error), raising=False)
+    stand.raises = error
+    case = Case(served)
+    done = case.run()
+    assert (done.status, done.error.code) == ("failed", "server_error")
+    assert "ask its operator" in done.error.message and case.id in done.error.message
+    assert str(error) not in done.to_json() + "".join(case.messages)
+    assert logged == [str(error)]
 
 
 @pytest.mark.parametrize("said", [None, DataError("the output folder cannot be written to")])
@@ -335,6 +350,25 @@ def test_a_full_disk_lets_the_job_wait_and_go_on(served: Served, stand: Stand, s
         session.get_one(Job, case.row.n).lease_until = None
     assert case.run().status == "succeeded"
     assert "Fine-tuning job resumed" in case.messages
+
+
+def test_a_folder_that_another_process_still_has_lets_the_job_wait(served: Served, stand: Stand) -> None:
+    """A process that was suspended lost its lease, and holds the folder until it goes on and ends itself."""
+    case, trains = Case(served), job.train
+    folder = served.gateway.settings.job_folder(case.id)
+
+    def locked(rows: str, **given: Any) -> Any:
+        with runs.alone(given["output"]):
+            return trains(rows, **given)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(job, "train", locked)
+        with runs.alone(folder):
+            assert case.run().status == "running"
+        assert "goes on later" in case.messages[-1]
+        with served.store.writing() as session:
+            session.get_one(Job, case.row.n).lease_until = None
+        assert case.run().status == "succeeded"
 
 
 def test_a_job_that_is_cancelled_while_it_trains_ends_there(served: Served, stand: Stand, monkeypatch: Any) -> None:

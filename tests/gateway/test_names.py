@@ -126,13 +126,15 @@ def test_errors_name_no_folder_of_the_server(tmp_path: Path, monkeypatch: pytest
         {"probes": tmp_path / "nowhere.jsonl"},
         {"safety": str(tmp_path / "nowhere.jsonl")},
         {"judges": (f"classifier:{tmp_path}/nowhere",)},
+        {"lora": {"r": 8, f"{tmp_path}/nowhere": 1}},
+        {"training": {f"{tmp_path}/nowhere": 1}},
         {"models": {"base": str(tmp_path / "nowhere")}},
     ):
         with serving(tmp_path / "gateway", **{**common, **wrong}) as served:
             served.gateway.settings.save()
             error = refused(served)
         assert (error.code, error.param) == ("server_error", None), error
-        assert "tell its operator" in error.message
+        assert "ask its operator, and name the job ftjob-" in error.message
         assert str(tmp_path / "nowhere") in logged.pop()  # the log says what is wrong
     shutil.rmtree(tmp_path / "models")
     with serving(tmp_path / "gateway", **common) as served, pytest.raises(openai.InternalServerError) as failed:

@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 import structlog
+from filelock import Timeout
 
 from gradshield import data, runs
-from gradshield.errors import DataError, GradShieldError, ModelError
+from gradshield.errors import DataError, GradShieldError
 from gradshield.evaluation.certify import certify
 from gradshield.gateway import results
 from gradshield.gateway.content import Content
@@ -158,7 +159,7 @@ class Run:
         try:
             found = recipe(self.settings, self.job.model, wanted, self.policy.defence)
         except GradShieldError as error:
-            raise ours(error) from None
+            raise ours(error, self.job.id) from None
         if validation is None:
             if found.exams.search.requests:
                 message = (
@@ -299,20 +300,22 @@ class Run:
                 self.store.add_checkpoint(self.job.id, self.owner, int(step), {"step": int(step)})
 
 
-def ours(error: GradShieldError) -> Stopped:
+def ours(error: GradShieldError, job: str) -> Stopped:
     """What a job's owner reads of an error in what the operator chose; the log alone names it."""
-    log.error("a model, a judge or a file of the settings cannot be used", error=str(error))
-    return Stopped("server_error", "The server's model, judges or files cannot be used: tell its operator.")
+    log.error("the settings, a model, a judge or a file of the server cannot be used", error=str(error))
+    message = (
+        f"The server's settings, models or judges do not work for this job: ask its operator, and name the job {job}."
+    )
+    return Stopped("server_error", message)
 
 
 def failed(run: Run, error: GradShieldError) -> None:
-    """The last transition of a job that cannot go on."""
-    if isinstance(error, ModelError):
-        error = ours(error)
-    code, param = getattr(error, "code", None), getattr(error, "param", None)
-    if code is None:
-        code = "invalid_training_file" if isinstance(error, DataError) else "invalid_job"
-    run.store.fail(run.job.id, run.owner, code, str(error), param, result_files=run._keep())
+    """The last transition of a job that cannot go on. What its owner's files are not to blame for is the operator's."""
+    if isinstance(error, DataError):
+        error = Stopped("invalid_training_file", str(error))
+    elif not isinstance(error, Stopped):
+        error = ours(error, run.job.id)
+    run.store.fail(run.job.id, run.owner, error.code, str(error), error.param, result_files=run._keep())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -333,7 +336,8 @@ def main(arguments: Sequence[str]) -> int:
     except (Lost, Held):
         pass
     except GradShieldError as error:
-        if getattr(error.__context__, "errno", None) in runs.FULL:  # nothing is wrong with the job
+        full = getattr(error.__context__, "errno", None) in runs.FULL
+        if full or isinstance(error.__context__, Timeout):  # another process has not let go of the folder yet
             return _again(run, error)
         failed(run, error)
     except OSError as error:
@@ -354,7 +358,7 @@ def main(arguments: Sequence[str]) -> int:
 def _again(run: Run, error: Exception) -> int:
     """Let the job wait for another attempt."""
     log.error("the job cannot go on now", error=str(error))
-    run._say("The server cannot write or read files now: the job goes on later", "warn")
+    run._say("The server cannot use the job's folder now: the job goes on later", "warn")
     run.store.give_up(run.job.id, run.owner, AGAIN)
     return 0
 
