@@ -19,11 +19,12 @@ import openai
 import pytest
 from sqlalchemy import select
 
+from gradshield import files
 from gradshield.gateway import content as contents
 from gradshield.gateway.edge import Rates
 from gradshield.gateway.settings import LAB
 from gradshield.gateway.tables import Job, Key
-from tests.gateway.running import ROWS, Served
+from tests.gateway.running import ROWS, Served, serving
 
 INJECTIONS = (
     "' OR 1=1 --",
@@ -336,24 +337,21 @@ def test_a_project_has_so_many_jobs_at_once(small: Served) -> None:
 
 @pytest.mark.parametrize("when", ["write", "flush", "move"])
 def test_a_full_disk_is_said_and_leaves_nothing(served: Served, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    content: Any = served.gateway.content
-    before, client, opened = left(served), served.client(), content.fs.open
+    before, client = left(served), served.client()
 
     def full(*_given: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    def filling(path: str, mode: str) -> Any:
-        """A file that takes some of its content."""
-        file = opened(path, mode)
-        write = file.write
-        file.write = lambda block: (write(block[:100]), full())
-        return file
+    def filling(source: Any, out: Any) -> None:
+        """A disk that takes some of the content."""
+        out.write(source.read(100))
+        full()
 
     with monkeypatch.context() as patched:
         if when == "write":
-            patched.setattr(content.fs, "open", filling)
+            patched.setattr(contents, "_copied", filling)
         else:
-            patched.setattr(*((contents.os, "fsync") if when == "flush" else (content, "_move")), full)
+            patched.setattr(files.os, "fsync" if when == "flush" else "replace", full)
         with pytest.raises(openai.InternalServerError) as refused:
             client.files.create(file=("a", ROWS), purpose="fine-tune")
     assert refused.value.status_code == 503
@@ -362,25 +360,53 @@ def test_a_full_disk_is_said_and_leaves_nothing(served: Served, monkeypatch: pyt
     assert client.files.create(file=("a", ROWS), purpose="fine-tune").bytes == len(ROWS)
 
 
-def test_a_server_that_is_killed_while_it_stores_a_file_leaves_none_of_that_name(tmp_path: Path) -> None:
+@pytest.fixture
+def storing(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A process that has stored half of a file under an id, and goes on at a line of its input."""
     id = f"file-{secrets.token_hex(16)}"
     script = f"""
-import io, sys, time
+import io, sys
 from gradshield.gateway.content import Content
 class Slow(io.BytesIO):
     def read(self, size=-1):
         if self.tell():
             print("half", flush=True)
-            time.sleep(600)
+            sys.stdin.readline()
         return super().read(100_000)
-Content({str(tmp_path)!r}).keep({id!r}, Slow(b"x" * 200_000))
+Content({str(tmp_path / "files")!r}).keep({id!r}, Slow(b"x" * 200_000))
 """
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as storing:
-        assert storing.stdout is not None and storing.stdout.readline() == b"half\n"
-        storing.kill()
-    content = contents.Content(str(tmp_path))
-    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"half\n"
+        yield process, id
+        process.kill()
+
+
+def test_a_server_that_is_killed_while_it_stores_a_file_leaves_none_of_that_name_and_the_next_sweeps(
+    tmp_path: Path, storing: tuple[subprocess.Popen[bytes], str]
+) -> None:
+    process, id = storing
+    process.kill()
+    process.wait()
+    content = contents.Content(str(tmp_path / "files"))
+    (part,) = Path(content.root).iterdir()
+    assert part.suffix == ".part"
     with pytest.raises(FileNotFoundError):
         content.read(id)
-    content.keep(id, io.BytesIO(b"whole"))
-    assert b"".join(content.read(id)) == b"whole"
+    content.keep(other := f"file-{secrets.token_hex(16)}", io.BytesIO(b"whole"))
+    with serving(tmp_path) as served:
+        assert [path.name for path in left(served)] == [other]
+        assert b"".join(served.gateway.content.read(other)) == b"whole"
+
+
+def test_a_file_that_is_being_stored_outlives_the_start_of_another_server(
+    tmp_path: Path, storing: tuple[subprocess.Popen[bytes], str]
+) -> None:
+    process, id = storing
+    with serving(tmp_path) as served:
+        (half,) = left(served)
+        assert half.parent.suffix == ".part"
+        process.communicate(b"\n" * 9)
+        assert process.returncode == 0
+        assert [path.name for path in left(served)] == [id]
+        assert sum(map(len, served.gateway.content.read(id))) == 200_000

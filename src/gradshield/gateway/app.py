@@ -62,7 +62,9 @@ def create_app(settings: Settings, send: Callable[[str], None] | None = None) ->
         send = Queue(settings).send
     store = Store(settings.database_url, settings.webhooks)
     store.migrate()
-    gateway = Gateway(settings, store, Content(settings.files_url), send, Chats(settings), Sessions(settings.folder))
+    content = Content(settings.files_url)
+    content.sweep()
+    gateway = Gateway(settings, store, content, send, Chats(settings), Sessions(settings.folder))
     gateway.registry.register(_Jobs(store))
 
     @asynccontextmanager

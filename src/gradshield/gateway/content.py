@@ -8,14 +8,20 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from gradshield import files
 from gradshield.files import replacing
+
+try:
+    import fcntl
+except ImportError:  # a system without locks that several may share
+    fcntl = None  # type: ignore[assignment]
 
 BLOCK = 1 << 20
 ID = re.compile(r"file-[0-9a-f]{32}")
@@ -31,22 +37,25 @@ class Content:
 
     def keep(self, id: str, source: IO[bytes]) -> tuple[int, str]:
         """Store a content under an id: its bytes and SHA-256. After an error nothing is there. Raises OSError."""
+        if self.local:
+            with self._locked(shared=True), replacing(Path(self._at(id))) as path, path.open("wb") as out:
+                return _copied(source, out)
         part = f"{self._at(id)}.{secrets.token_hex(6)}.part"
-        sha, size = hashlib.sha256(), 0
         try:
             with self.fs.open(part, "wb") as out:
-                while block := source.read(BLOCK):
-                    sha.update(block)
-                    size += len(block)
-                    out.write(block)
-                if self.local:
-                    out.flush()
-                    os.fsync(out.fileno())
-            self._move(part, self._at(id))
+                done = _copied(source, out)
+            self.fs.mv(part, self._at(id))
         except BaseException:
             self._remove(part)
             raise
-        return size, sha.hexdigest()
+        return done
+
+    def sweep(self) -> None:
+        """Delete what killed processes left of contents, unless some process is writing one now: then a later start does."""
+        if self.local:
+            with self._locked(shared=False) as alone:
+                if alone:
+                    files.sweep(Path(self.root))
 
     def read(self, id: str) -> Iterator[bytes]:
         """A content in blocks. Raises FileNotFoundError before the first one."""
@@ -69,15 +78,37 @@ class Content:
             raise ValueError("not the id of a file")
         return f"{self.root}/{id}"
 
-    def _move(self, part: str, to: str) -> None:
-        if self.local:
-            os.replace(part, to)
-        else:
-            self.fs.mv(part, to)
+    @contextmanager
+    def _locked(self, shared: bool) -> Iterator[bool]:
+        """Hold the folder with all that write contents, or alone if nobody does; yields whether it is held.
+
+        The system lets go of it when a process ends, however it ends.
+        """
+        if fcntl is None:
+            yield False
+            return
+        folder, held = os.open(self.root, os.O_RDONLY), False
+        try:
+            with suppress(OSError):  # others hold it, or the file system has no locks
+                fcntl.flock(folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            yield held
+        finally:
+            os.close(folder)
 
     def _remove(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self.fs.rm_file(path)
+
+
+def _copied(source: IO[bytes], out: IO[bytes]) -> tuple[int, str]:
+    """Copy a content; its bytes and SHA-256."""
+    sha, size = hashlib.sha256(), 0
+    while block := source.read(BLOCK):
+        sha.update(block)
+        size += len(block)
+        out.write(block)
+    return size, sha.hexdigest()
 
 
 def _blocks(source: Any) -> Iterator[bytes]:
