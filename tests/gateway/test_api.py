@@ -248,6 +248,10 @@ def test_a_stream_says_what_a_whole_answer_says(served: Served) -> None:
     assert stopped == text[: text.index(word)]
     drawn = [ask(model=LAB, messages=ASKED, temperature=1.5, seed=seed).choices[0].message.content for seed in (1, 1)]
     assert drawn[0] == drawn[1]
+    coldest = (
+        ask(model=LAB, messages=ASKED, temperature=1e-300).choices[0].message.content
+    )  # divided by it, logits overflow
+    assert coldest == text
 
 
 def test_a_chat_that_cannot_be_is_refused(served: Served) -> None:

@@ -484,6 +484,23 @@ def test_a_process_that_dies_leaves_its_job_to_the_next(
     assert store.waiting() == [id]
 
 
+@pytest.mark.parametrize("ended", [True, False])
+def test_only_a_process_that_still_had_its_job_ended_early(
+    settings: Settings, store: Store, monkeypatch: Any, ended: bool
+) -> None:
+    id, said = made(store), list[str]()
+    monkeypatch.setattr(worker.log, "warning", lambda event, **_: said.append(event), raising=False)
+
+    def python(arguments: Any) -> int:
+        store.claim(id, arguments[-1], 600)
+        if ended:
+            store.fail(id, arguments[-1], "server_error", "x")
+        return job.ORPHANED
+
+    worker.run(settings, id, python)
+    assert said == ([] if ended else ["the process of a job ended early"])
+
+
 def test_a_worker_that_stops_ends_the_process_and_the_lease(
     settings: Settings, store: Store, monkeypatch: Any, going: None
 ) -> None:

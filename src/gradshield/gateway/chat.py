@@ -22,6 +22,9 @@ from gradshield.gateway.wire import ChatRequest
 
 HELD = 2  # models in memory
 SEATS = 16  # chats that wait or are answered at once
+COLDEST = (
+    0.01  # temperature below which logits divided by it may overflow; the likeliest token is all that is left there
+)
 PATIENCE = 600.0  # seconds for the other server
 log = structlog.get_logger("gradshield.gateway.chat")
 
@@ -184,7 +187,7 @@ class Chats:
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([Stopped()]),
                         pad_token_id=loaded.pad_token_id,
-                        **(sampling if body.temperature > 0 else {"do_sample": False}),
+                        **(sampling if body.temperature >= COLDEST else {"do_sample": False}),
                     )
             except BaseException as error:
                 failed.append(error)

@@ -53,9 +53,11 @@ def run(settings: Settings, job: str, python: Callable[[Sequence[str]], int] = h
     finally:
         del running[job]
     if status:
-        log.warning("the process of a job ended early", job=job, status=status)
+        early = True
         with closing(Store(settings.database_url)) as store, suppress(*AWAY):  # else its lease runs out
-            store.give_up(job, owner)
+            early = store.give_up(job, owner)
+        if early:  # of a job that ended, was cancelled or was paused, the process just went
+            log.warning("the process of a job ended early", job=job, status=status)
 
 
 def sweep(store: Store, queue: Queue) -> list[str]:
