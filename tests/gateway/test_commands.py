@@ -79,6 +79,13 @@ def test_a_key_that_cannot_be_is_refused_in_a_sentence(tmp_path: Path, option: s
     assert not (tmp_path / "gateway.db").exists()
 
 
+def test_a_key_of_a_gateway_that_is_not_there_yet_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "gateway"
+    first, second = (run("keys", "create", "--folder", str(folder)) for _ in range(2))
+    assert f"serve --folder {folder}" in " ".join(first.err.split())
+    assert (first.code, second.code) == (0, 0) and "no gateway" not in second.err
+
+
 def test_a_limit_that_is_no_number_is_told_so(tmp_path: Path) -> None:
     for value in ("abc", "nan", "200%"):
         assert f"--limit got '{value}'" in run("keys", "create", "--limit", value, "--folder", str(tmp_path)).sentence

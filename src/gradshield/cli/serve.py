@@ -149,10 +149,11 @@ def _check_cluster(settings: Any) -> None:
 
 
 def _lines(settings: Any, key: str | None) -> tuple[str, ...]:
-    """Three lines of Python to try."""
+    """Four lines of Python to try."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     name = next(iter(settings.models))
     return (
+        "import openai",
         f'client = openai.OpenAI(base_url="http://{host}:{settings.port}/v1", api_key="{key or "YOUR KEY"}")',
         'file = client.files.create(file=open("data.jsonl", "rb"), purpose="fine-tune")',
         f'job = client.fine_tuning.jobs.create(model="{name}", training_file=file.id)',
@@ -232,13 +233,18 @@ def _settings(folder: Path, database: str) -> Any:
 def _there(folder: Path, database: str) -> Any:
     """The store of a gateway. Raises UsageError if the folder holds none, and leaves nothing in it then."""
     settings = _settings(folder, database)
-    from gradshield.gateway.settings import DATABASE
-
-    if not settings.database and not (folder / DATABASE).exists():
+    if not _is_there(settings):
         raise UsageError(
             f"there is no gateway in {str(folder)!r}: give its --folder, or make a first key with keys create"
         )
     return _store(settings)
+
+
+def _is_there(settings: Any) -> bool:
+    """Whether the folder holds a database, or another place does."""
+    from gradshield.gateway.settings import DATABASE
+
+    return bool(settings.database) or (settings.folder / DATABASE).exists()
 
 
 def _store(settings: Any) -> Any:
@@ -270,6 +276,10 @@ def create(
         raise UsageError(f"the role {role!r} does not exist: give user or operator")
     settings = _settings(folder, database)
     wanted = _policy(settings.policy.model_dump(), policy, defence, limit)
+    if not _is_there(settings):
+        err.print(
+            plain(f"there is no gateway in {str(folder)!r} yet: start it with gradshield serve --folder {folder}")
+        )
     store = _store(settings)
     owner = _project(store, project)
     if owner is not None and (policy or defence or limit):
