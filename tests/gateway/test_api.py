@@ -258,6 +258,8 @@ def test_a_chat_that_cannot_be_is_refused(served: Served) -> None:
     ask = served.client().chat.completions.create
     with pytest.raises(openai.NotFoundError):
         ask(model="nobody", messages=ASKED)
+    with pytest.raises(openai.BadRequestError, match="'stop': List should have at most 4 items"):
+        ask(model=LAB, messages=ASKED, stop=["a"] * 5)
     with pytest.raises(openai.BadRequestError, match="tools"):
         ask(model=LAB, messages=ASKED, tools=[])
     with pytest.raises(openai.BadRequestError, match="has room for"):

@@ -139,7 +139,8 @@ def _http(error: Any) -> ApiError:
 def _invalid(error: Any) -> ApiError:
     """The first thing that is wrong with a request, with the name of its parameter."""
     found = error.errors()
-    wrong = next((one for one in found if one["type"] != "literal_error"), found[0])  # "or 'auto'" says less
+    # What another branch of a union would take, such as 'auto' or a text, says less.
+    wrong = next((one for one in found if not one["type"].endswith(("literal_error", "_type"))), found[0])
     path = [part for part in wrong["loc"][1:] if not (isinstance(part, str) and _is_union(part))]
     param = ".".join(map(str, path)).encode(errors="replace").decode() or None
     if wrong["type"] == "extra_forbidden":
