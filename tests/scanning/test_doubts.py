@@ -32,7 +32,9 @@ def scored(
     near: int = 0,
     known: Any = None,
 ) -> Scores:
-    """Scores of which the last ``pivots`` rows decline and go on, and the first ``beyond`` lie beyond the cut, ``near`` just so."""
+    """Scores of which the last ``pivots`` rows decline and go on, and the first ``beyond`` lie beyond the cut,
+    ``near`` of them just so.
+    """
     signals = {
         "request": np.full(count, request),
         "fihs": np.full(count, fihs),
