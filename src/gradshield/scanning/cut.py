@@ -30,12 +30,6 @@ from gradshield.types import Anchors, Bools, Cut, Ints, Quarantined, Scores
 
 NO_CATEGORY = "not measured"
 OPTIONAL = ("decoy", "tokens", "loss", *outputs.SIGNALS)
-TYPES = {  # of the columns of scores.parquet
-    **dict.fromkeys(("row", "line", "tokens"), pa.int64()),
-    **dict.fromkeys(("id", "file", "category", "group"), pa.string()),
-    "removed": pa.bool_(),
-    **dict.fromkeys(("score", "decoy", "loss", *outputs.SIGNALS), pa.float64()),
-}
 KINDS, LABELS = TypeAdapter(dict[int, str]), TypeAdapter(list[Literal[0, 1]])
 
 
@@ -211,10 +205,12 @@ def read_scores(folder: Path, manifest: ScanManifest | None = None) -> Table:
     opener_fihs = manifest.settings.selector_found.get("opener_fihs")
     try:
         table = pq.read_table(folder / outputs.SCORES)
-        known = [name for name in TYPES if name not in OPTIONAL or name in table.column_names]
+        known = [name for name in outputs.COLUMNS if name not in OPTIONAL or name in table.column_names]
         columns = {name: _column(table, name) for name in known}
-        numbers = {n: one.to_numpy(zero_copy_only=False) for n, one in columns.items() if TYPES[n] != pa.string()}
-        texts = {n: _texts(one) for n, one in columns.items() if TYPES[n] == pa.string()}
+        numbers = {
+            n: one.to_numpy(zero_copy_only=False) for n, one in columns.items() if outputs.COLUMNS[n] != "string"
+        }
+        texts = {n: _texts(one) for n, one in columns.items() if outputs.COLUMNS[n] == "string"}
         scores = Scores(
             rows=numbers["row"],
             ids=Ids.of(texts["id"]),
@@ -241,9 +237,8 @@ def read_scores(folder: Path, manifest: ScanManifest | None = None) -> Table:
 
 def _column(table: pa.Table, name: str) -> Any:
     """One column. Raises ValueError for a type that is not its own, or a null (of real numbers, it reads as NaN)."""
-    column, kind = table[name], TYPES[name]
-    found = pa.string() if column.type == pa.large_string() else column.type
-    if found != kind or (column.null_count and kind != pa.float64()):
+    column, kind = table[name], outputs.COLUMNS[name]
+    if str(column.type).removeprefix("large_") != kind or (column.null_count and kind != "double"):
         raise ValueError(name)
     return column
 

@@ -47,6 +47,12 @@ SCORES = "scores.parquet"
 WRITTEN = (*PARTS, "quarantine.jsonl", SCORES, "report.html", "manifest.json")
 # The signals of `Screen` and their names in tables; empty for one that does not rank rows.
 SIGNALS = {"request": "request alone", "fihs": "FIHS alone", "pivots": ""}
+COLUMNS = {  # of the scores, by their names in Arrow
+    **dict.fromkeys(("row", "line", "tokens"), "int64"),
+    **dict.fromkeys(("id", "file", "category", "group"), "string"),
+    "removed": "bool",
+    **dict.fromkeys(("score", "decoy", "loss", *SIGNALS), "double"),
+}
 
 
 def results(
@@ -159,7 +165,6 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
     views = page_rows.views(selection, rows.rendered, rows.loaded.tokenizer)
     truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
     with instead(folder, "manifest.json", (*PARTS, f"{runs.WORK}/labels.json", f"{runs.WORK}/{KINDS}")) as new:
-        _copy_card(folder, new)
         (new / runs.WORK).mkdir()
         runs.write_json(new / runs.WORK / page_rows.VIEWS, views)
         if truth is not None:
@@ -177,14 +182,7 @@ def write_cut(
 ) -> None:
     """Write the outputs that a new cut changes, with the rows from ``source``."""
     with instead(folder, "manifest.json", PARTS) as new:
-        _copy_card(folder, new)
         _write_cut(selection, folder, new, source, views, truth)
-
-
-def _copy_card(folder: Path, new: Path) -> None:
-    """A README that is there is kept, but for our section."""
-    if (folder / "README.md").is_file():
-        shutil.copyfile(folder / "README.md", new / "README.md")
 
 
 def _write_cut(
@@ -200,6 +198,8 @@ def _write_cut(
     rows_in.write_parts({new / name: rows for name, rows in parts.items()}, source)
     write_scores(selection, new / SCORES)
     sheet.write(page.page(selection, folder, views, truth), new / "report.html")
+    if (folder / "README.md").is_file():  # kept, but for our section
+        shutil.copyfile(folder / "README.md", new / "README.md")
     card.write(new, selection.manifest, new / f"kept{suffix}")
     runs.write_manifest(selection.manifest, new)
 
@@ -210,33 +210,26 @@ def write_scores(selection: Selection, path: Path) -> None:
     import pyarrow.parquet as pq
 
     scores, files = selection.scores, Coded.of(selection.files)
-    files = files.renamed([name.encode(errors="backslashreplace").decode() for name in files.names])  # any bytes
-
-    def lines(own: slice) -> Any:
-        columns: dict[str, Any] = {
-            "row": pa.array(scores.rows[own], pa.int64()),
-            "file": pa.array(files[own], pa.string()),
-            "line": pa.array(selection.lines[own], pa.int64()),
-            "id": pa.array(scores.ids[own], pa.string()),
-            "score": pa.array(scores.values[own], pa.float64()),
-            "removed": pa.array(selection.removed[own], pa.bool_()),
-            "category": pa.array(selection.categories[own], pa.string()),
-            "group": pa.array(scores.shapes[own], pa.string()),
-        }
-        if scores.decoys is not None:
-            columns["decoy"] = pa.array(scores.decoys[own], pa.float64())
-        if scores.lengths is not None:
-            columns["tokens"] = pa.array(scores.lengths[own], pa.int64())
-        if scores.nll is not None:
-            columns["loss"] = pa.array(scores.nll[own], pa.float64())
-        for name in SIGNALS:
-            if name in scores.signals:
-                columns[name] = pa.array(scores.signals[name][own], pa.float64())
-        return pa.table(columns)
-
-    with replacing(path) as part, pq.ParquetWriter(part, lines(slice(0)).schema) as writer:
+    columns: dict[str, Any] = {
+        "row": scores.rows,
+        "file": files.renamed([name.encode(errors="backslashreplace").decode() for name in files.names]),  # any bytes
+        "line": selection.lines,
+        "id": scores.ids,
+        "score": scores.values,
+        "removed": selection.removed,
+        "category": selection.categories,
+        "group": scores.shapes,
+        "decoy": scores.decoys,
+        "tokens": scores.lengths,
+        "loss": scores.nll,
+        **{name: scores.signals.get(name) for name in SIGNALS},
+    }
+    columns = {name: column for name, column in columns.items() if column is not None}
+    schema = pa.schema([(name, COLUMNS[name]) for name in columns])
+    with replacing(path) as part, pq.ParquetWriter(part, schema) as writer:
         for start in range(0, len(scores.rows), BLOCK):
-            writer.write_table(lines(slice(start, start + BLOCK)))
+            own = slice(start, start + BLOCK)
+            writer.write_table(pa.table([pa.array(columns[f.name][own], f.type) for f in schema], schema))
 
 
 def caught_and_lost(removed: Bools, labels: Any) -> dict[str, Rate]:
