@@ -125,19 +125,17 @@ class _Gathered:
     """Collects shards as they arrive: four numbers per row in memory, per-token values on disk."""
 
     def __init__(self) -> None:
-        self._rows, self._lengths = array("q"), array("q")
-        self._sums, self._nll = array("d"), array("d")
+        self._numbers: dict[str, array[Any]] = {
+            "rows": array("q"), "sums": array("d"), "nll": array("d"), "lengths": array("q")
+        }  # fmt: skip
         self._tokens: Values | None = Values()
-        self._extra, self._columns = array("d"), 0
+        self._extra = array("d")
 
     def add(self, part: Measured) -> None:
         """Copy a shard's numbers."""
-        self._rows.frombytes(part.rows.astype(np.int64).tobytes())
-        self._lengths.frombytes(part.lengths.astype(np.int64).tobytes())
-        self._sums.frombytes(part.sums.astype(np.float64).tobytes())
-        self._nll.frombytes(part.nll.astype(np.float64).tobytes())
+        for name, column in self._numbers.items():
+            column.frombytes(getattr(part, name).astype(column.typecode).tobytes())
         if part.extra is not None:
-            self._columns = part.extra.shape[1]
             self._extra.frombytes(part.extra.astype(np.float64).tobytes())
         if part.tokens is None:
             self._tokens = None
@@ -146,16 +144,11 @@ class _Gathered:
 
     def measured(self) -> Measured:
         """All rows, in input order."""
-        rows, lengths = np.frombuffer(self._rows, np.int64), np.frombuffer(self._lengths, np.int64)
-        sums, nll = np.frombuffer(self._sums, np.float64), np.frombuffer(self._nll, np.float64)
-        extra = np.frombuffer(self._extra, np.float64).reshape(len(rows), -1) if self._columns else None
-        if (rows[1:] >= rows[:-1]).all():
-            return Measured(rows, sums, nll, lengths, self._tokens, extra)
-        order = np.argsort(rows, kind="stable")
-        tokens = None if self._tokens is None else Picked(self._tokens, order)
-        return Measured(
-            rows[order], sums[order], nll[order], lengths[order], tokens, None if extra is None else extra[order]
-        )
+        numbers: dict[str, Any] = {name: np.frombuffer(one, one.typecode) for name, one in self._numbers.items()}
+        rows = numbers["rows"]
+        extra = np.frombuffer(self._extra, np.float64).reshape(len(rows), -1) if self._extra else None
+        found = Measured(**numbers, tokens=self._tokens, extra=extra)
+        return found if (rows[1:] >= rows[:-1]).all() else found.only(np.argsort(rows, kind="stable"))
 
 
 def _file(store: Path, key: str) -> Path:
