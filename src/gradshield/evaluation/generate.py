@@ -7,11 +7,13 @@ prompts are sorted by length to reduce padding; answers come in the order of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gradshield.errors import DataError
 from gradshield.models.decoding import continued, stop_tokens, until
+from gradshield.models.loading import learned_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,19 +74,11 @@ def encode(
 
 
 def _check_room(model: PreTrainedModel, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raises DataError for prompts that exceed a learned table of positions; rotary models have none."""
-    from torch import nn
-
-    tables = [
-        module.num_embeddings
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
-    ]
-    if not tables:
-        return
+    """Raises DataError for prompts that exceed the model's learned positions."""
+    most = min(learned_positions(model), default=math.inf)
     for i, row in enumerate(ids):
-        if len(row) + max_new_tokens > min(tables):
+        if len(row) + max_new_tokens > most:
             raise DataError(
                 f"prompt {i} has {len(row)} tokens, which with {max_new_tokens} new ones is more than the "
-                f"{min(tables)} positions of the model: shorten it or lower max_new_tokens"
+                f"{most} positions of the model: shorten it or lower max_new_tokens"
             )

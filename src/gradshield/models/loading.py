@@ -191,6 +191,14 @@ def text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def learned_positions(model: torch.nn.Module) -> list[int]:
+    """The sizes of the model's tables of learned positions (GPT-2, OPT); rotary positions have none."""
+    from torch import nn
+
+    tables = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Embedding)]
+    return [part.num_embeddings for name, part in tables if re.search("wpe|position", name)]
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """The model in evaluation mode; each module's own mode is restored at the end."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -11,13 +10,12 @@ from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
-
 from gradshield.data import RenderConfig
 from gradshield.data.trl import check_names
 from gradshield.errors import UsageError, did_you_mean
 from gradshield.gradients import ENGINES, check_subspace
 from gradshield.manifests import Scoring
+from gradshield.models.loading import learned_positions
 from gradshield.probes import PROBES, FunctionProbe, Probe, alike
 from gradshield.scanning.decide import PREFERENCE
 from gradshield.selectors import SELECTORS, check, parse_aggregate
@@ -219,7 +217,7 @@ def check_positions(model: Any, longest: int, limit: int | None) -> None:
     if limit is None or longest <= limit:
         return
     remedy = f"give --max-length {limit}, or a training config with that max_length"
-    if any(isinstance(m, nn.Embedding) and re.search("wpe|position", name) for name, m in model.named_modules()):
+    if learned_positions(model):
         raise UsageError(f"a row has {longest} tokens, and the model has positions for {limit}: {remedy}")
     warnings.warn(
         f"a row has {longest} tokens, and the model was trained on {limit} positions, beyond which its gradients say little: "
