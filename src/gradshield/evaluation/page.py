@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradshield.evaluation.asr import attack
-from gradshield.manifests import EvaluationManifest, Figures, JudgeAgreement, judges_of
+from gradshield.manifests import EvaluationManifest, Figures, JudgeAgreement
 from gradshield.report.draw import Chart, axis_style, barred, base_layout, limit_line, percent_axis, worded
 from gradshield.report.frame import Status
 from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
@@ -113,18 +113,11 @@ def _rates(rates: Mapping[str, Rate]) -> Section:
 
 def compared(before: Figures, after: Figures) -> Table:
     """Every rate of two measurements of the same prompts, before and after training."""
-    was, now = before.judges, after.judges
-    pairs = [
-        *((f"ASR, {judge}", was.get(judge), now.get(judge)) for judge in judges_of((was, now))),
-        ("over-refusal", before.over_refusal, after.over_refusal),
-        ("utility", before.utility, after.utility),
-    ]
     lines = []
-    for name, left, right in pairs:
-        if left is not None or right is not None:
-            moved = None if left is None or right is None else 100 * (right.rate - left.rate)
-            shown = "–" if moved is None else f"{moved:+.1f} points".replace("-", "−")
-            lines.append((name, rate_entry(left), rate_entry(right), Entry(shown, key=moved)))
+    for name, left, right in after.beside(before):
+        moved = None if left is None or right is None else 100 * (right.rate - left.rate)
+        shown = "–" if moved is None else f"{moved:+.1f} points".replace("-", "−")
+        lines.append((name, rate_entry(left), rate_entry(right), Entry(shown, key=moved)))
     return Table(("Measured", "Before", "After", "Change"), tuple(lines))
 
 

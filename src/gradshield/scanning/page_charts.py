@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtr
 
 from gradshield.columns import Coded
 from gradshield.report.draw import Chart, axis_style, axis_title, base_layout
@@ -190,13 +191,8 @@ def _fits(axis: Axis, cut: Cut, rows: int) -> list[dict[str, Any]]:
 def _curve(axis: Axis, rows: float, mean: float, std: float, name: str, dash: str) -> dict[str, Any]:
     """Expected rows in a bin-wide window around each point: comparable with the bars on any axis."""
     u = np.linspace(axis.edges[0], axis.edges[-1], CURVE_POINTS)
-    erf = np.vectorize(math.erf, otypes=[np.float64])
-
-    def below(at: Floats) -> Floats:
-        result: Floats = 0.5 * (1 + erf((axis.inverse(at) - mean) / (abs(std) * math.sqrt(2))))
-        return result
-
-    y = rows * (below(u + axis.width / 2) - below(u - axis.width / 2))
+    left, right = (ndtr((axis.inverse(u + side * axis.width / 2) - mean) / abs(std)) for side in (-1, 1))
+    y = rows * (right - left)
     return {
         "type": "scatter", "mode": "lines", "name": name, "x": u.tolist(), "y": np.round(y, 4).tolist(),
         "line": {"color": "var(--fit)", "width": 1.8, "dash": dash}, "hoverinfo": "skip",

@@ -309,7 +309,13 @@ def _trusted(
 ) -> tuple[Engine, EngineAgreement]:
     """The first engine, from the chosen one to slower ones, that ranks a random sample like the oracle."""
     model, pad, engine = known.model, known.loaded.pad_token_id, asked.engine
-    truth = _measured(Loop(), selector, model, direction, sample)
+
+    def values(of: Engine) -> Measured:
+        with_engine = copy(selector)
+        with_engine.engine = of
+        return shards.measure(with_engine, model, direction, sample, FEW)
+
+    truth = values(Loop())
     # Raises for values that are not finite.
     selector.finish(truth, [row.id for row in sample], [group(row.shape) for row in sample])
     oracle = truth.sums
@@ -322,7 +328,7 @@ def _trusted(
         slower.append(Loop())
     found: EngineAgreement | None = None
     for candidate in slower:
-        found = agreement(candidate.name, _measured(candidate, selector, model, direction, sample).sums, oracle)
+        found = agreement(candidate.name, values(candidate).sums, oracle)
         # Too few or equal rows have no rank correlation: then the relative error decides.
         good = found.spearman >= LEAST_SPEARMAN if np.isfinite(found.spearman) else found.relative_error <= 0.01
         if good:
@@ -337,14 +343,6 @@ def _trusted(
         f"no engine agrees with the oracle on this model (the last, {found.engine}, has Spearman {found.spearman:.3f} on "
         f"{found.n} rows, and {LEAST_SPEARMAN} is needed): load the model in float32, or use --engine loop with {ROW_SUMS}"
     )
-
-
-def _measured(
-    engine: Engine, selector: Fihs, model: nn.Module, direction: Direction, rows: Sequence[Rendered]
-) -> Measured:
-    with_engine = copy(selector)
-    with_engine.engine = engine
-    return shards.measure(with_engine, model, direction, rows, FEW)
 
 
 def _step(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int, direction: Direction) -> float:

@@ -108,19 +108,19 @@ class Review:
     @property
     def removed(self) -> int:
         """Rows that the decisions leave removed."""
-        changed = sum(
-            -1 if self.verdicts[id].keep and self.beyond[place] else 1
-            for id, place in self.places.items()
-            if self.verdicts[id].keep == self.beyond[place]
-        )
-        return int(self.beyond.sum()) + changed
+        return int(self._out().sum())
 
     @property
     def waiting(self) -> bool:
         """Whether the folder does not have the decisions yet."""
-        return self.removed != int(self.scanned.removed.sum()) or any(
-            self.verdicts[id].keep == self.scanned.removed[place] for id, place in self.places.items()
-        )
+        return bool((self._out() != self.scanned.removed).any())
+
+    def _out(self) -> Bools:
+        """Which rows the decisions leave removed, (N,)."""
+        found = self.beyond.copy()
+        for id, place in self.places.items():
+            found[place] = not self.verdicts[id].keep
+        return found
 
     def apply(self, command: str) -> Selection:
         """Split the rows again under the scan's own cut and the decisions."""
