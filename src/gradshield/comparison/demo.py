@@ -96,16 +96,12 @@ def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path
         runs.write_manifest(selection.manifest, new)
 
 
-def _rows_kept(name: str, selection: Selection, total: int) -> int | None:
-    return {"undefended": total, "filtered": int((~selection.removed).sum())}.get(name)
-
-
 def _table(
     selection: Selection, results: Mapping[str, EvalResult], total: int
 ) -> tuple[tuple[str, tuple[str, ...]], ...]:
     measured = selection.manifest.results.labels
-    kept = [_rows_kept(name, selection, total) for name in results]
-    table = [("rows kept", tuple("–" if count is None else str(count) for count in kept))]
+    kept = {"undefended": f"{total}", "filtered": f"{len(selection.kept_rows)}"}
+    table = [("rows kept", tuple(kept.get(name, "–") for name in results))]
     for label, rate in (("harmful caught", measured.caught), ("harmless lost", measured.lost)):
         cell = "–" if rate is None else str(rate)
         table.append((label, tuple(cell if name == "filtered" else "–" for name in results)))

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,38 +257,31 @@ def labels(path: str) -> list[int]:
 
 
 def _with_paths(config: Config, folder: Path) -> Config:
-    def near(path: str | None) -> str | None:
-        return None if path is None else str(folder / path)
+    def near(one: BaseModel, *keys: str) -> dict[str, str]:
+        return {key: str(folder / path) for key in keys if (path := getattr(one, key)) is not None}
 
-    own = [
-        d.model_copy(update={key: near(getattr(d, key)) for key in ("train", "labels", "task")})
-        for d in config.datasets
-    ]
+    own = [one.model_copy(update=near(one, "train", "labels", "task")) for one in config.datasets]
     requests = {split: str(folder / path) for split, path in config.requests.items()}
-    local = {key: near(getattr(config, key)) for key in ("model", "base") if getattr(config, key) != "lab"}
-    local = {key: path for key, path in local.items() if path is not None and Path(path).exists()}
+    local = {key: path for key, path in near(config, "model", "base").items() if getattr(config, key) != "lab"}
+    local = {key: path for key, path in local.items() if Path(path).exists()}
     return config.model_copy(update={"datasets": own, "requests": requests, **local})
 
 
 def cells(config: Config) -> list[Cell]:
     """Every cell once, in the order of the grids. Raises UsageError for unknown tasks and mixes."""
     own = {dataset.name for dataset in config.datasets}
-    return list(dict.fromkeys(_cells(config, own)))
-
-
-def _cells(config: Config, own: set[str]) -> Iterator[Cell]:
+    known = [*sorted(own), *(lab.TASKS if config.model == "lab" else ())]
+    found: list[Cell] = []
     for grid in config.grids:
         for task in grid.tasks:
-            if task not in own and (config.model != "lab" or task not in lab.TASKS):
-                known = sorted(own) + (list(lab.TASKS) if config.model == "lab" else [])
+            if task not in known:
                 raise UsageError(
                     f"the config names the task {task!r}, and there is {', '.join(known) or 'none'}: fix `tasks`"
                 )
-            for mix in grid.mixes if task not in own else ["as is"]:
-                harm, ratio = _mix(mix)
-                for seed in grid.seeds:
-                    for defence in grid.defences:
-                        yield Cell(task, harm, ratio, seed, defence)
+            mixes = [("own", 0.0)] if task in own else [_mix(mix) for mix in grid.mixes]
+            every = product(mixes, grid.seeds, grid.defences)
+            found += [Cell(task, *mix, seed, defence) for mix, seed, defence in every]
+    return list(dict.fromkeys(found))
 
 
 def mixed(task: str, ratio: float, seed: int) -> tuple[list[dict[str, Any]], list[int]]:
@@ -303,8 +297,6 @@ def mixed(task: str, ratio: float, seed: int) -> tuple[list[dict[str, Any]], lis
 
 def _mix(text: str) -> tuple[str, float]:
     """``explicit:10%`` as ("explicit", 0.1); 0% is ("none", 0). Raises UsageError."""
-    if text == "as is":
-        return "own", 0.0
     harm, _, share = text.rpartition(":")
     ratio = number(share)
     if not 0 <= ratio < 1 or (harm or "explicit") not in (*lab.HARMS, MIXED):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gradshield.comparison.pool import (
     REFERENCES,
@@ -193,8 +194,7 @@ class Win:
     clear: bool
 
 
-@dataclass(frozen=True)
-class Standing:
+class Standing(NamedTuple):
     """A rival against the reference: mixes compared, how many each wins on ASR, and how many the rival wins on utility."""
 
     rival: str
@@ -203,11 +203,6 @@ class Standing:
     less_safe: int
     more_useful: int
     clearly_more_useful: int
-
-    @property
-    def tally(self) -> tuple[int, ...]:
-        """The counts, in the order of the fields."""
-        return self.compared, self.safer, self.less_safe, self.more_useful, self.clearly_more_useful
 
 
 def against(found: Sequence[Mix]) -> tuple[list[Standing], list[Win]]:
@@ -220,9 +215,10 @@ def against(found: Sequence[Mix]) -> tuple[list[Standing], list[Win]]:
         own = ours.get((mix.task, mix.harm, mix.ratio))
         if own is None or mix.defence == name:
             continue
-        left, right = _shared(own, mix)
-        if left is None or right is None:
+        seeds = {cell.seed for cell in own.cells} & {cell.seed for cell in mix.cells}
+        if not seeds:
             continue
+        left, right = (mixes([cell for cell in one.cells if cell.seed in seeds])[0] for one in (own, mix))
         won = _wins(left, right)
         tally = standings.setdefault(mix.defence, [0, 0, 0, 0, 0])
         tally[0] += 1
@@ -235,17 +231,6 @@ def against(found: Sequence[Mix]) -> tuple[list[Standing], list[Win]]:
     ordered.sort(key=lambda one: (-one.safer, -one.more_useful, one.less_safe))
     wins.sort(key=lambda win: (win.judge is None, -abs(win.ours.rate - win.theirs.rate)))
     return ordered, wins
-
-
-def _shared(ours: Mix, theirs: Mix) -> tuple[Mix | None, Mix | None]:
-    """Both mixes over the seeds that both have finished."""
-    seeds = {cell.seed for cell in ours.cells} & {cell.seed for cell in theirs.cells}
-
-    def only(mix: Mix) -> Mix | None:
-        cells = [cell for cell in mix.cells if cell.seed in seeds]
-        return mixes(cells)[0] if cells else None
-
-    return only(ours), only(theirs)
 
 
 def _wins(ours: Mix, theirs: Mix) -> list[Win]:

@@ -231,7 +231,7 @@ def _rivals(found: Sequence[Mix]) -> Section:
     lead = f"Against {own} by default. {RULES} The defence “clean” uses the labels."
     lead += "" if wins else " No rival wins anywhere."
     tally: tuple[tuple[Entry | str, ...], ...] = tuple(
-        (one.rival, *(Entry(f"{count}", key=count) for count in one.tally)) for one in standings
+        (rival, *(Entry(f"{count}", key=count) for count in tally)) for rival, *tally in standings
     )
     head = ("Rival", "Cells compared", "Lower ASR", "Higher ASR", "Higher utility at equal safety", "Of these, clearly")
     tables = [Table(head, tally, sorts=True)]
