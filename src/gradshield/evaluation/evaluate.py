@@ -8,13 +8,15 @@ from typing import Any, cast
 
 from gradshield import runs
 from gradshield.errors import UsageError
+from gradshield.evaluation import page
 from gradshield.evaluation.asr import agreement
 from gradshield.evaluation.exam import Exam, asked, figures
 from gradshield.evaluation.harness import inspect_task, lm_eval_tasks
 from gradshield.manifests import EvaluationManifest, EvaluationResults
 from gradshield.models.loading import LoadedModel, ModelSource
+from gradshield.report import sheet
 from gradshield.scanning.rows import load, with_template
-from gradshield.types import EvalResult, Progress, Rate, quiet
+from gradshield.types import Progress, Rate, quiet
 
 
 def evaluate(
@@ -85,15 +87,8 @@ def evaluate(
                 settings=exam.record(),
                 results=results,
             )
-            _write(runs.prepare(output), manifest, measured)
+            folder = runs.prepare(output)
+            runs.write_outputs(measured, folder / "outputs.jsonl")
+            sheet.write(page.page(manifest, measured.outputs), folder / "report.html")
+            runs.write_manifest(manifest, folder)
         return results
-
-
-def _write(folder: Path, manifest: EvaluationManifest, measured: EvalResult) -> None:
-    """Write the answers, the page and, last, the manifest."""
-    from gradshield.evaluation import page
-    from gradshield.report import sheet
-
-    runs.write_outputs(measured, folder / "outputs.jsonl")
-    sheet.write(page.page(manifest, measured.outputs), folder / "report.html")
-    runs.write_manifest(manifest, folder)

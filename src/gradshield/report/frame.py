@@ -31,11 +31,6 @@ def _whole_options(value: str) -> Markup:
     return Markup(re.sub(r"(?<!\S)--[a-z][a-z-]*", r'<span class="nowrap">\g<0></span>', shown))
 
 
-def _breakable(value: Any) -> Markup:
-    """`text.breakable` of anything except markup, which is unchanged."""
-    return value if isinstance(value, Markup) else text.breakable(str(value))
-
-
 @cache
 def environment() -> Environment:
     """The templates, with their filters."""
@@ -49,7 +44,7 @@ def environment() -> Environment:
         shorten=text.shorten,
         one_line=text.one_line,
         whole_options=_whole_options,
-        breakable=_breakable,
+        breakable=text.breakable,
     )
     return found
 

@@ -93,9 +93,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def breakable(text: str) -> Markup:
-    """Text with line breaks allowed in long words, only after the punctuation between their parts."""
-    words = re.split(r"(\s+)", text)
+def breakable(value: Any) -> Markup:
+    """Text with line breaks allowed in long words, only after the punctuation between their parts; markup is unchanged."""
+    if isinstance(value, Markup):
+        return value
+    words = re.split(r"(\s+)", str(value))
     return Markup("").join(_with_breaks(word) if len(word) > _WORD else escape(visible(word)) for word in words)
 
 
