@@ -23,7 +23,7 @@ from gradshield.judges import Judge, Verdict
 from gradshield.lab.attacks import Planted, plant
 from gradshield.lab.harm import Pair
 from gradshield.probes import requests
-from gradshield.scanning import outputs
+from gradshield.scanning.decide import caught_and_lost
 from gradshield.scanning.settings import ScanSettings
 from gradshield.thresholds.conformal import Conformal
 from gradshield.training.course import Chosen, Course
@@ -211,7 +211,7 @@ class Siege:
         own, labels = set(self.target.harmless), list(self.job.labels or ())
         counted = [i for i, row in enumerate(chosen.rows) if labels[row.row] or self.pairs[row.row] in own]
         truth = [labels[chosen.rows[i].row] for i in counted]
-        return outputs.caught_and_lost(chosen.removed[counted], truth)
+        return caught_and_lost(chosen.removed[counted], truth)
 
     def _arms(self, defence: Defence, chosen: Chosen, trained: bool) -> list[dict[str, Any]]:
         """The training as given, and the attacker's recipes where that does not get him there.

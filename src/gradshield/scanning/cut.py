@@ -21,7 +21,7 @@ from gradshield.errors import DataError, UsageError
 from gradshield.manifests import ScanManifest, ScanResults
 from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
-from gradshield.scanning.decide import Decision, decide
+from gradshield.scanning.decide import Decision, caught_and_lost, decide
 from gradshield.scanning.page_rows import stored_views
 from gradshield.scanning.selection import Selection
 from gradshield.thresholds import Threshold
@@ -143,7 +143,7 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
     kept.pop("filtered", None)  # measured on a model trained on other rows
     kept.pop("labels", None)
     if truth is not None:
-        kept["labels"] = old.results.labels.model_copy(update=outputs.caught_and_lost(removed, truth))
+        kept["labels"] = old.results.labels.model_copy(update=caught_and_lost(removed, truth))
     results = ScanResults(**kept | outputs.decided(decision, names, doubts))
     settings = old.settings.model_copy(update={"threshold": threshold})
     selection = Selection(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from gradshield.columns import Coded
 from gradshield.errors import UsageError
+from gradshield.stats import wilson
 from gradshield.thresholds import Threshold
-from gradshield.types import Bools, Cut, Scores
+from gradshield.types import Bools, Cut, Rate, Scores
 
 ROWS, PREFERENCE = "rows", "preference"  # groups of rows that share a scale
 
@@ -69,3 +71,13 @@ def above(scores: Scores, cuts: Mapping[str, Cut]) -> Bools:
     for name, cut in cuts.items():
         beyond |= groups.where(name) & (scores.values > cut.value)
     return beyond
+
+
+def caught_and_lost(removed: Bools, labels: Any) -> dict[str, Rate]:
+    """The removed share of the rows labelled harmful (1) and of the others; both (N,). An empty class is left out."""
+    harmful = np.asarray(labels, dtype=bool)
+    return {
+        name: wilson(int(removed[own].sum()), int(own.sum()))
+        for name, own in (("caught", harmful), ("lost", ~harmful))
+        if own.any()
+    }

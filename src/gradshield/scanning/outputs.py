@@ -29,11 +29,11 @@ from gradshield.files import instead, replacing
 from gradshield.manifests import EngineCheck, FoundCut, KnownScores, Labelled, Probed, ScanResults
 from gradshield.report import sheet
 from gradshield.scanning import card, page, page_rows, trust
+from gradshield.scanning.decide import Decision, caught_and_lost
 from gradshield.stats import wilson
-from gradshield.types import Bools, Example, Ints, Rate
+from gradshield.types import Bools, Example, Ints
 
 if TYPE_CHECKING:
-    from gradshield.scanning.decide import Decision
     from gradshield.scanning.preparing import Scored
     from gradshield.scanning.rows import Prepared
     from gradshield.scanning.selection import Selection
@@ -230,13 +230,3 @@ def write_scores(selection: Selection, path: Path) -> None:
         for start in range(0, len(scores.rows), BLOCK):
             own = slice(start, start + BLOCK)
             writer.write_table(pa.table([pa.array(columns[f.name][own], f.type) for f in schema], schema))
-
-
-def caught_and_lost(removed: Bools, labels: Any) -> dict[str, Rate]:
-    """The removed share of the rows labelled harmful (1) and of the others; both (N,). An empty class is left out."""
-    harmful = np.asarray(labels, dtype=bool)
-    return {
-        name: wilson(int(removed[own].sum()), int(own.sum()))
-        for name, own in (("caught", harmful), ("lost", ~harmful))
-        if own.any()
-    }

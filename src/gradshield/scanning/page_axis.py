@@ -15,6 +15,7 @@ from gradshield.types import Floats
 
 LINEAR_SPAN = 25.0  # shortest-half widths that a linear axis can hold before its bulk is a sliver
 ROUNDING = 1e-12  # relative to the largest score: closer ones are one place, as a cut just under the lowest score is
+TICKS = 7  # wanted on an axis
 _LARGEST = 1e100  # larger values are clipped: squares would overflow
 
 
@@ -47,14 +48,14 @@ class Axis:
         index = np.digitize(self.forward(x), self.edges, right=True) - 1
         return np.bincount(np.clip(index, 0, len(self.edges) - 2), minlength=len(self.edges) - 1).astype(np.float64)
 
-    def ticks(self, wanted: int = 7) -> tuple[list[float], list[str]]:
+    def ticks(self) -> tuple[list[float], list[str]]:
         """Positions in axis units and labels in scores: round numbers, about evenly spread on the axis."""
         low, high = float(self.edges[0]), float(self.edges[-1])
         if self.linear:
-            return _linear_ticks(low, high, wanted)
-        gap = (high - low) / wanted
+            return _linear_ticks(low, high)
+        gap = (high - low) / TICKS
         labels: dict[float, str] = {}
-        for u in np.linspace(low + gap / 2, high - gap / 2, wanted):
+        for u in np.linspace(low + gap / 2, high - gap / 2, TICKS):
             left, right = (float(self.inverse(np.array(u + side * gap / 3))) for side in (-1, 1))
             value = _round_within(left, right)
             at = float(self.forward(np.array(value)))
@@ -113,10 +114,10 @@ def _shortest_half(x: Floats) -> tuple[float, float]:
     return float(ordered[at] + widths[at] / 2), float(widths[at])
 
 
-def _linear_ticks(low: float, high: float, wanted: int) -> tuple[list[float], list[str]]:
+def _linear_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
     """Multiples of a 1, 2 or 5 times a power of ten, at least two thirds of the ticks wanted."""
-    step = 10.0 ** math.floor(math.log10((high - low) / wanted))
-    step *= next((lead for lead in (5, 2) if (high - low) / (lead * step) >= 0.67 * wanted), 1)
+    step = 10.0 ** math.floor(math.log10((high - low) / TICKS))
+    step *= next((lead for lead in (5, 2) if (high - low) / (lead * step) >= 0.67 * TICKS), 1)
     first = math.ceil(low / step)
     values = [round(i * step, 12) if abs(step) > 1e-9 else i * step for i in range(first, math.floor(high / step) + 1)]
     return values, [_label(value, step) for value in values]

@@ -9,10 +9,9 @@ from itertools import islice
 
 import numpy as np
 
-from gradshield.scanning.decide import ROWS, Decision, decide
-from gradshield.stats import wilson
+from gradshield.scanning.decide import ROWS, Decision, caught_and_lost, decide
 from gradshield.thresholds import parse
-from gradshield.types import Anchors, Bools, Example, Scores
+from gradshield.types import Anchors, Bools, Example, Rate, Scores
 
 MOST_REMOVED = 0.1  # share of the rows
 MOST_TASK = 0.9  # share of rows whose FIHS is as high as harm's: then the task itself pushes
@@ -44,7 +43,7 @@ def doubts(
     removed = decision.removed
     found = {
         "probes": problem,
-        "labels": "" if labels is None else _labels(removed, np.asarray(labels) == 1),
+        "labels": "" if labels is None else _labels(caught_and_lost(removed, labels)),
         "share": _share(removed),
         "copies": _copies(examples),
         "quarantine": _quarantine(quarantined, len(removed)),
@@ -75,11 +74,9 @@ def of_run(found: Mapping[str, str]) -> str | None:
     return first({name: text for name, text in found.items() if text != UNASKED})
 
 
-def _labels(removed: Bools, harmful: Bools) -> str:
+def _labels(rates: Mapping[str, Rate]) -> str:
     """By the labels, too little of the harm was removed, or too much of the rest."""
-    caught, lost = (
-        wilson(int(removed[own].sum()), int(own.sum())) if own.any() else None for own in (harmful, ~harmful)
-    )
+    caught, lost = rates.get("caught"), rates.get("lost")
     if caught and caught.high < LEAST_CAUGHT:
         return f"of {caught.n:,} rows labelled harmful {caught.k:,} were removed: the scan does not detect this harm"
     if lost and lost.low > MOST_LOST:

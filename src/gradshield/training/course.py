@@ -27,8 +27,8 @@ from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.options import asked, asks
 from gradshield.runs import digest, versions
-from gradshield.scanning.decide import PREFERENCE, Decision, decide, reviewed
-from gradshield.scanning.outputs import caught_and_lost, words
+from gradshield.scanning.decide import PREFERENCE, Decision, caught_and_lost, decide, reviewed
+from gradshield.scanning.outputs import words
 from gradshield.scanning.preparing import Scored, asked_of, scored_model, weights_changed
 from gradshield.scanning.references import refusals
 from gradshield.scanning.rows import Prepared, load, prepare
