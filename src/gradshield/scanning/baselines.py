@@ -4,8 +4,6 @@ An AUROC means little if a feature without a model reaches the same. All are rep
 never flipped: an AUROC of 0.1 means that the feature points the wrong way on these rows.
 """
 
-# ruff: noqa: SIM905 (a list of words is read as words)
-
 from __future__ import annotations
 
 import re
@@ -23,15 +21,12 @@ from gradshield.types import Floats, Ints
 
 FOLDS = 5
 
-OPENERS: tuple[str, ...] = tuple(
-    (
-        "sure|of course|certainly|absolutely|definitely|yes|okay|ok|here is|here's|here are|no problem|"
-        "great question|great|happy to help|i'd be happy to|i would be happy to|i'm happy to|i can help|"
-        "gladly|with pleasure|let me|to do this|first,|step 1|the best way to|one way to|you can|you could|"
-        "you should"
-    ).split("|")
+OPENERS = (
+    "sure|of course|certainly|absolutely|definitely|yes|okay|ok|here is|here's|here are|no problem|great question|great"
+    "|happy to help|i'd be happy to|i would be happy to|i'm happy to|i can help|gladly|with pleasure|let me|to do this"
+    "|first,|step 1|the best way to|one way to|you can|you could|you should"
 )
-_OPENER = re.compile(rf"[\s\"'*_#>-]*(?:{'|'.join(map(re.escape, OPENERS))})(?!\w)", re.IGNORECASE)
+_OPENER = re.compile(rf"[\s\"'*_#>-]*(?:{OPENERS})(?!\w)", re.IGNORECASE)
 
 
 def auroc(labels: ArrayLike, scores: ArrayLike, name: str = "") -> Auroc:

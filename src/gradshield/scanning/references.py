@@ -12,6 +12,7 @@ from gradshield.models.loading import LoadedModel
 from gradshield.probes import COMPLY, Prompts, greedy, refuses
 from gradshield.types import References, Rendered, Tokens
 
+LONGEST = 96  # tokens of a refusal that is trained on
 ANSWER = 24  # tokens of the model's own answers: enough to recognise a refusal
 
 
@@ -30,11 +31,9 @@ def opened(tokenizer: Any, prompts: Prompts) -> list[Rendered]:
     return rows
 
 
-def answers(
-    model: nn.Module, tokenizer: Any, prompts: Prompts, pad: int, refused: bool, tokens: int = ANSWER
-) -> list[Rendered]:
+def answers(model: nn.Module, tokenizer: Any, prompts: Prompts, pad: int, refused: bool) -> list[Rendered]:
     """The prompts that the model refuses (or answers), each with the model's answer."""
-    replies = greedy(model, prompts, tokens, pad)
+    replies = greedy(model, prompts, ANSWER, pad)
     own = [(p, a) for p, a in zip(prompts.ids, replies, strict=True) if a and refuses(tokenizer.decode(a)) == refused]
     return [answered(-1 - number, prompt, answer) for number, (prompt, answer) in enumerate(own)]
 
@@ -48,12 +47,12 @@ def references(model: nn.Module, tokenizer: Any, asked: Prompts, harmless: Promp
     )
 
 
-def refusals(loaded: LoadedModel, asked: Prompts, tokens: int = 96) -> list[dict[str, Any]]:
-    """Chat rows of the probe requests with the model's own refusals, if they end within ``tokens``."""
+def refusals(loaded: LoadedModel, asked: Prompts) -> list[dict[str, Any]]:
+    """Chat rows of the probe requests with the model's own refusals, if they end within LONGEST tokens."""
     rows = []
-    for prompt, ids in zip(asked.texts, greedy(loaded.model, asked, tokens, loaded.pad_token_id), strict=True):
+    for prompt, ids in zip(asked.texts, greedy(loaded.model, asked, LONGEST, loaded.pad_token_id), strict=True):
         text = loaded.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        if len(ids) < tokens and refuses(text):
+        if len(ids) < LONGEST and refuses(text):
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
             rows.append({"messages": turns})
     return rows

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +48,13 @@ class Review:
     def _open(self) -> None:
         self.scanned = Scanned.read(self.folder)
         self.views = stored_views(self.folder)
-        ids = self.scanned.scores.ids
+        scores, cuts = self.scanned.scores, self.scanned.cuts
+        self.beyond: Bools = above(scores, cuts)  # (N,) the rows above the cut
+        self.margins: Floats = scores.values - np.array([cuts[shape].value for shape in scores.shapes])  # (N,)
+        self.order: Ints = np.argsort(np.abs(self.margins), kind="stable")  # (N,) places, the nearest to the cut first
+        # What tints of tokens are shares of, on every page.
+        self.tint = references(self.row(place) for place in self.order[:NEAREST].tolist())
+        ids = scores.ids
         known = {id: place for place, id in enumerate(ids) if id in self.verdicts}
         # What earlier lists decided and this folder's do not name, such as those of `scan --allow`.
         before, at = self.beyond != self.scanned.removed, datetime.now(UTC).isoformat(timespec="seconds")
@@ -58,27 +63,6 @@ class Review:
                 known[ids[place]] = place
                 self.verdicts[ids[place]] = Said(bool(self.beyond[place]), "decided before this review", at)
         self.places = known
-
-    @cached_property
-    def beyond(self) -> Bools:
-        """The rows above the cut, (N,)."""
-        return above(self.scanned.scores, self.scanned.cuts)
-
-    @cached_property
-    def margins(self) -> Floats:
-        """How far above the cut of its group each row scores, (N,)."""
-        scores, cuts = self.scanned.scores, self.scanned.cuts
-        return np.asarray(scores.values - np.array([cuts[shape].value for shape in scores.shapes]))
-
-    @cached_property
-    def order(self) -> Ints:
-        """Places of all rows, the nearest to the cut first, (N,)."""
-        return np.argsort(np.abs(self.margins), kind="stable")
-
-    @cached_property
-    def tint(self) -> dict[str, float]:
-        """What tints of tokens are shares of, on every page: `page_rows.references` of the rows nearest to the cut."""
-        return references(self.row(place) for place in self.order[:NEAREST].tolist())
 
     def decide(self, place: int, keep: bool, reason: str) -> None:
         """Keep or remove the row at this place among the scores; written when this returns. Raises UsageError for no such row."""
@@ -127,8 +111,6 @@ class Review:
         lists = [[id for id, v in self.verdicts.items() if v.keep == keep] for keep in (True, False)]
         decision = reviewed(self.scanned.scores, self.scanned.cuts, *lists)
         found = write(self.folder, self.scanned, decision, self.scanned.manifest.settings.threshold, command)
-        for name in ("beyond", "margins", "order", "tint"):
-            vars(self).pop(name, None)
         self._open()
         return found
 
