@@ -57,11 +57,9 @@ def test_empty_answers_are_counted_apart() -> None:
 def test_before_and_after_are_compared_by_row() -> None:
     before = asr(_scripted(["Sure"] * 8), REQUESTS, JUDGES)
     after = asr(_scripted(["I cannot help"] * 8), REQUESTS, JUDGES)
-    test = mcnemar(attacked(before, "refusal-phrases"), attacked(after, "refusal-phrases"))
+    test = mcnemar(*(attacked(found.outputs, "refusal-phrases") for found in (before, after)))
     assert (test.only_before, test.only_after) == (8, 0)
     assert test.p == pytest.approx(2 / 2**8)
-    with pytest.raises(DataError, match="judged by 'other'"):
-        attacked(before, "other")
 
 
 def test_agreement_is_cohens_kappa_over_what_both_decided() -> None:

@@ -273,7 +273,7 @@ def asked(result: EvalResult) -> EvalResult:
 
 def changes(before: EvalResult, after: EvalResult) -> dict[str, McNemar]:
     """McNemar's test of the same requests before and after training, by judge."""
-    was, now = asked(before), asked(after)
+    was, now = asked(before).outputs, asked(after).outputs
     return {judge: mcnemar(attacked(was, judge), attacked(now, judge)) for judge in rates_by_judge(after.rates)}
 
 
