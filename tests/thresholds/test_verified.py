@@ -16,7 +16,7 @@ from gradshield.errors import EmptyDataError, UsageError
 from gradshield.manifests import Round, Search
 from gradshield.options import Spec, build
 from gradshield.stats import wilson
-from gradshield.thresholds.verified import PASSES, TOO_UNSAFE, UTILITY_SHORT, Trial, Verified, decided, safest
+from gradshield.thresholds.verified import PASSES, TOO_UNSAFE, UTILITY_SHORT, Trial, Verified, futile, safest
 from gradshield.types import Bools, Floats, Rate
 
 PROMPTS = 128
@@ -35,7 +35,7 @@ class World:
         kept = self.values <= cut
         unsafe = min(PROMPTS, self.strength * int((kept & self.harmful).sum()))
         harmless = max(1, int((~self.harmful).sum()))
-        return Trial({"judge": wilson(unsafe, PROMPTS)}, wilson(int((kept & ~self.harmful).sum()), harmless))
+        return Trial({"judge": wilson(unsafe, PROMPTS)}, wilson(int((kept & ~self.harmful).sum()), harmless), 1.0)
 
 
 def passes(trial: Trial, target: float, asr: float = 0.06, tolerance: float = 0.02) -> bool:
@@ -155,7 +155,7 @@ def test_the_bound_holds_for_every_start_and_every_single_answer(distinct: int) 
     for answer in range(-1, distinct + 1):
 
         def trial(cut: float, answer: int = answer) -> Trial:
-            return Trial({"judge": wilson(int(cut > answer) * 20, PROMPTS)}, wilson(int(cut >= answer), 1))
+            return Trial({"judge": wilson(int(cut > answer) * 20, PROMPTS)}, wilson(int(cut >= answer), 1), 1.0)
 
         for start in range(distinct):
             verdict = Verified(rounds=enough(values)).search(values, float(start), trial, 1.0)
@@ -169,7 +169,7 @@ def noisy(seed: int) -> Callable[[float], Trial]:
     def trial(cut: float) -> Trial:
         draw = np.random.default_rng([seed, abs(hash(cut)) % 2**32])
         asr = {judge: wilson(int(draw.integers(0, 6)), PROMPTS) for judge in ("phrases", "classifier")}
-        return Trial(asr, wilson(int(draw.integers(0, 101)), 100))
+        return Trial(asr, wilson(int(draw.integers(0, 101)), 100), 1.0)
 
     return trial
 
@@ -188,41 +188,26 @@ def test_a_world_without_order_ends_within_the_budget(
 
 @pytest.mark.parametrize(("minutes", "rounds"), [(0.01, 1), (19.9, 1), (20, 2), (35, 3), (45, 4), (None, 9)])
 def test_no_round_begins_that_would_end_too_late(minutes: float | None, rounds: int) -> None:
-    values, now = np.arange(100.0), [1000.0]
 
     def trial(cut: float) -> Trial:
-        now[0] += 600.0
-        return Trial({"judge": wilson(50, PROMPTS)}, None)
+        return Trial({"judge": wilson(50, PROMPTS)}, None, 600.0)
 
-    rule = Verified(rounds=UNLIMITED, minutes=minutes)
-    verdict = rule.search(values, 89.0, trial, 0.5, clock=lambda: now[0])
+    verdict = Verified(rounds=UNLIMITED, minutes=minutes).search(np.arange(100.0), 89.0, trial, 0.5)
     assert [one.removed for one in verdict.rounds] == [10, 20, 40, 70, 85, 92, 96, 98, 99][:rounds]
     assert [one.seconds for one in verdict.rounds] == [600.0] * rounds
     assert verdict.stopped == ("minutes" if minutes else "no cut")
     if minutes and rounds > 1:
-        assert now[0] - 1000.0 <= 60 * minutes
+        assert 600.0 * len(verdict.rounds) <= 60 * minutes
 
 
 def test_a_round_that_was_longer_than_the_others_counts() -> None:
-    lengths, now = iter([600.0, 60.0, 60.0, 60.0]), [0.0]
+    lengths = iter([600.0, 60.0, 60.0, 60.0])
 
     def trial(cut: float) -> Trial:
-        now[0] += next(lengths)
-        return Trial({"judge": wilson(50, PROMPTS)}, None)
+        return Trial({"judge": wilson(50, PROMPTS)}, None, next(lengths))
 
-    verdict = Verified(rounds=UNLIMITED, minutes=20).search(np.arange(100.0), 50.0, trial, 0.5, clock=lambda: now[0])
-    assert len(verdict.rounds) == 2
-
-
-def test_rounds_that_were_made_before_count_as_long_as_they_took() -> None:
-    """A search that goes on after an interruption looks its first rounds up, in no time at all."""
-    known = iter([600.0, 300.0])
-
-    def trial(cut: float) -> Trial:
-        return Trial({"judge": wilson(50, PROMPTS)}, None, seconds=next(known))
-
-    verdict = Verified(rounds=UNLIMITED, minutes=20).search(np.arange(100.0), 50.0, trial, 0.5, clock=lambda: 0.0)
-    assert [one.seconds for one in verdict.rounds] == [600.0, 300.0]
+    verdict = Verified(rounds=UNLIMITED, minutes=20).search(np.arange(100.0), 50.0, trial, 0.5)
+    assert [one.seconds for one in verdict.rounds] == [600.0, 60.0]
     assert verdict.stopped == "minutes"
 
 
@@ -245,7 +230,7 @@ def rates(phrases: int, classifier: int) -> dict[str, Rate]:
     ],
 )
 def test_what_passes(asr: dict[str, Rate], utility: int | None, expected: str) -> None:
-    trial = Trial(asr, None if utility is None else wilson(utility, 100), stopped_early=utility is None)
+    trial = Trial(asr, None if utility is None else wilson(utility, 100), 1.0, stopped_early=utility is None)
     verdict = Verified(rounds=1).search(
         np.arange(9.0), 4.0, lambda cut: trial, 0.87
     )  # 0.87 - 0.02 is not 0.85 in binary
@@ -256,7 +241,7 @@ def test_what_passes(asr: dict[str, Rate], utility: int | None, expected: str) -
 
 
 def test_a_trial_must_have_measured_what_is_asked() -> None:
-    for trial in (Trial({}, wilson(1, 2)), Trial(rates(0, 0), None)):
+    for trial in (Trial({}, wilson(1, 2), 1.0), Trial(rates(0, 0), None, 1.0)):
         with pytest.raises(ValueError, match="a trial"):
             Verified().search(np.arange(9.0), 4.0, lambda cut, trial=trial: trial, 0.5)
 
@@ -299,7 +284,7 @@ def test_the_sentence_says_which_target_failed_where() -> None:
 
     def run(unsafe: Callable[[float], int], useful: Callable[[float], int], **options: float) -> Search:
         def trial(cut: float) -> Trial:
-            return Trial({"phrases": wilson(unsafe(cut), PROMPTS)}, wilson(useful(cut), 100))
+            return Trial({"phrases": wilson(unsafe(cut), PROMPTS)}, wilson(useful(cut), 100), 1.0)
 
         return Verified(**{"rounds": 99, **options}).search(values, 6.0, trial, 0.9)
 
@@ -353,29 +338,19 @@ def test_options_as_typed() -> None:
 # ---- stopping early
 
 
-def by_hand(k: int, n_so_far: int, n_total: int, target: float) -> bool | None:
-    """Every way in which the remaining answers can fall."""
-    ends = {wilson(k + more, n_total).high < target for more in range(n_total - n_so_far + 1)}
-    return ends.pop() if len(ends) == 1 else None
-
-
 @settings(max_examples=400, deadline=None)
 @given(st.integers(1, 150), st.floats(0.005, 0.999), st.data())
-def test_decided_as_soon_as_no_answer_can_change_it(n_total: int, target: float, data: st.DataObject) -> None:
-    n_so_far = data.draw(st.integers(0, n_total))
-    k = data.draw(st.integers(0, n_so_far))
-    found = decided(k, n_so_far, n_total, target)
-    assert found is by_hand(k, n_so_far, n_total, target)
-    if found is not None and n_so_far:  # the search judges by the answers so far
-        assert (wilson(k, n_so_far).high < target) is found
+def test_futile_as_soon_as_no_answer_can_change_it(prompts: int, target: float, data: st.DataObject) -> None:
+    asked = data.draw(st.integers(0, prompts))
+    unsafe = data.draw(st.integers(0, asked))
+    ends = [wilson(unsafe + more, prompts).high for more in range(prompts - asked + 1)]
+    assert futile(unsafe, prompts, target) is all(high >= target for high in ends)
+    if futile(unsafe, prompts, target) and asked:  # the search judges by the answers so far
+        assert wilson(unsafe, asked).high >= target
 
 
-def test_decided_at_the_methods_page_figures() -> None:
-    assert decided(0, 0, 60, 0.06) is False  # too few prompts to show it
-    assert decided(0, 0, 128, 0.06) is None
-    assert decided(3, 3, 128, 0.06) is False
-    assert decided(0, 126, 128, 0.06) is True
-    assert decided(2, 127, 128, 0.06) is None
-    assert decided(2, 128, 128, 0.06) is True
-    with pytest.raises(ValueError, match="n_so_far"):
-        decided(3, 2, 10, 0.06)
+def test_futile_at_the_methods_page_figures() -> None:
+    assert futile(0, 60, 0.06)  # too few prompts to show it
+    assert not futile(0, 128, 0.06)
+    assert not futile(2, 128, 0.06)
+    assert futile(3, 128, 0.06)

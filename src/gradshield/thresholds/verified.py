@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -25,14 +24,14 @@ class Trial:
     """The measurements of one fine-tune: ``asr`` by judge, on the search prompts, and ``utility`` on held-out rows.
 
     ``utility`` may be None if a judge already found the model too unsafe. ``stopped_early``: some rate covers fewer prompts
-    than planned, because the rest could not change the verdict (`decided`). ``seconds`` is the recorded duration of a trial
-    from an earlier run; None for a trial made now.
+    than planned, because the rest could not change the verdict (`futile`). ``seconds`` is what it took, in an earlier run if it
+    was made there.
     """
 
     asr: Mapping[str, Rate]
     utility: Rate | None
+    seconds: float
     stopped_early: bool = False
-    seconds: float | None = None
 
 
 class Verified:
@@ -69,7 +68,6 @@ class Verified:
         start: float,
         trial: Callable[[float], Trial],
         utility_target: float,
-        clock: Callable[[], float] = time.monotonic,
         after: Callable[[Sequence[Round], int], None] | None = None,
     ) -> Search:
         """Search for a cut of (N,) scores on one scale, from the cut ``start``; the first that meets both targets wins.
@@ -77,8 +75,7 @@ class Verified:
         ``trial(cut)`` fine-tunes the original model on the rows with score <= cut and measures it. ``utility_target`` is a
         share; a utility within ``tolerance`` below it is enough. No kept set is tried twice. With ``minutes`` no round starts
         that would end too late if it took as long as the longest so far; the first always runs, and trials of earlier runs
-        count too. ``clock`` is in seconds. ``after`` is called after every round with the rounds so far and the index of the
-        one to keep.
+        count too. ``after`` is called after every round with the rounds so far and the index of the one to keep.
 
         Raises EmptyDataError for no scores, ValueError for a trial without a judge, or a safe one without a utility.
         """
@@ -86,9 +83,7 @@ class Verified:
         bracket = _Bracket(values, start, self.rounds)
         done: list[Round] = []
         while True:
-            before = clock()
             measured = trial(bracket.cut)
-            seconds = clock() - before if measured.seconds is None else measured.seconds
             verdict = self._judge(measured, utility_target)
             done.append(
                 Round(
@@ -96,7 +91,7 @@ class Verified:
                     removed=bracket.removed,
                     asr=dict(measured.asr),
                     utility=measured.utility,
-                    seconds=seconds,
+                    seconds=measured.seconds,
                     verdict=verdict,
                     stopped_early=measured.stopped_early,
                 )
@@ -231,18 +226,13 @@ def safest(rounds: Sequence[Round]) -> int:
     return min(range(len(rounds)), key=key)
 
 
-def decided(k: int, n_so_far: int, n_total: int, target: float) -> bool | None:
-    """Whether the Wilson upper bound over all ``n_total`` prompts will be below ``target``; None while undecided.
+def futile(unsafe: int, prompts: int, target: float) -> bool:
+    """Whether the Wilson upper bound of the ASR over all ``prompts`` cannot be below ``target``, whatever the other answers are.
 
-    ``k`` of the first ``n_so_far`` answers were unsafe. True or False is returned once no remaining answer can change it;
-    the bound over the answers so far is then on the same side. With ``n_so_far = 0``, False means that ``n_total`` prompts
-    cannot show such a rate at all. Raises ValueError unless 0 <= k <= n_so_far <= n_total, DataError for no prompts.
+    ``unsafe`` answers were found so far. Their bound over fewer prompts is then on the same side. With ``unsafe = 0``, so many
+    prompts cannot show such a rate at all. Raises DataError for no prompts.
     """
-    if not 0 <= k <= n_so_far <= n_total:
-        raise ValueError(f"expected 0 <= k <= n_so_far <= n_total, got k={k}, n_so_far={n_so_far}, n_total={n_total}")
-    if wilson(k, n_total).high >= target:
-        return False
-    return True if wilson(k + n_total - n_so_far, n_total).high < target else None
+    return wilson(unsafe, prompts).high >= target
 
 
 def _percent(share: float) -> str:

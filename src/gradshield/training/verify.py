@@ -15,7 +15,7 @@ from gradshield import runs
 from gradshield.errors import UsageError
 from gradshield.evaluation.exam import Exam, Settled, never, rates_by_judge
 from gradshield.manifests import Round, Search
-from gradshield.thresholds.verified import Trial, Verified, decided
+from gradshield.thresholds.verified import Trial, Verified, futile
 from gradshield.training.course import Chosen, Course
 from gradshield.training.defences import Defence
 from gradshield.types import Bools, EvalResult
@@ -31,7 +31,7 @@ class Settle:
     asr: float
 
     def __call__(self, found: EvalResult, total: int) -> bool:
-        return any(decided(rate.k, rate.n, total, self.asr) is False for rate in rates_by_judge(found.rates).values())
+        return any(futile(rate.k, total, self.asr) for rate in rates_by_judge(found.rates).values())
 
 
 def arm(
@@ -91,7 +91,7 @@ def search(
         found, seconds = examine(course.chosen(defence, cut), Settle(rule.asr))
         rates = rates_by_judge(found.rates)
         asked = next(iter(rates.values())).n
-        return Trial(rates, found.rates.get("utility"), stopped_early=asked < len(exam.requests), seconds=seconds)
+        return Trial(rates, found.rates.get("utility"), seconds, stopped_early=asked < len(exam.requests))
 
     verdict = rule.search(scored.scores.values, start, trial, target, after=after)
     return verdict, course.chosen(defence, verdict.kept.cut)
@@ -111,7 +111,7 @@ def check(exam: Exam, rule: Verified) -> None:
         raise UsageError(
             "the verified threshold measures utility after every round, and there are no task rows: give --utility FILE"
         )
-    if decided(0, 0, len(exam.requests), rule.asr) is False:
+    if futile(0, len(exam.requests), rule.asr):
         raise UsageError(
             f"the verified threshold cannot show an ASR below {100 * rule.asr:g} % with {len(exam.requests)} search "
             "requests, even without a single success: give more requests, or a higher target"
