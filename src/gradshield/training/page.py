@@ -277,10 +277,8 @@ def _traces(
 
 
 def _record(record: Mapping[str, Any]) -> Section:
-    """A table per method of a record, ``{method: {key: value}}``, and one for values outside any method."""
-    nested = {str(name): found for name, found in record.items() if isinstance(found, Mapping) and found}
-    loose = {str(key): found for key, found in record.items() if not isinstance(found, Mapping)}
-    parts = [*nested.items(), *([("", loose)] if loose else [])]
+    """A table per method of a record, ``{method: {key: value}}``."""
+    parts = [(name, found) for name, found in record.items() if found]
     tables = tuple(_record_table(name, found, len(parts) > 1) for name, found in parts)
     return Section("record", "What the method did in training", tables=tables, nav="Record")
 

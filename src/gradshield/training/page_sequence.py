@@ -26,7 +26,6 @@ _MEANING = (
     "is VISAGE relative to the start: 1 is a safe basin as wide as before."
 )
 FORGOTTEN = 0.1  # loss of utility that is reported; less may be a few rows
-_NOTHING = Section("measures", "What was remembered")
 
 
 def page(whole: SequenceRecord) -> Sheet:
@@ -35,13 +34,13 @@ def page(whole: SequenceRecord) -> Sheet:
     names = [stage.name for stage in stages]
     tone, standing, sentence, facts = _verdict(whole)
     charts = [_safety(whole, judges), _tasks(whole), _basin(whole)]
-    measures = _measures(whole)
     trained = names[1:]
     table = Table(
-        ("After", *(_MEASURES.get(name, name) for name in measures)),
-        tuple((name, *(_figure(values, i + 1) for values in measures.values())) for i, name in enumerate(trained)),
+        ("After", *(_MEASURES.get(name, name) for name in whole.measures)),
+        tuple(
+            (name, *(_figure(values, i + 1) for values in whole.measures.values())) for i, name in enumerate(trained)
+        ),
     )
-    shown = bool(measures and trained)
     every = {"model": whole.model.plain(), "settings": whole.settings.plain()}
     return Sheet(
         title=f"{len(tasks)} task{'s' if len(tasks) != 1 else ''} in turn",
@@ -53,9 +52,7 @@ def page(whole: SequenceRecord) -> Sheet:
         figures=(("stages", str(len(trained)), ""), ("tasks", str(len(tasks)), "")),
         sections=(
             Section("stages", "Over the sequence", charts=tuple(chart for chart in charts if chart is not None)),
-            Section("measures", "What was remembered", _MEANING, tables=(table,), nav="Measures")
-            if shown
-            else _NOTHING,
+            Section("measures", "What was remembered", _MEANING, tables=(table,), nav="Measures"),
             _table(stages, tasks, judges),
         ),
         command=whole.command,
@@ -63,10 +60,6 @@ def page(whole: SequenceRecord) -> Sheet:
         made=tuple(made.of_run(whole.settings, whole.model)),
         folded=tuple(flatten(every)),
     )
-
-
-def _measures(whole: SequenceRecord) -> dict[str, list[Number]]:
-    return {name: values for name, values in whole.measures.items() if values}
 
 
 def _figure(values: Sequence[Number], stage: int) -> str:
