@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from gradshield import stats
-from gradshield.errors import DataError, UsageError
+from gradshield.errors import DataError
 from gradshield.stats import wilson
 
 
@@ -129,7 +129,5 @@ def test_the_promise_of_the_methods_page_needs_128_rows() -> None:
 def test_a_rate_of_nothing_is_refused() -> None:
     with pytest.raises(DataError, match="0 rows"):
         wilson(0, 0)
-    with pytest.raises(UsageError, match="confidence level"):
-        wilson(1, 2, level=95)
     with pytest.raises(ValueError, match="between 0 and n"):
         wilson(3, 2)

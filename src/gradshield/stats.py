@@ -27,27 +27,28 @@ def check_level(level: float) -> None:
         raise UsageError(f"a confidence level must lie between 0 and 1, got {level}: pass for example 0.95")
 
 
-def wilson(k: int, n: int, level: float = 0.95) -> Rate:
+LEVEL = 0.95  # of every interval here
+
+
+def wilson(k: int, n: int) -> Rate:
     """The proportion ``k / n`` with its Wilson score interval.
 
-    Source: Wilson (1927), as recommended by Brown, Cai and DasGupta (2001); no continuity correction.
-
-    Raises DataError if ``n`` is 0, UsageError if ``level`` is not between 0 and 1.
+    Source: Wilson (1927), as recommended by Brown, Cai and DasGupta (2001); no continuity correction. Raises DataError if ``n``
+    is 0.
     """
-    check_level(level)
     if n == 0:
         raise DataError("a rate over 0 rows is undefined: pass at least one row")
     if not 0 <= k <= n:
         raise ValueError(f"k must lie between 0 and n, got k={k}, n={n}")
-    low, high = _wilson(int(k), int(n), level)
+    low, high = _wilson(int(k), int(n))
     return Rate(k=int(k), n=int(n), rate=k / n, low=low, high=high)
 
 
 @lru_cache(4096)  # SciPy also computes the exact p-value each time, and a search asks for the same few rates
-def _wilson(k: int, n: int, level: float) -> tuple[float, float]:
+def _wilson(k: int, n: int) -> tuple[float, float]:
     from scipy.stats import binomtest  # not at the top: the import takes a second
 
-    low, high = binomtest(k, n).proportion_ci(level, method="wilson")
+    low, high = binomtest(k, n).proportion_ci(LEVEL, method="wilson")
     return float(low), float(high)
 
 
@@ -94,24 +95,23 @@ def mcnemar(before: ArrayLike, after: ArrayLike) -> McNemar:
     return McNemar(n=len(b), only_before=only_before, only_after=only_after, p=p)
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95, seed: int = 0) -> Difference:
+def paired_difference(a: ArrayLike, b: ArrayLike, seed: int = 0) -> Difference:
     """Interval for ``mean(a) - mean(b)`` where ``a[i]`` and ``b[i]`` were measured on the same row.
 
     Outcomes that are all 0 or 1 get Tango's score interval (Tango 1998, Statistics in Medicine 17:891-908), which
     has a width even if no pair differs. Real scores get the percentile bootstrap over pairs, with ``seed``.
 
-    Raises DataError when the two are empty or of different lengths, UsageError when ``level`` is not in (0, 1).
+    Raises DataError when the two are empty or of different lengths.
     """
-    check_level(level)
     left, right = _paired(a, b)
     n = len(left)
     if _binary(left) and _binary(right):
         only_a, only_b = int((left > right).sum()), int((left < right).sum())
-        low, high = _tango(only_a, only_b, n, level)
-        return Difference((only_a - only_b) / n, low, high, n, level, "tango")
+        low, high = _tango(only_a, only_b, n)
+        return Difference((only_a - only_b) / n, low, high, n, LEVEL, "tango")
     differences = left - right
-    low, high = bootstrap(_mean, (differences,), level, seed)
-    return Difference(float(differences.mean()), low, high, n, level, "bootstrap")
+    low, high = bootstrap(_mean, (differences,), LEVEL, seed)
+    return Difference(float(differences.mean()), low, high, n, LEVEL, "bootstrap")
 
 
 def mean_interval(values: ArrayLike, seed: int = 0) -> Rate:
@@ -129,7 +129,7 @@ def mean_interval(values: ArrayLike, seed: int = 0) -> Rate:
         raise DataError(f"a score must lie between 0 and 1, and row {outside[0]} scored {scores[outside[0]]}")
     if _binary(scores):
         return wilson(int(scores.sum()), scores.size)
-    low, high = bootstrap(_mean, (scores,), 0.95, seed)
+    low, high = bootstrap(_mean, (scores,), LEVEL, seed)
     mean = float(scores.mean())
     return Rate(k=round(float(scores.sum())), n=scores.size, rate=mean, low=low, high=high)
 
@@ -187,11 +187,11 @@ def score_bounds(
     return edge(bounds[0]), edge(bounds[1])
 
 
-def _tango(only_a: int, only_b: int, n: int, level: float) -> tuple[float, float]:
+def _tango(only_a: int, only_b: int, n: int) -> tuple[float, float]:
     """Tango's score interval for ``(only_a - only_b) / n``, the discordant counts of ``n`` pairs."""
     from scipy.special import ndtri
 
-    z2 = float(ndtri((1 + level) / 2)) ** 2
+    z2 = float(ndtri((1 + LEVEL) / 2)) ** 2
 
     def distance(delta: float) -> float:
         # Equation 6 of the paper: q is the restricted maximum-likelihood estimate of P(only b) at this delta.
