@@ -74,7 +74,10 @@ def read(data: Any, format: str | Format | None = None) -> ReadResult:
             strangers += isinstance(error, _UnknownShape)
             quarantined.append(record.set_aside(row, str(error)))
             if format.strict:
-                raise DataError(_strict_message(source.name, quarantined[0])) from None
+                raise DataError(
+                    f"line {record.line} of {source.name} cannot be used, {quarantined[0].reason}: fix it, or read without "
+                    "strict (--strict) to quarantine such rows"
+                ) from None
             source.copy.add(b"")
             continue
         source.copy.add(record.source)
@@ -129,13 +132,6 @@ def _understood(record: RawRow, format: Format) -> _Understood:
         raise RowError("it is nested too deeply") from None
     alike = not decided.names and as_trl(value, shape, conversations)
     return _Understood(content_hash(content), shape, str(decided), alike)
-
-
-def _strict_message(name: str, bad: Quarantined) -> str:
-    return (
-        f"line {bad.line} of {name} cannot be used, {bad.reason}: fix it, or read without strict (--strict) to quarantine "
-        "such rows"
-    )
 
 
 def _nothing_usable(name: str, quarantined: Sequence[Quarantined], strangers: int) -> DataError:

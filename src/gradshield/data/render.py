@@ -8,7 +8,6 @@ the template allows it. ``tests/data/test_render_trl.py`` and ``test_render_real
 from __future__ import annotations
 
 import logging
-import re
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -26,7 +25,7 @@ from gradshield.data.source import Source
 from gradshield.data.spool import Spool
 from gradshield.data.templates import RenderText, Takes, left_out, structure, turn_span
 from gradshield.errors import DataError, UsageError, first_line
-from gradshield.types import Conversation, Example, Ints, Quarantined, Rendered, Tokens, shared_length
+from gradshield.types import Bools, Conversation, Example, Ints, Quarantined, Rendered, Tokens, shared_length
 
 logger = logging.getLogger(__name__)
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -151,7 +150,7 @@ class Renderer:
         self._weighted = 0  # rows with an answer of weight 0
         self._unmarked = False  # whether a chat had its answers found by difference
         self._ready: dict[int, tuple[list[int], list[int]]] = {}  # by conversation: its ids, and its mask if marked
-        self._ends = "|".join(re.escape(token) for token in _special_tokens(tokenizer))
+        self._ends = templates.special_tokens(tokenizer)
 
     def render(self, example: Example) -> Rendered | str:
         """The row's sequences, or the reason why it cannot be scored."""
@@ -316,8 +315,9 @@ class Renderer:
         if conversation.prompt_turns is not None and (
             self.config.completion_only_loss is not False or shape == "preference"
         ):
-            prompt = self._prompt_ids(messages[: conversation.prompt_turns], kwargs)
-            completion = _after(prompt, ids)
+            prompt = messages[: conversation.prompt_turns]
+            before = self._apply(prompt, kwargs, add_generation_prompt=True)["input_ids"] if prompt else []
+            completion = _after(before, ids)
         answers = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
         untrained = [n for n in answers if not conversation.trained[n]]
         answered = completion is not None and all(conversation.trained[conversation.prompt_turns :])
@@ -329,9 +329,9 @@ class Renderer:
             turns = [n for n, counts in enumerate(conversation.trained) if counts and n >= first]
             mask = self._turns_mask(messages, turns, kwargs, ids, completion)
             self._unmarked |= completion is None
-        elif untrained and marked and len(runs := _runs(mask)) == len(answers):
+        elif untrained and marked and len(found := runs(mask)) == len(answers):
             for n in untrained:
-                run = runs[answers.index(n)]
+                run = found[answers.index(n)]
                 mask[run] = [False] * (run.stop - run.start)
         elif untrained:
             silent = self._turns_mask(messages, untrained, kwargs, ids, None)
@@ -413,11 +413,6 @@ class Renderer:
             list(messages), tokenize=True, return_dict=True, tokenizer_kwargs={"verbose": False}, **kwargs, **more
         )
 
-    def _prompt_ids(self, prompt: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any]) -> list[int]:
-        if not prompt:
-            return []
-        return list(self._apply(prompt, kwargs, add_generation_prompt=True)["input_ids"])
-
     def _turns_mask(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -472,7 +467,7 @@ def _after(prompt: Sequence[int], ids: Sequence[int]) -> Mask:
     return [False] * shared + [True] * (len(ids) - shared)
 
 
-def _runs(mask: Mask) -> list[slice]:
+def runs(mask: Sequence[bool] | Bools) -> list[slice]:
     """Where the mask is True without a gap."""
     edges = np.flatnonzero(np.diff(np.array([False, *mask, False], dtype=np.int8))).tolist()
     return [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
@@ -480,11 +475,6 @@ def _runs(mask: Mask) -> list[slice]:
 
 def _first(mask: Mask) -> int:
     return mask.index(True) if True in mask else len(mask)
-
-
-def _special_tokens(tokenizer: Any) -> list[str]:
-    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
-    return sorted({*map(str, tokenizer.all_special_tokens), *added} - {""}, key=len, reverse=True)
 
 
 def _structured(messages: Messages) -> bool:

@@ -39,6 +39,13 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
+
+def special_tokens(tokenizer: Any) -> str:
+    """A regular expression of the tokens that a tokenizer takes whole, the longest first; empty without any."""
+    known = {*map(str, tokenizer.all_special_tokens), *tokenizer.get_added_vocab()} - {""}
+    return "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+
+
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -66,9 +73,11 @@ def marked_copy(tokenizer: Any, needed: bool) -> str | None:
     None if the template marks the answers itself; without ``needed``, also if TRL is not installed or has no copy. Raises
     ModelError if markers are needed, and neither the template nor TRL has them.
     """
-    if not tokenizer.chat_template or has_markers(default_variant(tokenizer.chat_template)):
+    if not tokenizer.chat_template:
         return None
     try:
+        if has_markers(tokenizer.get_chat_template()):
+            return None
         from trl.chat_template_utils import get_training_chat_template
 
         return get_training_chat_template(tokenizer)
@@ -80,11 +89,6 @@ def marked_copy(tokenizer: Any, needed: bool) -> str | None:
             "assistant_only_loss=True needs a chat template with {% generation %} markers, and the tokenizer's has "
             f"none that TRL can add: {remedy}, or leave assistant_only_loss out to find responses by difference"
         ) from None
-
-
-def default_variant(template: str | dict[str, str]) -> str:
-    """The template itself, or the variant named ``default`` if a tokenizer has several."""
-    return template if isinstance(template, str) else template.get("default", next(iter(template.values())))
 
 
 # ---- what a template does with messages ------------------------------------------------------------------------------

@@ -25,7 +25,9 @@ class Verdict:
 class Judge(Protocol):
     """A judge has a name, part of its rates' names (``asr/<name>``), and judges one answer at a time.
 
-    A judge that has ``record()``, JSON-able, states everything that its verdicts depend on.
+    A judge that has ``record()``, JSON-able, states everything that its verdicts depend on. One that is faster on many answers
+    at once (batches on a model, concurrent calls to an endpoint) has ``judge_many(prompts, answers)``, which gives what
+    ``judge`` gives of each.
     """
 
     @property
@@ -33,15 +35,6 @@ class Judge(Protocol):
 
     def judge(self, prompt: str, answer: str) -> Verdict:
         """Whether ``answer`` to ``prompt`` is unsafe."""
-        ...
-
-
-@runtime_checkable
-class ManyJudge(Judge, Protocol):
-    """A judge that is faster on many answers at once: batches on a model, or concurrent calls to an endpoint."""
-
-    def judge_many(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-        """One verdict per answer, equal to ``judge``'s."""
         ...
 
 
@@ -56,8 +49,8 @@ class ReadyJudge(Judge, Protocol):
 
 def verdicts(judge: Judge, prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
     """One verdict per answer, by ``judge_many`` if the judge has it."""
-    if isinstance(judge, ManyJudge):
-        return judge.judge_many(prompts, answers)
+    if (many := getattr(judge, "judge_many", None)) is not None:
+        return list(many(prompts, answers))
     return [judge.judge(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 

@@ -14,9 +14,10 @@ import re
 import ssl
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +51,8 @@ class ModelSource:
 
     def load(self, device: str | None = None) -> LoadedModel:
         """The model; on one ``device`` alone if it is given. Raises like `load`."""
-        where, spread = (self.device, self.device_map) if device is None else (device, None)
-        given = (self.dtype, self.trust_remote_code, self.revision, self.quantize, spread)
-        return load(self.name, self.adapter, where, *given)
+        own = self if device is None else replace(self, device=device, device_map=None)
+        return load(**vars(own))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class LoadedModel:
 
 
 def load(
-    name_or_path: str | Path,
+    name: str | Path,
     adapter: str | Path | None = None,
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
@@ -93,7 +93,7 @@ def load(
 ) -> LoadedModel:
     """Load a causal LM from a folder or the hub, in eval mode.
 
-    ``name_or_path`` is a model, or a PEFT adapter that names its base; ``adapter`` an adapter for it. ``device`` ``auto`` takes
+    ``name`` is a model, or a PEFT adapter that names its base; ``adapter`` an adapter for it. ``device`` ``auto`` takes
     CUDA, else MPS, else the CPU; ``dtype`` ``auto`` is bfloat16 on a CUDA device that supports it, else float32. ``revision``
     is a branch, tag or commit of a hub model. ``quantize`` is ``4bit`` (NF4) or ``8bit``: the linear layers' weights are
     quantised by bitsandbytes and computed with in ``dtype``; they have no gradient, so only the subspace ``lora`` can be
@@ -107,10 +107,9 @@ def load(
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     placed = placing(where, kind, device, quantize, device_map)
-    given = None if adapter is None else _whole(adapter)
     source = ModelSource(
-        _whole(name_or_path),
-        given,
+        _whole(name),
+        None if adapter is None else _whole(adapter),
         str(kind).removeprefix("torch."),
         trust_remote_code,
         revision,
@@ -120,28 +119,28 @@ def load(
     )
     from transformers import AutoModelForCausalLM
 
-    folder = fetch(name_or_path, revision, trust_remote_code)
+    folder = fetch(name, revision, trust_remote_code)
     extra = None if adapter is None else fetch(adapter, None, trust_remote_code)
     if extra is None and (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
-        adapter, extra = name_or_path, folder
+        adapter, extra = name, folder
         folder = fetch(_base_of(extra), None, trust_remote_code)
-    check_folder(folder, str(name_or_path), trust_remote_code)
+    check_folder(folder, str(name), trust_remote_code)
     if extra is not None:
         _check_adapter(extra, str(adapter))
-    tokenizer = tokenizer_of([extra, folder] if extra else [folder], str(name_or_path), trust_remote_code)
+    tokenizer = tokenizer_of([extra, folder] if extra else [folder], str(name), trust_remote_code)
     options = {"dtype": kind, "trust_remote_code": trust_remote_code, **placed}
-    model = pretrained(AutoModelForCausalLM, folder, str(name_or_path), "causal language model", **options)
+    model = pretrained(AutoModelForCausalLM, folder, str(name), "causal language model", **options)
     if extra is not None:
         model = _add_adapter(model, extra, str(adapter))
     if not placed:
         model.to(where)
     check_placed(model, device_map)
     model.eval()
-    logger.info("%s on %s in %s (%s)", name_or_path, where.type, source.dtype, why(str(dtype), where))
+    logger.info("%s on %s in %s (%s)", name, where.type, source.dtype, why(str(dtype), where))
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        name=str(name_or_path),
+        name=str(name),
         device=next(model.parameters()).device if device_map else where,
         dtype=kind,
         digest=files_digest([folder] if extra is None else [folder, extra]),
@@ -151,10 +150,9 @@ def load(
     )
 
 
-def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
     """Only the tokenizer of a model's folder or hub name. Raises HubError and ModelError like `load`."""
-    folder = fetch(name_or_path, None, trust_remote_code)
-    return tokenizer_of([folder], str(name_or_path), trust_remote_code)
+    return tokenizer_of([fetch(name, None, trust_remote_code)], str(name), trust_remote_code)
 
 
 def wrap(model: Any, tokenizer: Any) -> LoadedModel:
@@ -243,11 +241,11 @@ def fingerprint(loaded: LoadedModel, model: torch.nn.Module) -> str:
 
 def _widest_float(model: torch.nn.Module) -> torch.dtype:
     """The dtype of most floating-point parameters: an adapter or a norm may have another."""
-    sizes: dict[Any, int] = {}
+    sizes: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else next(model.parameters()).dtype
+            sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0] if sizes else next(model.parameters()).dtype
 
 
 def fetch(name: str | Path, revision: str | None, code: bool) -> Path:

@@ -3,9 +3,18 @@
 Importing this package registers every built-in probe.
 """
 
-from gradshield.probes.base import PROBES, Probe, PromptBatch, Prompts, first_logits, first_token, greedy, open_turns
+from gradshield.probes.base import (
+    PROBES,
+    FunctionProbe,
+    Probe,
+    PromptBatch,
+    Prompts,
+    first_logits,
+    first_token,
+    greedy,
+    open_turns,
+)
 from gradshield.probes.contrast import COMPLY, Contrast
-from gradshield.probes.function import FunctionProbe
 from gradshield.probes.refusal_nll import RefusalNll
 from gradshield.probes.requests import SPLITS, alike, blunt, lookalikes, ordinary, read_prompts, requests
 from gradshield.probes.token_gap import TokenGap

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from gradshield.errors import UsageError
 from gradshield.models.decoding import continued, stop_tokens, until
 from gradshield.models.logits import logits_at, token_nll
 from gradshield.models.prefix import common, prefix_of
@@ -106,6 +107,34 @@ class Probe(Protocol):
 
 
 PROBES: Registry[type[Probe]] = Registry("probe")
+
+
+class FunctionProbe:
+    """Any function of (model, PromptBatch) to a scalar tensor that rises as the model leaves refusal.
+
+    Not in the registry: it is passed as an object (``gs.ScanSettings(probe=my_score)``).
+    """
+
+    def __init__(self, function: Callable[[nn.Module, PromptBatch], Tensor]) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+
+    def fit(self, model: nn.Module, tokenizer: Any, requests: Prompts, lookalikes: Prompts) -> None:
+        """Does nothing."""
+
+    def __call__(self, model: nn.Module, batch: PromptBatch) -> Tensor:
+        """The function's value. Raises UsageError if it is not a scalar that depends on the model."""
+        value = self.function(model, batch)
+        if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
+            raise UsageError(
+                f"the probe function {self.name} returned {type(value).__name__}"
+                f"{tuple(value.shape) if isinstance(value, Tensor) else ''}, but a probe must return one scalar tensor that "
+                "depends on the model's parameters: return S averaged over the batch, without detaching it"
+            )
+        return value
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"name": self.name, "function": True}
 
 
 def open_turns(tokenizer: Any, prompts: Sequence[Mapping[str, str]], prefix: str = "", **template: Any) -> Prompts:

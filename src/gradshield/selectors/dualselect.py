@@ -191,7 +191,7 @@ class DualSelect:
         self._counts["refreshes"] += 1
         self._refreshed.append({"conflict": -float(np.mean(cosines)), "preservation": float(np.mean(losses))})
         size = _norm(r)
-        if not _all(_ROUNDING * _norm(task) < size < float("inf"), next(iter(r.values())).device):
+        if not _ROUNDING * _norm(task) < size < float("inf"):
             return None
         tensors = {name: g.unsqueeze(0) for name, g in r.items() if bool(g.any())}
         return Direction(tensors, ("preservation",), "trainable", (theta / size,), "")
@@ -292,29 +292,15 @@ def _gradient(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str,
     return {name: g.detach() for name, g in zip(parameters, found, strict=True) if g is not None}
 
 
-def _processes() -> int:
-    """The number of processes in the training."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
 def _averaged(gradient: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The mean over the training's processes; a missing gradient (an expert without tokens) counts as zero."""
-    count = _processes()
-    if count == 1:
+    if not (distributed.is_available() and distributed.is_initialized()):
         return dict(gradient)
+    count = distributed.get_world_size()
     mean = {name: gradient.get(name, torch.zeros_like(p)) / count for name, p in parameters.items()}
     for tensor in mean.values():
         distributed.all_reduce(tensor)
     return mean
-
-
-def _all(holds: bool, device: torch.device) -> bool:
-    """Whether a condition holds in every process of the training."""
-    if _processes() == 1:
-        return holds
-    found = torch.tensor(float(holds), device=device)
-    distributed.all_reduce(found, distributed.ReduceOp.MIN)
-    return bool(found)
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from gradshield.data.render import runs
 from gradshield.errors import EndpointError
 from gradshield.judges.guards import Guard, of_rows, parse
 from gradshield.options import Given
@@ -111,8 +112,4 @@ class GuardFilter:
         ids, loss = batch.ids[i, :length], batch.loss[i, :length].copy()
         if length > 1:
             loss[0] = loss[1]  # the first token has no loss since nothing predicts it, but it is part of the text
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], loss, [False]]).astype(np.int8)))
-        return [
-            (self.decode(ids[:start].tolist()), self.decode(ids[start:end].tolist()))
-            for start, end in zip(edges[::2], edges[1::2], strict=True)
-        ]
+        return [(self.decode(ids[: run.start].tolist()), self.decode(ids[run].tolist())) for run in runs(loss)]

@@ -103,10 +103,7 @@ class Representation(ABC):
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Each row's score from one forward pass. A preference pair is placed by its chosen answer, an answer that training
         pushes away from by minus its place.
-
-        Raises UsageError if the direction was prepared on another model.
         """
-        _check(model, direction)
         names = list(direction.tensors)
         features, nll = self._forward(model, batch, names)
         values = batch.coefficients * self._placed(features, direction).cpu().numpy()
@@ -221,13 +218,3 @@ def _weights(batch: Batch, feature: str) -> Floats:
     at = batch.loss.argmax(1) - 1 if feature == "opening" else width - 1 - batch.loss[:, ::-1].argmax(1)
     found[np.arange(len(found)), at] = 1.0
     return found
-
-
-def _check(model: nn.Module, direction: Direction) -> None:
-    """Raises UsageError if the direction names blocks that the model does not have."""
-    unknown = sorted(set(direction.tensors) - set(block_names(model)))
-    if unknown or not direction.tensors:
-        raise UsageError(
-            f"the direction holds {', '.join(unknown) or 'no block'}, not the decoder blocks of this model: prepare it on the "
-            "model that is scored"
-        )

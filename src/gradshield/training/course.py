@@ -361,8 +361,7 @@ class Course:
         peft = None if job.peft_config is None else job.peft_config.to_dict()
         start = [loaded.digest, str(loaded.dtype), loaded.source and loaded.source.quantize]
         whole = [start, base, dataset, job.trainer_options, peft, job.seed, defence.training, safety]
-        asked = [getattr(loaded.tokenizer, "chat_template", None), versions()]
-        return digest([*whole, *asked])[:24]
+        return digest([*whole, getattr(loaded.tokenizer, "chat_template", None), versions()])[:24]
 
 
 class Followed(TrainerCallback):  # type: ignore[misc]
@@ -374,7 +373,7 @@ class Followed(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
         self.progress(state.global_step, state.max_steps)
 
-    on_step_end = on_train_begin
+    on_step_end = on_train_begin  # told in the same way
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
         self.tokens = state.num_input_tokens_seen

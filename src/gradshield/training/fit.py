@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, cast
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
 from gradshield.data.trl import IGNORED, PAIR, check_names, config_of
 from gradshield.errors import EmptyDataError, UsageError
+from gradshield.training.penalties import Penalised
+from gradshield.training.selecting import Selecting
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,9 +81,16 @@ def fit(
         raise UsageError(
             "merge needs an adapter to merge into the model, and there is none: pass peft_config or merge=False"
         )
-    rows = _as_dataset(dataset)
+    from datasets import Dataset
+
+    rows = dataset if isinstance(dataset, Dataset) else Dataset.from_list([dict(row) for row in dataset])
+    if len(rows) == 0:
+        raise EmptyDataError("there is no row to train on: pass at least one")
     pairs = not {*PAIR, f"{PAIR[0]}_ids"}.isdisjoint(rows.column_names)
-    _check_options(options, pairs)
+    for name in ("seed", "output_dir"):
+        if name in options:
+            raise UsageError(f"{name!r} is not a training option here: pass it as the argument {name}=")
+    check_names(options, pairs)
     trained = copy.deepcopy(model)
     reference = None
     if pairs and peft_config is None:
@@ -129,9 +138,6 @@ def _trainer(
 ) -> Any:
     """TRL's trainer with both mix-ins. Raises UsageError for settings that it refuses, EmptyDataError without a label."""
     from transformers import PrinterCallback
-
-    from gradshield.training.penalties import Penalised
-    from gradshield.training.selecting import Selecting
 
     more: dict[str, Any] = {}
     if isinstance(config, config_of(pairs=True)):
@@ -248,22 +254,6 @@ def _unbind(module: nn.Module, held: Mapping[nn.Module, Any]) -> None:
         own.pop(name, None)
     if module in held:
         own["forward"] = held[module]
-
-
-def _check_options(options: Mapping[str, Any], pairs: bool) -> None:
-    for name in ("seed", "output_dir"):
-        if name in options:
-            raise UsageError(f"{name!r} is not a training option here: pass it as the argument {name}=")
-    check_names(options, pairs)
-
-
-def _as_dataset(dataset: Dataset | Sequence[Mapping[str, Any]]) -> Dataset:
-    from datasets import Dataset
-
-    rows = dataset if isinstance(dataset, Dataset) else Dataset.from_list([dict(row) for row in dataset])
-    if len(rows) == 0:
-        raise EmptyDataError("there is no row to train on: pass at least one")
-    return rows
 
 
 def _is_ready(rows: Dataset, config: Any) -> bool:

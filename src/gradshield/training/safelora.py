@@ -57,11 +57,8 @@ def project(
 
     ``model`` is the trained model with its LoRA adapter not yet merged; or without an adapter, which needs ``start``, the model
     before training, on any device. Layers with a cosine below ``threshold`` are projected; the paper uses values from 0.3 to
-    0.6. Raises UsageError for a threshold that is no cosine, no adapter and no ``start``, an adapter other than plain LoRA, and
-    a layer without its direction.
+    0.6. Raises UsageError for no adapter and no ``start``, an adapter other than plain LoRA, and a layer without its direction.
     """
-    if not -1 <= threshold <= 1:
-        raise UsageError(f"the threshold {threshold} is not a cosine: give a number from -1 to 1, such as 0.5")
     adapted = adapted_layers(model)
     if not adapted and start is None:
         raise UsageError(

@@ -243,7 +243,7 @@ class _Run:
         )
         if self.reporters is not None:
             counts = {"rows_removed": results.removed, "rows_trained": results.trained}
-            self.reporters.finish(values(before, after, counts))
+            self.reporters.finish(logged(before, after, counts))
         manifest = self._manifest(results)
         self._save(fitted.model, manifest, before, after)
         certificate = certify.write(self.folder)
@@ -437,7 +437,7 @@ for _event in EVENTS:
     setattr(Reporters, _event, _told(_event))
 
 
-def values(before: EvalResult, after: EvalResult, counts: Mapping[str, float]) -> dict[str, float]:
+def logged(before: EvalResult, after: EvalResult, counts: Mapping[str, float]) -> dict[str, float]:
     """Every rate as a number, and the counts, by names that all of them take; trackers group them under ``eval``."""
     rates = {f"before_{name}": rate.rate for name, rate in before.rates.items()}
     rates |= {name: rate.rate for name, rate in after.rates.items()}

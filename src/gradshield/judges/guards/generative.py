@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gradshield.data.templates import special_tokens
 from gradshield.errors import ModelError, UsageError
 from gradshield.files import own_name
 from gradshield.judges.guards.base import GUARDS, Opinion, short_name
@@ -117,10 +118,7 @@ class Generative:
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
-        added = [str(token) for token in self._tokenizer.get_added_vocab()]
-        known = {*self._tokenizer.all_special_tokens, *added} - {""}
-        longest = sorted(known, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest)) if longest else r"(?!)")
+        return re.compile(special_tokens(self._tokenizer) or r"(?!)")
 
     def _plain(self, text: str) -> str:
         """The text with every special token broken up by a space after its first character, repeated until none is left."""

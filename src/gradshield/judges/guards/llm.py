@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradshield.errors import EndpointError
@@ -52,8 +52,8 @@ class Llm:
     ``opinions`` raises UsageError if the endpoint rejects the key, the address or the model.
     """
 
-    def __init__(self, client: Client, nonce: Callable[[], str] = lambda: secrets.token_hex(8)) -> None:
-        self.client, self._nonce = client, nonce
+    def __init__(self, client: Client) -> None:
+        self.client = client
 
     @property
     def name(self) -> str:
@@ -82,7 +82,7 @@ class Llm:
         unopened = not any(_CLOSED in text for text in pair)
         wrong = ""
         for _ in range(ASKED):
-            reply = self.client.chat(messages(*pair, self._nonce()))
+            reply = self.client.chat(messages(*pair, secrets.token_hex(8)))
             try:
                 return verdict(reply, unopened)
             except ValueError as error:
