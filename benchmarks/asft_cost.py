@@ -58,14 +58,14 @@ def build(shape: Mapping[str, int]) -> tuple[nn.Module, Alignment]:
     config = peft.LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     shapes = dict(model.named_parameters())
     tensors = {name: 0.001 * torch.randn_like(shapes[name]) for name in target_names(model, config)}
-    return peft.get_peft_model(model, config), Alignment(tensors)
+    return peft.get_peft_model(model, config), tensors
 
 
 def dense(model: nn.Module, alignment: Alignment) -> Tensor:
     """The penalty as its formula is written: C (d, d), I - C and ΔW (d, k) of every layer, at every step."""
     total = torch.zeros(())
     for part in adapted_layers(model):
-        v = alignment.tensors[part.name]
+        v = alignment[part.name]
         b, a = part.factors()
         c = (v @ v.T) / v.norm()
         total = total + ((torch.eye(len(c)) - c) @ (b @ a)).square().sum()
@@ -128,7 +128,7 @@ def measure(rounds: int, shape: Mapping[str, int], rows: int, length: int) -> di
         )
     return {
         "parameters": sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n),
-        "layers": len(alignment.tensors),
+        "layers": len(alignment),
         "rank": RANK,
         "tokens": rows * length,
         "rounds": rounds,

@@ -33,14 +33,14 @@ def test_an_update_of_the_adapter_adds_to_v_as_it_is(arch: str) -> None:
     base = tiny_model(arch)
     aligned = perturbed(base)
     found = alignment(aligned, base, target_names(base, LORA))
-    assert found.tensors and all(v.ndim == 2 and v.dtype == torch.float32 for v in found.tensors.values())
-    rank = max(max(v.shape) for v in found.tensors.values())
+    assert found and all(v.ndim == 2 and v.dtype == torch.float32 for v in found.values())
+    rank = max(max(v.shape) for v in found.values())
     wide = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     carrying = peft.get_peft_model(copy.deepcopy(base), wide)
     with torch.no_grad():
         for name, module in carrying.named_modules():
             if hasattr(module, "lora_A") and len(module.lora_A):
-                v = found.tensors[plain_name(f"{name}.weight")]
+                v = found[plain_name(f"{name}.weight")]
                 a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
                 a.zero_()
                 b.zero_()
@@ -48,7 +48,7 @@ def test_an_update_of_the_adapter_adds_to_v_as_it_is(arch: str) -> None:
                 b[:, : v.shape[1]] = v / 2
     merged = dict(carrying.merge_and_unload().named_parameters())
     for name, parameter in aligned.named_parameters():
-        if name in found.tensors:
+        if name in found:
             assert torch.allclose(merged[name], parameter, atol=1e-6), name
 
 
@@ -59,9 +59,9 @@ def test_gpt2_keeps_its_matrices_the_other_way_round() -> None:
     name = "transformer.h.0.attn.c_attn.weight"
     kept = dict(aligned.named_parameters())[name] - dict(base.named_parameters())[name]
     assert kept.shape == (64, 192)
-    assert found.tensors[name].shape == (192, 64)
-    assert torch.equal(found.tensors[name], kept.detach().T)
-    assert not any(name.endswith("bias") for name in found.tensors)
+    assert found[name].shape == (192, 64)
+    assert torch.equal(found[name], kept.detach().T)
+    assert not any(name.endswith("bias") for name in found)
 
 
 def test_names_of_a_model_with_its_adapter_are_those_of_the_plain_one() -> None:
@@ -70,8 +70,8 @@ def test_names_of_a_model_with_its_adapter_are_those_of_the_plain_one() -> None:
     plain = alignment(aligned, base, target_names(base, LORA))
     carrying = peft.get_peft_model(copy.deepcopy(aligned), copy.deepcopy(LORA))
     other = alignment(carrying, base, target_names(carrying, None))
-    assert other.tensors.keys() == plain.tensors.keys()
-    assert all(torch.equal(other.tensors[name], v) for name, v in plain.tensors.items())
+    assert other.keys() == plain.keys()
+    assert all(torch.equal(other[name], v) for name, v in plain.items())
 
 
 def test_a_weight_that_alignment_left_alone_is_reported() -> None:
@@ -81,7 +81,7 @@ def test_a_weight_that_alignment_left_alone_is_reported() -> None:
     with torch.no_grad():
         dict(aligned.named_parameters())[names[3]].copy_(dict(base.named_parameters())[names[3]])
     found = alignment(aligned, base, names)
-    assert [name for name, v in found.tensors.items() if not v.any()] == [names[3]]
+    assert [name for name, v in found.items() if not v.any()] == [names[3]]
 
 
 def test_what_has_no_direction_is_refused() -> None:
@@ -122,7 +122,7 @@ def test_half_precision_is_subtracted_in_float32() -> None:
     base = tiny_model("llama")
     low = copy.deepcopy(base).to(torch.bfloat16)
     found = alignment(base, low, target_names(base, LORA))
-    for name, v in found.tensors.items():
+    for name, v in found.items():
         exact = dict(base.named_parameters())[name] - dict(low.named_parameters())[name].float()
         assert torch.equal(v, exact.detach())
 

@@ -172,9 +172,9 @@ def test_on_a_model_it_is_the_formula_on_what_would_be_merged(arch: str, project
     held.prepare(model)
     moved(model)
     changes = deltas(model)
-    assert changes.keys() == direction.tensors.keys()
+    assert changes.keys() == direction.keys()
     slow = torch.zeros((), dtype=torch.float64)
-    for name, v in direction.tensors.items():
+    for name, v in direction.items():
         delta = changes[name].double()
         delta = delta.T if arch == "gpt2" else delta
         c = dense_operator(v, projector, 0.7)
@@ -184,11 +184,11 @@ def test_on_a_model_it_is_the_formula_on_what_would_be_merged(arch: str, project
     assert json.loads(json.dumps(record)) == record
     assert record["layers"] == len(changes) and record["changed"] == "adapter"
     assert record["value"] == pytest.approx(0.5 * float(slow), rel=1e-5)
-    largest = [float(torch.linalg.eigvalsh(dense_operator(v, "published", 1))[-1]) for v in direction.tensors.values()]
+    largest = [float(torch.linalg.eigvalsh(dense_operator(v, "published", 1))[-1]) for v in direction.values()]
     assert record["largest_eigenvalue"]["max"] == pytest.approx(max(largest), rel=1e-6)
     assert record["layers_beyond_two"] == sum(x > 2 for x in largest)
     if projector == "top":
-        counts = [round(float(dense_operator(v, "top", 0.7).trace())) for v in direction.tensors.values()]
+        counts = [round(float(dense_operator(v, "top", 0.7).trace())) for v in direction.values()]
         assert (record["directions"]["min"], record["directions"]["max"]) == (min(counts), max(counts))
 
 
@@ -213,7 +213,7 @@ def test_two_adapters_at_once_are_one_change() -> None:
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
             delta = (module.get_delta_weight("default") + module.get_delta_weight("second")).detach().double()
-            c = dense_operator(direction.tensors[name.removeprefix("base_model.model.") + ".weight"], "published", 1)
+            c = dense_operator(direction[name.removeprefix("base_model.model.") + ".weight"], "published", 1)
             slow += float((delta - c @ delta).square().sum())
     assert float(held(model, {}).detach()) == pytest.approx(slow, rel=1e-5)
 
@@ -250,7 +250,7 @@ def test_of_an_adapter_that_was_trained_before_only_the_change_since_then_is_hel
     slow = torch.zeros((), dtype=torch.float64)
     for name, delta in change().items():
         since = delta - before[name]
-        slow = slow + (since - dense_operator(direction.tensors[name], "published", 1) @ since).square().sum()
+        slow = slow + (since - dense_operator(direction[name], "published", 1) @ since).square().sum()
     slow.backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -276,7 +276,7 @@ def test_without_an_adapter_the_change_since_the_start_is_held(arch: str) -> Non
     base = tiny_model(arch)
     model = perturbed(base)
     direction = alignment(model, base, target_names(base, LORA))
-    frozen = next(iter(direction.tensors))
+    frozen = next(iter(direction))
     dict(model.named_parameters())[frozen].requires_grad_(False)
     held = AsFT(direction)
     held.prepare(model)
@@ -288,7 +288,7 @@ def test_without_an_adapter_the_change_since_the_start_is_held(arch: str) -> Non
                 p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
     slow = torch.zeros((), dtype=torch.float64)
     old, new = dict(before.named_parameters()), dict(model.named_parameters())
-    for name, v in direction.tensors.items():
+    for name, v in direction.items():
         delta = (new[name] - old[name]).detach().double()
         delta = delta.T if arch == "gpt2" else delta
         slow += (delta - dense_operator(v, "published", 1) @ delta).square().sum()
@@ -296,8 +296,8 @@ def test_without_an_adapter_the_change_since_the_start_is_held(arch: str) -> Non
     assert relative(value, slow) < 1e-5
     value.backward()
     assert new[frozen].grad is None
-    assert all(new[name].grad.any() for name in direction.tensors if name != frozen)
-    assert held.record()["changed"] == "weights" and held.record()["layers"] == len(direction.tensors) - 1
+    assert all(new[name].grad.any() for name in direction if name != frozen)
+    assert held.record()["changed"] == "weights" and held.record()["layers"] == len(direction) - 1
 
 
 def test_training_under_it_stays_nearer_to_the_direction() -> None:
@@ -345,7 +345,7 @@ def test_it_is_registered_and_says_whose_it_is() -> None:
 )
 def test_settings_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        AsFT(Alignment({}), **options)
+        AsFT({}, **options)
 
 
 def test_what_it_cannot_hold_is_refused() -> None:
@@ -357,12 +357,12 @@ def test_what_it_cannot_hold_is_refused() -> None:
         AsFT(direction).prepare(ia3)
     with pytest.raises(UsageError, match=r"names model\.layers\.0.*no such weight"):
         AsFT(direction).prepare(tiny_model("gpt2"))
-    few = dict(list(direction.tensors.items())[1:])
+    few = dict(list(direction.items())[1:])
     with pytest.raises(UsageError, match="no such weight: compute it with the peft_config"):
-        AsFT(Alignment(few)).prepare(model)
-    bent = {name: v[:, :-1] for name, v in direction.tensors.items()}
+        AsFT(few).prepare(model)
+    bent = {name: v[:, :-1] for name, v in direction.items()}
     with pytest.raises(UsageError, match=r"has shape \(64, 63\)"):
-        AsFT(Alignment(bent)).prepare(model)
+        AsFT(bent).prepare(model)
     model.merge_adapter()
     with pytest.raises(UsageError, match="already merged into its weight"):
         AsFT(direction).prepare(model)

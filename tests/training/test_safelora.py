@@ -75,7 +75,7 @@ def test_the_merged_weights_are_those_of_the_formula(arch: str) -> None:
     aligned, model, direction = trained(arch)
     before, after_training = dict(aligned.named_parameters()), merged(model)
     expected, cosines = {}, {}
-    for name, v in direction.tensors.items():
+    for name, v in direction.items():
         delta = (after_training[name] - before[name]).detach()
         moved, cosines[name] = dense(v, delta.T if arch == "gpt2" else delta)
         expected[name] = before[name].detach().double() + (moved.T if arch == "gpt2" else moved)
@@ -115,7 +115,7 @@ def test_two_adapters_are_projected_together() -> None:
         for n, m in model.named_modules()
         if hasattr(m, "get_delta_weight")
     }
-    wanted = {name: dense(v, change(layers[name])) for name, v in direction.tensors.items()}
+    wanted = {name: dense(v, change(layers[name])) for name, v in direction.items()}
     record = project(model, direction, threshold=1.0)
     for name, (moved, value) in wanted.items():
         assert record.cosines[name] == pytest.approx(value, abs=1e-5)
@@ -138,19 +138,19 @@ def test_without_an_adapter_the_start_says_what_changed(arch: str) -> None:
             assert torch.equal(p, after_training[name])
             continue
         delta = (after_training[name] - before[name]).detach()
-        moved, value = dense(direction.tensors[name], delta.T if arch == "gpt2" else delta)
+        moved, value = dense(direction[name], delta.T if arch == "gpt2" else delta)
         assert torch.allclose(p.double(), before[name].double() + (moved.T if arch == "gpt2" else moved), atol=1e-5)
         assert record.cosines[name] == pytest.approx(value, abs=1e-5)
 
 
 def test_a_layer_that_did_not_move_or_has_no_direction_is_left_alone() -> None:
     _, model, direction = trained()
-    first, second = list(direction.tensors)[:2]
-    tensors = {**direction.tensors, first: torch.zeros_like(direction.tensors[first])}
+    first, second = list(direction)[:2]
+    tensors = {**direction, first: torch.zeros_like(direction[first])}
     with torch.no_grad():
         model.get_submodule("base_model.model." + second.removesuffix(".weight")).lora_B["default"].weight.zero_()
     kept = merged(model)
-    record = project(model, Alignment(tensors), threshold=1.0)
+    record = project(model, tensors, threshold=1.0)
     assert record.cosines[first] is None and record.cosines[second] is None
     assert set(record.projected) == set(tensors) - {first, second}
     assert torch.equal(merged(model)[first], kept[first])

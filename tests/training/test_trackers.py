@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations import integration_utils
 
 import gradshield as gs
@@ -16,7 +16,7 @@ from gradshield.errors import UsageError
 from gradshield.evaluation.exam import Exams
 from gradshield.judges import RefusalPhrases
 from gradshield.models import loading
-from gradshield.training.train import EVENTS, HELD, Reporters
+from gradshield.training.train import Reporters
 from tests.common import command, jsonl, write
 
 PROBING = gs.Probing(requests=lab.requests("direction")[:24], lookalikes=lab.lookalikes("direction")[:24])
@@ -85,12 +85,15 @@ def test_a_tracker_sees_the_steps_and_the_rates_in_one_run(recorder: type[Record
     assert "report_to" not in done.manifest.settings.training
 
 
-def test_every_event_of_transformers_but_the_end_is_passed_on(recorder: type[Recorder], tmp_path: Path) -> None:
-    assert {*EVENTS, HELD} == {name for name in vars(TrainerCallback) if name.startswith("on_")}
-    assert all(vars(Reporters)[name] for name in EVENTS) and HELD not in vars(Reporters)
+def test_the_end_waits_for_the_rates(recorder: type[Recorder], tmp_path: Path) -> None:
     reporters = Reporters(["recorder"], tmp_path)
     reporters.finish({"eval_utility": 1.0})
-    assert not recorder.runs  # no training has begun
+    assert not recorder.runs  # no training has ended
+    (callback,) = reporters.callbacks
+    callback.on_train_end(None, TrainerState(global_step=3), None, model=None)
+    assert not recorder.runs
+    reporters.finish({"eval_utility": 1.0})
+    assert recorder.runs == [[("log", {"eval_utility": 1.0, "step": 3}), ("end", None)]]
 
 
 @pytest.mark.parametrize(

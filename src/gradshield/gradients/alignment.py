@@ -8,7 +8,6 @@ C = V Vᵀ/‖V‖_F stretches them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +16,11 @@ from gradshield.errors import ModelError, UsageError
 from gradshield.gradients.subspace import plain_name
 from gradshield.models.placement import in_float64
 
+Alignment = Mapping[str, Tensor]
+"""One V for each weight matrix, (d_out, d_in), float32, on the CPU, by its name in the model without an adapter.
 
-@dataclass(frozen=True, eq=False)
-class Alignment:
-    """One V for each weight matrix: ``tensors[name]`` is (d_out, d_in), float32, on the CPU.
-
-    Rows are outputs and columns inputs, whatever the layer's own layout, so a LoRA update ``scale * B @ A`` has V's shape.
-    Names are those of the model without an adapter.
-    """
-
-    tensors: Mapping[str, Tensor]
+Rows are outputs and columns inputs, whatever the layer's own layout, so a LoRA update ``scale * B @ A`` has V's shape.
+"""
 
 
 def alignment(aligned: nn.Module, base: nn.Module, names: Sequence[str]) -> Alignment:
@@ -56,7 +50,7 @@ def alignment(aligned: nn.Module, base: nn.Module, names: Sequence[str]) -> Alig
             f"the aligned and the base model are identical in all {len(tensors)} weights, so there is no alignment direction: "
             "give as base the model before its alignment (the one without -Instruct or -chat)"
         )
-    return Alignment(tensors)
+    return tensors
 
 
 def _owned(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:

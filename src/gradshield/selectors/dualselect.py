@@ -16,7 +16,7 @@ from gradshield.data import collate
 from gradshield.errors import UsageError
 from gradshield.gradients import Engine, pick
 from gradshield.gradients.base import DeviceBatch, scoring
-from gradshield.models.logits import logits_at, predicting, token_nll
+from gradshield.models.logits import logits_at, predicting
 from gradshield.models.placement import in_float64
 from gradshield.options import Option, check
 from gradshield.selectors.base import ONLINE
@@ -282,7 +282,7 @@ def _valued(start: _Start, model: nn.Module, parameters: Mapping[str, nn.Paramet
 def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The trainer's loss: the mean over the batch's loss tokens, in nats."""
     data = DeviceBatch.of(batch, model)
-    each = token_nll(model, data.ids, data.attention, data.loss).sum(-1)
+    each = data.nll(model).sum(-1)
     signs = torch.as_tensor(batch.coefficients, dtype=each.dtype, device=each.device)
     return (signs * each).sum() / data.loss.sum()
 

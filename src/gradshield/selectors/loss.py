@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from gradshield.gradients.base import DeviceBatch, scoring
-from gradshield.models.logits import token_nll
 from gradshield.models.placement import in_float64
 from gradshield.selectors.base import SELECTORS, Measured, by_row, no_direction, values_as_scores
 from gradshield.types import Batch, Direction
@@ -34,7 +33,7 @@ class Loss:
         """Each row's mean loss in nats, from one forward pass; zero for a row without a loss token."""
         data = DeviceBatch.of(batch, model)
         with scoring(model), torch.no_grad():
-            nll = token_nll(model, data.ids, data.attention, data.loss)
+            nll = data.nll(model)
         rows, means, lengths = by_row(batch, in_float64(nll).cpu().numpy())
         return Measured(rows, means, means, lengths)
 

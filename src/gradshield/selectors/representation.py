@@ -14,7 +14,6 @@ from gradshield.data import batches
 from gradshield.errors import ProbeError, ScoreError, UsageError
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.gradients.direction import digest
-from gradshield.models.logits import token_nll
 from gradshield.models.modules import outputs_of
 from gradshield.models.placement import in_float64
 from gradshield.options import Option, check
@@ -97,7 +96,7 @@ class Representation(ABC):
             return torch.einsum("bt,btd->bd", weights, shown)
 
         with scoring(model), torch.no_grad(), outputs_of(model, names, counted) as found:
-            nll = token_nll(model, data.ids, data.attention, data.loss)
+            nll = data.nll(model)
         return torch.stack([found[name] for name in names], 1), in_float64(nll.sum(-1)).cpu().numpy()
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:

@@ -92,7 +92,7 @@ def moved_weights(model: nn.Module, alignment: Alignment, starts: Mapping[str, T
     """
     found = []
     parameters = dict(model.named_parameters())
-    for name in alignment.tensors:
+    for name in alignment:
         weight = parameters.get(name)
         if weight is None or (starts is not None and (name not in starts or starts[name].shape != weight.shape)):
             raise UsageError(
@@ -150,7 +150,7 @@ def _check(model: nn.Module, name: str, layer: Any, active: list[str]) -> None:
 
 def direction_of(alignment: Alignment, part: Adapted | Moved) -> Tensor:
     """V of one weight, on its device. Raises UsageError if the alignment has none, or one of another shape."""
-    v = alignment.tensors.get(part.name)
+    v = alignment.get(part.name)
     if v is None or tuple(v.shape) != part.shape:
         got = "no such weight" if v is None else f"shape {tuple(v.shape)}"
         raise UsageError(

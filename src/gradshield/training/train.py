@@ -16,10 +16,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from gradshield import files, runs
@@ -325,7 +325,7 @@ class _Run:
             dataset,
             "training",
             self.merge,
-            callbacks=[self.reporters] if self.reporters is not None else [],
+            callbacks=self.reporters.callbacks if self.reporters is not None else [],
             output_dir=str(checkpoints) if saving else None,
             resume=saving and checkpoints.exists(),
         )
@@ -384,24 +384,20 @@ class _Run:
 # ---- what follows a training -----------------------------------------------------------------------------------------
 
 
-HELD = "on_train_end"
-EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_") and name != HELD]
-
-
 def named(report_to: str | Sequence[str] | None) -> list[str]:
     """The names that ``report_to`` holds; none for None and ``none``."""
     names = [report_to] if isinstance(report_to, str) else list(report_to or ())
     return [name for name in names if name != "none"]
 
 
-class Reporters(TrainerCallback):  # type: ignore[misc]
-    """The callbacks of some names in transformers' ``report_to``, told of everything but the end.
+class Reporters:
+    """The callbacks of some names in transformers' ``report_to``. Their end of training waits for `finish`.
 
     Raises UsageError for a name that transformers does not have, or a package that is not installed.
     """
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
-        self._last: tuple[Any, ...] | None = None
+        self._waiting: list[Callable[[Mapping[str, float]], None]] = []
         try:
             made = get_reporting_integration_callbacks(list(names))
             self.callbacks = [callback() for callback in made]
@@ -412,29 +408,19 @@ class Reporters(TrainerCallback):  # type: ignore[misc]
         for callback in self.callbacks:
             if getattr(callback, "logging_dir", "") is None:  # TensorBoard's is else in the folder of the checkpoints
                 callback.logging_dir = str(folder / "tensorboard")
+            callback.on_train_end = partial(self._wait, callback, callback.on_train_end)
+
+    def _wait(self, callback: Any, end: Callable[..., None], args: Any, state: Any, control: Any, **_more: Any) -> None:
+        def ended(values: Mapping[str, float]) -> None:
+            callback.on_log(args, state, control, logs=dict(values))
+            end(args, state, control)
+
+        self._waiting.append(ended)
 
     def finish(self, values: Mapping[str, float]) -> None:
-        """Log values after the last step, and end the run; nothing where no training has begun."""
-        if self._last is None:
-            return
-        args, state, control = self._last
-        for callback in self.callbacks:
-            callback.on_log(args, state, control, logs=dict(values))
-            callback.on_train_end(args, state, control)
-
-
-def _told(event: str) -> Callable[..., None]:
-    def tell(self: Reporters, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if event == "on_train_begin":
-            self._last = args, state, control
-        for callback in self.callbacks:
-            getattr(callback, event)(args, state, control, **more)
-
-    return tell
-
-
-for _event in EVENTS:
-    setattr(Reporters, _event, _told(_event))
+        """Log values after the last step, and end the run; nothing where no training has ended."""
+        for ended in self._waiting:
+            ended(values)
 
 
 def logged(before: EvalResult, after: EvalResult, counts: Mapping[str, float]) -> dict[str, float]:
