@@ -74,9 +74,7 @@ def _unsafety(loaded: Any, names: list[str]) -> dict[str, Any]:
     harmless = open_turns(loaded.tokenizer, lab.lookalikes("direction"))
     probe = TokenGap()
     probe.fit(loaded.model, loaded.tokenizer, requests, harmless)
-    found = gradient_direction(
-        loaded.model, {"all": [lambda m: probe(m, requests.batch(loaded.device))]}, names, "linear weights"
-    )
+    found = gradient_direction(loaded.model, {"all": [lambda m: probe(m, requests.batch(loaded.device))]}, names)
     return {name: found.tensors[name][0] for name in names}
 
 

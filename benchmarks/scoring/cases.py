@@ -109,7 +109,7 @@ class Case:
         """∇S over a subspace, or of KINDS, as `prepare_directions` saved it."""
         found = directions.load(Path(self.spec.folder) / f"{key}.safetensors")
         tensors = {name: tensor.to(self.device) for name, tensor in found.tensors.items()}
-        return Direction(tensors, found.names, found.subspace, found.scales, found.digest)
+        return Direction(tensors, found.names, found.scales, found.digest)
 
     def step(self, subspace: str) -> float | None:
         """The finite-difference step found for a subspace; None where none was (half precision)."""
@@ -159,13 +159,13 @@ def together(parts: Sequence[Direction]) -> Direction:
     }
     names = tuple(name for part in parts for name in part.names)
     scales = tuple(scale for part in parts for scale in part.scales)
-    return Direction(tensors, names, parts[0].subspace, scales, directions.digest(names, tensors))
+    return Direction(tensors, names, scales, directions.digest(names, tensors))
 
 
 def leading(direction: Direction, count: int) -> Direction:
     """The first ``count`` directions of several."""
     tensors = {name: tensor[:count] for name, tensor in direction.tensors.items()}
-    return Direction(tensors, direction.names[:count], direction.subspace, direction.scales[:count], direction.digest)
+    return Direction(tensors, direction.names[:count], direction.scales[:count], direction.digest)
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

@@ -172,10 +172,8 @@ class Direction:
 
     tensors: Mapping[str, torch.Tensor]
     names: tuple[str, ...]
-    subspace: str
     scales: tuple[float, ...]
     digest: str
-    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,7 +68,7 @@ def lora(arch: str, target: Any = None, **more: Any) -> LoraConfig:
 
 def two_directions(model: nn.Module, subspace: str) -> Direction:
     scores: dict[str, list[Callable[[nn.Module], Tensor]]] = {"gap": [gap], "reluctance": [reluctance]}
-    return gradient_direction(model, scores, parameter_names(model, subspace), subspace)
+    return gradient_direction(model, scores, parameter_names(model, subspace))
 
 
 def one(direction: Direction, k: int) -> Direction:
@@ -76,7 +76,6 @@ def one(direction: Direction, k: int) -> Direction:
     return Direction(
         {name: t[k : k + 1] for name, t in direction.tensors.items()},
         direction.names[k : k + 1],
-        direction.subspace,
         direction.scales[k : k + 1],
         direction.digest,
     )

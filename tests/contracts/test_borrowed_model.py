@@ -184,7 +184,7 @@ def test_the_adapter_comes_and_goes(arch: str) -> None:
                     return gap(wrapped)
 
             with pytest.raises(type(error)), adapted(model, config, seed=3) as wrapped:
-                gradient_direction(wrapped, {"all": [broken]}, parameter_names(wrapped, "lora"), "lora")
+                gradient_direction(wrapped, {"all": [broken]}, parameter_names(wrapped, "lora"))
             assert differences(before, state(model)) == []
 
 

@@ -25,7 +25,7 @@ def make() -> Direction:
 
 def test_a_direction_is_the_gradient_and_its_scale() -> None:
     direction = make()
-    assert direction.names == ("gap", "reluctance") and direction.subspace == "last:1"
+    assert direction.names == ("gap", "reluctance")
     parameters = dict(MODEL.named_parameters())
     for k, score in enumerate((gap, reluctance)):
         gradients = torch.autograd.grad(score(MODEL), [parameters[n] for n in NAMES])
@@ -37,8 +37,8 @@ def test_a_direction_is_the_gradient_and_its_scale() -> None:
 
 
 def test_parts_of_a_score_add_up() -> None:
-    whole = gradient_direction(MODEL, {"x": [lambda m: gap(m) + reluctance(m)]}, NAMES, "last:1")
-    parts = gradient_direction(MODEL, {"x": [gap, reluctance]}, NAMES, "last:1")
+    whole = gradient_direction(MODEL, {"x": [lambda m: gap(m) + reluctance(m)]}, NAMES)
+    parts = gradient_direction(MODEL, {"x": [gap, reluctance]}, NAMES)
     for name in NAMES:
         torch.testing.assert_close(parts.tensors[name], whole.tensors[name])
 
@@ -47,32 +47,30 @@ def test_a_score_alone_has_the_bits_it_has_next_to_others_and_no_copy(monkeypatc
     together = make()
     monkeypatch.setattr(torch, "stack", None)
     for k, (name, score) in enumerate((("gap", gap), ("reluctance", reluctance))):
-        alone = gradient_direction(MODEL, {name: [score]}, NAMES, "last:1")
+        alone = gradient_direction(MODEL, {name: [score]}, NAMES)
         assert alone.scales == (together.scales[k],)
         assert all(torch.equal(alone.tensors[p][0], together.tensors[p][k]) for p in NAMES)
 
 
 def test_parameters_that_no_score_moves_are_left_out() -> None:
-    direction = gradient_direction(MODEL, {"x": [gap]}, parameter_names(MODEL, "all"), "all")
+    direction = gradient_direction(MODEL, {"x": [gap]}, parameter_names(MODEL, "all"))
     assert set(direction.tensors) <= set(parameter_names(MODEL, "all"))
-    only_head = gradient_direction(
-        MODEL, {"x": [lambda m: m.lm_head.weight.sum()]}, parameter_names(MODEL, "all"), "all"
-    )
+    only_head = gradient_direction(MODEL, {"x": [lambda m: m.lm_head.weight.sum()]}, parameter_names(MODEL, "all"))
     assert list(only_head.tensors) == ["lm_head.weight"]
 
 
 @pytest.mark.parametrize("factor", [0.0, float("nan"), float("inf")])
 def test_a_gradient_that_is_no_direction_is_an_error(factor: float) -> None:
     with pytest.raises(ScoreError, match=r"'x'.*norm (0|nan|inf).*another probe"):
-        gradient_direction(MODEL, {"x": [lambda m: gap(m) * factor]}, NAMES, "last:1")
+        gradient_direction(MODEL, {"x": [lambda m: gap(m) * factor]}, NAMES)
 
 
 def test_a_direction_comes_back_from_its_file(tmp_path: Path) -> None:
-    direction = dataclasses.replace(make(), meta={"probe": "gap", "n": 3})
+    direction = make()
     save(direction, tmp_path / "d.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["d.safetensors"]
     found = load(tmp_path / "d.safetensors")
-    for field in ("names", "subspace", "scales", "digest", "meta"):
+    for field in ("names", "scales", "digest"):
         assert getattr(found, field) == getattr(direction, field)
     assert set(found.tensors) == set(direction.tensors)
     assert all(torch.equal(found.tensors[n], direction.tensors[n]) for n in found.tensors)

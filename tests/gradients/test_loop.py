@@ -48,7 +48,7 @@ def test_loop_is_the_slope_of_the_loss_along_the_direction(arch: str, step: floa
     tensors = {  # any direction will do, not only a gradient
         name: torch.randn(1, *p.shape, dtype=torch.float64, generator=draw) for name, p in model.named_parameters()
     }
-    direction = Direction(tensors, ("any",), "all", (1.0,), "")
+    direction = Direction(tensors, ("any",), (1.0,), "")
     found = Loop().directional(model, batch_of(rows(LENGTHS)), direction).values[0]
     slopes = []
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_a_step_of_gradient_descent_on_a_row_of_positive_fihs_raises_the_score()
         last = m(input_ids=prompt).logits[0, -1]
         return last[20] - last[30]
 
-    direction = gradient_direction(model, {"all": [score]}, parameter_names(model, "all"), "all")
+    direction = gradient_direction(model, {"all": [score]}, parameter_names(model, "all"))
     batch = batch_of(rows())
     found = Loop().directional(model, batch, direction).values[0]
     assert (found > 0).any() and (found < 0).any()

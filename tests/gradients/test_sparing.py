@@ -86,7 +86,7 @@ def test_all_of_it_runs_where_an_embedding_moves(arch: str) -> None:
     model = tiny_model(arch)
     table = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
     names = [table, *parameter_names(model, "last:1")]
-    assert _passes_below(model, gradient_direction(model, {"gap": [gap]}, names, "last:1")) == 2
+    assert _passes_below(model, gradient_direction(model, {"gap": [gap]}, names)) == 2
 
 
 def test_all_of_it_runs_where_a_layer_runs_twice() -> None:

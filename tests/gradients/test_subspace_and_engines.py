@@ -293,5 +293,5 @@ def test_a_layer_that_has_no_part_in_the_loss_need_not_run() -> None:
     model, batch = tiny_model("llama"), batch_of(rows())
     model.model.layers[1].unused = nn.Linear(3, 3)
     unused = "model.layers.1.unused.weight"
-    nowhere = Direction({unused: torch.ones(1, 3, 3)}, ("x",), "last:1", (1.0,), "")
+    nowhere = Direction({unused: torch.ones(1, 3, 3)}, ("x",), (1.0,), "")
     assert not ENGINES["perturbation"]().directional(model, batch, nowhere).values.any()

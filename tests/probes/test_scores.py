@@ -79,7 +79,7 @@ def test_a_probe_is_one_number_with_a_gradient_and_a_step_along_it_raises_it(nam
 
     value = score(model)
     assert value.dim() == 0 and value.requires_grad and torch.isfinite(value)
-    direction = gradient_direction(model, {"all": [score]}, parameter_names(model, "all"), "all")
+    direction = gradient_direction(model, {"all": [score]}, parameter_names(model, "all"))
     assert all(bool(torch.isfinite(v).all()) for v in direction.tensors.values())
     with torch.no_grad():
         squared = sum(float(v.double().pow(2).sum()) for v in direction.tensors.values())
@@ -253,7 +253,7 @@ def test_what_prompts_begin_with_runs_once_and_changes_neither_score_nor_gradien
 
     def direction() -> Any:
         score = {"all": [lambda m: reluctance(m, prompts.batch(CPU))]}
-        return gradient_direction(model, score, parameter_names(model, "all", []), "all")
+        return gradient_direction(model, score, parameter_names(model, "all", []))
 
     shared = direction()
     assert widths[-1] == (31 if arch == "lfm2" else 11)

@@ -187,8 +187,11 @@ def test_the_chosen_block_parts_the_references_best() -> None:
     assert int(np.argmax(expected)) == 1
     model = tiny_model("llama")
     direction = Larf(known()).prepare(model)
-    meta = direction.meta["separation"]
-    assert list(direction.tensors) == [max(meta, key=meta.get)] and list(meta) == ["model.layers.0", "model.layers.1"]
+    sides = (
+        torch.stack([feature_of(model, "llama", row.sequences[0], "last") for row in side])
+        for side in (known().harmful, known().refused)
+    )
+    assert list(direction.tensors) == [f"model.layers.{int(np.argmax(separation(*sides)))}"]
 
 
 def test_a_reference_lies_on_its_own_side_and_the_means_at_one() -> None:

@@ -21,9 +21,7 @@ from gradshield.types import Direction
 Score = Callable[[nn.Module], Tensor]
 
 
-def gradient_direction(
-    model: nn.Module, scores: Mapping[str, Iterable[Score]], parameters: list[str], subspace: str
-) -> Direction:
+def gradient_direction(model: nn.Module, scores: Mapping[str, Iterable[Score]], parameters: list[str]) -> Direction:
     """∇S for each named score, over the named parameters.
 
     ``scores[name]`` is one or more callables whose values sum to S (chunks of the probe set, so that one chunk's graph is
@@ -43,7 +41,7 @@ def gradient_direction(
         scales = tuple(theta / norm for norm in norms)
         moved = [p for p in parameters if any(bool(gradients[name][p].any()) for name in names)]
         tensors = {p: _joined([gradients[name].pop(p) for name in names]) for p in moved}
-    return Direction(tensors, names, subspace, scales, digest(names, tensors))
+    return Direction(tensors, names, scales, digest(names, tensors))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -79,10 +77,8 @@ def save(direction: Direction, path: Path) -> None:
     """Write the direction as safetensors, atomically, with its digest in the header."""
     header = {
         "names": json.dumps(direction.names),
-        "subspace": direction.subspace,
         "scales": json.dumps(direction.scales),
         "digest": direction.digest,
-        "meta": json.dumps(dict(direction.meta)),
     }
     with replacing(path) as part:
         save_file({name: t.detach().cpu().contiguous() for name, t in direction.tensors.items()}, part, header)
@@ -94,9 +90,9 @@ def load(path: Path) -> Direction:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        names, scales, meta = (json.loads(header[key]) for key in ("names", "scales", "meta"))
-        if digest(tuple(names), tensors) != header["digest"]:
+        names, scales = (tuple(json.loads(header[key])) for key in ("names", "scales"))
+        if digest(names, tensors) != header["digest"]:
             raise DataError(f"the saved direction {path.name} does not match its digest")
-        return Direction(tensors, tuple(names), header["subspace"], tuple(scales), header["digest"], meta)
+        return Direction(tensors, names, scales, header["digest"])
     except (SafetensorError, KeyError) as error:
         raise DataError(f"the saved direction {path.name} could not be read ({error})") from error

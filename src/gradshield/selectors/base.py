@@ -112,7 +112,7 @@ def no_direction(name: str, model: nn.Module | None = None, subspace: str = "all
     """
     weights = parameters_digest(model) if model is not None else ""
     sha = hashlib.sha256(f"{name}\n{subspace}\n{weights}".encode())
-    return Direction({}, (), subspace, (), sha.hexdigest(), {})
+    return Direction({}, (), (), sha.hexdigest())
 
 
 def members(batch: Batch) -> tuple[Ints, list[Ints]]:

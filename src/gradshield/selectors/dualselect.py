@@ -194,7 +194,7 @@ class DualSelect:
         if not _ROUNDING * _norm(task) < size < float("inf"):
             return None
         tensors = {name: g.unsqueeze(0) for name, g in r.items() if bool(g.any())}
-        return Direction(tensors, ("preservation",), "trainable", (theta / size,), "")
+        return Direction(tensors, ("preservation",), (theta / size,), "")
 
 
 def reference_weights(

@@ -55,7 +55,7 @@ class Fihs:
 
         chunks = [prompts.take(range(i, min(i + _CHUNK, len(prompts)))) for i in range(0, len(prompts), _CHUNK)]
         parameters = parameter_names(model, self.subspace, self.targets)
-        return gradient_direction(model, {"all": [part(chunk) for chunk in chunks]}, parameters, self.subspace)
+        return gradient_direction(model, {"all": [part(chunk) for chunk in chunks]}, parameters)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Each row's FIHS along the first direction, per token where the engine gives it."""

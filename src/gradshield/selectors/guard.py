@@ -58,7 +58,7 @@ class GuardFilter:
         """No direction: ``tensors`` is empty, and the digest is the guard's. Raises if the guard cannot work."""
         self.guard.ready()
         record = json.dumps(self._record, sort_keys=True).encode()
-        return Direction({}, (), "", (), hashlib.sha256(record).hexdigest())
+        return Direction({}, (), (), hashlib.sha256(record).hexdigest())
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Each row's score; NaN where the guard could not judge, which ``finish`` counts as 1. ``nll`` is not measured (NaN).

@@ -50,13 +50,12 @@ class Representation(ABC):
     def prepare(self, model: nn.Module) -> Direction:
         """Means of the references at the chosen blocks: ``tensors["<block's name>"]`` is (2, D), unsafe then safe.
 
-        ``meta["separation"]`` holds each block's separation of the references. Raises ProbeError with fewer than two
+        Raises ProbeError with fewer than two
         references of a kind, UsageError with more layers than the model has, ScoreError if the two means are equal.
         """
         names = block_names(model)
         unsafe, safe = (self._features(model, kind, rows, names) for kind, rows in self._sides())
-        found = separation(unsafe, safe)
-        chosen, (unsafe, safe) = self._chosen(found), (self._seen(side) for side in (unsafe, safe))
+        chosen, (unsafe, safe) = self._chosen(separation(unsafe, safe)), (self._seen(side) for side in (unsafe, safe))
         tensors = {names[i]: torch.stack([unsafe[:, i].mean(0), safe[:, i].mean(0)]).float() for i in chosen}
         for name, (one, other) in tensors.items():
             if not 0 < float((one - other).norm()) < float("inf"):
@@ -65,8 +64,7 @@ class Representation(ABC):
                     "model's weights, or load it in float32 (--dtype float32)"
                 )
         kinds = ("unsafe", "safe")
-        meta = {"separation": {name: float(d) for name, d in zip(names, found, strict=True)}}
-        return Direction(tensors, kinds, "hidden states", (1.0, 1.0), digest(kinds, tensors), meta)
+        return Direction(tensors, kinds, (1.0, 1.0), digest(kinds, tensors))
 
     def _sides(self) -> tuple[tuple[str, tuple[Rendered, ...]], tuple[str, tuple[Rendered, ...]]]:
         """The unsafe and the safe references; before the answer (``opening``), refused and harmful rows are the same prompts."""
