@@ -180,7 +180,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.Monkey
         raise urllib.error.URLError(OSError(-2, "Name or service not known"))
 
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    for given in ({"name_or_path": "owner/name"}, {"name_or_path": "gpt-none"}):
+    for given in ({"name": "owner/name"}, {"name": "gpt-none"}):
         with pytest.raises(HubError, match="the hub cannot be reached") as raised:
             load(**given)
         _sentence(raised.value)
