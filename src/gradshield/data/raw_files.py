@@ -79,7 +79,7 @@ def open_file(path: Path) -> tuple[Source, Iterator[RawRow]]:
 
 def _files(path: Path) -> tuple[Path, ...]:
     """The files of a folder or a pattern, or the file itself. Raises DataError if there are none, or of several kinds."""
-    pattern = is_pattern(path)
+    pattern = has_magic(str(path)) and not path.exists()
     if not pattern and not path.is_dir():
         return (path,)
     if (path / "scores.parquet").is_file():
@@ -101,11 +101,6 @@ def _files(path: Path) -> tuple[Path, ...]:
             f"{path} has data files of several kinds ({shown}): give a pattern, such as '{files[0].parent}/*.jsonl'"
         )
     return tuple(files)
-
-
-def is_pattern(path: Path) -> bool:
-    """Whether a path is a pattern of names, not the name of a file."""
-    return has_magic(str(path)) and not path.exists()
 
 
 def _suffix(path: Path) -> str:

@@ -144,7 +144,7 @@ class Renderer:
         # By whether answers have to be marked; looked up when first needed.
         self._templates: dict[bool, str | None] = {}
         self._takes: dict[Any, Takes] = {}
-        self._lacks: dict[Any, tuple[tuple[int, str], ...] | None] = {}
+        self._lacks: dict[Any, tuple[tuple[int, str], ...]] = {}
         self._unwritten: Counter[tuple[str, str]] = Counter()  # by part and role: rows
         self._mixed = 0  # completions with turns that are not scored
         self._weighted = 0  # rows with an answer of weight 0
@@ -392,7 +392,7 @@ class Renderer:
             if len(self._lacks) >= MOST_STRUCTURES:
                 self._lacks.clear()
             self._lacks[key] = left_out(messages, self._text(kwargs))
-        lacking = self._lacks[key] or ()
+        lacking = self._lacks[key]
         for n, part in lacking:
             if conversation.trained[n] and part != "reasoning":
                 raise RowError(

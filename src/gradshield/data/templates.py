@@ -157,8 +157,8 @@ class Takes:
         return _with_function(call, {**(function or {}), "arguments": value})
 
 
-def left_out(messages: Messages, render: RenderText) -> tuple[tuple[int, str], ...] | None:
-    """What the template does not write: the index of each message, and which part of it. None if that cannot be told.
+def left_out(messages: Messages, render: RenderText) -> tuple[tuple[int, str], ...]:
+    """What the template does not write: the index of each message, and which part of it; nothing if that cannot be told.
 
     Every text becomes a word of its own. What depends on more than the `structure` of the messages is not seen.
     """
@@ -172,7 +172,7 @@ def left_out(messages: Messages, render: RenderText) -> tuple[tuple[int, str], .
     shadow = [_shadow(message, n, word) for n, message in enumerate(messages)]
     text = attempt(render, shadow)
     if text is None:
-        return None
+        return ()
     written = set(re.findall(rf"{_WORDS[0]}\d+z", text))  # in one pass: a row may have 100,000 turns
     return tuple(dict.fromkeys(where for name, where in words.items() if name not in written))
 

@@ -146,9 +146,9 @@ class AsFT:
                 "largest_eigenvalue": {"max": max(self._largest), "median": median(self._largest)},
                 "layers_beyond_two": sum(value > 2 for value in self._largest),
             }
-        if self._held and self.projector == "top":
-            ranks = [kept(operator) for _, operator in self._held]
-            found["directions"] = {"min": min(ranks), "median": median(ranks), "max": max(ranks)}
+            if self.projector == "top":
+                ranks = [kept(operator) for _, operator in self._held]
+                found["directions"] = {"min": min(ranks), "median": median(ranks), "max": max(ranks)}
         if self._value is not None:
             found["value"] = float(self._value)
         return found

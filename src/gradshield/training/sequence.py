@@ -101,14 +101,7 @@ def sequence(
                     progress=progress,
                     **options,
                 )
-                trained = replace(
-                    current,
-                    model=done.model,
-                    digest=parameters_digest(done.model),
-                    is_peft=False,
-                    adapter=None,
-                    source=None,
-                )
+                trained = _next(current, done.model)
                 runs.write_json(own / runs.WORK / STAGE, {"key": key, "model": trained.digest})
                 found = trained, done.manifest
             current, manifest = found
@@ -167,10 +160,13 @@ def _finished(
         model = loading.load(folder, None, str(before.device), before.dtype, trust_remote_code).model
     except (OSError, ValueError, KeyError, TypeError, DataError, ModelError):  # damaged: the stage can be trained again
         return None
-    digest = parameters_digest(model)
-    if digest != stage["model"]:
-        return None
-    return replace(before, model=model, digest=digest, is_peft=False, adapter=None, source=None), manifest
+    trained = _next(before, model)
+    return (trained, manifest) if trained.digest == stage["model"] else None
+
+
+def _next(before: LoadedModel, model: Any) -> LoadedModel:
+    """The trained model of a stage, its adapter merged, for the next one."""
+    return replace(before, model=model, digest=parameters_digest(model), is_peft=False, adapter=None, source=None)
 
 
 def _names(stages: Sequence[Stage]) -> list[str]:
