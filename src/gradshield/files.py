@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -100,11 +101,16 @@ def _open_to_others(file: Path) -> None:
         file.chmod(file.parent.stat().st_mode & 0o666)
 
 
-def sweep(folder: Path) -> None:
-    """Delete the temporary folders that killed processes left in a folder no other process is writing to."""
+def sweep(folder: Path, idle: float = 0.0) -> None:
+    """Delete the temporary folders that killed processes left in a folder, of those that were made ``idle`` seconds ago.
+
+    With 0, no other process may be writing there.
+    """
     for part in folder.glob(f".*{PART}"):
         if _OURS.fullmatch(part.name):
-            shutil.rmtree(part, ignore_errors=True)
+            with suppress(FileNotFoundError):  # its own process was done with it
+                if time.time() - part.stat().st_mtime >= idle:
+                    shutil.rmtree(part, ignore_errors=True)
 
 
 def own_name(name: str) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,12 +17,8 @@ from fsspec.implementations.local import LocalFileSystem
 from gradshield import files
 from gradshield.files import replacing
 
-try:
-    import fcntl
-except ImportError:  # a system without locks that several may share
-    fcntl = None  # type: ignore[assignment]
-
 BLOCK = 1 << 20
+ABANDONED = 24 * 3600  # seconds after which nobody is still storing a content
 ID = re.compile(r"file-[0-9a-f]{32}")
 
 
@@ -38,7 +33,7 @@ class Content:
     def keep(self, id: str, source: IO[bytes]) -> tuple[int, str]:
         """Store a content under an id: its bytes and SHA-256. After an error nothing is there. Raises OSError."""
         if self.local:
-            with self._locked(shared=True), replacing(Path(self._at(id))) as path, path.open("wb") as out:
+            with replacing(Path(self._at(id))) as path, path.open("wb") as out:
                 return _copied(source, out)
         part = f"{self._at(id)}.{secrets.token_hex(6)}.part"
         try:
@@ -51,11 +46,9 @@ class Content:
         return done
 
     def sweep(self) -> None:
-        """Delete what killed processes left of contents, unless some process is writing one now: then a later start does."""
+        """Delete what killed processes left of contents on the disk of this server; other stores have their own rules for it."""
         if self.local:
-            with self._locked(shared=False) as alone:
-                if alone:
-                    files.sweep(Path(self.root))
+            files.sweep(Path(self.root), ABANDONED)
 
     def read(self, id: str) -> Iterator[bytes]:
         """A content in blocks. Raises FileNotFoundError before the first one."""
@@ -77,24 +70,6 @@ class Content:
         if not ID.fullmatch(id):
             raise ValueError("not the id of a file")
         return f"{self.root}/{id}"
-
-    @contextmanager
-    def _locked(self, shared: bool) -> Iterator[bool]:
-        """Hold the folder with all that write contents, or alone if nobody does; yields whether it is held.
-
-        The system lets go of it when a process ends, however it ends.
-        """
-        if fcntl is None:
-            yield False
-            return
-        folder, held = os.open(self.root, os.O_RDONLY), False
-        try:
-            with suppress(OSError):  # others hold it, or the file system has no locks
-                fcntl.flock(folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
-            yield held
-        finally:
-            os.close(folder)
 
     def _remove(self, path: str) -> None:
         with suppress(FileNotFoundError):
