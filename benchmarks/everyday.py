@@ -107,7 +107,10 @@ def main() -> None:
     asked = ask(known, pick("auto", loaded.model, per_token=True), ScanSettings(), probing, quiet)
     reading = ruler(known, asked.validity, probing, quiet).reading
     cut = parse(Screen.rule).cut(np.zeros(1), None, reading.anchors).value
-    print(f"the cut is {cut:.3f}\n\n| requests | n | beyond the cut | median r |\n|---|---|---|---|")
+    near = (cut + np.median(reading.anchors.harmful)) / 2  # as `scanning.trust` has it
+    print(
+        f"the cut is {cut:.3f}\n\n| requests | n | beyond the cut | near it, of these | median r |\n|---|---|---|---|---|"
+    )
     cells = []
     for name, prompts in (
         *(public(given.wheels) if given.wheels else ()),
@@ -115,8 +118,9 @@ def main() -> None:
     ):
         values = reading.read(loaded.model, open_turns(loaded.tokenizer, prompts).ids)
         rate = wilson(int((values > cut).sum()), len(values))
-        print(f"| {name} | {rate.n} | {rate} | {np.median(values):.2f} |", flush=True)
-        cells.append({"set": name, "k": rate.k, "n": rate.n, "median": float(np.median(values))})
+        close = int(((values > cut) & (values < near)).sum())
+        print(f"| {name} | {rate.n} | {rate} | {close} of {rate.k} | {np.median(values):.2f} |", flush=True)
+        cells.append({"set": name, "k": rate.k, "n": rate.n, "near": close, "median": float(np.median(values))})
     if given.json:
         found = {"cut": cut, "ruler_sha256": reading.digest, "versions": runs.versions(), "cells": cells}
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
