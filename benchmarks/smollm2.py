@@ -36,7 +36,6 @@ LABELS = Path(__file__).with_name("smollm2_labels.json")  # 1 = unsafe, by the d
 ROWS, HARMFUL, HELD_OUT = 300, 90, 200
 LONGEST = {"agnews": 500, "gsm8k": 400}  # characters of a row: two cores read some 600 tokens a second
 JUDGES, TOKENS = ("refusal-phrases", "compliance"), 32
-VERIFIED = Path(__file__).parents[1] / "docs" / "results_smollm2_verified.json"
 DEFENCES = ("none", "clean", "screen", "fihs:adaptive", "moderate", "asft", "screen:verified:rounds=2")
 
 
@@ -137,11 +136,11 @@ def page(whole: Comparison, before: Figures, arms: Path) -> str:
         "",
         table(whole, before),
         *_told({(cell.task, cell.defence): cell for cell in cells}, before),
+        *_verified(cells),
         "",
         "Learning rate and share of harm were chosen on AGNews by the undefended and the clean model alone, so that harm shows",
         "beside what harmless rows do. With 30 harmful rows of 300 the undefended model stood at 30 % by phrases and the clean",
         "one at 45 %, at a rate of 2e-4; at 1e-3 the clean one stood at 78 %.",
-        *_verified(),
         "",
         markdown(whole),
         "## How good the judges are",
@@ -210,22 +209,18 @@ def _told(by: Mapping[tuple[str, str], CellResult], before: Figures) -> list[str
     return found
 
 
-def _verified() -> list[str]:
-    """What a verified search found where it was run by itself; it takes hours, and is measured on one task."""
-    if not VERIFIED.exists():
-        return []
-    cell = Comparison.model_validate_json(VERIFIED.read_bytes()).cells[0]
-    assert cell.verified is not None and cell.utility is not None
-    asr = " / ".join(_per_cent(cell.judges[name]) for name in JUDGES)
-    met = "both targets are met." if cell.verified.met else "no cut meets the targets."
-    task, hours = SHOWN[cell.task], cell.seconds / 3600
-    caught, lost = (f"{rate.k} of {rate.n}" if rate else "–" for rate in (cell.caught, cell.lost))
-    return [
-        "",
-        f"`{cell.defence}` on {task} alone ([figures]({VERIFIED.name}), {hours:.1f} hours): {met} "
-        f"The safest removes {cell.removed} of {cell.rows} rows, {caught} harmful and {lost} others; ASR {asr}, utility "
-        f"{_per_cent(cell.utility)}.",
-    ]
+def _verified(cells: Sequence[CellResult]) -> list[str]:
+    """What each search for a verified cut found."""
+    found = []
+    for cell in cells:
+        if cell.verified is not None and cell.utility is not None:
+            met = "both targets are met." if cell.verified.met else "no cut meets the targets."
+            caught, lost = (f"{rate.k} of {rate.n}" if rate else "–" for rate in (cell.caught, cell.lost))
+            found.append(
+                f"- {SHOWN[cell.task]}, `{cell.defence}` ({cell.seconds / 3600:.1f} hours): {met} The safest removes "
+                f"{cell.removed} of {cell.rows} rows, {caught} harmful and {lost} others."
+            )
+    return found
 
 
 def _by_eye(arms: Path) -> list[str]:
