@@ -115,7 +115,7 @@ class Bench(compare.Bench):
         found, arm = self._arm(defence, chosen, "report")
         told = figures(found).plain() | {"seconds": arm["seconds"]}
         if "attacker" in self.exams:
-            told["asked"] = figures(self._arm(defence, chosen, "attacker")[0]).judges
+            told["asked"] = figures(self._arm(defence, chosen, "attacker")[0]).plain()["judges"]
         return told
 
     def known(self, defence: Defence, chosen: Chosen) -> bool:

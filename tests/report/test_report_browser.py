@@ -60,7 +60,9 @@ def visit(browser: Any, path: Path, width: int = 1400) -> tuple[list[str], list[
         time.sleep(0.1)
     console = [entry["message"] for entry in browser.get_log("browser")]
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    # On a busy machine the browser's own first page is still loading.
+    asked = [one["request"]["url"] for one in sent if not one["documentURL"].startswith("chrome://")]
     return console, [url for url in asked if url != path.as_uri() and not url.startswith("data:")]
 
 
