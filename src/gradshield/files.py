@@ -101,15 +101,15 @@ def _open_to_others(file: Path) -> None:
         file.chmod(file.parent.stat().st_mode & 0o666)
 
 
-def sweep(folder: Path, idle: float = 0.0) -> None:
-    """Delete the temporary folders that killed processes left in a folder, of those that were made ``idle`` seconds ago.
+def sweep(folder: Path, age: float = 0.0) -> None:
+    """Delete the temporary folders that killed processes left in a folder, those that are at least ``age`` seconds old.
 
     With 0, no other process may be writing there.
     """
     for part in folder.glob(f".*{PART}"):
         if _OURS.fullmatch(part.name):
-            with suppress(FileNotFoundError):  # its own process was done with it
-                if time.time() - part.stat().st_mtime >= idle:
+            with suppress(FileNotFoundError):  # its process has finished
+                if time.time() - part.stat().st_mtime >= age:
                     shutil.rmtree(part, ignore_errors=True)
 
 

@@ -17,6 +17,7 @@ import pytest
 
 import gradshield as gs
 from gradshield.errors import DataError, UsageError
+from gradshield.probes import lookalikes
 from tests.common import HALF, PROBING, chat, chats, command, files, jsonl, scan, scan_arguments, table, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -447,6 +448,8 @@ def test_a_request_is_harmful_or_harmless() -> None:
     asked = [{"prompt": "How do I pick a lock?"}, {"prompt": "How do I bake?"}]
     with pytest.raises(UsageError, match="1 request is among both the probes and the look-alikes"):
         gs.Probing(requests=asked, lookalikes=[{"prompt": "how do I  pick a lock?"}])
+    with pytest.raises(UsageError, match="among both the probes and the look-alikes"):
+        gs.Probing(requests=lookalikes("direction"))  # the built-in ones stand in for those that are not given
     assert gs.Probing(requests=asked[:1], lookalikes=asked[1:]).lookalikes == asked[1:]
     assert gs.Probing(requests=asked, lookalikes=asked, uncertified=True).uncertified
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gradshield as gs
-from gradshield.errors import ModelError, ProbeError, ScoreError, UsageError
+from gradshield.errors import DataError, ModelError, ProbeError, ScoreError, UsageError
 from gradshield.gradients import ROW_SUMS, Derivatives, FiniteDifference, Forward
 from gradshield.scanning import shards
 from gradshield.selectors import Fihs
@@ -210,7 +210,7 @@ def test_learned_positions_have_an_end() -> None:
     long = {"prompt": "a", "completion": " word" * 300}
     kept = scan([long, *ROWS], model=tiny_model("gpt2"), tokenizer=tiny_tokenizer())
     assert kept.manifest.settings.render["max_length"] == 512
-    with pytest.raises(UsageError, match="the model has positions for 512"):
+    with pytest.raises(DataError, match="the model has positions for 512"):
         scan([long, *ROWS], model=tiny_model("gpt2"), tokenizer=tiny_tokenizer(), training_args={"max_length": 2000})
     with pytest.warns(UserWarning, match="and the model was trained on 512 positions"):
         rotary = scan([long, *ROWS], training_args={"max_length": 2000})

@@ -278,7 +278,9 @@ def create(
     wanted = _policy(settings.policy.model_dump(), policy, defence, limit)
     if not _is_there(settings):
         err.print(
-            plain(f"there is no gateway in {str(folder)!r} yet: start it with gradshield serve --folder {folder}")
+            plain(
+                f"there is no gateway in {str(folder)!r} yet: start it with gradshield serve --model M --folder {folder}"
+            )
         )
     store = _store(settings)
     owner = _project(store, project)

@@ -137,7 +137,7 @@ def _http(error: Any) -> ApiError:
 
 
 def _invalid(error: Any) -> ApiError:
-    """The first thing that is wrong with a request, with the name of its parameter."""
+    """What is wrong with a request, a value rather than a type, with the name of its parameter."""
     found = error.errors()
     # What another branch of a union would take, such as 'auto' or a text, says less.
     wrong = next((one for one in found if not one["type"].endswith(("literal_error", "_type"))), found[0])

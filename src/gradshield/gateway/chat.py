@@ -22,9 +22,8 @@ from gradshield.gateway.wire import ChatRequest
 
 HELD = 2  # models in memory
 SEATS = 16  # chats that wait or are answered at once
-COLDEST = (
-    0.01  # temperature below which logits divided by it may overflow; the likeliest token is all that is left there
-)
+# Temperature below which logits divided by it may overflow, and only the likeliest token is left anyway.
+COLDEST = 0.01
 PATIENCE = 600.0  # seconds for the other server
 log = structlog.get_logger("gradshield.gateway.chat")
 

@@ -46,7 +46,7 @@ class Content:
         return done
 
     def sweep(self) -> None:
-        """Delete what killed processes left of contents on the disk of this server; other stores have their own rules for it."""
+        """Delete what killed processes left of contents a day ago or earlier, where files are local."""
         if self.local:
             files.sweep(Path(self.root), ABANDONED)
 

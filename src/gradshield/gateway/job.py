@@ -310,7 +310,7 @@ def ours(error: GradShieldError, job: str) -> Stopped:
 
 
 def failed(run: Run, error: GradShieldError) -> None:
-    """The last transition of a job that cannot go on. What its owner's files are not to blame for is the operator's."""
+    """The last transition of a job that cannot go on. An error that is not about the owner's rows is the operator's."""
     if isinstance(error, DataError):
         error = Stopped("invalid_training_file", str(error))
     elif not isinstance(error, Stopped):
@@ -358,7 +358,7 @@ def main(arguments: Sequence[str]) -> int:
 def _again(run: Run, error: Exception) -> int:
     """Let the job wait for another attempt."""
     log.error("the job cannot go on now", error=str(error))
-    run._say("The server cannot use the job's folder now: the job goes on later", "warn")
+    run._say("The server cannot use the job's files now: the job goes on later", "warn")
     run.store.give_up(run.job.id, run.owner, AGAIN)
     return 0
 

@@ -75,8 +75,8 @@ class Limits(BaseModel):
 class Settings(BaseModel):
     """The gateway's settings. An empty URL is the default inside ``folder``.
 
-    Paths are made absolute where settings are made, since workers and jobs have working folders of their own; those that are
-    read from the file stay as they were saved.
+    Paths are made absolute where settings are made, since workers and jobs have working folders of their own. What may be a
+    name of the hub as well as a path (models, judges, safety) stays as it was saved when it is read from the file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -122,7 +122,7 @@ class Settings(BaseModel):
     @field_validator("safety")
     @classmethod
     def _whole_safety(cls, value: str, info: ValidationInfo) -> str:
-        return value if info.mode == "json" or value in ("builtin", "none") else str(_absolute(value))
+        return value if info.mode == "json" or value in ("", "builtin", "none") else str(_absolute(value))
 
     @field_validator("judges")
     @classmethod
@@ -132,7 +132,9 @@ class Settings(BaseModel):
     @field_validator("database")
     @classmethod
     def _whole_database(cls, value: str) -> str:
-        return re.sub(r"^(sqlite(?:\+\w+)?:///)(.+)", lambda found: f"{found[1]}{_absolute(found[2])}", value)
+        return re.sub(
+            r"^(sqlite(?:\+\w+)?:///)(?!file:|:memory:)(.+)", lambda found: f"{found[1]}{_absolute(found[2])}", value
+        )
 
     @field_validator("files")
     @classmethod
@@ -181,7 +183,7 @@ def whole(typed: str, path: str) -> str:
 
 
 def _absolute(path: str | Path) -> Path:
-    return Path(path).expanduser().absolute()
+    return Path(os.path.expanduser(path)).absolute()  # which leaves the home of nobody as it is
 
 
 def private(path: Path, text: str) -> Path:

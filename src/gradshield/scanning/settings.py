@@ -12,11 +12,11 @@ from typing import Any
 
 from gradshield.data import RenderConfig
 from gradshield.data.trl import check_names
-from gradshield.errors import UsageError, did_you_mean
+from gradshield.errors import DataError, UsageError, did_you_mean
 from gradshield.gradients import ENGINES, check_subspace
 from gradshield.manifests import Scoring
 from gradshield.models.loading import learned_positions
-from gradshield.probes import PROBES, FunctionProbe, Probe, alike
+from gradshield.probes import PROBES, FunctionProbe, Probe, alike, lookalikes, requests
 from gradshield.scanning.decide import PREFERENCE
 from gradshield.selectors import SELECTORS, check, parse_aggregate
 from gradshield.thresholds import Threshold
@@ -107,7 +107,7 @@ class Probing:
     """The probe requests that S is taken on, their harmless look-alikes, and how a turn is opened.
 
     ``answer_prefix`` starts every probed answer (a closed thinking block); ``template`` holds arguments of the chat template.
-    ``uncertified`` scores a model whose probes are not valid, and marks every output as not certified.
+    ``uncertified`` scores a model whose probes are not valid, or are look-alikes too, and marks every output as not certified.
     """
 
     requests: Sequence[Mapping[str, str]] = ()
@@ -117,11 +117,16 @@ class Probing:
     uncertified: bool = False
 
     def __post_init__(self) -> None:
-        harmful, harmless = ({alike(str(row["prompt"])) for row in rows} for rows in (self.requests, self.lookalikes))
-        if (both := len(harmful & harmless)) and not self.uncertified:
+        if self.uncertified or not (self.requests or self.lookalikes):
+            return
+        harmful, harmless = (
+            {alike(row["prompt"]) for row in rows if isinstance(row, Mapping) and isinstance(row.get("prompt"), str)}
+            for rows in (self.requests or requests(), self.lookalikes or lookalikes())
+        )
+        if both := len(harmful & harmless):
             raise UsageError(
                 f"{both:,} {'request is' if both == 1 else 'requests are'} among both the probes and the look-alikes, and "
-                "look-alikes are harmless: give --lookalikes requests that the model should answer"
+                "look-alikes are harmless: give --lookalikes requests that the model should answer, or pass --uncertified"
             )
 
 
@@ -210,7 +215,7 @@ def render_config(training_args: Any, limit: int | None, template: Mapping[str, 
 
 
 def check_positions(model: Any, longest: int, limit: int | None) -> None:
-    """Raises UsageError if the longest row has more tokens than the model has learned positions (GPT-2, OPT).
+    """Raises DataError if the longest row has more tokens than the model has learned positions (GPT-2, OPT).
 
     Rotary positions have no limit: rows longer than what the model was made for are warned of.
     """
@@ -218,7 +223,7 @@ def check_positions(model: Any, longest: int, limit: int | None) -> None:
         return
     remedy = f"give --max-length {limit}, or a training config with that max_length"
     if learned_positions(model):
-        raise UsageError(f"a row has {longest} tokens, and the model has positions for {limit}: {remedy}")
+        raise DataError(f"a row has {longest} tokens, and the model has positions for {limit}: {remedy}")
     warnings.warn(
         f"a row has {longest} tokens, and the model was trained on {limit} positions, beyond which its gradients say little: "
         f"{remedy}",
