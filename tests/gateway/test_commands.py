@@ -82,7 +82,7 @@ def test_a_key_that_cannot_be_is_refused_in_a_sentence(tmp_path: Path, option: s
 def test_a_key_of_a_gateway_that_is_not_there_yet_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "gateway"
     first, second = (run("keys", "create", "--folder", str(folder)) for _ in range(2))
-    assert f"serve --folder {folder}" in " ".join(first.err.split())
+    assert f"serve --model M --folder {folder}" in " ".join(first.err.split())
     assert (first.code, second.code) == (0, 0) and "no gateway" not in second.err
 
 
@@ -207,6 +207,8 @@ def test_settings_made_in_python_name_whole_paths(tmp_path: Path, monkeypatch: p
     assert (made.lookalikes, made.safety) == (tmp_path / "lookalikes.jsonl", f"{here}/safety.jsonl")
     assert (made.database, made.files) == (f"sqlite:///{here}/own.db", f"{here}/contents")
     assert made.judges == (f"guard:{here}/guard", "guard:org/name", "refusal-phrases")
+    kept = Settings(folder=tmp_path, models={"base": "~no-one/base"}, database="sqlite:///:memory:", safety="")
+    assert (kept.models, kept.database, kept.safety) == ({"base": "~no-one/base"}, "sqlite:///:memory:", "")
     made.save()
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "org" / "base").mkdir(parents=True)
