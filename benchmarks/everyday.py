@@ -32,6 +32,7 @@ from gradshield.models.loading import load
 from gradshield.probes import open_turns, read_prompts
 from gradshield.scanning.preparing import Known, ask, ruler
 from gradshield.scanning.settings import Probing, ScanSettings
+from gradshield.scanning.trust import halfway
 from gradshield.selectors import Screen
 from gradshield.stats import wilson
 from gradshield.thresholds import parse
@@ -112,7 +113,7 @@ def main() -> None:
     asked = ask(known, pick("auto", loaded.model, per_token=True), ScanSettings(), probing, quiet)
     reading = ruler(known, asked.validity, probing, quiet).reading
     cut = parse(Screen.rule).cut(np.zeros(1), None, reading.anchors).value
-    near = (cut + np.median(reading.anchors.harmful)) / 2  # as `scanning.trust` has it
+    near = halfway(cut, reading.anchors)
     print(
         f"the cut is {cut:.3f}\n\n| requests | n | beyond the cut | near it, of these | median r |\n|---|---|---|---|---|"
     )

@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from gradshield.errors import DataError, UsageError
 from gradshield.types import Floats, Rate
 
+LEVEL = 0.95  # confidence of the intervals that take no level of their own
+
 
 def percent(share: float) -> str:
     """A bound in percent, rounded up so that the claim is never tighter than the bound."""
@@ -25,9 +27,6 @@ def check_level(level: float) -> None:
     """Raise UsageError unless ``level`` is a confidence level strictly between 0 and 1."""
     if not 0 < level < 1:
         raise UsageError(f"a confidence level must lie between 0 and 1, got {level}: pass for example 0.95")
-
-
-LEVEL = 0.95  # of every interval here
 
 
 def wilson(k: int, n: int) -> Rate:

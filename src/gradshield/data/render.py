@@ -329,7 +329,7 @@ class Renderer:
             turns = [n for n, counts in enumerate(conversation.trained) if counts and n >= first]
             mask = self._turns_mask(messages, turns, kwargs, ids, completion)
             self._unmarked |= completion is None
-        elif untrained and marked and len(found := runs(mask)) == len(answers):
+        elif untrained and marked and len(found := spans(mask)) == len(answers):
             for n in untrained:
                 run = found[answers.index(n)]
                 mask[run] = [False] * (run.stop - run.start)
@@ -467,7 +467,7 @@ def _after(prompt: Sequence[int], ids: Sequence[int]) -> Mask:
     return [False] * shared + [True] * (len(ids) - shared)
 
 
-def runs(mask: Sequence[bool] | Bools) -> list[slice]:
+def spans(mask: Sequence[bool] | Bools) -> list[slice]:
     """Where the mask is True without a gap."""
     edges = np.flatnonzero(np.diff(np.array([False, *mask, False], dtype=np.int8))).tolist()
     return [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]

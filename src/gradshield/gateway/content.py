@@ -15,7 +15,6 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from gradshield import files
-from gradshield.files import replacing
 
 BLOCK = 1 << 20
 ABANDONED = 24 * 3600  # seconds after which nobody is still storing a content
@@ -33,7 +32,7 @@ class Content:
     def keep(self, id: str, source: IO[bytes]) -> tuple[int, str]:
         """Store a content under an id: its bytes and SHA-256. After an error nothing is there. Raises OSError."""
         if self.local:
-            with replacing(Path(self._at(id))) as path, path.open("wb") as out:
+            with files.replacing(Path(self._at(id))) as path, path.open("wb") as out:
                 return _copied(source, out)
         part = f"{self._at(id)}.{secrets.token_hex(6)}.part"
         try:
@@ -56,7 +55,7 @@ class Content:
 
     def fetch(self, id: str, to: Path) -> None:
         """Copy a content to a local file, which appears whole. Raises FileNotFoundError."""
-        with replacing(to) as part, self.fs.open(self._at(id), "rb") as source, part.open("wb") as out:
+        with files.replacing(to) as part, self.fs.open(self._at(id), "rb") as source, part.open("wb") as out:
             shutil.copyfileobj(source, out, BLOCK)
 
     def delete(self, id: str) -> None:

@@ -161,13 +161,18 @@ def _near(scores: Scores, removed: Bools, default: Decision) -> str:
     if scores.anchors is None:
         return ""
     beyond = scores.values[removed & default.removed]
-    near = int((beyond < (default.cuts[ROWS].value + np.median(scores.anchors.harmful)) / 2).sum())
+    near = int((beyond < halfway(default.cuts[ROWS].value, scores.anchors)).sum())
     if near < FEW or near <= MOST_NEAR * len(beyond):
         return ""
     return (
         f"{near:,} of {len(beyond):,} removed rows score nearer to the cut than to known harm, as harmless rows that a scan "
         "loses do: read them before you train on the others"
     )
+
+
+def halfway(cut: float, known: Anchors) -> float:
+    """The score halfway from a cut to the median of known harm: rows below it are nearer to the cut."""
+    return float(cut + np.median(known.harmful)) / 2
 
 
 def _loose(scores: Scores, decision: Decision, default: Decision) -> str:

@@ -50,8 +50,8 @@ class Representation(ABC):
     def prepare(self, model: nn.Module) -> Direction:
         """Means of the references at the chosen blocks: ``tensors["<block's name>"]`` is (2, D), unsafe then safe.
 
-        Raises ProbeError with fewer than two
-        references of a kind, UsageError with more layers than the model has, ScoreError if the two means are equal.
+        Raises ProbeError with fewer than two references of a kind, UsageError with more layers than the model has, ScoreError
+        if the two means are equal.
         """
         names = block_names(model)
         unsafe, safe = (self._features(model, kind, rows, names) for kind, rows in self._sides())

@@ -373,7 +373,7 @@ class Followed(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
         self.progress(state.global_step, state.max_steps)
 
-    on_step_end = on_train_begin  # told in the same way
+    on_step_end = on_train_begin  # both say how far it is
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_more: Any) -> None:
         self.tokens = state.num_input_tokens_seen
