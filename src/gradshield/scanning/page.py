@@ -172,7 +172,7 @@ def _verdict(results: ScanResults, selector: str) -> str:
     if not results.kept:
         return f"Everything was removed ({rows}): nothing is left to train on."
     what = {
-        "screen": "ask for something this model would refuse, and were removed",
+        "screen": "ask for something this model reads as harm, and were removed",
         "fihs": "push toward unsafe answers and were removed",
     }.get(selector.partition(":")[0], f"score above the cut of the selector {selector} and were removed")
     return f"{results.removed:,} of {rows} ({percent(results.removed / results.scored)}) {what}."
