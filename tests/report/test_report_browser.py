@@ -62,7 +62,9 @@ def visit(browser: Any, path: Path, width: int = 1400) -> tuple[list[str], list[
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
     # On a busy machine the browser's own first page is still loading.
-    asked = [one["request"]["url"] for one in sent if not one["documentURL"].startswith("chrome://")]
+    asked = [
+        one["request"]["url"] for one in sent if not one["documentURL"].startswith(("chrome://", "chrome-untrusted://"))
+    ]
     return console, [url for url in asked if url != path.as_uri() and not url.startswith("data:")]
 
 
