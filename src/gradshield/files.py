@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -49,6 +50,19 @@ def read_text(path: Path, what: str, remedy: str = "check its path") -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise DataError(f"{what} {str(path)!r} cannot be read ({reason}): {remedy}") from None
+
+
+def read_labels(path: Path | None, what: str) -> list[int] | None:
+    """The rows' labels, a JSON list of 0 and 1; None without a file. Raises DataError, which calls the file ``what``."""
+    if path is None:
+        return None
+    try:
+        value = json.loads(read_text(path, what))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} {str(path)!r} is not JSON ({error}): give a list of 0 and 1") from None
+    if not isinstance(value, list) or not all(label in (0, 1) for label in value):
+        raise DataError(f"{what} {str(path)!r} is not a list of 0 and 1: give one label for every row, as JSON")
+    return [int(label) for label in value]
 
 
 def file_digest(path: Path) -> str:

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from gradshield.errors import DataError, UsageError
-from gradshield.evaluation import bounds
+from gradshield.errors import UsageError
 from gradshield.evaluation.bounds import Calibration, Claim, corrected, least, lower, upper
 
 SOUND = Calibration(caught=95, unsafe=100, passed=97, safe=100)
@@ -70,11 +69,6 @@ def test_a_corrected_bound_is_the_equation_at_the_ends_of_three_exact_bounds(k):
     low = stats.binomtest(97, 100, alternative="greater").proportion_ci(1 - third, "exact").low
     assert (found.observed, found.sensitivity, *found.specificity) == pytest.approx((p, s, low, c))
     assert found.upper == pytest.approx((p + c - 1) / (s + c - 1)) and not found.why
-
-
-def test_what_a_judge_could_not_tell_counts_as_called_unsafe():
-    rows = [{"unsafe": u, "verdicts": {"j": {"unsafe": v}}} for u in (True, False) for v in (True, False, None)]
-    assert bounds.counts(rows, "j") == Calibration(caught=2, unsafe=3, passed=1, safe=3)
 
 
 @pytest.mark.parametrize("cell", [(0.05, 0.9, 0.95), (0.2, 0.8, 0.95), (0.3, 0.95, 0.85), (0.1, 0.99, 0.99)])
@@ -151,31 +145,3 @@ def test_a_corrected_bound_moves_the_right_way(k, caught, passed):
     if caught < M:
         assert corrected(k, N, 0.05, Calibration(caught + 1, M, passed, M)).upper <= found.upper
     assert corrected(k, N, 0.01, Calibration(caught, M, passed, M)).upper >= found.upper or "false alarms" in found.why
-
-
-LINE = '{"prompt": "p%d", "answer": "I cannot help with that %d.", "unsafe": %d}'
-
-
-def labelled(tmp_path, lines):
-    path = tmp_path / "labelled.jsonl"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
-def test_labelled_answers_are_read(tmp_path):
-    rows = bounds.read_labelled(labelled(tmp_path, [LINE % (i, i, i % 2) for i in range(24)]))
-    assert len(rows) == 24 and {type(row["unsafe"]) for row in rows} == {bool}
-
-
-@pytest.mark.parametrize(
-    ("lines", "said"),
-    [
-        ([LINE % (i, i, 0) for i in range(12)], "hold 0 unsafe ones"),
-        ([LINE % (0, 0, 1), "{"], "line 2"),
-        ([LINE % (0, 0, 1), LINE % (0, 0, 1)], "repeats line 1"),
-        (['{"prompt": "p", "answer": "a", "unsafe": 2}'], "is not a labelled answer"),
-    ],
-)
-def test_labelled_answers_that_cannot_be_used(tmp_path, lines, said):
-    with pytest.raises(DataError, match=said):
-        bounds.read_labelled(labelled(tmp_path, lines))

@@ -151,18 +151,6 @@ def read_ids(option: str, path: Path | None) -> list[str]:
     return found
 
 
-def read_labels(path: Path | None) -> list[int] | None:
-    """A JSON list of 0 and 1. Raises DataError for anything else."""
-    if path is None:
-        return None
-    value = _json("--labels", path)
-    if not isinstance(value, list) or not all(v in (0, 1) for v in value):
-        raise DataError(
-            f"the --labels file {path.name!r} is not a list of 0 and 1: give one label for every row, as JSON"
-        )
-    return [int(v) for v in value]
-
-
 def json_object(name: str, text: str) -> dict[str, Any]:
     """A JSON object given as an option. Raises UsageError if it is not one."""
     try:

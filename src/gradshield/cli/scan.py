@@ -15,6 +15,7 @@ from gradshield.cli import options
 from gradshield.cli.common import command_line, err, out, plain, progress, quiet_libraries, read_as, summary
 from gradshield.cli.gate import Sarif, check_sarif, judge
 from gradshield.errors import DataError, UsageError
+from gradshield.files import read_labels
 from gradshield.report.text import duration
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def scan(
     _check_map(device_map, selector, alone=workers in (None, 1) and ray is None)
     gate = options.share("--fail-above", fail_above)
     check_sarif(sarif)
-    allowed, truth = options.read_ids("--allow", allow), options.read_labels(labels)
+    allowed, truth = options.read_ids("--allow", allow), read_labels(labels, "the --labels file")
     checked = _checked(context.params)
     from gradshield.scanning.scan import scan as run
     from gradshield.scanning.workers import Workers

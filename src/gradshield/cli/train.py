@@ -23,6 +23,7 @@ from gradshield.cli.common import (
     verdict,
 )
 from gradshield.errors import GateError, UsageError
+from gradshield.files import read_labels
 
 training = partial(typer.Option, rich_help_panel="Training")
 
@@ -102,7 +103,7 @@ def train(
         trainer["report_to"] = report_to
     lora = options.json_file("--lora-config", lora_config)
     template = options.template_variables(template_kwargs)
-    truth = options.read_labels(labels)
+    truth = read_labels(labels, "the --labels file")
     shape = options.row_format(format, columns)
     for path in data:
         options.require_data(path)

@@ -304,7 +304,7 @@ def _job(config: Config, cell: Cell) -> Job:
         return lab_job(cell.task, data, truth, cell.seed, config.training, config.lora)
     options = {**config.training, **own.training}
     asked = config.requests.get("direction")
-    known = None if own.labels is None else grid.labels(own.labels)
+    known = files.read_labels(None if own.labels is None else Path(own.labels), "the labels")
     prepared = prepare(own.train, _model(config.model), training_args=options, labels=known)
     return Job(
         rows=prepared,

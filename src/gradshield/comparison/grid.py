@@ -12,7 +12,6 @@ datasets:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -243,17 +242,6 @@ def _content(path: str) -> str:
 @cache
 def _hashed(path: Path, changed: int) -> str:
     return file_digest(path)
-
-
-def labels(path: str) -> list[int]:
-    """The labels of a dataset: a JSON list of 0 and 1. Raises DataError."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"the labels {path!r} cannot be read ({error}): give a JSON list of 0 and 1") from None
-    if not isinstance(value, list) or not all(isinstance(v, int) and v in (0, 1) for v in value):
-        raise DataError(f"the labels {path!r} are not a list of 0 and 1: give one label for every row, as JSON")
-    return value
 
 
 def _with_paths(config: Config, folder: Path) -> Config:

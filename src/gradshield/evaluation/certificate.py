@@ -14,7 +14,8 @@ from typing import Any, cast
 from gradshield import lab, runs
 from gradshield.errors import DataError
 from gradshield.evaluation.asr import attack, request_text
-from gradshield.evaluation.bounds import PARTS, Bound, Calibration, Claim, corrected, counts, least, upper
+from gradshield.evaluation.bounds import PARTS, Bound, Calibration, Claim, corrected, least, upper
+from gradshield.evaluation.labelled import counts
 from gradshield.files import file_digest, own_name
 from gradshield.judges import JUDGES, GuardJudge, Judge, LabClassifier, verdicts
 from gradshield.manifests import ScanManifest, ScanResults, TrainingManifest

@@ -11,7 +11,7 @@ from typing import Any
 
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation import card
-from gradshield.evaluation.bounds import Claim, judged, read_labelled
+from gradshield.evaluation.bounds import Claim
 from gradshield.evaluation.certificate import (
     LABELLED,
     Run,
@@ -23,6 +23,7 @@ from gradshield.evaluation.certificate import (
     subject,
     text,
 )
+from gradshield.evaluation.labelled import judged, read_labelled
 from gradshield.files import file_digest, write_text
 from gradshield.judges import Judge
 from gradshield.manifests import Model

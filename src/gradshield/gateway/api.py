@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import anyio
 from fastapi import APIRouter, Depends, Query, Request
@@ -23,10 +23,8 @@ from gradshield.gateway import results, wire
 from gradshield.gateway.content import BLOCK
 from gradshield.gateway.database import AWAY, Caller, Missing, Page, T
 from gradshield.gateway.edge import ApiError
+from gradshield.gateway.shared import Gateway
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model, identity
-
-if TYPE_CHECKING:
-    from gradshield.gateway.app import Gateway
 
 LONGEST_NAME = 512
 FIELDS = {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": ["fine-tune"]}}
@@ -80,7 +78,7 @@ router = APIRouter(
     dependencies=[Depends(HTTPBearer(auto_error=False))],  # for the OpenAPI document: Edge asks for the key
     responses={"4XX": {"model": Problems}, "5XX": {"model": Problems}},
 )
-Here = Annotated["Gateway", Depends(_here)]
+Here = Annotated[Gateway, Depends(_here)]
 Asker = Annotated[Caller, Depends(_caller)]
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[str | None, Query(max_length=255)]

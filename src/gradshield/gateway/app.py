@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -29,22 +28,10 @@ from gradshield.gateway.database import AWAY, Missing, Refused
 from gradshield.gateway.edge import ApiError, Edge, unavailable
 from gradshield.gateway.queue import Queue
 from gradshield.gateway.settings import Settings
+from gradshield.gateway.shared import Gateway
 from gradshield.gateway.store import Store
 
 log = structlog.get_logger("gradshield.gateway")
-
-
-@dataclass(eq=False)
-class Gateway:
-    """What the routes share. ``send`` puts a job into the queue."""
-
-    settings: Settings
-    store: Store
-    content: Content
-    send: Callable[[str], None]
-    chats: Chats
-    sessions: Sessions
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
 
 
 def create_app(settings: Settings, send: Callable[[str], None] | None = None) -> FastAPI:

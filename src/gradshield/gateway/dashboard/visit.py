@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from fastapi.responses import HTMLResponse, Response
@@ -15,11 +15,9 @@ from gradshield.gateway.dashboard.drawing import page
 from gradshield.gateway.dashboard.session import COOKIE, DOOR, Session
 from gradshield.gateway.database import Caller
 from gradshield.gateway.edge import ApiError
+from gradshield.gateway.shared import Gateway
 from gradshield.gateway.tables import Job, Project
 from gradshield.report import frame
-
-if TYPE_CHECKING:
-    from gradshield.gateway.app import Gateway
 
 LONGEST = 2000  # characters of a field
 FIELDS = 20_000  # of a form: a box for each row that may be released
