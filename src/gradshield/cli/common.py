@@ -47,7 +47,12 @@ def summary(selection: Selection, folder: Path, listed: Sequence[str] = ()) -> N
         err.print(f"[yellow]warning:[/yellow] {plain('not certified: ' + '; '.join(results.doubts.values()))}")
     read_as(selection.manifest.data.read_as)
     parts = [f"[bold]{results.removed}[/bold] of {results.scored} rows removed", f"{results.kept} kept"]
-    parts += [f"{count} {key}" for key in ("quarantined", "cleared", "denied") if (count := getattr(results, key))]
+    other = {
+        "quarantined (see quarantine.jsonl)": results.quarantined,
+        "cleared": results.cleared,
+        "denied": results.denied,
+    }
+    parts += [f"{count} {what}" for what, count in other.items() if count]
     out.print(", ".join(parts))
     for name, one in selection.cuts.items():
         label = "" if name == "rows" else f" ({name})"
