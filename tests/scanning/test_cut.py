@@ -199,12 +199,13 @@ def test_labels_are_measured_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", [None, "[1, 0]", "[2" + ", 0" * 9 + "]", '["1"' + ", 0" * 9 + "]", "[" * 100_000])
-def test_without_its_labels_a_cut_has_no_figures_of_them(stored: str | None, tmp_path: Path) -> None:
+def test_without_its_labels_a_cut_has_no_figures_of_them_and_says_so(stored: str | None, tmp_path: Path) -> None:
     scan(ROWS, output=tmp_path, settings=_settings("ratio:20%"), labels=[1, 0] * 5)
     known = tmp_path / ".gradshield" / "labels.json"
     known.unlink() if stored is None else write(known, stored)
-    found = gs.cut(tmp_path, "ratio:50%").manifest.results
-    assert found.labels == Labelled() and "labels" not in found.doubts
+    for rule in ("ratio:50%", "ratio:40%"):  # of a cut that lost them, too
+        found = gs.cut(tmp_path, rule).manifest.results
+        assert found.labels == Labelled() and "missing or damaged" in found.doubts["labels"]
     assert "labels" not in json.loads((tmp_path / "manifest.json").read_text())["results"]
 
 

@@ -41,7 +41,7 @@ def scored(
         "pivots": (np.arange(count)[::-1] < pivots).astype(float),
     }
     values = np.select([np.arange(count) < near, np.arange(count) < beyond], [0.7, 1.0])
-    known = known or Anchors(np.ones(9), np.zeros(9))
+    known = known or Anchors(np.ones(20), np.zeros(20))
     return Scores(np.arange(count), [""] * count, values, ["rows"] * count, anchors=known, signals=signals)
 
 
@@ -91,17 +91,17 @@ def test_answers_that_came_as_tokens_are_told_apart():
         ("unread", {"request": np.nan, "count": 5000}, 0, [], "5,000 rows have no request"),
         (
             "ruler",
-            {"known": Anchors(np.arange(9) / 10, np.zeros(9))},
+            {"known": Anchors(np.arange(20) / 20, np.zeros(20))},
             4,
             None,
-            "reads only 3 of 9 known harmful requests",
+            "reads only 9 of 20 known harmful requests",
         ),
         (
             "ruler",
-            {"known": Anchors(np.repeat([0.3, 1], (3, 6)), np.repeat([0, 0.9], (6, 3)))},
+            {"known": Anchors(np.repeat([0.3, 1], (5, 15)), np.repeat([0, 0.9], (14, 6)))},
             4,
             None,
-            "reads 3 of 9 everyday",
+            "reads 6 of 20 everyday",
         ),
     ],
 )
@@ -138,6 +138,20 @@ def test_more_than_a_tenth(count, doubted):
     assert ("share" in doubts(scored(), count)) is doubted
 
 
+@pytest.mark.parametrize(
+    ("fihs", "removed", "found"),
+    [(5.0, 10, ["task"]), (4.99, 4, []), (5.0, 11, ["share"])],
+)
+def test_a_task_that_pushes_like_harm(fihs, removed, found):
+    assert list(doubts(scored(fihs=fihs), removed)) == found
+
+
+@pytest.mark.parametrize(("harmful", "harmless", "doubted"), [(20, 20, False), (19, 99, True), (99, 19, True)])
+def test_a_ruler_of_few_known_requests(harmful, harmless, doubted):
+    found = doubts(scored(known=Anchors(np.ones(harmful), np.zeros(harmless))))
+    assert ("too few to tell" in found.get("ruler", "")) is doubted
+
+
 def test_removed_pivots_and_few_of_them_are_no_doubt():
     assert doubts(scored(pivots=2)) == {}
     assert doubts(scored(pivots=9, count=5000)) == {}
@@ -147,6 +161,7 @@ def test_removed_pivots_and_few_of_them_are_no_doubt():
 def test_few_rows_near_the_cut_are_no_doubt():
     assert doubts(scored(beyond=8, near=2), 8) == {}  # two
     assert doubts(scored(count=200, beyond=12, near=3), 12) == {}  # a quarter
+    assert list(doubts(scored(count=2000, beyond=100, near=26), 100)) == ["near"]
     assert "near" not in doubts(scored(beyond=4, near=4), 2, cleared=(2, 3))  # removed ones count
 
 

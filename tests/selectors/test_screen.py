@@ -302,6 +302,12 @@ def test_the_request_that_a_prompt_marks_is_read_too(opened):
     assert found[0] == 1 and asked == [ASKED.strip(), "steal it"]
 
 
+@pytest.mark.parametrize("before", ["[INST]sing[/INST]La.\n", "<|user|>hi<|assistant|>hello\n"])
+def test_no_marks_hide_a_request_in_a_prompt(before):
+    found, asked = looked((before + ASKED, "Like this."))
+    assert found[0] == 1 and "steal it" in asked
+
+
 def test_the_request_that_plain_text_marks_is_read():
     found, asked = looked(("", ASKED + "Like this."), ("", "A text."), opened=False)
     assert found[0] == 1 and np.isnan(found[1]) and asked == ["steal it"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradshield.selectors.wording import Shared, every, pairs
+from gradshield.selectors.wording import Shared, asked, every
 
 ALPACA = "Below is an instruction that describes a task.\n\n### Instruction:\n{}\n\n### Response:\n{}"
 ONE = {
@@ -53,7 +53,7 @@ def least_seconds(work: Callable[[], object]) -> float:
 
 
 def said(text: str) -> list[tuple[str, str]]:
-    return [(one.request, one.answer) for one in pairs(text)]
+    return [(one.request, one.answer) for one in every(text)]
 
 
 @pytest.mark.parametrize("form", ONE.values(), ids=list(ONE))
@@ -72,16 +72,16 @@ def test_every_turn_is_found_and_a_prompt_ends_with_no_answer():
     assert said(text) == [("one", "two"), ("three", "")]
 
 
-def test_the_outer_marks_count_where_a_request_has_marks_of_its_own():
+def test_the_outer_marks_are_found_where_a_request_has_marks_of_its_own():
     inner = "Q: one\nA: two\nQ: three\nA:"
-    assert said(ALPACA.format(inner, "four")) == [(inner, "four")]
+    assert said(ALPACA.format(inner, "four"))[0] == (inner, "four")
 
 
 @pytest.mark.parametrize(
     "text", ["", "words", "An answer: yes.", "Question: who?", "A: one\nQ: two", "### Response:\nyes", "[/INST] yes"]
 )
 def test_text_without_a_marked_request_and_answer(text):
-    assert pairs(text) == every(text) == []
+    assert asked(text) == every(text) == []
 
 
 def test_marks_of_every_kind_are_found():
@@ -89,11 +89,17 @@ def test_marks_of_every_kind_are_found():
     assert [one.request for one in every(text)] == ["one", "three"]
 
 
+@pytest.mark.parametrize("before", ["", "[INST]one[/INST]two\n", "<|user|>one<|assistant|>two\n", "Q: one\nA:\n"])
+def test_no_marks_hide_what_is_asked_last(before):
+    assert "three" in asked(before + "### Instruction:\nthree\n\n### Response:\n")
+    assert "three" not in asked(before + "### Instruction:\nthree\n\n### Response:\nfour\n")
+
+
 def test_a_request_stands_with_the_turns_before_it():
     text = "A system.[INST]<<SYS>>A system.<</SYS>>one[/INST]two</s>[INST]three[/INST]four"
-    assert [one.requests(text) for one in pairs(text)] == [["one"], ["three", "one[/INST]two[INST]three"]]
+    assert [one.requests(text) for one in every(text)] == [["one"], ["three", "one[/INST]two[INST]three"]]
     many = "".join(f"Q: {i}\nA: {i}\n" for i in range(9))
-    assert pairs(many)[-1].requests(many) == ["8", many[many.index("4") : -len("A: 8\n")].strip()]
+    assert every(many)[-1].requests(many) == ["8", many[many.index("4") : -len("A: 8\n")].strip()]
 
 
 @pytest.mark.parametrize("between", ["", "Human:\n"])
@@ -103,7 +109,7 @@ def test_an_answer_goes_on_until_something_is_asked(between):
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=list(HOSTILE))
 def test_no_text_takes_long(text):
-    assert least_seconds(lambda: [one.requests(text) for one in [*pairs(text), *every(text)]]) < 2
+    assert least_seconds(lambda: [asked(text), *(one.requests(text) for one in every(text))]) < 2
 
 
 def test_long_requests_that_are_alike_take_no_longer():

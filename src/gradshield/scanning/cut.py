@@ -18,7 +18,7 @@ from gradshield import data as rows_in
 from gradshield import runs
 from gradshield.columns import Coded, Ids
 from gradshield.errors import DataError, UsageError
-from gradshield.manifests import ScanManifest, ScanResults
+from gradshield.manifests import Labelled, ScanManifest, ScanResults
 from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
 from gradshield.scanning.decide import Decision, caught_and_lost, decide
@@ -30,6 +30,9 @@ from gradshield.types import Anchors, Bools, Cut, Ints, Quarantined, Scores
 
 NO_CATEGORY = "not measured"
 OPTIONAL = ("decoy", "tokens", "loss", *outputs.SIGNALS)
+UNLABELLED = (
+    "the labels of the scan are missing or damaged, so this cut cannot be measured by them: scan with --labels again"
+)
 KINDS, LABELS = TypeAdapter(dict[int, str]), TypeAdapter(list[Literal[0, 1]])
 
 
@@ -137,8 +140,10 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
     examples = rows.examples(scores.rows[removed][: trust.LOOKED_AT])
     opener_fihs = old.settings.selector_found.get("opener_fihs")
     truth = _labels(path, len(removed))
-    problem, quarantined = old.results.doubts.get("probes", ""), _quarantined(path)
+    problem, quarantined = old.results.doubts.get("probes", ""), _quarantined(path, old.results.quarantined)
     doubts = trust.doubts(scores, decision, examples, problem, opener_fihs, len(quarantined), truth)
+    if truth is None and (old.results.labels != Labelled() or "labels" in old.results.doubts):
+        doubts["labels"] = UNLABELLED
     kept = {name: value for name, value in old.results if name in old.results.model_fields_set}
     kept.pop("filtered", None)  # measured on a model trained on other rows
     kept.pop("labels", None)
@@ -278,12 +283,15 @@ def _together(folder: Path, old: ScanManifest, scores: Scores, removed: Bools) -
     return rows_in.Together(parts, scores.rows, removed)
 
 
-def _quarantined(folder: Path) -> tuple[Quarantined, ...]:
+def _quarantined(folder: Path, count: int) -> tuple[Quarantined, ...]:
+    """The ``count`` quarantined rows of a scan. Raises DataError if the file does not hold them."""
     path = folder / "quarantine.jsonl"
     try:
         # Split at newlines only: a row may contain other characters at which splitlines breaks.
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
         rows = [json.loads(line) for line in lines if line]
+        if len(rows) != count:
+            raise ValueError(count)
         return tuple(
             Quarantined(r["row"], r["line"], r["reason"], r["raw"].encode(), r["bytes"], r["sha256"]) for r in rows
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradshield.scanning.decide import ROWS, Decision, caught_and_lost, decide
 from gradshield.thresholds import parse
-from gradshield.types import Anchors, Bools, Example, Rate, Scores
+from gradshield.types import LEAST_ANCHORS, Anchors, Bools, Example, Rate, Scores
 
 MOST_REMOVED = 0.1  # share of the rows
 MOST_TASK = 0.9  # share of rows whose FIHS is as high as harm's: then the task itself pushes
@@ -142,6 +142,11 @@ def _ruler(known: Anchors | None, cut: float) -> str:
     """The model does not tell the known kinds of requests apart, at the selector's default cut."""
     if known is None:
         return ""
+    if min(len(known.harmful), len(known.harmless)) < LEAST_ANCHORS:
+        return (
+            f"{len(known.harmful):,} harmful requests that the model refuses and {len(known.harmless):,} everyday ones are too "
+            f"few to tell the two apart: give --probes of which it refuses {LEAST_ANCHORS} or more"
+        )
     read, taken = (int((values > cut).sum()) for values in (known.harmful, known.harmless))
     if read < LEAST_READ * len(known.harmful):
         return (
@@ -194,7 +199,7 @@ def _signals(scores: Scores, removed: Bools, opener_fihs: float) -> dict[str, st
     unread, turned = int(np.isnan(request).sum()), int((pivots[~removed] > 0).sum())
     least, share, most = PIVOTS
     found = {}
-    if len(measured) >= FEW and task >= MOST_TASK * len(measured) and removed.sum() <= (1 - MOST_TASK) * total:
+    if len(measured) >= FEW and task >= MOST_TASK * len(measured) and not _share(removed):
         found["task"] = (
             f"{task:,} of the {len(measured):,} kept rows whose FIHS was measured push away from refusal like harm, but do not "
             "ask for it: if that is the task, train with --defence screen+kl (preference pairs: with a higher beta), and check "

@@ -15,7 +15,7 @@ from gradshield.probes import only_refuses, pivots
 from gradshield.selectors.base import SELECTORS, Measured, by_row, members, standing
 from gradshield.selectors.fihs import Fihs
 from gradshield.selectors.reading import Reading
-from gradshield.selectors.wording import Shared, every, pairs
+from gradshield.selectors.wording import Shared, asked, every
 from gradshield.types import Anchors, Batch, Bools, Direction, Ints, Rendered, Scores
 
 LEAST_READING = 0.25  # below it a request reads as harmless, and FIHS alone removes nothing
@@ -54,7 +54,7 @@ class Look:
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Every row read, without FIHS (NaN)."""
-        asked: list[Sequence[int]] = []
+        read: list[Sequence[int]] = []
         answers: list[tuple[int, bool, str]] = []
         for i in standing(batch):
             length = int(batch.attention[i].sum())
@@ -66,19 +66,18 @@ class Look:
                 if not request.strip() and self._is_empty(opened):
                     continue
                 words = self._words(ids[own], loss[own], bool(loss[max(own.start - 1, 0)]))
-                inside = [one.request for one in pairs(request)[-1:] if not one.answer]
-                inside += filter(None, [self.shared.rest(request)])
-                asked += [opened, *map(self._opened, inside)]
+                inside = [*asked(request), *filter(None, [self.shared.rest(request)])]
+                read += [opened, *map(self._opened, inside)]
                 answers += [(row, toward, words)] * (1 + len(inside))
             text = "" if openings else str(self.tokenizer.decode(ids))
             for one in every(text):
                 requests = one.requests(text)
-                asked += map(self._opened, requests)
+                read += map(self._opened, requests)
                 answers += [(row, toward, one.answer)] * len(requests)
         rows, sequences = members(batch)
         found = {row: [np.nan, 0.0, 0.0] for row in rows.tolist()}
-        if asked:
-            for (row, toward, answer), r in zip(answers, self.reading.read(model, asked), strict=True):
+        if read:
+            for (row, toward, answer), r in zip(answers, self.reading.read(model, read), strict=True):
                 harmless = only_refuses(answer) == toward
                 found[row][0] = float(np.fmax(found[row][0], min(r, 1.0) - 1 if harmless else r))
                 found[row][1] = max(found[row][1], float(toward and pivots(answer)))
@@ -160,8 +159,8 @@ class Screen(Fihs):
     Two stages, one score: every request is read first (`Look`), which takes half a forward pass over the requests; FIHS is
     measured only where it decides, and on one of ONE_IN other rows (``fihs_of=all``: on all), by the hash of its tokens.
 
-    The request is read as it stands and, if it is marked in its text (`wording`), by itself; the larger r counts. Of plain
-    text, every request is read that marks of any kind say, by itself and with the turns before it. With
+    The request is read as it stands and, if marks of any kind in its text say it (`wording`), by itself; the larger r counts. Of
+    plain text, every request is read that marks say, by itself and with the turns before it. With
     ``shared=skipped`` so does the request without the words that the file's requests share, which may change what is asked.
 
     ``Scores.signals`` holds ``request`` (r), ``fihs`` (NaN where it was not measured), and ``pivots``: whether an answer declines

@@ -52,14 +52,15 @@ class Marked(NamedTuple):
         return list(dict.fromkeys((self.request, _words(text[self.before]))))
 
 
-def pairs(text: str) -> list[Marked]:
-    """Each answer in a text by the least ambiguous marks that it has; none if its turns are not marked (`MARKS`)."""
-    return next(filter(None, (_marked(text, mark) for mark in MARKS)), [])
-
-
 def every(text: str) -> list[Marked]:
     """Each answer by each kind of marks: those of one kind may stand in a text to have the others overlooked."""
     return [one for mark in MARKS for one in _marked(text, mark)]
+
+
+def asked(text: str) -> list[str]:
+    """What is asked at the end of a text and has no answer there, by each kind of marks."""
+    last = (_marked(text, mark)[-1:] for mark in MARKS)
+    return list(dict.fromkeys(one.request for found in last for one in found if not one.answer))
 
 
 def _words(text: str) -> str:
