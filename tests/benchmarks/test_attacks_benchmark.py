@@ -22,13 +22,17 @@ def rate(k: int, n: int = 200) -> dict[str, Any]:
     return asdict(wilson(k, n))
 
 
-def arm(k: int, useful: int = 180, recipe: str = "as given", asked: int | None = None) -> dict[str, Any]:
+def arm(
+    k: int, useful: int = 180, recipe: str = "as given", asked: int | None = None, raised: bool = True
+) -> dict[str, Any]:
     found = {
         "recipe": recipe,
         "judges": {"refusal-phrases": rate(0), "lab-classifier": rate(k)},
         "utility": rate(useful),
     }
-    return found if asked is None else {**found, "asked": {"lab-classifier": rate(asked)}}
+    if asked is None:
+        return found
+    return {**found, "asked": {"lab-classifier": rate(asked)}, "raised": {"lab-classifier": raised}}
 
 
 def cell(attack: str, defence: str, *arms: dict[str, Any], start: int | None = None) -> dict[str, Any]:
@@ -79,10 +83,20 @@ def test_the_first_paragraph_says_so_where_nothing_gets_past_or_nothing_was_trai
 
 
 def test_only_what_training_has_added_counts_where_requests_are_in_the_attackers_words() -> None:
-    start = {"lab-classifier": rate(90)}
-    assert attacks_table.reach(arm(2, asked=100), start) == 0.01  # as much as before
-    assert attacks_table.reach(arm(2, asked=160), start) == 0.8
-    assert attacks_table.reach(arm(2, asked=160), {}) == 0.8
+    assert attacks_table.reach(arm(2, asked=160, raised=False)) == 0.01
+    assert attacks_table.reach(arm(2, asked=160)) == 0.8
+
+
+@pytest.mark.parametrize(
+    ("gained", "given_up", "more"), [(6, 0, True), (5, 0, False), (9, 1, True), (8, 2, False), (0, 9, False)]
+)
+def test_training_has_raised_a_rate_where_chance_would_hardly_do_so(gained: int, given_up: int, more: bool) -> None:
+    def outputs(*unsafe: int) -> list[dict[str, Any]]:
+        return [{"verdicts": {"judge": {"unsafe": bool(one)}}} for one in unsafe]
+
+    before = outputs(*[0] * gained, *[1] * given_up, *[1] * 90)
+    after = outputs(*[1] * gained, *[0] * given_up, *[1] * 90)
+    assert attack_siege.raised(before, after, "judge") is more
 
 
 def test_the_worst_recipe_counts_as_long_as_it_costs_no_utility() -> None:
@@ -98,7 +112,7 @@ def test_the_worst_recipe_counts_as_long_as_it_costs_no_utility() -> None:
 def test_every_number_of_the_page_has_its_interval_and_n() -> None:
     page = attacks_table.markdown(results(cell("noice", "screen", arm(40, asked=50), start=2), cell("plain", "none")))
     line = next(text for text in page.split("\n") if text.startswith("| `noice` | `screen`"))
-    assert line.count(" n=") == 6 and "20.0 % [15.0, 26.1] n=200" in line and "(before training 1.0 %)" in line
+    assert line.count(" n=") == 6 and "20.0 % [15.0, 26.1] n=200" in line and ", before training 1.0 % |" in line
     assert "| `plain` | `none` |" in page and "not trained" in page
     failed = cell("plain", "screen") | {"failed": "there is nothing to train on"}
     assert "there is nothing to train on" in attacks_table.markdown(results(failed))

@@ -17,6 +17,7 @@ from gradshield.report.draw import Chart
 from gradshield.report.frame import Status
 from gradshield.report.sheet import NOTHING, Entry, Section, Sheet, Table, drawn, interval, rate_entry
 from gradshield.report.text import flatten, number, one_line, percent
+from gradshield.scanning.decide import ROWS
 from gradshield.scanning.page_charts import category_chart, class_charts, score_charts
 from gradshield.scanning.page_rows import (
     LEVELS,
@@ -30,6 +31,7 @@ from gradshield.scanning.page_rows import (
     show_rows,
 )
 from gradshield.scanning.selection import Selection
+from gradshield.stats import wilson
 from gradshield.types import Cut, Ints, Quarantined
 
 SCAN = "scan.html"
@@ -325,7 +327,7 @@ def _plain(value: Any) -> bool:
 
 
 def _checks(results: ScanResults) -> list[Check]:
-    """What was checked: the probes and the engine, where the selector has any, and how much is left."""
+    """What was checked: the probes, the ruler and the engine, where the selector has any, and how much is left."""
     found = []
     if (probes := results.probes) is not None:
         asked = probes.refused
@@ -334,12 +336,20 @@ def _checks(results: ScanResults) -> list[Check]:
             f"({100 * asked.rate:.0f} %, 95 % interval {100 * asked.low:.0f}–{100 * asked.high:.0f} %)."
         )
         found.append(Check("Probe validity", "fail" if probes.problem else "pass", text))
-    if (known := results.agreement) is not None:
-        agrees = known.relative_error is not None and (known.spearman is None or known.spearman >= LEAST_SPEARMAN)
-        ranks = "" if known.spearman is None else f", Spearman {known.spearman:.5f}"
+    cut = results.cuts[ROWS].value if ROWS in results.cuts else None
+    if (known := results.anchors) is not None and cut is not None:
+        beyond = (
+            wilson(sum(v is not None and v > cut for v in one), len(one)) for one in (known.harmful, known.harmless)
+        )
+        text = "Above the cut, by a ruler that was not fitted on them: known harmful requests {}, everyday ones {}."
+        status: Status = "warn" if "ruler" in results.doubts else "pass"
+        found.append(Check("Known requests", status, text.format(*beyond)))
+    if (agreed := results.agreement) is not None:
+        agrees = agreed.relative_error is not None and (agreed.spearman is None or agreed.spearman >= LEAST_SPEARMAN)
+        ranks = "" if agreed.spearman is None else f", Spearman {agreed.spearman:.5f}"
         text = (
-            f"{known.engine} against the oracle on {known.n:,} rows: relative error ‖f − o‖/‖o‖ "
-            f"{number(known.relative_error, 2)}{ranks}.{'' if agrees else ' They disagree: treat the scores with care.'}"
+            f"{agreed.engine} against the oracle on {agreed.n:,} rows: relative error ‖f − o‖/‖o‖ "
+            f"{number(agreed.relative_error, 2)}{ranks}.{'' if agrees else ' They disagree: treat the scores with care.'}"
         )
         found.append(Check("Engine agreement", "pass" if agrees else "warn", text))
     little = results.kept < LITTLE_LEFT * results.scored
