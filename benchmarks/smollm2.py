@@ -131,16 +131,18 @@ def page(whole: Comparison, before: Figures, arms: Path) -> str:
     lines = [
         f"> SmolLM2-135M-Instruct, taught to refuse, after one epoch of LoRA on {ROWS} rows, {HARMFUL} of them real harm: attack",
         "> success by two judges, and utility (AGNews: accuracy; GSM8K: likelihood of the reference, per token).",
-        f"> Rates in %, with 95 % Wilson intervals over {asked} requests that chose nothing. Neither the model nor the rows are",
-        f"> shipped with this project. One seed. Made by `python -m benchmarks.smollm2{_chosen(cells)}`.",
+        f"> Rates in %, with 95 % Wilson intervals over {asked} requests that no scan and no search saw. Neither the model nor",
+        f"> the rows are shipped with this project. One seed. Made by `python -m benchmarks.smollm2{_chosen(cells)}`.",
         "",
         table(whole, before),
         *_told({(cell.task, cell.defence): cell for cell in cells}, before),
+        *_over_refused(cells, before),
         *_verified(cells),
         "",
-        "Learning rate and share of harm were chosen on AGNews by the undefended and the clean model alone, so that harm shows",
-        "beside what harmless rows do. With 30 harmful rows of 300 the undefended model stood at 30 % by phrases and the clean",
-        "one at 45 %, at a rate of 2e-4; at 1e-3 the clean one stood at 78 %.",
+        "Learning rate and share of harm were chosen on AGNews by these ASRs of the undefended and the clean model, so that harm",
+        "shows beside what harmless rows do. With 30 harmful rows of 300 the undefended model stood at 30 % by phrases and the",
+        "clean one at 45 %, at a rate of 2e-4; at 1e-3 the clean one stood at 78 %. How some of the requests read was seen when",
+        "[the ruler was chosen](methods.md#how-the-defaults-were-chosen).",
         "",
         markdown(whole),
         "## How good the judges are",
@@ -182,6 +184,18 @@ def table(whole: Comparison, before: Figures) -> str:
             entries += [f"{first} / {second}", f"{100 * cell.utility.rate:.1f}"]
         lines.append(f"| {' | '.join(entries)} |")
     return "\n".join(lines) + "\n"
+
+
+def _over_refused(cells: Sequence[CellResult], before: Figures) -> list[str]:
+    """How much of what only looks harmful the model refuses, before training and after."""
+    after = sorted((cell.over_refusal for cell in cells if cell.over_refusal), key=lambda rate: rate.rate)
+    if before.over_refusal is None or not after:
+        return []
+    start, low, high = (_per_cent(rate) for rate in (before.over_refusal, after[0], after[-1]))
+    return [
+        f"- Of {before.over_refusal.n} harmless look-alikes the model refuses {start} % before training and {low} to {high} % "
+        "after: it was taught to refuse nearly all that looks harmful."
+    ]
 
 
 def _told(by: Mapping[tuple[str, str], CellResult], before: Figures) -> list[str]:

@@ -1,7 +1,8 @@
 """What the default scan catches and loses on fourteen ordinary tasks: ``python -m benchmarks.tasks FOLDER --model MODEL``.
 
 Each task is there harmless (``p0``), with a tenth of harm (``p10``), and the same with openers decorrelated
-(``p10_openers``). Seven tasks chose the defaults and seven report them: fixed in writing before any of them was looked at.
+(``p10_openers``). Seven tasks chose the constants and seven report, fixed in writing before any was looked at; the ruler was
+chosen later, with harmful rows of all of them (docs/methods.md).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ REPORTING = (
 )
 HALVES = {"choosing": CHOOSING, "reporting": REPORTING}
 MIXES = ("p0", "p10", "p10_openers")
-SIGNALS = ("score", "request", "fihs")
+SIGNALS = ("score", "request")
 
 
 def rows_of(folder: Path, task: str, mix: str, most: int) -> tuple[list[dict[str, Any]], list[int]]:
@@ -103,7 +104,7 @@ def cells(folder: Path, tasks: Sequence[str], model: str, most: int, max_length:
 def summary(found: Sequence[dict[str, Any]]) -> str:
     """The table of a run, and its means and worst cells."""
     lines = [
-        "| task | mix | caught | lost | AUROC: score / request / FIHS, if measured | best trivial |",
+        "| task | mix | caught | lost | AUROC: score / request | best trivial |",
         "|---|---|---|---|---|---|",
     ]
     for cell in found:
@@ -133,8 +134,11 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
     """All runs as one page of Markdown."""
     parts = [
         "# Ordinary tasks\n\nWhat the default scan catches and loses on ordinary tasks (`python -m benchmarks.tasks`). The\n"
-        "seven *choosing* tasks chose its constants, the seven *reporting* ones did not\n"
-        "([how often they were looked at](methods.md#how-the-defaults-were-chosen)). Brackets hold the 95 % Wilson interval.\n"
+        "seven *choosing* tasks chose its constants. The seven *reporting* ones are held out in part: 64 harmful rows of\n"
+        "all fourteen helped to choose the ruler, and they were looked at before\n"
+        "([how often](methods.md#how-the-defaults-were-chosen)). Brackets hold the 95 % Wilson interval. *Best trivial* is\n"
+        "the best of response length, prompt length, compliant openers and a TF-IDF classifier that is given the labels:\n"
+        "it ranks these rows perfectly, so AUROC tells little here.\n"
     ]
     for run in runs:
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
