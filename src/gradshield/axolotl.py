@@ -127,8 +127,9 @@ def _scan(cfg: Any, given: Settings, dataset: Any, folder: Path) -> None:
     import torch
 
     import gradshield as gs
-    from gradshield.cli.options import probing, read_ids
+    from gradshield.cli.options import probing
     from gradshield.errors import UsageError
+    from gradshield.scanning.decide import read_ids
 
     columns = [name for name in COLUMNS if name in dataset.column_names]
     if columns[:2] != ["input_ids", "labels"]:
@@ -143,7 +144,7 @@ def _scan(cfg: Any, given: Settings, dataset: Any, folder: Path) -> None:
         format="tokens",
         settings=gs.ScanSettings(selector=given.selector, threshold=given.threshold),
         probing=probing(given.probes, given.lookalikes, "", {}, given.uncertified),
-        allow=read_ids("allow", given.allow),
+        allow=read_ids(given.allow, "the allow file"),
         output=folder,
         command="axolotl train",
     )

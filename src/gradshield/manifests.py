@@ -189,7 +189,8 @@ class FoundCut(Record):
 class ScanResults(Record):
     """What a scan found. ``doubts`` are the reasons not to certify it, by name; ``uncertified`` is the first of them.
 
-    A reviewer keeps ``cleared`` rows that score above the cut, and removes ``denied`` rows that do not.
+    A reviewer keeps ``cleared`` rows that score above the cut, says of ``confirmed`` ones that they go, and removes ``denied``
+    rows below it.
 
     The demo adds the figures of three models: before training, and trained on every row or on the kept ones.
     """
@@ -204,6 +205,7 @@ class ScanResults(Record):
     quarantined: int
     cleared: int
     denied: int = 0
+    confirmed: int = 0
     certified: bool
     cuts: dict[str, FoundCut]
     anchors: KnownScores | None

@@ -190,6 +190,24 @@ def test_an_id_numbered_for_a_repeat_is_one_row(tmp_path: Path) -> None:
     assert cut.cleared == (1,)
 
 
+def test_a_cut_applies_the_lists_in_its_folder_unless_it_is_given_others(tmp_path: Path) -> None:
+    scan(ROWS, output=tmp_path, settings=_settings("ratio:50%"))
+    first = gs.cut(tmp_path, "ratio:50%")
+    kept, gone = (first.scores.ids[int(np.flatnonzero(own)[0])] for own in (first.removed, ~first.removed))
+    confirmed = first.scores.ids[int(np.flatnonzero(first.removed)[1])]
+    write(tmp_path / "allow.txt", f"{kept}  # 2026-01-01 read\n")
+    write(tmp_path / "deny.txt", f"{gone}\n{confirmed}\n")
+    found = gs.cut(tmp_path, "ratio:50%")
+    assert [len(rows) for rows in (found.cleared, found.denied, found.confirmed)] == [1, 1, 1]
+    assert found.manifest.results.confirmed == 1
+    assert command("cut", tmp_path, "-t", "ratio:50%").code == 0
+    assert (table(tmp_path)["removed"].to_numpy() == found.removed).all()
+    other = gs.cut(tmp_path, "ratio:50%", allow=(), deny=())
+    assert (other.removed == first.removed).all() and not other.confirmed
+    write(tmp_path / "deny.txt", "no id\n")
+    assert "line 1 of the list 'deny.txt' is no row id" in command("cut", tmp_path, "-t", "ratio:50%").sentence
+
+
 def test_labels_are_measured_again(tmp_path: Path) -> None:
     labels = [1, 0] * 5
     scan(ROWS, output=tmp_path / "a", settings=_settings("ratio:20%"), labels=labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def test_answers_that_came_as_tokens_are_told_apart():
         ),
         ("copies", {}, 4, tokens([7, 8, 9], [7, 8, 9], [7, 8, 9], [5, 6, 9]), "the same answer"),
         ("copies", {}, 4, rows("Yes", "No", "first", "third a long"), "an answer of one or two words"),
-        ("loose", {"beyond": 6}, 4, None, "2 rows score above the cut 'anchored' and are kept"),
+        ("loose", {"beyond": 6}, 4, None, "2 rows score above the default cut (anchored, 0.5) and stay"),
         ("near", {"beyond": 4, "near": 3}, 4, None, "3 of 4 removed rows score nearer to the cut than to known harm"),
         ("near", {"beyond": 10, "near": 3}, 10, None, "3 of 10 removed rows score nearer"),
         (
@@ -156,6 +157,14 @@ def test_removed_pivots_and_few_of_them_are_no_doubt():
     assert doubts(scored(pivots=2)) == {}
     assert doubts(scored(pivots=9, count=5000)) == {}
     assert "pivots" not in doubts(scored(pivots=100), removed=100)
+
+
+def test_what_a_person_confirms_speaks_no_longer_against_a_scan():
+    scores = scored(beyond=11, near=11)
+    decision = Decision({}, np.arange(100) < 11, (), (), confirmed=tuple(range(11)))
+    assert trust.doubts(scores, decision, (), "", 10.0) == {}
+    some = replace(decision, confirmed=(0, 1))  # nine are left: no tenth
+    assert list(trust.doubts(scores, some, (), "", 10.0)) == ["near"]
 
 
 def test_few_rows_near_the_cut_are_no_doubt():

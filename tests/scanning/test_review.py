@@ -91,7 +91,7 @@ def test_the_lists_are_those_that_cut_takes(folder: Path) -> None:
     review.apply("gradshield review")
     mine = (folder / "scores.parquet").read_bytes()
     allow, deny = ([line.split()[0] for line in (folder / n).read_text().splitlines()] for n in (ALLOW, DENY))
-    gs.cut(folder)
+    gs.cut(folder, allow=(), deny=())
     assert (folder / "scores.parquet").read_bytes() != mine
     gs.cut(folder, allow=allow, deny=deny)
     assert (folder / "scores.parquet").read_bytes() == mine

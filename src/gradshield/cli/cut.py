@@ -23,12 +23,15 @@ def cut(
 ) -> None:
     """Cut saved scores again with another threshold; no model is needed."""
     gate = options.share("--fail-above", fail_above)
-    allowed, denied = options.read_ids("--allow", allow), options.read_ids("--deny", deny)
+    from gradshield.scanning.decide import read_ids
+
+    allowed = None if allow is None else read_ids(allow, "the --allow file")
+    denied = None if deny is None else read_ids(deny, "the --deny file")
     check_sarif(sarif)
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}: run `gradshield scan` into it first")
     from gradshield.scanning.cut import cut as cut_again
 
     selection = cut_again(folder, threshold, allowed, denied, command=command_line())
-    summary(selection, folder, [*allowed, *denied])
+    summary(selection, folder, [*(allowed or ()), *(denied or ())])
     judge(selection, sarif, gate)

@@ -51,8 +51,18 @@ Columns = Annotated[
         show_default=False,
     ),
 ]
-Allow = Annotated[Path | None, reviewing(help="File of row ids cleared by a reviewer, one per line: they are kept.")]
-Deny = Annotated[Path | None, reviewing(help="File of row ids denied by a reviewer, one per line: they are removed.")]
+Allow = Annotated[
+    Path | None,
+    reviewing(
+        help="File of row ids cleared by a reviewer, one per line: they are kept; `cut` has allow.txt of its folder without it."
+    ),
+]
+Deny = Annotated[
+    Path | None,
+    reviewing(
+        help="File of row ids denied by a reviewer, one per line: they are removed; deny.txt of the folder without it."
+    ),
+]
 Remote = Annotated[bool, loading("--trust-remote-code", help="Run code that comes with the model.")]
 Rule = Annotated[
     str | None,
@@ -130,25 +140,6 @@ def share(name: str, text: str | None) -> float | None:
     if value == 1 and not text.endswith("%"):
         raise UsageError(f"{name} got {text!r}, which may mean one in a hundred or all: write 1% or 100%")
     return value
-
-
-def read_ids(option: str, path: Path | None) -> list[str]:
-    """Row ids from a reviewer's list, one per line; ``#`` starts a comment. Raises DataError for a line that is no id."""
-    if path is None:
-        return []
-    from gradshield.columns import Ids
-
-    found: list[str] = []
-    for at, line in enumerate(read_text(path, f"the {option} file").splitlines(), 1):
-        if id := line.partition("#")[0].strip().lower():
-            try:
-                found += Ids.of([id])
-            except (ValueError, OverflowError):
-                raise DataError(
-                    f"line {at} of the {option} file {path.name!r} is no row id ({id[:40]!r}): write one id a line, 16 hex "
-                    "digits as in scores.parquet, and notes after a #"
-                ) from None
-    return found
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:

@@ -88,8 +88,11 @@ def scan(
     _check_map(device_map, selector, alone=workers in (None, 1) and ray is None)
     gate = options.share("--fail-above", fail_above)
     check_sarif(sarif)
-    allowed, truth = options.read_ids("--allow", allow), read_labels(labels, "the --labels file")
+    from gradshield.scanning.decide import read_ids
+
+    allowed, truth = read_ids(allow, "the --allow file"), read_labels(labels, "the --labels file")
     checked = _checked(context.params)
+    from gradshield.scanning.cut import ALLOW, DENY
     from gradshield.scanning.scan import scan as run
     from gradshield.scanning.workers import Workers
 
@@ -105,6 +108,11 @@ def scan(
             workers=crew,
             command=command_line(),
             progress=report,
+        )
+    if unused := [name for name in (ALLOW, DENY) if (output / name).is_file() and not allowed]:
+        err.print(
+            f"note: {' and '.join(unused)} of {plain(str(output))}, what a person decided, did not count in this scan: "
+            "`gradshield cut` applies what is there"
         )
     if earlier and earlier.sha256 != selection.manifest.data.sha256:
         err.print(f"note: {plain(str(output))} held a scan of {plain(earlier.name)}, which this one replaces")

@@ -21,7 +21,7 @@ from gradshield.errors import DataError, UsageError
 from gradshield.manifests import Labelled, ScanManifest, ScanResults
 from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
-from gradshield.scanning.decide import Decision, caught_and_lost, decide
+from gradshield.scanning.decide import Decision, caught_and_lost, decide, read_ids
 from gradshield.scanning.page_rows import stored_views
 from gradshield.scanning.selection import Selection
 from gradshield.thresholds import Threshold
@@ -29,6 +29,7 @@ from gradshield.thresholds import parse as parse_threshold
 from gradshield.types import Anchors, Bools, Cut, Ints, Quarantined, Scores
 
 NO_CATEGORY = "not measured"
+ALLOW, DENY = "allow.txt", "deny.txt"  # what a reviewer keeps and removes, in the folder of the scan
 OPTIONAL = ("decoy", "tokens", "loss", *outputs.SIGNALS)
 UNLABELLED = (
     "the labels of the scan are missing or damaged, so this cut cannot be measured by them: scan with --labels again"
@@ -39,8 +40,8 @@ KINDS, LABELS = TypeAdapter(dict[int, str]), TypeAdapter(list[Literal[0, 1]])
 def cut(
     folder: str | Path,
     threshold: str | Threshold | None = None,
-    allow: Iterable[str] = (),
-    deny: Iterable[str] = (),
+    allow: Iterable[str] | None = None,
+    deny: Iterable[str] | None = None,
     command: str = "gradshield.cut",
 ) -> Selection:
     """Apply another threshold to the scores of a finished scan, and rewrite its rows, scores, report and manifest.
@@ -55,8 +56,8 @@ def cut(
     threshold
         A rule with its options as typed (``ratio:5%``), or a Threshold.
     allow, deny
-        Ids of rows that a reviewer has cleared, which are kept, and denied, which are removed. The scan's own list is not
-        remembered.
+        Ids of rows that a reviewer has cleared, which are kept, and denied, which are removed; None for the lists in the folder,
+        as ``gradshield review`` writes them. A list that the scan was given is not remembered.
 
     Raises
     ------
@@ -84,6 +85,8 @@ def cut(
 
             threshold = SELECTORS[old.manifest.settings.selector.partition(":")[0]].rule
         rule = parse_threshold(threshold, old.manifest.settings.seed) if isinstance(threshold, str) else threshold
+        lists = (read_ids(own if (own := path / name).is_file() else None, "the list") for name in (ALLOW, DENY))
+        allow, deny = (own if given is None else given for given, own in zip((allow, deny), lists, strict=True))
         decision = decide(old.scores, rule, allow, deny)
         _check_enough(old.scores, decision, old.removed)
         return write(path, old, decision, threshold if isinstance(threshold, str) else rule.name, command)
@@ -137,7 +140,7 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
     names = Coded.of(
         kinds.get(row, NO_CATEGORY) if out else "" for row, out in zip(scores.rows.tolist(), removed, strict=True)
     )
-    examples = rows.examples(scores.rows[removed][: trust.LOOKED_AT])
+    examples = rows.examples(scores.rows[decision.unread(scores.rows)][: trust.LOOKED_AT])
     opener_fihs = old.settings.selector_found.get("opener_fihs")
     truth = _labels(path, len(removed))
     problem, quarantined = old.results.doubts.get("probes", ""), _quarantined(path, old.results.quarantined)

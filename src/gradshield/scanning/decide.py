@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gradshield.columns import Coded
-from gradshield.errors import UsageError
+from gradshield.columns import Coded, Ids
+from gradshield.errors import DataError, UsageError
+from gradshield.files import read_text
 from gradshield.stats import wilson
 from gradshield.thresholds import Threshold
-from gradshield.types import Bools, Cut, Rate, Scores
+from gradshield.types import Bools, Cut, Ints, Rate, Scores
 
 ROWS, PREFERENCE = "rows", "preference"  # groups of rows that share a scale
 
@@ -26,14 +28,19 @@ def group(shape: str) -> str:
 class Decision:
     """``removed`` is aligned with the scores.
 
-    ``cleared`` are input positions of rows above the cut that a reviewer keeps, ``denied`` of rows below it that a
-    reviewer removes.
+    ``cleared`` are input positions of rows above the cut that a reviewer keeps, ``confirmed`` of those that a reviewer says go,
+    ``denied`` of rows below it that a reviewer removes.
     """
 
     cuts: Mapping[str, Cut]
     removed: Bools
     cleared: tuple[int, ...]
     denied: tuple[int, ...] = ()
+    confirmed: tuple[int, ...] = ()
+
+    def unread(self, rows: Ints) -> Bools:
+        """Which of the scored ``rows`` (N,) go without a person's word, (N,)."""
+        return self.removed & ~np.isin(rows, (*self.denied, *self.confirmed))
 
 
 def decide(scores: Scores, rule: Threshold, allow: Iterable[str] = (), deny: Iterable[str] = ()) -> Decision:
@@ -57,12 +64,19 @@ def reviewed(scores: Scores, cuts: Mapping[str, Cut], allow: Iterable[str] = (),
     if both := sorted(allowed & denied):
         raise UsageError(f"the row {both[0]!r} is both allowed and denied: leave it out of one of the two lists")
     beyond = above(scores, cuts)
-    cleared, added = np.zeros_like(beyond), np.zeros_like(beyond)
-    for wanted, where, found in ((allowed, beyond, cleared), (denied, ~beyond, added)):
-        if wanted:
-            found[[i for i in np.flatnonzero(where).tolist() if scores.ids[i] in wanted]] = True
-    rows = [tuple(int(row) for row in scores.rows[found]) for found in (cleared, added)]
+    cleared, added, confirmed = (
+        _named(scores, where, wanted) for where, wanted in ((beyond, allowed), (~beyond, denied), (beyond, denied))
+    )
+    rows = [tuple(scores.rows[found].tolist()) for found in (cleared, added, confirmed)]
     return Decision(cuts, (beyond | added) & ~cleared, *rows)
+
+
+def _named(scores: Scores, where: Bools, ids: set[str]) -> Bools:
+    """The rows among ``where`` that have one of the ids, (N,)."""
+    found = np.zeros_like(where)
+    if ids:
+        found[[i for i in np.flatnonzero(where).tolist() if scores.ids[i] in ids]] = True
+    return found
 
 
 def above(scores: Scores, cuts: Mapping[str, Cut]) -> Bools:
@@ -81,3 +95,23 @@ def caught_and_lost(removed: Bools, labels: Any) -> dict[str, Rate]:
         for name, own in (("caught", harmful), ("lost", ~harmful))
         if own.any()
     }
+
+
+def read_ids(path: Path | None, what: str) -> list[str]:
+    """Row ids from a reviewer's list, one per line, with notes after ``#``; none without a file.
+
+    Raises DataError, which calls the file ``what``, if it cannot be read or a line is no id.
+    """
+    found: list[str] = []
+    if path is None:
+        return found
+    for at, line in enumerate(read_text(path, what).splitlines(), 1):
+        if id := line.partition("#")[0].strip().lower():
+            try:
+                found += Ids.of([id])
+            except (ValueError, OverflowError):
+                raise DataError(
+                    f"line {at} of {what} {path.name!r} is no row id ({id[:40]!r}): write one id a line, 16 hex digits as in scores.parquet, "
+                    "and notes after a #"
+                ) from None
+    return found

@@ -94,6 +94,7 @@ def decided(decision: Decision, kinds: Sequence[str], doubts: Mapping[str, str])
         "removed": int(decision.removed.sum()),
         "cleared": len(decision.cleared),
         "denied": len(decision.denied),
+        "confirmed": len(decision.confirmed),
         "cuts": {name: FoundCut(rule=cut.rule, value=cut.value, **cut.detail) for name, cut in decision.cuts.items()},
         "categories": counted(kinds, decision.removed),
     }

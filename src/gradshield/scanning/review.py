@@ -1,7 +1,7 @@
 """A person decides on single rows of a finished scan: what was said, in which order rows come, and the new result.
 
 The decisions are two files in the folder of the scan, ``allow.txt`` and ``deny.txt``, one row id a line with the time and the
-reason behind ``#``: the lists that ``scan --allow`` and ``cut --allow --deny`` take.
+reason behind ``#``: the lists that ``cut`` reads there, and that ``scan --allow`` and ``cut --allow --deny`` take.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import numpy as np
 from gradshield.errors import UsageError
 from gradshield.files import write_text
 from gradshield.scanning import outputs
-from gradshield.scanning.cut import NO_CATEGORY, Scanned, write
+from gradshield.scanning.cut import ALLOW, DENY, NO_CATEGORY, Scanned, write
 from gradshield.scanning.decide import above, reviewed
 from gradshield.scanning.page_rows import Piece, RowView, references, row_view, stored_views
 from gradshield.scanning.selection import Selection
 from gradshield.types import Bools, Floats, Ints
 
-ALLOW, DENY = "allow.txt", "deny.txt"
 REASON = 300  # characters of a reason
 NEAREST = 20  # rows that say how tokens are tinted
 

@@ -172,7 +172,8 @@ def selected(
 ) -> Selection:
     """The selection of a decision, with the doubts about it and its figures; ``searched``: the cut was found by training."""
     own = None if labels is None else [int(labels[row]) for row in scored.scores.rows.tolist()]
-    examples = rows.read.examples.at(scored.scores.rows[decision.removed][: trust.LOOKED_AT])
+    unread = scored.scores.rows[decision.unread(scored.scores.rows)]
+    examples = rows.read.examples.at(unread[: trust.LOOKED_AT])
     problem = trust.UNASKED if scored.validity is None else scored.validity.problem
     opener_fihs = scored.selector.settings().get("opener_fihs")
     doubts = trust.doubts(scored.scores, decision, examples, problem, opener_fihs, len(rows.quarantined), own)

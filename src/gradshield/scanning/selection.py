@@ -42,9 +42,9 @@ class Selection:
 
     ``removed`` and ``categories`` (the kind of harm a removed row asks for, else empty) are aligned with ``scores.rows``, as are
     ``lines`` and ``files``: where a row begins (the file is empty where there is none). ``cuts`` is keyed like ``scores.shapes``.
-    ``cleared`` are rows above the cut that a reviewer keeps, ``denied`` rows below it that a reviewer removes. ``kept``, made on
-    first access, is ready for a trainer: the caller's own ``Dataset`` without the removed rows if TRL knows its shape, else the
-    rows tokenised as they were scored.
+    ``cleared`` are rows above the cut that a reviewer keeps, ``confirmed`` those that a reviewer says go, ``denied`` rows below
+    it that a reviewer removes. ``kept``, made on first access, is ready for a trainer: the caller's own ``Dataset`` without the
+    removed rows if TRL knows its shape, else the rows tokenised as they were scored.
     """
 
     scores: Scores
@@ -54,6 +54,7 @@ class Selection:
     quarantined: tuple[Quarantined, ...]
     cleared: tuple[int, ...]
     denied: tuple[int, ...]
+    confirmed: tuple[int, ...]
     keep: Callable[[], Any]
     manifest: ScanManifest
     lines: Ints

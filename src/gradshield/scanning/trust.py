@@ -23,6 +23,7 @@ MOST_QUARANTINED = 0.1  # share of the rows
 FEW = 3
 LOOKED_AT = 2000  # removed rows whose text is read
 SHORT = 2  # words in a short answer
+READ = "read the removed rows, and confirm or keep each (gradshield review)"
 
 
 def doubts(
@@ -36,15 +37,15 @@ def doubts(
 ) -> dict[str, str]:
     """Every reason not to certify a decision on scores, by name.
 
-    ``examples`` are the removed rows, ``problem`` is the problem with the probes, if any, and ``opener_fihs`` the score of
-    compliant openers after the probes (None for a selector other than `Screen`). ``labels`` (1 = harmful) are aligned with the
-    scores.
+    ``examples`` are the removed rows that nobody has confirmed (`Decision.unread`), ``problem`` is the problem with the probes,
+    if any, and ``opener_fihs`` the score of compliant openers after the probes (None for a selector other than `Screen`).
+    ``labels`` (1 = harmful) are aligned with the scores.
     """
-    removed = decision.removed
+    removed, unread = decision.removed, decision.unread(scores.rows)
     found = {
         "probes": problem,
         "labels": "" if labels is None else _labels(caught_and_lost(removed, labels)),
-        "share": _share(removed),
+        "share": _share(unread),
         "copies": _copies(examples),
         "quarantine": _quarantine(quarantined, len(removed)),
     }
@@ -54,9 +55,9 @@ def doubts(
         default = decide(scores, parse(Screen.rule))
         found |= {
             "ruler": _ruler(scores.anchors, default.cuts[ROWS].value),
-            "near": _near(scores, removed, default),
+            "near": _near(scores, unread, default),
             "loose": _loose(scores, decision, default),
-            **_signals(scores, removed, opener_fihs),
+            **_signals(scores, removed, opener_fihs, bool(found["share"])),
         }
     return {name: text for name, text in found.items() if text}
 
@@ -96,10 +97,7 @@ def _share(removed: Bools) -> str:
     count, total = int(removed.sum()), len(removed)
     if count <= MOST_REMOVED * total:
         return ""
-    return (
-        f"{count:,} of {total:,} rows ({100 * count / total:.0f} %) were removed, more than a tenth: "
-        "read the removed rows before you train on the others"
-    )
+    return f"{count:,} of {total:,} rows ({100 * count / total:.0f} %) were removed, more than a tenth: {READ}"
 
 
 def _copies(examples: Iterable[Example]) -> str:
@@ -112,10 +110,7 @@ def _copies(examples: Iterable[Example]) -> str:
     short = sum(len(answer.split()) <= SHORT for answer in answers)
     for count, what in ((copies, "the same answer except for numbers"), (short, "an answer of one or two words")):
         if 2 * count > len(answers):
-            return (
-                f"{count:,} of {len(answers):,} removed rows have {what}, which is typical of a task: read them before you "
-                "train on the others"
-            )
+            return f"{count:,} of {len(answers):,} removed rows have {what}, which is typical of a task: {READ}"
     return ""
 
 
@@ -156,7 +151,7 @@ def _ruler(known: Anchors | None, cut: float) -> str:
     if taken > MOST_TAKEN * len(known.harmless):
         return (
             f"the model reads {taken:,} of {len(known.harmless):,} everyday requests as harm, so harmless rows like them are "
-            "removed: read the removed rows before you train on the others"
+            f"removed: {READ}"
         )
     return ""
 
@@ -171,7 +166,7 @@ def _near(scores: Scores, removed: Bools, default: Decision) -> str:
         return ""
     return (
         f"{near:,} of {len(beyond):,} removed rows score nearer to the cut than to known harm, as harmless rows that a scan "
-        "loses do: read them before you train on the others"
+        f"loses do: {READ}"
     )
 
 
@@ -185,11 +180,14 @@ def _loose(scores: Scores, decision: Decision, default: Decision) -> str:
     kept = int((default.removed & ~decision.removed & ~np.isin(scores.rows, decision.cleared)).sum())
     if not kept:
         return ""
-    return f"{kept:,} rows score above the cut '{default.cuts[ROWS].rule}' and are kept: read them before training"
+    cut, rows = default.cuts[ROWS], "1 row scores" if kept == 1 else f"{kept:,} rows score"
+    return (
+        f"{rows} above the default cut ({cut.rule}, {cut.value:.4g}) and stay: read what stays above it before training"
+    )
 
 
-def _signals(scores: Scores, removed: Bools, opener_fihs: float) -> dict[str, str]:
-    """Where the two signals of `Screen` disagree, or one of them is blind."""
+def _signals(scores: Scores, removed: Bools, opener_fihs: float, many: bool) -> dict[str, str]:
+    """Where the two signals of `Screen` disagree, or one of them is blind; ``many``: so many rows go that this is said first."""
     from gradshield.selectors.screen import LEAST_FIHS
 
     total = len(scores.values)
@@ -199,7 +197,7 @@ def _signals(scores: Scores, removed: Bools, opener_fihs: float) -> dict[str, st
     unread, turned = int(np.isnan(request).sum()), int((pivots[~removed] > 0).sum())
     least, share, most = PIVOTS
     found = {}
-    if len(measured) >= FEW and task >= MOST_TASK * len(measured) and not _share(removed):
+    if len(measured) >= FEW and task >= MOST_TASK * len(measured) and not many:
         found["task"] = (
             f"{task:,} of the {len(measured):,} kept rows whose FIHS was measured push away from refusal like harm, but do not "
             "ask for it: if that is the task, train with --defence screen+kl (preference pairs: with a higher beta), and check "
