@@ -34,13 +34,14 @@ DEFENCES = (
     "larf",
     "random:as:fihs",
 )
+REAL = ("none", "clean", "screen", "asft", "screen:verified:rounds=2")
 SCREENED = ("screen", "screen+kl")
 ARMS = {"no defence": "none", "filtered": "filtered", "clean rows only": "clean"}
 
 
 def real() -> str:
-    """Each defence on the real model."""
-    return smollm2.table(*smollm2.read(ROOT / "docs" / "results_smollm2.json"))
+    """The main defences on the real model."""
+    return smollm2.table(*smollm2.read(ROOT / "docs" / "results_smollm2.json"), shown=REAL)
 
 
 def _cells(name: str) -> list[CellResult]:

@@ -165,15 +165,15 @@ def _chosen(cells: Sequence[CellResult]) -> str:
     return "" if ran == DEFENCES else f" --defences {' '.join(ran)}"
 
 
-def table(whole: Comparison, before: Figures) -> str:
-    """Each defence over both tasks: attack success by either judge, and utility."""
+def table(whole: Comparison, before: Figures, shown: Sequence[str] = ()) -> str:
+    """Each defence over both tasks (those ``shown``, or all): attack success by either judge, and utility."""
     by = {(cell.task, cell.defence): cell for cell in whole.cells}
     tasks = list(dict.fromkeys(task for task, _ in by))
     head = ["SmolLM2-135M-Instruct", *(f"{SHOWN[task]}: ASR by phrases / compliance | utility" for task in tasks)]
     start = " / ".join(_per_cent(rate) for rate in before.judges.values())
     lines = [f"| {' | '.join(head)} |", "|---" * (1 + 2 * len(tasks)) + "|"]
     lines.append(f"| before training {f'| {start} | – ' * len(tasks)}|")
-    for defence in dict.fromkeys(defence for _, defence in by):
+    for defence in shown or dict.fromkeys(defence for _, defence in by):
         entries = [f"`{defence}`"]
         for task in tasks:
             cell = by[task, defence]

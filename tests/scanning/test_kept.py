@@ -56,6 +56,21 @@ def _marked_model() -> Any:
     return model
 
 
+@pytest.mark.parametrize(
+    ("rows", "told"), [(chats(4), False), ([{"prompt": f"Q {n}", "completion": "A"} for n in range(4)], True)]
+)
+def test_an_option_that_trl_refuses_for_the_kept_rows_is_said(
+    rows: list[Any], told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = _config(tmp_path, assistant_only_loss=True)
+    found = gs.scan(
+        datasets.Dataset.from_list(rows), model=tiny_model("llama"), tokenizer=tiny_tokenizer(), training_args=args,
+        settings=HALF, probing=PROBING,
+    )  # fmt: skip
+    assert ("TRL refuses assistant_only_loss" in caplog.text) is told
+    assert ("input_ids" in found.kept.column_names) is told
+
+
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_three_lines_in_a_trl_script(peft: bool, tmp_path: Path) -> None:
     dataset, model, tokenizer = datasets.Dataset.from_list(chats(8)), _marked_model(), tiny_tokenizer()

@@ -111,7 +111,7 @@ def read_ids(path: Path | None, what: str) -> list[str]:
                 found += Ids.of([id])
             except (ValueError, OverflowError):
                 raise DataError(
-                    f"line {at} of {what} {path.name!r} is no row id ({id[:40]!r}): write one id a line, 16 hex digits as in scores.parquet, "
-                    "and notes after a #"
+                    f"line {at} of {what} {path.name!r} is no row id ({id[:40]!r}): write one id a line, 16 hex digits as in "
+                    "scores.parquet, and notes after a #"
                 ) from None
     return found
