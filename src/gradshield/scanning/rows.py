@@ -100,12 +100,15 @@ def prepare(
             "the training config does not set assistant_only_loss, so every token of a chat row counts in the loss, requests "
             "included, as in TRL: set it to true to count only the answers, or to false to confirm this"
         )
-    tokens = read.source.kind != "dataset" or not read.examples.as_trl.all()  # of `Prepared.trainable`
-    if tokens and getattr(training_args, "assistant_only_loss", None) and hasattr(training_args, "output_dir"):
-        logger.warning(
-            "the kept rows come as tokens with their mask (only a Dataset of messages stays as it is), and TRL refuses "
-            "assistant_only_loss for these: set it to False for the trainer, which counts the same tokens in the loss"
-        )
+    if getattr(training_args, "assistant_only_loss", None) and hasattr(
+        training_args, "output_dir"
+    ):  # for a trainer of TRL
+        tokens = read.source.kind != "dataset" or not read.examples.as_trl.all()  # as `Prepared.trainable` has it
+        if tokens or next(iter(read.examples)).conversations[0].messages is None:
+            logger.warning(
+                "TRL refuses assistant_only_loss for all rows but a Dataset of messages: leave it out, and the trainer counts "
+                "the tokens of the kept rows that the scan counts"
+            )
     count = len(read.examples)
     progress("rendering rows", 0, count)
     result = rows_in.render_all(
