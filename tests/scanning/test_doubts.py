@@ -85,7 +85,7 @@ def test_answers_that_came_as_tokens_are_told_apart():
             {"fihs": 5.0},
             4,
             None,
-            "96 of the 96 kept rows whose FIHS was measured push away from refusal like harm",
+            "96 of the 96 kept rows measured that read as harmless push away from refusal like harm",
         ),
         ("pivots", {"pivots": 3}, 4, None, "3 kept rows decline in their first sentence"),
         ("pivots", {"pivots": 10, "count": 5000}, 4, None, "10 kept rows decline"),
@@ -145,6 +145,12 @@ def test_more_than_a_tenth(count, doubted):
 )
 def test_a_task_that_pushes_like_harm(fihs, removed, found):
     assert list(doubts(scored(fihs=fihs), removed)) == found
+
+
+def test_rows_that_do_not_read_as_harmless_say_nothing_of_the_task():
+    scores = scored(fihs=5.0)
+    scores.signals["request"][:60], scores.signals["fihs"][60:] = 0.3, 0.0  # all of the former are measured
+    assert doubts(scores, 0) == {}
 
 
 @pytest.mark.parametrize(("harmful", "harmless", "doubted"), [(20, 20, False), (19, 99, True), (99, 19, True)])

@@ -16,7 +16,7 @@ from gradshield.data import collate
 from gradshield.errors import ProbeError
 from gradshield.probes import Prompts, only_refuses, pivots
 from gradshield.scanning import shards
-from gradshield.selectors import Measured, Screen
+from gradshield.selectors import Measured, Screen, reading
 from gradshield.selectors.base import no_direction
 from gradshield.selectors.reading import Reading, Turn, _held_out, _ruler, read_blocks
 from gradshield.selectors.screen import LEAST_READING, LOOKED_AT, Look
@@ -306,6 +306,25 @@ def test_the_request_that_a_prompt_marks_is_read_too(opened):
 def test_no_marks_hide_a_request_in_a_prompt(before):
     found, asked = looked((before + ASKED, "Like this."))
     assert found[0] == 1 and "steal it" in asked
+
+
+def test_both_of_a_blunt_pair_are_in_one_half(monkeypatch):
+    """Else a ruler that was fitted on the form of one is measured on that of the other."""
+    halves = {}
+
+    def held_out(high, alike, plain):
+        halves.update(high=high[:, 0, 0].tolist(), alike=alike[:, 0, 0].tolist())
+        return Anchors(np.ones(2), np.zeros(2))
+
+    monkeypatch.setattr(reading, "read_blocks", lambda _: ("0",))
+    monkeypatch.setattr(reading, "states", lambda _, ids, *more: np.array([[[float(one[0])]] for one in ids]))
+    monkeypatch.setattr(reading, "_held_out", held_out)
+    refused, tricky, plain, high, low = (
+        Prompts(tuple((i,) for i in range(start, start + count)), ("",) * count, ("",) * count)
+        for start, count in ((9, 3), (0, 4), (-5, 5), (109, 2), (100, 2))
+    )
+    Reading.fit(None, Turn((), ()), refused, tricky, plain, (high, low))
+    assert halves["high"][:2] == [109, 110] and halves["alike"][:2] == [100, 101]
 
 
 def test_the_request_that_plain_text_marks_is_read():

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradshield.scanning.decide import ROWS, Decision, caught_and_lost, decide
 from gradshield.thresholds import parse
-from gradshield.types import LEAST_ANCHORS, Anchors, Bools, Example, Rate, Scores
+from gradshield.types import LEAST_ANCHORS, Anchors, Bools, Example, Floats, Rate, Scores
 
 MOST_REMOVED = 0.1  # share of the rows
 MOST_TASK = 0.9  # share of rows whose FIHS is as high as harm's: then the task itself pushes
@@ -53,9 +53,10 @@ def doubts(
         from gradshield.selectors import Screen  # where needed: it brings torch
 
         default = decide(scores, parse(Screen.rule))
+        assert scores.anchors is not None  # or there is no such cut
         found |= {
             "ruler": _ruler(scores.anchors, default.cuts[ROWS].value),
-            "near": _near(scores, unread, default),
+            "near": _near(scores.values[unread & default.removed], default.cuts[ROWS].value, scores.anchors),
             "loose": _loose(scores, decision, default),
             **_signals(scores, removed, opener_fihs, bool(found["share"])),
         }
@@ -133,10 +134,8 @@ def _answers(row: Example) -> Iterator[str]:
                 yield str(turn.get("content") or turn.get("tool_calls") or "")
 
 
-def _ruler(known: Anchors | None, cut: float) -> str:
+def _ruler(known: Anchors, cut: float) -> str:
     """The model does not tell the known kinds of requests apart, at the selector's default cut."""
-    if known is None:
-        return ""
     if min(len(known.harmful), len(known.harmless)) < LEAST_ANCHORS:
         return (
             f"{len(known.harmful):,} harmful requests that the model refuses and {len(known.harmless):,} everyday ones are too "
@@ -156,12 +155,9 @@ def _ruler(known: Anchors | None, cut: float) -> str:
     return ""
 
 
-def _near(scores: Scores, removed: Bools, default: Decision) -> str:
+def _near(beyond: Floats, cut: float, known: Anchors) -> str:
     """Many removed rows score nearer to the selector's default cut than to known harm, where harmless rows that are lost lie."""
-    if scores.anchors is None:
-        return ""
-    beyond = scores.values[removed & default.removed]
-    near = int((beyond < halfway(default.cuts[ROWS].value, scores.anchors)).sum())
+    near = int((beyond < halfway(cut, known)).sum())
     if near < FEW or near <= MOST_NEAR * len(beyond):
         return ""
     return (
@@ -188,19 +184,20 @@ def _loose(scores: Scores, decision: Decision, default: Decision) -> str:
 
 def _signals(scores: Scores, removed: Bools, opener_fihs: float, many: bool) -> dict[str, str]:
     """Where the two signals of `Screen` disagree, or one of them is blind; ``many``: so many rows go that this is said first."""
-    from gradshield.selectors.screen import LEAST_FIHS
+    from gradshield.selectors.screen import LEAST_FIHS, LEAST_READING
 
     total = len(scores.values)
     fihs, request, pivots = (scores.signals[name] for name in ("fihs", "request", "pivots"))
-    measured = fihs[~removed & np.isfinite(fihs)]
+    # Of rows that read as harmless a sample is measured, of the others all: those would count too much.
+    measured = fihs[~removed & np.isfinite(fihs) & ~(request >= LEAST_READING)]
     task = int((measured >= LEAST_FIHS * opener_fihs).sum())
     unread, turned = int(np.isnan(request).sum()), int((pivots[~removed] > 0).sum())
     least, share, most = PIVOTS
     found = {}
     if len(measured) >= FEW and task >= MOST_TASK * len(measured) and not many:
         found["task"] = (
-            f"{task:,} of the {len(measured):,} kept rows whose FIHS was measured push away from refusal like harm, but do not "
-            "ask for it: if that is the task, train with --defence screen+kl (preference pairs: with a higher beta), and check "
+            f"{task:,} of the {len(measured):,} kept rows measured that read as harmless push away from refusal like harm, "
+            "but do not ask for it: if that is the task, train with --defence screen+kl (preference pairs: with a higher beta), and check "
             "the attack success that it measures"
         )
     if turned >= min(max(least, share * total), most):
