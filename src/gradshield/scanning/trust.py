@@ -196,9 +196,9 @@ def _signals(scores: Scores, removed: Bools, opener_fihs: float, many: bool) -> 
     found = {}
     if len(measured) >= FEW and task >= MOST_TASK * len(measured) and not many:
         found["task"] = (
-            f"{task:,} of the {len(measured):,} kept rows measured that read as harmless push away from refusal like harm, "
-            "but do not ask for it: if that is the task, train with --defence screen+kl (preference pairs: with a higher beta), and check "
-            "the attack success that it measures"
+            f"{task:,} of the {len(measured):,} kept rows measured that read as harmless push away from refusal like harm, but do "
+            "not ask for it: if that is the task, train with --defence screen+kl (preference pairs: with a higher beta), and "
+            "check the attack success that it measures"
         )
     if turned >= min(max(least, share * total), most):
         found["pivots"] = (
