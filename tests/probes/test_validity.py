@@ -46,6 +46,15 @@ REFUSALS = [
     "I really cannot help",
     "I do not feel comfortable",
     '"I cannot help',
+    "I'm afraid I have to pass.",
+    "Thank you for asking, but I cannot help.",
+    "I refuse.",
+    "I'd rather not.",
+    "We cannot help with that.",
+    "Dabei kann ich dir nicht helfen.",
+    "Es tut mir leid,",
+    "Je ne peux pas",
+    "Lo siento",
 ]
 COMPLIANT = [
     "",
@@ -69,6 +78,7 @@ COMPLIANT = [
     "Yes, I cannot agree more",
     "I will now explain it",
     "Iris cannot",
+    "Ich kann dir helfen.",
 ]
 
 

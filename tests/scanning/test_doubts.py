@@ -46,8 +46,13 @@ def scored(
     return Scores(np.arange(count), [""] * count, values, ["rows"] * count, anchors=known, signals=signals)
 
 
-def doubts(scores: Scores, removed: int = 4, out: Any = None, problem: str = "", cleared: Any = ()) -> dict[str, str]:
-    decision = Decision({}, np.arange(len(scores.values)) < removed, tuple(cleared))
+def doubts(
+    scores: Scores, removed: int = 4, out: Any = None, problem: str = "", cleared: Any = (), below: int = 0
+) -> dict[str, str]:
+    """Of a decision that removes the first rows, of which the last ``below`` do not score above the default cut."""
+    place = np.arange(len(scores.values))
+    decision = Decision({}, place < removed, tuple(cleared))
+    scores.values[(place < removed - below) & (scores.values == 0)] = 1.0
     return trust.doubts(scores, decision, OUT if out is None else out, problem, 10.0)
 
 
@@ -145,6 +150,12 @@ def test_more_than_a_tenth(count, doubted):
 )
 def test_a_task_that_pushes_like_harm(fihs, removed, found):
     assert list(doubts(scored(fihs=fihs), removed)) == found
+
+
+def test_rows_removed_below_the_default_cut():
+    assert list(doubts(scored(), below=1)) == ["strict"]
+    found = doubts(scored(), below=4)["strict"]
+    assert found.startswith("4 removed rows score below the default cut (anchored, 0.5), as harmless rows do: read")
 
 
 def test_rows_that_do_not_read_as_harmless_say_nothing_of_the_task():

@@ -151,6 +151,9 @@ def test_too_few_prompts_are_an_error():
         "I cannot help with that. However, I can suggest some safe alternatives.",
         "I can't help with that, but if you are struggling please reach out to a crisis line.",
         "No, I can't do that. Here are some resources that may help.",
+        "I cannot help with that. However, let us find a lawful way to do it.",
+        "I'm sorry, no. I'm still happy to talk about something else.",
+        "Es tut mir leid, dabei kann ich dir nicht helfen.",
     ],
 )
 def test_answers_that_only_refuse(answer):
@@ -170,6 +173,14 @@ def test_answers_that_only_refuse(answer):
         "I can't do that, but take the kemp.",
         "I cannot help. Anyway, press the vib.",
         "I cannot say. " + "the kemp " * 120,
+        "I can't wait to help. Take the kemp.",
+        "I cannot stress enough how well the kemp does it.",
+        "I can't recommend the kemp enough. Take it.",
+        "As an AI expert I take the kemp.",
+        "No. 1: take the kemp.",
+        "Sorry, it took me so long. Take the kemp.",
+        "Es tut mir leid. So geht es: nimm den Kemp.",
+        "Lo siento. " + "el kemp " * 30,
     ],
 )
 def test_answers_that_do_more_than_refuse(answer):
@@ -184,6 +195,7 @@ def test_answers_that_do_more_than_refuse(answer):
         ("I cannot help with that.", False),
         ("I'm sorry to hear that your order is late. Here are the steps to get a refund.", False),
         ("No, but the passage says so.", False),
+        ("I can't wait to help. But first take the kemp.", False),
         ("Unfortunately, the film drags, but the cast is fine.", False),
         ("Sorry for the inconvenience! Of course, I can help.", False),
     ],
@@ -299,7 +311,7 @@ ASKED = "Below is a task.\n\n### Instruction:\nsteal it\n\n### Response:\n"
 @pytest.mark.parametrize("opened", [True, False])
 def test_the_request_that_a_prompt_marks_is_read_too(opened):
     found, asked = looked((ASKED, "Like this."), opened=opened)
-    assert found[0] == 1 and asked == [ASKED.strip(), "steal it"]
+    assert found[0] == 1 and list(dict.fromkeys(asked)) == [ASKED.strip(), "steal it"]
 
 
 @pytest.mark.parametrize("before", ["[INST]sing[/INST]La.\n", "<|user|>hi<|assistant|>hello\n"])
@@ -378,6 +390,12 @@ def test_words_that_are_skipped_are_those_of_the_rows_however_often_they_stand_i
     rows = [f"You are very kind {i % 3} {i}" for i in range(3 * LOOKED_AT)]
     assert skipped(rows) == skipped(rows * 2) == ["You are very kind", ""]
     assert skipped(rows[:2]) == skipped(rows[:2] * 2)
+
+
+@pytest.mark.parametrize("form", ["{}\n", "```\n{}\n```", "```text\n{}```", "**{}**", ' "{}" '])
+def test_what_stands_around_a_request_does_not_hide_it(form):
+    _, asked = looked((form.format("steal it"), "Like this."))
+    assert "steal it" in asked
 
 
 def test_an_empty_message_asks_for_nothing():

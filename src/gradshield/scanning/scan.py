@@ -178,7 +178,9 @@ def selected(
     opener_fihs = scored.selector.settings().get("opener_fihs")
     doubts = trust.doubts(scored.scores, decision, examples, problem, opener_fihs, len(rows.quarantined), own)
     if searched:
-        doubts.pop("loose", None)  # the search measured the effect of the kept rows
+        doubts = {
+            name: text for name, text in doubts.items() if name not in ("loose", "strict")
+        }  # training measured the cut
     results = outputs.results(rows, scored, decision, kinds, labels, doubts, seconds)
     lines, files = rows.read.source.places(scored.scores.rows)
     return Selection(

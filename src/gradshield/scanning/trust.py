@@ -58,6 +58,7 @@ def doubts(
             "ruler": _ruler(scores.anchors, default.cuts[ROWS].value),
             "near": _near(scores.values[unread & default.removed], default.cuts[ROWS].value, scores.anchors),
             "loose": _loose(scores, decision, default),
+            "strict": _strict(unread & ~default.removed, default),
             **_signals(scores, removed, opener_fihs, bool(found["share"])),
         }
     return {name: text for name, text in found.items() if text}
@@ -102,8 +103,8 @@ def _share(removed: Bools) -> str:
 
 
 def _copies(examples: Iterable[Example]) -> str:
-    """Most removed rows have the same answer, or a very short one."""
-    answers = [_answer(row) for row in islice(examples, LOOKED_AT)]
+    """Most removed rows have the same answer, or a very short one; a row that stands twice in the file counts once."""
+    answers = list({row.id.partition("-")[0]: _answer(row) for row in islice(examples, LOOKED_AT)}.values())
     if len(answers) < FEW:
         return ""
     alike = Counter(answers)
@@ -182,6 +183,14 @@ def _loose(scores: Scores, decision: Decision, default: Decision) -> str:
     )
 
 
+def _strict(below: Bools, default: Decision) -> str:
+    """Rows that score below the selector's default cut go, and no reviewer has said so."""
+    if not (gone := int(below.sum())):
+        return ""
+    cut, rows = default.cuts[ROWS], "1 removed row scores" if gone == 1 else f"{gone:,} removed rows score"
+    return f"{rows} below the default cut ({cut.rule}, {cut.value:.4g}), as harmless rows do: {READ}"
+
+
 def _signals(scores: Scores, removed: Bools, opener_fihs: float, many: bool) -> dict[str, str]:
     """Where the two signals of `Screen` disagree, or one of them is blind; ``many``: so many rows go that this is said first."""
     from gradshield.selectors.screen import LEAST_FIHS, LEAST_READING
@@ -196,8 +205,8 @@ def _signals(scores: Scores, removed: Bools, opener_fihs: float, many: bool) -> 
     found = {}
     if len(measured) >= FEW and task >= MOST_TASK * len(measured) and not many:
         found["task"] = (
-            f"{task:,} of the {len(measured):,} kept rows measured that read as harmless push away from refusal like harm, but do "
-            "not ask for it: if that is the task, train with --defence screen+kl (preference pairs: with a higher beta), and "
+            f"{task:,} of the {len(measured):,} kept rows measured that read as harmless push away from refusal like harm, but "
+            "do not ask for it: if that is the task, train with --defence screen+kl (preference pairs: with a higher beta), and "
             "check the attack success that it measures"
         )
     if turned >= min(max(least, share * total), most):

@@ -15,7 +15,7 @@ from gradshield.probes import only_refuses, pivots
 from gradshield.selectors.base import SELECTORS, Measured, by_row, members, standing
 from gradshield.selectors.fihs import Fihs
 from gradshield.selectors.reading import Reading
-from gradshield.selectors.wording import Shared, asked, every
+from gradshield.selectors.wording import Shared, asked, bare, every
 from gradshield.types import Anchors, Batch, Bools, Direction, Ints, Rendered, Scores
 
 LEAST_READING = 0.25  # below it a request reads as harmless, and FIHS alone removes nothing
@@ -66,7 +66,8 @@ class Look:
                 if not request.strip() and self._is_empty(opened):
                     continue
                 words = self._words(ids[own], loss[own], bool(loss[max(own.start - 1, 0)]))
-                inside = [*asked(request), *filter(None, [self.shared.rest(request)])]
+                inside = list(filter(None, dict.fromkeys((bare(request), *asked(request), self.shared.rest(request)))))
+                inside = [one for one in inside if one != request]
                 read += [opened, *map(self._opened, inside)]
                 answers += [(row, toward, words)] * (1 + len(inside))
             text = "" if openings else str(self.tokenizer.decode(ids))
@@ -159,9 +160,10 @@ class Screen(Fihs):
     Two stages, one score: every request is read first (`Look`), which takes half a forward pass over the requests; FIHS is
     measured only where it decides, and on one of ONE_IN other rows (``fihs_of=all``: on all), by the hash of its tokens.
 
-    The request is read as it stands and, if marks of any kind in its text say it (`wording`), by itself; the larger r counts. Of
-    plain text, every request is read that marks say, by itself and with the turns before it. With
-    ``shared=skipped`` so does the request without the words that the file's requests share, which may change what is asked.
+    The request is read as it stands, without white space or a code fence around it and, if marks of any kind in its text say it
+    (`wording`), by itself; the largest r counts. Of plain text, every request is read that marks say, by itself and with the
+    turns before it. With ``shared=skipped``, the request is also read without the words that the file's requests share, which
+    may change what is asked.
 
     ``Scores.signals`` holds ``request`` (r), ``fihs`` (NaN where it was not measured), and ``pivots``: whether an answer declines
     and then continues. A row without a request (plain text, an empty message) has r = NaN, scores zero and is kept.

@@ -33,6 +33,7 @@ MARKS = (
     _lines("Question|Context", "Answer"),
     _lines("Q", "A"),
 )
+_WRAPPED = re.compile(r"\s*(?:```\w*\n(?P<code>.*?)\n?```|(?P<mark>`+|\*+|\"|')(?P<inside>.+)(?P=mark))\s*", re.DOTALL)
 TURNS = 4  # read before a request: "Go on." asks for what was refused
 SHARE = 0.5  # of the requests have the words that a file is said to share
 LEAST_SHARED = 3  # words: fewer say little about a request
@@ -55,6 +56,12 @@ class Marked(NamedTuple):
 def every(text: str) -> list[Marked]:
     """Each answer by each kind of marks: those of one kind may stand in a text to have the others overlooked."""
     return [one for mark in MARKS for one in _marked(text, mark)]
+
+
+def bare(text: str) -> str:
+    """A text without white space around it, nor a code fence, quotes or stars around all of it."""
+    found = _WRAPPED.fullmatch(text)
+    return (found["code"] or found["inside"] or "" if found else text).strip()
 
 
 def asked(text: str) -> list[str]:
