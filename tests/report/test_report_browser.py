@@ -109,6 +109,21 @@ def test_a_row_that_holds_a_script_is_only_text(browser: Any, make: Callable[...
     assert browser.get_log("browser") == []
 
 
+def test_a_long_score_is_not_printed_over(browser: Any, make: Callable[..., Scanned], tmp_path: Path) -> None:
+    pieces = (("word " * 60, "response", 0.5),)
+    views = dict.fromkeys(range(3), pieces)
+    scan = make([-0.06273, -1234567.8, 2.0], 0.5, views=views, cuts={"rows": Cut(0.4999, "fixed")})
+    visit(browser, scan.write(tmp_path / "report.html"))
+    over = (
+        "return [...document.querySelectorAll('.row > summary')].filter(line => { const box = document.createRange();"
+        "box.selectNodeContents(line.children[1]); const score = box.getBoundingClientRect(),"
+        "text = line.children[2].getBoundingClientRect(); return score.right > text.left && score.bottom > text.top; }).length"
+    )
+    for width in (1400, 1200, 700, 420):
+        resize(browser, width)
+        assert browser.execute_script(over) == 0, width
+
+
 def test_it_fits_any_width_in_dark_and_light(browser: Any, example: Scanned, tmp_path: Path) -> None:
     visit(browser, example.write(tmp_path / "report.html"))
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")

@@ -1,5 +1,6 @@
 """The page as text: every edge renders, what is untrusted is escaped, and size has a bound."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -63,8 +64,8 @@ def test_what_the_first_screen_says(make: Make, example: Scanned) -> None:
     assert "Nothing was removed" in make([0.1, 0.2], 1.0).render()
     assert "nothing is left to train on" in make([2.0, 3.0], 1.0).render()
     assert "Little: 1 of 10" in make([2.0] * 9 + [0.0], 1.0).render()
-    assert "No check failed" in make([2.0] + [0.0] * 9, 1.0).render()
-    assert "Read the warnings" in example.render()
+    assert "Certified: no check failed" in make([2.0] + [0.0] * 9, 1.0).render()
+    assert "Read the warnings" in example.render() and "Certified" not in example.render()
     problem = {"refused": wilson(1, 32), "thinking": 0, "problem": "it did not refuse"}
     assert "Do not rely on this yet" in make([0.1], 1.0, probes=problem).render()
     apart = {"engine": "forward", "n": 16, "relative_error": 0.5, "spearman": 0.8}
@@ -72,6 +73,32 @@ def test_what_the_first_screen_says(make: Make, example: Scanned) -> None:
     assert "1 by hand" in example.render()
     assert "found no score to cut at" in make([0.1], np.inf).render()
     assert "removes every one of these rows" in make([0.1], -np.inf).render()
+
+
+@pytest.mark.parametrize(
+    ("doubts", "marked"),
+    [((), []), (("share",), ["What is left"]), (("near",), ["Other checks"]),
+     (("share", "near", "labels"), ["What is left", "Other checks"]), (("ruler",), ["Known requests"])],
+)  # fmt: skip
+def test_every_doubt_is_said_once_and_marks_a_check(make: Make, doubts: tuple[str, ...], marked: list[str]) -> None:
+    said = {name: f"what is wrong with {name}" for name in doubts}
+    known = {"harmful": [1.0] * 20, "harmless": [0.0] * 20}
+    page = make([2.0] + [0.0] * 9, 1.0, doubts=said, certified=not doubts, anchors=known).render()
+    assert re.findall(r'class="mark-warn">.{,150}?</span><div><b>(.*?)</b>', page) == marked
+    assert all(page.partition('<section id="made">')[0].count(text) == 1 for text in said.values())
+    unasked = make([2.0] + [0.0] * 9, 1.0, doubts={"probes": "not asked"}, certified=False, probes=None).render()
+    assert "Other checks" in unasked and "Probe validity" not in unasked
+
+
+def test_the_line_of_a_row_is_its_request_where_that_was_scored(make: Make) -> None:
+    pieces = (("<user>Ask this</s>", "prompt", None), ("Say that</s>", "response", 0.5))
+    for views, line in ((pieces, "Say that</s>"), ((("Ask this", "request", None), *pieces), "Ask this")):
+        page = make([2.0, 0.1], 1.0, views={0: views, 1: views}, selector="screen").render().replace("&lt;", "<")
+        assert re.findall("<bdi>(.*?)</bdi></span>\n", page.replace("&gt;", ">")) == [line] * 2
+        assert page.count("Ask this</s") == 2 and page.count("Say that</span>") == 0
+    for selector, said in (("screen", True), ("screen:all", True), ("fihs", False)):
+        page = make([2.0, 0.1], 1.0, views={0: pieces}, selector=selector).render()
+        assert ("FIHS, which decides only borderline rows" in page) == said
 
 
 def test_only_pushes_toward_unsafe_answers_are_called_so(make: Make) -> None:
@@ -106,7 +133,7 @@ def test_the_fits_are_drawn_where_the_rule_gives_them(make: Make) -> None:
 def test_the_next_commands_name_the_folder_as_it_was_typed(example: Scanned) -> None:
     text = shown(replace(example, folder=Path("my runs/screened")).render())
     assert "gradshield review 'my runs/screened'" in text
-    assert "gradshield cut 'my runs/screened' --threshold ratio:5%" in text
+    assert "gradshield cut" not in text
     assert "Train on my runs/screened/kept.jsonl" in text
 
 

@@ -28,6 +28,7 @@ def test_a_new_card_says_what_was_done_and_shows_the_kept_rows(tmp_path: Path) -
     assert front == {"configs": [{"config_name": "default", "data_files": "kept.jsonl"}]}
     assert "3 of 7 rows removed, 3 kept, 1 set aside as unusable" in card and "**Not certified**" in card
     assert f"score above {selection.cuts['rows'].value:.6g}" in card
+    assert "Nearest kinds of harm, a guess: " in card
     assert all(f"{name} {count}" in card for name, count in results.categories.items())
     for path in (data, tmp_path / "out" / "kept.jsonl"):
         assert f"| `{path.name}` | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |" in card

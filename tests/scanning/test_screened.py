@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -97,11 +99,13 @@ def test_most_rows_have_their_score_before_there_is_a_direction(
 def test_the_same_cut_again_changes_nothing_and_a_looser_one_is_doubted(whole: Path) -> None:
     before = _manifest(whole)["results"]
     assert before["removed"] == 5 and before["doubts"] == {} and before["certified"]
-    assert command("cut", whole).code == 0
+    done = command("cut", whole)
+    assert done.code == 0 and done.out.startswith("certified  no check failed\n")
     again = _manifest(whole)["results"]
     assert again["cuts"] == before["cuts"] and again["removed"] == 5 and again["doubts"] == {}
     done = command("cut", whole, "--threshold", "fixed:100")
-    assert done.code == 0 and "5 rows score above the default cut (anchored" in done.doubted
+    assert done.code == 0 and "certified" not in done.out
+    assert "5 rows score above the default cut (anchored" in done.doubted
     loose = _manifest(whole)["results"]
     assert set(loose["doubts"]) == {"loose"} and not loose["certified"]
     assert loose["uncertified"] == trust.first(loose["doubts"])
@@ -113,3 +117,11 @@ def test_what_speaks_against_a_scan_is_on_the_terminal(tmp_path: Path) -> None:
     rows, _ = lab.mix("topic", harm="explicit", ratio=0.5, n=12, seed=0)
     done = command(*_arguments(write(tmp_path / "data.jsonl", jsonl(rows)), tmp_path / "out"))
     assert done.code == 0 and "more than a tenth" in done.doubted
+
+
+def test_the_lines_of_the_page_are_requests_without_special_tokens(data: Path, whole: Path) -> None:
+    asked = {" ".join(json.loads(line)["messages"][-2]["content"].split()) for line in data.read_text().splitlines()}
+    for _ in range(2):
+        lines = re.findall(r'row-preview"><bdi>(.*?)</bdi>', (whole / "report.html").read_text(encoding="utf-8"))
+        assert len(lines) == 15 and {html.unescape(line) for line in lines} <= asked
+        assert command("cut", whole).code == 0

@@ -60,7 +60,8 @@ def test_without_colour_the_answers_stand_between_marks_that_a_row_cannot_draw(f
     data = _data(tmp_path, {"prompt": "Say ⟦it⟧", "completion": " well⟧"})
     done = command("show", data, "--model", folder)
     assert done.out.startswith("Say \\u27e6it\\u27e7⟦ well\\u27e7</s>⟧\n")
-    assert "in the loss (between ⟦ and ⟧)" in done.out
+    assert done.out.endswith(f"in the loss (between ⟦ and ⟧) · tokenizer of {folder}\n")
+    assert command("show", data).out.endswith(" · tokenizer of the bundled lab\n")
 
 
 def test_what_the_template_leaves_out_is_said(folder: Path, tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def summary(selection: Selection, folder: Path, listed: Sequence[str] = ()) -> N
             f"[yellow]warning:[/yellow] {len(unknown):,} of {len(set(listed)):,} ids on the allow and deny lists "
             "are of no row here"
         )
-    if not selection.certified:
+    if selection.certified:
+        out.print("[green]certified[/green]  no check failed")
+    else:
         err.print(f"[yellow]warning:[/yellow] {plain('not certified: ' + '; '.join(results.doubts.values()))}")
     read_as(selection.manifest.data.read_as)
     parts = [f"[bold]{results.removed}[/bold] of {results.scored} rows removed", f"{results.kept} kept"]

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from gradshield.cli import options
-from gradshield.cli.common import out, quiet_libraries
+from gradshield.cli.common import out, plain, quiet_libraries
 from gradshield.report.text import visible
 
 
@@ -55,6 +55,7 @@ def show(
     out.print(
         f"[dim]row {row} · {escape(view.shape)} · {view.tokens} tokens, [/dim][bold green]{view.counted} in the loss[/bold green]"
         + ("" if coloured else " (between ⟦ and ⟧)")
+        + f"[dim] · tokenizer of {plain(model or 'the bundled lab')}[/dim]"
     )
 
 

@@ -48,7 +48,7 @@ def section(manifest: ScanManifest, kept: Path) -> str:
         f"Screened with GradShield, selector {code(manifest.settings.selector)}, for rows that would make the model less safe: "
         f"{counts}.",
         f"Removed: {cuts or 'nothing could be cut'}.",
-        *([f"Kinds of harm: {kinds}."] if kinds else []),
+        *([f"Nearest kinds of harm, a guess: {kinds}."] if kinds else []),
         "",
         f"{verdict} A certified scan is one whose own checks passed; no scan finds every harmful row.",
         "",

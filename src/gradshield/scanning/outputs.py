@@ -163,7 +163,7 @@ def words(example: Example, tokenizer: Any = None) -> tuple[str, str]:
 
 def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[int] | None) -> None:
     """Write all outputs of a scan, replacing those of an earlier one."""
-    views = page_rows.views(selection, rows.rendered, rows.loaded.tokenizer)
+    views = page_rows.views(selection, rows.rendered, rows.read.examples, rows.loaded.tokenizer)
     truth = None if labels is None else np.asarray(labels)[selection.scores.rows].astype(np.int64)
     with instead(folder, "manifest.json", (*PARTS, f"{runs.WORK}/labels.json", f"{runs.WORK}/{KINDS}")) as new:
         (new / runs.WORK).mkdir()

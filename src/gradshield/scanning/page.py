@@ -128,7 +128,7 @@ def page(selection: Selection, folder: Path, views: Views, labels: Ints | None =
             _trained(results),
             _scores(selector, selection.scores.decoys is not None, score_charts(*charted)),
             _labelled(results.labels, () if labels is None else class_charts(*charted, labels)),
-            _removed(results, show_rows(above, reference, REMOVED_BYTES), reference, removed),
+            _removed(results, show_rows(above, reference, REMOVED_BYTES), reference, removed, selector),
             _passed(show_rows(near, reference, KEPT_BYTES)),
             _quarantined(selection.quarantined),
         ),
@@ -164,7 +164,7 @@ def _standing(results: ScanResults, checks: Sequence[Check]) -> tuple[Status, st
         return "fail", "Do not rely on this yet"
     if "warn" in states or results.doubts:
         return "warn", "Read the warnings"
-    return "pass", "No check failed"
+    return "pass", "Certified: no check failed"
 
 
 def _verdict(results: ScanResults, selector: str) -> str:
@@ -244,7 +244,9 @@ def _labelled(labels: Labelled, charts: tuple[Chart, ...]) -> Section:
     return Section("labels", "Against the labels", "", charts, tables, nav="Labels")
 
 
-def _removed(results: ScanResults, shown: Sequence[ShownRow], reference: dict[str, float], file: str) -> Section:
+def _removed(
+    results: ScanResults, shown: Sequence[ShownRow], reference: dict[str, float], file: str, selector: str
+) -> Section:
     """Removed rows by category, the largest first, each with its total."""
     if not results.removed:
         return Section("removed", "Removed rows", "No row was removed.", nav="Removed")
@@ -264,7 +266,7 @@ def _removed(results: ScanResults, shown: Sequence[ShownRow], reference: dict[st
         lead,
         charts=category_chart(results.categories),
         nav="Removed",
-        body=drawn(SCAN, "removed", groups, legend),
+        body=drawn(SCAN, "removed", groups, legend, selector.partition(":")[0] == "screen"),
     )
 
 
@@ -327,9 +329,11 @@ def _plain(value: Any) -> bool:
 
 
 def _checks(results: ScanResults) -> list[Check]:
-    """What was checked: the probes, the ruler and the engine, where the selector has any, and how much is left."""
+    """What was checked: the probes, the ruler and the engine, where the selector has any, how much is left, and all else."""
     found = []
+    others = results.doubts.keys() - {"share"}  # doubts that no line of its own shows
     if (probes := results.probes) is not None:
+        others -= {"probes"}
         asked = probes.refused
         text = (
             f"The model refused {asked.k} of {asked.n} probes "
@@ -338,6 +342,7 @@ def _checks(results: ScanResults) -> list[Check]:
         found.append(Check("Probe validity", "fail" if probes.problem else "pass", text))
     cut = results.cuts[ROWS].value if ROWS in results.cuts else None
     if (known := results.anchors) is not None and cut is not None:
+        others -= {"ruler"}
         beyond = (
             wilson(sum(v is not None and v > cut for v in one), len(one)) for one in (known.harmful, known.harmless)
         )
@@ -354,19 +359,21 @@ def _checks(results: ScanResults) -> list[Check]:
         found.append(Check("Engine agreement", "pass" if agrees else "warn", text))
     little = results.kept < LITTLE_LEFT * results.scored
     left = f"{results.kept:,} of {results.scored:,} scored rows ({percent(results.kept / results.scored)})."
-    found.append(Check("What is left", "warn" if little else "pass", f"Little: {left}" if little else left))
+    status = "warn" if little or "share" in results.doubts else "pass"
+    found.append(Check("What is left", status, f"Little: {left}" if little else left))
+    if others:
+        found.append(Check("Other checks", "warn", f"{len(others)} failed: see the top of the page."))
     return found
 
 
 def _steps(results: ScanResults, folder: Path, kept: str, removed: str) -> list[str]:
     """What to do next; ``kept`` and ``removed`` are the names of the files of rows in the output folder, as it was typed."""
-    found, typed = [], shlex.quote(str(folder))
+    found = []
     if results.removed:
         found.append(f"Read the removed rows below ({removed}), the highest scores first.")
     if results.kept:
         found.append("Read the rows just below the cut too: harm written to evade the scan would be there.")
-    found.append(f"Keep or remove single rows by hand: gradshield review {typed}")
-    found.append(f"Try another cut without the model: gradshield cut {typed} --threshold ratio:5%")
+    found.append(f"Keep or remove single rows by hand: gradshield review {shlex.quote(str(folder))}")
     if results.quarantined:
         found.append(f"Fix the quarantined rows (quarantine.jsonl): {results.quarantined:,}.")
     if results.kept:

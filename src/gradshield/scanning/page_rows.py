@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from gradshield import runs
 from gradshield.report.text import number, one_line, shorten, visible
 from gradshield.scanning.decide import ROWS
 from gradshield.scanning.selection import Selection
-from gradshield.types import Floats, Rendered, Scores
+from gradshield.types import Example, Floats, Rendered, Scores
 
 SHOWN = 200  # highest-scoring rows whose tokens are stored
 NEAR = 10  # rows just below the cut
+PREVIEW = 110  # characters of a row on its line
 VIEWS = "views.json"
 PIECE_CHARS = 400  # one token is rarely more than 20; a caller without tokens passes whole messages
 ROW_BYTES = 24_000
@@ -36,7 +37,10 @@ MARKED = 5  # strongest tokens of a row that are underlined and listed
 LEVELS = (0.03, 0.1, 0.25, 0.5, 0.8)  # share of the page's reference value at which each tint starts
 
 Piece = tuple[str, str, float | None]
-"""A token's text, its role (``"prompt"``, or ``"response"`` where it counts in the loss), its FIHS where measured."""
+"""A token's text, its role (``"prompt"``, or ``"response"`` where it counts in the loss), its FIHS where measured.
+
+The first piece of a row scored by its request has the role ``"request"`` and that text, for the row's line.
+"""
 
 Views = Mapping[int, Sequence[Piece]]
 """Pieces of rows by position in the input."""
@@ -44,15 +48,28 @@ Views = Mapping[int, Sequence[Piece]]
 _STORED = TypeAdapter(dict[int, list[Piece]])
 
 
-def views(selection: Selection, rendered: Sequence[Rendered], tokenizer: Any) -> Views:
+def views(selection: Selection, rendered: Sequence[Rendered], examples: rows_in.Examples, tokenizer: Any) -> Views:
     """The pieces of the rows that a page may show: the highest scores and rows near the cut."""
     order = np.argsort(-selection.scores.values, kind="stable")
     near = order[~selection.removed[order]][:NEAR]
-    tokens = selection.scores.tokens
-    return {
+    shown, tokens = np.union1d(order[: SHOWN + NEAR], near), selection.scores.tokens
+    found = {
         int(selection.scores.rows[i]): pieces(rendered[i], tokenizer, None if tokens is None else tokens[i])
-        for i in np.union1d(order[: SHOWN + NEAR], near).tolist()
+        for i in shown.tolist()
     }
+    if selection.manifest.settings.selector.partition(":")[0] == "screen":
+        for example in examples.at(selection.scores.rows[shown]):
+            if request := _request(example):
+                found[example.row].insert(0, (request, "request", None))
+    return found
+
+
+def _request(example: Example) -> str:
+    """The beginning of the user's last message, or of the prompt; empty where neither is text."""
+    one = example.conversations[0]
+    said = [turn.get("content") for turn in one.messages or () if turn.get("role") == "user"]
+    text = said[-1] if said else one.prompt
+    return one_line(text, PREVIEW) if isinstance(text, str) else ""
 
 
 def pieces(row: Rendered, tokenizer: Any, values: Floats | None = None) -> list[Piece]:
@@ -136,6 +153,8 @@ def show_rows(rows: Sequence[RowView], reference: Mapping[str, float], budget: i
 
 
 def _show(row: RowView, reference: float, allowance: int) -> ShownRow:
+    request = row.pieces[0][0] if row.pieces and row.pieces[0][1] == "request" else ""
+    row = replace(row, pieces=row.pieces[bool(request) :])
     values = np.array([np.nan if v is None else v for _, _, v in row.pieces], dtype=np.float64)
     values[~np.isfinite(values)] = np.nan
     magnitude = np.where(np.isnan(values), 0.0, np.abs(values))
@@ -143,9 +162,9 @@ def _show(row: RowView, reference: float, allowance: int) -> ShownRow:
     keep = _choose(row.pieces, top, allowance)
     body = _body(row.pieces, keep, set(top), reference, allowance)
     answer = "".join(text for text, role, _ in row.pieces[-5000:] if role != "prompt")
-    whole = answer or "".join(text for text, _, _ in row.pieces[:200])
+    whole = request or answer or "".join(text for text, _, _ in row.pieces[:200])
     strongest = tuple((one_line(row.pieces[i][0], 24) or "space", float(values[i])) for i in top)
-    return ShownRow(row, one_line(whole, 110), body, strongest, len(keep) < len(row.pieces), _margin(row))
+    return ShownRow(row, one_line(whole, PREVIEW), body, strongest, len(keep) < len(row.pieces), _margin(row))
 
 
 def _margin(row: RowView) -> float:
