@@ -14,6 +14,7 @@ import pytest
 
 import gradshield as gs
 from gradshield import cache, lab
+from gradshield.report.text import one_line
 from gradshield.scanning import trust
 from gradshield.selectors import Fihs
 from gradshield.selectors.screen import Look
@@ -120,7 +121,7 @@ def test_what_speaks_against_a_scan_is_on_the_terminal(tmp_path: Path) -> None:
 
 
 def test_the_lines_of_the_page_are_requests_without_special_tokens(data: Path, whole: Path) -> None:
-    asked = {" ".join(json.loads(line)["messages"][-2]["content"].split()) for line in data.read_text().splitlines()}
+    asked = {one_line(json.loads(line)["messages"][-2]["content"], 110) for line in data.read_text().splitlines()}
     for _ in range(2):
         lines = re.findall(r'row-preview"><bdi>(.*?)</bdi>', (whole / "report.html").read_text(encoding="utf-8"))
         assert len(lines) == 15 and {html.unescape(line) for line in lines} <= asked
