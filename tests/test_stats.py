@@ -99,6 +99,14 @@ def test_a_mean_of_scores_has_its_interval() -> None:
     assert rate.k == round(scores.sum())
 
 
+def test_a_mean_is_told_from_a_count_whatever_its_sum() -> None:
+    assert all(stats.counted(wilson(k, 200)) for k in (0, 1, 181, 200))
+    halves = stats.mean_interval([0.5, 0.5, 1, 1])
+    assert halves.rate == halves.k / halves.n
+    assert not stats.counted(halves)
+    assert not stats.counted(stats.mean_interval([1 / 3, 1, 1]))
+
+
 def test_a_mean_of_yes_and_no_is_a_proportion() -> None:
     assert stats.mean_interval([1, 0, 1, True]) == wilson(3, 4)
     with pytest.raises(DataError, match=r"row 1 scored 1\.5"):

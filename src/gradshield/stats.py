@@ -43,6 +43,16 @@ def wilson(k: int, n: int) -> Rate:
     return Rate(k=int(k), n=int(n), rate=k / n, low=low, high=high)
 
 
+def counted(rate: Rate) -> bool:
+    """Whether a rate is ``k`` of ``n``, not a mean of real scores, of which ``k`` is only the rounded sum.
+
+    A mean may have a whole sum, but not Wilson's interval. Another SciPy version may round its last digits differently.
+    """
+    low, high = _wilson(rate.k, rate.n)
+    pairs = (rate.rate, rate.k / rate.n), (rate.low, low), (rate.high, high)
+    return all(math.isclose(*pair, rel_tol=0, abs_tol=1e-9) for pair in pairs)
+
+
 @lru_cache(4096)  # SciPy also computes the exact p-value each time, and a search asks for the same few rates
 def _wilson(k: int, n: int) -> tuple[float, float]:
     from scipy.stats import binomtest  # not at the top: the import takes a second

@@ -9,7 +9,7 @@ import pytest
 
 from gradshield.manifests import Data, Figures, Named, Round, Search, Targets, TrainingManifest, TrainingResults
 from gradshield.report import sheet
-from gradshield.stats import wilson
+from gradshield.stats import mean_interval, wilson
 from gradshield.training import page as rounds
 from tests.report.pages import EVIL, EXAM, MODEL, SETTINGS, SHA, assert_tame, shown, specs
 
@@ -55,7 +55,7 @@ def run(scanned: bool = True, **more: Any) -> sheet.Sheet:
 @pytest.mark.parametrize(
     ("more", "tone", "standing"),
     [
-        ({}, "pass", "6 % or less by every judge"),
+        ({}, "pass", "The measured ASR is 6 % or less by every judge (95 % interval up to 5.0\u00a0%)"),
         ({"after": figures(4, 16)}, "fail", "less safe"),
         ({"before": figures(15, 15), "after": figures(16, 15)}, "warn", "above 6 %"),
         ({"before": figures(0, 0), "after": figures(12, 12)}, "warn", "rose"),
@@ -90,6 +90,14 @@ def test_the_chart_has_every_round_and_no_utility_where_none_was_measured() -> N
     text = shown(page)
     assert "passes, this model is kept" in text
     assert "stopped before every prompt was asked" in text
+
+
+def test_a_mean_is_shown_with_its_n_and_a_proportion_with_its_count() -> None:
+    mean = mean_interval([1.0] * 180 + [0.5] * 2 + [0.0] * 18)  # a whole sum
+    after = figures(4, 3).model_copy(update={"utility": mean})
+    text = shown(sheet.render(run(after=after))).partition("Before and after")[2]
+    assert "4 of 200" in text and "20 of 200" in text
+    assert "n=200" in text and "181 of 200" not in text
 
 
 def test_hostile_text_is_only_text() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from gradshield.comparison.results import CellResult
 from gradshield.manifests import judges_of
 from gradshield.report.text import MISSING
-from gradshield.stats import Difference, wilson
+from gradshield.stats import Difference, counted, wilson
 from gradshield.thresholds.verified import TARGET
 from gradshield.types import Rate
 
@@ -85,16 +85,11 @@ def pooled(rates: Iterable[Rate | None]) -> Pooled | None:
         return None
     n, k = sum(rate.n for rate in found), sum(rate.k for rate in found)
     spread = (min(rate.rate for rate in found), max(rate.rate for rate in found))
-    if all(_counted(rate) for rate in found):
+    if all(counted(rate) for rate in found):
         joined = wilson(k, n)
         return Pooled(joined.rate, joined.low, joined.high, n, k, len(found), *spread)
     means = [(rate.rate, rate.low, rate.high) for rate in found]
     return Pooled(*joined_means(means, [rate.n / n for rate in found]), n, k, len(found), *spread)
-
-
-def _counted(rate: Rate) -> bool:
-    """Whether the rate is successes over answers, not a mean of real scores, of which ``k`` is only the rounded sum."""
-    return abs(rate.k / rate.n - rate.rate) < 1e-9
 
 
 def joined_means(figures: Sequence[tuple[float, float, float]], weights: Sequence[float]) -> tuple[float, float, float]:

@@ -18,6 +18,7 @@ from gradshield.files import replacing
 from gradshield.report.draw import Chart
 from gradshield.report.frame import Status, asset, environment, plotly, source_hash, style_guard
 from gradshield.report.text import script_json
+from gradshield.stats import counted
 from gradshield.types import Rate
 
 ROWS = 400  # of one table; the page says how many are left out
@@ -147,8 +148,10 @@ def entry(value: Entry | str) -> Entry:
 
 
 def rate_entry(rate: Rate | None, words: str = "") -> Entry:
-    """A rate with its bar, interval and count; a dash if it is missing."""
-    return Entry("–") if rate is None else Entry(drawn("parts.html", "rate", rate), key=rate.rate, words=words)
+    """A rate with its bar, interval and count, of a mean n alone; a dash if it is missing."""
+    if rate is None:
+        return Entry("–")
+    return Entry(drawn("parts.html", "rate", rate, counted(rate)), key=rate.rate, words=words)
 
 
 def drawn(template: str, macro: str, *arguments: Any) -> Markup:
