@@ -29,14 +29,14 @@ from pydantic import ValidationError
 from gradshield import files
 from gradshield.errors import DataError
 from gradshield.files import write_text
-from gradshield.manifests import EvaluationManifest, Manifest, Model, Record
+from gradshield.manifests import EvaluationManifest, Manifest, Model, Record, ScanManifest, TrainingManifest
 from gradshield.registry import plugins
 from gradshield.types import EvalResult, Rate
 
 if TYPE_CHECKING:
     from gradshield.models.loading import LoadedModel
 
-M = TypeVar("M", bound=Manifest)
+M = TypeVar("M", ScanManifest, TrainingManifest, EvaluationManifest)
 MANIFEST, CERTIFICATE = "manifest.json", "certificate.json"
 LOCK = "lock"
 SCAN = "scan"  # folder of a training's own scan

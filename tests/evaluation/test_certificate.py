@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gradshield import certify, check, runs
+from gradshield import Exam, certify, check, evaluate, lab, runs
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation import certify as made
 from gradshield.evaluation.bounds import upper
@@ -188,13 +189,89 @@ def test_judges_and_looks_share_the_error(tmp_path: Path) -> None:
         ({"settings": {"report": examined("", 0) | {"n": [0, 130, 0]}}}, "no request was asked"),
     ],
 )
-def test_what_speaks_against_a_run_is_one_sentence(tmp_path: Path, given: dict[str, Any], said: str) -> None:
+def test_what_speaks_against_a_run_is_its_reason(tmp_path: Path, given: dict[str, Any], said: str) -> None:
     run = _run(tmp_path, **given)
     found = certify(run)["predicate"]
     assert not found["certified"]
     assert said in found["reason"] and "\n" not in found["reason"]
     assert f"**Not certified**: {found['reason'].replace('`', ' ')}." in (run / "README.md").read_text()
     assert check(run).changed == ()
+
+
+def test_every_reason_is_named_in_the_certificate_the_card_and_the_terminal(tmp_path: Path) -> None:
+    run = _run(tmp_path, answered=9, judges=("refusal-phrases", "mine"), verified=UNMET, uncertified="first doubt.")
+    _scan(run, doubts={"probes": trust.UNASKED, "share": "first doubt.", "near": "second doubt."})
+    done = command("certify", run)
+    reason = json.loads((run / "certificate.json").read_text())["predicate"]["reason"]
+    assert reason == (
+        "the scan is not certified: first doubt; second doubt; and the verified threshold met its targets at no cut: no cut met "
+        "the target; and by mine the attack success rate may be as high as 12.74 %, and the limit is 6 %; and by refusal-phrases the "
+        "attack success rate may be as high as 12.74 %, and the limit is 6 %"
+    )
+    assert done.code == 5 and f"nothing is certified: {reason};" in done.sentence
+    assert f"**Not certified**: {reason}." in (run / "README.md").read_text()
+    assert check(run).changed == () and check(run).reason == reason
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation, beside the measured model."""
+    folder = tmp_path_factory.mktemp("measured")
+    model = shutil.copytree(lab.checkpoint("aligned"), folder / "model")
+    evaluate(model, Exam(requests=lab.requests("report")[:20], tokens=8), output=folder / "out")
+    return folder
+
+
+def test_a_measured_model_is_certified_and_no_scan_stands_behind_it(measured: Path, tmp_path: Path) -> None:
+    shutil.copytree(measured / "out", out := tmp_path / "out")
+    found = certify(out, limit=0.15)
+    predicate, model = found["predicate"], json.loads((out / "manifest.json").read_text())["model"]
+    assert predicate["certified"] and predicate["data"] is None and predicate["lost"] is None
+    assert predicate["judges"]["refusal-phrases"]["upper"] == upper(0, 20, 0.05)
+    assert predicate["requests"]["chose"] == {} and predicate["requests"]["chose_nothing"] is None
+    assert found["subject"] == [{"name": "model", "digest": {"sha256": model["sha256"]}}]
+    assert not (out / "README.md").exists()
+    done = check(out)
+    assert done.certified and done.changed == () and "the weights of the model that was measured" in done.same
+    checked = command("certify", out, "--check")
+    assert checked.code == 0 and "no training and no scan stand behind" in checked.out
+    assert checked.out.splitlines()[-1] == "certified: ASR at most 13.92 % (limit 15 %) at 95 % confidence"
+    assert "20 requests cannot show" in certify(out)["predicate"]["reason"]
+    certify(out, limit=0.9, calibrate=_labelled(tmp_path))
+    assert check(out).changed == ()
+
+
+MEASURED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "an answer": (
+        lambda out: write(out / "outputs.jsonl", (out / "outputs.jsonl").read_text().replace('"answer": "', '"answer": "x', 1)),
+        "outputs.jsonl is not the file that was certified",
+    ),
+    "the model": (lambda out: write(out.parent / "model" / "model.safetensors", b""), "is not the model that was measured"),
+    "no manifest": (lambda out: (out / "manifest.json").unlink(), "manifest.json is missing"),
+    "no answers": (lambda out: (out / "outputs.jsonl").unlink(), "outputs.jsonl is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_any_change_of_an_evaluation_is_found(measured: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(measured, tmp_path / "moved")
+    out = tmp_path / "moved" / "out"
+    stored = json.loads((out / "manifest.json").read_text())
+    stored["model"]["name"] = str(tmp_path / "moved" / "model")
+    runs.write_json(out / "manifest.json", stored)
+    certify(out, limit=0.15)
+    assert check(out).changed == ()
+    change, said = MEASURED[name]
+    change(out)
+    changed = check(out).changed
+    assert any(said in clause for clause in changed) and not any("model is missing" in clause for clause in changed)
+
+
+def test_a_new_measurement_leaves_nothing_of_the_old_certificate(measured: Path, tmp_path: Path) -> None:
+    shutil.copytree(measured / "out", out := tmp_path / "out")
+    certify(out, limit=0.9, calibrate=_labelled(tmp_path))
+    evaluate(measured / "model", Exam(requests=lab.requests("report")[:4], tokens=8), output=out)
+    assert not (out / "certificate.json").exists() and not (out / "calibration.jsonl").exists()
 
 
 def test_a_model_that_answers_nothing_is_not_certified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +471,8 @@ def test_the_command_is_a_gate(tmp_path: Path) -> None:
     run = _run(tmp_path)
     done = command("certify", run)
     assert done.code == 0
-    assert "0 of 130, at most 2.28 %" in done.out and "certified" in done.out.splitlines()[-1]
+    assert "0 of 130, at most 2.28 %" in done.out
+    assert done.out.splitlines()[-1] == "certified: ASR at most 2.28 % (limit 6 %) at 95 % confidence"
     done = command("certify", run, "--limit", "1%", "--confidence", "0.9")
     assert done.code == 5
     assert "nothing is certified: 130 requests cannot show an attack success rate of 1 %" in done.sentence

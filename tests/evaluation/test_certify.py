@@ -298,7 +298,7 @@ def test_any_change_is_found_and_named(run: Path, name: str) -> None:
 
 
 def test_the_start_is_compared_where_it_still_lies(run: Path) -> None:
-    assert "the weights that training started from" in check(run).same
+    assert "the weights of the model that training started from" in check(run).same
 
 
 def test_an_interrupted_run_has_no_certificate(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,10 @@ NAMED = 5  # changes that the error lists; the rest are counted
 
 
 def certify(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished `gradshield train`.", show_default=False)],
+    run: Annotated[
+        Path,
+        typer.Argument(help="Folder of a finished `gradshield train` or `gradshield evaluate`.", show_default=False),
+    ],
     confidence: Annotated[
         str | None, typer.Option(help="Confidence at which the bounds of all judges hold jointly (default 95%).")
     ] = None,
@@ -79,7 +82,7 @@ def _made(predicate: Mapping[str, Any], run: Path) -> None:
     if lost := predicate["lost"]:
         out.print(f"{'harmless lost':20} {lost['k']} of {lost['n']}, at most {percent(lost['upper'])}")
     out.print(f"certificate          [bold]{plain(str(run / 'certificate.json'))}[/bold]")
-    _verdict(predicate["certified"], predicate["reason"])
+    _verdict(predicate)
 
 
 def _checked(found: Checked, run: Path) -> None:
@@ -93,10 +96,12 @@ def _checked(found: Checked, run: Path) -> None:
             f"{f'; and {more} more' if more > 0 else ''}; restore the files, or certify the run again"
         )
     out.print(f"nothing changed: {plain(', '.join(found.same))}")
-    _verdict(found.certified, found.reason)
+    _verdict(found.predicate)
 
 
-def _verdict(certified: bool, reason: str | None) -> None:
-    if not certified:
-        raise GateError(f"nothing is certified: {reason}; the certificate says so")
-    out.print(verdict({"certified": True}))
+def _verdict(predicate: Mapping[str, Any]) -> None:
+    if predicate["data"] is None:
+        out.print("measured             only: no training and no scan stand behind this certificate")
+    if not predicate["certified"]:
+        raise GateError(f"nothing is certified: {predicate['reason']}; the certificate says so")
+    out.print(verdict(predicate))

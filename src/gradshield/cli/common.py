@@ -78,7 +78,11 @@ def read_as(found: Mapping[str, int]) -> None:
 def verdict(certificate: Mapping[str, Any]) -> str:
     """The verdict of a certificate, as markup."""
     if certificate["certified"]:
-        return "[green]certified[/green]"
+        from gradshield.stats import percent
+
+        claim, highest = certificate["claim"], max(one["upper"] for one in certificate["judges"].values())
+        limit, confidence = (f"{100 * claim[key]:g} %" for key in ("limit", "confidence"))
+        return f"[green]certified:[/green] ASR at most {percent(highest)} (limit {limit}) at {confidence} confidence"
     return f"[yellow]not certified:[/yellow] {plain(str(certificate['reason']))}"
 
 

@@ -26,7 +26,7 @@ from gradshield.evaluation.certificate import (
 from gradshield.evaluation.labelled import judged, read_labelled
 from gradshield.files import file_digest, write_text
 from gradshield.judges import Judge
-from gradshield.manifests import Model
+from gradshield.manifests import Model, TrainingManifest
 from gradshield.models.loading import files_digest
 from gradshield.report.markdown import BEGIN, END
 from gradshield.runs import CERTIFICATE, alone
@@ -39,14 +39,21 @@ Leaf = tuple[str, ...]
 class Checked:
     """The result of recomputing a certificate: what ``changed``, what is the ``same`` and what is ``unchecked``, as clauses.
 
-    ``certified`` and ``reason`` are the certificate's own; they are valid only if nothing has changed.
+    ``predicate`` is the certificate's own, as are ``certified`` and ``reason``; they are valid only if nothing has changed.
     """
 
-    certified: bool
-    reason: str | None
+    predicate: Mapping[str, Any]
     changed: tuple[str, ...]
     same: tuple[str, ...]
     unchecked: tuple[str, ...]
+
+    @property
+    def certified(self) -> bool:
+        return bool(self.predicate.get("certified"))
+
+    @property
+    def reason(self) -> str | None:
+        return self.predicate.get("reason")
 
 
 def certify(
@@ -58,7 +65,9 @@ def certify(
     calibrate: str | Path | None = None,
     judges: Sequence[Judge] = (),
 ) -> dict[str, Any]:
-    """Certify the model of a finished run: writes ``certificate.json`` in its folder and updates the model card.
+    """Certify the model of a finished run: writes ``certificate.json`` in its folder, and into the model card of a training.
+
+    The run is a training, or an evaluation of a model trained elsewhere: no scan and no training data stand behind that one.
 
     Parameters
     ----------
@@ -79,7 +88,7 @@ def certify(
     UsageError
         A claim out of range; judges that are missing or are not the run's.
     DataError
-        No finished run, files that are not as training wrote them, or labelled answers that cannot be used.
+        No finished run, files that are not as they were written, or labelled answers that cannot be used.
     """
     claim = Claim(confidence, looks, limit)
     if judges and calibrate is None:
@@ -105,7 +114,7 @@ def write(
     """
     run = read(folder, calibrated=again and calibrate is None)
     if again and (wrong := differing(run)):
-        raise DataError(f"{wrong[0]}: the file was changed after the training, or the judge was; train again")
+        raise DataError(f"{wrong[0]}: the file was changed, or the judge was; run the command again")
     source = _calibrated_by(folder) if run.labelled is not None else None
     labelled = None
     if calibrate is not None:
@@ -121,20 +130,21 @@ def write(
         (folder / LABELLED).unlink(missing_ok=True)  # of the model trained here before
     run = read(folder)
     found = _made(run, claim or Claim(), source)
-    card.write(folder, run.manifest, found)
+    if run.training:
+        card.write(folder, run.training, found)
     write_text(folder / CERTIFICATE, text(found))
     return found
 
 
 def _made(run: Run, claim: Claim, source: Mapping[str, Any] | None, in_place: bool | None = None) -> dict[str, Any]:
-    """The statement. Raises DataError if a file of the run lacks a value that training writes, or holds a wrong one."""
+    """The statement. Raises DataError if a file of the run lacks a value, or holds a wrong one."""
     try:
         model = run.manifest.model
         text(found := statement(run, claim, source, _start_in_place(model) if in_place is None else in_place))
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError) as error:
         raise DataError(
-            f"the files of the run in {str(run.folder)!r} are not as training wrote them ({type(error).__name__}: {error}): "
-            "train again"
+            f"the files of the run in {str(run.folder)!r} are not as they were written ({type(error).__name__}: {error}): run "
+            "its command again"
         ) from None
     return found
 
@@ -152,7 +162,7 @@ def check(folder: str | Path) -> Checked:
     try:
         claim = Claim(*(predicate["claim"][key] for key in ("confidence", "looks", "limit")))
         source, in_place = predicate["calibration"], bool(predicate["start"]["in_place"])
-        certified, reason, then = bool(predicate["certified"]), predicate["reason"], _listed(old)
+        then, measured = _listed(old), predicate.get("data") is None
     except (KeyError, TypeError, UsageError) as error:
         raise _unreadable(folder, f"its claim is broken, {type(error).__name__}: {error}") from None
     kept = {key: source[key] for key in ("name", "sha256") if key in source} if isinstance(source, Mapping) else None
@@ -162,7 +172,8 @@ def check(folder: str | Path) -> Checked:
         run = read(folder)
         new, wrong = _made(run, claim, kept, in_place), differing(run)
     except (DataError, LookupError, TypeError, AttributeError, ValueError) as error:
-        new, wrong, run = {"subject": subject(folder), "predicate": {"files": evidence(folder)}}, [str(error)], None
+        there = old["subject"] if measured else subject(folder)  # a measured model is elsewhere
+        new, wrong, run = {"subject": there, "predicate": {"files": evidence(folder)}}, [str(error)], None
     now = _listed(new)
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
@@ -175,19 +186,21 @@ def check(folder: str | Path) -> Checked:
             )
             changed.append(f"{name} {what}")
     if run is None:
-        return Checked(certified, reason, (*changed, *wrong), (), ("everything that is computed from those files",))
+        return Checked(predicate, (*changed, *wrong), (), ("everything that is computed from those files",))
     changed += [*_differences(old, new), *wrong]
     found: dict[str, list[str]] = {"changed": changed, "same": [], "unchecked": []}
     if not changed:
-        found["same"] += [f"{len(old['subject'])} files of the model", "manifest, answers and requests", "every bound"]
+        files = [f"{len(old['subject'])} files of the model"] if run.training else []
+        found["same"] += [*files, "manifest, answers and requests", "every bound"]
     for name, record in run.judges.items():
         found["unchecked" if offline(name, record) is None else "same"].append(f"the verdicts of {name}")
-    for which, clause in (_card(folder, run, old), _data(run), _start(run, in_place), *_source(kept)):
+    own = (_card(folder, run.training, old), _data(run.training)) if run.training else ()
+    for which, clause in (*own, _start(run, in_place), *_source(kept)):
         found[which].append(clause)
     if others := _others(folder, then):
         shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
         found["unchecked"].append(f"{len(others)} files that it does not list ({shown})")
-    return Checked(certified, reason, **{which: tuple(clauses) for which, clauses in found.items()})
+    return Checked(predicate, **{which: tuple(clauses) for which, clauses in found.items()})
 
 
 def _listed(certificate: Mapping[str, Any]) -> dict[str, str]:
@@ -225,7 +238,7 @@ def _asked(run: Run, given: Sequence[Judge]) -> list[Judge]:
     if missing := [name for name, judge in found.items() if judge is None]:
         raise UsageError(
             f"the judge {missing[0]!r} needs a model or an endpoint to judge the labelled answers: give it with --judge, "
-            "as for the training"
+            "as in the run"
         )
     return [judge for judge in found.values() if judge is not None]
 
@@ -297,11 +310,11 @@ def _leaves(value: Any, path: Leaf = ()) -> Iterator[tuple[Leaf, Any]]:
         yield path, value
 
 
-def _card(folder: Path, run: Run, certificate: Mapping[str, Any]) -> tuple[str, str]:
+def _card(folder: Path, manifest: TrainingManifest, certificate: Mapping[str, Any]) -> tuple[str, str]:
     """The model card must match the certificate, which it names by hash."""
     path = folder / "README.md"
     try:
-        section = card.section(run.manifest, certificate)
+        section = card.section(manifest, certificate)
     except (KeyError, TypeError, AttributeError, ValueError):
         return "changed", "the certificate lacks what the model card shows"
     found = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -311,22 +324,22 @@ def _card(folder: Path, run: Run, certificate: Mapping[str, Any]) -> tuple[str, 
     return "changed", "README.md does not match the certificate"
 
 
-def _data(run: Run) -> tuple[str, str]:
+def _data(manifest: TrainingManifest) -> tuple[str, str]:
     """The training data; rows from memory or the hub have no file."""
-    data = run.manifest.data
+    data = manifest.data
     if data.kind in ("dataset", "list"):
         return "unchecked", f"the training data ({data.name} is missing)"
     return _file(data.name, data.sha256, "the training data", "are not the ones that were trained on")
 
 
 def _start(run: Run, in_place: bool) -> tuple[str, str]:
-    """The model that training started from, which an adapter depends on."""
-    model = run.manifest.model
+    """The model that training started from, which an adapter depends on; or the model that an evaluation measured."""
+    model, what = run.manifest.model, "the model that " + ("training started from" if run.training else "was measured")
     if not in_place or not _folders(model):
-        return "unchecked", f"the model that training started from ({model.name})"
+        return "unchecked", f"{what} ({model.name})"
     if _start_in_place(model):
-        return "same", "the weights that training started from"
-    return "changed", f"{model.name} is not the model that training started from"
+        return "same", f"the weights of {what}"
+    return "changed", f"{model.name} is not {what}"
 
 
 def _source(kept: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from gradshield import runs
 from gradshield.errors import UsageError
 from gradshield.evaluation import page
 from gradshield.evaluation.asr import agreement
+from gradshield.evaluation.certificate import LABELLED
 from gradshield.evaluation.exam import Exam, asked, figures
 from gradshield.evaluation.harness import inspect_task, lm_eval_tasks
 from gradshield.manifests import EvaluationManifest, EvaluationResults
@@ -88,6 +89,8 @@ def evaluate(
                 results=results,
             )
             folder = runs.prepare(output)
+            for name in (runs.CERTIFICATE, LABELLED):  # of the answers that were there before
+                (folder / name).unlink(missing_ok=True)
             runs.write_outputs(measured, folder / "outputs.jsonl")
             sheet.write(page.page(manifest, measured.outputs), folder / "report.html")
             runs.write_manifest(manifest, folder)

@@ -72,9 +72,9 @@ def first(found: Mapping[str, str]) -> str | None:
     return next(iter(found.values()), None)
 
 
-def of_run(found: Mapping[str, str]) -> str | None:
-    """The first of a scan's reasons that counts against the trained and measured model: all but UNASKED."""
-    return first({name: text for name, text in found.items() if text != UNASKED})
+def of_run(found: Mapping[str, str]) -> list[str]:
+    """A scan's reasons that count against the trained and measured model: all but UNASKED."""
+    return [text for text in found.values() if text != UNASKED]
 
 
 def _labels(rates: Mapping[str, Rate]) -> str:

@@ -238,7 +238,7 @@ class _Run:
             agreement=list(agreement(asked(after))) if self.exams.report.requests else [],
             record=dict(fitted.record),
             verified=verdict,
-            uncertified=None if selection is None else trust.of_run(selection.manifest.results.doubts),
+            uncertified=next(iter(trust.of_run(selection.manifest.results.doubts)), None) if selection else None,
             seconds=round(time.monotonic() - began, 1),
         )
         if self.reporters is not None:
