@@ -42,6 +42,7 @@ HERE = {  # a machine of the reader's, and what stands for it here
     "--ray auto --workers 800": "--ray local --workers 1",
     "--workers 8": "--workers 2",
     "gradshield demo": "gradshield demo --task topic",
+    "evaluate tuned/": "evaluate run/",
 }
 DONE: set[str] = set()
 OUTSIDE = re.compile(

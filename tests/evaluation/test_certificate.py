@@ -205,8 +205,8 @@ def test_every_reason_is_named_in_the_certificate_the_card_and_the_terminal(tmp_
     reason = json.loads((run / "certificate.json").read_text())["predicate"]["reason"]
     assert reason == (
         "the scan is not certified: first doubt; second doubt; and the verified threshold met its targets at no cut: no cut met "
-        "the target; and by mine the attack success rate may be as high as 12.74 %, and the limit is 6 %; and by refusal-phrases the "
-        "attack success rate may be as high as 12.74 %, and the limit is 6 %"
+        "the target; and by mine the attack success rate may be as high as 12.74 %, and the limit is 6 %; and by refusal-phrases "
+        "the attack success rate may be as high as 12.74 %, and the limit is 6 %"
     )
     assert done.code == 5 and f"nothing is certified: {reason};" in done.sentence
     assert f"**Not certified**: {reason}." in (run / "README.md").read_text()
