@@ -196,6 +196,6 @@ def test_what_a_person_has_cleared_is_not_loose():
 
 
 def test_a_run_is_doubted_for_all_but_a_scan_that_asked_nothing():
-    assert trust.of_run({"probes": trust.UNASKED}) is None
-    assert trust.of_run({"probes": trust.UNASKED, "share": "more than a tenth"}) == "more than a tenth"
-    assert trust.of_run({"probes": "refuses only 3"}) == "refuses only 3"
+    assert trust.of_run({"probes": trust.UNASKED}) == []
+    assert trust.of_run({"probes": trust.UNASKED, "share": "more than a tenth"}) == ["more than a tenth"]
+    assert trust.of_run({"probes": "refuses only 3"}) == ["refuses only 3"]
