@@ -105,7 +105,18 @@ def make_scan(
     )  # fmt: skip
     scores = Scores(np.arange(n), ids or tuple(f"{i:016x}" for i in range(n)), values, shapes, decoys)
     selection = Selection(
-        scores, removed, categories, cuts, quarantined, cleared, (), lambda: None, manifest, np.arange(n) + 1, ("",) * n
+        scores,
+        removed,
+        categories,
+        cuts,
+        quarantined,
+        cleared,
+        (),
+        (),
+        lambda: None,
+        manifest,
+        np.arange(n) + 1,
+        ("",) * n,
     )
     return Scanned(selection, views or {}, labels)
 
