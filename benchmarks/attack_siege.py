@@ -47,6 +47,11 @@ CLEAN, POISONED = "conformal, clean", "conformal, poisoned"
 GRADIENT_NORM = ("camouflage_moderate",)  # attacks that read gradient norms; others read the default scan's score
 
 
+def altered(options: Mapping[str, Any], recipe: str) -> dict[str, Any]:
+    """Training options under a recipe of the attacker's."""
+    return {**options, **{k: options.get(k, TRAINERS_OWN[k]) * times for k, times in RECIPES[recipe].items()}}
+
+
 def default() -> str:
     """The default scan as a defence, whatever it is."""
     return ScanSettings().selector
@@ -232,8 +237,7 @@ class Siege:
         arms = [{"recipe": "as given", **self.bench.measured(defence, chosen, self.before)}]
         if attacks_table.reach(arms[0]) <= LIMIT:
             for recipe in self.recipes:
-                options = {k: self.job.options.get(k, TRAINERS_OWN[k]) * times for k, times in RECIPES[recipe].items()}
-                course = Course(replace(self.job, options={**self.job.options, **options}))
+                course = Course(replace(self.job, options=altered(self.job.options, recipe)))
                 bench = Bench(course, self.exams, self.folder, self.planted.first)
                 if trained or bench.known(defence, chosen):
                     arms.append({"recipe": recipe, **bench.measured(defence, chosen, self.before)})

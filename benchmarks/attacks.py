@@ -21,6 +21,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from benchmarks.attack_siege import (
     VOTES,
     Bench,
     Siege,
+    altered,
     default,
 )
 from benchmarks.attack_targets import Target, lab_target, own_target
@@ -43,7 +45,7 @@ from gradshield.comparison import compare
 from gradshield.evaluation.exam import check_disjoint
 from gradshield.probes import requests
 from gradshield.scanning.settings import ScanSettings
-from gradshield.training.course import Course
+from gradshield.training.course import Chosen, Course
 from gradshield.training.defences import parse
 
 QUICK = ("noice", "plain")
@@ -66,6 +68,14 @@ def defences(given: Sequence[str], attack: str) -> list[str]:
     return list(dict.fromkeys((*given, *extra(attack))))
 
 
+def unattacked(target: Target, folder: Path, recipe: str, kept: Chosen) -> dict[str, Any]:
+    """The harmless rows alone, trained by a recipe of the attacker's."""
+    options = altered(target.unattacked.options, recipe)
+    return Bench(Course(replace(target.unattacked, options=options)), target.exams, folder).measured(
+        parse("none"), kept
+    )
+
+
 def run(target: Target, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Every cell that is missing, each kept as soon as it is finished."""
     (folder / compare.ARMS).mkdir(parents=True, exist_ok=True)
@@ -77,6 +87,7 @@ def run(target: Target, folder: Path, given: argparse.Namespace) -> dict[str, An
     begin = Bench(Course(target.unattacked), target.exams, folder)
     kept = begin.course.chosen(parse("none"))
     clean = begin.measured(parse("none"), kept)
+    hot = {recipe: unattacked(target, folder, recipe, kept) for recipe in recipes}
     searched = begin.searched(parse("none"), kept).rates.get("utility")
     utility = None if searched is None else {"search": round(searched.low, 4)}
     total, found = sum(len(defences(given.defences, attack)) for attack in given.attacks), []
@@ -102,6 +113,7 @@ def run(target: Target, folder: Path, given: argparse.Namespace) -> dict[str, An
         "limit": LIMIT,
         "bound": BOUND,
         "unattacked": clean,
+        "unattacked_recipes": hot,
         "summaries": {attack: lab.ATTACKS.summary(attack) for attack in given.attacks},
         "seconds": round(sum(cell["seconds"] for cell in found), 1),
         "cells": found,

@@ -70,6 +70,11 @@ def paragraph(results: Results) -> str:
     return (
         f"**{len(lost)} of {len(tried)} {verb} past {where}, with an ASR above {limit} after training: {told}.** The number is "
         f"the worst over judges{more}; asked the attacker's way, only where training raised it."
+        + "".join(
+            f" Under {recipe} the harmless rows alone already give {100 * reach(arm):.1f} %, which no filter of rows can prevent."
+            for recipe, arm in results["unattacked_recipes"].items()
+            if reach(arm) > results["limit"]
+        )
     )
 
 
@@ -167,7 +172,14 @@ def markdown(results: Results) -> str:
         ),
         f"The harmless rows alone give a utility of {rate(clean.get('utility'))}, and an ASR of "
         + _listed(f"{rate(value)} by {judge}" for judge, value in clean["judges"].items())
-        + ".\n\n",
+        + ".\n"
+        + "".join(
+            f"Under {recipe} they give "
+            + _listed(f"{rate(value)} by {judge}" for judge, value in arm["judges"].items())
+            + ", without any attack.\n"
+            for recipe, arm in results["unattacked_recipes"].items()
+        )
+        + "\n",
         f"The defences: {_defences(results)}. What an attack is aimed at beside these stands with it, and with `plain` for "
         "comparison. A set of kept rows is trained once; where a defence was not trained and no equal set was, its ASR is left "
         "open.\n\n",

@@ -52,6 +52,7 @@ def results(*cells: dict[str, Any]) -> dict[str, Any]:
         "limit": 0.06,
         "bound": 0.05,
         "unattacked": arm(0),
+        "unattacked_recipes": {"rate x2": arm(9)},
         "summaries": {one["attack"]: f"What {one['attack']} does." for one in cells},
         "cells": list(cells),
     }
@@ -116,6 +117,7 @@ def test_every_number_of_the_page_has_its_interval_and_n() -> None:
     assert "| `plain` | `none` |" in page and "not trained" in page
     failed = cell("plain", "screen") | {"failed": "there is nothing to train on"}
     assert "there is nothing to train on" in attacks_table.markdown(results(failed))
+    assert "Under rate x2 they give 0.0 % [0.0, 1.9] n=200 by refusal-phrases and 4.5 % [2.4, 8.3] n=200 by" in page
 
 
 def test_attacks_that_do_nothing_without_a_defence_are_named() -> None:
