@@ -54,13 +54,13 @@ Columns = Annotated[
 Allow = Annotated[
     Path | None,
     reviewing(
-        help="File of row ids cleared by a reviewer, one per line: they are kept; `cut` has allow.txt of its folder without it."
+        help="File of row ids cleared by a reviewer, one per line: they are kept (default of `cut`: allow.txt in the folder)."
     ),
 ]
 Deny = Annotated[
     Path | None,
     reviewing(
-        help="File of row ids denied by a reviewer, one per line: they are removed; deny.txt of the folder without it."
+        help="File of row ids denied by a reviewer, one per line: they are removed (default: deny.txt in the folder)."
     ),
 ]
 Remote = Annotated[bool, loading("--trust-remote-code", help="Run code that comes with the model.")]
