@@ -111,7 +111,7 @@ def page(selection: Selection, folder: Path, views: Views, labels: Ints | None =
     )
     reference = references(above) or references(near)
     reasons = [_reason(group, cut) for group, cut in selection.cuts.items()]
-    checks, steps = _checks(results), _steps(results, folder, kept, removed)
+    checks, steps = _checks(results, selector.partition(":")[0] == "screen"), _steps(results, folder, kept, removed)
     tone, standing = _standing(results, checks)
     charted = selection.scores, selection.removed, selection.cuts, selector
     parts = {name: part for name, part in manifest.plain().items() if name not in ("command", "versions")}
@@ -328,8 +328,11 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str) or hasattr(value, "item")
 
 
-def _checks(results: ScanResults) -> list[Check]:
-    """What was checked: the probes, the ruler and the engine, where the selector has any, how much is left, and all else."""
+def _checks(results: ScanResults, reads: bool) -> list[Check]:
+    """What was checked: the probes, the ruler and the engine, where the selector has any, how much is left, and all else.
+
+    ``reads``: the scores of known requests are readings, not FIHS.
+    """
     found = []
     others = results.doubts.keys() - {"share"}  # doubts that no line of its own shows
     if (probes := results.probes) is not None:
@@ -341,7 +344,7 @@ def _checks(results: ScanResults) -> list[Check]:
         )
         found.append(Check("Probe validity", "fail" if probes.problem else "pass", text))
     cut = results.cuts[ROWS].value if ROWS in results.cuts else None
-    if (known := results.anchors) is not None and cut is not None:
+    if reads and (known := results.anchors) is not None and cut is not None:
         others -= {"ruler"}
         beyond = (
             wilson(sum(v is not None and v > cut for v in one), len(one)) for one in (known.harmful, known.harmless)
