@@ -83,11 +83,13 @@ def test_what_the_first_screen_says(make: Make, example: Scanned) -> None:
 def test_every_doubt_is_said_once_and_marks_a_check(make: Make, doubts: tuple[str, ...], marked: list[str]) -> None:
     said = {name: f"what is wrong with {name}" for name in doubts}
     known = {"harmful": [1.0] * 20, "harmless": [0.0] * 20}
-    page = make([2.0] + [0.0] * 9, 1.0, doubts=said, certified=not doubts, anchors=known).render()
+    page = make([2.0] + [0.0] * 9, 1.0, doubts=said, certified=not doubts, anchors=known, selector="screen").render()
     assert re.findall(r'class="mark-warn">.{,150}?</span><div><b>(.*?)</b>', page) == marked
     assert all(page.partition('<section id="made">')[0].count(text) == 1 for text in said.values())
     unasked = make([2.0] + [0.0] * 9, 1.0, doubts={"probes": "not asked"}, certified=False, probes=None).render()
     assert "Other checks" in unasked and "Probe validity" not in unasked
+    none = {"harmful": [], "harmless": []}  # what a model of which too few probes are refused has of FIHS
+    assert "Known requests" not in make([2.0], 1.0, anchors=none, selector="fihs").render()
 
 
 def test_the_line_of_a_row_is_its_request_where_that_was_scored(make: Make) -> None:
