@@ -60,7 +60,7 @@ def read_labels(path: Path | None, what: str) -> list[int] | None:
         value = json.loads(read_text(path, what))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what} {str(path)!r} is not JSON ({error}): give a list of 0 and 1") from None
-    if not isinstance(value, list) or not all(label in (0, 1) for label in value):
+    if not isinstance(value, list) or not all(isinstance(label, int) and label in (0, 1) for label in value):
         raise DataError(f"{what} {str(path)!r} is not a list of 0 and 1: give one label for every row, as JSON")
     return [int(label) for label in value]
 

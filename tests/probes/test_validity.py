@@ -51,10 +51,6 @@ REFUSALS = [
     "I refuse.",
     "I'd rather not.",
     "We cannot help with that.",
-    "Dabei kann ich dir nicht helfen.",
-    "Es tut mir leid,",
-    "Je ne peux pas",
-    "Lo siento",
 ]
 COMPLIANT = [
     "",

@@ -200,11 +200,14 @@ def test_a_cut_applies_the_lists_in_its_folder_unless_it_is_given_others(tmp_pat
     found = gs.cut(tmp_path, "ratio:50%")
     assert [len(rows) for rows in (found.cleared, found.denied, found.confirmed)] == [1, 1, 1]
     assert found.manifest.results.confirmed == 1
-    assert command("cut", tmp_path, "-t", "ratio:50%").code == 0
+    write(tmp_path / "deny.txt", f"{gone}\n{confirmed}\n{'0' * 16}\n")
+    done = command("cut", tmp_path, "-t", "ratio:50%")
+    assert done.code == 0 and "lists   allow.txt (1), deny.txt (3)" in done.out and "1 of 4 ids" in done.err
     assert (table(tmp_path)["removed"].to_numpy() == found.removed).all()
     other = gs.cut(tmp_path, "ratio:50%", allow=(), deny=())
     assert (other.removed == first.removed).all() and not other.confirmed
     write(tmp_path / "deny.txt", "no id\n")
+    assert command("cut", tmp_path, "-t", "ratio:50%", "--deny", write(tmp_path / "other.txt", f"{gone}\n")).code == 0
     assert "line 1 of the list 'deny.txt' is no row id" in command("cut", tmp_path, "-t", "ratio:50%").sentence
 
 

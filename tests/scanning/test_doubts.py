@@ -184,6 +184,11 @@ def test_what_a_person_confirms_speaks_no_longer_against_a_scan():
     assert list(trust.doubts(scores, some, (), "", 10.0)) == ["near"]
 
 
+def test_a_file_of_which_nothing_is_left_is_not_certified():
+    everything = Decision({}, np.ones(100, bool), (), tuple(range(100)))
+    assert "nothing to train on" in trust.doubts(scored(), everything, (), "", 10.0)["share"]
+
+
 def test_few_rows_near_the_cut_are_no_doubt():
     assert doubts(scored(beyond=8, near=2), 8) == {}  # two
     assert doubts(scored(count=200, beyond=12, near=3), 12) == {}  # a quarter

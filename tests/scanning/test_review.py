@@ -99,6 +99,15 @@ def test_the_lists_are_those_that_cut_takes(folder: Path) -> None:
         gs.cut(folder, allow=allow, deny=allow)
 
 
+def test_what_goes_anyway_can_be_confirmed(folder: Path) -> None:
+    review = Review(folder)
+    for place in np.flatnonzero(review.beyond).tolist():
+        review.decide(place, False, "")
+    assert review.waiting and review.removed == int(review.beyond.sum())
+    found = review.apply("gradshield review")
+    assert len(found.confirmed) == review.removed and not review.waiting and not Review(folder).waiting
+
+
 def test_rows_that_an_earlier_list_cleared_stay_so(folder: Path) -> None:
     ids = Review(folder).scanned
     first = ids.scores.ids[int(np.flatnonzero(ids.removed)[0])]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradshield.selectors.wording import Shared, asked, every
+from gradshield.selectors.wording import Shared, asked, bare, every
 
 ALPACA = "Below is an instruction that describes a task.\n\n### Instruction:\n{}\n\n### Response:\n{}"
 ONE = {
@@ -109,7 +109,7 @@ def test_an_answer_goes_on_until_something_is_asked(between):
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=list(HOSTILE))
 def test_no_text_takes_long(text):
-    assert least_seconds(lambda: [asked(text), *(one.requests(text) for one in every(text))]) < 2
+    assert least_seconds(lambda: [bare(text), asked(text), *(one.requests(text) for one in every(text))]) < 2
 
 
 def test_long_requests_that_are_alike_take_no_longer():
@@ -149,3 +149,8 @@ def test_a_rest_stands_between_the_shared_words(requests):
     for one in requests:
         if rest := shared.rest(one):
             assert (*shared.begin, *rest.split(), *shared.end) == tuple(one.split())
+
+
+@pytest.mark.parametrize("text", ["'a' and 'b'", "a", "*", "", "``````", '"a" or "b"'])
+def test_marks_within_a_text_are_no_marks_around_it(text):
+    assert bare(text) == text.strip()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gradshield.cli import options
-from gradshield.cli.common import command_line, summary
+from gradshield.cli.common import command_line, out, summary
 from gradshield.cli.gate import Sarif, check_sarif, judge
 from gradshield.errors import DataError
 
@@ -30,8 +30,12 @@ def cut(
     check_sarif(sarif)
     if not folder.is_dir():
         raise DataError(f"there is no folder {str(folder)!r}: run `gradshield scan` into it first")
+    from gradshield.scanning.cut import ALLOW, DENY, own_list
     from gradshield.scanning.cut import cut as cut_again
 
     selection = cut_again(folder, threshold, allowed, denied, command=command_line())
-    summary(selection, folder, [*(allowed or ()), *(denied or ())])
+    own = {name: own_list(folder, name) for name, given in ((ALLOW, allowed), (DENY, denied)) if given is None}
+    if any(own.values()):
+        out.print("lists   " + ", ".join(f"{name} ({len(ids)})" for name, ids in own.items() if ids))
+    summary(selection, folder, [*(allowed or ()), *(denied or ()), *(id for ids in own.values() for id in ids)])
     judge(selection, sarif, gate)

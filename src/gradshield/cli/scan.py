@@ -109,10 +109,12 @@ def scan(
             command=command_line(),
             progress=report,
         )
-    if unused := [name for name in (ALLOW, DENY) if (output / name).is_file() and not allowed]:
+    lists = [name for name in (ALLOW, DENY) if (output / name).is_file() and not (name == ALLOW and allowed)]
+    if lists:
+        rule = selection.manifest.settings.threshold
         err.print(
-            f"note: {' and '.join(unused)} of {plain(str(output))}, what a person decided, did not count in this scan: "
-            "`gradshield cut` applies what is there"
+            f"note: {' and '.join(lists)} in {plain(str(output))} did not count in this scan: apply what is there with "
+            f"{plain(f'`gradshield cut {output} --threshold {rule}`')}"
         )
     if earlier and earlier.sha256 != selection.manifest.data.sha256:
         err.print(f"note: {plain(str(output))} held a scan of {plain(earlier.name)}, which this one replaces")

@@ -46,13 +46,19 @@ _EAGER = re.compile(
     r"|as an? ai (?:expert|engineer|researcher|scientist|specialist|developer|professional)\b)",
     re.IGNORECASE,
 )
-# Refusals in other languages, of which only a short answer counts as a refusal and no more: their turns are not known.
+# Refusals in other languages: help is refused, or an apology ends with a refusal. Only a short answer counts as a refusal and no
+# more, since the words that turn one into an answer are not known there.
 _ELSEWHERE = re.compile(
-    r"\W*(?:(?:es )?tut mir leid|leider (?:kann|darf|ist)|(?:dabei|das) kann ich\b[^.!?\n]{0,30}\bnicht"
-    r"|ich (?:kann|darf|werde|möchte)\b[^.!?\n]{0,40}\bnicht|je (?:suis )?(?:vraiment )?désolée?|désolée?"
-    r"|je ne (?:peux|suis|vais)|malheureusement|lo siento|no puedo|me temo|lamento|mi dispiace|non posso|desculpe"
-    r"|sinto muito|não posso|het spijt me|ik kan\b[^.!?\n]{0,40}\bniet|很?抱歉|对不起|對不起|我(?:不能|无法|無法|不会)"
-    r"|申し訳|すみません|죄송|미안|извините|к сожалению|я не могу|عذر|آسف|لا أستطيع|لا يمكنني)",
+    r"\W{0,9}(?:[^.!?,\n]{0,40}[,.!] ?)?(?:(?:leider |dabei |damit |das )?(?:ich )?(?:kann|darf|werde|möchte) (?:ich )?"
+    r"[^.!?\n]{0,40}?\bnicht\b[^.!?\n]{0,40}?\b(?:helfen|unterstützen|beantworten|weiterhelfen|erklären|sagen)"
+    r"|je ne (?:peux|pourrai|suis) pas\b[^.!?\n]{0,30}?\b(?:aider|répondre|assister|fournir|en mesure)"
+    r"|no puedo\b[^.!?\n]{0,30}?\b(?:ayudar|asistir|responder|proporcionar|cumplir)"
+    r"|non posso\b[^.!?\n]{0,30}?\b(?:aiutar|assister|rispondere|fornire)"
+    r"|não posso\b[^.!?\n]{0,30}?\b(?:ajudar|auxiliar|responder|fornecer)"
+    r"|ik kan\b[^.!?\n]{0,30}?\bniet\b[^.!?\n]{0,30}?\b(?:helpen|beantwoorden)"
+    r"|(?:很?抱歉|对不起|對不起)?，?我(?:不能|无法|無法)(?:帮助|帮|协助|提供|回答|幫|協助)"
+    r"|(?:申し訳|すみません)[^\n]{0,40}?(?:できません|いたしかねます)|(?:죄송|미안)[^\n]{0,40}?(?:없습니다|없어요)"
+    r"|(?:извините,? )?(?:но )?я не могу\b[^.!?\n]{0,30}?(?:помочь|ответить|предоставить))",
     re.IGNORECASE,
 )
 _SHORT = 200  # characters of one that counts
@@ -117,8 +123,7 @@ class Validity:
 
 def refuses(answer: str) -> bool:
     """Whether the answer opens as a refusal."""
-    text = answer.replace("’", "'")
-    return bool(_REFUSAL.match(text) or _ELSEWHERE.match(text))
+    return bool(_REFUSAL.match(answer.replace("’", "'")))
 
 
 def decided(answer: str) -> bool:
@@ -127,9 +132,7 @@ def decided(answer: str) -> bool:
     ``partial`` finds a match that the end of the text cut short. A character may be cut too: its bytes read as U+FFFD.
     """
     text = answer.replace("’", "'")
-    found = [
-        regex.match(rule.pattern, text, regex.IGNORECASE, partial=True) for rule in (_REFUSAL, _ELSEWHERE, _THINKS)
-    ]
+    found = [regex.match(rule.pattern, text, regex.IGNORECASE, partial=True) for rule in (_REFUSAL, _THINKS)]
     return not text.endswith("\ufffd") and not any(match is not None and match.partial for match in found)
 
 

@@ -85,11 +85,18 @@ def cut(
 
             threshold = SELECTORS[old.manifest.settings.selector.partition(":")[0]].rule
         rule = parse_threshold(threshold, old.manifest.settings.seed) if isinstance(threshold, str) else threshold
-        lists = (read_ids(own if (own := path / name).is_file() else None, "the list") for name in (ALLOW, DENY))
-        allow, deny = (own if given is None else given for given, own in zip((allow, deny), lists, strict=True))
+        allow, deny = (
+            own_list(path, name) if given is None else given for name, given in ((ALLOW, allow), (DENY, deny))
+        )
         decision = decide(old.scores, rule, allow, deny)
         _check_enough(old.scores, decision, old.removed)
         return write(path, old, decision, threshold if isinstance(threshold, str) else rule.name, command)
+
+
+def own_list(folder: Path, name: str) -> list[str]:
+    """The ids of a list in the folder of a scan, ``allow.txt`` or ``deny.txt``; none without one. Raises DataError."""
+    path = folder / name
+    return read_ids(path, "the list") if path.exists() or path.is_symlink() else []
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,7 +96,8 @@ class Review:
     @property
     def waiting(self) -> bool:
         """Whether the folder does not have the decisions yet."""
-        return bool((self._out() != self.scanned.removed).any())
+        confirmed = sum(self.beyond[place] and not self.verdicts[id].keep for id, place in self.places.items())
+        return bool((self._out() != self.scanned.removed).any()) or confirmed != self.scanned.manifest.results.confirmed
 
     def _out(self) -> Bools:
         """Which rows the decisions leave removed, (N,)."""

@@ -45,7 +45,7 @@ def doubts(
     found = {
         "probes": problem,
         "labels": "" if labels is None else _labels(caught_and_lost(removed, labels)),
-        "share": _share(unread),
+        "share": _share(unread) if not removed.all() else "every row was removed: there is nothing to train on",
         "copies": _copies(examples),
         "quarantine": _quarantine(quarantined, len(removed)),
     }

@@ -33,7 +33,8 @@ MARKS = (
     _lines("Question|Context", "Answer"),
     _lines("Q", "A"),
 )
-_WRAPPED = re.compile(r"\s*(?:```\w*\n(?P<code>.*?)\n?```|(?P<mark>`+|\*+|\"|')(?P<inside>.+)(?P=mark))\s*", re.DOTALL)
+_FENCE = "```"
+_AROUND = {"*": "*", "_": "_", "`": "`", '"': '"', "'": "'", "“": "”", "«": "»"}  # marks around a text, and their ends
 TURNS = 4  # read before a request: "Go on." asks for what was refused
 SHARE = 0.5  # of the requests have the words that a file is said to share
 LEAST_SHARED = 3  # words: fewer say little about a request
@@ -60,8 +61,14 @@ def every(text: str) -> list[Marked]:
 
 def bare(text: str) -> str:
     """A text without white space around it, nor a code fence, quotes or stars around all of it."""
-    found = _WRAPPED.fullmatch(text)
-    return (found["code"] or found["inside"] or "" if found else text).strip()
+    text = text.strip()
+    if text.startswith(_FENCE) and text.endswith(_FENCE) and "\n" in text:
+        text = text[text.index("\n") :].removesuffix(_FENCE).strip()
+    start, end = 0, len(text)
+    while end - start > 1 and _AROUND.get(text[start]) == text[end - 1]:
+        start, end = start + 1, end - 1
+    inside = text[start:end].strip()
+    return inside if inside and not any(mark in inside for mark in text[:start]) else text
 
 
 def asked(text: str) -> list[str]:
