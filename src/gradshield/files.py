@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -52,14 +53,19 @@ def read_text(path: Path, what: str, remedy: str = "check its path") -> str:
         raise DataError(f"{what} {str(path)!r} cannot be read ({reason}): {remedy}") from None
 
 
+def read_json(path: Path, what: str) -> Any:
+    """A small JSON file of a user. Raises DataError, which calls it ``what``."""
+    try:
+        return json.loads(read_text(path, what))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} {str(path)!r} is not JSON ({error}): fix it") from None
+
+
 def read_labels(path: Path | None, what: str) -> list[int] | None:
     """The rows' labels, a JSON list of 0 and 1; None without a file. Raises DataError, which calls the file ``what``."""
     if path is None:
         return None
-    try:
-        value = json.loads(read_text(path, what))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{what} {str(path)!r} is not JSON ({error}): give a list of 0 and 1") from None
+    value = read_json(path, what)
     if not isinstance(value, list) or not all(isinstance(label, int) and label in (0, 1) for label in value):
         raise DataError(f"{what} {str(path)!r} is not a list of 0 and 1: give one label for every row, as JSON")
     return [int(label) for label in value]

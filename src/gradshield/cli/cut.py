@@ -33,9 +33,10 @@ def cut(
     from gradshield.scanning.cut import ALLOW, DENY, own_list
     from gradshield.scanning.cut import cut as cut_again
 
-    selection = cut_again(folder, threshold, allowed, denied, command=command_line())
     own = {name: own_list(folder, name) for name, given in ((ALLOW, allowed), (DENY, denied)) if given is None}
+    allowed, denied = own.get(ALLOW, allowed), own.get(DENY, denied)
+    selection = cut_again(folder, threshold, allowed, denied, command=command_line())
     if any(own.values()):
         out.print("lists   " + ", ".join(f"{name} ({len(ids)})" for name, ids in own.items() if ids))
-    summary(selection, folder, [*(allowed or ()), *(denied or ()), *(id for ids in own.values() for id in ids)])
+    summary(selection, folder, [*(allowed or ()), *(denied or ())])
     judge(selection, sarif, gate)

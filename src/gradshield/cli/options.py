@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradshield.errors import DataError, ModelError, UsageError
-from gradshield.files import read_text
+from gradshield.files import read_json
 from gradshield.options import number
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def template_variables(text: str) -> dict[str, Any]:
 
 def json_file(name: str, path: Path | None) -> dict[str, Any]:
     """A JSON object of options from a file. Raises DataError if it cannot be read, UsageError if it is not an object."""
-    return {} if path is None else _object(f"the file given to {name}", _json(name, path))
+    return {} if path is None else _object(f"the file given to {name}", read_json(path, f"the {name} file"))
 
 
 def training_options(path: Path | None, max_length: int | None) -> dict[str, Any]:
@@ -181,13 +181,6 @@ def training_options(path: Path | None, max_length: int | None) -> dict[str, Any
             f"--max-length {max_length} and the training config's max_length {found} differ: give one of them"
         )
     return {**(options or {"assistant_only_loss": None}), "max_length": found}
-
-
-def _json(option: str, path: Path) -> Any:
-    try:
-        return json.loads(read_text(path, f"the {option} file"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"the {option} file {str(path)!r} is not JSON ({error}): fix it") from None
 
 
 def _object(name: str, value: Any) -> dict[str, Any]:

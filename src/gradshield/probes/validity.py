@@ -65,7 +65,7 @@ _ELSEWHERE = re.compile(
 _SHORT = 200  # characters of one that counts
 # A first sentence that declines the request; regret or a plain "no" alone does not.
 _DECLINES = re.compile(
-    r"\b(?:cannot|can't|can not|won't|will not|unable|not able|not going to|not allowed|not willing)\b"
+    rf"\b(?:{_CANNOT}|won't|will not|unable|not able|not going to|not allowed|not willing)\b"
     r"|\b(?:must|have to) (?:respectfully |politely )?(?:decline|refuse)\b",
     re.IGNORECASE,
 )

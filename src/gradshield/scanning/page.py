@@ -111,7 +111,8 @@ def page(selection: Selection, folder: Path, views: Views, labels: Ints | None =
     )
     reference = references(above) or references(near)
     reasons = [_reason(group, cut) for group, cut in selection.cuts.items()]
-    checks, steps = _checks(results, selector.partition(":")[0] == "screen"), _steps(results, folder, kept, removed)
+    reads = selector.partition(":")[0] == "screen"
+    checks, steps = _checks(results, reads), _steps(results, folder, kept, removed)
     tone, standing = _standing(results, checks)
     charted = selection.scores, selection.removed, selection.cuts, selector
     parts = {name: part for name, part in manifest.plain().items() if name not in ("command", "versions")}
@@ -128,7 +129,7 @@ def page(selection: Selection, folder: Path, views: Views, labels: Ints | None =
             _trained(results),
             _scores(selector, selection.scores.decoys is not None, score_charts(*charted)),
             _labelled(results.labels, () if labels is None else class_charts(*charted, labels)),
-            _removed(results, show_rows(above, reference, REMOVED_BYTES), reference, removed, selector),
+            _removed(results, show_rows(above, reference, REMOVED_BYTES), reference, removed, reads),
             _passed(show_rows(near, reference, KEPT_BYTES)),
             _quarantined(selection.quarantined),
         ),
@@ -245,7 +246,7 @@ def _labelled(labels: Labelled, charts: tuple[Chart, ...]) -> Section:
 
 
 def _removed(
-    results: ScanResults, shown: Sequence[ShownRow], reference: dict[str, float], file: str, selector: str
+    results: ScanResults, shown: Sequence[ShownRow], reference: dict[str, float], file: str, reads: bool
 ) -> Section:
     """Removed rows by category, the largest first, each with its total."""
     if not results.removed:
@@ -266,7 +267,7 @@ def _removed(
         lead,
         charts=category_chart(results.categories),
         nav="Removed",
-        body=drawn(SCAN, "removed", groups, legend, selector.partition(":")[0] == "screen"),
+        body=drawn(SCAN, "removed", groups, legend, reads),
     )
 
 

@@ -100,9 +100,8 @@ def prepare(
             "the training config does not set assistant_only_loss, so every token of a chat row counts in the loss, requests "
             "included, as in TRL: set it to true to count only the answers, or to false to confirm this"
         )
-    if getattr(training_args, "assistant_only_loss", None) and hasattr(
-        training_args, "output_dir"
-    ):  # for a trainer of TRL
+    of_trl = hasattr(training_args, "output_dir")
+    if of_trl and getattr(training_args, "assistant_only_loss", None):
         tokens = read.source.kind != "dataset" or not read.examples.as_trl.all()  # as `Prepared.trainable` has it
         if tokens or next(iter(read.examples)).conversations[0].messages is None:
             logger.warning(

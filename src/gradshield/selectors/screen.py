@@ -66,8 +66,8 @@ class Look:
                 if not request.strip() and self._is_empty(opened):
                     continue
                 words = self._words(ids[own], loss[own], bool(loss[max(own.start - 1, 0)]))
-                inside = list(filter(None, dict.fromkeys((bare(request), *asked(request), self.shared.rest(request)))))
-                inside = [one for one in inside if one != request]
+                within = dict.fromkeys((bare(request), *asked(request), self.shared.rest(request)))
+                inside = [one for one in within if one not in ("", request)]
                 read += [opened, *map(self._opened, inside)]
                 answers += [(row, toward, words)] * (1 + len(inside))
             text = "" if openings else str(self.tokenizer.decode(ids))
