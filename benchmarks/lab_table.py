@@ -86,6 +86,6 @@ def _baselines(cells: Sequence[Mapping[str, Any]]) -> str:
         values = (f"{sum(row[n]) / len(row[n]):.3f} ({len(row[n])})" if n in row else "–" for n in names)
         lines.append(f"| {task} | {harm} | " + " | ".join(values) + " |\n")
     return (
-        "Mean AUROC over the seeds (how many in brackets), beside the trivial baselines on the same rows:\n\n"
+        "Mean AUROC over the seeds (how many in brackets), next to the trivial baselines on the same rows:\n\n"
         + "".join(lines)
     )

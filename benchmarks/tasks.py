@@ -138,7 +138,7 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
         "all fourteen helped to choose the ruler, and they were looked at before\n"
         "([how often](methods.md#how-the-defaults-were-chosen)). Brackets hold the 95 % Wilson interval. *Best trivial* is\n"
         "the best of response length, prompt length, compliant openers and a TF-IDF classifier that is given the labels:\n"
-        "it ranks these rows perfectly, so AUROC tells little here.\n"
+        "it ranks these rows perfectly, so AUROC says little here.\n"
     ]
     for run in runs:
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)

@@ -143,7 +143,7 @@ def section(report: Mapping[str, Any], picture: str) -> str:
         lines = [line for line in report["rows"] if line["model"] == case["model"]]
         parts += [f"### {case['model']}\n", about(case) + "\n", markdown([HEAD, *map(cells, lines)])]
         if compared := beside(lines):
-            parts.append(f"Beside our cheapest engine over the same parameters: {compared}.\n")
+            parts.append(f"Compared with our cheapest engine over the same parameters: {compared}.\n")
         if case["left_out"]:
             parts += ["Left out: " + "; ".join(f"`{n}` ({why})" for n, why in case["left_out"].items()) + ".\n"]
     return "\n".join(parts)
