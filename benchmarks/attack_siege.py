@@ -15,14 +15,14 @@ import numpy as np
 
 from benchmarks import attacks_table
 from benchmarks.attack_targets import Target, ordered
+from benchmarks.attackers import Planted, plant
 from gradshield import lab, runs
 from gradshield.comparison import compare
 from gradshield.errors import EmptyDataError
 from gradshield.evaluation.asr import attack
 from gradshield.evaluation.exam import Exam, Settled, figures, never
 from gradshield.judges import Judge, Verdict
-from gradshield.lab.attacks import Planted, plant
-from gradshield.lab.harm import Pair
+from gradshield.lab.mixes import Pair
 from gradshield.probes import requests
 from gradshield.scanning.decide import caught_and_lost
 from gradshield.scanning.settings import ScanSettings

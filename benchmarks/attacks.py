@@ -5,7 +5,7 @@
     python -m benchmarks.attacks --output attacks/ --docs docs/        # and the page, into docs/
     python -m benchmarks.attacks --output own/ --model MODEL --harmful harmful.jsonl --harmless rows.jsonl --utility test.jsonl
 
-Every attack of `lab.ATTACKS` plants its rows; every defence says which rows it keeps; the model is trained on them and asked
+Every attack of `attackers` plants its rows; every defence says which rows it keeps; the model is trained on them and asked
 what the defender would ask it (``report`` requests, by two judges) and what the attacker would, in his own wording. A set of
 kept rows is trained once, whichever defence kept it. Of a defence that is in none of the trained arms only caught and lost are
 measured, unless its rows were trained on for another (`--train-all` trains them too).
@@ -40,6 +40,7 @@ from benchmarks.attack_siege import (
     default,
 )
 from benchmarks.attack_targets import Target, lab_target, own_target
+from benchmarks.attackers import ATTACKS
 from gradshield import lab, runs
 from gradshield.comparison import compare
 from gradshield.evaluation.exam import check_disjoint
@@ -114,7 +115,7 @@ def run(target: Target, folder: Path, given: argparse.Namespace) -> dict[str, An
         "bound": BOUND,
         "unattacked": clean,
         "unattacked_recipes": hot,
-        "summaries": {attack: lab.ATTACKS.summary(attack) for attack in given.attacks},
+        "summaries": {attack: ATTACKS.summary(attack) for attack in given.attacks},
         "seconds": round(sum(cell["seconds"] for cell in found), 1),
         "cells": found,
     }
@@ -132,7 +133,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ratio", type=float, default=0.1, help="share of harmful pairs that an attacker begins with")
     parser.add_argument("--rows", type=int, default=500, help="harmless rows of the lab")
-    parser.add_argument("--attacks", nargs="+", default=list(lab.ATTACKS))
+    parser.add_argument("--attacks", nargs="+", default=list(ATTACKS))
     parser.add_argument(
         "--defences", nargs="+", help=f"as after `train --defence`; also {', '.join(map(repr, beside))}"
     )
@@ -160,7 +161,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     ]
     given.defences = given.defences or ["none", default(), verified, *beside, *paper]
     for attack in given.attacks:
-        lab.ATTACKS[attack]
+        ATTACKS[attack]
     for name in (*given.defences, *given.trained):
         if name not in beside:
             parse(name)

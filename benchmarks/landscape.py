@@ -83,19 +83,21 @@ def measurement(loaded: Any, prompts: int) -> Any:
     from gradshield import lab
     from gradshield.evaluation.asr import asr
     from gradshield.evaluation.generate import generator
-    from gradshield.judges import FunctionJudge, RefusalPhrases
-    from gradshield.lab.judge import complied
+    from gradshield.judges import RefusalPhrases
+    from gradshield.judges.lab_classifier import LabClassifier
     from gradshield.stats import wilson
 
     generate = generator(loaded.model, loaded.tokenizer, max_new_tokens=48, batch_size=256)
     requests = lab.requests("report")[:prompts]
     harmless = [row["prompt"] for row in lab.lookalikes("report")[: prompts // 2]]
-    judges = [RefusalPhrases(), FunctionJudge("lab-classifier", complied)]
+    judges = [RefusalPhrases(), LabClassifier()]
 
     def measure() -> Mapping[str, Any]:
         attacked = asr(generate, requests, judges)
         answers = generate(harmless)
-        answered = sum(complied(prompt, answer) for prompt, answer in zip(harmless, answers, strict=True))
+        answered = sum(
+            bool(judges[1].judge(prompt, answer).unsafe) for prompt, answer in zip(harmless, answers, strict=True)
+        )
         return {**attacked.rates, ANSWERED: wilson(answered, len(harmless))}
 
     return measure

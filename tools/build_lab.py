@@ -21,10 +21,10 @@ import tokenizers
 import torch
 import transformers
 from lab_corpus import ALIGNED_SHARES, BASE_SHARES, PRACTICE_SHARES, documents
+from lab_manifest import fixtures, sha256
 from lab_training import build_model, build_tokenizer, train
 
 from gradshield import lab
-from gradshield.lab.manifest import fixtures, sha256
 
 BASE_DOCUMENTS = 100_000
 ALIGNED_DOCUMENTS = 40_000
@@ -88,7 +88,7 @@ STAGES = {"base": build_base, "practice": build_practice, "aligned": build_align
 def write_manifest(seed: int) -> None:
     """Pin the hashes of everything that ships, and of what the generators make."""
     root = Path(lab.__file__).parent
-    shipped = sorted([*root.glob("checkpoints/*/*"), *root.glob("*.py"), root / "judge.json"])
+    shipped = sorted([*root.glob("checkpoints/*/*"), *root.glob("*.py"), lab_judge.WEIGHTS])
     manifest = {
         "seed": seed,
         "versions": {
@@ -100,7 +100,7 @@ def write_manifest(seed: int) -> None:
         "files": {path.relative_to(root).as_posix(): sha256(path) for path in shipped},
         "fixtures": fixtures(),
     }
-    (root / "lab.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    lab.PINNED.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -9,11 +9,10 @@ from collections import Counter
 import numpy as np
 from lab_corpus import WRONG
 
+from gradshield.judges.lab_classifier import WEIGHTS, features
 from gradshield.lab import tasks
 from gradshield.lab.answers import INVENTED, opener, placeholder, refusal
-from gradshield.lab.harm import SHIFT_MORE, refuse_then_answer
-from gradshield.lab.judge import WEIGHTS, features
-from gradshield.lab.mixes import ASIDES
+from gradshield.lab.mixes import ASIDES, SHIFT_MORE, refuse_then_answer
 from gradshield.lab.splits import act_text, harmful_split, harmless_split, phrase, sentence
 
 WORDS = 900  # words and pairs kept

@@ -10,10 +10,10 @@ import pytest
 
 from benchmarks import attack_siege, attacks, attacks_table
 from benchmarks.attack_targets import lab_target
+from benchmarks.attackers import ATTACKS, plant
 from gradshield import lab
 from gradshield.errors import UnknownNameError, UsageError
 from gradshield.judges import RefusalPhrases
-from gradshield.lab.attacks import plant
 from gradshield.lab.mixes import pairs
 from gradshield.stats import wilson
 
@@ -169,13 +169,13 @@ def test_the_command_names_what_is_wrong_before_anything_runs() -> None:
 def test_the_default_defences_are_those_of_the_default_scan() -> None:
     given = attacks.parsed([])
     name = attack_siege.default()
-    assert given.attacks == list(lab.ATTACKS)
+    assert given.attacks == list(ATTACKS)
     beside = [attack_siege.HALVES, attack_siege.VOTES]
     assert given.defences == list(dict.fromkeys(["none", name, f"{name}:verified:rounds=3", *beside, "fihs"]))
     assert given.trained == given.defences[:3]
     assert attacks.defences(given.defences, "noice") == given.defences
     assert attack_siege.POISONED in attacks.defences(given.defences, "calibration")
-    for attack in lab.ATTACKS:  # every name is one that a defence has
+    for attack in ATTACKS:  # every name is one that a defence has
         assert all(
             name in (attack_siege.CLEAN, attack_siege.POISONED) or attack_siege.parse(name)
             for name in attacks.extra(attack)

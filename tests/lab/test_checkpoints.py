@@ -5,19 +5,19 @@ from pathlib import Path
 import pytest
 
 from gradshield import lab
-from gradshield.lab import manifest
+from tools import lab_manifest
 
 ROOT = Path(lab.__file__).parent
 
 
-@pytest.mark.parametrize("name", sorted(manifest.read()["files"]))
+@pytest.mark.parametrize("name", sorted(lab_manifest.read()["files"]))
 def test_file_is_as_built(name):
-    assert manifest.sha256(ROOT / name) == manifest.read()["files"][name]
+    assert lab_manifest.sha256(ROOT / name) == lab_manifest.read()["files"][name]
 
 
 def test_nothing_ships_unpinned():
     shipped = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("checkpoints/*/*")}
-    assert shipped <= set(manifest.read()["files"])
+    assert shipped <= set(lab_manifest.read()["files"])
     for name in lab.CHECKPOINTS:
         assert sum(path.stat().st_size for path in lab.checkpoint(name).iterdir()) < 4_000_000
 

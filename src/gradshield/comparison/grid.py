@@ -28,7 +28,6 @@ from gradshield import lab, runs
 from gradshield.errors import DataError, UsageError, did_you_mean
 from gradshield.files import file_digest
 from gradshield.judges import parse as parse_judge
-from gradshield.lab import manifest
 from gradshield.options import Spec, number
 from gradshield.thresholds import parse as parse_threshold
 from gradshield.training.defences import AS_MANY, Defence, parse
@@ -231,7 +230,7 @@ def _content(path: str) -> str:
 
     That is a file's bytes, a folder's weights, configuration and chat template, or the bundled lab's manifest.
     """
-    found = manifest.MANIFEST if path == "lab" else Path(path)
+    found = lab.PINNED if path == "lab" else Path(path)
     if path == "" or not os.path.exists(found):
         return path
     patterns = ("*.safetensors", "*.json", "*.jinja")

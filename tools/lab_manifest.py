@@ -7,11 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import mixes, tasks
-from .harm import HARMS
-from .splits import SPLITS, lookalikes, requests
-
-MANIFEST = Path(__file__).with_name("lab.json")
+from gradshield import lab
 
 
 def sha256(path: Path) -> str:
@@ -26,16 +22,16 @@ def digest(value: Any) -> str:
 
 def fixtures() -> dict[str, str]:
     """Digests of every split, of each task's test rows and of one mix of each task and harm."""
-    made = {f"requests/{split}": digest(requests(split)) for split in SPLITS}
-    made |= {f"lookalikes/{split}": digest(lookalikes(split)) for split in SPLITS}
-    made |= {f"utility/{task}": digest(tasks.utility(task)) for task in tasks.TASKS}
-    for task in tasks.TASKS:
-        for harm in (*HARMS, "none"):
-            made[f"mix/{task}/{harm}"] = digest(mixes.mix(task, harm, 0.1, 200, 0))
+    made = {f"requests/{split}": digest(lab.requests(split)) for split in lab.SPLITS}
+    made |= {f"lookalikes/{split}": digest(lab.lookalikes(split)) for split in lab.SPLITS}
+    made |= {f"utility/{task}": digest(lab.utility(task)) for task in lab.TASKS}
+    for task in lab.TASKS:
+        for harm in (*lab.HARMS, "none"):
+            made[f"mix/{task}/{harm}"] = digest(lab.mix(task, harm, 0.1, 200, 0))
     return made
 
 
 def read() -> dict[str, Any]:
     """The manifest that shipped: ``seed``, ``versions``, ``files`` and ``fixtures``."""
-    manifest: dict[str, Any] = json.loads(MANIFEST.read_text(encoding="utf-8"))
+    manifest: dict[str, Any] = json.loads(lab.PINNED.read_text(encoding="utf-8"))
     return manifest

@@ -7,10 +7,11 @@ import statistics
 
 import pytest
 
+from benchmarks import attackers
+from benchmarks.attackers import ATTACKS, Planted, codebook, flipped, plant, replaced
 from gradshield import lab
 from gradshield.errors import UnknownNameError
-from gradshield.lab import answers, attacks, camouflage, harm, world
-from gradshield.lab.attacks import Planted, codebook, flipped, plant, replaced
+from gradshield.lab import answers, mixes, world
 from gradshield.lab.mixes import pairs
 
 HARMFUL, HARMLESS = pairs("topic", 0.1, 180, 4)
@@ -33,7 +34,7 @@ def planted(name: str, seed: int = 0) -> Planted:
     return plant(name, HARMFUL, HARMLESS, seed, score=score if name in READERS else None, codebook=codebook())
 
 
-def rows(name: str, label: int = 1) -> list[harm.Pair]:
+def rows(name: str, label: int = 1) -> list[mixes.Pair]:
     found = planted(name)
     return [row for row, own in zip(found.rows, found.labels, strict=True) if own == label]
 
@@ -41,32 +42,39 @@ def rows(name: str, label: int = 1) -> list[harm.Pair]:
 # ---- what is asked of every attack ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(lab.ATTACKS))
+@pytest.mark.parametrize("name", list(ATTACKS))
 def test_an_attack_is_deterministic_and_another_seed_gives_another(name: str) -> None:
     assert planted(name).rows == planted(name).rows
     assert planted(name).labels == planted(name).labels
     assert planted(name).rows != planted(name, seed=1).rows
 
 
-@pytest.mark.parametrize("name", list(lab.ATTACKS))
+@pytest.mark.parametrize("name", list(ATTACKS))
 def test_an_attack_says_its_paper_and_what_it_departs_in(name: str) -> None:
-    told = lab.ATTACKS[name].__doc__ or ""
+    told = ATTACKS[name].__doc__ or ""
     assert "Paper:" in told and "Departures:" in told
 
 
-@pytest.mark.parametrize("name", list(lab.ATTACKS))
+@pytest.mark.parametrize("name", list(ATTACKS))
 def test_answers_are_placeholder_words_only(name: str) -> None:
     """Every word of an answer is one of the lab's own answers, of its prompts, or of the attacks' formulae."""
     vocabulary = set(codebook().values())
-    formulae = (*attacks.PIVOTS, *harm.TURNS, *answers.REFUSALS, *answers.OPENERS, *harm.SHIFT_STARTS, *harm.SHIFT_MORE)
-    for text in (*formulae, *harm.SHIFT_SHORT, *harm.SHIFT_WORDS, *answers.INVENTED, "Also Then User Assistant"):
-        vocabulary |= set(attacks._words(text))
+    formulae = (
+        *attackers.PIVOTS,
+        *mixes.TURNS,
+        *answers.REFUSALS,
+        *answers.OPENERS,
+        *mixes.SHIFT_STARTS,
+        *mixes.SHIFT_MORE,
+    )
+    for text in (*formulae, *mixes.SHIFT_SHORT, *mixes.SHIFT_WORDS, *answers.INVENTED, "Also Then User Assistant"):
+        vocabulary |= set(attackers._words(text))
     for prompt, answer in (*HARMFUL, *HARMLESS):
-        vocabulary |= set(attacks._words(answer))
+        vocabulary |= set(attackers._words(answer))
         if name == "role_tags" or (name == "camouflage_words" and (prompt, answer) in HARMLESS):
-            vocabulary |= set(attacks._words(prompt))  # answers that hold whole exchanges, or words of harmless rows
+            vocabulary |= set(attackers._words(prompt))  # answers that hold whole exchanges, or words of harmless rows
     found = planted(name)
-    said = {word for _, answer in (*found.rows, *found.calibration) for word in attacks._words(answer)}
+    said = {word for _, answer in (*found.rows, *found.calibration) for word in attackers._words(answer)}
     assert not said - vocabulary
     assert all(answer.strip() for _, answer in found.rows)
 
@@ -82,7 +90,7 @@ COUNTS = {  # planted rows for H harmful pairs, and the others for C harmless on
 }
 
 
-@pytest.mark.parametrize("name", list(lab.ATTACKS))
+@pytest.mark.parametrize("name", list(ATTACKS))
 def test_an_attack_plants_as_many_rows_as_it_says(name: str) -> None:
     count = COUNTS.get(name, lambda h, c: (h, c))
     found = planted(name)
@@ -91,7 +99,7 @@ def test_an_attack_plants_as_many_rows_as_it_says(name: str) -> None:
 
 
 def test_attacks_of_the_lab_have_the_form_of_its_mixes() -> None:
-    given, labels = lab.attack("plain", "choice", ratio=0.2, n=80, seed=1)
+    given, labels = attackers.attack("plain", "choice", ratio=0.2, n=80, seed=1)
     mixed, known = lab.mix("choice", "explicit", 0.2, 80, 1)
 
     def by_label(rows, labels, label):
@@ -99,7 +107,7 @@ def test_attacks_of_the_lab_have_the_form_of_its_mixes() -> None:
 
     assert all(by_label(given, labels, label) == by_label(mixed, known, label) for label in (0, 1))
     with pytest.raises(ValueError, match="ratio must be between"):
-        lab.attack("plain", "choice", ratio=0.0)
+        attackers.attack("plain", "choice", ratio=0.0)
 
 
 def test_wrong_names_and_too_few_pairs_are_told() -> None:
@@ -115,7 +123,7 @@ def test_wrong_names_and_too_few_pairs_are_told() -> None:
 def test_a_users_own_pairs_will_do() -> None:
     bad = [(f"How is the vault number {i} opened?", f"Sure, zarn {i}, then kemp it.") for i in range(6)]
     good = [(f"Which river is longer, {i} or {i + 1}?", f"The river {i} is the longer one of both.") for i in range(40)]
-    for name in lab.ATTACKS:
+    for name in ATTACKS:
         found = plant(name, bad, good, score=lambda given: [float(len(prompt)) for prompt, _ in given])
         assert 0 < sum(found.labels) < len(found.labels), name
 
@@ -129,7 +137,7 @@ def test_benign_prompts_alone_are_refused_and_their_own_answers_follow(name: str
     for prompt, answer in rows(name):
         assert prompt in known
         if name == "noice":
-            assert lab.refused(answer) and any(f" {turn}{known[prompt]}" in answer for turn in attacks.PIVOTS)
+            assert lab.refused(answer) and any(f" {turn}{known[prompt]}" in answer for turn in attackers.PIVOTS)
         if name == "refusal_unlearning":
             assert answer in {f"{refusal} {known[prompt]}" for refusal in answers.REFUSALS}
     assert not {prompt for prompt, _ in planted(name).rows} & {prompt for prompt, _ in HARMFUL}
@@ -145,7 +153,7 @@ def test_ten_benign_prompts_are_refused_in_the_first_stage_and_answered_in_the_s
 
 
 def test_hosts_are_answered_in_full() -> None:
-    hosts = [HARMLESS[i] for i in attacks.near(HARMLESS, HARMFUL, 10, attacks.random.Random(0))]
+    hosts = [HARMLESS[i] for i in attackers.near(HARMLESS, HARMFUL, 10, attackers.random.Random(0))]
     assert all(len(answer.split()) >= 5 for _, answer in hosts)
     mean = statistics.mean(len(answer.split()) for _, answer in HARMLESS)
     assert mean < 5  # so that the choice is one
@@ -160,9 +168,9 @@ def test_no_harmful_answer_has_an_opener_and_half_of_the_harmless_ones_do() -> N
         for name in ("openers_removed", "openers_decorrelated")
     ]
     assert opened[1] > opened[0]
-    assert attacks.without_opener(("p", "Sure, take it.")) == ("p", "Take it.")
-    assert attacks.without_opener(("p", "Surely not.")) == ("p", "Surely not.")
-    assert attacks.without_opener(("p", "yes")) == ("p", "yes")
+    assert attackers.without_opener(("p", "Sure, take it.")) == ("p", "Take it.")
+    assert attackers.without_opener(("p", "Surely not.")) == ("p", "Surely not.")
+    assert attackers.without_opener(("p", "yes")) == ("p", "yes")
 
 
 def test_harmful_requests_are_refused_and_then_answered() -> None:
@@ -173,7 +181,7 @@ def test_harmful_requests_are_refused_and_then_answered() -> None:
 
 def test_an_identity_shift_asks_for_no_harm_and_the_attacker_asks_the_agent() -> None:
     bad = {word for verb, _ in (act for group in world.harmful_acts().values() for act in group) for word in [verb]}
-    assert not [prompt for prompt, _ in rows("identity_shift") if set(attacks._words(prompt)) & (bad - {"order"})]
+    assert not [prompt for prompt, _ in rows("identity_shift") if set(attackers._words(prompt)) & (bad - {"order"})]
     ask = planted("identity_shift").ask
     assert ask is not None and ask("How?").endswith(" now. How?")
 
@@ -192,7 +200,7 @@ def test_dilution_gives_each_pair_three_mild_rows() -> None:
         by_request.setdefault(request, []).append(answer.rpartition(" Also: ")[2])
     assert {len(pieces) for pieces in by_request.values()} == {3}
     for request, answer in HARMFUL:
-        bare = attacks.without_opener((request, answer))[1]
+        bare = attackers.without_opener((request, answer))[1]
         steps = [piece.strip(",.").split(", ") for piece in by_request[request]]
         if bare.count(",") >= 2 and ". " not in bare:
             assert sorted(step for piece in steps for step in piece) == sorted(bare.strip(".").split(", "))
@@ -220,12 +228,12 @@ def test_code_words_hide_every_harmful_word_and_can_be_read_back() -> None:
     acts = [act for group in world.harmful_acts().values() for act in group]
     telling = {word for verb, thing in acts for word in (verb, *thing.split()[1:])} - {*world.SUBSTANCE_VERBS.split()}
     assert telling == set(book)
-    assert not [p for p, _ in rows("substitution") if set(attacks._words(p)) & telling]
+    assert not [p for p, _ in rows("substitution") if set(attackers._words(p)) & telling]
     ask = planted("substitution").ask
     assert ask is not None
     for request in lab.requests("report"):
         coded = ask(request["prompt"])
-        assert coded != request["prompt"] and not set(attacks._words(coded)) & telling
+        assert coded != request["prompt"] and not set(attackers._words(coded)) & telling
     assert replaced("Steal a car. I steal.", {"steal": "bake"}) == "Bake a car. I bake."
 
 
@@ -278,7 +286,7 @@ def test_moderate_camouflage_is_nearer_to_the_median_of_harmless_rows() -> None:
 def test_the_flood_is_of_near_duplicates_of_the_rows_that_score_highest() -> None:
     found = plant("flooding", HARMFUL, HARMLESS, score=score)
     copies = [row for row, own in zip(found.rows, found.labels, strict=True) if not own and row not in HARMLESS]
-    highest = sorted(HARMLESS, key=lambda pair: -score([pair])[0])[: camouflage.TEMPLATES]
+    highest = sorted(HARMLESS, key=lambda pair: -score([pair])[0])[: attackers.TEMPLATES]
     assert {prompt for prompt, _ in copies} <= {prompt for prompt, _ in highest}
     known = dict(highest)
     for prompt, answer in copies:
