@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradshield.gradients import ENGINES, FiniteDifference, Loop, agreement, gradient_direction, parameter_names
+from gradshield.gradients.direction import decoder_layers
 from gradshield.gradients.finite_difference import Prefix
-from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.logits import output_head
 from gradshield.types import Direction
 from tests.contracts.common import batch_of, differences, gap, rows, state, two_directions

@@ -31,9 +31,8 @@ from gradshield.gradients import (
     parameter_names,
     pick,
 )
-from gradshield.gradients.base import experts
-from gradshield.gradients.finite_difference import RELATIVE_STEPS
-from gradshield.gradients.subspace import target_names
+from gradshield.gradients.direction import target_names
+from gradshield.gradients.finite_difference import RELATIVE_STEPS, experts
 from gradshield.types import Direction
 from tests.contracts.common import batch_of, lora, rows, two_directions
 from tests.tiny import ARCHITECTURES, LAYERS, VOCABULARY, tiny_model

@@ -7,34 +7,18 @@ from torch import nn
 
 from gradshield.errors import UsageError
 from gradshield.gradients.base import ENGINES, ROW_SUMS, Derivatives, Engine, beyond_layers
-from gradshield.gradients.direction import gradient_direction
+from gradshield.gradients.direction import (
+    SUBSPACES,
+    adapted,
+    check_subspace,
+    gradient_direction,
+    parameter_names,
+    target_names,
+)
 from gradshield.gradients.finite_difference import EngineAgreement, FiniteDifference, agreement, calibrated
 from gradshield.gradients.forward import Forward
 from gradshield.gradients.loop import Loop, row_norms
 from gradshield.gradients.perturbation import Perturbation
-from gradshield.gradients.subspace import SUBSPACES, adapted, check_subspace, parameter_names, target_names
-
-__all__ = [
-    "ENGINES",
-    "ROW_SUMS",
-    "SUBSPACES",
-    "Derivatives",
-    "Engine",
-    "EngineAgreement",
-    "FiniteDifference",
-    "Forward",
-    "Loop",
-    "Perturbation",
-    "adapted",
-    "agreement",
-    "calibrated",
-    "check_subspace",
-    "gradient_direction",
-    "parameter_names",
-    "pick",
-    "row_norms",
-    "target_names",
-]
 
 
 def pick(name: str, model: nn.Module, per_token: bool) -> Engine:

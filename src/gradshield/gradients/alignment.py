@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradshield.errors import ModelError, UsageError
-from gradshield.gradients.subspace import plain_name
+from gradshield.gradients.direction import plain_name
 from gradshield.models.placement import in_float64
 
 Alignment = Mapping[str, Tensor]

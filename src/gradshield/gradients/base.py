@@ -95,56 +95,44 @@ def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[st
 
 
 @contextmanager
-def eager_experts(model: nn.Module) -> Iterator[None]:
-    """Run mixture-of-experts layers as a plain loop, restored at the end: the grouped kernels have no forward mode."""
-    with _configured(model, "_experts_implementation", lambda _: "eager"):
-        yield
+def plain_kernels(model: nn.Module, attention: bool = False) -> Iterator[None]:
+    """Run mixture-of-experts layers as a plain loop, and with ``attention`` torch's own kernels; restored at the end.
 
-
-@contextmanager
-def torch_attention(model: nn.Module) -> Iterator[None]:
-    """Replace attention kernels by torch's own, restored at the end: other kernels have no forward mode."""
-    plain = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
-    # The name without "_internal" would also set nested configs, which could not all be restored.
-    with _configured(
-        model, "_attn_implementation_internal", lambda name: name if name in (None, "eager", "sdpa") else plain
-    ):
-        yield
-
-
-@contextmanager
-def _configured(model: nn.Module, attribute: str, value: Callable[[Any], Any]) -> Iterator[None]:
-    """Map the attribute of every config of the model through ``value``, restored at the end."""
-    configs = {
-        id(m.config): m.config
-        for m in modules_by_name(model).values()
-        if hasattr(getattr(m, "config", None), attribute)
-    }
-    before: list[tuple[Any, Any]] = [(config, getattr(config, attribute)) for config in configs.values()]
+    The grouped kernels of experts, and other attention kernels, have no forward mode.
+    """
+    values: dict[str, Callable[[Any], Any]] = {"_experts_implementation": lambda _: "eager"}
+    if attention:
+        plain = "sdpa" if getattr(model, "_supports_sdpa", True) else "eager"
+        # The name without "_internal" would also set nested configs, which could not all be restored.
+        values["_attn_implementation_internal"] = lambda name: name if name in (None, "eager", "sdpa") else plain
+    configs = {id(found): found for m in modules_by_name(model).values() if (found := getattr(m, "config", None))}
+    before = [(c, name, getattr(c, name)) for c in configs.values() for name in values if hasattr(c, name)]
     try:
-        for config, given in before:
-            setattr(config, attribute, value(given))
+        for config, name, given in before:
+            setattr(config, name, values[name](given))
         yield
     finally:
-        for config, given in before:
-            setattr(config, attribute, given)
+        for config, name, given in before:
+            setattr(config, name, given)
 
 
-def experts(config: Any) -> int:
-    """The number of experts per layer in the language model's config; 0 without experts."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    parts = (config, getattr(config, "ffn_config", None))  # DBRX keeps them here
-    return next((getattr(part, name) for part in parts for name in names if getattr(part, name, None)), 0)
+def check_direction(model: nn.Module, direction: Direction, layers_of: str = "") -> None:
+    """Raises UsageError if the direction does not fit the model's parameters.
 
-
-def check_direction(model: nn.Module, direction: Direction) -> None:
-    """Raises UsageError if the direction does not fit the model's parameters."""
+    Also if it moves an adapter `beyond_layers`, for an engine that works layer by layer: the one named ``layers_of``.
+    """
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters_by_name(model).items()}
     for name, tensor in direction.tensors.items():
         if shapes.get(name) != tuple(tensor.shape[1:]):
             raise UsageError(
                 f"the direction has {name} of shape {tuple(tensor.shape[1:])}, but the model has "
                 f"{shapes.get(name, 'no such parameter')}: a direction fits only the model and subspace it was computed on"
+            )
+    for name in beyond_layers(model) if layers_of else ():
+        if any(tensor.startswith(f"{name}.lora_") for tensor in direction.tensors):
+            raise UsageError(
+                f"the engine {layers_of} works layer by layer, and got the adapter at {name} (DoRA, or an adapter of fused "
+                "experts), whose parameters act outside their own layer: use the engine forward or loop"
             )
 
 
@@ -160,16 +148,6 @@ def beyond_layers(model: nn.Module) -> list[str]:
         for name, module in modules_by_name(model).items()
         if type(module).__name__ == "ParamWrapper" or getattr(module, "lora_magnitude_vector", None)
     ]
-
-
-def check_layers(engine: str, model: nn.Module, direction: Direction) -> None:
-    """Raises UsageError if the direction moves an adapter that a hook-based engine cannot follow."""
-    for name in beyond_layers(model):
-        if any(tensor.startswith(f"{name}.lora_") for tensor in direction.tensors):
-            raise UsageError(
-                f"the engine {engine} works layer by layer, and got the adapter at {name} (DoRA, or an adapter of fused "
-                "experts), whose parameters act outside their own layer: use the engine forward or loop"
-            )
 
 
 Places = Sequence[tuple[nn.Module, Mapping[str, Tensor]]]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,11 @@ from gradshield.gradients.base import (
     DeviceBatch,
     Places,
     check_direction,
-    check_layers,
-    experts,
     followed,
     scoring,
 )
+from gradshield.gradients.direction import decoder_layers
 from gradshield.gradients.loop import Loop
-from gradshield.gradients.subspace import decoder_layers
 from gradshield.models.loading import text_config
 from gradshield.models.modules import modules_by_name, parameters_by_name
 from gradshield.models.placement import in_float64
@@ -83,11 +81,14 @@ class FiniteDifference:
 
     def directional(self, model: nn.Module, batch: Batch, direction: Direction) -> Derivatives:
         """(K, B, T) derivatives. Raises UsageError on a half-precision model, which would round the step away."""
-        check_direction(model, direction)
-        check_layers(self.name, model, direction)
-        self._check_precision(model, direction)
+        check_direction(model, direction, layers_of=self.name)
+        for name, parameter in parameters_by_name(model).items():
+            if name in direction.tensors and parameter.dtype not in (torch.float32, torch.float64):
+                raise UsageError(
+                    f"the finite-difference engine got {name} in {str(parameter.dtype).removeprefix('torch.')}, where its "
+                    "step is rounded away: load the model in float32, or use the engine 'perturbation' or 'forward'"
+                )
         data = DeviceBatch.of(batch, model)
-
         places = followed(model, direction.tensors)
         prefix = Prefix(model, [module for module, _ in places])
 
@@ -114,14 +115,17 @@ class FiniteDifference:
                 values.append((minus - plus) / (2.0 * step))
         return Derivatives(torch.stack(values), (plus + minus) / 2.0)
 
-    @staticmethod
-    def _check_precision(model: nn.Module, direction: Direction) -> None:
-        for name, parameter in parameters_by_name(model).items():
-            if name in direction.tensors and parameter.dtype not in (torch.float32, torch.float64):
-                raise UsageError(
-                    f"the finite-difference engine got {name} in {str(parameter.dtype).removeprefix('torch.')}, where its "
-                    "step is rounded away: load the model in float32, or use the engine 'perturbation' or 'forward'"
-                )
+
+def experts(config: Any) -> int:
+    """The number of experts per layer in the language model's config; 0 without experts."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    parts = (config, getattr(config, "ffn_config", None))  # DBRX keeps them here
+    return next((getattr(part, name) for part in parts for name in names if getattr(part, name, None)), 0)
+
+
+Slot = tuple[
+    dict[str, Any], str, nn.Parameter, Tensor
+]  # a module's parameters, a name in them, what is there, and its v_k
 
 
 @contextmanager
@@ -132,34 +136,27 @@ def shifted(places: Places, k: int, step: float) -> Iterator[None]:
     forward; the originals are restored after it, and again at exit after an exception. ``places`` are the modules with their
     (K, …) tensors, from `followed`.
     """
-    with ExitStack() as stack:
-        for module, own in places:
-            stack.enter_context(_during_its_run(module, {name: v[k] for name, v in own.items()}, step))
-        yield
 
-
-@contextmanager
-def _during_its_run(module: nn.Module, own: Mapping[str, Tensor], step: float) -> Iterator[None]:
-    slots: list[tuple[dict[str, Any], str, Any, Tensor]] = []
-    for name, v in own.items():
-        inner, _, attribute = name.rpartition(".")
-        holder: dict[str, Any] = module.get_submodule(inner)._parameters
-        slots.append((holder, attribute, holder[attribute], v))
-
-    def enter(*_: Any) -> None:
+    def enter(slots: list[Slot], *_: Any) -> None:
         for holder, attribute, parameter, v in slots:
             moved = torch.add(parameter.detach(), v.to(parameter), alpha=step)
             holder[attribute] = nn.Parameter(moved, requires_grad=False)
 
-    def leave(*_: Any) -> None:
+    def leave(slots: list[Slot], *_: Any) -> None:
         for holder, attribute, parameter, _v in slots:
             holder[attribute] = parameter
 
-    with module.register_forward_pre_hook(enter), module.register_forward_hook(leave):
-        try:
-            yield
-        finally:
-            leave()
+    with ExitStack() as stack:
+        for module, own in places:
+            slots: list[Slot] = []
+            for name, v in own.items():
+                inner, _, attribute = name.rpartition(".")
+                holder: dict[str, Any] = module.get_submodule(inner)._parameters
+                slots.append((holder, attribute, holder[attribute], v[k]))
+            stack.callback(leave, slots)
+            stack.enter_context(module.register_forward_pre_hook(partial(enter, slots)))
+            stack.enter_context(module.register_forward_hook(partial(leave, slots)))
+        yield
 
 
 RELATIVE_STEPS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
@@ -221,7 +218,9 @@ class Prefix:
 
     def __init__(self, model: nn.Module, moved: Iterable[nn.Module]) -> None:
         """``moved`` are the modules that hold the direction's parameters (`followed`)."""
-        layers = _layers(model)
+        layers: list[nn.Module] = []
+        with suppress(ModelError):  # without known layers, none is below
+            layers = list(decoder_layers(model)[1])
         self._moved = list(moved)
         own = {id(module) for module in self._moved}
         moves = [any(id(module) in own for module in modules_by_name(layer).values()) for layer in layers]
@@ -233,14 +232,18 @@ class Prefix:
     @contextmanager
     def passing(self, reached: Callable[[], None] = lambda: None) -> Iterator[bool]:
         """One pass; yields whether the layers below are skipped. ``reached`` is called after they ran and were recorded."""
-        if self._output is not None:
-            with self._skipping(self._output):
-                yield True
-        elif self._known:
-            yield False
-        else:
-            with self._recording(reached):
+        if (output := self._output) is None:
+            with nullcontext() if self._known else self._recording(reached):
                 yield False
+            return
+        with ExitStack() as stack:
+            for own in map(vars, self._below):
+                if "forward" in own:
+                    stack.callback(own.update, forward=own["forward"])
+                else:
+                    stack.callback(own.pop, "forward", None)
+                own["forward"] = lambda *_args, output=output, **_kwargs: output.clone()
+            yield True
 
     @contextmanager
     def _recording(self, reached: Callable[[], None]) -> Iterator[None]:
@@ -264,10 +267,8 @@ class Prefix:
             fits.append(bool(outputs))
 
         with ExitStack() as hooks:
-            for layer in self._below:
-                hooks.enter_context(
-                    layer.register_forward_hook(below, prepend=True)
-                )  # before the caller's hooks, which run in every pass
+            for layer in self._below:  # before the caller's hooks, which run in every pass
+                hooks.enter_context(layer.register_forward_hook(below, prepend=True))
             hooks.enter_context(order[-1].register_forward_pre_hook(first, with_kwargs=True))
             for module in self._moved:
                 hooks.enter_context(module.register_forward_pre_hook(moving))
@@ -275,27 +276,6 @@ class Prefix:
         self._known = True
         if all(fits) and [id(module) for module in ran] == [id(module) for module in order]:
             self._output = outputs[0]
-
-    @contextmanager
-    def _skipping(self, output: Tensor) -> Iterator[None]:
-        slots = [vars(layer) for layer in self._below]
-        before = [{"forward": slot["forward"]} if "forward" in slot else {} for slot in slots]
-        try:
-            for slot in slots:
-                slot["forward"] = lambda *_args, **_kwargs: output.clone()
-            yield
-        finally:
-            for slot, forward in zip(slots, before, strict=True):
-                slot.pop("forward", None)
-                slot.update(forward)
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder's layers; empty if they cannot be found."""
-    try:
-        return list(decoder_layers(model)[1])
-    except ModelError:
-        return []
 
 
 def _plain(values: Iterable[Any]) -> bool:

@@ -15,9 +15,8 @@ from gradshield.gradients.base import (
     Derivatives,
     DeviceBatch,
     check_direction,
-    eager_experts,
+    plain_kernels,
     scoring,
-    torch_attention,
 )
 from gradshield.models.modules import parameters_by_name
 from gradshield.models.placement import in_float64
@@ -46,7 +45,7 @@ class Forward:
     per_token = True
 
     def directional(self, model: nn.Module, batch: Batch, direction: Direction) -> Derivatives:
-        """(K, B, T) derivatives, one dual pass per direction."""
+        """(K, B, T) derivatives, one dual pass per direction. Raises UsageError for a layer without forward mode."""
         check_direction(model, direction)
         data = DeviceBatch.of(batch, model)
         wrapped = _TokenLoss(model)
@@ -54,8 +53,7 @@ class Forward:
         nll = torch.zeros(0)
         with (
             scoring(model),
-            eager_experts(model),
-            torch_attention(model),
+            plain_kernels(model, attention=True),
             torch.no_grad(),
             sdpa_kernel(SDPBackend.MATH),
         ):
@@ -66,22 +64,16 @@ class Forward:
                         f"model.{name}": forward_ad.make_dual(parameters[name].detach(), v[k].to(parameters[name]))
                         for name, v in direction.tensors.items()
                     }
-                    losses = _dual(wrapped, duals, data)
-                    primal, tangent = forward_ad.unpack_dual(losses)
+                    try:
+                        primal, tangent = forward_ad.unpack_dual(functional_call(wrapped, duals, (data,)))
+                    except NotImplementedError as error:  # a kernel without forward mode, as of 4 bits on CUDA
+                        raise UsageError(
+                            f"the engine forward got a layer without a forward-mode derivative ({first_line(error)}): load "
+                            "the model in float32 for finite-difference (--dtype float32), or use --engine perturbation with "
+                            f"{ROW_SUMS}"
+                        ) from error
                     if tangent is None:  # the direction does not reach the loss
                         tangent = torch.zeros_like(primal)
                     values.append(-in_float64(tangent).cpu())
                     nll = in_float64(primal).cpu()
         return Derivatives(torch.stack(values), nll)
-
-
-def _dual(wrapped: _TokenLoss, duals: dict[str, Tensor], data: DeviceBatch) -> Tensor:
-    """The loss with its tangent. Raises UsageError for a kernel without forward mode (4 bits on CUDA, among others)."""
-    try:
-        found: Tensor = functional_call(wrapped, duals, (data,))
-    except NotImplementedError as error:
-        raise UsageError(
-            f"the engine forward got a layer without a forward-mode derivative ({first_line(error)}): load the model in "
-            f"float32 for finite-difference (--dtype float32), or use --engine perturbation with {ROW_SUMS}"
-        ) from error
-    return found

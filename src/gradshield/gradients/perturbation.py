@@ -26,9 +26,8 @@ from gradshield.gradients.base import (
     DeviceBatch,
     Places,
     check_direction,
-    check_layers,
-    eager_experts,
     followed,
+    plain_kernels,
     scoring,
 )
 from gradshield.models.logits import output_head
@@ -122,8 +121,9 @@ def _perturbed(model: nn.Module, places: Places, e: Tensor, rows: _Rows) -> Iter
 
     left = dict(places)
     with ExitStack() as stack:
-        for layer, lora in loras(model):
-            if lora.b in left and starting(lora):
+        for layer in modules_by_name(model).values():
+            lora = lora_of(layer)
+            if lora is not None and lora.b in left and not bool(lora.b.weight.any()):
                 left.pop(lora.a, None)  # B = 0: the derivative along A is zero
                 stack.enter_context(_low_rank(layer, lora, left.pop(lora.b)["weight"], e, rows))
         for module, own in left.items():
@@ -206,11 +206,10 @@ class Perturbation:
 
         Raises UsageError for parameters that act outside their own layer, and for activations whose rows cannot be separated.
         """
-        check_direction(model, direction)
-        check_layers(self.name, model, direction)
+        check_direction(model, direction, layers_of=self.name)
         data = DeviceBatch.of(batch, model)
         shape = len(direction.names), data.ids.shape[0]
-        with scoring(model), eager_experts(model), torch.enable_grad():
+        with scoring(model), plain_kernels(model), torch.enable_grad():
             e = torch.zeros(shape, device=data.ids.device, requires_grad=True)
             with _perturbed(model, followed(model, direction.tensors), e, _Rows(data, model)):
                 losses = data.nll(model)
@@ -246,15 +245,3 @@ def lora_of(layer: Any) -> Lora | None:
     if not (type(a) is type(b) is nn.Linear and a.bias is None and b.bias is None):
         return None
     return Lora(a, b, float(layer.scaling[running[0]]))
-
-
-def loras(model: nn.Module) -> list[tuple[Any, Lora]]:
-    """Every layer of the model that `lora_of` knows, with its factors."""
-    found = ((layer, lora_of(layer)) for layer in modules_by_name(model).values())
-    return [(layer, lora) for layer, lora in found if lora is not None]
-
-
-def starting(lora: Lora) -> bool:
-    """Whether B is zero, so that the adapter adds nothing and only its derivative along B is nonzero."""
-    weight: Tensor = lora.b.weight
-    return not bool(weight.any())

@@ -20,33 +20,3 @@ from gradshield.probes.requests import SPLITS, alike, blunt, lookalikes, ordinar
 from gradshield.probes.token_gap import TokenGap
 from gradshield.probes.token_set import TokenSet
 from gradshield.probes.validity import Validity, only_refuses, openings, pivots, refuses, validity
-
-__all__ = [
-    "COMPLY",
-    "PROBES",
-    "SPLITS",
-    "Contrast",
-    "FunctionProbe",
-    "Probe",
-    "PromptBatch",
-    "Prompts",
-    "RefusalNll",
-    "TokenGap",
-    "TokenSet",
-    "Validity",
-    "alike",
-    "blunt",
-    "first_logits",
-    "first_token",
-    "greedy",
-    "lookalikes",
-    "only_refuses",
-    "open_turns",
-    "openings",
-    "ordinary",
-    "pivots",
-    "read_prompts",
-    "refuses",
-    "requests",
-    "validity",
-]

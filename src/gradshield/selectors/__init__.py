@@ -12,26 +12,3 @@ from gradshield.selectors.moderate import Moderate, OnlineModerate
 from gradshield.selectors.random import Random
 from gradshield.selectors.representation import Anchoring, Larf
 from gradshield.selectors.screen import Screen
-
-__all__ = [
-    "AGGREGATES",
-    "ONLINE",
-    "SELECTORS",
-    "Aggregate",
-    "Anchoring",
-    "DualSelect",
-    "Fihs",
-    "GradNorm",
-    "GuardFilter",
-    "Larf",
-    "Loss",
-    "Measured",
-    "Moderate",
-    "OnlineModerate",
-    "Random",
-    "Screen",
-    "Selector",
-    "check",
-    "make",
-    "parse_aggregate",
-]

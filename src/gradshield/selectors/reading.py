@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradshield.errors import ProbeError
 from gradshield.gradients.base import scoring
-from gradshield.gradients.subspace import decoder_layers
+from gradshield.gradients.direction import decoder_layers
 from gradshield.models.modules import outputs_of, run_until
 from gradshield.models.placement import in_float64
 from gradshield.models.prefix import groups, prefix_of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradshield.errors import UsageError
 from gradshield.gradients.alignment import Alignment
-from gradshield.gradients.subspace import plain_name
+from gradshield.gradients.direction import plain_name
 
 # PiSSA, OLoRA and the like move part of the weight into the factors, so that B A is not the change of the weight.
 UNMOVED = (True, False, "gaussian", "eva", "orthogonal", "mica")
