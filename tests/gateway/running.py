@@ -20,9 +20,9 @@ import psycopg
 import uvicorn
 from openai import OpenAI
 
+from gradshield.gateway.api import Gateway
 from gradshield.gateway.app import create_app
 from gradshield.gateway.settings import LAB, Policy, Settings
-from gradshield.gateway.shared import Gateway
 from gradshield.gateway.store import Store
 from gradshield.gateway.tables import Project
 

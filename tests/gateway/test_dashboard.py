@@ -25,10 +25,9 @@ import gradshield as gs
 from gradshield import lab
 from gradshield.gateway.app import create_app
 from gradshield.gateway.dashboard import pages, scan
-from gradshield.gateway.dashboard.session import COOKIE, LIFETIME, SECRET, Session, Sessions
-from gradshield.gateway.jobs import UNSAFE
+from gradshield.gateway.dashboard.visit import COOKIE, LIFETIME, SECRET, Session, Sessions
 from gradshield.gateway.settings import LAB, Policy, Settings
-from gradshield.gateway.store import Store
+from gradshield.gateway.store import UNSAFE, Store
 from gradshield.gateway.tables import Audit, Job, Key, identity
 from gradshield.scanning.settings import ScanSettings
 from gradshield.stats import wilson
@@ -165,7 +164,7 @@ def test_a_user_cannot_approve_even_with_a_session(desk: Desk, scanned: Path) ->
 
 
 def test_a_forged_an_ended_and_another_gateways_cookie_are_nothing(desk: Desk, tmp_path: Path) -> None:
-    sessions: Sessions = desk.app.state.gateway.sessions
+    sessions: Sessions = desk.app.state.sessions
     good = sessions.sign(sessions.new(desk.key.id))
     other = tmp_path / "other"
     other.mkdir()

@@ -19,15 +19,14 @@ import pytest
 from gradshield import runs
 from gradshield.errors import DataError, ModelError, UsageError
 from gradshield.evaluation.exam import Exams
-from gradshield.gateway import job, jobs, worker
+from gradshield.gateway import job, worker
 from gradshield.gateway.database import Caller, Refused
-from gradshield.gateway.jobs import UNSAFE
-from gradshield.gateway.queue import Queue
-from gradshield.gateway.recipe import recipe
+from gradshield.gateway.job import recipe
 from gradshield.gateway.settings import LAB, Policy, Settings
-from gradshield.gateway.store import Store
+from gradshield.gateway.store import UNSAFE, Store, name_of
 from gradshield.gateway.tables import Job
 from gradshield.gateway.wire import Method
+from gradshield.gateway.worker import Queue
 from gradshield.manifests import Figures
 from gradshield.types import Cut
 from tests.gateway.running import ROW, ROWS, Served, serving
@@ -95,8 +94,8 @@ def stand(monkeypatch: pytest.MonkeyPatch) -> Stand:
     found = Stand()
     monkeypatch.setattr(job, "train", found)
     monkeypatch.setattr(job, "loaded", lambda model, _name: model)
-    recipe = SimpleNamespace(model="m", training={}, peft_config=None, probing=None, exams=Exams())
-    monkeypatch.setattr(job, "recipe", lambda *_: recipe)
+    recipe = {"model": "m", "training": {}, "peft_config": None, "probing": None, "exams": Exams()}
+    monkeypatch.setattr(job, "recipe", lambda *_: dict(recipe))
     return found
 
 
@@ -220,16 +219,16 @@ def test_each_method_trains_with_its_own_options(tmp_path: Path) -> None:
     given = {"hyperparameters": {"n_epochs": 2, "learning_rate_multiplier": 0.5, "beta": 0.2}}
     dpo = Method.model_validate({"type": "dpo", "dpo": given})
     common = {"max_grad_norm": 2.0}
-    found = recipe(settings, "m", dpo, "screen").training
+    found = recipe(settings, "m", dpo, "screen")["training"]
     assert found == common | {"learning_rate": 5e-5, "num_train_epochs": 2, "beta": 0.2}
-    found = recipe(settings, "m", Method(type="supervised"), "screen").training
+    found = recipe(settings, "m", Method(type="supervised"), "screen")["training"]
     assert found == common | {"learning_rate": 1e-4, "packing": True, "assistant_only_loss": None}
-    assert recipe(settings, LAB, Method(type="dpo"), "screen").training["beta"] == 0.3
+    assert recipe(settings, LAB, Method(type="dpo"), "screen")["training"]["beta"] == 0.3
     rate = {"hyperparameters": {"learning_rate_multiplier": 2.0}}
     plain = Settings(models={"m": "nowhere"}, folder=tmp_path)
     for method, expected in (("supervised", 4e-5), ("dpo", 2e-6)):
         asked = Method.model_validate({"type": method, method: rate})
-        assert recipe(plain, "m", asked, "screen").training["learning_rate"] == expected
+        assert recipe(plain, "m", asked, "screen")["training"]["learning_rate"] == expected
     with pytest.raises(UsageError, match="'packin'"):
         recipe(plain.model_copy(update={"training": {"packin": True}}), "m", dpo, "screen")
 
@@ -304,7 +303,7 @@ def test_an_unsafe_model_is_withheld_until_it_is_released(served: Served, stand:
     assert (done.status, done.error.code, done.fine_tuned_model) == ("failed", UNSAFE, None)
     assert "withheld" in done.error.message
     assert [model.id for model in case.client.models.list()] == [LAB]
-    served.store.release_model(case.operator, case.id, jobs.name_of(case.row), "a test of ours")
+    served.store.release_model(case.operator, case.id, name_of(case.row), "a test of ours")
     assert [model.id for model in case.client.models.list()] == [LAB, case.now.fine_tuned_model]
 
 
@@ -546,25 +545,24 @@ def test_a_job_that_this_worker_runs_is_not_run_twice(settings: Settings) -> Non
 
 
 @pytest.mark.slow
-def test_a_task_on_a_cluster_ends_with_its_process_and_the_process_with_it(tmp_path: Path) -> None:
+def test_a_task_on_a_cluster_ends_with_its_process_and_the_process_with_it(tmp_path: Path, going: None) -> None:
     pytest.importorskip("ray", reason="needs gradshield[ray]")
-    from gradshield.gateway.cluster import LOST, Cluster
     from gradshield.scanning.workers import connected
 
-    stopping, started = threading.Event(), tmp_path / "pid"
+    started = tmp_path / "pid"
     write = f"import os, pathlib, time; pathlib.Path({str(started)!r}).write_text(str(os.getpid())); time.sleep(600)"
     with connected(None, 1) as ray:
-        cluster, ended = Cluster(ray, stopping), list[int]()
-        assert [cluster.run(["-c", f"raise SystemExit({status})"]) for status in (0, 75)] == [0, 75]
-        thread = threading.Thread(target=lambda: ended.append(cluster.run(["-c", write])))
+        python, ended = worker.spread(ray), list[int]()
+        assert [python(["-c", f"raise SystemExit({status})"]) for status in (0, 75)] == [0, 75]
+        thread = threading.Thread(target=lambda: ended.append(python(["-c", write])))
         thread.start()
         while not (started.exists() and started.read_text()):
             time.sleep(0.05)
         process = psutil.Process(int(started.read_text()))
-        stopping.set()
+        worker.stopping.set()
         thread.join(30)
         process.wait(30)
-    assert ended == [LOST]
+    assert ended == [worker.LOST]
 
 
 def test_the_heart_keeps_the_lease_and_ends_a_process_that_lost_it(

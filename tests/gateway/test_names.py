@@ -16,7 +16,7 @@ import pytest
 
 from gradshield import lab
 from gradshield.gateway import job as jobs
-from gradshield.gateway import results
+from gradshield.gateway.content import RESULTS, results
 from gradshield.gateway.database import Caller
 from gradshield.gateway.settings import Policy
 from tests.gateway.running import ROWS, Served, serving
@@ -77,7 +77,7 @@ def test_nothing_that_a_job_leaves_names_a_folder_of_the_server(tmp_path: Path) 
             shown = desk.post(f"/jobs/{id}", data={"token": token[1], "page": "1"})
             assert 'class="tokens"' in shown.text
             seen[f"rows {len(seen)}"] = shown.content
-            files = [f"/jobs/{id}/files/{one.path}" for one, _ in results.found(served.gateway.settings.job_folder(id))]
+            files = [f"/jobs/{id}/files/{one.path}" for one, _ in results(served.gateway.settings.job_folder(id))]
             pages = [f"/jobs/{id}", f"/jobs/{id}/live", f"/jobs/{id}/cut?value=0.5", *PLACES, *files]
             job = client.fine_tuning.jobs.retrieve(id)
             api = [f"fine_tuning/jobs/{id}{more}" for more in ("", "/events?limit=100", "/checkpoints")]
@@ -96,7 +96,7 @@ def test_nothing_that_a_job_leaves_names_a_folder_of_the_server(tmp_path: Path) 
         assert client.fine_tuning.jobs.retrieve(id).status == "succeeded"
         look()
         saved = [path for path in seen if "/content" in path]
-        assert len(saved) == sum(bool(one.name) for one in results.RESULTS) - 1  # no row is broken
+        assert len(saved) == sum(bool(one.name) for one in RESULTS) - 1  # no row is broken
     assert b"training_file.jsonl" in seen[f"/jobs/{id}/files/report.html"]  # it is made from names
     root, home = str(tmp_path), str(Path(lab.__file__).parent.parent)
     for path, answer in seen.items():

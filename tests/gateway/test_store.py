@@ -15,11 +15,10 @@ from fastapi import FastAPI, Request, Response
 from openai import InvalidWebhookSignatureError, OpenAI
 
 from gradshield.errors import UsageError
-from gradshield.gateway import webhooks
+from gradshield.gateway import worker
 from gradshield.gateway.database import AWAY, Caller, Missing, Page, Refused
-from gradshield.gateway.jobs import UNSAFE, Lost
 from gradshield.gateway.settings import LAB, Policy, Settings
-from gradshield.gateway.store import Store
+from gradshield.gateway.store import UNSAFE, Lost, Store
 from gradshield.gateway.tables import Base, Delivery, Event, Job, Model
 from tests.gateway.running import Postgres, listening, serving
 
@@ -287,14 +286,14 @@ def called(store: Store, project: str, answers: list[int], rounds: int) -> list[
         store.finish(id, "me", "ft:1")
         settings = Settings(models={}, folder="/nowhere", webhook_secret=SECRET)
         for _ in range(rounds):
-            webhooks.deliver(settings, store)
+            worker.deliver(settings, store)
             with store.writing() as session:  # the wait until the next attempt
                 for one in session.query(Delivery).where(Delivery.due_at.is_not(None)):
                     one.due_at = 0.0
     return calls
 
 
-SECRET = webhooks.new_secret()
+SECRET = worker.new_secret()
 
 
 def test_a_call_is_signed_so_that_the_client_unwraps_it_once_it_is_new(store: Store, project: str) -> None:
@@ -306,12 +305,12 @@ def test_a_call_is_signed_so_that_the_client_unwraps_it_once_it_is_new(store: St
     with pytest.raises(InvalidWebhookSignatureError):
         client.webhooks.unwrap(body.replace(b"succeeded", b"failed"), headers)
     with pytest.raises(InvalidWebhookSignatureError):
-        OpenAI(api_key="x", webhook_secret=webhooks.new_secret()).webhooks.unwrap(body, headers)
+        OpenAI(api_key="x", webhook_secret=worker.new_secret()).webhooks.unwrap(body, headers)
     old = int(headers["webhook-timestamp"]) - 3600  # a call that is played again later
     replayed = {**headers, "webhook-timestamp": str(old)}
     with pytest.raises(InvalidWebhookSignatureError, match="too old"):
         client.webhooks.unwrap(body, replayed)
-    signed = webhooks.signature(SECRET, headers["webhook-id"], old, body.decode())
+    signed = worker.signature(SECRET, headers["webhook-id"], old, body.decode())
     with pytest.raises(InvalidWebhookSignatureError, match="too old"):
         client.webhooks.unwrap(body, {**replayed, "webhook-signature": signed})
 
@@ -325,7 +324,7 @@ def test_a_call_is_made_again_under_the_same_id_until_it_is_taken(store: Store, 
 
 
 def test_a_call_that_nobody_takes_is_given_up(store: Store, project: str) -> None:
-    assert len(called(store, project, [500], webhooks.ATTEMPTS + 3)) == webhooks.ATTEMPTS
+    assert len(called(store, project, [500], worker.ATTEMPTS + 3)) == worker.ATTEMPTS
     (one,) = store.page(Delivery, project, Page())[0]
     assert (one.due_at, one.delivered_at, one.error) == (None, None, "status 500")
 

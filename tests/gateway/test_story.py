@@ -26,9 +26,8 @@ from openai import OpenAI
 from gradshield import lab
 from gradshield.gateway.content import Content
 from gradshield.gateway.database import Page
-from gradshield.gateway.jobs import ACTIVE, UNSAFE
 from gradshield.gateway.settings import LAB, Policy, Settings
-from gradshield.gateway.store import Store
+from gradshield.gateway.store import ACTIVE, UNSAFE, Store
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model, identity
 from gradshield.judges import RefusalPhrases
 from tests.common import jsonl, preferences

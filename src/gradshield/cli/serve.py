@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import SecretStr
 
 from gradshield.cli.common import err, out, plain, quiet_processes
 from gradshield.cli.options import Lookalikes, Probes, Tokens, json_file
 from gradshield.errors import UsageError
 from gradshield.options import number
 
+if TYPE_CHECKING:
+    from gradshield.gateway.settings import Policy, Settings
+    from gradshield.gateway.store import Store
+    from gradshield.gateway.tables import Project
+
 Folder = Annotated[Path, typer.Option(help="Folder of the gateway: database, files, jobs and models.")]
 Rows = Annotated[
-    str | None, typer.Option(help="What happens to harmful rows: remove, reject or review.", show_default=False)
+    str | None,
+    typer.Option("--policy", help="What happens to harmful rows: remove, reject or review.", show_default=False),
 ]
 Defence = Annotated[
     str | None,
@@ -27,10 +34,12 @@ Limit = Annotated[
     str | None,
     typer.Option(help="Highest upper bound of the attack success rate that is served, such as 6%.", show_default=False),
 ]
+Database = Annotated[str, typer.Option(help="Database URL, if the gateway has one of its own.")]
 GATEWAY = Path("gradshield-gateway")
 
 
 def serve(
+    context: typer.Context,
     model: Annotated[
         list[str],
         typer.Option(
@@ -49,13 +58,13 @@ def serve(
     ] = "",
     files: Annotated[str, typer.Option(help="Folder or fsspec URL of uploaded files (default: in --folder).")] = "",
     queue: Annotated[str, typer.Option(help="redis://HOST (default: as the database).")] = "",
-    policy: Rows = None,
+    rows: Rows = None,
     defence: Defence = None,
     limit: Limit = None,
-    chat_url: Annotated[
-        str, typer.Option(help="OpenAI-compatible server that answers chats, such as vLLM's /v1.")
+    upstream: Annotated[
+        str, typer.Option("--chat-url", help="OpenAI-compatible server that answers chats, such as vLLM's /v1.")
     ] = "",
-    chat_key: Annotated[str, typer.Option(envvar="GRADSHIELD_CHAT_KEY", help="Its key.")] = "",
+    upstream_key: Annotated[str, typer.Option("--chat-key", envvar="GRADSHIELD_CHAT_KEY", help="Its key.")] = "",
     webhook: Annotated[list[str] | None, typer.Option(help="URL that is told of every job's end, repeatable.")] = None,
     webhook_secret: Annotated[
         str,
@@ -83,38 +92,21 @@ def serve(
     _installed()
     import uvicorn
 
-    from gradshield.gateway import webhooks
     from gradshield.gateway.app import create_app
-    from gradshield.gateway.logs import configure
     from gradshield.gateway.settings import Settings, made
-    from gradshield.gateway.worker import Worker
+    from gradshield.gateway.worker import Worker, configure, new_secret
 
-    secret = webhook_secret
-    if webhook and not secret:
-        secret = webhooks.new_secret()
+    options = {name: value for name, value in context.params.items() if name in Settings.model_fields}
+    options["webhook_secret"] = webhook_secret or (new_secret() if webhook else "")
     settings = made(
         Settings,
+        **options,
         models=dict(map(_named, model)),
-        folder=folder,
-        host=host,
-        port=port,
-        workers=workers,
-        ray=ray,
-        database=database,
-        files=files,
-        queue=queue,
-        policy=_policy({}, policy, defence, limit),
-        upstream=chat_url,
-        upstream_key=SecretStr(chat_key),
-        webhooks=tuple(webhook or ()),
-        webhook_secret=SecretStr(secret),
+        policy=_policy({}, rows, defence, limit),
+        webhooks=webhook or (),
         training=json_file("--training-config", training_config),
         lora=json_file("--lora-config", lora_config),
-        probes=probes,
-        lookalikes=lookalikes,
-        safety=safety,
-        judges=tuple(judge or ("refusal-phrases",)),
-        max_new_tokens=max_new_tokens,
+        judges=judge or ("refusal-phrases",),
     )
     configure()
     if ray:
@@ -122,8 +114,8 @@ def serve(
     app = create_app(settings)
     key = _first_key(app.state.gateway.store, settings)
     settings.save()
-    if secret and not webhook_secret:
-        out.print(f"webhook secret  {plain(secret)}")
+    if webhook and not webhook_secret:
+        out.print(f"webhook secret  {plain(options['webhook_secret'])}")
     if key:
         out.print(f"API key of the project default, shown once: [bold]{plain(key)}[/bold]\n")
     for line in _lines(settings, key):
@@ -136,7 +128,7 @@ def serve(
             worker.stop()
 
 
-def _check_cluster(settings: Any) -> None:
+def _check_cluster(settings: Settings) -> None:
     """Raises UsageError without a database that other machines reach, without Ray, and if no cluster answers."""
     if settings.database_url.startswith("sqlite"):
         raise UsageError(
@@ -148,7 +140,7 @@ def _check_cluster(settings: Any) -> None:
         pass
 
 
-def _lines(settings: Any, key: str | None) -> tuple[str, ...]:
+def _lines(settings: Settings, key: str | None) -> tuple[str, ...]:
     """Four lines of Python to try."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     name = next(iter(settings.models))
@@ -160,7 +152,7 @@ def _lines(settings: Any, key: str | None) -> tuple[str, ...]:
     )
 
 
-def _first_key(store: Any, settings: Any) -> str | None:
+def _first_key(store: Store, settings: Settings) -> str | None:
     """The key of a new project at the first start on loopback. Raises UsageError beyond loopback without any key."""
     if any(key.revoked_at is None for key in store.all_keys()):
         return None
@@ -170,32 +162,26 @@ def _first_key(store: Any, settings: Any) -> str | None:
             f"`gradshield keys create --folder {settings.folder}`"
         )
     project = _project(store, "default") or store.add_project("default", settings.policy)
-    secret: str = store.add_key(project.id, "first", "operator")[1]
-    return secret
+    return store.add_key(project.id, "first", "operator")[1]
 
 
 def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
+    with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost"
 
 
 def _named(text: str) -> tuple[str, str]:
     """``NAME=FOLDER``, or a folder or hub name that is called by its last part. Raises UsageError."""
-    import re
-
     name, given, where = text.partition("=")
-    where = where if given else name
-    name = name if given else Path(where).expanduser().name
+    if not given:
+        name, where = Path(text).expanduser().name, text
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UsageError(f"the model name {name!r} is not of letters, digits, dots and dashes: give NAME=FOLDER")
     return name, where
 
 
-def _policy(base: Mapping[str, Any], rows: str | None, defence: str | None, limit: str | None) -> Any:
+def _policy(base: Mapping[str, Any], rows: str | None, defence: str | None, limit: str | None) -> Policy:
     """A policy with what was given in place of ``base``. Raises UsageError."""
     from gradshield.gateway.settings import Policy, made
 
@@ -215,39 +201,31 @@ def _installed() -> None:
         raise UsageError("the gateway is not installed: run pip install 'gradshield[gateway]'") from None
 
 
-keys = typer.Typer(
-    name="keys", help="API keys of the gateway, and the policies of their projects.", no_args_is_help=True
-)
-Database = Annotated[str, typer.Option(help="Database URL, if the gateway has one of its own.")]
+about = "API keys of the gateway, and the policies of their projects."
+keys = typer.Typer(name="keys", help=about, no_args_is_help=True)
 
 
-def _settings(folder: Path, database: str) -> Any:
-    """The settings of a folder, or those that a gateway in it would have."""
+def _settings(folder: Path, database: str) -> tuple[Settings, bool]:
+    """The settings of a folder, or those that a gateway in it would have; and whether there is a database."""
     _installed()
-    from gradshield.gateway.settings import NAME, Settings
+    from gradshield.gateway.settings import DATABASE, NAME, Settings
 
     found = Settings.read(folder) if (folder / NAME).exists() else Settings(models={}, folder=folder)
-    return found.model_copy(update={"database": database}) if database else found
+    found = found.model_copy(update={"database": database}) if database else found
+    return found, bool(found.database) or (found.folder / DATABASE).exists()
 
 
-def _there(folder: Path, database: str) -> Any:
+def _there(folder: Path, database: str) -> Store:
     """The store of a gateway. Raises UsageError if the folder holds none, and leaves nothing in it then."""
-    settings = _settings(folder, database)
-    if not _is_there(settings):
+    settings, there = _settings(folder, database)
+    if not there:
         raise UsageError(
             f"there is no gateway in {str(folder)!r}: give its --folder, or make a first key with keys create"
         )
     return _store(settings)
 
 
-def _is_there(settings: Any) -> bool:
-    """Whether the folder holds a database, or another place does."""
-    from gradshield.gateway.settings import DATABASE
-
-    return bool(settings.database) or (settings.folder / DATABASE).exists()
-
-
-def _store(settings: Any) -> Any:
+def _store(settings: Settings) -> Store:
     from gradshield.gateway.store import Store
 
     store = Store(settings.database_url)
@@ -255,8 +233,7 @@ def _store(settings: Any) -> Any:
     return store
 
 
-def _project(store: Any, name: str) -> Any:
-    """The project of this name; None if there is none."""
+def _project(store: Store, name: str) -> Project | None:
     return next((project for project in store.projects() if project.name == name), None)
 
 
@@ -265,7 +242,7 @@ def create(
     project: Annotated[str, typer.Option(help="Project of the key; made if there is none.")] = "default",
     name: Annotated[str, typer.Option(help="What the key is called in lists and in the audit log.")] = "key",
     role: Annotated[str, typer.Option(help="user, or operator, who also decides on jobs that wait.")] = "user",
-    policy: Rows = None,
+    rows: Rows = None,
     defence: Defence = None,
     limit: Limit = None,
     folder: Folder = GATEWAY,
@@ -274,17 +251,14 @@ def create(
     """Make a key and print it, once. A project that this makes has the policy of serve, but for what is given here."""
     if role not in ("user", "operator"):
         raise UsageError(f"the role {role!r} does not exist: give user or operator")
-    settings = _settings(folder, database)
-    wanted = _policy(settings.policy.model_dump(), policy, defence, limit)
-    if not _is_there(settings):
-        err.print(
-            plain(
-                f"there is no gateway in {str(folder)!r} yet: start it with gradshield serve --model M --folder {folder}"
-            )
-        )
+    settings, there = _settings(folder, database)
+    wanted = _policy(settings.policy.model_dump(), rows, defence, limit)
+    if not there:
+        start = f"start it with gradshield serve --model M --folder {folder}"
+        err.print(plain(f"there is no gateway in {str(folder)!r} yet: {start}"))
     store = _store(settings)
     owner = _project(store, project)
-    if owner is not None and (policy or defence or limit):
+    if owner is not None and (rows or defence or limit):
         raise UsageError(f"the project {project!r} has a policy: change it with `gradshield keys policy {project}`")
     owner = owner or store.add_project(project, wanted)
     made, secret = store.add_key(owner.id, name, role)
@@ -316,7 +290,7 @@ def revoke(
 @keys.command("policy")
 def of_project(
     project: Annotated[str, typer.Argument(help="Name of the project.")],
-    policy: Rows = None,
+    rows: Rows = None,
     defence: Defence = None,
     limit: Limit = None,
     reason: Annotated[str, typer.Option(help="Why it changes, for the audit log.")] = "",
@@ -328,8 +302,8 @@ def of_project(
     if (found := _project(store, project)) is None:
         known = ", ".join(one.name for one in store.projects()) or "none yet"
         raise UsageError(f"there is no project {project!r}: choose one of those that have keys ({known})")
-    wanted = _policy(found.policy, policy, defence, limit)
-    if policy or defence or limit:
+    wanted = _policy(found.policy, rows, defence, limit)
+    if rows or defence or limit:
         if not reason.strip():
             raise UsageError("a change of a policy needs a reason, which the audit log keeps: give --reason")
         store.set_policy(found.id, wanted, reason)

@@ -4,32 +4,48 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Callable, Generator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import anyio
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
-from pydantic import BaseModel
+from prometheus_client import CollectorRegistry
 from pydantic_core import to_json
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.types import Receive, Scope, Send
 
-from gradshield.gateway import results, wire
-from gradshield.gateway.content import BLOCK
+from gradshield.gateway import content as contents
+from gradshield.gateway import wire
+from gradshield.gateway.chat import Chats
+from gradshield.gateway.content import BLOCK, Content
 from gradshield.gateway.database import AWAY, Caller, Missing, Page, T
 from gradshield.gateway.edge import ApiError
-from gradshield.gateway.shared import Gateway
+from gradshield.gateway.settings import Settings
+from gradshield.gateway.store import Store
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model, identity
 
 LONGEST_NAME = 512
 FIELDS = {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "enum": ["fine-tune"]}}
 SCHEMA = {"type": "object", "required": list(FIELDS), "properties": FIELDS, "additionalProperties": False}
 UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": SCHEMA}}}}
+
+
+@dataclass(eq=False)
+class Gateway:
+    """One server's parts, which these routes and the pages share. ``send`` puts a job into the queue."""
+
+    settings: Settings
+    store: Store
+    content: Content
+    send: Callable[[str], None]
+    chats: Chats
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
 
 
 class Answer(JSONResponse):
@@ -39,20 +55,7 @@ class Answer(JSONResponse):
         return to_json(content)
 
 
-class Problem(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Problems(BaseModel):
-    """The published error body."""
-
-    error: Problem
-
-
-async def _here(request: Request) -> Gateway:  # async, as all that needs no thread: each hop costs as much as a look-up
+async def gateway_of(request: Request) -> Gateway:  # async: a thread's turn costs as much as a look-up
     found: Gateway = request.app.state.gateway
     return found
 
@@ -62,34 +65,24 @@ async def _caller(request: Request) -> Caller:
     return found
 
 
-def _known(*names: str) -> Callable[[Request], Awaitable[None]]:
-    """A dependency that refuses any other query parameter, but for filters ``metadata[KEY]`` where there is ``metadata``."""
-
-    async def check(request: Request) -> None:
-        for name in request.query_params:
-            if name not in names and not ("metadata" in names and name.startswith("metadata[")):
-                raise ApiError(400, f"Unknown parameter: {name!r}.", param=name, code="unknown_parameter")
-
-    return check
-
-
 router = APIRouter(
     prefix="/v1",
     dependencies=[Depends(HTTPBearer(auto_error=False))],  # for the OpenAPI document: Edge asks for the key
-    responses={"4XX": {"model": Problems}, "5XX": {"model": Problems}},
+    responses={"4XX": {"model": wire.Problems}, "5XX": {"model": wire.Problems}},
 )
-Here = Annotated[Gateway, Depends(_here)]
+Here = Annotated[Gateway, Depends(gateway_of)]
 Asker = Annotated[Caller, Depends(_caller)]
-Limit = Annotated[int, Query(ge=1, le=100)]
-After = Annotated[str | None, Query(max_length=255)]
-PAGED = [Depends(_known("after", "limit"))]
 
 
 def _page(
-    here: Gateway, kind: type[T], asker: Caller, page: Page, form: Callable[[T], dict[str, Any]], *where: Any
-) -> Any:
+    here: Gateway, asker: Caller, kind: type[T], form: Callable[[T], dict[str, Any]], page: Page, *where: Any
+) -> Answer:
     found, more = here.store.page(kind, asker.project, page, *where)
     return Answer(wire.listed([form(one) for one in found], more))
+
+
+def _unknown(name: str) -> ApiError:
+    return ApiError(400, f"Unknown parameter: {name!r}.", name, "unknown_parameter")
 
 
 # Files
@@ -103,25 +96,21 @@ async def create_file(request: Request, here: Here, asker: Asker) -> Any:
     """
     async with request.form(max_files=1, max_fields=8) as form:
         if unknown := sorted(set(form) - set(FIELDS)):
-            raise ApiError(400, f"Unknown parameter: {unknown[0]!r}.", param=unknown[0], code="unknown_parameter")
+            raise _unknown(unknown[0])
         file, purpose = form.get("file"), form.get("purpose")
         if not isinstance(file, UploadFile):
-            raise ApiError(400, "Missing required parameter: 'file'.", param="file", code="missing_required_parameter")
+            raise ApiError(400, "Missing required parameter: 'file'.", "file", "missing_required_parameter")
         if purpose != "fine-tune":
-            raise ApiError(
-                400, "Invalid value for 'purpose': it must be 'fine-tune'.", param="purpose", code="invalid_value"
-            )
+            raise ApiError(400, "Invalid value for 'purpose': it must be 'fine-tune'.", "purpose", "invalid_value")
         return await run_in_threadpool(_keep, here, asker, file)
 
 
 def _keep(here: Gateway, asker: Caller, file: UploadFile) -> Answer:
     limits, size = here.settings.limits, file.size or 0
     if size > limits.upload:
-        raise ApiError(413, f"The file is larger than {limits.upload} bytes.", param="file", code="file_too_large")
+        raise ApiError(413, f"The file is larger than {limits.upload} bytes.", "file", "file_too_large")
     if here.store.stored(asker.project) + size > limits.project:
-        raise ApiError(
-            413, f"The project's files would exceed {limits.project} bytes.", param="file", code="quota_exceeded"
-        )
+        raise ApiError(413, f"The project's files would exceed {limits.project} bytes.", "file", "quota_exceeded")
     id = identity("file")
     size, sha256 = here.content.keep(id, file.file)
     try:
@@ -134,17 +123,10 @@ def _keep(here: Gateway, asker: Caller, file: UploadFile) -> Answer:
         raise
 
 
-@router.get("/files", dependencies=[Depends(_known("after", "limit", "order", "purpose"))])
-def list_files(
-    here: Here,
-    asker: Asker,
-    after: After = None,
-    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
-    order: Literal["asc", "desc"] = "desc",
-    purpose: Annotated[str | None, Query(max_length=64)] = None,
-) -> Any:
-    where = () if purpose is None else (File.purpose == purpose,)
-    return _page(here, File, asker, Page(limit, after, order == "desc"), wire.file_object, *where)
+@router.get("/files")
+def list_files(here: Here, asker: Asker, asked: Annotated[wire.Files, Query()]) -> Any:
+    where = () if asked.purpose is None else (File.purpose == asked.purpose,)
+    return _page(here, asker, File, wire.file_object, Page(asked.limit, asked.after, asked.order == "desc"), *where)
 
 
 @router.get("/files/{id}")
@@ -167,10 +149,10 @@ def file_content(id: str, here: Here, asker: Asker) -> Response:
         blocks = here.content.read(file.id)
     except FileNotFoundError:
         raise Missing("file", id) from None
-    headers = {"Content-Disposition": "attachment", "Content-Length": str(file.bytes)}
+    headers, kind = {"Content-Disposition": "attachment", "Content-Length": str(file.bytes)}, "application/octet-stream"
     if file.bytes > BLOCK:
-        return StreamingResponse(blocks, media_type="application/octet-stream", headers=headers)
-    return Response(b"".join(blocks), media_type="application/octet-stream", headers=headers)
+        return StreamingResponse(blocks, media_type=kind, headers=headers)
+    return Response(b"".join(blocks), media_type=kind, headers=headers)
 
 
 # Jobs
@@ -179,9 +161,8 @@ def file_content(id: str, here: Here, asker: Asker) -> Response:
 @router.post("/fine_tuning/jobs")
 def create_job(body: wire.JobRequest, here: Here, asker: Asker) -> Any:
     if body.model not in here.settings.models:
-        message = (
-            f"The model {body.model!r} cannot be fine-tuned here: choose one of {', '.join(here.settings.models)}."
-        )
+        known = ", ".join(here.settings.models)
+        message = f"The model {body.model!r} cannot be fine-tuned here: choose one of {known}."
         raise ApiError(400, message, "model", "model_not_available")
     for name in ("training_file", "validation_file"):
         id = getattr(body, name)
@@ -204,26 +185,18 @@ def create_job(body: wire.JobRequest, here: Here, asker: Asker) -> Any:
     return Answer(wire.job_object(job))
 
 
-@router.get("/fine_tuning/jobs", dependencies=[Depends(_known("after", "limit", "metadata"))])
-def list_jobs(
-    request: Request,
-    here: Here,
-    asker: Asker,
-    after: After = None,
-    limit: Limit = 20,
-    metadata: Annotated[Literal["null"] | None, Query()] = None,
-) -> Any:
+@router.get("/fine_tuning/jobs")
+def list_jobs(request: Request, here: Here, asker: Asker, asked: Annotated[wire.Jobs, Query()]) -> Any:
     """Jobs, newest first. ``metadata[KEY]=VALUE`` asks for those with that metadata, ``metadata=null`` for those without any."""
-    where = [] if metadata is None else [Job.labels.is_(None)]
-    for name, value in request.query_params.items():
-        if name.startswith("metadata["):
-            key = name.removeprefix("metadata[").removesuffix("]")
-            if not key or any(mark in key for mark in '"\\\0') or "\0" in value:
-                raise ApiError(
-                    400, f"Invalid value for {name!r}: no key of metadata.", param="metadata", code="invalid_value"
-                )
-            where.append(Job.labels[key].as_string() == value)
-    return _page(here, Job, asker, Page(limit, after), wire.job_object, *where)
+    where = [] if asked.metadata is None else [Job.labels.is_(None)]
+    for name in asked.model_extra or ():
+        key, value = name.removeprefix("metadata[").removesuffix("]"), request.query_params[name]
+        if not name.startswith("metadata["):
+            raise _unknown(name)
+        if not key or any(mark in key for mark in '"\\\0') or "\0" in value:
+            raise ApiError(400, f"Invalid value for {name!r}: no key of metadata.", "metadata", "invalid_value")
+        where.append(Job.labels[key].as_string() == value)
+    return _page(here, asker, Job, wire.job_object, Page(asked.limit, asked.after), *where)
 
 
 @router.get("/fine_tuning/jobs/{id}")
@@ -248,16 +221,17 @@ def resume_job(id: str, here: Here, asker: Asker) -> Any:
     return Answer(wire.job_object(job))
 
 
-@router.get("/fine_tuning/jobs/{id}/events", dependencies=PAGED)
-def list_events(id: str, here: Here, asker: Asker, after: After = None, limit: Limit = 20) -> Any:
+@router.get("/fine_tuning/jobs/{id}/events")
+def list_events(id: str, here: Here, asker: Asker, asked: Annotated[wire.Listing, Query()]) -> Any:
     job = here.store.get(Job, asker.project, id)
-    return _page(here, Event, asker, Page(limit, after), wire.event_object, Event.job_id == job.id)
+    return _page(here, asker, Event, wire.event_object, Page(asked.limit, asked.after), Event.job_id == job.id)
 
 
-@router.get("/fine_tuning/jobs/{id}/checkpoints", dependencies=PAGED)
-def list_checkpoints(id: str, here: Here, asker: Asker, after: After = None, limit: Limit = 10) -> Any:
+@router.get("/fine_tuning/jobs/{id}/checkpoints")
+def list_checkpoints(id: str, here: Here, asker: Asker, asked: Annotated[wire.Checkpoints, Query()]) -> Any:
     job = here.store.get(Job, asker.project, id)
-    return _page(here, Checkpoint, asker, Page(limit, after), wire.checkpoint_object, Checkpoint.job_id == job.id)
+    page = Page(asked.limit, asked.after)
+    return _page(here, asker, Checkpoint, wire.checkpoint_object, page, Checkpoint.job_id == job.id)
 
 
 # Models
@@ -282,7 +256,7 @@ def get_model(id: str, here: Here, asker: Asker) -> Any:
 def delete_model(id: str, here: Here, asker: Asker) -> Any:
     """Take a model out of service. Its job keeps its files and its certificate."""
     if id in here.settings.models:
-        raise ApiError(403, f"The model {id!r} belongs to the server.", param="model", code="forbidden")
+        raise ApiError(403, f"The model {id!r} belongs to the server.", "model", "forbidden")
     here.store.delete_model(asker, id)
     here.chats.forget(id)
     return Answer(wire.deleted(id, "model"))
@@ -292,7 +266,7 @@ def delete_model(id: str, here: Here, asker: Asker) -> Any:
 def certificate(id: str, here: Here, asker: Asker) -> Any:
     """What may be claimed of a model's safety, and the hashes of what that rests on."""
     model = here.store.get(Model, asker.project, id)
-    if (found := results.certificate(here.settings.job_folder(model.job_id))) is None:
+    if (found := contents.certificate(here.settings.job_folder(model.job_id))) is None:
         raise Missing("certificate", id)
     return Answer(found)
 
@@ -308,7 +282,7 @@ def chat(body: wire.ChatRequest, here: Here, asker: Asker) -> Any:
         chunks = here.chats.stream(body, folder)
         first = next(chunks, None)  # an error is an answer of its own, not a broken stream
         if first is None:
-            raise ApiError(502, "The server that answers chats sent nothing.", code="upstream", type="server_error")
+            raise ApiError(502, "The server that answers chats sent nothing.", code="upstream")
         return _Stream(first, chunks)
     return JSONResponse(here.chats.answer(body, folder))
 

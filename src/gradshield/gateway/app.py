@@ -22,14 +22,12 @@ from gradshield.gateway import api
 from gradshield.gateway.chat import Chats
 from gradshield.gateway.content import Content
 from gradshield.gateway.dashboard import pages
-from gradshield.gateway.dashboard.session import Sessions
-from gradshield.gateway.dashboard.visit import Pages, failed
+from gradshield.gateway.dashboard.visit import Pages, Sessions, failed
 from gradshield.gateway.database import AWAY, Missing, Refused
-from gradshield.gateway.edge import ApiError, Edge, unavailable
-from gradshield.gateway.queue import Queue
+from gradshield.gateway.edge import ApiError, Edge, away, unavailable
 from gradshield.gateway.settings import Settings
-from gradshield.gateway.shared import Gateway
 from gradshield.gateway.store import Store
+from gradshield.gateway.worker import Queue
 
 log = structlog.get_logger("gradshield.gateway")
 
@@ -42,16 +40,12 @@ def create_app(settings: Settings, send: Callable[[str], None] | None = None) ->
     try:
         settings.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(
-            f"the folder {str(settings.folder)!r} cannot be made ({error.strerror}): give another --folder"
-        ) from None
-    if send is None:
-        send = Queue(settings).send
+        folder = str(settings.folder)
+        raise UsageError(f"the folder {folder!r} cannot be made ({error.strerror}): give another --folder") from None
+    send = send or Queue(settings).send
     store = Store(settings.database_url, settings.webhooks)
     store.migrate()
-    content = Content(settings.files_url)
-    content.sweep()
-    gateway = Gateway(settings, store, content, send, Chats(settings), Sessions(settings.folder))
+    gateway = api.Gateway(settings, store, Content(settings.files_url), send, Chats(settings))
     gateway.registry.register(_Jobs(store))
 
     @asynccontextmanager
@@ -68,7 +62,7 @@ def create_app(settings: Settings, send: Callable[[str], None] | None = None) ->
         redoc_url=None,
         separate_input_output_schemas=False,
     )
-    app.state.gateway = gateway
+    app.state.gateway, app.state.sessions = gateway, Sessions(settings.folder)
     app.add_middleware(Edge, store=store, limits=settings.limits, registry=gateway.registry)
     app.include_router(api.router)
     app.include_router(pages.router)
@@ -152,13 +146,12 @@ def _missing(error: Any) -> ApiError:
 
 def _full(error: Any) -> ApiError:
     log.error("the files cannot be written or read", error=str(error))
-    message = "The server cannot write or read files now: try again later."
-    return ApiError(503, message, code="unavailable", type="server_error", headers={"Retry-After": "60"})
+    return unavailable("The server cannot write or read files now: try again later.", 60)
 
 
 def _unexpected(error: Any) -> ApiError:
     log.error("unexpected error", exc_info=error)
-    return ApiError(500, "The server had an error.", code="server_error", type="server_error")
+    return ApiError(500, "The server had an error.", code="server_error")
 
 
 PROBLEMS: dict[type[Exception], Callable[[Any], ApiError]] = {
@@ -166,7 +159,7 @@ PROBLEMS: dict[type[Exception], Callable[[Any], ApiError]] = {
     RequestValidationError: _invalid,
     Missing: _missing,
     Refused: lambda error: ApiError(409, str(error), code="invalid_state"),
-    **dict.fromkeys(AWAY, unavailable),
+    **dict.fromkeys(AWAY, away),
     ClientDisconnect: lambda _error: ApiError(400, "The request broke off."),  # nobody reads it
     OSError: _full,
     Exception: _unexpected,

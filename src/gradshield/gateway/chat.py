@@ -67,12 +67,8 @@ class Chats:
                 return self._passed(body)
             found = self._generate(body, folder)
             text = "".join(found.pieces)
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": found.reason,
-        }
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": found.reason}
         return {**_head(body, "chat.completion"), "choices": [choice], "usage": found.usage}
 
     def stream(self, body: ChatRequest, folder: str) -> Generator[dict[str, Any]]:
@@ -88,25 +84,19 @@ class Chats:
         """One of the answers that may wait at once, each in a thread of the server. Raises ApiError if all are taken."""
         if not self.seats.acquire(blocking=False):
             message = f"{SEATS} chats are being answered, the most at once: try again later."
-            raise ApiError(429, message, code="rate_limit_exceeded", type="requests", headers={"Retry-After": "5"})
+            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "5"})
         try:
             yield
         finally:
             self.seats.release()
 
     def _chunks(self, body: ChatRequest, found: _Answer) -> Iterator[dict[str, Any]]:
-        head, usage = (
-            _head(body, "chat.completion.chunk"),
-            bool(body.stream_options and body.stream_options.include_usage),
-        )
+        head, usage = _head(body, "chat.completion.chunk"), body.stream_options and body.stream_options.include_usage
         more = {"usage": None} if usage else {}
 
         def chunk(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-            return {
-                **head,
-                "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}],
-                **more,
-            }
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+            return {**head, "choices": [choice], **more}
 
         yield chunk({"role": "assistant", "content": ""})
         for piece in found.pieces:
@@ -128,9 +118,7 @@ class Chats:
                 self.loaded[name] = with_template(loading.load(lab.checkpoint("aligned") if folder == LAB else folder))
             except ModelError as error:  # it names the server's folders
                 log.error("a model cannot be loaded", model=name, error=str(error))
-                raise ApiError(
-                    503, f"The model {name!r} cannot be loaded now.", code="unavailable", type="server_error"
-                ) from None
+                raise ApiError(503, f"The model {name!r} cannot be loaded now.", code="unavailable") from None
         self.loaded.move_to_end(name)
         return self.loaded[name]
 
@@ -145,14 +133,14 @@ class Chats:
             ids = encode(loaded.tokenizer, messages)
         except Exception as error:  # templates raise errors of their own for roles that they do not know
             message = f"The model's chat template does not take these messages: {str(error)[:200]}."
-            raise ApiError(400, message, param="messages", code="invalid_value") from None
+            raise ApiError(400, message, "messages", "invalid_value") from None
         room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         most = min(body.tokens or self.settings.limits.tokens, self.settings.limits.tokens)
         if room is not None:
             most = min(most, room - len(ids))
         if most < 1:
             message = f"The messages have {len(ids)} tokens, and the model has room for {room}: shorten them."
-            raise ApiError(400, message, param="messages", code="context_length_exceeded")
+            raise ApiError(400, message, "messages", "context_length_exceeded")
         found = _Answer(iter(()), asked=len(ids))
         found.pieces = self._pieces(loaded, ids, most, body, found)
         return found
@@ -232,7 +220,7 @@ class Chats:
             response = self.client.send(request, stream=True)
         except httpx2.HTTPError as error:
             message = f"The server that answers chats cannot be reached ({type(error).__name__})."
-            raise ApiError(502, message, type="server_error", code="upstream") from None
+            raise ApiError(502, message, code="upstream") from None
         with closing(response):
             if response.status_code != 200:
                 said = response.read()[:500].decode(errors="replace")
@@ -261,9 +249,4 @@ def _until(pieces: Iterator[str], stops: list[str]) -> Iterator[str]:
 
 
 def _head(body: ChatRequest, kind: str) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{secrets.token_hex(12)}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": body.model,
-    }
+    return {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": body.model}

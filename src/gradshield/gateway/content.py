@@ -1,20 +1,25 @@
-"""The content of files, on disk or at any fsspec URL. A file is named by its id, and is complete where it is found."""
+"""The content of files, on disk or at any fsspec URL, and what a job leaves in its folder for people to save.
+
+A content is named by its file's id, and is complete where it is found.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from gradshield import files
+from gradshield.runs import CERTIFICATE
 
 BLOCK = 1 << 20
 ABANDONED = 24 * 3600  # seconds after which nobody is still storing a content
@@ -28,6 +33,8 @@ class Content:
         self.fs, self.root = fsspec.url_to_fs(url)
         self.local = isinstance(self.fs, LocalFileSystem)
         self.fs.makedirs(self.root, exist_ok=True)
+        if self.local:  # what killed processes left of contents
+            files.sweep(Path(self.root), ABANDONED)
 
     def keep(self, id: str, source: IO[bytes]) -> tuple[int, str]:
         """Store a content under an id: its bytes and SHA-256. After an error nothing is there. Raises OSError."""
@@ -43,11 +50,6 @@ class Content:
             self._remove(part)
             raise
         return done
-
-    def sweep(self) -> None:
-        """Delete what killed processes left of contents a day ago or earlier, where files are local."""
-        if self.local:
-            files.sweep(Path(self.root), ABANDONED)
 
     def read(self, id: str) -> Iterator[bytes]:
         """A content in blocks. Raises FileNotFoundError before the first one."""
@@ -78,7 +80,7 @@ class Content:
 def _copied(source: IO[bytes], out: IO[bytes]) -> tuple[int, str]:
     """Copy a content; its bytes and SHA-256."""
     sha, size = hashlib.sha256(), 0
-    while block := source.read(BLOCK):
+    for block in _blocks(source):
         sha.update(block)
         size += len(block)
         out.write(block)
@@ -89,3 +91,38 @@ def _blocks(source: Any) -> Iterator[bytes]:
     with source:
         while block := source.read(BLOCK):
             yield block
+
+
+class Result(NamedTuple):
+    """A file at ``path`` in a job's folder: its ``name`` on the wire ("" if it is not there), and its ``title`` for operators."""
+
+    path: str
+    name: str
+    title: str
+
+
+RESULTS = (
+    Result("report.html", "report.html", "Report of the training"),
+    Result("scan/report.html", "scan-report.html", "Report of the scan"),
+    Result(CERTIFICATE, CERTIFICATE, "Certificate"),
+    Result("scan/kept.jsonl", "", "Kept rows"),  # the caller has them, and a copy would count as the project's
+    Result("scan/removed.jsonl", "removed.jsonl", "Removed rows"),
+    Result("scan/quarantine.jsonl", "quarantine.jsonl", "Rows that could not be used"),
+    Result("scan/scores.parquet", "scores.parquet", "Scores"),
+    Result("outputs-after.jsonl", "answers.jsonl", "Answers of the safety check"),
+)
+
+
+def results(folder: Path) -> list[tuple[Result, int]]:
+    """The results that there are and that are not empty, with their bytes."""
+    sizes = ((one, (folder / one.path).stat().st_size) for one in RESULTS if (folder / one.path).is_file())
+    return [(one, size) for one, size in sizes if size]
+
+
+def certificate(folder: Path) -> dict[str, Any] | None:
+    """What may be claimed of a job's model; None if there is no certificate, or if it cannot be read."""
+    try:
+        made = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
+        return made if isinstance(made["predicate"]["judges"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

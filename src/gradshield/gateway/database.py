@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Engine, create_engine, event, select
+from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoneToSpare
 from sqlalchemy.orm import Session, object_session
 
 from gradshield.errors import UsageError
-from gradshield.gateway.tables import Audit, Owned
+from gradshield.gateway.tables import Audit, Base, Owned
 
 T = TypeVar("T", bound=Owned)
 AWAY = (OperationalError, InterfaceError, NoneToSpare)  # the database cannot be reached, or is overloaded
 THREADS = 40  # of the server, each with a connection at most
+URLS = "write sqlite:///FILE or postgresql://USER@HOST/NAME"
+LOCK = 6715047  # of PostgreSQL, for migrations
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,16 @@ class Database:
         self.near = self.reader.dialect.name == "sqlite"  # a file, not a server
 
     def migrate(self) -> None:
-        """Bring the tables to this version."""
-        from gradshield.gateway.migrations import upgrade
+        """Bring the tables to this version, in one transaction, by the steps in ``migrations/versions``."""
+        from alembic import command
+        from alembic.config import Config
 
-        upgrade(self.writer)
+        with self.writer.begin() as connection:
+            if not self.near:  # two servers that start at once migrate one after the other
+                connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
+            config = Config(attributes={"connection": connection})
+            config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
+            command.upgrade(config, "head")
 
     def close(self) -> None:
         self.reader.dispose()
@@ -108,14 +116,14 @@ def found(session: Session, kind: type[T], project: str, id: str, lock: bool = F
     return one
 
 
-def add(beside: Owned, row: Owned) -> None:
+def add(beside: Base, row: Owned) -> None:
     """Add a row in the transaction of another one."""
     session = object_session(beside)
     assert session is not None
     session.add(row)
 
 
-def audited(beside: Owned, caller: Caller, action: str, target: str, reason: str = "", **data: Any) -> None:
+def audited(beside: Base, caller: Caller, action: str, target: str, reason: str = "", **data: Any) -> None:
     """A line of the audit log, in the transaction of what changed."""
     line = Audit(project_id=caller.project, actor=caller.key, action=action, target=target, reason=reason, data=data)
     add(beside, line)
@@ -130,20 +138,14 @@ def engines(url: str) -> tuple[Engine, Engine]:
     try:
         parsed = make_url(url)
     except Exception:
-        raise UsageError(
-            "the database URL cannot be read: write sqlite:///FILE or postgresql://USER@HOST/NAME"
-        ) from None
+        raise UsageError(f"the database URL cannot be read: {URLS}") from None
     kind = parsed.get_backend_name()
     if kind == "postgresql":
-        made = create_engine(
-            parsed.set(drivername="postgresql+psycopg"),
-            pool_pre_ping=True,
-            pool_size=THREADS // 2,
-            max_overflow=THREADS // 2,
-        )
+        own, half = parsed.set(drivername="postgresql+psycopg"), THREADS // 2
+        made = create_engine(own, pool_pre_ping=True, pool_size=half, max_overflow=half)
         return made.execution_options(isolation_level="AUTOCOMMIT"), made
     if kind != "sqlite" or not parsed.database:
-        raise UsageError(f"the database {kind!r} is not supported: use sqlite:///FILE or postgresql://USER@HOST/NAME")
+        raise UsageError(f"the database {kind!r} is not supported: {URLS}")
     Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     reader, writer = (
         create_engine(parsed, connect_args={"timeout": 30}, pool_size=size, max_overflow=0) for size in (THREADS, 1)

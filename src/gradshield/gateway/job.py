@@ -23,28 +23,36 @@ import numpy as np
 import structlog
 from filelock import Timeout
 
-from gradshield import data, runs
+from gradshield import data, lab, runs
+from gradshield.data.trl import check_names, names_of
 from gradshield.errors import DataError, GradShieldError
 from gradshield.evaluation.certify import certify
-from gradshield.gateway import results
-from gradshield.gateway.content import Content
+from gradshield.evaluation.exam import Exam, Exams, exam, exams_of, lab_exam
+from gradshield.evaluation.metrics import LIKELIHOOD
+from gradshield.gateway.content import Content, results
 from gradshield.gateway.database import AWAY
-from gradshield.gateway.jobs import UNSAFE, Lost, name_of
-from gradshield.gateway.recipe import Recipe, loaded, recipe, validated
-from gradshield.gateway.settings import Policy, Settings
-from gradshield.gateway.store import Store
+from gradshield.gateway.settings import LAB, Policy, Settings
+from gradshield.gateway.store import UNSAFE, Lost, Store, name_of
 from gradshield.gateway.tables import Job
 from gradshield.gateway.wire import LEAST_ROWS, Method
+from gradshield.gateway.worker import configure
+from gradshield.models import loading
+from gradshield.models.loading import LoadedModel
+from gradshield.probes import read_prompts
 from gradshield.scanning.decide import PREFERENCE
 from gradshield.scanning.selection import Selection
-from gradshield.scanning.settings import ScanSettings
+from gradshield.scanning.settings import Probing, ScanSettings, peft_config
 from gradshield.stats import percent
+from gradshield.training.course import lab_probing
 from gradshield.training.defences import parse
 from gradshield.training.train import Trained, train
 
 NAMED = 1000  # rows that a message or an event names
 AGAIN = 60.0  # seconds before another attempt, after a full disk or a database that was away
 ORPHANED = 75  # exit status of a process that lost its job or its worker
+TASK = "dialogue"  # of the lab, whose learning rate suits most of its tasks
+NAMES = {"n_epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size"}
+RATES = {"supervised": 2e-5, "dpo": 1e-6}  # of full training, and TRL's own
 log = structlog.get_logger("gradshield.gateway.job")
 
 
@@ -148,43 +156,14 @@ class Run:
             message = f"The file has {len(read.examples)} rows, and at least {LEAST_ROWS} are needed."
             raise Stopped(f"invalid_{param}", message, param)
 
-    def _recipe(self, validation: str | None) -> Recipe:
-        """What the job trains with. Raises Stopped; what the operator's own files lack is said in the log alone."""
-        if self.job.model not in self.settings.models:
-            known = ", ".join(self.settings.models)
-            raise Stopped(
-                "invalid_job", f"The model {self.job.model!r} is not offered any more: choose one of {known}.", "model"
-            )
-        wanted = Method.model_validate(self.job.method)
-        try:
-            found = recipe(self.settings, self.job.model, wanted, self.policy.defence)
-        except GradShieldError as error:
-            raise ours(error, self.job.id) from None
-        if validation is None:
-            if found.exams.search.requests:
-                message = (
-                    "The policy searches the cut by training, and measures every cut on a validation file: give one."
-                )
-                raise Stopped("invalid_validation_file", message, "validation_file")
-            return found
-        try:
-            return replace(found, exams=validated(found.exams, validation))
-        except DataError as error:
-            raise Stopped("invalid_validation_file", str(error), "validation_file") from None
-
     def _trained(self, rows: str, validation: str | None) -> Trained:
         decision = self.job.decision or {}
-        chosen = self._recipe(validation)
         return train(
             rows,
-            model=loaded(chosen.model, self.job.model),
+            **self._recipe(validation),
             output=".",
             defence=self.policy.defence,
-            peft_config=chosen.peft_config,
-            training=chosen.training,
             settings=ScanSettings(seed=self.job.seed, threshold=decision.get("threshold")),
-            probing=chosen.probing,
-            exams=chosen.exams,
             allow=decision.get("released", ()),
             gate=self._gate,
             seed=self.job.seed,
@@ -192,11 +171,31 @@ class Run:
             progress=self._progress,
         )
 
+    def _recipe(self, validation: str | None) -> dict[str, Any]:
+        """What the job trains with. Raises Stopped; what the operator's own files lack is said in the log alone."""
+        name, known = self.job.model, self.settings.models
+        if name not in known:
+            message = f"The model {name!r} is not offered any more: choose one of {', '.join(known)}."
+            raise Stopped("invalid_job", message, "model")
+        try:
+            found = recipe(self.settings, name, Method.model_validate(self.job.method), self.policy.defence)
+        except GradShieldError as error:
+            raise ours(error, self.job.id) from None
+        if validation is not None:
+            try:
+                found["exams"] = validated(found["exams"], validation)
+            except DataError as error:
+                raise Stopped("invalid_validation_file", str(error), "validation_file") from None
+        elif found["exams"].search.requests:
+            message = "The policy searches the cut by training, and measures every cut on a validation file: give one."
+            raise Stopped("invalid_validation_file", message, "validation_file")
+        return found | {"model": loaded(found["model"], name)}
+
     def _gate(self, selection: Selection) -> None:
         """What the policy says of the scan. Raises Stopped or Held."""
         found = selection.manifest.results
         rows = selection.removed_rows[:NAMED].tolist()
-        what = {
+        what: dict[str, Any] = {
             "rows": found.read,
             "removed": found.removed,
             "kept": found.kept,
@@ -219,7 +218,7 @@ class Run:
             self._hold(
                 "not_certified",
                 f"The scan is not certified ({found.uncertified}), so an operator has to look at it",
-                what,
+                found.removed,
             )
         if not found.removed:
             return
@@ -227,13 +226,13 @@ class Run:
             numbers = ", ".join(map(str, rows[:100])) + (", ..." if len(rows) > 100 else "")
             raise Stopped("harmful_rows", f"{said}: fix or remove rows {numbers} (counted from 0).", "training_file")
         if self.policy.rows == "review":
-            self._hold("review", f"{said}: the job waits for an operator's review", what)
+            self._hold("review", f"{said}: the job waits for an operator's review", found.removed)
         self._say(f"Training on the other {found.kept} rows")
 
-    def _hold(self, code: str, message: str, what: dict[str, Any]) -> None:
+    def _hold(self, code: str, message: str, removed: int) -> None:
         self._keep()
         own = parse(self.policy.defence)
-        why = {"code": code, "message": message, "removed": what["removed"], "movable": own.spec == own.selector}
+        why = {"code": code, "message": message, "removed": removed, "movable": own.spec == own.selector}
         self.store.hold(self.job.id, self.owner, why, message)
         raise Held
 
@@ -255,9 +254,8 @@ class Run:
         }
         self.store.note(self.job.id, self.owner, result=self.found, trained_tokens=done.tokens)
         if upper is None:
-            raise Stopped(
-                UNSAFE, "No request was asked of the trained model, so that its safety is unknown: it is withheld."
-            )
+            unknown = "No request was asked of the trained model, so that its safety is unknown: it is withheld."
+            raise Stopped(UNSAFE, unknown)
         if upper > self.policy.limit:
             may = f"The trained model may answer up to {percent(upper)} of harmful requests"
             raise Stopped(UNSAFE, f"{may}, and the limit is {limit}: it is withheld.")
@@ -267,7 +265,7 @@ class Run:
     def _keep(self) -> list[str]:
         """Make the results that there are downloadable; the ids of their files, which are the same each time."""
         ids = []
-        for path, name, _ in (one for one, _ in results.found(self.folder) if one.name):
+        for path, name, _ in (one for one, _ in results(self.folder) if one.name):
             ids.append(id := "file-" + hashlib.sha256(f"{self.job.id}/{name}".encode()).hexdigest()[:32])
             with (self.folder / path).open("rb") as source:
                 size, sha256 = self.content.keep(id, source)
@@ -275,8 +273,8 @@ class Run:
         self.store.note(self.job.id, self.owner, result_files=ids)
         return ids
 
-    def _say(self, message: str, level: str = "info", data: dict[str, Any] | None = None, **more: Any) -> None:
-        self.store.say(self.job.id, self.owner, message, level, data, **more)
+    def _say(self, message: str, level: str = "info", data: dict[str, Any] | None = None, **fields: Any) -> None:
+        self.store.say(self.job.id, self.owner, message, level, data, **fields)
 
     def _progress(self, stage: str, done: int, total: int) -> None:
         """An event for each stage, and for each tenth of the training; the numbers in between once a second."""
@@ -293,20 +291,64 @@ class Run:
         tenth = 10 * done // max(total, 1)
         if tenth > self.steps:
             self.steps = tenth
-            self._say(f"Step {done}/{total}", data={"step": done, "total_steps": total}, type="metrics")
+            self.store.step(self.job.id, self.owner, done, total)
         for folder in (self.folder / runs.WORK / "checkpoints").glob("*/checkpoint-*"):
             step = folder.name.rpartition("-")[2]
             if step.isdigit() and int(step) < done:  # it is whole once a later step is taken
                 self.store.add_checkpoint(self.job.id, self.owner, int(step), {"step": int(step)})
 
 
+def recipe(settings: Settings, model: str, method: Method, defence: str) -> dict[str, Any]:
+    """Arguments of `train` for a model of the settings and what a request chose. Raises UsageError and DataError."""
+    where, searching = settings.models[model], parse(defence).verified is not None
+    training, lora = {"assistant_only_loss": None, **settings.training}, settings.lora
+    if where == LAB:
+        where, lora = str(lab.checkpoint("aligned")), {**lab.LORA, **lora}
+        own = {
+            name: value for name, value in lab.recipe(TASK).items() if name != "save_strategy"
+        }  # checkpoints are kept
+        training = {**own, **settings.training}
+        probing, exams = lab_probing(), Exams(_lab("report"), _lab("search") if searching else Exam())
+    else:
+        asked, alike = (read_prompts(one) if one else () for one in (settings.probes, settings.lookalikes))
+        probing = Probing(requests=asked, lookalikes=alike)
+        exams = exams_of(settings.safety, settings.judges, None, None, settings.max_new_tokens, "", searching)
+    check_names(training)
+    known = names_of(method.type == "dpo")  # the settings hold options of both methods
+    training = {name: value for name, value in training.items() if name in known}
+    wanted = {name: value for name, value in method.hyperparameters.model_dump().items() if value != "auto"}
+    if (times := wanted.pop("learning_rate_multiplier", None)) is not None:
+        wanted["learning_rate"] = training.get("learning_rate", RATES[method.type]) * times
+    training |= {NAMES.get(name, name): value for name, value in wanted.items()}
+    return {"model": where, "training": training, "peft_config": peft_config(lora), "probing": probing, "exams": exams}
+
+
+def _lab(split: str) -> Exam:
+    return replace(lab_exam(TASK, split), task=(), score=None, metric="")
+
+
+def loaded(start: str, name: str) -> LoadedModel:
+    """A recipe's model, in reports under its name on the wire where it lies in a folder of the server. Raises ModelError."""
+    found = loading.load(start)
+    return replace(found, name=name, adapter=found.adapter and name) if Path(start).is_dir() else found
+
+
+def validated(exams: Exams, file: str) -> Exams:
+    """The exams with the likelihood of a validation file's answers, of which a search has half. Raises DataError."""
+    searching = bool(exams.search.requests)
+
+    def of(split: str, own: Exam) -> Exam:
+        held = exam(split, None, task=file, metric=LIKELIHOOD, halved=searching)
+        return replace(own, task=held.task, metric=held.metric)
+
+    return Exams(of("report", exams.report), of("search", exams.search) if searching else exams.search)
+
+
 def ours(error: GradShieldError, job: str) -> Stopped:
     """What a job's owner reads of an error in what the operator chose; the log alone names it."""
     log.error("the settings, a model, a judge or a file of the server cannot be used", error=str(error))
-    message = (
-        f"The server's settings, models or judges do not work for this job: ask its operator, and name the job {job}."
-    )
-    return Stopped("server_error", message)
+    said = "The server's settings, models or judges do not work for this job: ask its operator, and name the job"
+    return Stopped("server_error", f"{said} {job}.")
 
 
 def failed(run: Run, error: GradShieldError) -> None:
@@ -347,9 +389,8 @@ def main(arguments: Sequence[str]) -> int:
         return ORPHANED
     except Exception as error:
         log.error("the job failed", exc_info=error)
-        store.fail(
-            id, owner, "server_error", f"The server had an error ({type(error).__name__}) and could not finish the job."
-        )
+        message = f"The server had an error ({type(error).__name__}) and could not finish the job."
+        store.fail(id, owner, "server_error", message)
     finally:
         heart.stopped.set()
     return 0
@@ -364,7 +405,5 @@ def _again(run: Run, error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    from gradshield.gateway.logs import configure
-
     configure()
     raise SystemExit(main(sys.argv[1:]))

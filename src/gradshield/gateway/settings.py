@@ -7,18 +7,19 @@ import re
 import secrets
 import stat
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
     SecretStr,
     ValidationError,
-    ValidationInfo,
-    field_serializer,
     field_validator,
 )
+from pydantic import ValidationInfo as Info
 
 from gradshield.errors import UsageError
 from gradshield.options import Spec
@@ -72,19 +73,55 @@ class Limits(BaseModel):
     tokens: int = Field(default=1024, gt=0)  # longest answer of a chat
 
 
-class Settings(BaseModel):
-    """The gateway's settings. An empty URL is the default inside ``folder``.
+def whole(typed: str, path: str) -> str:
+    """An option with the whole path of the file or folder that it names; as typed where nothing is there, as for a hub name."""
+    if not path or not _absolute(path).exists():
+        return typed
+    at = 0 if typed == path else typed.index(path, typed.index(":"))  # a judge's kind may have the name of its folder
+    return f"{typed[:at]}{_absolute(path)}{typed[at + len(path) :]}"
 
-    Paths are made absolute where settings are made, since workers and jobs have working folders of their own. What may be a
-    name of the hub as well as a path (models, judges, safety) stays as it was saved when it is read from the file.
-    """
+
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.expanduser(path)).absolute()  # which leaves the home of nobody as it is
+
+
+def _model(value: str, info: Info) -> str:
+    local = info.mode != "json" and value != LAB and _absolute(value).is_dir()
+    return str(_absolute(value)) if local else value
+
+
+def _judge(value: str, info: Info) -> str:
+    return value if info.mode == "json" else whole(value, Spec.split(value).target)
+
+
+def _safety(value: str, info: Info) -> str:
+    return value if info.mode == "json" or value in ("", "builtin", "none") else str(_absolute(value))
+
+
+def _database(value: str) -> str:
+    file = re.fullmatch(r"(sqlite(?:\+\w+)?:///)(?!file:|:memory:)(.+)", value)
+    return f"{file[1]}{_absolute(file[2])}" if file else value
+
+
+def _files(value: str) -> str:
+    return str(_absolute(value)) if value and "://" not in value and "::" not in value else value
+
+
+# Paths are made absolute where settings are made, since workers and jobs have working folders of their own. What may be a name of
+# the hub as well as a path stays as it was saved when it is read from the file.
+Place = Annotated[Path, AfterValidator(_absolute)]
+Secret = Annotated[SecretStr, PlainSerializer(SecretStr.get_secret_value, when_used="json")]
+
+
+class Settings(BaseModel):
+    """The gateway's settings. An empty URL is the default inside ``folder``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    models: dict[str, str]  # name on the wire to folder or hub name
-    folder: Path
-    database: str = ""
-    files: str = ""  # any fsspec URL
+    models: dict[str, Annotated[str, AfterValidator(_model)]]  # name on the wire to folder or hub name
+    folder: Place
+    database: Annotated[str, AfterValidator(_database)] = ""
+    files: Annotated[str, AfterValidator(_files)] = ""  # any fsspec URL
     queue: str = ""  # redis://...; by default in the database's kind
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, lt=65536)
@@ -93,53 +130,18 @@ class Settings(BaseModel):
     policy: Policy = Policy()  # of new projects
     limits: Limits = Limits()
     upstream: str = ""  # an OpenAI-compatible server that answers chats
-    upstream_key: SecretStr = SecretStr("")
+    upstream_key: Secret = SecretStr("")
     webhooks: tuple[str, ...] = ()
-    webhook_secret: SecretStr = SecretStr("")
+    webhook_secret: Secret = SecretStr("")
     lease: float = Field(default=60.0, gt=0)  # seconds after which a silent job may be claimed again
     attempts: int = Field(default=10, gt=0)
-    probes: Path | None = None
-    lookalikes: Path | None = None
-    safety: str = "builtin"
-    judges: tuple[str, ...] = ("refusal-phrases",)
+    probes: Place | None = None
+    lookalikes: Place | None = None
+    safety: Annotated[str, AfterValidator(_safety)] = "builtin"
+    judges: tuple[Annotated[str, AfterValidator(_judge)], ...] = ("refusal-phrases",)
     max_new_tokens: int = Field(default=64, gt=0)
     training: dict[str, Any] = Field(default_factory=dict)
     lora: dict[str, Any] = Field(default_factory=dict)
-
-    @field_validator("folder", "probes", "lookalikes")
-    @classmethod
-    def _whole(cls, value: Path | None) -> Path | None:
-        return value and _absolute(value)
-
-    @field_validator("models")
-    @classmethod
-    def _whole_models(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
-        if info.mode == "json":
-            return value
-        folders = (name for name, where in value.items() if where != LAB and _absolute(where).is_dir())
-        return {**value, **{name: str(_absolute(value[name])) for name in folders}}
-
-    @field_validator("safety")
-    @classmethod
-    def _whole_safety(cls, value: str, info: ValidationInfo) -> str:
-        return value if info.mode == "json" or value in ("", "builtin", "none") else str(_absolute(value))
-
-    @field_validator("judges")
-    @classmethod
-    def _whole_judges(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        return value if info.mode == "json" else tuple(whole(one, Spec.split(one).target) for one in value)
-
-    @field_validator("database")
-    @classmethod
-    def _whole_database(cls, value: str) -> str:
-        return re.sub(
-            r"^(sqlite(?:\+\w+)?:///)(?!file:|:memory:)(.+)", lambda found: f"{found[1]}{_absolute(found[2])}", value
-        )
-
-    @field_validator("files")
-    @classmethod
-    def _whole_files(cls, value: str) -> str:
-        return str(_absolute(value)) if value and "://" not in value and "::" not in value else value
 
     @property
     def database_url(self) -> str:
@@ -152,10 +154,6 @@ class Settings(BaseModel):
     def job_folder(self, job: str) -> Path:
         """Where a job trains and leaves its model; ``job`` is an id that the store made."""
         return self.folder / "jobs" / job
-
-    @field_serializer("webhook_secret", "upstream_key", when_used="json")
-    def _secret(self, value: SecretStr) -> str:
-        return value.get_secret_value()
 
     def save(self) -> None:
         """Write the settings, with their secrets, to a file that only the owner can read."""
@@ -172,18 +170,6 @@ class Settings(BaseModel):
             raise UsageError(
                 f"{str(folder)!r} is not the folder of a gateway ({NAME}: {why}): start one there with `gradshield serve`"
             ) from None
-
-
-def whole(typed: str, path: str) -> str:
-    """An option with the whole path of the file or folder that it names; as typed where nothing is there, as for a hub name."""
-    if not path or not _absolute(path).exists():
-        return typed
-    at = 0 if typed == path else typed.index(path, typed.index(":"))  # a judge's kind may have the name of its folder
-    return f"{typed[:at]}{_absolute(path)}{typed[at + len(path) :]}"
-
-
-def _absolute(path: str | Path) -> Path:
-    return Path(os.path.expanduser(path)).absolute()  # which leaves the home of nobody as it is
 
 
 def private(path: Path, text: str) -> Path:

@@ -26,6 +26,31 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class Listing(Request):
+    """What a list is asked with: a page of ``limit`` objects after the one with the id ``after``."""
+
+    after: Annotated[str | None, Field(max_length=255)] = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+
+
+class Files(Listing):
+    limit: Annotated[int, Field(ge=1, le=10_000)] = 10_000
+    order: Literal["asc", "desc"] = "desc"
+    purpose: Annotated[str | None, Field(max_length=64)] = None
+
+
+class Jobs(Listing):
+    """The route reads the other parameters, ``metadata[KEY]``."""
+
+    model_config = ConfigDict(extra="allow")
+
+    metadata: Literal["null"] | None = None
+
+
+class Checkpoints(Listing):
+    limit: Annotated[int, Field(ge=1, le=100)] = 10
+
+
 class Hyperparameters(Request):
     """``auto`` is the server's own choice; a learning rate is a multiple of the server's."""
 
@@ -129,6 +154,19 @@ class ChatRequest(Request):
     @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+
+class Problem(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Problems(BaseModel):
+    """The published error body."""
+
+    error: Problem
 
 
 def _object(kind: str, row: Any, *fields: str, **more: Any) -> dict[str, Any]:

@@ -17,13 +17,24 @@ from markupsafe import Markup
 from starlette.datastructures import FormData
 
 from gradshield.evaluation.page import compared
-from gradshield.gateway import results
+from gradshield.gateway.content import RESULTS, certificate, results
 from gradshield.gateway.dashboard import scan as scans
-from gradshield.gateway.dashboard.drawing import ago, assets, page, size
-from gradshield.gateway.dashboard.session import COOKIE, DOOR
-from gradshield.gateway.dashboard.visit import Form, Pages, Visit, Visiting, field_text, gateway_of
+from gradshield.gateway.dashboard.visit import (
+    COOKIE,
+    DOOR,
+    Form,
+    Pages,
+    Visit,
+    Visiting,
+    ago,
+    assets,
+    field_text,
+    page,
+    sessions_of,
+    size,
+)
 from gradshield.gateway.database import Missing, Page, Refused
-from gradshield.gateway.jobs import ACTIVE, ENDED, UNSAFE, name_of
+from gradshield.gateway.store import ACTIVE, ENDED, UNSAFE, name_of
 from gradshield.gateway.tables import Event, File, Job, Model
 from gradshield.manifests import Figures
 from gradshield.report import text
@@ -51,25 +62,22 @@ def login(request: Request) -> Response:
 
 
 def _door(request: Request, problem: str = "") -> Response:
-    sessions, status = gateway_of(request).sessions, 403 if problem else 200
+    sessions = sessions_of(request)
     session = sessions.new()
-    response = page("login.html", status, token=sessions.token(session), problem=problem)
-    sessions.give(request, response, session, DOOR)
-    return response
+    response = page("login.html", 403 if problem else 200, token=sessions.token(session), problem=problem)
+    return sessions.give(request, response, session, DOOR)
 
 
 @router.post("/login")
 def enter(request: Request, form: Form) -> Response:
     """A session for an operator's key."""
-    gateway = gateway_of(request)
-    caller = gateway.store.caller(field_text(form, "key"))
+    caller = request.app.state.gateway.store.caller(field_text(form, "key"))
     if caller is None:
         return _door(request, "There is no such key, or it was revoked.")
     if caller.role != "operator":
         return _door(request, "This key is a user's: make an operator's with gradshield keys create --role operator.")
-    response = RedirectResponse("/", 303)
-    gateway.sessions.give(request, response, gateway.sessions.new(caller.key))
-    return response
+    sessions = sessions_of(request)
+    return sessions.give(request, RedirectResponse("/", 303), sessions.new(caller.key))
 
 
 @router.post("/logout")
@@ -205,8 +213,8 @@ def _job(visit: Visit, job: Job, asked: Asked) -> Response:
         tone={"succeeded": "pass", "failed": "fail"}.get(job.status, "warn"),
         safety=safety,
         table=table,
-        certificate=results.certificate(folder) if job.status in ENDED else None,
-        downloads=[] if job.status in ACTIVE else results.found(folder),
+        certificate=certificate(folder) if job.status in ENDED else None,
+        downloads=[] if job.status in ACTIVE else results(folder),
         details=text.flatten({"method": job.method, "metadata": job.labels or {}, "policy": job.policy}),
         **context,
     )
@@ -228,7 +236,7 @@ def _events(visit: Visit, job: Job) -> list[Event]:
 def download(id: str, name: str, visit: Visiting) -> Response:
     """A result of a job, to be saved. Reports open in the browser, as pages of no site."""
     path = _folder(visit, visit.get(id)) / name
-    if name not in {one.path for one in results.RESULTS} or not path.is_file():
+    if name not in {one.path for one in RESULTS} or not path.is_file():
         raise Missing("file", name)
     if name.endswith(".html"):
         return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": "sandbox allow-scripts"})
@@ -243,7 +251,7 @@ def models(visit: Visiting, after: Annotated[str | None, Query(max_length=255)] 
     store, project = visit.gateway.store, visit.caller.project
     found, more = store.page(Model, project, Page(JOBS, after))
     settings = visit.gateway.settings
-    own = [(model, results.certificate(settings.job_folder(model.job_id))) for model in found]
+    own = [(model, certificate(settings.job_folder(model.job_id))) for model in found]
     return visit.show("models.html", own=own, base=settings.models, older=found[-1].id if more else "")
 
 

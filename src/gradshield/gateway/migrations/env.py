@@ -1,13 +1,10 @@
-"""Run by Alembic, with the connection of ``upgrade``."""
+"""Run by Alembic, with the connection of `Database.migrate`."""
 
 from alembic import context
 
 from gradshield.gateway.tables import Base
 
-context.configure(
-    connection=context.config.attributes["connection"],
-    target_metadata=Base.metadata,
-    transactional_ddl=True,
-)
+connection = context.config.attributes["connection"]
+context.configure(connection=connection, target_metadata=Base.metadata, transactional_ddl=True)
 with context.begin_transaction():
     context.run_migrations()
