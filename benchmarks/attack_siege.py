@@ -20,7 +20,7 @@ from gradshield import lab, runs
 from gradshield.comparison import compare
 from gradshield.errors import EmptyDataError
 from gradshield.evaluation.asr import attack
-from gradshield.evaluation.exam import Exam, Settled, figures, never
+from gradshield.evaluation.exam import Exam, figures
 from gradshield.judges import Judge, Verdict
 from gradshield.lab.mixes import Pair
 from gradshield.probes import requests
@@ -28,7 +28,8 @@ from gradshield.scanning.decide import caught_and_lost
 from gradshield.scanning.settings import ScanSettings
 from gradshield.stats import mcnemar
 from gradshield.thresholds.conformal import Conformal
-from gradshield.training.course import Chosen, Course
+from gradshield.training.arms import Arms
+from gradshield.training.course import Chosen, Course, Fitted, Job
 from gradshield.training.defences import Defence, parse
 from gradshield.types import Bools, EvalResult
 
@@ -111,25 +112,37 @@ def raised(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any
 # ---- one attack ----------------------------------------------------------------------------------------------------------
 
 
-class Bench(compare.Bench):
-    """`compare`'s bench on rows that are there already; of two-stage attacks ``first`` rows are a training of their own."""
+class Staged(Course):
+    """A course whose ``first`` rows are a training of their own, where both stages have rows left."""
 
-    def __init__(self, course: Course, exams: Mapping[str, Exam], folder: Path, first: int = 0) -> None:
-        self.course, self.exams, self.folder, self.first = course, dict(exams), folder, first
-        self._models, self._early = [], 0
+    def __init__(self, job: Job, first: int = 0) -> None:
+        super().__init__(job)
+        self.first, self._early = first, 0
 
-    def _arm(
-        self, defence: Defence, chosen: Chosen, split: str, settled: Settled = never
-    ) -> tuple[EvalResult, dict[str, Any]]:
+    def dataset(self, defence: Defence, chosen: Chosen) -> list[dict[str, list[int]]]:
         self._early = sum(row.row < self.first for row, out in zip(chosen.rows, chosen.removed, strict=True) if not out)
-        return super()._arm(defence, chosen, split, settled)
+        return super().dataset(defence, chosen)
+
+    def fit(self, defence: Defence, dataset: Any, *args: Any, **more: Any) -> Fitted:
+        if not 0 < self._early < len(dataset):
+            return super().fit(defence, dataset, *args, **more)
+        before = super().fit(defence, dataset[: self._early])
+        rows = replace(self.job.rows, loaded=replace(self.loaded, model=before.model))
+        return Course(replace(self.job, rows=rows)).fit(defence, dataset[self._early :], *args, **more)
+
+
+class Bench:
+    """A course's trainings, each measured on several exams."""
+
+    def __init__(self, course: Course, exams: Mapping[str, Exam], folder: Path) -> None:
+        self.course, self.exams, self.arms = course, exams, Arms(course, folder / compare.ARMS)
 
     def measured(self, defence: Defence, chosen: Chosen, before: EvalResult | None = None) -> dict[str, Any]:
         """Every rate of a training on what was chosen, asked plainly and as the attacker does; ``before`` is so asked, too."""
-        found, arm = self._arm(defence, chosen, "report")
+        found, arm = self.arms.measure(defence, chosen, self.exams["report"])
         told = figures(found).plain() | {"seconds": arm["seconds"]}
         if before is not None:
-            after = self._arm(defence, chosen, "attacker")[0]
+            after = self.arms.measure(defence, chosen, self.exams["attacker"])[0]
             told["asked"] = figures(after).plain()["judges"]
             told["raised"] = {judge: raised(before.outputs, after.outputs, judge) for judge in told["asked"]}
         return told
@@ -137,32 +150,15 @@ class Bench(compare.Bench):
     def known(self, defence: Defence, chosen: Chosen) -> bool:
         """Whether an equal training has been measured."""
         key = self.course.key(defence, self.course.dataset(defence, chosen))
-        return any(self.folder.glob(f"{compare.ARMS}/{key}-*.json"))
+        return any(self.arms.folder.glob(f"{key}-*.json"))
 
     def search(self, defence: Defence) -> Chosen:
         """The rows that the verified threshold settles for."""
-        chosen: Chosen = self._verified(defence)[1]
-        return chosen
+        return self.arms.search(defence, self.exams["search"])[1]
 
     def searched(self, defence: Defence, chosen: Chosen) -> EvalResult:
         """A training on what was chosen, measured on the prompts of the search."""
-        return self._arm(defence, chosen, "search")[0]
-
-    def _trained(self, defence: Defence, dataset: Any, key: str) -> Any:
-        """In two trainings where the attack has two stages and both have rows left."""
-        if not 0 < self._early < len(dataset):
-            return super()._trained(defence, dataset, key)
-        for known, fitted, seconds in self._models:
-            if known == key:
-                return fitted, seconds
-        began = time.monotonic()
-        job, loaded = self.course.job, self.course.loaded
-        before = self.course.fit(defence, dataset[: self._early])
-        rows = replace(job.rows, loaded=replace(loaded, model=before.model))
-        fitted = Course(replace(job, rows=rows)).fit(defence, dataset[self._early :])
-        seconds = time.monotonic() - began
-        self._models = [(key, fitted, seconds), *self._models[:3]]
-        return fitted, seconds
+        return self.arms.measure(defence, chosen, self.exams["search"])[0]
 
 
 class Siege:
@@ -183,7 +179,7 @@ class Siege:
         )
         self.pairs, labels = _sorted(self.planted)
         self.job = target.job(self.pairs, labels)
-        self.course = Course(self.job)
+        self.course = Staged(self.job, self.planted.first)
         self.exams = dict(target.exams)
         if (asked := attackers_exam(self.planted, self.exams["report"])) is not None:
             self.exams["attacker"] = asked
@@ -191,7 +187,7 @@ class Siege:
     @cached_property
     def bench(self) -> Bench:
         """Training as it was given."""
-        return Bench(self.course, self.exams, self.folder, self.planted.first)
+        return Bench(self.course, self.exams, self.folder)
 
     def key(self, defence: str, trained: bool, utility: Mapping[str, float] | None) -> str:
         """A hash of all that a cell depends on; the code of the package is part of it."""
@@ -237,8 +233,8 @@ class Siege:
         arms = [{"recipe": "as given", **self.bench.measured(defence, chosen, self.before)}]
         if attacks_table.reach(arms[0]) <= LIMIT:
             for recipe in self.recipes:
-                course = Course(replace(self.job, options=altered(self.job.options, recipe)))
-                bench = Bench(course, self.exams, self.folder, self.planted.first)
+                job = replace(self.job, options=altered(self.job.options, recipe))
+                bench = Bench(Staged(job, self.planted.first), self.exams, self.folder)
                 if trained or bench.known(defence, chosen):
                     arms.append({"recipe": recipe, **bench.measured(defence, chosen, self.before)})
         return arms

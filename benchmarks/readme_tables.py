@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import smollm2
+from gradshield.comparison.grid import CellResult, Comparison
 from gradshield.comparison.pool import Totals, bounds, mix_name, totals
-from gradshield.comparison.results import CellResult, Comparison
 from gradshield.stats import wilson
 from gradshield.types import Rate
 

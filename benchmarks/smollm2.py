@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 
 from gradshield import files
+from gradshield.comparison.grid import CellResult, Comparison
 from gradshield.comparison.markdown import markdown
-from gradshield.comparison.results import CellResult, Comparison
 from gradshield.evaluation.exam import exam, figures
 from gradshield.manifests import Figures
 from gradshield.models.loading import load

@@ -13,7 +13,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from gradshield import runs
-from gradshield.comparison.results import Comparison
+from gradshield.comparison.grid import Comparison
 from gradshield.errors import DataError
 from gradshield.manifests import EvaluationManifest, Figures, ScanManifest, SequenceRecord, TrainingManifest
 from gradshield.stats import mean_interval, wilson

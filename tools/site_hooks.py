@@ -8,7 +8,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 from gradshield.comparison import page
-from gradshield.comparison.results import Comparison
+from gradshield.comparison.grid import Comparison
 from gradshield.report import sheet
 
 ROOT = Path(__file__).parents[1]

@@ -205,7 +205,7 @@ def test_one_tiny_run_gives_every_figure_and_a_second_run_only_reads(tmp_path, m
         raise AssertionError("a finished cell was made again")
 
     monkeypatch.setattr(attack_siege.Siege, "cell", refuse)
-    monkeypatch.setattr(attack_siege.Bench, "_trained", refuse)
+    monkeypatch.setattr(attack_siege.Course, "fit", refuse)
     attacks.main(told)
     again = json.loads((tmp_path / "out" / "attacks.json").read_text(encoding="utf-8"))
     assert again["cells"] == found["cells"]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from gradshield.comparison import compare, grid
-from gradshield.comparison.results import Comparison
+from gradshield.comparison.grid import Comparison
 from gradshield.errors import DataError, UsageError
 from gradshield.runs import alone
 from gradshield.scanning.settings import peft_config

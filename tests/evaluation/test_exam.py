@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gradshield import lab, runs
 from gradshield.errors import DataError, UsageError
-from gradshield.evaluation.exam import Exam, asked, check_disjoint, exam, lab_exam
+from gradshield.evaluation.exam import Exam, asked, check_disjoint, exam, lab_exam, never
 from gradshield.models import loading
 from gradshield.probes import requests
 from gradshield.stats import wilson
-from gradshield.training import verify
+from gradshield.training import arms
 from gradshield.types import EvalResult
 from tests.common import command, jsonl, write
 
@@ -104,20 +105,30 @@ def test_asking_stops_when_it_is_settled() -> None:
 
 def test_an_arm_is_made_once_and_one_that_stopped_early_serves_its_own_target(tmp_path: Path) -> None:
     made: list[str] = []
-    exam = Exam()
+
+    class Counted(Exam):
+        def sit(self, model: Any, *args: Any, **more: Any) -> EvalResult:
+            made.append(model)
+            return EvalResult({"utility": wilson(1, 2)}, ({"prompt": "a"},))
 
     def arm(settled: Any, key: str = "k") -> Any:
-        def make() -> Any:
-            made.append(key)
-            return EvalResult({"utility": wilson(1, 2)}, ({"prompt": "a"},)), {"seconds": 2.5, "record": {}}
+        course: Any = SimpleNamespace(
+            dataset=lambda *_: [],
+            key=lambda *_: key,
+            fit=lambda *_: SimpleNamespace(model=key, record={}),
+            loaded=SimpleNamespace(tokenizer=None),
+            progress=None,
+        )
+        defence: Any = None
+        chosen: Any = None
+        found, stored = arms.Arms(course, tmp_path / "arms").measure(defence, chosen, Counted(), settled)
+        return found, stored["key"], stored["seconds"], stored["record"]
 
-        return verify.arm(tmp_path, key, exam, settled, make)
-
-    for settled in (verify.never, verify.Settle(0.06), verify.Settle(0.1)):
+    for settled in (never, arms.Settle(0.06), arms.Settle(0.1)):
         first = arm(settled)
-        assert first[1]["seconds"] == 2.5 and arm(settled) == first
+        assert first[1:] == ("k", first[2], {}) and arm(settled) == first
     assert made == ["k"] * 3
-    arm(verify.never, "another")
+    arm(never, "another")
     assert made[-1] == "another"
 
 

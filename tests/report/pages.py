@@ -9,8 +9,7 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
-from gradshield.comparison.grid import Config
-from gradshield.comparison.results import CellResult, Comparison, Cost
+from gradshield.comparison.grid import CellResult, Comparison, Config, Cost
 from gradshield.manifests import ExamRecord, Model, RowFormat, Scoring, TrainingRecord
 from gradshield.stats import wilson
 

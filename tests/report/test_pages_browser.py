@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import landscape_page
 from gradshield.comparison import page as comparison_page
-from gradshield.comparison.results import Comparison
+from gradshield.comparison.grid import Comparison
 from gradshield.evaluation.landscape import Landscape
 from gradshield.manifests import Figures, JudgeAgreement
 from gradshield.report import sheet

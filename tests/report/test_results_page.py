@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from gradshield.comparison import markdown as results
 from gradshield.comparison import outcome, pool
 from gradshield.comparison import page as compared
+from gradshield.comparison.grid import CellResult
 from gradshield.comparison.page import LEVELS, level
-from gradshield.comparison.results import CellResult
 from gradshield.manifests import Round, Search
 from gradshield.report import sheet
 from gradshield.stats import Difference, wilson

@@ -117,10 +117,10 @@ def train(
     from gradshield.scanning.settings import ScanSettings, peft_config, trl_options
     from gradshield.training.course import Needs, method_of
     from gradshield.training.sequence import Stage, sequence
-    from gradshield.training.train import Reporters, named
+    from gradshield.training.train import Reporters
     from gradshield.training.train import train as run
 
-    Reporters(named(trainer.get("report_to")), output)  # what is not installed is said before the model is loaded
+    Reporters(trainer.get("report_to"), output)  # what is not installed is said before the model is loaded
     common: dict[str, Any] = {
         "defence": defence,
         "peft_config": peft_config(lora),
@@ -168,10 +168,7 @@ def _wanted(data: list[str], tasks: list[str], defence: str, base: str | None, l
             f"there are {len(tasks)} --utility files for {len(data)} datasets: give one per dataset, in the same order"
         )
     wanted = parse(defence)
-    if wanted.needs_base and base is None:
-        raise UsageError(f"the defence {defence!r} needs the model before its alignment: give it with --base MODEL")
-    if wanted.oracle and labels is None:
-        raise UsageError(f"the defence {defence!r} drops the rows labelled harmful: give the labels with --labels FILE")
+    wanted.require(base, labels)
     if len(data) > 1 and labels is not None:
         raise UsageError("--labels belongs to one dataset, and several are given: train them separately")
     return wanted

@@ -23,12 +23,10 @@ from typing import Any, Literal
 
 from gradshield import files, lab, runs
 from gradshield.comparison import grid
-from gradshield.comparison.grid import Cell, Config
-from gradshield.comparison.results import CellResult, Comparison, Cost
+from gradshield.comparison.grid import Cell, CellResult, Comparison, Config, Cost
 from gradshield.errors import DataError, EndpointError, GradShieldError, HubError
-from gradshield.evaluation.exam import Exam, Settled, check_disjoint, exam, figures, lab_exam, never
+from gradshield.evaluation.exam import Exam, check_disjoint, exam, figures, lab_exam
 from gradshield.judges import ReadyJudge
-from gradshield.manifests import Search
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.models.placement import keep_freed_memory
@@ -38,9 +36,9 @@ from gradshield.runs import alone
 from gradshield.scanning.rows import prepare
 from gradshield.scanning.settings import Probing, ScanSettings, peft_config
 from gradshield.stats import Difference, paired_difference
-from gradshield.training import verify
-from gradshield.training.course import Chosen, Course, Fitted, Job, Needs, lab_job
-from gradshield.training.defences import Defence, describe, parse
+from gradshield.training.arms import Arms
+from gradshield.training.course import Course, Job, Needs, lab_job
+from gradshield.training.defences import describe, parse
 from gradshield.types import EvalResult, Progress, quiet
 
 ARMS, CELLS = "arms", "cells"
@@ -76,30 +74,19 @@ def compare(
 def _all(config: Config, folder: Path, workers: int, progress: Progress) -> list[CellResult]:
     """Every cell of the grid: those on disk that were run under the same settings, and the missing ones, which are run.
 
-    Cells that failed in an earlier run count as missing, since the cause may be fixed. A cell is read once, so that watching a
-    long grid is cheap.
+    Cells that failed in an earlier run count as missing, since the cause may be fixed.
     """
     wanted = grid.cells(config)
-    missing, done = {cell: grid.setting(config, cell) for cell in wanted}, dict[Cell, CellResult]()
-
-    def look() -> None:
-        for cell, setting in tuple(missing.items()):
-            found = _stored(_file(folder, cell))
-            if found is not None and found.setting == setting and _cell(found) == cell:
-                done[cell] = found
-                del missing[cell]
-
-    def report() -> None:
-        look()
-        progress("comparing", len(done), len(wanted))
-
-    look()
-    for cell in [cell for cell, found in done.items() if found.failed is not None]:
-        _file(folder, cell).unlink()
-        missing[cell] = done.pop(cell).setting
+    missing = [cell for cell in wanted if not _done(_file(folder, cell), cell, grid.setting(config, cell))]
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in sorted(missing, key=lambda cell: cell.seed):  # an interrupted grid then has whole seeds
+        _file(folder, cell).unlink(missing_ok=True)
         groups.setdefault((cell.task, cell.seed), []).append(cell)
+
+    def report() -> None:
+        left = sum(not _file(folder, cell).exists() for cell in missing)
+        progress("comparing", len(wanted) - left, len(wanted))
+
     report()
     if workers <= 1 or len(groups) <= 1:
         for cells in groups.values():
@@ -107,11 +94,16 @@ def _all(config: Config, folder: Path, workers: int, progress: Progress) -> list
     else:
         _share_out(workers, _run_group, [(config, cells, folder) for cells in groups.values()], report)
     report()
-    return [done[cell] for cell in wanted]
+    return [CellResult.model_validate_json(_file(folder, cell).read_bytes()) for cell in wanted]
 
 
-def _cell(found: CellResult) -> Cell:
-    return Cell(found.task, found.harm, found.ratio, found.seed, found.defence)
+def _done(path: Path, cell: Cell, setting: str) -> bool:
+    """Whether the cell was run under this setting; not if its file is missing, damaged, or of a version with other fields."""
+    try:
+        found = CellResult.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return found.setting == setting and found.cell == cell and found.failed is None
 
 
 def _share_out(
@@ -157,25 +149,17 @@ def _file(folder: Path, cell: Cell) -> Path:
     return folder / CELLS / f"{short}.json"
 
 
-def _stored(path: Path) -> CellResult | None:
-    """A finished cell; None if it is missing, damaged, or of a version with other fields."""
-    try:
-        return CellResult.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
 def _take_over(folder: Path) -> None:
     """Take the cells of a ``results.json`` in the folder as done, so that a grid can continue on another machine."""
     path = folder / "results.json"
     if not path.exists():
         return
     try:
-        found = Comparison.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, RecursionError):
+        found = Comparison.model_validate_json(path.read_bytes())
+    except ValueError:
         raise DataError(f"{path} is not a comparison's results.json: move it away, or give another --output") from None
     for one in found.cells:
-        path = _file(folder, _cell(one))
+        path = _file(folder, one.cell)
         if one.setting and not path.exists():
             runs.write_json(path, one)
 
@@ -198,17 +182,16 @@ class Bench:
     """One mix of one task and seed, with everything that its cells share."""
 
     def __init__(self, config: Config, cell: Cell, folder: Path) -> None:
-        self.folder, self.config = folder, config
-        self.course = Course(_job(config, cell))
-        report = _exam(config, cell, "report")
+        self.config, self.course = config, Course(_job(config, cell))
+        self.arms = Arms(self.course, folder / ARMS)
+        self.report = _exam(config, cell, "report")
         # One set of judges for both: a guard may be as large as the model.
-        self.exams = {"report": report, "search": replace(_exam(config, cell, "search"), judges=report.judges)}
-        asked = {name: exam.requests for name, exam in self.exams.items()}
+        self.search = replace(_exam(config, cell, "search"), judges=self.report.judges)
+        asked = {"report": self.report.requests, "search": self.search.requests}
         check_disjoint(direction=self.course.job.probing.requests or requests(), **asked)
-        for judge in report.judges:
+        for judge in self.report.judges:
             if isinstance(judge, ReadyJudge):  # a judge that cannot run is reported before any training
                 judge.ready()
-        self._models: list[tuple[str, Fitted, float]] = []  # key, model and seconds of the last trainings
 
     def run(self, cell: Cell) -> CellResult:
         """Run one cell."""
@@ -217,13 +200,12 @@ class Bench:
         defence = parse(cell.spec)
         try:
             if defence.verified is not None:
-                verdict, chosen = self._verified(defence)
-                found["verified"] = verdict
+                found["verified"], chosen = self.arms.search(defence, self.search)
             else:
                 chosen = self.course.chosen(defence)
             found |= self.course.counts(chosen)
             found["cuts"] = {name: cut.value for name, cut in chosen.cuts.items()}
-            measured, arm = self._arm(defence, chosen, "report")
+            measured, arm = self.arms.measure(defence, chosen, self.report)
             found |= figures(measured).plain() | {"arm": arm["key"], "defence_record": arm["record"]}
             if cell.defence != "clean" and self.course.job.labels is not None:
                 found["utility_minus_clean"] = self._minus_clean(measured)
@@ -234,51 +216,12 @@ class Bench:
         found["seconds"] = round(time.monotonic() - began, 1)
         return CellResult.model_validate(runs.finite(found))
 
-    def _verified(self, defence: Defence) -> tuple[Search, Chosen]:
-        def examine(chosen: Chosen, settled: Settled) -> tuple[EvalResult, float]:
-            found, arm = self._arm(defence, chosen, "search", settled)
-            return found, float(arm["seconds"])
-
-        return verify.search(self.course, defence, examine, self.exams["search"])
-
-    def _arm(
-        self, defence: Defence, chosen: Chosen, split: str, settled: Settled = never
-    ) -> tuple[EvalResult, dict[str, Any]]:
-        """A trained model's rates on one exam, from disk if an equal arm was measured before.
-
-        ``seconds`` is the time of its training and measurement, whichever run spent it, so that a search uses its budget the
-        same way with and without cached arms.
-        """
-        dataset = self.course.dataset(defence, chosen)
-        exam = self.exams[split]
-        key = self.course.key(defence, dataset)
-
-        def trained() -> tuple[EvalResult, dict[str, Any]]:
-            fitted, seconds = self._trained(defence, dataset, key)
-            began = time.monotonic()
-            measured = exam.sit(fitted.model, self.course.loaded.tokenizer, settled=settled)
-            seconds = round(seconds + time.monotonic() - began, 3)
-            return measured, {"seconds": seconds, "record": dict(fitted.record)}
-
-        return verify.arm(self.folder / ARMS, key, exam, settled, trained)
-
-    def _trained(self, defence: Defence, dataset: Any, key: str) -> tuple[Fitted, float]:
-        """A trained model, and the seconds its training took."""
-        for known, fitted, seconds in self._models:
-            if known == key:
-                return fitted, seconds
-        began = time.monotonic()
-        fitted = self.course.fit(defence, dataset)
-        seconds = time.monotonic() - began
-        self._models = [(key, fitted, seconds), *self._models[:3]]
-        return fitted, seconds
-
     def _minus_clean(self, measured: EvalResult) -> Difference | None:
         """Utility minus that of training on the harmless rows only, paired over the task's rows."""
         if "utility" not in measured.rates:
             return None
         defence = parse("clean")
-        clean, _ = self._arm(defence, self.course.chosen(defence), "report")
+        clean, _ = self.arms.measure(defence, self.course.chosen(defence), self.report)
         return paired_difference(_scores(measured), _scores(clean))
 
 

@@ -8,6 +8,8 @@ grids:
     seeds: [0, 1, 2]
 datasets:
   - {name: news, train: rows.jsonl, labels: labels.json, task: test.jsonl, metric: choice, training: {learning_rate: 1.0e-3}}
+
+What a comparison leaves in ``results.json`` is a `Comparison`; ``docs/schema/results.json`` is its JSON schema.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from gradshield import lab, runs
 from gradshield.errors import DataError, UsageError, did_you_mean
 from gradshield.files import file_digest
 from gradshield.judges import parse as parse_judge
+from gradshield.manifests import Figures, Number, Rate, Record, Search
 from gradshield.options import Spec, number
+from gradshield.stats import Difference
 from gradshield.thresholds import parse as parse_threshold
-from gradshield.training.defences import AS_MANY, Defence, parse
+from gradshield.training.defences import Defence, parse
 
 IMPLICIT = ("identity_shift", "refuse_then_answer", "embedded")
 MIXED = "implicit"  # equal parts of each
@@ -98,6 +102,68 @@ class Cell:
     def spec(self) -> str:
         """The defence with ``{task}`` replaced by the task, so that each task can have its own file."""
         return self.defence.replace("{task}", self.task)
+
+
+class CellResult(Figures):
+    """One cell of the grid with what was found: its figures, or why it ``failed``.
+
+    ``utility_minus_clean`` is paired with a model trained on the harmless rows only. ``arm`` names the trained model, ``setting``
+    is a hash of all that the cell depends on beside its name.
+    """
+
+    task: str
+    harm: str
+    ratio: float
+    seed: int
+    defence: str
+    setting: str = ""
+    judges: dict[str, Rate] = Field(default_factory=dict)
+    rows: int | None = None
+    removed: int = 0
+    dropped_tokens: int = 0
+    caught: Rate | None = None
+    lost: Rate | None = None
+    cuts: dict[str, Number] = Field(default_factory=dict)
+    verified: Search | None = None
+    utility_minus_clean: Difference | None = None
+    arm: str | None = None
+    defence_record: dict[str, Any] = Field(default_factory=dict)
+    failed: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def cell(self) -> Cell:
+        """Its place in the grid."""
+        return Cell(self.task, self.harm, self.ratio, self.seed, self.defence)
+
+
+class Cost(Record):
+    """What the grid cost: cells, those that failed, models trained, and seconds over all cells and of the last run."""
+
+    cells: int
+    failed: int
+    arms: int
+    cell_seconds: float
+    seconds_of_this_run: float
+
+
+class Comparison(Record):
+    """A whole comparison. ``defences`` says what each one does.
+
+    ``recipes`` (task to training options) and ``adapter`` are those of the lab, of which ``config`` has the changes only.
+    """
+
+    command: str
+    versions: dict[str, str]
+    config: Config
+    recipes: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    adapter: dict[str, Any] = Field(default_factory=dict)
+    defences: dict[str, str]
+    cost: Cost
+    cells: list[CellResult]
+
+
+# ---- the config, read and checked ------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> Config:
@@ -199,8 +265,8 @@ def _clean(defence: Defence) -> str | None:
     rule = defence.threshold
     if rule is None:
         return None
-    if rule.startswith(AS_MANY):
-        return _clean(parse(rule.removeprefix(AS_MANY)))
+    if defence.like is not None:
+        return _clean(defence.like)
     clean = getattr(parse_threshold(rule), "clean", None)
     return clean if isinstance(clean, str) else None
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from gradshield.comparison.grid import CellResult
 from gradshield.comparison.pool import (
     REFERENCES,
     Mix,
@@ -24,7 +25,6 @@ from gradshield.comparison.pool import (
     reference,
     share,
 )
-from gradshield.comparison.results import CellResult
 from gradshield.report.frame import Status
 from gradshield.thresholds.verified import TARGET
 from gradshield.training.page import USELESS

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from gradshield.comparison.grid import Config
+from gradshield.comparison.grid import CellResult, Comparison, Config, Cost
 from gradshield.comparison.outcome import RULES, TOTALS_NOTE, against, outcome
 from gradshield.comparison.pool import (
     Mix,
@@ -22,7 +22,6 @@ from gradshield.comparison.pool import (
     spread,
     totals,
 )
-from gradshield.comparison.results import CellResult, Comparison, Cost
 from gradshield.errors import GradShieldError
 from gradshield.manifests import Round, judges_of
 from gradshield.options import Spec

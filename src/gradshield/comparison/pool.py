@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gradshield.comparison.results import CellResult
+from gradshield.comparison.grid import CellResult
 from gradshield.manifests import judges_of
 from gradshield.report.text import MISSING
 from gradshield.stats import Difference, counted, wilson

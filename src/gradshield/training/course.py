@@ -25,7 +25,7 @@ from gradshield.errors import DataError, EmptyDataError, UsageError
 from gradshield.gradients.alignment import Alignment, alignment
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
-from gradshield.options import asked, asks
+from gradshield.options import asked
 from gradshield.runs import digest, versions
 from gradshield.scanning.decide import PREFERENCE, Decision, caught_and_lost, decide, reviewed
 from gradshield.scanning.outputs import words
@@ -36,8 +36,8 @@ from gradshield.scanning.scoring import score
 from gradshield.scanning.settings import Probing, ScanSettings, peft_config
 from gradshield.selectors import ONLINE
 from gradshield.training import PENALTIES
-from gradshield.training.defences import AS_MANY, Defence, parse
-from gradshield.types import Bools, Cut, Floats, OnlineSelection, Progress, Rendered, quiet
+from gradshield.training.defences import Defence
+from gradshield.types import Bools, Cut, Floats, Progress, Rendered, quiet
 
 # Options that rendering has already applied: the rows carry their mask and are truncated.
 RENDERED = {"max_length", "truncation_mode", "dataset_text_field", "eos_token"}
@@ -158,11 +158,7 @@ class Course:
 
     @cached_property
     def alignment(self) -> Alignment:
-        """Aligned minus base, for every weight that the training's adapter changes. Raises UsageError without a base."""
-        if self.job.needs.base is None:
-            raise UsageError(
-                "the defences asft and safelora need the model before its alignment, and none was given: pass --base MODEL"
-            )
+        """Aligned minus base, for every weight that the training's adapter changes."""
         model = self.loaded.model
         names = weights_changed(model, self.job.peft_config, saved=False) or _linear(model)
         return alignment((self.job.needs.origin or self.loaded).model, self.job.needs.base.model, names)
@@ -170,8 +166,8 @@ class Course:
     def scored(self, selector: str) -> Scored:
         """Every row's score by a selector, computed once."""
         if selector not in self._scored:
-            settings = replace(self.job.settings, selector=selector, threshold=None)
             job = self.job
+            settings = replace(job.settings, selector=selector, threshold=None)
             with scored_model(self.loaded, settings, job.peft_config) as (model, targets, _):
                 self._scored[selector] = score(model, job.rows, settings, job.probing, targets, None, self.progress)
         return self._scored[selector]
@@ -182,37 +178,34 @@ class Course:
 
     def settings(self, defence: Defence) -> ScanSettings:
         """The job's scan settings, with the defence's selector and threshold if it names them."""
-        rule, settings = defence.threshold, self.job.settings
-        if defence.selector is not None:
-            settings = replace(settings, selector=defence.selector)
-        return settings if rule is None or rule.startswith(AS_MANY) else replace(settings, threshold=rule)
+        named: dict[str, Any] = {"selector": defence.selector, "threshold": None if defence.like else defence.threshold}
+        return replace(self.job.settings, **{name: value for name, value in named.items() if value is not None})
 
     def decision(self, defence: Defence) -> tuple[Scored, Decision]:
         """The scores of the defence's selector, and the defence's cut."""
         assert defence.selector is not None
         scored = self.scored(defence.selector)
-        if defence.threshold is not None and defence.threshold.startswith(AS_MANY):
-            return scored, self._as_many(scored, defence.threshold.removeprefix(AS_MANY))
+        if defence.like is not None:
+            return scored, self._as_many(scored, defence.like)
         return scored, decide(scored.scores, self.settings(defence).make_threshold(), self.job.allow)
 
-    def _as_many(self, scored: Scored, other: str) -> Decision:
+    def _as_many(self, scored: Scored, other: Defence) -> Decision:
         """A cut that removes as many rows as another defence, or fewer if scores at the cut are tied."""
-        reference = parse(other)
-        if reference.verified is not None or reference.mask or (reference.selector is None and not reference.oracle):
+        if other.verified is not None or other.mask or (other.selector is None and not other.oracle):
             raise UsageError(
-                f"'{AS_MANY}{other}' needs the number of rows that {other!r} removes, which is not known before training: "
+                f"'as:{other.spec}' needs the number of rows that {other.spec!r} removes, which is not known before training: "
                 "name a defence that removes rows by a cut"
             )
-        count = int(self.chosen(reference).removed.sum())
-        values = scored.scores.values
-        cut = Cut(float(np.sort(values)[::-1][count]) if count < len(values) else -np.inf, f"as {other}")
+        count, values = int(self.chosen(other).removed.sum()), scored.scores.values
+        cut = Cut(float(np.sort(values)[::-1][count]) if count < len(values) else -np.inf, f"as {other.spec}")
         return Decision(dict.fromkeys(sorted(set(scored.scores.shapes)), cut), values > cut.value, ())
 
     def chosen(self, defence: Defence, cut: float | None = None) -> Chosen:
         """The rows that train; ``cut`` replaces the threshold's. Raises EmptyDataError if none is left."""
+        defence.require(self.job.needs.base, self.job.labels)
         rows = tuple(self.job.rows.rendered)
         if defence.oracle:
-            return self._left(Chosen(rows, self._harmful(), {}))
+            return _left(Chosen(rows, self._harmful(), {}))
         if defence.selector is None:
             return Chosen(rows, np.zeros(len(rows), dtype=bool), {})
         scored, decision = self.decision(defence)
@@ -221,7 +214,7 @@ class Course:
             cuts = {name: Cut(cut, "verified") for name in cuts}
             removed = reviewed(scored.scores, cuts, self.job.allow).removed
         if not defence.mask:
-            return self._left(Chosen(rows, removed, cuts, scored))
+            return _left(Chosen(rows, removed, cuts, scored))
         aggregate = getattr(scored.selector, "aggregate", None)
         if aggregate is None or scored.scores.tokens is None:
             raise UsageError(
@@ -235,7 +228,14 @@ class Course:
         ]
         lost = sum(_counted(a) - _counted(b) for a, b in zip(rows, kept, strict=True))
         empty = np.array([_counted(row) == 0 for row in kept])
-        return self._left(Chosen(tuple(kept), empty, cuts, scored, lost))
+        return _left(Chosen(tuple(kept), empty, cuts, scored, lost))
+
+    def drawn(self, count: int) -> Chosen:
+        """The rows without ``count`` of them, drawn at random by content and seed."""
+        values = self.scored("random").scores.values
+        removed = np.zeros(len(values), dtype=bool)
+        removed[np.argsort(values, kind="stable")[len(values) - count :]] = True
+        return Chosen(tuple(self.job.rows.rendered), removed, {})
 
     def beyond(self, chosen: Chosen) -> Bools:
         """Rows whose score is beyond their cut: the removed ones, or with a mask those that lost tokens."""
@@ -250,17 +250,9 @@ class Course:
         return found if self.job.labels is None else found | caught_and_lost(removed, self._harmful())
 
     def _harmful(self) -> Bools:
-        if self.job.labels is None:
-            raise UsageError(
-                "the defence clean drops the rows labelled harmful, and there are no labels: give --labels FILE"
-            )
-        return np.array([bool(self.job.labels[row.row]) for row in self.job.rows.rendered])
-
-    @staticmethod
-    def _left(chosen: Chosen) -> Chosen:
-        if chosen.removed.all():
-            raise EmptyDataError("the defence leaves no row to train on: loosen its threshold, or give more data")
-        return chosen
+        labels = self.job.labels
+        assert labels is not None
+        return np.array([bool(labels[row.row]) for row in self.job.rows.rendered])
 
     def dataset(self, defence: Defence, chosen: Chosen) -> list[dict[str, list[int]]]:
         """Tokens and labels of every row that trains, in input order, with safety rows spread among them.
@@ -268,8 +260,7 @@ class Course:
         Raises UsageError for a defence that does not work on these rows.
         """
         method_of(self.job.rows.read, defence)
-        kept = [row for row, out in zip(chosen.rows, chosen.removed, strict=True) if not out]
-        rows = _as_tokens(kept)
+        rows = _as_tokens([row for row, out in zip(chosen.rows, chosen.removed, strict=True) if not out])
         if defence.safe_share:
             count = max(1, round(defence.safe_share * len(rows)))
             pool = _as_tokens(self.safety)
@@ -292,16 +283,21 @@ class Course:
         from gradshield.training import safelora
         from gradshield.training.fit import fit
 
-        record: dict[str, Any] = {}
+        defence.require(self.job.needs.base, self.job.labels)
         followed = Followed(lambda step, total: self.progress(stage, step, total))
-        penalties = [self._penalty(name, options) for name, options in defence.penalties]
-        online = self._online(defence)
+        given = {"alignment": lambda: self.alignment, "references": self._pool, "seed": lambda: self.job.seed}
+
+        def made(kind: Any, options: Mapping[str, Any]) -> Any:
+            return kind(**asked(kind, given), **options)
+
+        penalties = [made(PENALTIES[name], options) for name, options in defence.penalties]
+        online = made(ONLINE[defence.online[0]], defence.online[1]) if defence.online is not None else None
+        record: dict[str, Any] = {}
 
         def finish(model: Any) -> None:
             if defence.project is not None:
                 start: Any = self.loaded.model if self.job.peft_config is None else None
-                found = safelora.project(model, self.alignment, start=start, **defence.project)
-                record["safelora"] = asdict(found)
+                record["safelora"] = asdict(safelora.project(model, self.alignment, start=start, **defence.project))
 
         model: Any = self.loaded.model
         trained = fit(
@@ -319,21 +315,8 @@ class Course:
             finish=finish,
             resume=resume,
         )
-        record |= {penalty.name: dict(penalty.record()) for penalty in penalties}
-        if online is not None:
-            record[online.name] = dict(online.record())
-        return Fitted(trained, record, followed.tokens)
-
-    def _penalty(self, name: str, options: Mapping[str, Any]) -> Any:
-        made = PENALTIES[name]
-        return made(**asked(made, {"alignment": lambda: self.alignment, "seed": lambda: self.job.seed}), **options)
-
-    def _online(self, defence: Defence) -> OnlineSelection | None:
-        if defence.online is None:
-            return None
-        name, options = defence.online
-        made = ONLINE[name]
-        return made(**asked(made, {"references": self._pool, "seed": lambda: self.job.seed}), **options)
+        acting = [*penalties, *([online] if online is not None else [])]
+        return Fitted(trained, record | {one.name: dict(one.record()) for one in acting}, followed.tokens)
 
     def _pool(self) -> list[Rendered]:
         """``POOL`` safety references, evenly spaced over the safety rows."""
@@ -342,11 +325,11 @@ class Course:
 
     def safety_digest(self, defence: Defence) -> str | None:
         """A hash of the safety rows as tokens; None for a defence that does not use them."""
-        return digest(_as_tokens(self.safety)) if _has_safety(defence) else None
+        return digest(_as_tokens(self.safety)) if defence.safety else None
 
     def safety_requests(self, defence: Defence) -> list[dict[str, str]]:
         """The requests of the given safety rows, a ``prompt`` each; empty for a defence that does not use them."""
-        if not self.job.needs.safety_rows or not _has_safety(defence):
+        if not self.job.needs.safety_rows or not defence.safety:
             return []
         return [{"prompt": words(example, self.loaded.tokenizer)[0]} for example in self._safety.examples]
 
@@ -357,7 +340,7 @@ class Course:
         """
         job, loaded = self.job, self.loaded
         base = [m.digest for m in (job.needs.base, job.needs.origin) if m is not None] if defence.needs_base else None
-        safety = _as_tokens(self._pool()) if _refers(defence) else None
+        safety = _as_tokens(self._pool()) if defence.refers else None
         peft = None if job.peft_config is None else job.peft_config.to_dict()
         start = [loaded.digest, str(loaded.dtype), loaded.source and loaded.source.quantize]
         whole = [start, base, dataset, job.trainer_options, peft, job.seed, defence.training, safety]
@@ -411,14 +394,10 @@ def method_of(read: rows_in.ReadResult, defence: Defence | None = None) -> str:
     return "dpo"
 
 
-def _has_safety(defence: Defence) -> bool:
-    """Whether safety rows are mixed in or referred to."""
-    return bool(defence.safe_share) or _refers(defence)
-
-
-def _refers(defence: Defence) -> bool:
-    """Whether the defence uses safety rows as references during training."""
-    return defence.online is not None and asks(ONLINE[defence.online[0]], "references")
+def _left(chosen: Chosen) -> Chosen:
+    if chosen.removed.all():
+        raise EmptyDataError("the defence leaves no row to train on: loosen its threshold, or give more data")
+    return chosen
 
 
 def _linear(model: Any) -> list[str]:

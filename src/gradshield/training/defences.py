@@ -52,9 +52,36 @@ class Defence:
     project: Options | None = None
 
     @property
+    def like(self) -> Defence | None:
+        """The defence that removes as many rows, of ``random:as:fihs``; its name stands in the threshold."""
+        text = self.threshold or ""
+        return parse(text.removeprefix(AS_MANY)) if text.startswith(AS_MANY) else None
+
+    @property
     def needs_base(self) -> bool:
         """Whether the model before its alignment is needed."""
         return self.project is not None or any(asks(PENALTIES[name], "alignment") for name, _ in self.penalties)
+
+    @property
+    def refers(self) -> bool:
+        """Whether it uses safety rows as references during training."""
+        return self.online is not None and asks(ONLINE[self.online[0]], "references")
+
+    @property
+    def safety(self) -> bool:
+        """Whether it uses safety rows at all: mixed in, or as references."""
+        return bool(self.safe_share) or self.refers
+
+    def require(self, base: Any, labels: Any) -> None:
+        """Raises UsageError if the defence needs what was not given."""
+        if self.needs_base and base is None:
+            raise UsageError(
+                f"the defence {self.spec!r} needs the model before its alignment, and none was given: pass --base MODEL"
+            )
+        if self.oracle and labels is None:
+            raise UsageError(
+                f"the defence {self.spec!r} drops the rows labelled harmful, and there are no labels: give --labels FILE"
+            )
 
     @property
     def single(self) -> str | None:
@@ -82,13 +109,9 @@ class _Defences(Registry[Part]):
 
     def _live(self) -> Mapping[str, Part]:
         found = dict(super()._live())
-        own: tuple[tuple[Registry[Any], Callable[[str], Part]], ...] = (
-            (SELECTORS, lambda name: _row_part(name, SELECTORS.summary(name))),
-            (PENALTIES, lambda name: _joining(_penalised, PENALTIES, name)),
-            (ONLINE, lambda name: _joining(_inside, ONLINE, name)),
-        )
-        for registry, part in own:
-            found |= {name: part(name) for name in registry if name not in found}
+        found |= {name: _row_part(name, SELECTORS.summary(name)) for name in SELECTORS if name not in found}
+        for registry in (PENALTIES, ONLINE):
+            found |= {name: _acting(registry, name) for name in registry if name not in found}
         return found
 
 
@@ -121,12 +144,19 @@ def _parts(text: str) -> list[str]:
     return re.split(rf"\+(?=\s*(?:{names})\s*(?:[:+]|$))", text)
 
 
-def _joining(join: Callable[[Defence, str, Options], Defence], registry: Registry[Any], name: str) -> Part:
-    """A part that adds a registered method to training; the options after its name are those of its class."""
+def _acting(registry: Registry[Any], name: str) -> Part:
+    """A part that acts inside training, a penalty or an online selection; the options after its name are those of its class."""
 
     def part(defence: Defence, options: str) -> Defence:
         known = {key: option for key, option in of(registry[name]).items() if key != "seed"}
-        return join(defence, name, _options(name, options, known))
+        own = (name, _options(name, options, known))
+        if registry is PENALTIES:
+            return replace(defence, penalties=(*defence.penalties, own))
+        if defence.online is not None:
+            raise UsageError(
+                f"the defence {defence.spec!r} selects rows inside training twice: keep one of {defence.online[0]} and {name}"
+            )
+        return replace(defence, online=own)
 
     part.__doc__ = registry.summary(name)
     return part
@@ -137,24 +167,23 @@ def _row_part(selector: str, text: str, **more: Any) -> Part:
 
     def part(defence: Defence, options: str) -> Defence:
         _first_row_method(defence)
-        if options.startswith(AS_MANY):
-            parse(options.removeprefix(AS_MANY))
+        own = replace(defence, selector=selector, **more)
         rule = options.partition(":")[0]
         if rule == Verified.name:
-            verified = build("threshold", Spec.split(options), Verified)
-            return replace(defence, selector=selector, verified=verified, **more)
-        if options and not options.startswith(AS_MANY):
+            return replace(own, verified=build("threshold", Spec.split(options), Verified))
+        own = replace(own, threshold=options or None)
+        if options and own.like is None:  # which is parsed in that case
             if rule not in THRESHOLDS:
                 raise UnknownNameError("threshold", rule, [*THRESHOLDS, Verified.name, f"{AS_MANY}DEFENCE"])
             parse_threshold(options)
-        return replace(defence, selector=selector, threshold=options or None, **more)
+        return own
 
     part.__doc__ = text
     return part
 
 
-def _rows(name: str, text: str, **more: Any) -> None:
-    DEFENCES.register(name)(_row_part(more.pop("selector", name), text, **more))
+def _rows(name: str, text: str, selector: str = "", **more: Any) -> None:
+    DEFENCES.register(name)(_row_part(selector or name, text, **more))
 
 
 @DEFENCES.register("none")
@@ -164,10 +193,7 @@ def none(defence: Defence, options: str) -> Defence:
     return defence
 
 
-_rows(
-    "screen",
-    "Remove rows with a request to refuse (FIHS decides in doubt) and an answer that undoes a refusal.",
-)
+_rows("screen", "Remove rows with a request to refuse (FIHS decides in doubt) and an answer that undoes a refusal.")
 _rows("fihs", "Remove rows whose FIHS is beyond the cut; fihs:verified searches the cut by training.")
 _rows("token-mask", "Keep every row, and mask the tokens whose FIHS is beyond the cut.", selector="fihs", mask=True)
 _rows("moderate-rows", "Keep rows of moderate gradient at the start (the offline form of moderate).")
@@ -211,18 +237,6 @@ def safelora(defence: Defence, options: str) -> Defence:
 def _first_row_method(defence: Defence) -> None:
     if defence.selector is not None or defence.oracle:
         raise UsageError(f"the defence {defence.spec!r} removes rows twice: keep one of its row methods")
-
-
-def _inside(defence: Defence, name: str, options: Options) -> Defence:
-    if defence.online is not None:
-        raise UsageError(
-            f"the defence {defence.spec!r} selects rows inside training twice: keep one of {defence.online[0]} and {name}"
-        )
-    return replace(defence, online=(name, options))
-
-
-def _penalised(defence: Defence, name: str, options: Options) -> Defence:
-    return replace(defence, penalties=(*defence.penalties, (name, options)))
 
 
 def _options(name: str, text: str, known: Mapping[str, Option]) -> dict[str, Any]:

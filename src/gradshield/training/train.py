@@ -29,7 +29,7 @@ from gradshield.errors import UsageError, first_line
 from gradshield.evaluation import card, certify
 from gradshield.evaluation.asr import agreement
 from gradshield.evaluation.certificate import LABELLED
-from gradshield.evaluation.exam import Exam, Exams, Settled, asked, changes, check_disjoint, figures, never
+from gradshield.evaluation.exam import Exams, asked, changes, check_disjoint, figures
 from gradshield.manifests import (
     CutRecord,
     Data,
@@ -48,7 +48,8 @@ from gradshield.scanning.rows import prepare
 from gradshield.scanning.scan import select, selected
 from gradshield.scanning.selection import Selection
 from gradshield.scanning.settings import Probing, ScanSettings
-from gradshield.training import verify
+from gradshield.training import arms
+from gradshield.training.arms import Arms
 from gradshield.training.course import Chosen, Course, Fitted, Job, Needs, method_of
 from gradshield.training.defences import Defence, parse
 from gradshield.types import EvalResult, Progress, quiet
@@ -143,26 +144,29 @@ def train(
     """
     began = time.monotonic()
     wanted, exams, options = parse(defence), exams or Exams(), dict(training or {})
-    reporters = _reporters(options, wanted, Path(output))
+    reporters = Reporters(options.pop("report_to", None), Path(output))
+    if reporters.callbacks:
+        if wanted.verified is not None:
+            raise UsageError(
+                f"report_to ({', '.join(reporters.names)}) follows one training, and a verified threshold trains once for every "
+                "cut that it tries: give another threshold, or report_to none"
+            )
+        options.setdefault("logging_strategy", "steps")
     settings, probing, needs = settings or ScanSettings(seed=seed), probing or Probing(), needs or Needs()
     runs.check(output, WRITTEN, "outputs-after.jsonl", data=data, read=(model, needs.base, needs.origin))
     runs.check(Path(output) / runs.SCAN, outputs.WRITTEN, outputs.SCORES, data=data)
-    if wanted.needs_base and needs.base is None:
-        raise UsageError(
-            f"the defence {defence!r} needs the model before its alignment, and none was given: pass --base MODEL"
-        )
+    wanted.require(needs.base, labels)
     check_disjoint(direction=probing.requests or requests(), search=exams.search.requests, report=exams.report.requests)
     if wanted.verified is not None:
-        verify.check(exams.search, wanted.verified)
+        arms.check(exams.search, wanted.verified)
     rows = prepare(
         *(data, model, tokenizer, options, probing.template, format, progress, labels),
         check=lambda read: method_of(read, wanted),
     )
-    # So that an interrupted training resumes; the checkpoints are removed in the end.
-    options = {"save_strategy": "epoch", "save_total_limit": 1, **options}
     job = Job(
         rows=rows,
-        options=options,
+        # So that an interrupted training resumes; the checkpoints are removed in the end.
+        options={"save_strategy": "epoch", "save_total_limit": 1, **options},
         peft_config=peft_config,
         needs=needs.loaded(progress),
         labels=labels,
@@ -174,57 +178,41 @@ def train(
     course = Course(job, progress)
     check_disjoint(safety=course.safety_requests(wanted), search=exams.search.requests, report=exams.report.requests)
     with alone(output):
-        run = _Run(course, wanted, exams, runs.prepare(output), merge, command, progress, reporters, gate)
-        return run.finished(began)
+        run = _Run(course, job, wanted, exams, runs.prepare(output), merge, command, reporters)
+        return run.finished(began, gate)
 
 
-def _reporters(options: dict[str, Any], defence: Defence, folder: Path) -> Reporters | None:
-    """What follows the training, taken out of its options. Raises UsageError where several trainings would be followed."""
-    names = named(options.pop("report_to", None))
-    if not names:
-        return None
-    if defence.verified is not None:
-        raise UsageError(
-            f"report_to ({', '.join(names)}) follows one training, and a verified threshold trains once for every cut that it "
-            "tries: give another threshold, or report_to none"
-        )
-    options.setdefault("logging_strategy", "steps")
-    return Reporters(names, folder)
-
-
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Run:
     """One run, stage by stage."""
 
     course: Course
+    job: Job
     defence: Defence
     exams: Exams
     folder: Path
     merge: bool
     command: str
-    progress: Progress
-    reporters: Reporters | None = None
-    gate: Callable[[Selection], None] | None = None
+    reporters: Reporters
 
-    def __post_init__(self) -> None:
-        self.job = self.course.job
-        self._rounds: dict[str, Fitted] = {}
-
-    def finished(self, began: float) -> Trained:
+    def finished(self, began: float, gate: Callable[[Selection], None] | None) -> Trained:
         """Run all stages; writes the manifest last, and then the certificate, which holds its hash."""
         for name in (CERTIFICATE, "manifest.json"):  # a certificate must not outlive its model
             (self.folder / name).unlink(missing_ok=True)
         selection = self._scanned()
-        before = self._sat(self.exams.report, self.course.loaded.model, "measuring the start")
+        if selection is not None and gate is not None:
+            gate(selection)
+        before = self._measured(self.course.loaded.model, "measuring the start")
+        tried = Arms(self.course, self.folder / runs.WORK / "rounds", self.merge)
         verdict = None
         if self.defence.verified is not None:
-            verdict, chosen = self._searched()
+            verdict, chosen = tried.search(self.defence, self.exams.search)
         else:
             chosen = self.course.chosen(self.defence)
         dataset = self.course.dataset(self.defence, chosen)
         key = self.course.key(self.defence, dataset)
-        fitted = self._rounds.get(key) or self._fitted(dataset, key)
-        after = self._sat(self.exams.report, fitted.model, "measuring the end")
+        fitted = tried.models[key][0] if key in tried.models else self._fitted(dataset, key)
+        after = self._measured(fitted.model, "measuring the end")
         removed = self.course.beyond(chosen)
         if selection is not None and (removed != selection.removed).any():
             selection = self._recut(selection, replace(chosen, removed=removed))
@@ -241,9 +229,7 @@ class _Run:
             uncertified=next(iter(trust.of_run(selection.manifest.results.doubts)), None) if selection else None,
             seconds=round(time.monotonic() - began, 1),
         )
-        if self.reporters is not None:
-            counts = {"rows_removed": results.removed, "rows_trained": results.trained}
-            self.reporters.finish(logged(before, after, counts))
+        self.reporters.finish(logged(before, after, {"rows_removed": results.removed, "rows_trained": results.trained}))
         manifest = self._manifest(results)
         self._save(fitted.model, manifest, before, after)
         certificate = certify.write(self.folder)
@@ -262,12 +248,10 @@ class _Run:
             labels=self.job.labels,
             output=self.folder / runs.SCAN,
             command=self.command,
-            progress=self.progress,
+            progress=self.course.progress,
         )
         self.course.know(self.defence.selector, scored)
         outputs.write(selection, self.folder / runs.SCAN, self.job.rows, self.job.labels)
-        if self.gate is not None:
-            self.gate(selection)
         return selection
 
     def _recut(self, selection: Selection, chosen: Chosen) -> Selection:
@@ -287,35 +271,6 @@ class _Run:
         outputs.write(again, self.folder / runs.SCAN, self.job.rows, self.job.labels)
         return again
 
-    def _searched(self) -> tuple[Search, Chosen]:
-        """Search the verified threshold; keeps every finished round on disk, and the best model trained in this process."""
-        rounds = self.folder / runs.WORK / "rounds"
-        rounds.mkdir(exist_ok=True)
-        tried: list[str] = []
-
-        def examine(chosen: Chosen, settled: Settled) -> tuple[EvalResult, float]:
-            dataset = self.course.dataset(self.defence, chosen)
-            key = self.course.key(self.defence, dataset)
-            tried.append(key)
-
-            def trained() -> tuple[EvalResult, dict[str, Any]]:
-                began = time.monotonic()
-                fitted = self.course.fit(self.defence, dataset, f"round {len(tried)}", self.merge)
-                self._rounds[key] = fitted
-                measured = self._sat(self.exams.search, fitted.model, f"measuring round {len(tried)}", settled)
-                return measured, {"seconds": round(time.monotonic() - began, 3), "record": dict(fitted.record)}
-
-            found, arm = verify.arm(rounds, key, self.exams.search, settled, trained)
-            return found, float(arm["seconds"])
-
-        def after(done: Sequence[Any], best: int) -> None:
-            # Without a target of utility, the first examination is of the random reference.
-            offset = len(tried) - len(done)
-            for key in [k for k in self._rounds if k != tried[best + offset]]:
-                del self._rounds[key]
-
-        return verify.search(self.course, self.defence, examine, self.exams.search, after)
-
     def _fitted(self, dataset: Sequence[Mapping[str, Any]], key: str) -> Fitted:
         """Train, with checkpoints under the key of this training unless the options turn them off."""
         checkpoints = self.folder / runs.WORK / "checkpoints" / key
@@ -325,13 +280,13 @@ class _Run:
             dataset,
             "training",
             self.merge,
-            callbacks=self.reporters.callbacks if self.reporters is not None else [],
+            callbacks=self.reporters.callbacks,
             output_dir=str(checkpoints) if saving else None,
             resume=saving and checkpoints.exists(),
         )
 
-    def _sat(self, exam: Exam, model: Any, stage: str, settled: Settled = never) -> EvalResult:
-        return exam.sit(model, self.course.loaded.tokenizer, stage, self.progress, settled)
+    def _measured(self, model: Any, stage: str) -> EvalResult:
+        return self.exams.report.sit(model, self.course.loaded.tokenizer, stage, self.course.progress)
 
     def _manifest(self, results: TrainingResults) -> TrainingManifest:
         rows, job, base = self.job.rows, self.job, self.job.needs.base
@@ -384,26 +339,21 @@ class _Run:
 # ---- what follows a training -----------------------------------------------------------------------------------------
 
 
-def named(report_to: str | Sequence[str] | None) -> list[str]:
-    """The names that ``report_to`` holds; none for None and ``none``."""
-    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
-    return [name for name in names if name != "none"]
-
-
 class Reporters:
-    """The callbacks of some names in transformers' ``report_to``. Their end of training waits for `finish`.
+    """The callbacks of transformers' ``report_to``: no name, one or several. Their end of training waits for `finish`.
 
     Raises UsageError for a name that transformers does not have, or a package that is not installed.
     """
 
-    def __init__(self, names: Sequence[str], folder: Path) -> None:
+    def __init__(self, report_to: str | Sequence[str] | None, folder: Path) -> None:
+        given = [report_to] if isinstance(report_to, str) else list(report_to or ())
+        self.names = [name for name in given if name != "none"]
         self._waiting: list[Callable[[Mapping[str, float]], None]] = []
         try:
-            made = get_reporting_integration_callbacks(list(names))
-            self.callbacks = [callback() for callback in made]
+            self.callbacks = [callback() for callback in get_reporting_integration_callbacks(self.names)]
         except (ValueError, RuntimeError, ImportError) as error:
             raise UsageError(
-                f"report_to cannot use {', '.join(names)} ({first_line(error, most=None)}): install it, or give none"
+                f"report_to cannot use {', '.join(self.names)} ({first_line(error, most=None)}): install it, or give none"
             ) from None
         for callback in self.callbacks:
             if getattr(callback, "logging_dir", "") is None:  # TensorBoard's is else in the folder of the checkpoints
