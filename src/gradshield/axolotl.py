@@ -88,8 +88,8 @@ class Plugin(BasePlugin):  # type: ignore[misc]
         from filelock import FileLock
 
         from gradshield import runs
-        from gradshield.cli.gate import check_gate
         from gradshield.cli.options import share
+        from gradshield.cli.scan import closed_gate
         from gradshield.manifests import ScanManifest
         from gradshield.scanning.cut import read_scores
 
@@ -108,7 +108,8 @@ class Plugin(BasePlugin):  # type: ignore[misc]
         )  # fmt: skip
         for doubt in results.doubts.values():
             LOG.warning("GradShield, not certified: %s", doubt)
-        check_gate(results, gate)
+        if (closed := closed_gate(results, gate)) is not None:
+            raise closed
         return scores.rows[~removed]
 
 

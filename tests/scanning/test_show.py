@@ -36,7 +36,7 @@ def test_the_pieces_are_the_row_and_only_answers_count(folder: Path, tmp_path: P
 
 def test_answers_are_printed_bold_and_green(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(soft_wrap=True, highlight=False, emoji=False, force_terminal=True)
-    monkeypatch.setattr("gradshield.cli.show.out", console)
+    monkeypatch.setattr("gradshield.cli.scan.out", console)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     done = command("show", _data(tmp_path, *chats(3)), "--row", 2, "--model", folder)

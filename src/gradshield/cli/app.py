@@ -1,29 +1,89 @@
-"""The command-line app. To add a command, add a file to this folder and a name to ``COMMANDS``."""
+"""The command-line app, and the commands that need neither rows nor a model: ``methods`` and ``cache``."""
 
 from __future__ import annotations
 
+import inspect
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from gradshield import __version__
-from gradshield.cli.cache import cache
-from gradshield.cli.certify import certify
-from gradshield.cli.common import err, out, plain
-from gradshield.cli.compare import compare
-from gradshield.cli.cut import cut
-from gradshield.cli.demo import demo
-from gradshield.cli.evaluate import evaluate
-from gradshield.cli.methods import methods
-from gradshield.cli.review import review
-from gradshield.cli.scan import estimate, scan
+from gradshield import cache as kept
+from gradshield.cli.common import err, out, plain, quiet_libraries
+from gradshield.cli.evaluate import certify, evaluate
+from gradshield.cli.scan import cut, estimate, review, scan, show
 from gradshield.cli.serve import keys, serve
-from gradshield.cli.show import show
-from gradshield.cli.train import train
+from gradshield.cli.train import compare, demo, train
 from gradshield.errors import GradShieldError
 from gradshield.models.placement import keep_freed_memory
+from gradshield.report.text import duration
+
+
+def methods() -> None:
+    """List all defences, selectors, probes, engines, thresholds, judges, metrics, aggregates, subspaces and row shapes."""
+    quiet_libraries()
+    for kind, entries in catalogue().items():
+        table = Table(
+            title=kind, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
+        )
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column()
+        for name, text in entries.items():
+            table.add_row(escape(name), escape(text))
+        Console(highlight=False, emoji=False).print(table, "")
+
+
+def catalogue() -> dict[str, dict[str, str]]:
+    """Every registered method: kind -> name -> first line of its docstring."""
+    from gradshield.data import SHAPES
+    from gradshield.evaluation.metrics import METRICS, UNREGISTERED
+    from gradshield.gradients import ENGINES, SUBSPACES
+    from gradshield.judges import JUDGES
+    from gradshield.probes import PROBES
+    from gradshield.selectors import AGGREGATES, SELECTORS
+    from gradshield.thresholds import THRESHOLDS, Verified
+    from gradshield.training.defences import DEFENCES
+
+    registries: tuple[Any, ...] = (DEFENCES, SELECTORS, PROBES, ENGINES, THRESHOLDS, JUDGES, METRICS)
+    found = {f"{r.kind}s": {name: r.summary(name) for name in r} for r in registries}
+    found["thresholds"][Verified.name] = (inspect.getdoc(Verified) or "").split("\n", 1)[0]
+    found["metrics"] |= UNREGISTERED
+    found["aggregates"] = dict(AGGREGATES)
+    found["subspaces"] = dict(SUBSPACES)
+    found["row shapes"] = {name: "keys " + ", ".join(SHAPES[name].keys) for name in SHAPES}
+    return found
+
+
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete all entries.")] = False,
+) -> None:
+    """List what is kept of scanned models, so that the next scan of the same model starts sooner.
+
+    An entry holds what a scan found on a model before its first row: its answers to the probes, the direction of its unsafety
+    score, how it reads known requests. No row of a dataset is in it. GRADSHIELD_CACHE names another folder; if it is empty,
+    nothing is kept.
+    """
+    folder = kept.folder()
+    if folder is None:
+        out.print("nothing is kept: GRADSHIELD_CACHE is empty")
+        return
+    if clear:
+        out.print(f"{kept.clear()} entries deleted from {plain(str(folder))}")
+        return
+    found = kept.entries()
+    for entry in found:
+        name, _, digest = entry.path.stem.partition("-")
+        used = duration(max(0.0, time.time() - entry.used))
+        out.print(f"{plain(name):10} {plain(digest[:12]):12} {entry.size / 2**20:9.1f} MiB   used {used} ago")
+    whole = sum(entry.size for entry in found) / 2**20
+    out.print(f"{len(found)} entries, {whole:.1f} of {kept.MOST / 2**20:,.0f} MiB, in {plain(str(folder))}")
+
 
 # In the order of the help.
 COMMANDS: tuple[Callable[..., Any], ...] = (

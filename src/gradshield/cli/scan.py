@@ -1,27 +1,45 @@
-"""``gradshield scan``: find the rows that would make the model less safe. ``gradshield estimate``: what that will take."""
+"""The commands that decide which rows stay: ``scan``, ``estimate``, ``cut``, ``review`` and ``show``."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import os
+import webbrowser
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.text import Text
 
 from gradshield import cache
 from gradshield.cli import options
 from gradshield.cli.common import command_line, err, out, plain, progress, quiet_libraries, read_as, summary
-from gradshield.cli.gate import Sarif, check_sarif, judge
-from gradshield.errors import DataError, UsageError
+from gradshield.errors import DataError, GateError, UsageError
 from gradshield.files import read_labels
-from gradshield.report.text import duration
+from gradshield.manifests import Data as Dataset
+from gradshield.manifests import ScanManifest, ScanResults
+from gradshield.report.text import duration, visible
+from gradshield.runs import alone, read_manifest, write_json
 
 if TYPE_CHECKING:
-    from gradshield.manifests import Data as Dataset
+    from gradshield.scanning.selection import Selection
 
 REASONS = 5  # why rows cannot be scored, printed one by one; the rest are counted
+_BRACKETS = str.maketrans({"⟦": "\\u27e6", "⟧": "\\u27e7"})  # a row cannot draw marks of its own
+
+Sarif = Annotated[
+    Path | None,
+    options.reviewing(
+        "--sarif",
+        help="Write the removed rows as findings (SARIF 2.1.0); in GitHub Actions, annotate them too.",
+        show_default=False,
+    ),
+]
+Finished = Annotated[Path, typer.Argument(help="Output folder of a finished scan.", show_default=False)]
 
 
 def scan(
@@ -162,15 +180,139 @@ estimate.__signature__ = _shared.replace(  # type: ignore[attr-defined]
 )
 
 
+def cut(
+    folder: Finished,
+    threshold: options.Rule = None,
+    allow: options.Allow = None,
+    deny: options.Deny = None,
+    fail_above: options.FailAbove = None,
+    sarif: Sarif = None,
+) -> None:
+    """Cut saved scores again with another threshold; no model is needed."""
+    gate = options.share("--fail-above", fail_above)
+    from gradshield.scanning.decide import read_ids
+
+    allowed = None if allow is None else read_ids(allow, "the --allow file")
+    denied = None if deny is None else read_ids(deny, "the --deny file")
+    check_sarif(sarif)
+    _require_scan(folder)
+    from gradshield.scanning.cut import ALLOW, DENY, own_list
+    from gradshield.scanning.cut import cut as cut_again
+
+    own = {name: own_list(folder, name) for name, given in ((ALLOW, allowed), (DENY, denied)) if given is None}
+    allowed, denied = own.get(ALLOW, allowed), own.get(DENY, denied)
+    selection = cut_again(folder, threshold, allowed, denied, command=command_line())
+    if any(own.values()):
+        out.print("lists   " + ", ".join(f"{name} ({len(ids)})" for name, ids in own.items() if ids))
+    summary(selection, folder, [*(allowed or ()), *(denied or ())])
+    judge(selection, sarif, gate)
+
+
+def review(
+    folder: Finished,
+    port: Annotated[int, typer.Option(help="Port on this machine; 0 takes a free one.", min=0, max=65535)] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
+) -> None:
+    """Read the rows nearest to the cut on a local page, keep or remove each, and split the rows again.
+
+    Only this machine can reach the page, and only with its address. Every decision is written at once, to allow.txt and
+    deny.txt in the folder; Ctrl-C ends.
+    """
+    _require_scan(folder)
+    from gradshield.scanning.review import Review
+    from gradshield.scanning.review_server import Server
+
+    with alone(folder):
+        found = Review(folder)
+        with Server(found, port, command_line()) as server:
+            out.print(f"review  [bold]{escape(server.url)}[/bold]\n[dim]Ctrl-C ends[/dim]")
+            if not no_browser:
+                webbrowser.open(server.url)
+            with suppress(KeyboardInterrupt):  # the usual end
+                server.serve_forever()
+        left = " Decisions that are not applied yet are kept for the next review." if found.waiting else ""
+        out.print(f"\n{len(found.verdicts)} rows decided; {found.removed} rows removed with them.{left}")
+
+
+def show(
+    data: options.Data,
+    row: Annotated[int, typer.Option("--row", "-n", help="Position in the file, from 0.", min=0)] = 0,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Model whose tokenizer and template to use (default: the bundled lab's)."),
+    ] = None,
+    format: options.Shape = None,
+    columns: options.Columns = None,
+    max_length: options.MaxLength = None,
+    training_config: options.TrainingConfig = None,
+    trust_remote_code: options.Remote = False,
+) -> None:
+    """Print a row as the model sees it, with the loss tokens in colour, or between ⟦ and ⟧ where there is none (a pipe)."""
+    training = options.training_options(training_config, max_length)
+    shape = options.row_format(format, columns)
+    options.require_data(data)
+    if model is not None:
+        options.require_model(model)
+    quiet_libraries()
+    from gradshield.scanning.show import show as seen
+
+    view = seen(data, row, model=model, format=shape, training_args=training, trust_remote_code=trust_remote_code)
+    coloured = out.color_system is not None and not out.no_color
+    for counts, run in groupby(view.pieces, key=lambda piece: piece[1]):
+        text = visible("".join(text for text, _ in run))
+        if not coloured:
+            text = text.translate(_BRACKETS)
+            text = f"⟦{text}⟧" if counts else text
+        out.print(Text(text, style="bold green" if counts else "dim"), end="")
+    out.print()
+    out.print(
+        f"[dim]row {row} · {escape(view.shape)} · {view.tokens} tokens, [/dim][bold green]{view.counted} in the loss[/bold green]"
+        + ("" if coloured else " (between ⟦ and ⟧)")
+        + f"[dim] · tokenizer of {plain(model or 'the bundled lab')}[/dim]"
+    )
+
+
 def _scanned(folder: Path) -> Dataset | None:
     """The data of the finished scan in the folder, if it holds one that can be read."""
-    from gradshield.manifests import ScanManifest
-    from gradshield.runs import read_manifest
-
     try:
         return read_manifest(folder, ScanManifest).data
     except DataError:  # nothing yet, or nothing of ours: `run` says what it cannot write into
         return None
+
+
+def _require_scan(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {str(folder)!r}: run `gradshield scan` into it first")
+
+
+def check_sarif(path: Path | None) -> None:
+    """Raises DataError, before anything is scanned, for a path that no file can be written to."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise DataError(f"--sarif cannot write {str(path)!r}: name a file in a folder that exists")
+
+
+def judge(selection: Selection, sarif: Path | None, gate: float | None) -> None:
+    """Write the findings, annotate them in GitHub Actions, and raise GateError if the gate closes."""
+    from gradshield.scanning import findings
+
+    closed = closed_gate(selection.manifest.results, gate)
+    if sarif is not None:
+        write_json(sarif, findings.sarif(selection, closed is not None))
+        if os.environ.get("GITHUB_ACTIONS") == "true":
+            for line in findings.workflow_commands(selection, closed is not None):
+                print(line)  # as it is: the console would read markup in it
+    if closed is not None:
+        raise closed
+
+
+def closed_gate(results: ScanResults, gate: float | None) -> GateError | None:
+    """The error if more rows were removed than ``gate``, a share, allows: 0.7 % of 1,000 is 7, and not less."""
+    if gate is None or results.removed <= gate * results.scored * (1 + 1e-12):
+        return None
+    return GateError(
+        f"{results.removed} of {results.scored} rows ({100 * results.removed / results.scored:.1f} %) were removed, and "
+        f"--fail-above allows {100 * gate:g} %: read the report, clear rows with --allow, or fix the data"
+    )
 
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:

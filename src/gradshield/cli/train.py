@@ -1,4 +1,4 @@
-"""``gradshield train``: scan, fine-tune under a defence, and measure."""
+"""The commands that fine-tune: ``train`` under a defence, ``compare`` of many, and the ``demo``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from gradshield.cli import options
 from gradshield.cli.common import (
@@ -22,7 +24,7 @@ from gradshield.cli.common import (
     read_as,
     verdict,
 )
-from gradshield.errors import GateError, UsageError
+from gradshield.errors import DataError, GateError, GradShieldError, UsageError
 from gradshield.files import read_labels
 
 training = partial(typer.Option, rich_help_panel="Training")
@@ -157,6 +159,79 @@ def train(
     _summary(done, output)
     if done.verdict is not None and not done.verdict.met:
         raise GateError(done.verdict.sentence + "; the safest model is kept")
+
+
+def compare(
+    config: Annotated[
+        Path, typer.Argument(help="YAML of tasks, mixes, defences and seeds (docs/compare.md).", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for cells, arms, the table and the page.")],
+    workers: Annotated[int, typer.Option(help="Processes, one core each.", min=1)] = 1,
+) -> None:
+    """Fine-tune and measure a grid of defences; finished cells are never run again.
+
+    Exit code 1 if a cell failed: the table says why, and the same command retries it.
+    """
+    if not config.is_file():
+        raise DataError(f"there is no config file {str(config)!r}: give a YAML file (docs/compare.md)")
+    quiet_libraries()
+    from gradshield.comparison.compare import compare as run
+    from gradshield.comparison.grid import read
+
+    checked = read(config)
+    with progress() as report:
+        whole = run(checked, output, workers, command_line(), report)
+    cost = whole.cost
+    took = cost.cell_seconds
+    shown = f"{took / 3600:.1f} hours" if took >= 3600 else f"{took / 60:.1f} minutes"
+    out.print(
+        f"{cost.cells} cells from {cost.arms} trained models (equal ones are shared), {shown} of work"
+        + (f", [bold]{cost.failed} failed[/bold]" if cost.failed else "")
+    )
+    out.print(f"table   [bold]{escape(str(output / 'results.md'))}[/bold]")
+    out.print(f"page    [bold]{escape(str(output / 'results.html'))}[/bold]")
+    if cost.failed:
+        first = next(cell.failed for cell in whole.cells if cell.failed is not None)
+        raise GradShieldError(
+            f"{cost.failed} of {cost.cells} cells failed, the first because {first}; the table lists them, and the same "
+            "command retries them"
+        )
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo writes.")] = Path(
+        "gradshield-demo"
+    ),
+    task: Annotated[str, typer.Option(help="Utility task of the bundled lab.")] = "choice",
+    harm: Annotated[str, typer.Option(help="Kind of harm mixed in.")] = "explicit",
+    ratio: Annotated[str, typer.Option(help="Share of harmful rows.")] = "10%",
+    seed: Annotated[int, typer.Option(help="Seed of the mix, the scan and the training.")] = 0,
+) -> None:
+    """Scan a poisoned set with the bundled lab model, fine-tune with and without the filter, and compare."""
+    amount = options.share("--ratio", ratio) or 0.0
+    quiet_libraries()
+    import torch
+
+    from gradshield.comparison.demo import run
+
+    torch.set_num_threads(
+        1
+    )  # a second one saves nothing on so small a model, and on a busy machine the two wait for each other
+    out.print("[dim]one scan, two trainings, three measurements: about a minute[/dim]")
+    with progress() as report:
+        result = run(output, task, harm, amount, seed, command_line(), report)
+    table = Table(title="GradShield demo", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in result.columns:
+        table.add_column(name, justify="right")
+    for measure, cells in result.rows:
+        table.add_row(measure, *cells)
+    Console(highlight=False).print(table)
+    out.print("[dim]rates with their 95 % Wilson interval and n[/dim]")
+    out.print(f"report  [bold]{escape(str(output / 'report.html'))}[/bold]")
+    out.print(
+        "next    gradshield scan data.jsonl --model MODEL --output screened/   [dim]your rows and your model[/dim]"
+    )
 
 
 def _wanted(data: list[str], tasks: list[str], defence: str, base: str | None, labels: list[int] | None) -> Defence:
