@@ -27,8 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradshield.gradients import target_names
 from gradshield.gradients.alignment import Alignment
-from gradshield.training.adapters import adapted_layers
-from gradshield.training.asft import AsFT
+from gradshield.training.asft import AsFT, adapted_layers
 
 RANK = 8
 FULL = {

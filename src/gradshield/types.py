@@ -125,7 +125,7 @@ class Batch:
 
 
 class OnlineSelection(Protocol):
-    """A method that selects rows during training, at the current weights; ``training.selecting`` runs it in a trainer.
+    """A method that selects rows during training, at the current weights; ``training.inside`` runs it in a trainer.
 
     ``begin`` is called once, after the adapter is added and before the first step; ``choose`` gets every collated batch
     (rows numbered 0 to B - 1) and returns which rows train, at least one (B,); ``correct`` may rewrite the ``.grad`` of the

@@ -17,7 +17,7 @@ from gradshield.errors import UsageError
 from gradshield.gradients import target_names
 from gradshield.gradients.alignment import Alignment, alignment
 from gradshield.training.asft import AsFT, penalty, penalty_full, published, top
-from gradshield.training.penalties import PENALTIES
+from gradshield.training.inside import PENALTIES
 from tests.tiny import tiny_model
 
 LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")

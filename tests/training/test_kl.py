@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gradshield.errors import UsageError
+from gradshield.training.inside import PENALTIES
 from gradshield.training.kl import FrozenReferenceKL, divergence
-from gradshield.training.penalties import PENALTIES
 from tests.tiny import VOCABULARY, tiny_model
 
 LORA = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")

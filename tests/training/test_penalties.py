@@ -20,8 +20,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 from gradshield.gradients import target_names
 from gradshield.gradients.alignment import Alignment, alignment
 from gradshield.training.asft import AsFT
+from gradshield.training.inside import Penalised, penalised
 from gradshield.training.kl import FrozenReferenceKL
-from gradshield.training.penalties import Penalised, penalised
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LORA = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")

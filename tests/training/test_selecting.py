@@ -18,7 +18,7 @@ from gradshield.errors import UsageError
 from gradshield.selectors import DualSelect
 from gradshield.selectors.moderate import OnlineModerate
 from gradshield.training import fit
-from gradshield.training.selecting import as_batch
+from gradshield.training.inside import as_batch
 from gradshield.types import Batch, Bools, Rendered, Tokens
 from tests.tiny import tiny_model, tiny_tokenizer
 

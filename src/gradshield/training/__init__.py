@@ -2,8 +2,7 @@
 
 from gradshield.training.asft import AsFT
 from gradshield.training.fit import fit
+from gradshield.training.inside import PENALTIES, Penalised, Penalty, Selecting, penalised
 from gradshield.training.kl import FrozenReferenceKL
-from gradshield.training.penalties import PENALTIES, Penalised, Penalty, penalised
-from gradshield.training.selecting import Selecting
 
 __all__ = ["PENALTIES", "AsFT", "FrozenReferenceKL", "Penalised", "Penalty", "Selecting", "fit", "penalised"]

@@ -15,14 +15,15 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from gradshield.data.batches import PAD
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
 from gradshield.data.trl import IGNORED, PAIR, check_names, config_of
 from gradshield.errors import EmptyDataError, UsageError
-from gradshield.training.penalties import Penalised
-from gradshield.training.selecting import Selecting
+from gradshield.training.inside import Penalised, Selecting
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-    from gradshield.training.penalties import Penalty
+    from gradshield.training.inside import Penalty
     from gradshield.types import OnlineSelection
 
 
@@ -141,7 +142,7 @@ def _trainer(
 
     more: dict[str, Any] = {}
     if isinstance(config, config_of(pairs=True)):
-        from gradshield.training.pairs import AsTokens, DPOTrainer
+        from trl.trainer.dpo_trainer import DPOTrainer
 
         own: tuple[type, ...] = (AsTokens, DPOTrainer) if f"{PAIR[0]}_ids" in rows.column_names else (DPOTrainer,)
         more["ref_model"] = reference
@@ -296,3 +297,38 @@ class _State:
         """Make the weights that the adapter froze trainable again."""
         for parameter, trainable in self.trainable:
             parameter.requires_grad_(trainable)
+
+
+# ---- preference pairs that are tokens already ------------------------------------------------------------------------
+
+
+class AsTokens:
+    """Mix-in before ``DPOTrainer`` for rows as `data.labelled` gives them, so that what trains is what was scored.
+
+    TRL would tokenise the words, and count every token after the prompt.
+    """
+
+    def __init__(self, *given: Any, args: Any, **more: Any) -> None:
+        from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+        collate = DataCollatorForPreference(PAD, args.max_length, args.truncation_mode, args.pad_to_multiple_of)
+        super().__init__(*given, args=args, data_collator=partial(_collated, collate), **more)  # type: ignore[call-arg]
+
+    def _prepare_dataset(self, dataset: Any, _tokenizer: Any, args: Any, *_more: Any) -> Any:
+        """The rows that still have a token to train on within ``max_length``, as TRL keeps them of other rows."""
+        room = args.max_length
+        kept = slice(None, room) if args.truncation_mode == "keep_start" else slice(-room if room else None, None)
+        masks = zip(*(dataset[f"{name}_mask"] for name in PAIR), strict=True)
+        return dataset.select([i for i, both in enumerate(masks) if any(any(mask[kept]) for mask in both)])
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [f"{name}_{what}" for name in PAIR for what in ("ids", "mask")]
+        self._signature_columns += [f"ref_{name}_logps" for name in PAIR]
+
+
+def _collated(collate: Callable[[Any], dict[str, Any]], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """TRL's batch of pairs, with the mask of each row in place of all that follows the prompt."""
+    batch = collate([{**row, "prompt_ids": []} for row in rows])
+    masks = [{"prompt_ids": [], **{f"{name}_ids": row[f"{name}_mask"] for name in PAIR}} for row in rows]
+    batch["completion_mask"] = collate(masks)["input_ids"]  # PAD is 0: the padding does not count
+    return batch

@@ -16,7 +16,7 @@ from gradshield.errors import UsageError
 from gradshield.gradients.base import scoring
 from gradshield.models.logits import logits_at, predicting
 from gradshield.options import Option, check
-from gradshield.training.penalties import PENALTIES
+from gradshield.training.inside import PENALTIES
 
 
 def divergence(reference: Tensor, current: Tensor) -> Tensor:

@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from gradshield.errors import UsageError
 from gradshield.gradients.alignment import Alignment
 from gradshield.models.placement import in_float64
-from gradshield.training.adapters import Adapted, Moved, adapted_layers, direction_of, moved_weights
-from gradshield.training.asft import Operator, published
+from gradshield.training.asft import (
+    Adapted,
+    Moved,
+    Operator,
+    adapted_layers,
+    direction_of,
+    moved_weights,
+    published,
+)
 
 
 @dataclass(frozen=True)
