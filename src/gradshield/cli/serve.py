@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from gradshield.cli.common import err, out, plain, quiet_processes
-from gradshield.cli.options import Lookalikes, Probes, Tokens, json_file
+from gradshield.cli.options import Judges, Lookalikes, Probes, Safety, Tokens, json_file
 from gradshield.errors import UsageError
 from gradshield.options import number
 
@@ -47,9 +47,7 @@ def serve(
         ),
     ],
     folder: Folder = GATEWAY,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; another than loopback needs a key first.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback it needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
     workers: Annotated[int, typer.Option(help="Jobs that run at once; 0 leaves them to another process.", min=0)] = 1,
     ray: Annotated[str, typer.Option(help="Run jobs on the Ray cluster at this address: host:port, or auto.")] = "",
@@ -68,20 +66,18 @@ def serve(
     webhook: Annotated[list[str] | None, typer.Option(help="URL that is told of every job's end, repeatable.")] = None,
     webhook_secret: Annotated[
         str,
-        typer.Option(
-            envvar="GRADSHIELD_WEBHOOK_SECRET", help="Secret that signs these calls (default: made and printed)."
-        ),
+        typer.Option(envvar="GRADSHIELD_WEBHOOK_SECRET", help="Secret that signs them (default: made and printed)."),
     ] = "",
     training_config: Annotated[
-        Path | None, typer.Option(help="JSON of TRL SFTConfig and DPOConfig options of every job.")
+        Path | None, typer.Option(help="JSON of every job's SFTConfig and DPOConfig options.")
     ] = None,
     lora_config: Annotated[
         Path | None, typer.Option(help="JSON of a PEFT config; without one, all weights are trained.")
     ] = None,
     probes: Probes = None,
     lookalikes: Lookalikes = None,
-    safety: Annotated[str, typer.Option(help="Requests of the safety check: builtin or a file.")] = "builtin",
-    judge: Annotated[list[str] | None, typer.Option("--judge", help="Judge of the safety check, repeatable.")] = None,
+    safety: Safety = "builtin",
+    judge: Judges = None,
     max_new_tokens: Tokens = 64,
 ) -> None:
     """Serve a fine-tuning API on the OpenAI wire that screens what it trains on and checks what it serves.
@@ -130,12 +126,11 @@ def serve(
 
 def _check_cluster(settings: Settings) -> None:
     """Raises UsageError without a database that other machines reach, without Ray, and if no cluster answers."""
-    if settings.database_url.startswith("sqlite"):
-        raise UsageError(
-            "--ray runs jobs on other machines, which cannot share a SQLite file: give --database postgresql://USER@HOST/NAME"
-        )
     from gradshield.scanning.workers import Workers, connected
 
+    if settings.database_url.startswith("sqlite"):
+        why = "--ray runs jobs on other machines, which cannot share a SQLite file"
+        raise UsageError(f"{why}: give --database postgresql://USER@HOST/NAME")
     with connected(Workers(ray=settings.ray).ray, 0):
         pass
 
@@ -157,10 +152,8 @@ def _first_key(store: Store, settings: Settings) -> str | None:
     if any(key.revoked_at is None for key in store.all_keys()):
         return None
     if not _loopback(settings.host):
-        raise UsageError(
-            f"{settings.host} can be reached from other machines, and there is no key: make one first with "
-            f"`gradshield keys create --folder {settings.folder}`"
-        )
+        why = f"{settings.host} can be reached from other machines, and there is no key"
+        raise UsageError(f"{why}: make one first with `gradshield keys create --folder {settings.folder}`")
     project = _project(store, "default") or store.add_project("default", settings.policy)
     return store.add_key(project.id, "first", "operator")[1]
 
@@ -201,8 +194,7 @@ def _installed() -> None:
         raise UsageError("the gateway is not installed: run pip install 'gradshield[gateway]'") from None
 
 
-about = "API keys of the gateway, and the policies of their projects."
-keys = typer.Typer(name="keys", help=about, no_args_is_help=True)
+keys = typer.Typer(name="keys", help="API keys of the gateway, and their projects' policies.", no_args_is_help=True)
 
 
 def _settings(folder: Path, database: str) -> tuple[Settings, bool]:
@@ -219,18 +211,15 @@ def _there(folder: Path, database: str) -> Store:
     """The store of a gateway. Raises UsageError if the folder holds none, and leaves nothing in it then."""
     settings, there = _settings(folder, database)
     if not there:
-        raise UsageError(
-            f"there is no gateway in {str(folder)!r}: give its --folder, or make a first key with keys create"
-        )
+        known = f"there is no gateway in {str(folder)!r}"
+        raise UsageError(f"{known}: give its --folder, or make a first key with keys create")
     return _store(settings)
 
 
 def _store(settings: Settings) -> Store:
     from gradshield.gateway.store import Store
 
-    store = Store(settings.database_url)
-    store.migrate()
-    return store
+    return Store(settings.database_url).migrate()
 
 
 def _project(store: Store, name: str) -> Project | None:
@@ -241,7 +230,9 @@ def _project(store: Store, name: str) -> Project | None:
 def create(
     project: Annotated[str, typer.Option(help="Project of the key; made if there is none.")] = "default",
     name: Annotated[str, typer.Option(help="What the key is called in lists and in the audit log.")] = "key",
-    role: Annotated[str, typer.Option(help="user, or operator, who also decides on jobs that wait.")] = "user",
+    role: Annotated[
+        Literal["user", "operator"], typer.Option(help="An operator also decides on jobs that wait.")
+    ] = "user",
     rows: Rows = None,
     defence: Defence = None,
     limit: Limit = None,
@@ -249,8 +240,6 @@ def create(
     database: Database = "",
 ) -> None:
     """Make a key and print it, once. A project that this makes has the policy of serve, but for what is given here."""
-    if role not in ("user", "operator"):
-        raise UsageError(f"the role {role!r} does not exist: give user or operator")
     settings, there = _settings(folder, database)
     wanted = _policy(settings.policy.model_dump(), rows, defence, limit)
     if not there:

@@ -170,17 +170,11 @@ def create_job(body: wire.JobRequest, here: Here, asker: Asker) -> Any:
             if id is None or here.store.get(File, asker.project, id).purpose == "fine-tune":
                 continue
         raise ApiError(400, f"There is no file {id!r} with the purpose 'fine-tune'.", name, "invalid_file")
-    job = here.store.add_job(
-        asker.project,
-        here.settings.limits.jobs,
-        model=body.model,
-        training_file=body.training_file,
-        validation_file=body.validation_file,
-        method=body.wanted.stored(),
-        seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-        suffix=body.suffix or None,
-        labels=body.metadata,
-    )
+    asked = body.model_dump(exclude={"hyperparameters"})
+    asked["method"] = {name: value for name, value in asked["method"].items() if value is not None}
+    asked |= {"labels": asked.pop("metadata"), "suffix": body.suffix or None}
+    asked["seed"] = secrets.randbelow(2**31) if body.seed is None else body.seed
+    job = here.store.add_job(asker.project, here.settings.limits.jobs, **asked)
     here.send(job.id)
     return Answer(wire.job_object(job))
 

@@ -11,8 +11,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -26,9 +25,10 @@ from gradshield.gateway.dashboard.visit import Pages, Sessions, failed
 from gradshield.gateway.database import AWAY, Missing, Refused
 from gradshield.gateway.edge import ApiError, Edge, away, unavailable
 from gradshield.gateway.settings import Settings
-from gradshield.gateway.store import Store
+from gradshield.gateway.store import STATUSES, Store
 from gradshield.gateway.worker import Queue
 
+BRANCHES = ("literal[", "constrained-", "list[")
 log = structlog.get_logger("gradshield.gateway")
 
 
@@ -43,15 +43,14 @@ def create_app(settings: Settings, send: Callable[[str], None] | None = None) ->
         folder = str(settings.folder)
         raise UsageError(f"the folder {folder!r} cannot be made ({error.strerror}): give another --folder") from None
     send = send or Queue(settings).send
-    store = Store(settings.database_url, settings.webhooks)
-    store.migrate()
+    store = Store(settings.database_url, settings.webhooks).migrate()
     gateway = api.Gateway(settings, store, Content(settings.files_url), send, Chats(settings))
-    gateway.registry.register(_Jobs(store))
+    jobs = Gauge("gradshield_jobs", "Jobs by status.", ("status",), registry=gateway.registry)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
-        gateway.chats.close()
+        gateway.chats.client.close()
         store.close()
 
     app = FastAPI(
@@ -87,22 +86,12 @@ def create_app(settings: Settings, send: Callable[[str], None] | None = None) ->
 
     @app.get("/metrics", include_in_schema=False)
     def metrics() -> Response:
+        counts = store.counts()
+        for status in STATUSES:
+            jobs.labels(status).set(counts.get(status, 0))
         return Response(generate_latest(gateway.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
-
-
-class _Jobs:
-    """Jobs by status, counted when the metrics are read."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
-    def collect(self) -> Any:
-        family = GaugeMetricFamily("gradshield_jobs", "Jobs by status.", labels=("status",))
-        for status, count in self.store.counts().items():
-            family.add_metric((status,), count)
-        yield family
 
 
 def _answered(problem: Callable[[Any], ApiError], request: Request, error: Exception) -> Response:
@@ -122,21 +111,17 @@ def _invalid(error: Any) -> ApiError:
     found = error.errors()
     # What another branch of a union would take, such as 'auto' or a text, says less.
     wrong = next((one for one in found if not one["type"].endswith(("literal_error", "_type"))), found[0])
-    path = [part for part in wrong["loc"][1:] if not (isinstance(part, str) and _is_union(part))]
-    param = ".".join(map(str, path)).encode(errors="replace").decode() or None
+    path = (str(part) for part in wrong["loc"][1:])  # a branch of a union that pydantic names is no key
+    named = (part for part in path if not part.startswith(BRANCHES) and part not in ("str", "int", "float"))
+    param = ".".join(named).encode(errors="replace").decode() or None
+    if wrong["type"] == "json_invalid":
+        return ApiError(400, "We could not parse the JSON body of your request.", code="invalid_json")
     if wrong["type"] == "extra_forbidden":
         return ApiError(400, f"Unknown parameter: {param!r}.", param, "unknown_parameter")
     if wrong["type"] == "missing":
         return ApiError(400, f"Missing required parameter: {param!r}.", param, "missing_required_parameter")
-    if wrong["type"] == "json_invalid":
-        return ApiError(400, "We could not parse the JSON body of your request.", code="invalid_json")
     where = f"Invalid value for {param!r}: " if param else ""
     return ApiError(400, f"{where}{wrong['msg']}.", param, "invalid_value")
-
-
-def _is_union(part: str) -> bool:
-    """Whether a part of a place in a body names pydantic's branch of a union, not a key."""
-    return part.startswith(("literal[", "constrained-", "list[")) or part in ("str", "int", "float")
 
 
 def _missing(error: Any) -> ApiError:

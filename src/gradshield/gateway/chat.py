@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ SEATS = 16  # chats that wait or are answered at once
 # Temperature below which logits divided by it may overflow, and only the likeliest token is left anyway.
 COLDEST = 0.01
 PATIENCE = 600.0  # seconds for the other server
+THEIRS = (400, 404, 413, 422, 429)  # statuses of the other server that are passed on
 log = structlog.get_logger("gradshield.gateway.chat")
 
 
@@ -49,11 +50,7 @@ class Chats:
         self.settings, self.lock = settings, threading.Lock()
         self.seats = threading.BoundedSemaphore(SEATS)
         self.loaded: OrderedDict[str, Any] = OrderedDict()
-        self.client = httpx2.Client(timeout=PATIENCE) if settings.upstream else None
-
-    def close(self) -> None:
-        if self.client is not None:
-            self.client.close()
+        self.client = httpx2.Client(timeout=PATIENCE)
 
     def forget(self, name: str) -> None:
         """Drop a model that is out of service."""
@@ -63,8 +60,9 @@ class Chats:
     def answer(self, body: ChatRequest, folder: str) -> dict[str, Any]:
         """A whole answer. Raises ApiError."""
         with self._seat():
-            if self.client is not None:
-                return self._passed(body)
+            if self.settings.upstream:
+                (whole,) = self._passed(body)
+                return whole
             found = self._generate(body, folder)
             text = "".join(found.pieces)
         message = {"role": "assistant", "content": text, "refusal": None}
@@ -74,10 +72,8 @@ class Chats:
     def stream(self, body: ChatRequest, folder: str) -> Generator[dict[str, Any]]:
         """An answer in chunks; the first one raises ApiError. To be closed by its reader, which gives its seat back."""
         with self._seat():
-            if self.client is not None:
-                yield from self._passed_stream(body)
-            else:
-                yield from self._chunks(body, self._generate(body, folder))
+            upstream = self.settings.upstream
+            yield from self._passed(body) if upstream else self._chunks(body, self._generate(body, folder))
 
     @contextmanager
     def _seat(self) -> Iterator[None]:
@@ -135,9 +131,8 @@ class Chats:
             message = f"The model's chat template does not take these messages: {str(error)[:200]}."
             raise ApiError(400, message, "messages", "invalid_value") from None
         room = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        most = min(body.tokens or self.settings.limits.tokens, self.settings.limits.tokens)
-        if room is not None:
-            most = min(most, room - len(ids))
+        limit = self.settings.limits.tokens
+        most = min(body.tokens or limit, limit, limit if room is None else room - len(ids))
         if most < 1:
             message = f"The messages have {len(ids)} tokens, and the model has room for {room}: shorten them."
             raise ApiError(400, message, "messages", "context_length_exceeded")
@@ -191,43 +186,27 @@ class Chats:
             thread.join()
         found.reason = "length" if found.made >= most else "stop"
 
-    # The other server
-
-    def _passed(self, body: ChatRequest) -> dict[str, Any]:
-        with self._asked(body) as response:
-            found: dict[str, Any] = json.loads(response.read())
-            return found
-
-    def _passed_stream(self, body: ChatRequest) -> Iterator[dict[str, Any]]:
-        with self._asked(body) as response:
-            for line in response.iter_lines():
-                data = line.removeprefix("data:").strip()
-                if line.startswith("data:") and data != "[DONE]":
-                    yield json.loads(data)
-
-    @contextmanager
-    def _asked(self, body: ChatRequest) -> Iterator[httpx2.Response]:
-        """The other server's answer, to be read. Raises ApiError if there is none."""
-        assert self.client is not None
+    def _passed(self, body: ChatRequest) -> Iterator[dict[str, Any]]:
+        """The other server's answer, whole or in chunks. Raises ApiError if there is none."""
         key = self.settings.upstream_key.get_secret_value()
-        request = self.client.build_request(
-            "POST",
-            self.settings.upstream.rstrip("/") + "/chat/completions",
-            json=body.model_dump(exclude_unset=True),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-        )
+        asked: dict[str, Any] = {
+            "url": self.settings.upstream.rstrip("/") + "/chat/completions",
+            "json": body.model_dump(exclude_unset=True),
+            "headers": {"Authorization": f"Bearer {key}"} if key else {},
+        }
         try:
-            response = self.client.send(request, stream=True)
+            with self.client.stream("POST", **asked) as response:
+                if response.status_code != 200:
+                    said = response.read()[:500].decode(errors="replace")
+                    status = response.status_code if response.status_code in THEIRS else 502
+                    raise ApiError(status, f"The server that answers chats refused: {said}", code="upstream")
+                for line in response.iter_lines() if body.stream else [f"data:{response.read().decode()}"]:
+                    data = line.removeprefix("data:").strip()
+                    if line.startswith("data:") and data != "[DONE]":
+                        yield json.loads(data)
         except httpx2.HTTPError as error:
             message = f"The server that answers chats cannot be reached ({type(error).__name__})."
             raise ApiError(502, message, code="upstream") from None
-        with closing(response):
-            if response.status_code != 200:
-                said = response.read()[:500].decode(errors="replace")
-                theirs = response.status_code in (400, 404, 413, 422, 429)
-                message = f"The server that answers chats refused: {said}"
-                raise ApiError(response.status_code if theirs else 502, message, code="upstream")
-            yield response
 
 
 def _until(pieces: Iterator[str], stops: list[str]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.engine import make_url
@@ -62,7 +62,7 @@ class Database:
         self.reader, self.writer = engines(url)
         self.near = self.reader.dialect.name == "sqlite"  # a file, not a server
 
-    def migrate(self) -> None:
+    def migrate(self) -> Self:
         """Bring the tables to this version, in one transaction, by the steps in ``migrations/versions``."""
         from alembic import command
         from alembic.config import Config
@@ -73,6 +73,7 @@ class Database:
             config = Config(attributes={"connection": connection})
             config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
             command.upgrade(config, "head")
+        return self
 
     def close(self) -> None:
         self.reader.dispose()

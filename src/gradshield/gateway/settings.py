@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
-import stat
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -53,9 +52,8 @@ class Policy(BaseModel):
 
         wanted = parse(value)
         if wanted.needs_base or wanted.oracle:
-            raise UsageError(
-                f"the defence {value!r} needs labels or the model before its alignment, which a job has not: choose another"
-            )
+            needs = f"the defence {value!r} needs labels or the model before its alignment"
+            raise UsageError(f"{needs}, which a job has not: choose another")
         return value
 
 
@@ -85,7 +83,8 @@ def _absolute(path: str | Path) -> Path:
     return Path(os.path.expanduser(path)).absolute()  # which leaves the home of nobody as it is
 
 
-def _model(value: str, info: Info) -> str:
+def _typed(value: str, info: Info) -> str:
+    """The whole path of a folder that is here; a name of the hub stays as it was saved."""
     local = info.mode != "json" and value != LAB and _absolute(value).is_dir()
     return str(_absolute(value)) if local else value
 
@@ -94,8 +93,8 @@ def _judge(value: str, info: Info) -> str:
     return value if info.mode == "json" else whole(value, Spec.split(value).target)
 
 
-def _safety(value: str, info: Info) -> str:
-    return value if info.mode == "json" or value in ("", "builtin", "none") else str(_absolute(value))
+def _safety(value: str) -> str:
+    return value if value in ("", "builtin", "none") else str(_absolute(value))
 
 
 def _database(value: str) -> str:
@@ -118,7 +117,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    models: dict[str, Annotated[str, AfterValidator(_model)]]  # name on the wire to folder or hub name
+    models: dict[str, Annotated[str, AfterValidator(_typed)]]  # name on the wire to folder or hub name
     folder: Place
     database: Annotated[str, AfterValidator(_database)] = ""
     files: Annotated[str, AfterValidator(_files)] = ""  # any fsspec URL
@@ -167,17 +166,16 @@ class Settings(BaseModel):
             return cls.model_validate_json((folder / NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "it is not as serve wrote it"
-            raise UsageError(
-                f"{str(folder)!r} is not the folder of a gateway ({NAME}: {why}): start one there with `gradshield serve`"
-            ) from None
+            what = f"{str(folder)!r} is not the folder of a gateway ({NAME}: {why})"
+            raise UsageError(f"{what}: start one there with `gradshield serve`") from None
 
 
 def private(path: Path, text: str) -> Path:
     """A new file beside ``path`` that only the owner can read, at any moment."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(6)}.part")
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR), "w") as out:
+    handle, part = tempfile.mkstemp(".part", f"{path.name}.", path.parent)
+    with os.fdopen(handle, "w") as out:
         out.write(text)
-    return part
+    return Path(part)
 
 
 def made(kind: type[M], **given: Any) -> M:

@@ -23,6 +23,7 @@ from gradshield.gateway.tables import Audit, Checkpoint, Delivery, Event, File, 
 
 ACTIVE = ("validating_files", "queued", "running")  # a worker may claim these
 ENDED = ("succeeded", "failed", "cancelled")
+STATUSES = (*ACTIVE, "paused", *ENDED)
 UNSAFE = "unsafe_model"  # code of a job whose model was withheld
 BY_HAND = "gradshield keys"  # the actor of what is typed on the server
 Found = Mapping[str, Any] | None  # what an event comes with

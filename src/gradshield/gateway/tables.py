@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, MetaData, String, Text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column
 
 Number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up an INTEGER only
 
@@ -39,13 +39,15 @@ class Base(DeclarativeBase):
     )
     type_annotation_map: ClassVar = {dict[str, Any]: JSON(none_as_null=True), list[str]: JSON()}
 
+    @declared_attr.directive
+    def __tablename__(cls) -> str:
+        return f"{cls.__name__.lower()}s"
+
     n: Mapped[int] = mapped_column(Number, primary_key=True, autoincrement=True)
     created_at: Mapped[int] = mapped_column(BigInteger, default=now)
 
 
 class Project(Base):
-    __tablename__ = "projects"
-
     id: Mapped[str] = _id("proj")
     name: Mapped[str] = mapped_column(String(64), unique=True)
     policy: Mapped[dict[str, Any]]
@@ -62,8 +64,6 @@ class Owned(Base):
 class Key(Owned):
     """An API key: the SHA-256 of it, and the start of it to tell it by. ``role`` is ``user`` or ``operator``."""
 
-    __tablename__ = "keys"
-
     id: Mapped[str] = _id("key")
     name: Mapped[str] = mapped_column(String(64))
     hash: Mapped[str] = mapped_column(String(64), unique=True)
@@ -74,8 +74,6 @@ class Key(Owned):
 
 class File(Owned):
     """A file whose content is complete. ``filename`` is what the caller calls it, and never part of a path."""
-
-    __tablename__ = "files"
 
     id: Mapped[str] = _id("file")
     filename: Mapped[str] = mapped_column(Text)
@@ -91,7 +89,6 @@ class Job(Owned):
     operator said, ``result`` what the scan and the training found.
     """
 
-    __tablename__ = "jobs"
     __table_args__ = (Index("ix_jobs_status_lease_until", "status", "lease_until"),)
 
     id: Mapped[str] = _id("ftjob")
@@ -123,8 +120,6 @@ class Job(Owned):
 class Event(Owned):
     """A line of a job's log."""
 
-    __tablename__ = "events"
-
     id: Mapped[str] = _id("ftevent")
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     level: Mapped[str] = mapped_column(String(8))
@@ -136,7 +131,6 @@ class Event(Owned):
 class Checkpoint(Owned):
     """A step of a job's training that was saved."""
 
-    __tablename__ = "checkpoints"
     __table_args__ = (Index("uq_checkpoints_job_id_step", "job_id", "step", unique=True),)
 
     id: Mapped[str] = _id("ftckpt")
@@ -147,8 +141,6 @@ class Checkpoint(Owned):
 
 class Model(Owned):
     """A fine-tuned model that is served; ``id`` is its name."""
-
-    __tablename__ = "models"
 
     id: Mapped[str] = mapped_column(String(255), unique=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), unique=True)

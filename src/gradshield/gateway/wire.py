@@ -84,15 +84,15 @@ class Method(Request):
     def _one(self) -> Method:
         if (self.supervised if self.type == "dpo" else self.dpo) is not None:
             raise ValueError(f"the type is {self.type}, and hyperparameters of another one are given")
+        if self.type == "dpo":
+            self.dpo = self.dpo or Dpo()
+        else:
+            self.supervised = self.supervised or Supervised()
         return self
 
     @property
     def hyperparameters(self) -> Hyperparameters:
-        return ((self.dpo or Dpo()) if self.type == "dpo" else (self.supervised or Supervised())).hyperparameters
-
-    def stored(self) -> dict[str, Any]:
-        """As a job object shows it, with every hyperparameter."""
-        return {"type": self.type, self.type: {"hyperparameters": self.hyperparameters.model_dump()}}
+        return (self.dpo or self.supervised or Supervised()).hyperparameters
 
 
 class JobRequest(Request):
@@ -109,16 +109,12 @@ class JobRequest(Request):
 
     @model_validator(mode="after")
     def _once(self) -> JobRequest:
-        if self.hyperparameters is not None and self.method is not None:
+        if self.method is None:  # hyperparameters may come in the older place
+            own = Supervised(hyperparameters=self.hyperparameters or Hyperparameters())
+            self.method = Method(type="supervised", supervised=own)
+        elif self.hyperparameters is not None:
             raise ValueError("give hyperparameters inside method, not twice")
         return self
-
-    @property
-    def wanted(self) -> Method:
-        """The method, also where hyperparameters came in the older place."""
-        return self.method or Method(
-            type="supervised", supervised=Supervised(hyperparameters=self.hyperparameters or Hyperparameters())
-        )
 
 
 class Message(Request):

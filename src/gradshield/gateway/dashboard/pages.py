@@ -7,32 +7,21 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query
 from fastapi.responses import FileResponse, RedirectResponse, Response
+from jinja2.filters import do_filesizeformat as size
 from markupsafe import Markup
 from starlette.datastructures import FormData
 
 from gradshield.evaluation.page import compared
 from gradshield.gateway.content import RESULTS, certificate, results
 from gradshield.gateway.dashboard import scan as scans
-from gradshield.gateway.dashboard.visit import (
-    COOKIE,
-    DOOR,
-    Form,
-    Pages,
-    Visit,
-    Visiting,
-    ago,
-    assets,
-    field_text,
-    page,
-    sessions_of,
-    size,
-)
+from gradshield.gateway.dashboard.visit import Form, Visit, Visiting, field_text, page
+from gradshield.gateway.dashboard.visit import router as router
 from gradshield.gateway.database import Missing, Page, Refused
 from gradshield.gateway.store import ACTIVE, ENDED, UNSAFE, name_of
 from gradshield.gateway.tables import Event, File, Job, Model
@@ -42,49 +31,6 @@ from gradshield.report import text
 JOBS, LINES, EVENTS = 20, 100, 30  # of a page
 SILENT = 60  # seconds that a job may wait while no process has any
 FULL = 0.9  # share of a disk
-router = APIRouter(route_class=Pages, include_in_schema=False)
-
-
-@router.get("/assets/{name}")
-def asset(name: str) -> Response:
-    if name not in assets():
-        raise Missing("file", name)
-    kind, source = assets()[name]
-    return Response(source, media_type=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
-
-
-# In and out
-
-
-@router.get("/login")
-def login(request: Request) -> Response:
-    return _door(request)
-
-
-def _door(request: Request, problem: str = "") -> Response:
-    sessions = sessions_of(request)
-    session = sessions.new()
-    response = page("login.html", 403 if problem else 200, token=sessions.token(session), problem=problem)
-    return sessions.give(request, response, session, DOOR)
-
-
-@router.post("/login")
-def enter(request: Request, form: Form) -> Response:
-    """A session for an operator's key."""
-    caller = request.app.state.gateway.store.caller(field_text(form, "key"))
-    if caller is None:
-        return _door(request, "There is no such key, or it was revoked.")
-    if caller.role != "operator":
-        return _door(request, "This key is a user's: make an operator's with gradshield keys create --role operator.")
-    sessions = sessions_of(request)
-    return sessions.give(request, RedirectResponse("/", 303), sessions.new(caller.key))
-
-
-@router.post("/logout")
-def leave(_form: Form) -> Response:
-    response = RedirectResponse("/login", 303)
-    response.delete_cookie(COOKIE, httponly=True, samesite="strict")
-    return response
 
 
 # Jobs
@@ -120,7 +66,7 @@ class Asked:
 
     cut: float | None = None
     page: int = 0  # none is shown before somebody asks for it
-    released: frozenset[str] = field(default_factory=frozenset)
+    released: frozenset[str] = frozenset()
     reason: str = ""
     problem: str = ""
     typed: str = ""
@@ -154,7 +100,7 @@ def live(id: str, visit: Visiting) -> Response:
 @router.get("/jobs/{id}/cut")
 def moved(id: str, visit: Visiting, value: float) -> Response:
     """What another cut would do: the charts and the answer, as a piece of the page."""
-    found = scans.read(_folder(visit, visit.get(id)) / "scan")
+    found = _scan(visit, visit.get(id))
     if found is None or not math.isfinite(value):
         raise Missing("scan", id)
     charts = found.charts(value)
@@ -165,12 +111,13 @@ def moved(id: str, visit: Visiting, value: float) -> Response:
 def decide(id: str, visit: Visiting, form: Form) -> Response:
     """Look at another cut or another page of rows, or decide. What was typed stays if the decision is refused."""
     found, asked, do = visit.get(id), Asked.of(form), field_text(form, "do")
-    store = visit.gateway.store
+    store, scan = visit.gateway.store, _scan(visit, found)
     if asked.problem or do not in ("approve", "reject", "release model"):
         return _job(visit, found, asked)
     try:
         if do == "approve":
-            _known(visit, found, asked)
+            if asked.released and (scan is None or not asked.released <= set(scan.scores.ids)):
+                raise Refused("A row to be released is not of this job: load the page again.")
             store.approve(visit.caller, id, asked.reason, asked.released, asked.cut)
             visit.gateway.send(id)
         elif do == "reject":
@@ -182,16 +129,9 @@ def decide(id: str, visit: Visiting, form: Form) -> Response:
     return RedirectResponse(f"/jobs/{id}", 303)
 
 
-def _known(visit: Visit, job: Job, asked: Asked) -> None:
-    """Raises Refused for the id of a row that the job has not."""
-    found = scans.read(_folder(visit, job) / "scan")
-    if asked.released and (found is None or not asked.released <= found.ids()):
-        raise Refused("A row to be released is not of this job: load the page again.")
-
-
 def _job(visit: Visit, job: Job, asked: Asked) -> Response:
-    folder = _folder(visit, job)
-    found = None if job.status in ACTIVE else scans.read(folder / "scan")
+    folder, active = _folder(visit, job), job.status in ACTIVE
+    found = None if active else _scan(visit, job)
     context: dict[str, Any] = {"scan": found}
     if found is not None:
         charts = found.charts(asked.cut)
@@ -208,13 +148,13 @@ def _job(visit: Visit, job: Job, asked: Asked) -> Response:
         asked=asked,
         events=_events(visit, job),
         names=_names(visit, [job]),
-        active=job.status in ACTIVE,
+        active=active,
         withheld=job.status == "failed" and (job.error or {}).get("code") == UNSAFE,
         tone={"succeeded": "pass", "failed": "fail"}.get(job.status, "warn"),
         safety=safety,
         table=table,
         certificate=certificate(folder) if job.status in ENDED else None,
-        downloads=[] if job.status in ACTIVE else results(folder),
+        downloads=[] if active else results(folder),
         details=text.flatten({"method": job.method, "metadata": job.labels or {}, "policy": job.policy}),
         **context,
     )
@@ -222,6 +162,10 @@ def _job(visit: Visit, job: Job, asked: Asked) -> Response:
 
 def _folder(visit: Visit, job: Job) -> Path:
     return visit.gateway.settings.job_folder(job.id)
+
+
+def _scan(visit: Visit, job: Job) -> scans.Scan | None:
+    return scans.read(_folder(visit, job) / "scan")
 
 
 def _specs(charts: Sequence[Any]) -> Markup:
@@ -276,14 +220,18 @@ def health(visit: Visiting) -> Response:
     waits = sum(counts.get(status, 0) for status in ACTIVE) - works
     disk = shutil.disk_usage(settings.folder)
     used = 1 - disk.free / disk.total
-    since = "" if oldest is None else f", the oldest for {ago(oldest)}"
+    since = "" if oldest is None else f", the oldest for {text.duration(max(time.time() - oldest, 0.0))}"
     there = visit.gateway.content.ready()
     checks = [
         ("pass", "Database", f"{store.reader.dialect.name} answers in {1000 * took:.0f} ms"),
         ("pass" if there else "fail", "Files", "can be reached" if there else "cannot be reached"),
         ("fail" if idle else "pass", "Worker", "jobs wait, and none runs" if idle else f"running: {works}"),
         ("warn" if idle else "pass", "Queue", f"waiting: {waits}{since}"),
-        ("warn" if used > FULL else "pass", "Disk", f"{size(disk.free)} free of {size(disk.total)}"),
+        (
+            "warn" if used > FULL else "pass",
+            "Disk",
+            f"{size(disk.free, binary=True)} free of {size(disk.total, binary=True)}",
+        ),
     ]
     return visit.show("health.html", checks=checks, counts=counts)
 

@@ -117,10 +117,6 @@ class Scan:
                             found[lines[at]] = line[:LONGEST]
         return found
 
-    def ids(self) -> frozenset[str]:
-        """The ids of all rows, of which an operator may release some."""
-        return frozenset(self.scores.ids)
-
 
 def read(folder: Path) -> Scan | None:
     """The finished scan in a folder; None if there is none, or while it is written anew."""
@@ -134,11 +130,6 @@ def read(folder: Path) -> Scan | None:
 def _read(folder: Path, _changed: int) -> Scan:
     manifest = runs.read_manifest(folder, ScanManifest)
     scores, removed, categories, *_ = cuts.read_scores(folder, manifest)
-    found = cuts.stored_cuts(manifest.results)
-    if (
-        not len(removed)
-        or len(removed) != manifest.results.scored
-        or set(found) != set(Coded.of(scores.shapes).counts())
-    ):
+    if not len(removed) or len(removed) != manifest.results.scored:
         raise ValueError("the scores and the manifest are of two scans")
-    return Scan(folder, manifest, scores, removed, categories, found, stored_views(folder))
+    return Scan(folder, manifest, scores, removed, categories, cuts.stored_cuts(manifest.results), stored_views(folder))

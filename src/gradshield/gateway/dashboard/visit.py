@@ -1,7 +1,4 @@
-"""A visit to the pages: who looks, whether a form is this visit's own, and how pages and errors are drawn.
-
-A signed cookie names the key of who looks, and every form has a token of that session.
-"""
+"""A visit to the pages: the log-in, who looks, whether a form is this visit's own, and how pages and errors are drawn."""
 
 from __future__ import annotations
 
@@ -18,19 +15,19 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, Request
-from fastapi.responses import HTMLResponse, Response
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from fastapi.routing import APIRoute
 from jinja2 import ChoiceLoader, Environment, FileSystemLoader
 from markupsafe import Markup
 from starlette.datastructures import FormData
 
 from gradshield.gateway.api import Gateway
-from gradshield.gateway.database import Caller
+from gradshield.gateway.database import Caller, Missing
 from gradshield.gateway.edge import ApiError
 from gradshield.gateway.settings import private
 from gradshield.gateway.tables import Job, Project
-from gradshield.report import frame, sheet, text
+from gradshield.report import frame, sheet
 from gradshield.stats import percent
 
 COOKIE, DOOR = "gradshield", "gradshield-door"  # of a visit, and of the log-in form alone
@@ -59,20 +56,11 @@ HEADERS = {
 }
 
 
-# Sessions
-
-
-@dataclass(frozen=True)
-class Session:
-    """A visit: the id of its key, empty before the log-in; the time it ends; and random text that its forms' token is made of."""
-
-    key: str
-    until: int
-    nonce: str
-
-
 class Sessions:
-    """Signs and reads sessions, with a secret that only the owner of the gateway's folder can read."""
+    """Signs and reads sessions, with a secret that only the owner of the gateway's folder can read.
+
+    A session is the text of a cookie: the id of a key, empty before the log-in; the time it ends; random text; the signature.
+    """
 
     def __init__(self, folder: Path) -> None:
         """The secret is made by the first server that needs it; servers that start at once read the same one."""
@@ -84,29 +72,28 @@ class Sessions:
             part.unlink()
         self.secret = path.read_bytes()
 
-    def new(self, key: str = "") -> Session:
-        return Session(key, int(time.time()) + LIFETIME, secrets.token_hex(16))
+    def new(self, key: str = "") -> str:
+        return self.sign(f"{key}.{int(time.time()) + LIFETIME}.{secrets.token_hex(16)}")
 
-    def sign(self, session: Session) -> str:
-        text = f"{session.key}.{session.until}.{session.nonce}"
+    def sign(self, text: str) -> str:
         return f"{text}.{self._mac('session', text)}"
 
-    def read(self, cookie: str) -> Session | None:
-        """The session of a cookie; None if it was not signed here, or has ended."""
-        text, _, mac = cookie.rpartition(".")
+    def key(self, session: str) -> str | None:
+        """The key of a session; None if it was not signed here, or has ended."""
+        text, _, mac = session.rpartition(".")
         if not hmac.compare_digest(mac.encode(), self._mac("session", text).encode()):
             return None
-        key, until, nonce = text.split(".")
-        return Session(key, int(until), nonce) if int(until) > time.time() else None
+        key, until, _ = text.split(".")
+        return key if int(until) > time.time() else None
 
-    def token(self, session: Session) -> str:
+    def token(self, session: str) -> str:
         """What a form of this session holds, and no other site can know."""
-        return self._mac("form", session.nonce)
+        return self._mac("form", session)
 
-    def give(self, request: Request, response: Response, session: Session, name: str = COOKIE) -> Response:
+    def give(self, request: Request, response: Response, session: str, name: str = COOKIE) -> Response:
         """Let the browser keep the session: no script and no other site can use it."""
         secure = request.url.scheme == "https"
-        response.set_cookie(name, self.sign(session), LIFETIME, httponly=True, samesite="strict", secure=secure)
+        response.set_cookie(name, session, LIFETIME, httponly=True, samesite="strict", secure=secure)
         return response
 
     def _mac(self, use: str, text: str) -> str:
@@ -122,7 +109,7 @@ def _templates() -> Environment:
     kit = frame.environment()
     assert kit.loader is not None
     made = kit.overlay(loader=ChoiceLoader([FileSystemLoader(TEMPLATES), kit.loader]))
-    made.filters |= {"when": _when, "ago": ago, "size": size, "status": _status, "bound": _bound}
+    made.filters |= {"when": _when, "status": _status, "bound": _bound}
     return made
 
 
@@ -165,19 +152,6 @@ def _bound(share: float) -> str:
     return percent(share).replace(" ", "\u00a0")
 
 
-def ago(seconds: float) -> str:
-    """How long a time is past."""
-    return text.duration(max(time.time() - seconds, 0.0))
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    size, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.3g} {units[0]}" if size < 1000 else f"{size:.0f} {units[0]}"
-
-
 def _status(job: Job) -> str:
     return "waits for review" if job.hold else STATUS.get(job.status, job.status)
 
@@ -216,7 +190,6 @@ class Visit:
 
     gateway: Gateway
     request: Request
-    session: Session
     caller: Caller
 
     @property
@@ -227,31 +200,31 @@ class Visit:
         return self.gateway.store.get(Job, self.caller.project, id)
 
     def show(self, template: str, status: int = 200, **context: Any) -> HTMLResponse:
-        token = sessions_of(self.request).token(self.session)
+        token = _sessions(self.request).token(self.request.cookies[COOKIE])
         return page(template, status, token=token, visit=self, project=self.project.name, **context)
 
 
-def sessions_of(request: Request) -> Sessions:
+def _sessions(request: Request) -> Sessions:
     found: Sessions = request.app.state.sessions
     return found
 
 
-def visiting(request: Request) -> Visit:
+def _visiting(request: Request) -> Visit:
     """Raises ApiError, which leads to the log-in, unless the session's key is an operator's and was not revoked."""
     gateway: Gateway = request.app.state.gateway
-    session = sessions_of(request).read(request.cookies.get(COOKIE, ""))
-    caller = gateway.store.caller_with(session.key) if session and session.key else None
-    if session is None or caller is None or caller.role != "operator":
+    key = _sessions(request).key(request.cookies.get(COOKIE, ""))
+    caller = gateway.store.caller_with(key) if key else None
+    if caller is None or caller.role != "operator":
         raise ApiError(303, "Log in first.", headers={"Location": "/login"})
-    return Visit(gateway, request, session, caller)
+    return Visit(gateway, request, caller)
 
 
-async def posted(request: Request) -> FormData:
+async def _posted(request: Request) -> FormData:
     """The fields of a form. Raises ApiError for one that this session did not get."""
-    form, sessions = await request.form(max_files=0, max_fields=FIELDS), sessions_of(request)
-    session = sessions.read(request.cookies.get(DOOR if request.url.path == "/login" else COOKIE, ""))
-    token = field_text(form, "token").encode()
-    if session is None or not hmac.compare_digest(token, sessions.token(session).encode()):
+    form, sessions = await request.form(max_files=0, max_fields=FIELDS), _sessions(request)
+    session = request.cookies.get(DOOR if request.url.path == "/login" else COOKIE, "")
+    good = hmac.compare_digest(field_text(form, "token").encode(), sessions.token(session).encode())
+    if sessions.key(session) is None or not good:
         raise ApiError(403, "This form is out of date: go back, load the page again and repeat it.")
     return form
 
@@ -261,5 +234,45 @@ def field_text(form: FormData, name: str) -> str:
     return str(form.get(name, "")).replace("\0", "\ufffd").strip()[:LONGEST]
 
 
-Visiting = Annotated[Visit, Depends(visiting)]
-Form = Annotated[FormData, Depends(posted)]
+Visiting = Annotated[Visit, Depends(_visiting)]
+Form = Annotated[FormData, Depends(_posted)]
+router = APIRouter(route_class=Pages, include_in_schema=False)
+
+
+@router.get("/assets/{name}")
+def asset(name: str) -> Response:
+    if name not in assets():
+        raise Missing("file", name)
+    kind, source = assets()[name]
+    return Response(source, media_type=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
+
+
+@router.get("/login")
+def login(request: Request) -> Response:
+    return _door(request)
+
+
+def _door(request: Request, problem: str = "") -> Response:
+    sessions = _sessions(request)
+    session = sessions.new()
+    response = page("login.html", 403 if problem else 200, token=sessions.token(session), problem=problem)
+    return sessions.give(request, response, session, DOOR)
+
+
+@router.post("/login")
+def enter(request: Request, form: Form) -> Response:
+    """A session for an operator's key."""
+    caller = request.app.state.gateway.store.caller(field_text(form, "key"))
+    if caller is None:
+        return _door(request, "There is no such key, or it was revoked.")
+    if caller.role != "operator":
+        return _door(request, "This key is a user's: make an operator's with gradshield keys create --role operator.")
+    sessions = _sessions(request)
+    return sessions.give(request, RedirectResponse("/", 303), sessions.new(caller.key))
+
+
+@router.post("/logout")
+def leave(_form: Form) -> Response:
+    response = RedirectResponse("/login", 303)
+    response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+    return response
