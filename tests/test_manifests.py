@@ -43,7 +43,7 @@ def test_what_is_read_is_written_again_byte_for_byte(tmp_path: Path) -> None:
     found = scanned(cuts=cuts, agreement=agreed, labels={"caught": asdict(wilson(1, 2))})
     runs.write_json(tmp_path / "manifest.json", ScanManifest.model_validate(found))
     first = (tmp_path / "manifest.json").read_bytes()
-    runs.write_manifest(runs.read_manifest(tmp_path, ScanManifest), tmp_path)
+    runs.write_json(tmp_path / "manifest.json", runs.read_manifest(tmp_path, ScanManifest))
     assert (tmp_path / "manifest.json").read_bytes() == first
     assert b'"lost"' not in first and b'"demo"' not in first  # what does not apply is left out
 

@@ -1,18 +1,4 @@
-"""Every error GradShield raises on purpose, and the exit code the command line gives it.
-
-    GradShieldError            1   something went wrong that has a name
-    ├── UsageError             2   an option, a name or a combination of them is not allowed
-    │   └── UnknownNameError   2   a name that no registry holds (the message lists the live names)
-    ├── DataError              3   the data cannot be used as it is, or cannot be fetched
-    │   ├── FormatError        3   a file or row whose shape is unknown
-    │   └── EmptyDataError     3   nothing is left to score
-    ├── ModelError             4   the model cannot be loaded, or cannot be scored
-    │   ├── HubError           4   a model could not be fetched
-    │   ├── EndpointError      4   an endpoint that does not answer, or breaks its protocol
-    │   ├── ProbeError         4   the probe is invalid on this model (it does not refuse, or it reasons first)
-    │   └── ScoreError         4   a score that is not finite, or an engine that disagrees with the oracle
-    └── GateError              5   ``--fail-above``: more was removed than allowed; no verified cut met its targets; or a
-                                   certificate claims nothing, or contradicts its files
+"""Every error GradShield raises on purpose, and the exit code the command line gives it (``exit_code``).
 
 A message is one sentence in four parts: what is wrong, what was given, what is allowed, what to do.
 ``str(error)`` is the whole message; nothing else is printed to a user.

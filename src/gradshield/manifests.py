@@ -1,21 +1,20 @@
 """What a command leaves in ``manifest.json``: one model for whoever writes and whoever reads it.
 
 ``docs/schema/manifest.json`` is their JSON schema. A field that does not apply to a run is left out of its file, and a number
-that is not finite is null. `runs.write_manifest` writes them, `runs.read_manifest` reads them.
+that is not finite is null. `runs.read_manifest` reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from gradshield import types
 from gradshield.stats import McNemar
+from gradshield.types import Rate
 
 Number = float | None
-Rate = Annotated[types.Rate, AfterValidator(types.Rate.checked)]
 
 
 class Record(BaseModel):
@@ -54,13 +53,12 @@ class Model(Record):
 
 
 class Manifest(Record):
-    """What every command records. ``settings`` and ``results`` are those of the command."""
+    """What every command records, beside ``settings`` and ``results`` of its own."""
 
     verb: ClassVar[str]
 
     command: str
     versions: dict[str, str]
-    data: Data
     model: Model
 
 
@@ -223,6 +221,7 @@ class ScanManifest(Manifest):
 
     verb = "scan"
 
+    data: Data
     settings: ScanRecord
     results: ScanResults
 
@@ -268,14 +267,11 @@ class EvaluationResults(Record):
     harness: dict[str, Rate]
 
 
-class EvaluationManifest(Record):
+class EvaluationManifest(Manifest):
     """The manifest of ``evaluate``, which reads no dataset."""
 
-    verb: ClassVar[str] = "evaluate"
+    verb = "evaluate"
 
-    command: str
-    versions: dict[str, str]
-    model: Model
     settings: ExamRecord
     results: EvaluationResults
 
@@ -307,13 +303,6 @@ class TrainingRecord(Record):
     merged: bool
     report: ExamRecord
     search: ExamRecord | None
-
-
-class CutRecord(Record):
-    """A cut by its rule."""
-
-    rule: str
-    value: Number
 
 
 class Round(Record):
@@ -371,7 +360,7 @@ class TrainingResults(Record):
     caught: Rate | None = None
     lost: Rate | None = None
     trained: int
-    cuts: dict[str, CutRecord]
+    cuts: dict[str, FoundCut]
     before: Figures
     after: Figures
     changed: dict[str, McNemar]
@@ -387,6 +376,7 @@ class TrainingManifest(Manifest):
 
     verb = "train"
 
+    data: Data
     settings: TrainingRecord
     results: TrainingResults
 

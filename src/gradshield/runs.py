@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from fnmatch import fnmatch
@@ -24,23 +24,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from gradshield import files
 from gradshield.errors import DataError
 from gradshield.files import write_text
-from gradshield.manifests import EvaluationManifest, Manifest, Model, Record, ScanManifest, TrainingManifest
+from gradshield.manifests import EvaluationManifest, Model, Record, ScanManifest, TrainingManifest
 from gradshield.registry import plugins
-from gradshield.types import EvalResult, Rate
+from gradshield.types import EvalResult
 
 if TYPE_CHECKING:
     from gradshield.models.loading import LoadedModel
 
+_MEASURED = TypeAdapter(EvalResult)
 M = TypeVar("M", ScanManifest, TrainingManifest, EvaluationManifest)
 MANIFEST, CERTIFICATE = "manifest.json", "certificate.json"
+WORK = ".gradshield"
 LOCK = "lock"
 SCAN = "scan"  # folder of a training's own scan
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "numpy", "scipy", "scikit-learn")
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from a file system without locks
 
 
@@ -63,17 +66,19 @@ def alone(output: str | Path | None) -> Iterator[bool]:
     lock = FileLock(path, timeout=0, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        locked = _locked(lock, path)
+        lock.acquire()
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
     except Timeout:
         owner = path.read_text(encoding="utf-8", errors="replace")[:200].strip()
-        raise DataError(
-            f"the output folder {str(folder)!r} is in use by another run{f' ({owner})' if owner else ''}: wait until it "
-            "ends, or give another --output"
+        raise _unusable(
+            folder,
+            f"is in use by another run{f' ({owner})' if owner else ''}",
+            "wait until it ends, or give another --output",
         ) from None
     except OSError as error:
-        raise DataError(
-            f"the output folder {str(folder)!r} cannot be written to ({error.strerror}): give another --output"
-        ) from None
+        if error.errno not in WITHOUT_LOCKS:
+            raise _unusable(folder, f"cannot be written to ({error.strerror})") from None
+    locked = lock.is_locked
     try:
         for own in (folder, folder / SCAN) if locked else ():
             for part in (own, own / WORK, own / WORK / "shards"):
@@ -82,9 +87,10 @@ def alone(output: str | Path | None) -> Iterator[bool]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise DataError(
-            f"the output folder {str(folder)!r} cannot be written to ({error.strerror}): free some space and run the same "
-            "command again, which resumes where it stopped"
+        raise _unusable(
+            folder,
+            f"cannot be written to ({error.strerror})",
+            "free some space and run the same command again, which resumes where it stopped",
         ) from None
     finally:
         with suppress(OSError):
@@ -93,32 +99,6 @@ def alone(output: str | Path | None) -> Iterator[bool]:
             for part in made:
                 part.rmdir()  # fails if it is not empty
         lock.release()
-
-
-def _locked(lock: FileLock, path: Path) -> bool:
-    """Take the lock and record the owner. False on a file system without locks; raises Timeout if the lock is taken."""
-    try:
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in WITHOUT_LOCKS:
-            raise
-        return False
-    path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-    return True
-
-
-WORK = ".gradshield"
-PACKAGES = ("gradshield", "torch", "transformers", "peft", "trl", "datasets", "numpy", "scipy", "scikit-learn")
-
-
-def _check_writable(folder: Path) -> None:
-    nearest = next((p for p in (folder, *folder.parents) if p.exists()), folder)
-    if not nearest.is_dir():
-        raise DataError(
-            f"the output folder {str(folder)!r} cannot be created ({nearest} is a file): give another --output"
-        )
-    if not os.access(nearest, os.W_OK):
-        raise DataError(f"the output folder {str(folder)!r} cannot be written to: give another --output")
 
 
 def check(output: str | Path, written: Sequence[str], mark: str, *, data: Any = None, read: Sequence[Any] = ()) -> None:
@@ -132,37 +112,40 @@ def check(output: str | Path, written: Sequence[str], mark: str, *, data: Any = 
     for model in read:
         for name in (_name(model), getattr(model, "adapter", None)):
             if name and folder.is_dir() and os.path.isdir(name) and folder.samefile(name):
-                raise DataError(
-                    f"the output folder {str(folder)!r} is the folder of the model {str(name)!r}, which would be overwritten: "
-                    "give another --output"
-                )
-    if isinstance(data, str | Path) and any(_matches(str(data), folder / name) for name in written):
-        raise DataError(
-            f"the pattern {str(data)!r} matches files that are written to the output folder, which would be read as data "
-            "the next time: give another --output"
-        )
+                raise _unusable(folder, f"is the folder of the model {str(name)!r}, which would be overwritten")
     there = sorted({path for pattern in written for path in folder.glob(pattern)})
-    if isinstance(data, str | Path) and os.path.exists(data):
-        if folder.is_dir() and folder.samefile(data):
+    if isinstance(data, str | Path):
+        if any(_matches(str(data), folder / name) for name in written):
             raise DataError(
-                f"the output folder {str(folder)!r} is the folder of the data, and what is written there would be read as data: "
-                "give another --output"
+                f"the pattern {str(data)!r} matches files that are written to the output folder, which would be read as data "
+                "the next time: give another --output"
             )
-        for path in there:
-            if path.samefile(data):
-                raise DataError(
-                    f"the data {str(data)!r} is in the output folder under the name of an output file: give another --output"
-                )
+        if os.path.exists(data) and folder.is_dir() and folder.samefile(data):
+            raise _unusable(folder, "is the folder of the data, and what is written there would be read as data")
+        if os.path.exists(data) and any(path.samefile(data) for path in there):
+            raise DataError(
+                f"the data {str(data)!r} is in the output folder under the name of an output file: give another --output"
+            )
     if there and not _used_before(folder):
-        raise DataError(
-            f"the output folder {str(folder)!r} holds {there[0].name!r} and was not written by GradShield: give another "
-            "--output, so that nothing is overwritten"
+        raise _unusable(
+            folder,
+            f"holds {there[0].name!r} and was not written by GradShield",
+            "give another --output, so that nothing is overwritten",
         )
-    if (folder / "manifest.json") in there and not (folder / mark).exists():
-        raise DataError(
-            f"the output folder {str(folder)!r} holds the results of another command, which would be overwritten: give another "
-            "--output"
-        )
+    if folder / MANIFEST in there and not (folder / mark).exists():
+        raise _unusable(folder, "holds the results of another command, which would be overwritten")
+
+
+def _unusable(folder: Path, why: str, remedy: str = "give another --output") -> DataError:
+    return DataError(f"the output folder {str(folder)!r} {why}: {remedy}")
+
+
+def _check_writable(folder: Path) -> None:
+    nearest = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    if not nearest.is_dir():
+        raise _unusable(folder, f"cannot be created ({nearest} is a file)")
+    if not os.access(nearest, os.W_OK):
+        raise _unusable(folder, "cannot be written to")
 
 
 def _matches(pattern: str, path: Path) -> bool:
@@ -188,7 +171,7 @@ def _used_before(folder: Path) -> bool:
     if (folder / WORK).is_dir():
         return True
     try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return "gradshield" in found["versions"]
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return False
@@ -231,10 +214,6 @@ def model_of(loaded: LoadedModel) -> Model:
     )
 
 
-def write_manifest(value: Manifest | EvaluationManifest, folder: Path) -> None:
-    write_json(folder / MANIFEST, value)
-
-
 def read_manifest(folder: Path, kind: type[M]) -> M:
     """The manifest in the folder of a finished run. Raises DataError if there is none of this kind, or if it is damaged."""
     try:
@@ -272,22 +251,14 @@ def finite(value: Any) -> Any:
     return value
 
 
-def stored(result: EvalResult) -> dict[str, Any]:
-    """A measurement in JSON form, every answer included."""
-    return dict(finite({"rates": result.rates, "outputs": result.outputs}))
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write values as JSON, one a line."""
+    write_text(path, "".join(json.dumps(finite(v), ensure_ascii=False, default=str) + "\n" for v in values))
 
 
-def result(value: Mapping[str, Any]) -> EvalResult:
-    """A stored measurement, read back. Raises ValueError, TypeError, KeyError or AttributeError if it is damaged."""
-    rates = {name: Rate.of(rate).checked() for name, rate in value["rates"].items()}
-    return EvalResult(rates, tuple(dict(row) for row in value["outputs"]))
-
-
-def write_outputs(found: EvalResult, path: Path) -> None:
-    """Write every prompt with its answer and verdicts or score, one JSON line each."""
-    write_text(
-        path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in stored(found)["outputs"])
-    )
+def measured(value: Any) -> EvalResult:
+    """A measurement from its JSON form. Raises ValueError if it is damaged."""
+    return _MEASURED.validate_python(value)
 
 
 def digest(value: Any) -> str:

@@ -244,20 +244,14 @@ class Rate:
     n: int
     k: int
 
-    @classmethod
-    def of(cls, value: Mapping[str, Any]) -> Rate:
-        """The rate of its JSON form."""
-        return cls(float(value["rate"]), float(value["low"]), float(value["high"]), value["n"], value.get("k", 0))
-
-    def checked(self) -> Rate:
-        """This rate; for one that was read. Raises ValueError if no measurement gives it: ``k`` of a mean is rounded."""
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that no measurement gives; ``k`` of a mean is its rounded sum."""
         if not (0 <= self.k <= self.n and self.n > 0):
             raise ValueError(f"{self.k} of {self.n} is no rate")
         if not (0 <= self.rate <= 1 and abs(self.k - self.rate * self.n) <= 1):
             raise ValueError(f"{self.rate} is not {self.k} of {self.n}")
         if not 0 <= self.low <= self.high <= 1:
             raise ValueError(f"{self.low} to {self.high} is no interval of a rate")
-        return self
 
     def __str__(self) -> str:
         """``79.0 % [75.6, 82.1] n=200``."""

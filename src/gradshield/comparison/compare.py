@@ -308,8 +308,7 @@ def _write(config: Config, cells: Sequence[CellResult], folder: Path, command: s
         ),
         cells=list(cells),
     )
-    lines = "".join(json.dumps(runs.finite(cell), ensure_ascii=False) + "\n" for cell in cells)
-    files.write_text(folder / "cells.jsonl", lines)
+    runs.write_lines(folder / "cells.jsonl", cells)
     files.write_text(folder / "results.md", markdown(whole))
     sheet.write(page.page(whole), folder / "results.html")
     runs.write_json(folder / "results.json", whole)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +56,7 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
         folder = runs.prepare(output)
         (folder / MARK).touch()
         data = folder / "data.jsonl"
-        files.write_text(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        runs.write_lines(data, rows)
         progress("loading the model", 0, 1)
         job = lab_job(task, data, labels, seed)
         progress("loading the model", 1, 1)
@@ -92,8 +91,8 @@ def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path
     with files.instead(folder, "manifest.json", ()) as new:
         sheet.write(page.page(selection, folder, views, labels[selection.scores.rows]), new / "report.html")
         for name, result in results.items():
-            runs.write_outputs(result, new / f"outputs-{name}.jsonl")
-        runs.write_manifest(selection.manifest, new)
+            runs.write_lines(new / f"outputs-{name}.jsonl", result.outputs)
+        runs.write_json(new / runs.MANIFEST, selection.manifest)
 
 
 def _table(

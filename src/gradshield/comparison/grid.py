@@ -30,11 +30,12 @@ from gradshield import lab, runs
 from gradshield.errors import DataError, UsageError, did_you_mean
 from gradshield.files import file_digest
 from gradshield.judges import parse as parse_judge
-from gradshield.manifests import Figures, Number, Rate, Record, Search
+from gradshield.manifests import Figures, Number, Record, Search
 from gradshield.options import Spec, number
 from gradshield.stats import Difference
 from gradshield.thresholds import parse as parse_threshold
 from gradshield.training.defences import Defence, parse
+from gradshield.types import Rate
 
 IMPLICIT = ("identity_shift", "refuse_then_answer", "embedded")
 MIXED = "implicit"  # equal parts of each

@@ -29,7 +29,7 @@ from gradshield.judges import Judge
 from gradshield.manifests import Model, TrainingManifest
 from gradshield.models.loading import files_digest
 from gradshield.report.markdown import BEGIN, END
-from gradshield.runs import CERTIFICATE, alone
+from gradshield.runs import CERTIFICATE, alone, write_lines
 from gradshield.thresholds.verified import TARGET
 
 Leaf = tuple[str, ...]
@@ -125,7 +125,7 @@ def write(
     _made(replace(run, labelled=labelled or run.labelled), claim or Claim(), source)  # errors are raised here
     (folder / CERTIFICATE).unlink(missing_ok=True)
     if labelled is not None:
-        write_text(folder / LABELLED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled))
+        write_lines(folder / LABELLED, labelled)
     elif not again:
         (folder / LABELLED).unlink(missing_ok=True)  # of the model trained here before
     run = read(folder)

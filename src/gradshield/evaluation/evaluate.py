@@ -91,7 +91,7 @@ def evaluate(
             folder = runs.prepare(output)
             for name in (runs.CERTIFICATE, LABELLED):  # of the answers that were there before
                 (folder / name).unlink(missing_ok=True)
-            runs.write_outputs(measured, folder / "outputs.jsonl")
+            runs.write_lines(folder / "outputs.jsonl", measured.outputs)
             sheet.write(page.page(manifest, measured.outputs), folder / "report.html")
-            runs.write_manifest(manifest, folder)
+            runs.write_json(folder / runs.MANIFEST, manifest)
         return results

@@ -202,7 +202,7 @@ def _write_cut(
     if (folder / "README.md").is_file():  # kept, but for our section
         shutil.copyfile(folder / "README.md", new / "README.md")
     card.write(new, selection.manifest, new / f"kept{suffix}")
-    runs.write_manifest(selection.manifest, new)
+    runs.write_json(new / runs.MANIFEST, selection.manifest)
 
 
 def write_scores(selection: Selection, path: Path) -> None:

@@ -57,7 +57,7 @@ class Arms:
         seconds = round(trained + time.monotonic() - began, 3)
         arm = {"key": key, "seconds": seconds, "record": dict(fitted.record)}
         self.folder.mkdir(exist_ok=True)
-        runs.write_json(path, arm | runs.stored(found))
+        runs.write_json(path, arm | runs.finite(found))
         return found, arm
 
     def search(self, defence: Defence, exam: Exam) -> tuple[Search, Chosen]:
@@ -128,8 +128,8 @@ def _stored(path: Path, key: str) -> tuple[EvalResult, Mapping[str, Any]] | None
     """A finished measurement; None if it is missing or damaged."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        found, whole = runs.result(stored), stored["key"] == key and math.isfinite(stored["seconds"])
+        found, whole = runs.measured(stored), stored["key"] == key and math.isfinite(stored["seconds"])
         dict(stored["record"])
-    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return None
     return (found, stored) if whole and found.rates and found.outputs else None

@@ -219,7 +219,7 @@ def _write(whole: SequenceRecord, folder: Path, manifest: TrainingManifest) -> N
 
     runs.write_json(folder / "sequence.json", whole)
     sheet.write(page.page(whole), folder / "report.html")
-    runs.write_manifest(manifest, folder)
+    runs.write_json(folder / runs.MANIFEST, manifest)
 
 
 # ---- what training on one task after another does to earlier tasks ---------------------------------------------------

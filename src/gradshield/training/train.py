@@ -31,8 +31,8 @@ from gradshield.evaluation.asr import agreement
 from gradshield.evaluation.certificate import LABELLED
 from gradshield.evaluation.exam import Exams, asked, changes, check_disjoint, figures
 from gradshield.manifests import (
-    CutRecord,
     Data,
+    FoundCut,
     Named,
     RowFormat,
     Search,
@@ -219,7 +219,7 @@ class _Run:
         results = TrainingResults(
             **self.course.counts(chosen),
             trained=len(dataset),
-            cuts={name: CutRecord(rule=cut.rule, value=cut.value) for name, cut in chosen.cuts.items()},
+            cuts={name: FoundCut(rule=cut.rule, value=cut.value) for name, cut in chosen.cuts.items()},
             before=figures(before),
             after=figures(after),
             changed=changes(before, after),
@@ -329,10 +329,10 @@ class _Run:
             model.save_pretrained(new)
             self.course.loaded.tokenizer.save_pretrained(new)
             for name, result in (("before", before), ("after", after)):
-                runs.write_outputs(result, new / f"outputs-{name}.jsonl")
+                runs.write_lines(new / f"outputs-{name}.jsonl", result.outputs)
             card.write(new, manifest)
             sheet.write(page.page(manifest, self.defence.selector is not None), new / "report.html")
-            runs.write_manifest(manifest, new)
+            runs.write_json(new / runs.MANIFEST, manifest)
         shutil.rmtree(self.folder / runs.WORK / "checkpoints", ignore_errors=True)
 
 
