@@ -118,7 +118,7 @@ def test_float64_is_asked_of_a_device_by_one_function_alone(room: str) -> None:
     for path in (PACKAGE / room).rglob("*.py"):
         calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         assert not any(isinstance(f, ast.Attribute) and f.attr == "double" for f in calls), (
-            f"{path}: placement.in_float64"
+            f"{path}: modules.in_float64"
         )
 
 

@@ -21,7 +21,7 @@ from gradshield.errors import UsageError
 from gradshield.gradients import Loop, adapted, calibrated, target_names
 from gradshield.gradients import direction as directions
 from gradshield.models import loading
-from gradshield.models.placement import choose_device, choose_dtype, keep_freed_memory
+from gradshield.models.loading import choose_device, choose_dtype, keep_freed_memory
 from gradshield.probes import FunctionProbe, Probe, PromptBatch, Prompts, first_logits
 from gradshield.scanning.preparing import asked_of
 from gradshield.scanning.rows import prepare

@@ -16,8 +16,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from gradshield.errors import HubError, ModelError, UsageError
-from gradshield.models.loading import load, parameters_digest, wrap
-from gradshield.models.placement import check_placed, choose_dtype, in_float64
+from gradshield.models.loading import check_placed, choose_dtype, load, parameters_digest, wrap
+from gradshield.models.modules import in_float64
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 

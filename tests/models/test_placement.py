@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gradshield.models import placement
+from gradshield.models import loading
 
 
 class _Libc:
@@ -27,16 +27,16 @@ def test_freed_memory_is_kept_where_glibc_is_the_allocator_and_the_user_said_not
     system: str, environment: dict[str, str], asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     libc = _Libc()
-    monkeypatch.setattr(placement.sys, "platform", system)
-    monkeypatch.setattr(placement.os, "environ", environment)
+    monkeypatch.setattr(loading.sys, "platform", system)
+    monkeypatch.setattr(loading.os, "environ", environment)
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: libc)
-    placement.keep_freed_memory()
+    loading.keep_freed_memory()
     assert libc.asked == ([(-1, 2**30), (-3, 2**30)] if asked else [])
 
 
 def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     other: Any = object()
-    monkeypatch.setattr(placement.sys, "platform", "linux")
-    monkeypatch.setattr(placement.os, "environ", {})
+    monkeypatch.setattr(loading.sys, "platform", "linux")
+    monkeypatch.setattr(loading.os, "environ", {})
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: other)
-    placement.keep_freed_memory()
+    loading.keep_freed_memory()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import MistralConfig, MistralForCausalLM
 
-from gradshield.models import prefix
+from gradshield.models import logits as prefix
 from gradshield.selectors import reading
 from gradshield.selectors.reading import at_end, block_names, states
 from tests.tiny import ARCHITECTURES, tiny_model

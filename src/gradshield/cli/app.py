@@ -21,7 +21,7 @@ from gradshield.cli.scan import cut, estimate, review, scan, show
 from gradshield.cli.serve import keys, serve
 from gradshield.cli.train import compare, demo, train
 from gradshield.errors import GradShieldError
-from gradshield.models.placement import keep_freed_memory
+from gradshield.models.loading import keep_freed_memory
 from gradshield.report.text import duration
 
 

@@ -28,8 +28,7 @@ from gradshield.errors import DataError, EndpointError, GradShieldError, HubErro
 from gradshield.evaluation.exam import Exam, check_disjoint, exam, figures, lab_exam
 from gradshield.judges import ReadyJudge
 from gradshield.models import loading
-from gradshield.models.loading import LoadedModel
-from gradshield.models.placement import keep_freed_memory
+from gradshield.models.loading import LoadedModel, keep_freed_memory
 from gradshield.probes import read_prompts, requests
 from gradshield.report import sheet
 from gradshield.runs import alone

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gradshield.errors import DataError
 from gradshield.models.decoding import continued, stop_tokens, until
-from gradshield.models.loading import learned_positions
+from gradshield.models.modules import learned_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradshield.errors import DataError, UsageError
 from gradshield.evaluation.generate import Generate
-from gradshield.models.loading import evaluating
+from gradshield.models.modules import evaluating
 from gradshield.stats import mean_interval
 from gradshield.types import EvalResult, Rate
 

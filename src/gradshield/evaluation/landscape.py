@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from gradshield.errors import DataError, UsageError
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64
 from gradshield.types import Floats, Rate
 
 Tensors = Mapping[str, Tensor]

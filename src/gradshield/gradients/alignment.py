@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradshield.errors import ModelError, UsageError
 from gradshield.gradients.direction import plain_name
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64
 
 Alignment = Mapping[str, Tensor]
 """One V for each weight matrix, (d_out, d_in), float32, on the CPU, by its name in the model without an adapter.

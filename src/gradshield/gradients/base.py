@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as _Conv
 
 from gradshield.errors import UsageError
-from gradshield.models.loading import evaluating
 from gradshield.models.logits import token_nll
-from gradshield.models.modules import modules_by_name, parameters_by_name, parameters_of
+from gradshield.models.modules import evaluating, modules_by_name, parameters_by_name, parameters_of
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction
 

@@ -27,9 +27,7 @@ from torch import Tensor, nn
 from gradshield.errors import DataError, ModelError, ScoreError, UsageError
 from gradshield.files import replacing
 from gradshield.gradients.base import scoring
-from gradshield.models.loading import text_config
-from gradshield.models.modules import modules_by_name
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64, modules_by_name, text_config
 from gradshield.types import Direction
 
 if TYPE_CHECKING:

@@ -25,9 +25,7 @@ from gradshield.gradients.base import (
 )
 from gradshield.gradients.direction import decoder_layers
 from gradshield.gradients.loop import Loop
-from gradshield.models.loading import text_config
-from gradshield.models.modules import modules_by_name, parameters_by_name
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64, modules_by_name, parameters_by_name, text_config
 from gradshield.types import Batch, Direction, Floats
 
 

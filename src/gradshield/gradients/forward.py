@@ -18,8 +18,7 @@ from gradshield.gradients.base import (
     plain_kernels,
     scoring,
 )
-from gradshield.models.modules import parameters_by_name
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64, parameters_by_name
 from gradshield.types import Batch, Direction
 
 

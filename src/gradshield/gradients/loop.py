@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, scoring
 from gradshield.models.logits import token_nll
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64
 from gradshield.types import Batch, Direction, Ints
 
 

@@ -31,8 +31,7 @@ from gradshield.gradients.base import (
     scoring,
 )
 from gradshield.models.logits import output_head
-from gradshield.models.modules import modules_by_name
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64, modules_by_name
 from gradshield.types import Batch, Direction
 
 
@@ -149,13 +148,11 @@ def _low_rank(layer: Any, lora: Lora, factor: Tensor, e: Tensor, rows: _Rows) ->
         places = places.to(inner.device)
         return _Product.apply(e, output, inner.flatten(0, -2), factor, places)  # type: ignore[no-untyped-call]
 
-    handles = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        layer._disable_adapters = False
-        for handle in handles:
-            handle.remove()
+    with layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave):
+        try:
+            yield
+        finally:
+            layer._disable_adapters = False
 
 
 class _Product(torch.autograd.Function):

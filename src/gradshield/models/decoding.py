@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradshield.models.loading import evaluating
-from gradshield.models.modules import modules_by_name
+from gradshield.models.modules import evaluating, modules_by_name
 
 if TYPE_CHECKING:
     from gradshield.types import Ints

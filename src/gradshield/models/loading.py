@@ -5,29 +5,28 @@ Only safetensors are read (a pickle can run code), and a model's own code runs o
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
-import http.client
+import importlib.util
 import json
 import logging
 import os
 import re
-import ssl
-import urllib.error
-import urllib.request
+import sys
+import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradshield.errors import HubError, ModelError, UsageError, first_line
-from gradshield.models.modules import modules_by_name
-from gradshield.models.placement import check_placed, choose_device, choose_dtype, placing, warn_of_unused_gpu, why
 
 if TYPE_CHECKING:
     import torch
 
+DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZED = ("4bit", "8bit")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -170,7 +169,13 @@ def wrap(model: Any, tokenizer: Any) -> LoadedModel:
     first = next(model.parameters(), None)
     if first is None or any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("the model has no weights in memory (it is empty or on the meta device): load them first")
-    warn_of_unused_gpu(model)
+    better = choose_device().type
+    if better != "cpu" and all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        warnings.warn(
+            f"the model is on the CPU, where from_pretrained puts it, and this machine has a GPU ({better}): move it with "
+            f"model.to({better!r}) first, or it is measured on the CPU",
+            stacklevel=2,
+        )
     config = getattr(model, "config", None)
     return LoadedModel(
         model=model,
@@ -181,34 +186,6 @@ def wrap(model: Any, tokenizer: Any) -> LoadedModel:
         digest=parameters_digest(model),
         is_peft=hasattr(model, "peft_config"),
     )
-
-
-def text_config(model: Any) -> Any:
-    """The language-model part of a model's config; None for a model without a config."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def learned_positions(model: torch.nn.Module) -> list[int]:
-    """The sizes of the model's tables of learned positions (GPT-2, OPT); rotary positions have none."""
-    from torch import nn
-
-    tables = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Embedding)]
-    return [part.num_embeddings for name, part in tables if re.search("wpe|position", name)]
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; each module's own mode is restored at the end."""
-    modes = [(module, module.training) for module in modules_by_name(model).values()]
-    try:
-        if any(mode for _, mode in modes):
-            model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            if module.training is not mode:
-                module.training = mode
 
 
 def parameters_digest(model: torch.nn.Module) -> str:
@@ -320,18 +297,13 @@ def check_folder(folder: Path, name: str, code: bool) -> None:
             )
         raise ModelError(f"{name} has no *.safetensors: give a folder with the weights")
     config = _json(folder / "config.json")
-    if config.get("auto_map") and not code and not _built_in(config):
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as BUILT_IN
+
+    if config.get("auto_map") and not code and config.get("model_type") not in BUILT_IN:
         raise ModelError(
             f"{name} needs its own code ({config.get('model_type', 'no model type')} is not part of transformers): read it, "
             "and pass --trust-remote-code (trust_remote_code=True) to run it"
         )
-
-
-def _built_in(config: dict[str, Any]) -> bool:
-    """Whether transformers itself supports this causal LM, so that the model's own code is not needed."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _check_adapter(folder: Path, name: str) -> None:
@@ -401,6 +373,11 @@ TIMEOUT_SECONDS = 5.0  # of a quick check: the hub's own client would retry for 
 
 def reachable() -> bool:
     """Whether the hub answers, within ``TIMEOUT_SECONDS``; proxies set in the environment are used."""
+    import http.client
+    import ssl
+    import urllib.error
+    import urllib.request
+
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return False
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -413,3 +390,100 @@ def reachable() -> bool:
     except (OSError, ValueError, http.client.HTTPException):
         return False
     return True
+
+
+# ---- device, precision, memory ---------------------------------------------------------------------------------------
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """The device for ``auto``, ``cpu``, ``mps``, ``cuda`` or ``cuda:N``. Raises UsageError if it is not available."""
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    here = ["auto", "cpu", *(["mps"] if mps else [])]
+    here += ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))] if cuda else []
+    if device not in here:
+        raise UsageError(f"the device {device!r} is not available here: choose one of {', '.join(here)}")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype for ``auto`` or a name of ``DTYPES``. Raises UsageError for any other."""
+    import torch
+
+    if dtype == "auto":
+        bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bfloat16 else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"the dtype {name!r} is not known: choose one of auto, {', '.join(DTYPES)}")
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def why(dtype: str, device: torch.device) -> str:
+    """Why a model of this ``dtype`` as typed is loaded as `choose_dtype` says."""
+    import torch
+
+    if dtype != "auto":
+        return "as asked for"
+    if device.type == "cuda":
+        has = choose_dtype(dtype, device) == torch.bfloat16
+        return "this GPU computes in it" if has else "this GPU has no bfloat16"
+    if device.type != "cpu":
+        return "as on every Apple GPU"
+    units: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # newer torch
+    if units.get("amx_bf16"):
+        return "as on every CPU, so that scores are the same on all; this one is faster with --dtype bfloat16"
+    return "this CPU has no bfloat16 units"
+
+
+def placing(
+    where: torch.device, dtype: torch.dtype, device: str, quantize: str | None, device_map: str | None
+) -> dict[str, Any]:
+    """The from_pretrained arguments for quantisation and devices; empty for a full model on one device. Raises UsageError."""
+    for option, value, known in (("quantize", quantize, QUANTIZED), ("device-map", device_map, DEVICE_MAPS)):
+        if value is not None and value not in known:
+            raise UsageError(f"--{option} is {value!r}: choose one of {', '.join(known)}")
+    if device_map is not None and device != "auto":
+        raise UsageError(f"--device {device} is one device, and --device-map uses several: leave out one of them")
+    found: dict[str, Any] = {}
+    if device_map is not None or quantize is not None:
+        found["device_map"] = device_map or {"": where}
+    if quantize is not None:
+        from transformers import BitsAndBytesConfig
+
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UsageError("--quantize needs bitsandbytes, which is not installed: install gradshield[quantized]")
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        found["quantization_config"] = BitsAndBytesConfig(**({"load_in_8bit": True} if quantize == "8bit" else four))
+    return found
+
+
+def check_placed(model: Any, device_map: str | None) -> None:
+    """Raises UsageError if accelerate left weights on the CPU or the disk, to be fetched layer by layer."""
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    left = places & {"disk", *(["cpu"] if len(places) > 1 else [])}
+    if device_map is not None and left:
+        raise UsageError(
+            f"the model does not fit on the devices of --device-map {device_map} (some layers are on the "
+            f"{' and the '.join(sorted(left))}), and offloaded layers cannot be scored: use more or larger devices, "
+            "--dtype bfloat16, or --quantize"
+        )
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep up to 1 GiB of freed memory, so that new tensors need not be mapped and zeroed again.
+
+    Every pass frees and allocates the same buffers. glibc returns the large ones to the system in between, which costs a
+    quarter of the CPU time. Only for GradShield's own processes; the user's environment settings win, and other allocators
+    are unaffected.
+    """
+    set_by_user = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys()
+    if sys.platform != "linux" or set_by_user:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    if mallopt is not None:
+        for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)
+            mallopt(option, 2**30)

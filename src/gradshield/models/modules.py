@@ -1,4 +1,4 @@
-"""A model's modules and parameters by name, faster than torch's own methods.
+"""A model's modules and parameters by name, faster than torch's own methods; its modes, sizes and hidden states.
 
 ``named_modules`` nests one generator per level, and every engine calls it several times per batch. On a model with an adapter
 (over 2,000 modules) that would cost more than a small batch.
@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,12 +26,10 @@ def outputs_of(model: nn.Module, names: Sequence[str], take: Callable[[Tensor], 
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(hook_for(name)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Seen(Exception):
@@ -43,12 +42,8 @@ def run_until(model: nn.Module, name: str, **inputs: Any) -> None:
     def seen(*_: Any) -> None:
         raise _Seen
 
-    handle = model.get_submodule(name).register_forward_hook(seen)
-    try:
-        with suppress(_Seen):
-            model(**{"use_cache": False, **inputs})
-    finally:
-        handle.remove()
+    with model.get_submodule(name).register_forward_hook(seen), suppress(_Seen):
+        model(**{"use_cache": False, **inputs})
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
@@ -82,3 +77,36 @@ def parameters_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
                 seen.add(id(parameter))
                 found[f"{path}.{name}" if path else name] = parameter
     return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; each module's own mode is restored at the end."""
+    modes = [(module, module.training) for module in modules_by_name(model).values()]
+    try:
+        if any(mode for _, mode in modes):
+            model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            if module.training is not mode:
+                module.training = mode
+
+
+def text_config(model: Any) -> Any:
+    """The language-model part of a model's config; None for a model without a config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def learned_positions(model: nn.Module) -> list[int]:
+    """The sizes of the model's tables of learned positions (GPT-2, OPT); rotary positions have none."""
+    from torch.nn import Embedding
+
+    tables = [(name, part) for name, part in model.named_modules() if isinstance(part, Embedding)]
+    return [part.num_embeddings for name, part in tables if re.search("wpe|position", name)]
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on its device; on the CPU if the device lacks float64 (Apple's)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

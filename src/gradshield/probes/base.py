@@ -16,8 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gradshield.errors import UsageError
 from gradshield.models.decoding import continued, stop_tokens, until
-from gradshield.models.logits import logits_at, token_nll
-from gradshield.models.prefix import common, prefix_of
+from gradshield.models.logits import common, logits_at, prefix_of, token_nll
 from gradshield.registry import Registry
 from gradshield.types import shared_length
 
@@ -67,7 +66,7 @@ def padded(ids: Sequence[Sequence[int]], device: torch.device) -> PromptBatch:
 def first_logits(model: nn.Module, batch: PromptBatch, **more: Any) -> Tensor:
     """Logits of the first response token, (B, V) in float32. ``more`` are further arguments of the model.
 
-    Without any, what all prompts begin with (a system prompt) runs once, where the model allows it (`models.prefix`).
+    Without any, what all prompts begin with (a system prompt) runs once, where the model allows it (`models.logits`).
     """
     ids, attention, last = batch.input_ids, batch.attention_mask, batch.last
     if not more:

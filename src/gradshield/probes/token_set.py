@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradshield.models.loading import evaluating
+from gradshield.models.modules import evaluating
 from gradshield.probes.base import PROBES, PromptBatch, Prompts, first_logits, first_token
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64
 from gradshield.probes import Prompts
 from gradshield.selectors import Measured
 from gradshield.selectors.base import members

@@ -17,7 +17,8 @@ from gradshield.columns import Coded, Ids
 from gradshield.data import templates
 from gradshield.errors import EmptyDataError, FormatError, UsageError
 from gradshield.models import loading
-from gradshield.models.loading import LoadedModel, ModelSource, text_config
+from gradshield.models.loading import LoadedModel, ModelSource
+from gradshield.models.modules import text_config
 from gradshield.scanning.decide import group
 from gradshield.scanning.settings import check_positions, check_trainer, render_config, trl_options
 from gradshield.types import Bools, Ints, Progress, Quarantined, Rendered, quiet

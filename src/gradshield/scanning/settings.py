@@ -15,7 +15,7 @@ from gradshield.data.trl import check_names
 from gradshield.errors import DataError, UsageError, did_you_mean
 from gradshield.gradients import ENGINES, check_subspace
 from gradshield.manifests import Scoring
-from gradshield.models.loading import learned_positions
+from gradshield.models.modules import learned_positions
 from gradshield.probes import PROBES, FunctionProbe, Probe, alike, lookalikes, requests
 from gradshield.scanning.decide import PREFERENCE
 from gradshield.selectors import SELECTORS, check, parse_aggregate

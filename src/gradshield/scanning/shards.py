@@ -26,7 +26,7 @@ from gradshield.data import batches
 from gradshield.data.spool import Picked, Values
 from gradshield.errors import DataError, ModelError
 from gradshield.files import replacing
-from gradshield.models.loading import text_config
+from gradshield.models.modules import text_config
 from gradshield.runs import versions
 from gradshield.selectors import Measured, Selector
 from gradshield.selectors.base import no_direction

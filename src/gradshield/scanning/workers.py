@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from gradshield.errors import DataError, GradShieldError, ScoreError, UsageError, first_line
-from gradshield.models.placement import keep_freed_memory
+from gradshield.models.loading import keep_freed_memory
 from gradshield.scanning.parcel import Origin, Parcel, bare, packed, unpacked
 from gradshield.scanning.shards import Hands, Measurer, Shard, here
 from gradshield.selectors import Measured

@@ -17,7 +17,7 @@ from gradshield.errors import UsageError
 from gradshield.gradients import Engine, pick
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.models.logits import logits_at, predicting
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64
 from gradshield.options import Option, check
 from gradshield.selectors.base import ONLINE
 from gradshield.types import Batch, Bools, Direction, Floats, Rendered

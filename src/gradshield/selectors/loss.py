@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gradshield.gradients.base import DeviceBatch, scoring
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64
 from gradshield.selectors.base import SELECTORS, Measured, by_row, no_direction, values_as_scores
 from gradshield.types import Batch, Direction
 

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from gradshield.errors import ProbeError
 from gradshield.gradients.base import scoring
 from gradshield.gradients.direction import decoder_layers
-from gradshield.models.modules import outputs_of, run_until
-from gradshield.models.placement import in_float64
-from gradshield.models.prefix import groups, prefix_of
+from gradshield.models.logits import groups, prefix_of
+from gradshield.models.modules import in_float64, outputs_of, run_until
 from gradshield.probes import PromptBatch, Prompts, first_logits
 from gradshield.probes.base import padded
 from gradshield.types import Anchors, Bools, Floats, Ints, shared_length
@@ -229,7 +228,7 @@ def states(
     """``take`` of the hidden states of each block, (n, blocks, D) in float64; no pass runs beyond the last block.
 
     With ``begun`` (n,), which receives the most likely token after each sequence, passes run to the end. Of `at_end`, tokens
-    that many sequences begin with are run once, where the model allows it (`models.prefix`).
+    that many sequences begin with are run once, where the model allows it (`models.logits`).
     """
     found: list[Any] = [None] * len(sequences)
     with scoring(model), torch.no_grad():

@@ -14,8 +14,7 @@ from gradshield.data import batches
 from gradshield.errors import ProbeError, ScoreError, UsageError
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.gradients.direction import digest
-from gradshield.models.modules import outputs_of
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64, outputs_of
 from gradshield.options import Option, check
 from gradshield.selectors.base import SELECTORS, Measured, by_row, members, standing, values_as_scores
 from gradshield.selectors.reading import block_names

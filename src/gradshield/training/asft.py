@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gradshield.errors import UsageError
 from gradshield.gradients.alignment import Alignment, largest_eigenvalue, leading
 from gradshield.gradients.direction import plain_name
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64
 from gradshield.options import Option, check
 from gradshield.training.inside import PENALTIES
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradshield.errors import UsageError
 from gradshield.gradients.alignment import Alignment
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64
 from gradshield.training.asft import (
     Adapted,
     Moved,

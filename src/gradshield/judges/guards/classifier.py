@@ -15,7 +15,8 @@ from gradshield.errors import ModelError, UsageError
 from gradshield.files import own_name
 from gradshield.judges.guards.base import GUARDS, Opinion, Reads, short_name
 from gradshield.models import loading
-from gradshield.models.placement import choose_device, choose_dtype, in_float64
+from gradshield.models.loading import choose_device, choose_dtype
+from gradshield.models.modules import in_float64
 from gradshield.options import check
 
 BATCH = 32

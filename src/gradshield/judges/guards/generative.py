@@ -15,7 +15,7 @@ from gradshield.files import own_name
 from gradshield.judges.guards.base import GUARDS, Opinion, short_name
 from gradshield.models import loading
 from gradshield.models.decoding import continued, stop_tokens
-from gradshield.models.placement import in_float64
+from gradshield.models.modules import in_float64, text_config
 
 BATCH = 8
 NEW_TOKENS = 8
@@ -76,7 +76,7 @@ class Generative:
     def opinions(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Opinion]:
         """One opinion per answer, by greedy decoding."""
         ids = [self._encoded(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        limit = getattr(loading.text_config(self._loaded.model), "max_position_embeddings", None) or 10**9
+        limit = getattr(text_config(self._loaded.model), "max_position_embeddings", None) or 10**9
         found = [Opinion(None, f"{len(row)} tokens are more than the guard reads ({limit})") for row in ids]
         fits = [i for i, row in enumerate(ids) if len(row) + NEW_TOKENS <= limit]
         fits.sort(key=lambda i: -len(ids[i]))  # similar lengths together, the largest batch first
