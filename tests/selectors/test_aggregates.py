@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gradshield.errors import UsageError
 from gradshield.selectors import AGGREGATES, parse_aggregate
-from gradshield.selectors.aggregates import largest, push
+from gradshield.selectors.fihs import largest, push
 
 VALUES = st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=60).map(np.array)
 NAMED = ["sum", "mean", "push", "first:1", "first:3", "top:1", "top:5", "top:20%", "top:1%", "top:100%"]

@@ -1,10 +1,8 @@
 """Row-selection methods, one published method per file. Importing this package registers them all."""
 
-from gradshield.selectors.aggregates import AGGREGATES, Aggregate
-from gradshield.selectors.aggregates import parse as parse_aggregate
 from gradshield.selectors.base import ONLINE, SELECTORS, Measured, Selector, check, make
 from gradshield.selectors.dualselect import DualSelect
-from gradshield.selectors.fihs import Fihs
+from gradshield.selectors.fihs import AGGREGATES, Aggregate, Fihs, parse_aggregate
 from gradshield.selectors.gradnorm import GradNorm
 from gradshield.selectors.guard import GuardFilter
 from gradshield.selectors.loss import Loss

@@ -79,29 +79,30 @@ class Selector(Protocol):
     A method of two stages also has a ``look`` of the class ``looks``: a selector without ``finish`` that measures each row as far
     as a cheaper look tells, without a direction. Its ``further(seen)`` are the rows (N,) that ``measure`` must see (`Screen`).
 
-    ``settings`` is JSON-able: everything but rows, model and direction that a measured number depends on. ``prepare`` of a
-    method without a direction returns one without tensors. ``finish`` passes ``ids`` and ``shapes`` on unchanged: for many
-    rows they are compact columns (`columns`).
+    The methods of this package inherit what is the same in most.
     """
 
     name: str
-    rule: str
-    travels: bool
-    probed: bool
+    rule: str = "ratio:10%"
+    travels: bool = True
+    probed: bool = False
 
-    def prepare(self, model: nn.Module) -> Direction: ...
+    def prepare(self, model: nn.Module) -> Direction:
+        """The direction; of a method without one, `no_direction`."""
+        return no_direction(self.name, model)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured: ...
 
-    def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores: ...
+    def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
+        """One score per row, here the measured value. ``ids`` and ``shapes`` are passed on unchanged: for many rows they are
+        compact columns (`columns`). Raises ScoreError naming the rows whose value or loss is not finite.
+        """
+        require_finite(raw)
+        return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
 
-    def settings(self) -> Mapping[str, Any]: ...
-
-
-def values_as_scores(_selector: Any, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-    """A ``finish`` whose scores are the measured values. Raises ScoreError naming the rows whose value is not finite."""
-    require_finite(raw)
-    return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
+    def settings(self) -> Mapping[str, Any]:
+        """Everything but rows, model and direction that a measured number depends on, JSON-able."""
+        return {}
 
 
 def no_direction(name: str, model: nn.Module | None = None, subspace: str = "all") -> Direction:
@@ -140,13 +141,17 @@ def by_row(batch: Batch, nll: Floats) -> tuple[Ints, Floats, Ints]:
 
 def require_finite(raw: Measured) -> None:
     """Raises ScoreError that names the rows whose value or loss is not finite."""
-    bad = raw.rows[~(np.isfinite(raw.sums) & np.isfinite(raw.nll))].tolist()
-    if bad:
-        shown = ", ".join(map(str, bad[:10])) + (f" and {len(bad) - 10} more" if len(bad) > 10 else "")
+    bad = raw.rows[~(np.isfinite(raw.sums) & np.isfinite(raw.nll))]
+    if len(bad):
         raise ScoreError(
-            f"{len(bad)} of {len(raw.rows)} rows have a score that is not finite (rows {shown}): check the model's weights "
+            f"{len(bad)} of {len(raw.rows)} rows have a score that is not finite ({listed(bad)}): check the model's weights "
             "for overflow, or load it in float32 (--dtype float32)"
         )
+
+
+def listed(rows: Ints) -> str:
+    """``rows 1, 2, 3``: at most ten of them."""
+    return f"rows {', '.join(map(str, rows[:10].tolist()))}" + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
 
 
 SELECTORS: Registry[type[Selector]] = Registry(

@@ -9,12 +9,12 @@ import numpy as np
 from torch import nn
 
 from gradshield.gradients import check_subspace, parameter_names, row_norms
-from gradshield.selectors.base import SELECTORS, Measured, by_row, no_direction, values_as_scores
+from gradshield.selectors.base import SELECTORS, Measured, Selector, by_row, no_direction
 from gradshield.types import Batch, Direction
 
 
 @SELECTORS.register("gradnorm")
-class GradNorm:
+class GradNorm(Selector):
     """How far one training step on the row would move the weights: the norm of the gradient of its mean loss.
 
     Paper: none; the usual baseline of gradient-based selection. Equation: ‖∇_θ L(x; θ0)‖₂, L the mean over loss tokens.
@@ -23,8 +23,6 @@ class GradNorm:
     """
 
     name = "gradnorm"
-    rule = "ratio:10%"
-    travels, probed = True, False
 
     def __init__(self, subspace: str = "all", targets: Sequence[str] = ()) -> None:
         """``targets`` are the weights of the subspace of that name. Raises UsageError for an unknown subspace."""
@@ -37,8 +35,6 @@ class GradNorm:
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Each row's norm over the subspace, from one backward pass per row."""
         return mean_norms(model, batch, parameter_names(model, self.subspace, self.targets))
-
-    finish = values_as_scores
 
     def settings(self) -> Mapping[str, Any]:
         return {"subspace": self.subspace, "targets": sorted(self.targets)}

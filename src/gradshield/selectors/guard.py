@@ -16,7 +16,7 @@ from gradshield.data.render import spans
 from gradshield.errors import EndpointError
 from gradshield.judges.guards import Guard, of_rows, parse
 from gradshield.options import Given
-from gradshield.selectors.base import SELECTORS, Measured, members
+from gradshield.selectors.base import SELECTORS, Measured, Selector, listed, members
 from gradshield.types import Batch, Direction, Ints, Scores
 
 Decode = Callable[[Sequence[int]], str]
@@ -24,7 +24,7 @@ Turn = tuple[str, str]  # the text before a response, and the response
 
 
 @SELECTORS.register("guard")
-class GuardFilter:
+class GuardFilter(Selector):
     """The probability, by a guard model or a moderation endpoint, that a row's response is unsafe.
 
     Paper: arXiv 2312.06674 (Llama Guard), used here as a filter of training data. Equation: s(x) = max over the row's
@@ -36,7 +36,7 @@ class GuardFilter:
 
     name = "guard"
     rule = "fixed:0.5"
-    travels, probed = False, False
+    travels = False
 
     def __init__(self, guard: Guard, decode: Decode) -> None:
         self.guard, self.decode = guard, decode
@@ -89,11 +89,9 @@ class GuardFilter:
         """One score per row; rows that could not be judged score 1 and are named in a warning."""
         unknown = np.isnan(raw.sums)
         if unknown.any():
-            rows = [int(row) for row in raw.rows[unknown]]
-            shown = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
             warnings.warn(
-                f"{len(rows)} of {len(raw.rows)} rows could not be judged by {self.guard.name} and count as unsafe "
-                f"(rows {shown}): look at them by hand",
+                f"{unknown.sum()} of {len(raw.rows)} rows could not be judged by {self.guard.name} and count as unsafe "
+                f"({listed(raw.rows[unknown])}): look at them by hand",
                 stacklevel=2,
             )
         values = np.where(unknown, 1.0, raw.sums)

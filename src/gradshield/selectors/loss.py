@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import nn
 
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.models.modules import in_float64
-from gradshield.selectors.base import SELECTORS, Measured, by_row, no_direction, values_as_scores
+from gradshield.selectors.base import SELECTORS, Measured, Selector, by_row
 from gradshield.types import Batch, Direction
 
 
 @SELECTORS.register("loss")
-class Loss:
+class Loss(Selector):
     """How surprised the model is by the row's answer: the mean loss of its tokens, whose exponential is the perplexity.
 
     Paper: none; the usual loss filter. Equation: mean over loss tokens of -log p(token).
@@ -23,11 +20,6 @@ class Loss:
     """
 
     name = "loss"
-    rule = "ratio:10%"
-    travels, probed = True, False
-
-    def prepare(self, model: nn.Module) -> Direction:
-        return no_direction(self.name, model)
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Each row's mean loss in nats, from one forward pass; zero for a row without a loss token."""
@@ -36,8 +28,3 @@ class Loss:
             nll = data.nll(model)
         rows, means, lengths = by_row(batch, in_float64(nll).cpu().numpy())
         return Measured(rows, means, means, lengths)
-
-    finish = values_as_scores
-
-    def settings(self) -> Mapping[str, Any]:
-        return {}

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gradshield.selectors.base import SELECTORS, Measured, by_row, no_direction
+from gradshield.selectors.base import SELECTORS, Measured, Selector, by_row, no_direction
 from gradshield.types import Batch, Direction, Scores
 
 
 @SELECTORS.register("random")
-class Random:
+class Random(Selector):
     """A pseudo-random number for each row from the seed and the row's content: removes as many rows blindly.
 
     Paper: none; the control at equal removal. Equation: SHA-256(seed, id), read as a number in [0, 1).
@@ -22,8 +22,6 @@ class Random:
     """
 
     name = "random"
-    rule = "ratio:10%"
-    travels, probed = True, False
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -37,13 +35,12 @@ class Random:
         return Measured(rows, means, means, lengths)
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        values = np.fromiter((_drawn(self.seed, name) for name in ids), np.float64, len(ids))
+        values = np.fromiter((self._drawn(name) for name in ids), np.float64, len(ids))
         return Scores(raw.rows, ids, values, shapes, lengths=raw.lengths, nll=raw.nll)
+
+    def _drawn(self, name: str) -> float:
+        digest = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # exact in float64
 
     def settings(self) -> Mapping[str, Any]:
         return {"seed": self.seed}
-
-
-def _drawn(seed: int, name: str) -> float:
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # exact in float64

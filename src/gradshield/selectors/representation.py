@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.gradients.direction import digest
 from gradshield.models.modules import in_float64, outputs_of
 from gradshield.options import Option, check
-from gradshield.selectors.base import SELECTORS, Measured, by_row, members, standing, values_as_scores
+from gradshield.selectors.base import SELECTORS, Measured, Selector, by_row, members, standing
 from gradshield.selectors.reading import block_names
 from gradshield.types import Batch, Direction, Floats, References, Rendered
 
@@ -26,7 +26,7 @@ _TOKENS = 4096  # positions in one batch of references
 _LEAST = 2  # references of a kind: one is held out at a time
 
 
-class Representation(ABC):
+class Representation(Selector):
     """Shared by both methods: reference rows, the hidden state that represents a row, and one forward pass per row.
 
     Departures: the unsafe references are requests with only a compliant opener, since the package holds no harmful answers, so
@@ -36,10 +36,6 @@ class Representation(ABC):
     sees only the request. Both papers rank rows and take a top share: zero is halfway between the two sides, not a cut. This
     list may be incomplete.
     """
-
-    name: str
-    rule = "ratio:10%"
-    travels, probed = True, False
 
     def __init__(self, references: References, feature: Feature = "last") -> None:
         """``feature`` is one of FEATURES. Raises UsageError for any other."""
@@ -124,8 +120,6 @@ class Representation(ABC):
     @abstractmethod
     def _between(self, at: Tensor, unsafe: Tensor, safe: Tensor) -> Tensor:
         """(B,): the position of features (B, layers, D) between two sides (layers, D)."""
-
-    finish = values_as_scores
 
     def settings(self) -> Mapping[str, Any]:
         return {"feature": self.feature}
