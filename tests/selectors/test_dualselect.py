@@ -391,7 +391,7 @@ def test_what_it_cannot_begin_with() -> None:
     frozen = tiny_model("llama").requires_grad_(False)
     method = DualSelect(references(), warmup=0)
     method.begin(frozen)
-    with pytest.raises(UsageError, match="without a trainable parameter"):
+    with pytest.raises(UsageError, match="no trainable parameter"):
         method.choose(frozen, task())
 
 

@@ -205,7 +205,7 @@ def test_a_reference_lies_on_its_own_side_and_the_means_at_one() -> None:
     selector = Larf(known())
     direction = selector.prepare(model)
     ends = torch.stack(list(direction.tensors.values()), 1)  # (2, 1, D): the two means as if they were rows
-    np.testing.assert_allclose(selector._placed(ends, direction).numpy(), [1.0, -1.0], atol=1e-6)
+    np.testing.assert_allclose(selector._between(ends, *ends).numpy(), [1.0, -1.0], atol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -267,6 +267,16 @@ def test_what_is_refused() -> None:
         Larf(References(refs.harmful, refs.harmful, ())).prepare(model)
     with pytest.raises(ModelError, match="decoder layers of Linear"):
         Larf(refs).prepare(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_direction_of_another_model_is_refused(form: str) -> None:
+    method = FORMS[form](known())
+    direction = method.prepare(tiny_model("llama"))
+    wide = replace(direction, tensors={name: t.repeat(1, 2) for name, t in direction.tensors.items()})
+    for other, wrong in ((tiny_model("gpt2"), direction), (tiny_model("llama"), wide)):
+        with pytest.raises(UsageError, match=r"does not have.*fits only the model that it was prepared on"):
+            method.measure(other, wrong, collate(rows()))
 
 
 def test_it_is_registered_and_says_how_it_cuts() -> None:

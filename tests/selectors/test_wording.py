@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradshield.selectors.wording import Shared, asked, bare, every
+from gradshield.selectors.screen import Shared, asked, bare, every
 
 ALPACA = "Below is an instruction that describes a task.\n\n### Instruction:\n{}\n\n### Response:\n{}"
 ONE = {

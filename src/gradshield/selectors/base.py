@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from gradshield.data.spool import Picked, Scattered
-from gradshield.errors import ScoreError
+from gradshield.errors import ScoreError, UsageError
 from gradshield.models.loading import parameters_digest
 from gradshield.options import Given, Spec, build, of, read
 from gradshield.registry import Registry
@@ -121,6 +121,17 @@ def members(batch: Batch) -> tuple[Ints, list[Ints]]:
     rows, first = np.unique(batch.rows, return_index=True)
     rows = rows[np.argsort(first)]
     return rows, [np.flatnonzero(batch.rows == row) for row in rows]
+
+
+def trainable(model: nn.Module) -> list[str]:
+    """Names of the trainable parameters. Raises UsageError if there are none."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not names:
+        raise UsageError(
+            "the model has no trainable parameter, and rows are selected by their gradient over those: unfreeze some, or "
+            "add an adapter"
+        )
+    return names
 
 
 def standing(batch: Batch) -> Ints:

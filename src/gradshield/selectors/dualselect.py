@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.models.logits import logits_at, predicting
 from gradshield.models.modules import in_float64
 from gradshield.options import Option, check
-from gradshield.selectors.base import ONLINE
+from gradshield.selectors.base import ONLINE, trainable
 from gradshield.types import Batch, Bools, Direction, Floats, Rendered
 
 _ENTRIES = 1024  # most likely tokens whose log-probability under θ0 is kept per position; the rest is one entry
@@ -65,8 +64,15 @@ class DualSelect:
 
         Raises UsageError for a value out of range, or references without a loss token.
         """
-        numbers = {"warmup": warmup, "refresh": refresh, "temperature": temperature, "top": top, "weight": weight}
-        check(DualSelect, **numbers, drop=drop)
+        numbers = {
+            "warmup": warmup,
+            "refresh": refresh,
+            "temperature": temperature,
+            "top": top,
+            "weight": weight,
+            "drop": drop,
+        }
+        check(DualSelect, **numbers)
         counted = [any(tokens.loss.any() for tokens in row.sequences) for row in references]
         if not counted or not all(counted):
             raise UsageError(
@@ -76,6 +82,7 @@ class DualSelect:
         self.references = list(references)
         self.warmup, self.refresh, self.temperature, self.top = warmup, refresh, temperature, top
         self.weight, self.drop, self.correction, self.engine = weight, drop, correction, engine
+        self._settings = {**numbers, "correction": correction}
         self.position = 0  # index of the next batch of the training; a trainer that resumes sets it
         self._start: list[_Start] = []
         self._direction: Direction | None = None
@@ -154,15 +161,10 @@ class DualSelect:
             name: float(np.mean([entry[name] for entry in self._refreshed])) if self._refreshed else None
             for name in ("conflict", "preservation")
         }
-        settings = {
-            name: getattr(self, name)
-            for name in ("warmup", "refresh", "temperature", "top", "weight", "drop", "correction")
-        }
-        engine = self.engine.name if self.engine else "auto"
         return {
             "name": self.name,
-            **settings,
-            "engine": engine,
+            **self._settings,
+            "engine": self.engine.name if self.engine else "auto",
             "references": len(self.references),
             **self._counts,
             **means,
@@ -173,7 +175,7 @@ class DualSelect:
 
         The same in every process: correcting averaged gradients by different r would let the models diverge.
         """
-        with _trainable(model) as parameters:
+        with scoring(model, trainable(model)) as parameters, torch.enable_grad():
             task = _averaged(_gradient(_mean_loss(model, batch), parameters), parameters)
             losses, cosines = [], []
             for start in self._start:
@@ -260,17 +262,6 @@ def _coarse(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         return logs, None
     others = logits.scatter(-1, tokens, float("-inf"))
     return logs, others.logsumexp(-1) - total.squeeze(-1)
-
-
-@contextmanager
-def _trainable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not names:
-        raise UsageError(
-            "dualselect got a model without a trainable parameter: add the adapter, or unfreeze its weights"
-        )
-    with scoring(model, names) as parameters, torch.enable_grad():
-        yield parameters
 
 
 def _valued(start: _Start, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:

@@ -10,9 +10,9 @@ import numpy as np
 from torch import nn
 
 from gradshield.columns import Coded
-from gradshield.errors import ScoreError, UsageError
+from gradshield.errors import ScoreError
 from gradshield.options import Option, check
-from gradshield.selectors.base import ONLINE, SELECTORS, Measured, require_finite
+from gradshield.selectors.base import ONLINE, SELECTORS, Measured, require_finite, trainable
 from gradshield.selectors.gradnorm import GradNorm, mean_norms
 from gradshield.types import Batch, Bools, Floats, Scores
 
@@ -132,12 +132,7 @@ class OnlineModerate:
 
     def begin(self, model: nn.Module) -> None:
         """Record the trainable parameters. Raises UsageError if there are none."""
-        self._parameters = [name for name, p in model.named_parameters() if p.requires_grad]
-        if not self._parameters:
-            raise UsageError(
-                "the model has no trainable parameter, and rows are selected by their gradient over those: unfreeze some, or "
-                "add an adapter"
-            )
+        self._parameters = trainable(model)
 
     def choose(self, model: nn.Module, batch: Batch) -> Bools:
         """Which rows of the batch train (B,). Raises ScoreError if no row has a finite loss and norm."""

@@ -14,12 +14,13 @@ from gradshield.data import batches
 from gradshield.errors import ProbeError, ScoreError, UsageError
 from gradshield.gradients.base import DeviceBatch, scoring
 from gradshield.gradients.direction import digest
-from gradshield.models.modules import in_float64, outputs_of
+from gradshield.models.modules import in_float64, outputs_of, text_config
 from gradshield.options import Option, check
 from gradshield.selectors.base import SELECTORS, Measured, Selector, by_row, members, standing
 from gradshield.selectors.reading import block_names
 from gradshield.types import Batch, Direction, Floats, References, Rendered
 
+SIDES = ("unsafe", "safe")
 FEATURES = ("mean", "last", "opening")
 Feature = Annotated[str, Option(str, choices=FEATURES)]
 _TOKENS = 4096  # positions in one batch of references
@@ -49,8 +50,10 @@ class Representation(Selector):
         if the two means are equal.
         """
         names = block_names(model)
-        unsafe, safe = (self._features(model, kind, rows, names) for kind, rows in self._sides())
-        chosen, (unsafe, safe) = self._chosen(separation(unsafe, safe)), (self._seen(side) for side in (unsafe, safe))
+        # Before the answer, refused and harmful rows are the same prompts.
+        kinds = ("harmful", "answered" if self.feature == "opening" else "refused")
+        sides = [self._features(model, kind, names) for kind in kinds]
+        chosen, (unsafe, safe) = self._chosen(separation(*sides)), map(self._seen, sides)
         tensors = {names[i]: torch.stack([unsafe[:, i].mean(0), safe[:, i].mean(0)]).float() for i in chosen}
         for name, (one, other) in tensors.items():
             if not 0 < float((one - other).norm()) < float("inf"):
@@ -58,17 +61,11 @@ class Representation(Selector):
                     f"the unsafe and the safe references have equal means, or a mean that is not finite, at {name}: check the "
                     "model's weights, or load it in float32 (--dtype float32)"
                 )
-        kinds = ("unsafe", "safe")
-        return Direction(tensors, kinds, (1.0, 1.0), digest(kinds, tensors))
+        return Direction(tensors, SIDES, (1.0, 1.0), digest(SIDES, tensors))
 
-    def _sides(self) -> tuple[tuple[str, tuple[Rendered, ...]], tuple[str, tuple[Rendered, ...]]]:
-        """The unsafe and the safe references; before the answer (``opening``), refused and harmful rows are the same prompts."""
-        if self.feature == "opening":
-            return ("harmful", self.references.harmful), ("answered", self.references.answered)
-        return ("harmful", self.references.harmful), ("refused", self.references.refused)
-
-    def _features(self, model: nn.Module, kind: str, rows: tuple[Rendered, ...], names: Sequence[str]) -> Tensor:
-        """(n, blocks, D) of references, float64, on the CPU."""
+    def _features(self, model: nn.Module, kind: str, names: Sequence[str]) -> Tensor:
+        """(n, blocks, D) of the references of a kind, float64, on the CPU."""
+        rows: tuple[Rendered, ...] = getattr(self.references, kind)
         if len(rows) < _LEAST:
             raise ProbeError(
                 f"there are {len(rows)} {kind} references on this model, and the selector {self.name} needs at least "
@@ -94,11 +91,18 @@ class Representation(Selector):
 
     def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
         """Each row's score from one forward pass. A preference pair is placed by its chosen answer, an answer that training
-        pushes away from by minus its place.
+        pushes away from by minus its place. Raises UsageError for another model's direction.
         """
-        names = list(direction.tensors)
+        names, sides = list(direction.tensors), torch.stack(list(direction.tensors.values()), 1)  # (2, layers, D)
+        width = getattr(text_config(model), "hidden_size", sides.shape[-1])
+        if not set(names) <= set(block_names(model)) or sides.shape[-1] != width:
+            raise UsageError(
+                f"the direction has states of {sides.shape[-1]} values at {', '.join(names)}, which this model does not have "
+                f"(its states have {width}): a direction fits only the model that it was prepared on"
+            )
         features, nll = self._forward(model, batch, names)
-        values = batch.coefficients * self._placed(features, direction).cpu().numpy()
+        unsafe, safe = in_float64(sides.to(features.device))
+        values = batch.coefficients * self._between(in_float64(features), unsafe, safe).cpu().numpy()
         counted = standing(batch)
         placed = [float(values[np.intersect1d(own, counted)].mean()) for own in members(batch)[1]]
         rows, means, lengths = by_row(batch, nll)
@@ -111,11 +115,6 @@ class Representation(Selector):
     def _seen(self, features: Tensor) -> Tensor:
         """A reference's features as they enter the mean."""
         return features
-
-    def _placed(self, features: Tensor, direction: Direction) -> Tensor:
-        """(B,) in float64: the position of each feature (B, layers, D) between the two sides."""
-        sides = torch.stack(list(direction.tensors.values()), 1).to(features.device)  # (2, layers, D)
-        return self._between(in_float64(features), *in_float64(sides))
 
     @abstractmethod
     def _between(self, at: Tensor, unsafe: Tensor, safe: Tensor) -> Tensor:
