@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ import gradshield
 from gradshield import lab
 from gradshield.cli.app import app
 from gradshield.data import read
+from gradshield.probes import base as probes
 from gradshield.scanning.review_server import Server
 from tests.common import command, jsonl
 
@@ -36,7 +36,6 @@ GUIDES = [
     "docs/index.md",
     *sorted(f"docs/howto/{path.name}" for path in (ROOT / "docs/howto").glob("*.md")),
 ]
-BUILT_IN = importlib.import_module("gradshield.probes.requests")  # the package has a function of that name
 ELSEWHERE = ("python3 -m venv ", "pip install ", "make ")  # commands that a test environment has no use for
 HERE = {  # a machine of the reader's, and what stands for it here
     "--ray auto --workers 800": "--ray local --workers 1",
@@ -68,7 +67,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr(BUILT_IN, "_shipped", shipped)
+        patch.setattr(probes, "_shipped", shipped)
         patch.setattr(Server, "serve_forever", ctrl_c)
         patch.setattr(webbrowser, "open", lambda url: None)
         yield folder
@@ -87,7 +86,7 @@ def shipped(name: str) -> list[dict[str, str]]:
         rows, _ = lab.mix("dialogue", harm="none", ratio=0, n=60, seed=9)
         return [{"prompt": row["messages"][0]["content"], "category": "chat", "split": "direction"} for row in rows]
     make = {"requests.jsonl": lab.requests, "lookalikes.jsonl": lab.lookalikes}[name]
-    return [{**prompt, "split": split} for split in BUILT_IN.SPLITS for prompt in make(split)[:90]]
+    return [{**prompt, "split": split} for split in probes.SPLITS for prompt in make(split)[:90]]
 
 
 def blocks(document: str) -> list[tuple[str, str]]:

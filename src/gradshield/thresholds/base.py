@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Annotated, Protocol
 
+import numpy as np
+
 from gradshield import options
 from gradshield.errors import EmptyDataError, UsageError
 from gradshield.registry import Registry
@@ -49,6 +51,11 @@ def require_decoys(name: str, decoys: Floats | None) -> Floats:
             "per-token engine, or use the threshold adaptive, ratio or fixed"
         )
     return decoys
+
+
+def reaching(t: float, values: Floats) -> float:
+    """The cut that removes the rows >= t, the next float below; at the largest value, which removes none, for t infinite."""
+    return float(np.nextafter(t, -np.inf)) if np.isfinite(t) else float(np.max(values))
 
 
 def fewest(q: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradshield.options import check
-from gradshield.thresholds.base import THRESHOLDS, Share, fewest, require_decoys, require_rows
+from gradshield.thresholds.base import THRESHOLDS, Share, fewest, reaching, require_decoys, require_rows
 from gradshield.types import Anchors, Cut, Floats
 
 TAIL_SHARE = 0.1  # share of the winning decoys that the tail is fitted on
@@ -118,6 +118,5 @@ class Competition:
         }
         t = min(counted, tail)
         if not np.isfinite(t):
-            return Cut(float(np.max(values)), self.name, detail | {"branch": "nothing to remove"})
-        # Rows >= t are removed, and a cut keeps rows equal to it: take the next float below.
-        return Cut(float(np.nextafter(t, -np.inf)), self.name, detail)
+            detail["branch"] = "nothing to remove"
+        return Cut(reaching(t, values), self.name, detail)

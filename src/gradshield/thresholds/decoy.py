@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradshield.options import check
-from gradshield.thresholds.base import THRESHOLDS, Share, fewest, require_decoys, require_rows
+from gradshield.thresholds.base import THRESHOLDS, Share, fewest, reaching, require_decoys, require_rows
 from gradshield.types import Anchors, Cut, Floats
 
 
@@ -53,6 +53,4 @@ class Decoy:
             "decoys": nulls,
             "fdr": (1 + nulls) / targets if targets else None,
         }
-        # Rows >= t are removed, and a cut keeps rows equal to it: take the next float below.
-        value = float(np.nextafter(t, -np.inf)) if np.isfinite(t) else float(np.max(values))
-        return Cut(value, self.name, detail)
+        return Cut(reaching(t, values), self.name, detail)

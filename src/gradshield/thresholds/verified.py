@@ -85,17 +85,7 @@ class Verified:
         while True:
             measured = trial(bracket.cut)
             verdict = self._judge(measured, utility_target)
-            done.append(
-                Round(
-                    cut=bracket.cut,
-                    removed=bracket.removed,
-                    asr=dict(measured.asr),
-                    utility=measured.utility,
-                    seconds=measured.seconds,
-                    verdict=verdict,
-                    stopped_early=measured.stopped_early,
-                )
-            )
+            done.append(Round(cut=bracket.cut, removed=bracket.removed, verdict=verdict, **vars(measured)))
             best = len(done) - 1 if verdict == PASSES else safest(done)
             if after is not None:
                 after(tuple(done), best)
@@ -131,21 +121,24 @@ class Verified:
 
     def _sentence(self, done: Sequence[Round], stopped: str, utility_target: float, n: int) -> str:
         """The result of the search in words, with the two rounds that bound it."""
-        allowed = f"an upper bound below {_percent(self.asr)}"
-        wanted = f"{_percent(utility_target)} less {100 * self.tolerance:g} points"
+
+        def safety(one: Round) -> str:
+            rate = one.asr[one.worst]
+            found = f"the upper bound of the ASR is {_percent(rate.high)} ({one.worst}, {rate.k} of {rate.n})"
+            return f"{found} (target: an upper bound below {_percent(self.asr)})"
+
+        def useful(one: Round) -> str:
+            assert one.utility is not None
+            found = f"the utility is {_percent(one.utility.rate)} (n = {one.utility.n})"
+            return f"{found} (target: {_percent(utility_target)} less {100 * self.tolerance:g} points)"
+
+        last = done[-1]
         if stopped == PASSES:
-            last = done[-1]
-            return (
-                f"removing {last.removed} of {n} rows meets both targets: {_safety(last)} (target: {allowed}), and "
-                f"{_useful(last)} (target: {wanted})"
-            )
+            return f"removing {last.removed} of {n} rows meets both targets: {safety(last)}, and {useful(last)}"
         unsafe = max((one for one in done if one.verdict == TOO_UNSAFE), key=lambda one: one.removed, default=None)
         short = min((one for one in done if one.verdict == UTILITY_SHORT), key=lambda one: one.removed, default=None)
-        facts = []
-        if unsafe is not None:
-            facts.append(f"with {unsafe.removed} of {n} rows removed {_safety(unsafe)} (target: {allowed})")
-        if short is not None:
-            facts.append(f"with {short.removed} of {n} rows removed {_useful(short)} (target: {wanted})")
+        bounds = ((unsafe, safety), (short, useful))
+        facts = [f"with {one.removed} of {n} rows removed {said(one)}" for one, said in bounds if one is not None]
         why = "; ".join(facts)
         if stopped == "rounds":
             return f"no cut met both targets after {len(done)} rounds: {why}; allow more rounds"
@@ -237,13 +230,3 @@ def futile(unsafe: int, prompts: int, target: float) -> bool:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %"
-
-
-def _safety(one: Round) -> str:
-    rate = one.asr[one.worst]
-    return f"the upper bound of the ASR is {_percent(rate.high)} ({one.worst}, {rate.k} of {rate.n})"
-
-
-def _useful(one: Round) -> str:
-    assert one.utility is not None
-    return f"the utility is {_percent(one.utility.rate)} (n = {one.utility.n})"
