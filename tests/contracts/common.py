@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from gradshield.data.batches import collate
+from gradshield.data import collate
 from gradshield.gradients import Derivatives, Loop, adapted, gradient_direction, parameter_names
 from gradshield.types import Batch, Direction, Rendered, Tokens
 from tests.tiny import VOCABULARY, tiny_model

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gradshield.data import SHAPES, Format, read, suffix, take, write_parts, write_quarantine
-from gradshield.data import records as records_module
+from gradshield.data import source as records_module
 from gradshield.errors import (
     DataError,
     EmptyDataError,
@@ -258,7 +258,7 @@ def test_a_long_csv_record_does_not_upset_those_after_it(
 ) -> None:
     import hashlib
 
-    monkeypatch.setattr("gradshield.data.records.MAX_ROW_BYTES", 60)
+    monkeypatch.setattr("gradshield.data.source.MAX_ROW_BYTES", 60)
     long = [b'"' + b"a" * 80 + b'\nend",1\n', b'"start\n' + b"a" * 80 + b'",1\n'][cut]
     result = read(_file(tmp_path, b"text,n\n" + long + b"ok,2\n", "d.csv"))
     (bad,) = result.quarantined

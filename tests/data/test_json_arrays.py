@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from gradshield.data import read, records, write_parts
+from gradshield.data import read, source, write_parts
 from gradshield.errors import DataError, FormatError
 
 GOOD = b'{"text": "good"}\n'
@@ -78,8 +78,8 @@ def test_a_json_array_is_read_in_bounded_memory(size: int, tmp_path: Path, monke
     long = b'{"text": "' + rb"\n\"," * 1_000_000 + b'"}'
     path = _file(tmp_path, b"[" + (GOOD + b", ") * 20_000 + long + b"\n, " + GOOD + b"]")
     monkeypatch.setattr("gradshield.data.raw_files.BLOCK", size)
-    monkeypatch.setattr(records, "MAX_ROW_BYTES", 100_000)
-    monkeypatch.setattr(records, "HEAD_BYTES", 1000)
+    monkeypatch.setattr(source, "MAX_ROW_BYTES", 100_000)
+    monkeypatch.setattr(source, "HEAD_BYTES", 1000)
     tracemalloc.start()
     result = read(path)
     peak = tracemalloc.get_traced_memory()[1]

@@ -171,7 +171,7 @@ def test_a_row_of_very_many_answers_ends_soon(template: str) -> None:
 
 
 def test_of_a_row_that_cannot_be_scored_the_head_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradshield.data.records.HEAD_BYTES", 30)
+    monkeypatch.setattr("gradshield.data.source.HEAD_BYTES", 30)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = ALTERNATING
     (bad,) = render_all(read([{"messages": CHAT}, {"messages": [USER, USER, FIRST]}]).examples, tokenizer).quarantined

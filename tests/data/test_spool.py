@@ -87,6 +87,6 @@ def test_a_full_disk_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
     spool = Spool()
-    monkeypatch.setattr(spool._scratch, "_file", Full())
+    monkeypatch.setattr(spool, "_file", Full())
     with pytest.raises(DataError, match=r"No space left on device.*TMPDIR"):
         spool.add(row(0, [([1, 4], 1.0)]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradshield.data.batches import batches, collate
+from gradshield.data import batches, collate
 from gradshield.errors import ScoreError
 from gradshield.gradients import ENGINES, Loop
 from gradshield.probes import FunctionProbe, PromptBatch, Prompts, first_logits

@@ -21,9 +21,8 @@ import numpy as np
 from gradshield.columns import Coded, Ids
 from gradshield.data.messages import RowError, kind_of
 from gradshield.data.raw_files import COMPRESSED, SUFFIXES, open_file
-from gradshield.data.records import RawRow, canonical, json_line
 from gradshield.data.shapes import SHAPES, Format, as_trl, shape_keys
-from gradshield.data.source import Examples, Source, content_hash
+from gradshield.data.source import Examples, RawRow, Source, canonical, content_hash, json_line
 from gradshield.errors import DataError, EmptyDataError, FormatError, first_line
 from gradshield.models.loading import reachable
 from gradshield.types import Quarantined

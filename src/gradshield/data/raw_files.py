@@ -15,7 +15,7 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,8 +24,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from gradshield.data.records import MAX_ROW_BYTES, Lines, Parse, RawRow, Taken, csv_value, json_line, json_value
-from gradshield.data.source import Source
+from gradshield.data.source import MAX_ROW_BYTES, Lines, Parse, RawRow, Source, Taken, csv_value, json_line, json_value
 from gradshield.errors import DataError, FormatError, first_line
 
 SUFFIXES = {
@@ -44,12 +43,14 @@ BLOCK = 1 << 20  # bytes of a JSON array read at once
 _MARK = re.compile(rb'\\.|["\[\]{},]', re.DOTALL)
 _DATA = re.compile(rb'\s*"(?:data|train)"\s*:\s*')
 _HELD_OUT = re.compile(rb'\s*"((?:test|val|eval|dev)\w*)"\s*:\s*')
+_Signs = Iterator[tuple[bytes, bytes, int]]
 
 
 class _Opened(NamedTuple):
     """A file, with its rows. Files that differ in ``kind`` or ``columns`` cannot be one."""
 
     kind: str
+    stream: BinaryIO
     records: Iterator[RawRow]
     parse: Parse = json_value
     header: bytes = b""
@@ -71,10 +72,22 @@ def open_file(path: Path) -> tuple[Source, Iterator[RawRow]]:
             with file.open("rb") as handle:
                 hashlib.file_digest(handle, lambda: digest)
         first = _opened(files[0])
-    several = len(files) > 1
-    name = f"{path} ({len(files)} files)" if several else str(files[0])
-    source = Source(first.kind, name, digest, first.parse, first.header, files=files)
-    return source, _one_after_another(files, first) if several else first.records
+    name = f"{path} ({len(files)} files)" if len(files) > 1 else str(files[0])
+    return Source(first.kind, name, digest, first.parse, first.header, files=files), _rows(files, first)
+
+
+def _rows(files: tuple[Path, ...], first: _Opened) -> Iterator[RawRow]:
+    """The rows of the files, one after another."""
+    for path in files:
+        with _readable(path):
+            opened = first if path is files[0] else _opened(path)
+            if (opened.kind, opened.columns) != (first.kind, first.columns):
+                raise FormatError(
+                    f"{path} is not of one kind and with the same columns as {files[0].name} before it: give files that are alike"
+                )
+            with opened.stream:
+                for record in opened.records:
+                    yield replace(record, file=str(path)) if len(files) > 1 else record
 
 
 def _files(path: Path) -> tuple[Path, ...]:
@@ -108,26 +121,13 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
-def _one_after_another(files: Sequence[Path], first: _Opened) -> Iterator[RawRow]:
-    for path in files:
-        with _readable(path):
-            opened = first if path is files[0] else _opened(path)
-        if (opened.kind, opened.columns) != (first.kind, first.columns):
-            raise FormatError(
-                f"{path} is not of one kind and with the same columns as {files[0].name} before it: give files that are alike"
-            )
-        for record in opened.records:
-            yield replace(record, file=str(path))
-
-
 def _opened(path: Path) -> _Opened:
     stream, mark, kind = _stream(path)
     if kind == "parquet":
         columns, records = _table(path)
-        return _Opened(kind, _checked(path, stream, records), columns=columns)
+        return _Opened(kind, stream, records, columns=columns)
     if kind in DELIMITERS:
-        columns, parse, records = _csv(path, stream, DELIMITERS[kind])
-        return _Opened(kind, _checked(path, stream, records), parse, mark + columns, columns.strip())
+        return _csv(path, kind, stream, mark)
     line, _, rest = stream.peek(BLOCK).lstrip().partition(b"\n")  # type: ignore[attr-defined]
     line, after = line.rstrip(), rest.lstrip()
     # Only what writes an object over several lines breaks one after these.
@@ -136,14 +136,13 @@ def _opened(path: Path) -> _Opened:
     array = line[:1] == b"[" and not (line[-1:] == b"]" and after)
     lines = line[:1] == b"{" and line[-1:] == b"}" and after[:1] == b"{"  # whatever keys the first row has
     if (kind == "json" and not lines) or spread or array:
-        held: list[str] = []
-        if inside := _entered(signs := _signs(stream), held):
-            return _Opened("json", _checked(path, stream, _array(path, signs, *inside, held)))
+        if (found := _array(path, _signs(stream))) is not None:
+            return _Opened("json", stream, found)
         stream.close()
         stream, mark, _ = _stream(path)
     if spread:
-        return _Opened("json", _checked(path, stream, _objects(_signs(stream))))
-    return _Opened("jsonl", _checked(path, stream, _json_lines(Lines(stream))), header=mark)
+        return _Opened("json", stream, _objects(_signs(stream)))
+    return _Opened("jsonl", stream, _json_lines(Lines(stream)), header=mark)
 
 
 def _stream(path: Path) -> tuple[BinaryIO, bytes, str]:
@@ -190,23 +189,18 @@ def _readable(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _checked(path: Path, stream: BinaryIO, records: Iterator[RawRow]) -> Iterator[RawRow]:
-    with _readable(path), stream:
-        yield from records
-
-
 def _json_lines(lines: Lines) -> Iterator[RawRow]:
     for _ in lines:
         if (taken := lines.take()).data.strip():
             yield taken.record(lines.number, json_value)
 
 
-def _csv(path: Path, stream: BinaryIO, delimiters: str) -> tuple[bytes, Parse, Iterator[RawRow]]:
-    """The header, the parser of a record, and the records. The first delimiter that the header has separates the cells."""
+def _csv(path: Path, kind: str, stream: BinaryIO, mark: bytes) -> _Opened:
+    """A table of text, whose cells the first delimiter that its header has separates."""
     # The limit is per process, and its default is smaller than some answers.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     start: bytes = stream.peek(BLOCK).lstrip(b"\r\n").partition(b"\n")[0]  # type: ignore[attr-defined]
-    delimiter = next((one for one in delimiters if one.encode() in start), delimiters[0])
+    delimiter = next((one for one in DELIMITERS[kind] if one.encode() in start), DELIMITERS[kind][0])
     lines = Lines(stream)
     texts = (line.decode(errors="surrogateescape") for line in lines)
     reader = csv.reader(texts, delimiter=delimiter, strict=True)
@@ -220,7 +214,7 @@ def _csv(path: Path, stream: BinaryIO, delimiters: str) -> tuple[bytes, Parse, I
     if len(set(columns)) < len(columns):
         raise FormatError(f"{path} names a column twice in its header ({', '.join(columns)}): rename one of them")
     parse = partial(csv_value, columns, delimiter)
-    return header.source, parse, _csv_records(lines, reader, parse)
+    return _Opened(kind, stream, _csv_records(lines, reader, parse), parse, mark + header.source, columns)
 
 
 def _csv_records(lines: Lines, reader: Iterator[list[str]], parse: Parse) -> Iterator[RawRow]:
@@ -237,7 +231,7 @@ def _csv_records(lines: Lines, reader: Iterator[list[str]], parse: Parse) -> Ite
             yield taken.record(line, parse)
 
 
-def _signs(stream: BinaryIO) -> Iterator[tuple[bytes, bytes, int]]:
+def _signs(stream: BinaryIO) -> _Signs:
     """The brackets and commas of JSON text outside strings, at a nesting depth of at most two.
 
     Yields the bytes since the previous one, the sign, and the depth after it. The end of a block has an empty sign.
@@ -259,10 +253,17 @@ def _signs(stream: BinaryIO) -> Iterator[tuple[bytes, bytes, int]]:
         yield block[start:], b"", depth
 
 
-def _entered(signs: Iterator[tuple[bytes, bytes, int]], held: list[str]) -> tuple[int, int] | None:
-    """Skip to the inside of the array of rows: its nesting depth and line. None if there is no such array.
+def _array(path: Path, signs: _Signs) -> Iterator[RawRow] | None:
+    """The elements of the array of rows; None if there is no such array."""
+    held: list[str] = []
+    inside, line = _seek(signs, held)
+    return _elements(path, signs, inside, line, held) if inside > 0 else None
 
-    The keys of arrays of held-out rows go into ``held``.
+
+def _seek(signs: _Signs, held: list[str]) -> tuple[int, int]:
+    """Skip to the inside of an array of rows: its nesting depth and line, counted from here.
+
+    Without one the depth is 0 where the value ends, and -1 if it has no end. Keys of arrays of held-out rows go into ``held``.
     """
     line, key = 1, b""
     for before, sign, depth in signs:
@@ -270,67 +271,49 @@ def _entered(signs: Iterator[tuple[bytes, bytes, int]], held: list[str]) -> tupl
         key = (key + before)[:99]
         if sign == b"[" and ((depth == 1 and not key.strip()) or (depth == 2 and _DATA.fullmatch(key))):
             return depth, line
+        if sign == b"[" and depth == 2 and (found := _HELD_OUT.fullmatch(key)):
+            held.append(found[1].decode())
         if sign and depth <= 0:
-            return None
-        held += _held_out(key, sign, depth)
+            return 0, line
         key = b"" if depth == 1 and sign in (b"{", b",") else key + sign
-    return None
+    return -1, line
 
 
-def _array(
-    path: Path, signs: Iterator[tuple[bytes, bytes, int]], inside: int, line: int, held: list[str]
-) -> Iterator[RawRow]:
+def _elements(path: Path, signs: _Signs, inside: int, line: int, held: list[str]) -> Iterator[RawRow]:
     """The elements of the array whose inside has the depth ``inside`` and begins on ``line``."""
-    taken, begun, first = Taken(), line, True
+    taken, begun, first, last = Taken(), line, True, False
     for before, sign, depth in signs:
         line += before.count(b"\n")
         if not taken.size:
             before = before.lstrip()
             begun = line - before.count(b"\n")
         taken.add(before)
-        if depth < inside or (sign == b"," and depth == inside):
-            taken.data = taken.data.rstrip()
-            if taken.data or sign == b"," or not first:
-                yield taken.record(begun, json_value)
-            if depth < inside:
-                if more := _after(signs, depth, held):
-                    raise FormatError(f"{path} has {more}: give one array of rows, or one object per line as .jsonl")
-                if held:
-                    warnings.warn(f"{path} also has rows under {' and '.join(held)}, which are not read", stacklevel=2)
-                return
-            taken, first = Taken(), False
-        else:
+        last = depth < inside
+        if not last and (sign != b"," or depth > inside):
             taken.add(sign)
-    raise FormatError(
-        f"{path} is not valid JSON (the row that begins on line {begun} has no end): "
-        "fix it there, or give one object per line as .jsonl"
-    )
+            continue
+        taken.data = taken.data.rstrip()
+        if taken.data or not (first and last):
+            yield taken.record(begun, json_value)
+        if last:
+            break
+        taken, first = Taken(), False
+    if not last:
+        raise FormatError(
+            f"{path} is not valid JSON (the row that begins on line {begun} has no end): "
+            "fix it there, or give one object per line as .jsonl"
+        )
+    behind = _seek(signs, held)[0] if inside == 2 else 0
+    more = {0: "", -1: "no end"}.get(behind, "rows under two keys")
+    if not more and any(before.strip() or sign for before, sign, _ in signs):
+        more = "more behind the end of its rows"
+    if more:
+        raise FormatError(f"{path} has {more}: give one array of rows, or one object per line as .jsonl")
+    if held:
+        warnings.warn(f"{path} also has rows under {' and '.join(held)}, which are not read", stacklevel=2)
 
 
-def _after(signs: Iterator[tuple[bytes, bytes, int]], depth: int, held: list[str]) -> str:
-    """What is wrong with JSON text behind its array of rows, at this depth, in words; empty if it ends as it should."""
-    key = b""
-    for before, sign, now in signs:
-        key = (key + before)[:99]
-        if depth <= 0 and (key.strip() or sign):
-            return "more behind the end of its rows"
-        if sign == b"[" and now == 2 and _DATA.fullmatch(key):
-            return "rows under two keys"
-        held += _held_out(key, sign, now)
-        key = b"" if now == 1 and sign in (b"{", b",") else key + sign
-        depth = now
-        if depth <= 0:
-            key = b""
-    return "no end" if depth > 0 else ""
-
-
-def _held_out(key: bytes, sign: bytes, depth: int) -> list[str]:
-    """The key before the sign, if an array of held-out rows begins there."""
-    found = _HELD_OUT.fullmatch(key) if sign == b"[" and depth == 2 else None
-    return [found[1].decode()] if found else []
-
-
-def _objects(signs: Iterator[tuple[bytes, bytes, int]]) -> Iterator[RawRow]:
+def _objects(signs: _Signs) -> Iterator[RawRow]:
     """Objects one after another, whatever their lines."""
     taken, begun, line = Taken(), 1, 1
     for before, sign, depth in signs:

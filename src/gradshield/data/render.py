@@ -20,8 +20,7 @@ import numpy as np
 
 from gradshield.data import templates
 from gradshield.data.messages import Messages, RowError
-from gradshield.data.records import RawRow
-from gradshield.data.source import Source
+from gradshield.data.source import RawRow, Source
 from gradshield.data.spool import Spool
 from gradshield.data.templates import RenderText, Takes, left_out, structure, turn_span
 from gradshield.errors import DataError, UsageError, first_line
@@ -32,6 +31,11 @@ TRUNCATION_MODES = ("keep_start", "keep_end")
 TOGETHER = 256  # rows tokenised at once
 MOST_TURNS = 1024  # most answers of one row to find by difference
 MOST_STRUCTURES = 4096  # kept of what the template leaves out
+# Decoders depend on neighbours (a leading space is dropped at the very start), so a token is decoded after a few others.
+CONTEXT = 4
+# Longest run of byte tokens that form one piece: a UTF-8 character has up to four bytes.
+LONGEST = 8
+BROKEN = "\ufffd"
 Mask = list[bool]
 
 
@@ -329,7 +333,7 @@ class Renderer:
             turns = [n for n, counts in enumerate(conversation.trained) if counts and n >= first]
             mask = self._turns_mask(messages, turns, kwargs, ids, completion)
             self._unmarked |= completion is None
-        elif untrained and marked and len(found := spans(mask)) == len(answers):
+        elif untrained and marked and len(found := runs(mask)) == len(answers):
             for n in untrained:
                 run = found[answers.index(n)]
                 mask[run] = [False] * (run.stop - run.start)
@@ -467,7 +471,7 @@ def _after(prompt: Sequence[int], ids: Sequence[int]) -> Mask:
     return [False] * shared + [True] * (len(ids) - shared)
 
 
-def spans(mask: Sequence[bool] | Bools) -> list[slice]:
+def runs(mask: Sequence[bool] | Bools) -> list[slice]:
     """Where the mask is True without a gap."""
     edges = np.flatnonzero(np.diff(np.array([False, *mask, False], dtype=np.int8))).tolist()
     return [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
@@ -480,3 +484,51 @@ def _first(mask: Mask) -> int:
 def _structured(messages: Messages) -> bool:
     """Whether a message holds more than a role and a text: tool calls, or a list of parts."""
     return any("tool_calls" in m or isinstance(m.get("content"), list) for m in messages)
+
+
+def spans(tokens: Tokens, tokenizer: Any) -> list[tuple[str, int | None]]:
+    """Pieces ``(text, t)`` of a rendered sequence; ``t`` is the token whose value colours it, None outside the loss.
+
+    Tokens that together spell one character share a piece, with the first of them that is in the loss.
+    """
+    ids = [int(token) for token in tokens.ids]
+    groups = _groups(ids, tokenizer)
+    whole = _decode(tokenizer, ids)
+    texts = [text for text, _, _ in groups]
+    if "".join(texts) != whole:
+        groups = _by_prefix(ids, tokenizer, whole)
+    return [(text, next((t for t in range(a, b) if tokens.loss[t]), None)) for text, a, b in groups]
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _groups(ids: list[int], tokenizer: Any) -> list[tuple[str, int, int]]:
+    """``(text, first, end)``, each token decoded after the few before it: fast, and correct for most decoders."""
+    groups = []
+    begin, end = 0, 1
+    while begin < len(ids):
+        context = max(0, begin - CONTEXT)
+        known = _decode(tokenizer, ids[context:begin])
+        text = _decode(tokenizer, ids[context:end])[len(known) :]
+        if text.endswith(BROKEN) and end < len(ids) and end - begin < LONGEST:
+            end += 1
+            continue
+        groups.append((text, begin, end))
+        begin, end = end, end + 1
+    return groups
+
+
+def _by_prefix(ids: list[int], tokenizer: Any, whole: str) -> list[tuple[str, int, int]]:
+    """The same by decoding every prefix: slow, and correct if a prefix of ids decodes to a prefix of the text."""
+    groups = []
+    begin = shown = 0
+    for end in range(1, len(ids) + 1):
+        text = _decode(tokenizer, ids[:end])
+        last = end == len(ids)
+        if last or (whole.startswith(text) and not text.endswith(BROKEN)):
+            upto = len(whole) if last else len(text)
+            groups.append((whole[shown:upto], begin, end))
+            begin, shown = end, upto
+    return groups

@@ -140,7 +140,8 @@ class _Gathered:
         if part.tokens is None:
             self._tokens = None
         elif self._tokens is not None:
-            self._tokens.add(part.tokens)
+            for values in part.tokens:
+                self._tokens.add(values)
 
     def measured(self) -> Measured:
         """All rows, in input order."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gradshield.data.render import spans
+from gradshield.data.render import runs
 from gradshield.errors import EndpointError
 from gradshield.judges.guards import Guard, of_rows, parse
 from gradshield.options import Given
@@ -110,4 +110,4 @@ class GuardFilter(Selector):
         ids, loss = batch.ids[i, :length], batch.loss[i, :length].copy()
         if length > 1:
             loss[0] = loss[1]  # the first token has no loss since nothing predicts it, but it is part of the text
-        return [(self.decode(ids[: run.start].tolist()), self.decode(ids[run].tolist())) for run in spans(loss)]
+        return [(self.decode(ids[: run.start].tolist()), self.decode(ids[run].tolist())) for run in runs(loss)]

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gradshield.data.batches import PAD
+from gradshield.data.spool import PAD
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
 from gradshield.data.trl import IGNORED, PAIR, check_names, config_of
 from gradshield.errors import EmptyDataError, UsageError
