@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import smollm2
 from gradshield.comparison.grid import CellResult, Comparison
-from gradshield.comparison.pool import Totals, bounds, mix_name, totals
+from gradshield.comparison.outcome import Totals, bounds, mix_name, totals
 from gradshield.stats import wilson
 from gradshield.types import Rate
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradshield.comparison import markdown as results
-from gradshield.comparison import outcome, pool
+from gradshield.comparison import outcome
 from gradshield.comparison import page as compared
 from gradshield.comparison.grid import CellResult
 from gradshield.comparison.page import LEVELS, level
@@ -46,7 +46,7 @@ counts = st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.ju
 def test_rates_are_pooled_by_their_counts(found: list[tuple[int, int]]) -> None:
     """Against every answer written out one by one."""
     answers = [i < k for k, n in found for i in range(n)]
-    mine = pool.pooled([wilson(k, n) for k, n in found])
+    mine = outcome.pooled([wilson(k, n) for k, n in found])
     assert mine is not None
     assert mine.n == len(answers)
     assert mine.rate == pytest.approx(sum(answers) / len(answers))
@@ -58,10 +58,10 @@ def test_rates_are_pooled_by_their_counts(found: list[tuple[int, int]]) -> None:
 def test_means_of_real_scores_are_not_taken_for_counts() -> None:
     """Their k is rounded, and Wilson of rounded counts would say something else."""
     scores = Rate(0.437, 0.40, 0.48, 100, 44)
-    one = pool.pooled([scores])
+    one = outcome.pooled([scores])
     assert one is not None
     assert (one.rate, one.low, one.high) == pytest.approx((0.437, 0.40, 0.48))
-    both = pool.pooled([scores, Rate(0.6, 0.5, 0.7, 300, 180)])
+    both = outcome.pooled([scores, Rate(0.6, 0.5, 0.7, 300, 180)])
     assert both is not None
     assert both.rate == pytest.approx((100 * 0.437 + 300 * 0.6) / 400)
     assert both.rate - both.low == pytest.approx(math.hypot(0.25 * 0.037, 0.75 * 0.1))
@@ -69,8 +69,8 @@ def test_means_of_real_scores_are_not_taken_for_counts() -> None:
 
 
 def test_what_was_not_measured_is_left_out() -> None:
-    assert pool.pooled([None]) is None
-    left = pool.pooled([None, wilson(1, 10)])
+    assert outcome.pooled([None]) is None
+    left = outcome.pooled([None, wilson(1, 10)])
     assert left is not None
     assert (left.n, left.cells) == (10, 1)
 
@@ -82,7 +82,7 @@ def test_totals_against_loops() -> None:
             (0, "none", 0.0, 100, 100), (0, "explicit", 0.1, 8, 12), (1, "explicit", 0.1, 12, 13), (0, "own", 0.0, 30, 2),
         )
     ]  # fmt: skip
-    (one,) = pool.totals(cells)
+    (one,) = outcome.totals(cells)
     risky = [cell for cell in cells if cell.harm != "none"]
     for judge in ("refusal-phrases", "lab-classifier"):
         rates = [cell.judges[judge].rate for cell in cells]
@@ -97,7 +97,7 @@ def test_totals_against_loops() -> None:
 
 def test_differences_are_averaged_over_cells() -> None:
     found = [Difference(d, d - 0.03, d + 0.04, 200, 0.95, "tango") for d in (-0.02, 0.01, -0.04)]
-    mine = pool.mean_difference([*found, None])
+    mine = outcome.mean_difference([*found, None])
     assert mine is not None
     assert mine.rate == pytest.approx(-0.05 / 3)
     assert mine.rate - mine.low == pytest.approx(math.sqrt(3) * 0.03 / 3)
@@ -130,7 +130,7 @@ def test_a_rival_that_is_safer_is_named_and_one_that_is_not_is_not() -> None:
         make_cell("screen", 0, 20), make_cell("better", 0, 0), make_cell("worse", 0, 90),
         make_cell("useful", 0, 18, utility=wilson(190, 200)), make_cell("elsewhere", 5, 0), make_cell("alike", 0, 19),
     ]  # fmt: skip
-    standings, wins = outcome.against(pool.mixes(cells))
+    standings, wins = outcome.against(outcome.mixes(cells))
     tally = {one.rival: (one.safer, one.less_safe, one.more_useful, one.clearly_more_useful) for one in standings}
     assert tally == {"better": (1, 0, 0, 0), "worse": (0, 1, 0, 0), "useful": (0, 0, 1, 0), "alike": (0, 0, 0, 0)}
     assert {(win.rival, win.judge) for win in wins} == {
@@ -144,14 +144,14 @@ def test_a_rival_that_is_safer_is_named_and_one_that_is_not_is_not() -> None:
 
 def test_a_useful_rival_that_is_less_safe_wins_nothing() -> None:
     cells = [make_cell("screen", 0, 0), make_cell("loose", 0, 60, utility=wilson(200, 200))]
-    standings, wins = outcome.against(pool.mixes(cells))
+    standings, wins = outcome.against(outcome.mixes(cells))
     assert wins == []
     assert (standings[0].less_safe, standings[0].more_useful) == (1, 0)
 
 
 def test_rivals_are_compared_over_the_seeds_that_both_have() -> None:
     cells = [make_cell("screen", 0, 0), make_cell("screen", 1, 150), make_cell("other", 0, 2)]
-    _, wins = outcome.against(pool.mixes(cells))
+    _, wins = outcome.against(outcome.mixes(cells))
     assert wins == []
 
 

@@ -8,8 +8,7 @@ from markupsafe import Markup
 
 from gradshield.comparison import page
 from gradshield.comparison.grid import CellResult, Comparison
-from gradshield.comparison.outcome import against, outcome
-from gradshield.comparison.pool import Mix, bounds, mix_name, mixes, share, spread, totals
+from gradshield.comparison.outcome import Mix, against, bounds, mix_name, mixes, outcome, share, spread, totals
 from gradshield.manifests import judges_of
 from gradshield.report.made import span
 from gradshield.report.markdown import code, plain, table_row, table_rule

@@ -8,14 +8,17 @@ from pathlib import PurePath
 from typing import Any
 
 from gradshield.comparison.grid import CellResult, Comparison, Config, Cost
-from gradshield.comparison.outcome import RULES, TOTALS_NOTE, against, outcome
-from gradshield.comparison.pool import (
+from gradshield.comparison.outcome import (
+    RULES,
+    TOTALS_NOTE,
     Mix,
     Pooled,
     Totals,
+    against,
     bounds,
     mix_name,
     mixes,
+    outcome,
     points,
     reference,
     share,

@@ -40,8 +40,9 @@ from gradshield.training.defences import Defence
 from gradshield.types import Bools, Cut, Floats, Progress, Rendered, quiet
 
 # Options that rendering has already applied: the rows carry their mask and are truncated.
-RENDERED = {"max_length", "truncation_mode", "dataset_text_field", "eos_token"}
-RENDERED |= {"assistant_only_loss", "completion_only_loss"}
+RENDERED = {
+    *("max_length", "truncation_mode", "dataset_text_field", "eos_token", "assistant_only_loss", "completion_only_loss")
+}
 JUDGED = {PREFERENCE, "kto"}  # shapes of rows with an answer that training moves away from
 POOL = 32  # safety references for methods that use all of them in every step
 
@@ -85,11 +86,6 @@ class Job:
     allow: frozenset[str] = frozenset()
     seed: int = 0
 
-    @property
-    def trainer_options(self) -> dict[str, Any]:
-        """The options without those that rendering has applied."""
-        return {k: v for k, v in self.options.items() if k not in RENDERED}
-
     def __post_init__(self) -> None:
         """Raises UsageError for an adapter on the model, and for rows that no trainer here takes."""
         if self.rows.loaded.is_peft:
@@ -132,6 +128,11 @@ class Course:
     def loaded(self) -> LoadedModel:
         """The model before training."""
         return self.job.rows.loaded
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The options without those that rendering has applied."""
+        return {k: v for k, v in self.job.options.items() if k not in RENDERED}
 
     @cached_property
     def _safety(self) -> rows_in.ReadResult:
@@ -304,7 +305,7 @@ class Course:
             model,
             self.loaded.tokenizer,
             dataset,
-            self.job.trainer_options | {"max_length": None},
+            self._options | {"max_length": None},
             self.job.peft_config,
             seed=self.job.seed,
             merge=merge and self.job.peft_config is not None,
@@ -343,7 +344,7 @@ class Course:
         safety = _as_tokens(self._pool()) if defence.refers else None
         peft = None if job.peft_config is None else job.peft_config.to_dict()
         start = [loaded.digest, str(loaded.dtype), loaded.source and loaded.source.quantize]
-        whole = [start, base, dataset, job.trainer_options, peft, job.seed, defence.training, safety]
+        whole = [start, base, dataset, self._options, peft, job.seed, defence.training, safety]
         return digest([*whole, getattr(loaded.tokenizer, "chat_template", None), versions()])[:24]
 
 
