@@ -252,6 +252,9 @@ class Pooled(Rate):
     least: float
     most: float
 
+    def __post_init__(self) -> None:
+        """Nothing is checked: a difference may be below 0."""
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -324,11 +327,12 @@ def _pooled(
 ) -> Pooled:
     """Independent (mean, low, high) of single cells as one: ``joined``, else their weighted sum, by square-and-add."""
     means, lows, highs = np.array(figures).T
-    if joined is None:
-        mean = math.fsum(weights * means)
-        down, up = (math.sqrt(math.fsum((weights * side) ** 2)) for side in (means - lows, highs - means))
-        joined = Rate(mean, mean - down, mean + up, n, round(mean * n))
-    return Pooled(**vars(joined), cells=len(means), least=float(means.min()), most=float(means.max()))
+    span = (len(means), float(means.min()), float(means.max()))
+    if joined is not None:
+        return Pooled(joined.rate, joined.low, joined.high, n, joined.k, *span)
+    mean = math.fsum(weights * means)
+    down, up = (math.sqrt(math.fsum((weights * side) ** 2)) for side in (means - lows, highs - means))
+    return Pooled(mean, mean - down, mean + up, n, round(mean * n), *span)
 
 
 def mixes(cells: Sequence[CellResult]) -> list[Mix]:
