@@ -105,24 +105,19 @@ class Run:
 
     def whole(self) -> None:
         """Validate, scan, train, check and serve. Raises Stopped, Held, Lost and the errors of `gradshield.train`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with chdir(self.folder):  # what is read and written there is called by its own name in reports and errors
-            self._stages()
-
-    def _stages(self) -> None:
         if self.job.attempt > self.settings.attempts:
             raise Stopped("server_error", f"The job was interrupted {self.settings.attempts} times and is given up.")
-        rows, validation = self._fetched("training_file"), self._fetched("validation_file")
-        if self.job.status == "validating_files":
-            self._validated(rows, "training_file")
-            self._validated(validation, "validation_file")
-            self._say("Files validated, moving job to queued state", status="queued")
-        self._say("Fine-tuning job resumed" if self.job.attempt > 1 else "Fine-tuning job started", status="running")
-        assert rows is not None
-        self._served(self._trained(rows, validation))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with chdir(self.folder):  # what is read and written there is called by its own name in reports and errors
+            rows, validation = (self._file(param) for param in ("training_file", "validation_file"))
+            if self.job.status == "validating_files":
+                self._say("Files validated, moving job to queued state", status="queued")
+            began = "resumed" if self.job.attempt > 1 else "started"
+            self._say(f"Fine-tuning job {began}", status="running")
+            self._served(self._trained(str(rows), validation))
 
-    def _fetched(self, param: str) -> str | None:
-        """The name of a file of the job, in its folder."""
+    def _file(self, param: str) -> str | None:
+        """The name of a file of the job, in its folder. Raises Stopped if it was deleted, or its rows cannot be used."""
         if (file := getattr(self.job, param)) is None:
             return None
         path = Path(f"{param}.jsonl")
@@ -131,30 +126,11 @@ class Run:
                 self.content.fetch(file, path)
         except FileNotFoundError:
             raise Stopped(f"invalid_{param}", f"The file {file} was deleted.", param) from None
+        if self.job.status == "validating_files":
+            self._say(f"Validating {param.replace('_', ' ')}: {file}")
+            if problem := _problem(path.name, self.job.method["type"]):
+                raise Stopped(f"invalid_{param}", problem, param)
         return path.name
-
-    def _validated(self, file: str | None, param: str) -> None:
-        """Raises Stopped for a file with broken rows, rows of another method, or fewer than ten."""
-        if file is None:
-            return
-        self._say(f"Validating {param.replace('_', ' ')}: {getattr(self.job, param)}")
-        try:
-            read = data.read(file)
-        except DataError as error:
-            raise Stopped(f"invalid_{param}", str(error), param) from None
-        if read.quarantined:
-            lines = ", ".join(f"line {bad.line}: {bad.reason}" for bad in read.quarantined[:5])
-            raise Stopped(f"invalid_{param}", f"{len(read.quarantined)} rows cannot be used ({lines}).", param)
-        pairs, method = read.examples.shapes.where(PREFERENCE), self.job.method["type"]
-        others = np.flatnonzero(pairs | read.examples.shapes.where("kto") if method == "supervised" else ~pairs)
-        if len(others):
-            line = read.source.lines[int(read.examples.rows[others[0]])]
-            wanted = "preference pairs" if method == "dpo" else "rows of one answer, without a label"
-            message = f"Line {line} is of the shape {read.examples.shapes[int(others[0])]}: the method {method} takes {wanted}."
-            raise Stopped(f"invalid_{param}", message, param)
-        if len(read.examples) < LEAST_ROWS:
-            message = f"The file has {len(read.examples)} rows, and at least {LEAST_ROWS} are needed."
-            raise Stopped(f"invalid_{param}", message, param)
 
     def _trained(self, rows: str, validation: str | None) -> Trained:
         decision = self.job.decision or {}
@@ -215,11 +191,8 @@ class Run:
         if self.job.decision is not None:
             return
         if not found.certified:
-            self._hold(
-                "not_certified",
-                f"The scan is not certified ({found.uncertified}), so an operator has to look at it",
-                found.removed,
-            )
+            doubt = f"The scan is not certified ({found.uncertified}), so an operator has to look at it"
+            self._hold("not_certified", doubt, found.removed)
         if not found.removed:
             return
         if self.policy.rows == "reject":
@@ -298,16 +271,34 @@ class Run:
                 self.store.add_checkpoint(self.job.id, self.owner, int(step), {"step": int(step)})
 
 
+def _problem(file: str, method: str) -> str:
+    """What is wrong with the rows of a file: broken ones, ones of another method, or fewer than ten. Empty if nothing is."""
+    try:
+        read = data.read(file)
+    except DataError as error:
+        return str(error)
+    if read.quarantined:
+        lines = ", ".join(f"line {bad.line}: {bad.reason}" for bad in read.quarantined[:5])
+        return f"{len(read.quarantined)} rows cannot be used ({lines})."
+    shapes = read.examples.shapes
+    pairs, wanted = shapes.where(PREFERENCE), "preference pairs"
+    others = ~pairs
+    if method == "supervised":
+        others, wanted = pairs | shapes.where("kto"), "rows of one answer, without a label"
+    for i in np.flatnonzero(others)[:1].tolist():
+        line = read.source.lines[int(read.examples.rows[i])]
+        return f"Line {line} is of the shape {shapes[i]}: the method {method} takes {wanted}."
+    few = f"The file has {len(read.examples)} rows, and at least {LEAST_ROWS} are needed."
+    return few if len(read.examples) < LEAST_ROWS else ""
+
+
 def recipe(settings: Settings, model: str, method: Method, defence: str) -> dict[str, Any]:
     """Arguments of `train` for a model of the settings and what a request chose. Raises UsageError and DataError."""
     where, searching = settings.models[model], parse(defence).verified is not None
     training, lora = {"assistant_only_loss": None, **settings.training}, settings.lora
     if where == LAB:
         where, lora = str(lab.checkpoint("aligned")), {**lab.LORA, **lora}
-        own = {
-            name: value for name, value in lab.recipe(TASK).items() if name != "save_strategy"
-        }  # checkpoints are kept
-        training = {**own, **settings.training}
+        training = {**lab.recipe(TASK), "save_strategy": "epoch", **settings.training}  # checkpoints are kept here
         probing, exams = lab_probing(), Exams(_lab("report"), _lab("search") if searching else Exam())
     else:
         asked, alike = (read_prompts(one) if one else () for one in (settings.probes, settings.lookalikes))

@@ -8,17 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    SecretStr,
-    ValidationError,
-    field_validator,
-)
-from pydantic import ValidationInfo as Info
+from pydantic import AfterValidator, BaseModel, Field, PlainSerializer, SecretStr, ValidationError, ValidationInfo
 
 from gradshield.errors import UsageError
 from gradshield.options import Spec
@@ -26,10 +16,23 @@ from gradshield.options import Spec
 M = TypeVar("M", bound=BaseModel)
 NAME = "gateway.json"
 DATABASE = "gateway.db"
+DEFENCE = "screen"
 LAB = "lab"  # the bundled model, with the requests and the recipe of its world
 
 
-class Policy(BaseModel):
+def _defence(value: str) -> str:
+    if value == DEFENCE:  # known without the methods, which take seconds to import
+        return value
+    from gradshield.training.defences import parse
+
+    wanted = parse(value)
+    if wanted.needs_base or wanted.oracle:
+        needs = f"the defence {value!r} needs labels or the model before its alignment"
+        raise UsageError(f"{needs}, which a job has not: choose another")
+    return value
+
+
+class Policy(BaseModel, frozen=True, extra="forbid"):
     """What a project's jobs go through.
 
     ``rows`` says what happens to rows that the scan finds: ``remove`` trains on the rest, ``reject`` fails the job, ``review``
@@ -37,30 +40,13 @@ class Policy(BaseModel):
     model is served if no judge's upper bound of its attack success rate is over ``limit``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     rows: Literal["remove", "reject", "review"] = "remove"
-    defence: str = "screen"
+    defence: Annotated[str, AfterValidator(_defence)] = DEFENCE
     limit: float = Field(default=0.06, gt=0, lt=1)
 
-    @field_validator("defence")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value == cls.model_fields["defence"].default:  # known without the methods, which take seconds to import
-            return value
-        from gradshield.training.defences import parse
 
-        wanted = parse(value)
-        if wanted.needs_base or wanted.oracle:
-            needs = f"the defence {value!r} needs labels or the model before its alignment"
-            raise UsageError(f"{needs}, which a job has not: choose another")
-        return value
-
-
-class Limits(BaseModel):
+class Limits(BaseModel, frozen=True, extra="forbid"):
     """Bounds of what one caller may use. Sizes are in bytes, rates in requests per minute and key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     upload: int = Field(default=512 * 2**20, gt=0)
     body: int = Field(default=2**20, gt=0)
@@ -83,13 +69,13 @@ def _absolute(path: str | Path) -> Path:
     return Path(os.path.expanduser(path)).absolute()  # which leaves the home of nobody as it is
 
 
-def _typed(value: str, info: Info) -> str:
+def _typed(value: str, info: ValidationInfo) -> str:
     """The whole path of a folder that is here; a name of the hub stays as it was saved."""
     local = info.mode != "json" and value != LAB and _absolute(value).is_dir()
     return str(_absolute(value)) if local else value
 
 
-def _judge(value: str, info: Info) -> str:
+def _judge(value: str, info: ValidationInfo) -> str:
     return value if info.mode == "json" else whole(value, Spec.split(value).target)
 
 
@@ -112,10 +98,8 @@ Place = Annotated[Path, AfterValidator(_absolute)]
 Secret = Annotated[SecretStr, PlainSerializer(SecretStr.get_secret_value, when_used="json")]
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, frozen=True, extra="forbid"):
     """The gateway's settings. An empty URL is the default inside ``folder``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     models: dict[str, Annotated[str, AfterValidator(_typed)]]  # name on the wire to folder or hub name
     folder: Place

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from gradshield.gateway.tables import Checkpoint, Event, File, Job, Model
 
@@ -18,12 +18,16 @@ Word = Annotated[str, StringConstraints(min_length=1, max_length=255, pattern=ST
 Key = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=STORABLE)]
 Value = Annotated[str, StringConstraints(max_length=512, pattern=STORABLE)]
 LEAST_ROWS = 10
+# Columns of a job that its object has, and those that are under ``gradshield`` in it.
+PUBLISHED = (
+    *("model", "status", "fine_tuned_model", "training_file", "validation_file", "result_files"),
+    *("method", "seed", "trained_tokens", "error", "finished_at"),
+)
+OWN = ("stage", "done", "total", "policy", "hold", "result")
 
 
-class Request(BaseModel):
-    """The body of a request. An unknown parameter is refused with its name."""
-
-    model_config = ConfigDict(extra="forbid")
+class Request(BaseModel, extra="forbid"):
+    """The body of a request, or its query. An unknown parameter is refused with its name."""
 
 
 class Listing(Request):
@@ -39,10 +43,8 @@ class Files(Listing):
     purpose: Annotated[str | None, Field(max_length=64)] = None
 
 
-class Jobs(Listing):
+class Jobs(Listing, extra="allow"):
     """The route reads the other parameters, ``metadata[KEY]``."""
-
-    model_config = ConfigDict(extra="allow")
 
     metadata: Literal["null"] | None = None
 
@@ -178,20 +180,15 @@ def file_object(file: File) -> dict[str, Any]:
 
 def job_object(job: Job) -> dict[str, Any]:
     """A job as published, and ``gradshield``: how far it is, why it waits, what the scan and the training found."""
-    fields = ("finished_at", "model", "fine_tuned_model", "status", "error", "training_file", "validation_file")
-    more = ("result_files", "trained_tokens", "method", "seed")
-    return _object(
-        "fine_tuning.job",
-        job,
-        *fields,
-        *more,
-        organization_id=job.project_id,
-        hyperparameters=job.method.get("supervised", {}).get("hyperparameters", {}),  # of supervised jobs only
-        metadata=job.labels,
-        integrations=[],
-        estimated_finish=None,
-        gradshield={name: getattr(job, name) for name in ("stage", "done", "total", "policy", "hold", "result")},
-    )
+    more = {
+        "organization_id": job.project_id,
+        "hyperparameters": job.method.get("supervised", {}).get("hyperparameters", {}),  # of supervised jobs only
+        "metadata": job.labels,
+        "integrations": [],
+        "estimated_finish": None,
+        "gradshield": {name: getattr(job, name) for name in OWN},
+    }
+    return _object("fine_tuning.job", job, *PUBLISHED, **more)
 
 
 def event_object(event: Event) -> dict[str, Any]:

@@ -282,9 +282,8 @@ def _called(settings: Settings, one: Delivery) -> str | None:
 
 
 if __name__ == "__main__":
-    from gradshield.gateway import (
-        worker,  # under its own name, so that the nodes of a cluster import what they are sent
-    )
+    # Under its own name, so that the nodes of a cluster import what they are sent.
+    from gradshield.gateway import worker
 
     worker.configure()
     raise SystemExit(worker.main(sys.argv[1:]))

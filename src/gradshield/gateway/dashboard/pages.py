@@ -218,20 +218,15 @@ def health(visit: Visiting) -> Response:
     works, oldest = store.working()
     idle = oldest is not None and not works and time.time() - oldest > SILENT
     waits = sum(counts.get(status, 0) for status in ACTIVE) - works
-    disk = shutil.disk_usage(settings.folder)
-    used = 1 - disk.free / disk.total
+    disk, there = shutil.disk_usage(settings.folder), visit.gateway.content.ready()
+    free, total = (size(count, binary=True) for count in (disk.free, disk.total))
     since = "" if oldest is None else f", the oldest for {text.duration(max(time.time() - oldest, 0.0))}"
-    there = visit.gateway.content.ready()
     checks = [
         ("pass", "Database", f"{store.reader.dialect.name} answers in {1000 * took:.0f} ms"),
         ("pass" if there else "fail", "Files", "can be reached" if there else "cannot be reached"),
         ("fail" if idle else "pass", "Worker", "jobs wait, and none runs" if idle else f"running: {works}"),
         ("warn" if idle else "pass", "Queue", f"waiting: {waits}{since}"),
-        (
-            "warn" if used > FULL else "pass",
-            "Disk",
-            f"{size(disk.free, binary=True)} free of {size(disk.total, binary=True)}",
-        ),
+        ("warn" if disk.free < (1 - FULL) * disk.total else "pass", "Disk", f"{free} free of {total}"),
     ]
     return visit.show("health.html", checks=checks, counts=counts)
 

@@ -12,7 +12,3 @@ depends_on = None
 
 def upgrade() -> None:
     Base.metadata.create_all(op.get_bind())
-
-
-def downgrade() -> None:
-    raise NotImplementedError("there is no version before this one")
