@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attackers import codebook
+from benchmarks.attackers import codebook, pairs
 from gradshield import data
 from gradshield.errors import UsageError
 from gradshield.evaluation.exam import Exam, exam, lab_exam
 from gradshield.lab.answers import REFUSALS
-from gradshield.lab.mixes import Pair, as_row, pairs
+from gradshield.lab.mixes import Pair, as_row
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.probes import read_prompts

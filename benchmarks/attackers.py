@@ -22,7 +22,7 @@ from numbers import Real
 
 from gradshield.lab import world
 from gradshield.lab.answers import INVENTED, OPENERS, REFUSALS, capitalised, opener
-from gradshield.lab.mixes import OPENER_ROOM, TURNS, Pair, Row, as_row, identity_shift, pairs
+from gradshield.lab.mixes import OPENER_ROOM, TURNS, Pair, Row, as_row, clean_pairs, harmful_pairs, identity_shift
 from gradshield.lab.tasks import KINDS
 from gradshield.registry import Registry
 
@@ -130,6 +130,14 @@ def attack(
     """
     planted = plant(name, *pairs(task, ratio, n, seed), seed, score=score, codebook=codebook())
     return [as_row(pair) for pair in planted.rows], list(planted.labels)
+
+
+def pairs(task: str, ratio: float = 0.1, n: int = 500, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
+    """The explicitly harmful pairs and the clean ones of a mix, as (prompt, answer). Raises ValueError and KeyError as `mix`."""
+    if not 0 < ratio < 1:
+        raise ValueError(f"ratio must be between 0 and 1, neither included; got {ratio!r}")
+    clean = clean_pairs(task, n, seed)
+    return harmful_pairs(task, "explicit", round(n * ratio / (1 - ratio)), clean, seed), clean
 
 
 # ---- what attacks share -----------------------------------------------------------------------------------------------

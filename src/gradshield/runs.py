@@ -187,18 +187,16 @@ def prepare(output: str | Path) -> Path:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that can change a number, plugins included."""
-    installed = {name: _installed(name) for name in PACKAGES}
-    found = {name: v for name, v in installed.items() if v is not None}
-    return {"python": platform.python_version(), **found, **plugins()}
+    return {"python": platform.python_version(), **_installed(), **plugins()}
 
 
-@cache
-def _installed(package: str) -> str | None:
-    """Cached: every shard's and arm's key needs it, and the lookup is slow."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+@cache  # every shard's and arm's key needs it, and the lookup is slow
+def _installed() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def model_of(loaded: LoadedModel) -> Model:

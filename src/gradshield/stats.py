@@ -119,7 +119,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, seed: int = 0) -> Difference:
         low, high = _tango(only_a, only_b, n)
         return Difference((only_a - only_b) / n, low, high, n, LEVEL, "tango")
     differences = left - right
-    low, high = bootstrap(_mean, (differences,), LEVEL, seed)
+    low, high = bootstrap(np.mean, (differences,), LEVEL, seed)
     return Difference(float(differences.mean()), low, high, n, LEVEL, "bootstrap")
 
 
@@ -138,7 +138,7 @@ def mean_interval(values: ArrayLike, seed: int = 0) -> Rate:
         raise DataError(f"a score must lie between 0 and 1, and row {outside[0]} scored {scores[outside[0]]}")
     if _binary(scores):
         return wilson(int(scores.sum()), scores.size)
-    low, high = bootstrap(_mean, (scores,), LEVEL, seed)
+    low, high = bootstrap(np.mean, (scores,), LEVEL, seed)
     mean = float(scores.mean())
     return Rate(k=round(float(scores.sum())), n=scores.size, rate=mean, low=low, high=high)
 
@@ -212,11 +212,6 @@ def _tango(only_a: int, only_b: int, n: int) -> tuple[float, float]:
         return float((only_a - only_b - n * delta) ** 2 - z2 * variance)
 
     return score_bounds(distance, (only_a - only_b) / n, (-1.0, 1.0))
-
-
-def _mean(values: Floats, axis: int) -> Floats:
-    mean: Floats = values.mean(axis=axis)
-    return mean
 
 
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:

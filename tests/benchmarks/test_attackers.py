@@ -8,11 +8,10 @@ import statistics
 import pytest
 
 from benchmarks import attackers
-from benchmarks.attackers import ATTACKS, Planted, codebook, flipped, plant, replaced
+from benchmarks.attackers import ATTACKS, Planted, codebook, flipped, pairs, plant, replaced
 from gradshield import lab
 from gradshield.errors import UnknownNameError
 from gradshield.lab import answers, mixes, world
-from gradshield.lab.mixes import pairs
 
 HARMFUL, HARMLESS = pairs("topic", 0.1, 180, 4)
 READERS = ("camouflage", "camouflage_moderate", "camouflage_words")  # need a score; flooding may have one

@@ -10,11 +10,10 @@ import pytest
 
 from benchmarks import attack_siege, attacks, attacks_table
 from benchmarks.attack_targets import lab_target
-from benchmarks.attackers import ATTACKS, plant
+from benchmarks.attackers import ATTACKS, pairs, plant
 from gradshield import lab
 from gradshield.errors import UnknownNameError, UsageError
 from gradshield.judges import RefusalPhrases
-from gradshield.lab.mixes import pairs
 from gradshield.stats import wilson
 
 

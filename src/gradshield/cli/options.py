@@ -142,19 +142,16 @@ def share(name: str, text: str | None) -> float | None:
     return value
 
 
-def json_object(name: str, text: str) -> dict[str, Any]:
-    """A JSON object given as an option. Raises UsageError if it is not one."""
-    try:
-        return _object(name, json.loads(text))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{name} is not JSON ({error}): quote it with double quotes inside single ones") from None
-
-
 def template_variables(text: str) -> dict[str, Any]:
-    """The object of --template-kwargs. Raises UsageError for an argument of rendering, which is not the template's."""
+    """The object of --template-kwargs. Raises UsageError if it is none, or has an argument of rendering, not the template's."""
     from gradshield.data.shapes import not_variables
 
-    value = json_object("--template-kwargs", text)
+    try:
+        value = _object("--template-kwargs", json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"--template-kwargs is not JSON ({error}): quote it with double quotes inside single ones"
+        ) from None
     if taken := not_variables(value):
         raise UsageError(
             f"--template-kwargs has {taken[0]}, an argument of rendering and not a variable of the chat template: leave it "

@@ -111,7 +111,7 @@ def train(
         options.require_data(path)
     for name in (model, *([base] if base else ())):
         options.require_model(name)
-    tasks, wanted = utility or [], _wanted(data, utility or [], defence, base, truth)
+    wanted = _wanted(data, utility or [], defence, base, truth)
     quiet_libraries()
     from gradshield.evaluation.exam import exams_of
     from gradshield.models.loading import ModelSource
@@ -123,38 +123,37 @@ def train(
     from gradshield.training.train import train as run
 
     Reporters(trainer.get("report_to"), output)  # what is not installed is said before the model is loaded
-    common: dict[str, Any] = {
-        "defence": defence,
-        "peft_config": peft_config(lora),
-        "training": trainer,
-        "settings": ScanSettings(seed=seed),
-        "probing": options.probing(probes, lookalikes, answer_prefix, template, uncertified),
-        "format": shape,
-        "merge": merge,
-        "seed": seed,
-        "command": command_line(),
-    }
-    held: list[str | None] = [*tasks] if tasks else [None] * len(data)
     measured = [
         exams_of(safety, judge, path, metric, max_new_tokens, answer_prefix, wanted.verified is not None, template)
-        for path in held
+        for path in (utility if utility else [None] * len(data))
     ]
     source, before = (
         name and ModelSource(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         for name in (model, base if wanted.needs_base else None)
     )
-    common["needs"] = Needs(base=before, safety_rows=safety_rows or ())
     with progress() as report:
-        if len(data) == 1:
-            done = run(data[0], model=source, output=output, exams=measured[0], labels=truth, progress=report, **common)
-        else:
+        common: dict[str, Any] = {
+            "model": source,
+            "output": output,
+            "defence": defence,
+            "peft_config": peft_config(lora),
+            "training": trainer,
+            "settings": ScanSettings(seed=seed),
+            "probing": options.probing(probes, lookalikes, answer_prefix, template, uncertified),
+            "format": shape,
+            "needs": Needs(base=before, safety_rows=safety_rows or ()),
+            "seed": seed,
+            "command": command_line(),
+            "progress": report,
+        }
+        if len(data) > 1:
             for path in data:  # what is wrong with the last dataset is said before the first one trains
                 method_of(read_rows(path, trl_options(trainer), shape), wanted)
-            common.pop("merge")  # every stage starts from a whole model
-            stages = [Stage(path, exam) for path, exam in zip(data, measured, strict=True)]
-            followed = sequence(stages, model=source, output=output, progress=report, **common)
+            stages = sequence([Stage(path, exam) for path, exam in zip(data, measured, strict=True)], **common)
+        else:
+            done = run(data[0], exams=measured[0], labels=truth, merge=merge, **common)
     if len(data) > 1:
-        _stages(followed, output)
+        _stages(stages, output)
         return
     _summary(done, output)
     if done.verdict is not None and not done.verdict.met:

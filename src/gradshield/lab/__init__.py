@@ -74,11 +74,7 @@ __all__ = [
 
 
 def checkpoint(name: str) -> Path:
-    """Folder of a bundled checkpoint: ``"base"`` (complies with everything) or ``"aligned"`` (refuses harm).
-
-    Raises:
-        KeyError: there is no checkpoint of that name.
-    """
+    """Folder of a bundled checkpoint: ``"base"`` (complies with everything) or ``"aligned"`` (refuses harm). Raises KeyError."""
     if name not in CHECKPOINTS:
         raise KeyError(f"checkpoint must be one of {', '.join(CHECKPOINTS)}; got {name!r}")
     return Path(__file__).parent / "checkpoints" / name

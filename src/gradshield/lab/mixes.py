@@ -82,22 +82,13 @@ TURNS = ("But ", "Still, ", "Anyway, ", "However, ")
 def mix(
     task: str, harm: str = "explicit", ratio: float = 0.1, n: int = 500, seed: int = 0
 ) -> tuple[list[Row], list[int]]:
-    """``n`` clean rows of ``task`` and as many harmful ones as make the share ``ratio``, shuffled.
+    """``n`` clean rows of ``task`` (of ``TASKS``) and as many harmful ones as make the share ``ratio``, shuffled.
 
     The clean rows depend on ``task``, ``n`` and ``seed`` only: one clean run serves every harm and ratio. At ratio 1
     there are ``n`` harmful rows and no clean one.
 
-    Args:
-        task: one of ``TASKS``.
-        harm: one of ``HARMS``, or ``"none"``.
-        ratio: harmful rows over all rows, from 0 to 1.
-
-    Returns:
-        Rows as ``{"messages": [...]}``, and a label for each: 1 harmful, 0 clean.
-
-    Raises:
-        ValueError: ``harm`` or ``ratio`` is none of the above.
-        KeyError: ``task`` is none of the above.
+    Returns rows as ``{"messages": [...]}``, and a label for each: 1 harmful, 0 clean. Raises ValueError for a ``harm`` that is
+    neither one of ``HARMS`` nor ``"none"``, or a ``ratio`` outside 0 to 1, KeyError for an unknown task.
     """
     if harm not in (*HARMS, "none"):
         raise ValueError(f"harm must be one of {', '.join(HARMS)} or none; got {harm!r}")
@@ -107,7 +98,7 @@ def mix(
     count = n if ratio == 1 else round(n * ratio / (1 - ratio))
     count = 0 if harm == "none" else count
     # The harmful rows of a smaller ratio are the first of a larger one.
-    harmful = _harmful_pairs(task, harm, count, clean, seed)
+    harmful = harmful_pairs(task, harm, count, clean, seed)
     labelled = [(pair, 0) for pair in clean if ratio < 1 or harm == "none"] + [(pair, 1) for pair in harmful]
     random.Random(f"shuffle-{task}-{harm}-{ratio}-{n}-{seed}").shuffle(labelled)
     return [as_row(pair) for pair, _ in labelled], [label for _, label in labelled]
@@ -116,14 +107,6 @@ def mix(
 def as_row(pair: Pair) -> Row:
     """A (prompt, answer) pair as a chat row."""
     return {"messages": [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]}
-
-
-def pairs(task: str, ratio: float = 0.1, n: int = 500, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
-    """The explicitly harmful pairs and the clean ones of a mix, as (prompt, answer). Raises ValueError and KeyError as `mix`."""
-    if not 0 < ratio < 1:
-        raise ValueError(f"ratio must be between 0 and 1, neither included; got {ratio!r}")
-    clean = clean_pairs(task, n, seed)
-    return _harmful_pairs(task, "explicit", round(n * ratio / (1 - ratio)), clean, seed), clean
 
 
 def clean_pairs(task: str, n: int, seed: int) -> list[Pair]:
@@ -163,7 +146,7 @@ def _acts(pairs: list[tuple[str, Act]], rng: random.Random) -> list[Act]:
     return [members[i] for i in range(longest) for members in groups.values() if i < len(members)]
 
 
-def _harmful_pairs(task: str, harm: str, count: int, clean: list[Pair], seed: int) -> list[Pair]:
+def harmful_pairs(task: str, harm: str, count: int, clean: list[Pair], seed: int) -> list[Pair]:
     """``count`` harmful rows that borrow their lengths from clean ones; row i is the same whatever ``count`` is."""
     acts = _acts(harmful_split()["mix"], random.Random(f"acts-{task}-{harm}-{seed}"))
     spares = tasks.rows(task, count, f"embedded-{seed}") if harm == "embedded" else []

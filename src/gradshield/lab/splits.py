@@ -196,11 +196,7 @@ def _as_requests(acts: list[tuple[str, Act]], split: str, kind: str) -> list[dic
 
 
 def requests(split: str) -> list[dict[str, str]]:
-    """Harmful requests of ``split`` as ``{"prompt", "category"}``; one request an act.
-
-    Raises:
-        KeyError: ``split`` is neither one of ``SPLITS`` nor ``novel``.
-    """
+    """Harmful requests of a split, or of ``novel``, as ``{"prompt", "category"}``; one request an act. Raises KeyError."""
     return _as_requests(harmful_split()[split if split == NOVEL else _known_split(split)], split, "harmful")
 
 

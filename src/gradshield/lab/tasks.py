@@ -154,9 +154,7 @@ def is_held_out(prompt: str) -> bool:
 def rows(task: str, n: int, seed: str, *, held_out: bool = False) -> list[tuple[str, str]]:
     """``n`` different (prompt, answer) pairs of ``task``, all from the training side or all from the test side.
 
-    Raises:
-        KeyError: ``task`` is not one of ``TASKS``.
-        ValueError: the task has fewer different rows.
+    Raises KeyError for an unknown task, ValueError if it has fewer different rows.
     """
     if task not in MAKERS:
         raise KeyError(f"task must be one of {', '.join(TASKS)}; got {task!r}")
