@@ -115,12 +115,10 @@ def read(kind: str, spec: Spec, known: Mapping[str, Option], form: str = "") -> 
     typed = dict(spec.options)
     if spec.target:
         value, comma, more = spec.target.partition(",")
-        if comma and first and known[first].kind is not str:
-            raise UsageError(f"{what} got the option {more!r}, and {takes}")
+        if not first or (comma and known[first].kind is not str):
+            raise UsageError(f"{what} got the option {(more if first else spec.target)!r}, and {takes}")
         if first in typed:
             raise UsageError(f"{what} got {first} twice, as {value!r} and as {typed[first]!r}: give it once")
-        if not first:
-            raise UsageError(f"{what} got the option {spec.target!r}, and {takes}")
         typed = {first: spec.target, **typed}
     found = {}
     for key, text in typed.items():

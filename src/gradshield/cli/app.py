@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -85,23 +85,6 @@ def cache(
     out.print(f"{len(found)} entries, {whole:.1f} of {kept.MOST / 2**20:,.0f} MiB, in {plain(str(folder))}")
 
 
-# In the order of the help.
-COMMANDS: tuple[Callable[..., Any], ...] = (
-    scan,
-    train,
-    evaluate,
-    certify,
-    compare,
-    cut,
-    review,
-    show,
-    estimate,
-    methods,
-    cache,
-    demo,
-    serve,
-)
-
 app = typer.Typer(
     name="gradshield",
     help="Keep a language model aligned while it is fine-tuned: find the rows of a fine-tuning set that would break its "
@@ -129,7 +112,8 @@ def gradshield(
     """Options that come before a command."""
 
 
-for command in COMMANDS:
+# In the order of the help.
+for command in (scan, train, evaluate, certify, compare, cut, review, show, estimate, methods, cache, demo, serve):
     app.command()(command)
 app.add_typer(keys)
 
