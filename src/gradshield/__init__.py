@@ -13,47 +13,28 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from gradshield.errors import GradShieldError
+from gradshield.errors import GradShieldError as GradShieldError
 
-if TYPE_CHECKING:
-    from gradshield.comparison.compare import compare
-    from gradshield.data.shapes import Format
-    from gradshield.evaluation.certify import certify, check
-    from gradshield.evaluation.evaluate import evaluate
-    from gradshield.evaluation.exam import Exam, Exams
-    from gradshield.scanning.cut import cut
-    from gradshield.scanning.estimate import estimate
-    from gradshield.scanning.scan import scan
-    from gradshield.scanning.selection import Selection
-    from gradshield.scanning.settings import Probing, ScanSettings
-    from gradshield.scanning.show import show
-    from gradshield.scanning.workers import Workers
-    from gradshield.training.course import Needs
-    from gradshield.training.train import train
+if TYPE_CHECKING:  # for type checkers, what `__getattr__` finds
+    from gradshield.comparison.compare import compare as compare
+    from gradshield.data.shapes import Format as Format
+    from gradshield.evaluation.certify import certify as certify
+    from gradshield.evaluation.certify import check as check
+    from gradshield.evaluation.evaluate import evaluate as evaluate
+    from gradshield.evaluation.exam import Exam as Exam
+    from gradshield.evaluation.exam import Exams as Exams
+    from gradshield.scanning.cut import cut as cut
+    from gradshield.scanning.estimate import estimate as estimate
+    from gradshield.scanning.scan import scan as scan
+    from gradshield.scanning.selection import Selection as Selection
+    from gradshield.scanning.settings import Probing as Probing
+    from gradshield.scanning.settings import ScanSettings as ScanSettings
+    from gradshield.scanning.show import show as show
+    from gradshield.scanning.workers import Workers as Workers
+    from gradshield.training.course import Needs as Needs
+    from gradshield.training.train import train as train
 
 __version__ = version("gradshield")
-__all__ = [
-    "Exam",
-    "Exams",
-    "Format",
-    "GradShieldError",
-    "Needs",
-    "Probing",
-    "ScanSettings",
-    "Selection",
-    "Workers",
-    "__version__",
-    "certify",
-    "check",
-    "compare",
-    "cut",
-    "estimate",
-    "evaluate",
-    "scan",
-    "show",
-    "train",
-]
-
 _HOMES = {
     "scan": "gradshield.scanning.scan",
     "Format": "gradshield.data.shapes",
@@ -73,6 +54,7 @@ _HOMES = {
     "check": "gradshield.evaluation.certify",
     "compare": "gradshield.comparison.compare",
 }
+__all__ = ["GradShieldError", "__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

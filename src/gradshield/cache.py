@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,15 +25,6 @@ MOST = 4 * 2**30  # bytes of all entries; one of more than a quarter of it is no
 
 _ENTRY = re.compile(r"[a-z]+-[0-9a-f]{40}\.(?:json|safetensors)")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file of the cache; ``used`` is when it was last read or written, in seconds since the epoch."""
-
-    path: Path
-    size: int
-    used: float
 
 
 def folder() -> Path | None:
@@ -87,25 +77,24 @@ def load_json(path: Path) -> Any:
     return json.loads(text)
 
 
-def entries() -> list[Entry]:
-    """All entries, the last used first."""
+def entries() -> list[tuple[Path, os.stat_result]]:
+    """All entries, the last used (``st_mtime``: read or written) first."""
     kept, found = folder(), []
     for path in kept.iterdir() if kept is not None and kept.is_dir() else ():
         with suppress(OSError):  # another process may delete it
             if _ENTRY.fullmatch(path.name) and path.is_file():
-                status = path.stat()
-                found.append(Entry(path, status.st_size, status.st_mtime))
-    return sorted(found, key=lambda entry: -entry.used)
+                found.append((path, path.stat()))
+    return sorted(found, key=lambda entry: -entry[1].st_mtime)
 
 
 def clear() -> int:
     """Delete all entries; returns how many. Raises DataError if the folder cannot be written to."""
     found, kept = entries(), folder()
     try:
-        for entry in found:
-            entry.path.unlink(missing_ok=True)
+        for path, _ in found:
+            path.unlink(missing_ok=True)
     except OSError as error:
-        raise DataError(f"{str(entry.path)!r} cannot be deleted ({error.strerror}): delete it yourself") from None
+        raise DataError(f"{str(path)!r} cannot be deleted ({error.strerror}): delete it yourself") from None
     if kept is not None:
         files.sweep(kept)
     return len(found)
@@ -114,7 +103,7 @@ def clear() -> int:
 def _trim(new: Path) -> None:
     """Delete the entries used longest ago until the rest fit, but never the new one."""
     total = 0
-    for entry in entries():
-        total += entry.size
-        if total > MOST and entry.path != new:
-            entry.path.unlink(missing_ok=True)
+    for path, status in entries():
+        total += status.st_size
+        if total > MOST and path != new:
+            path.unlink(missing_ok=True)

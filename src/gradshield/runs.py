@@ -29,7 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 from gradshield import files
 from gradshield.errors import DataError
 from gradshield.files import write_text
-from gradshield.manifests import EvaluationManifest, Model, Record, ScanManifest, TrainingManifest
+from gradshield.manifests import Manifest, Model, Record
 from gradshield.registry import plugins
 from gradshield.types import EvalResult
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from gradshield.models.loading import LoadedModel
 
 _MEASURED = TypeAdapter(EvalResult)
-M = TypeVar("M", ScanManifest, TrainingManifest, EvaluationManifest)
+M = TypeVar("M", bound=Manifest)
 MANIFEST, CERTIFICATE = "manifest.json", "certificate.json"
 WORK = ".gradshield"
 LOCK = "lock"

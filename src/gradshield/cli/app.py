@@ -77,11 +77,11 @@ def cache(
         out.print(f"{kept.clear()} entries deleted from {plain(str(folder))}")
         return
     found = kept.entries()
-    for entry in found:
-        name, _, digest = entry.path.stem.partition("-")
-        used = duration(max(0.0, time.time() - entry.used))
-        out.print(f"{plain(name):10} {plain(digest[:12]):12} {entry.size / 2**20:9.1f} MiB   used {used} ago")
-    whole = sum(entry.size for entry in found) / 2**20
+    for path, status in found:
+        name, _, digest = path.stem.partition("-")
+        used = duration(max(0.0, time.time() - status.st_mtime))
+        out.print(f"{plain(name):10} {plain(digest[:12]):12} {status.st_size / 2**20:9.1f} MiB   used {used} ago")
+    whole = sum(status.st_size for _, status in found) / 2**20
     out.print(f"{len(found)} entries, {whole:.1f} of {kept.MOST / 2**20:,.0f} MiB, in {plain(str(folder))}")
 
 
