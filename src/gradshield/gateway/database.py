@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -12,7 +11,7 @@ from sqlalchemy import Engine, create_engine, event, select, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoneToSpare
-from sqlalchemy.orm import Session, object_session
+from sqlalchemy.orm import Session, object_session, sessionmaker
 
 from gradshield.errors import UsageError
 from gradshield.gateway.tables import Audit, Base, Owned
@@ -61,6 +60,8 @@ class Database:
         self.webhooks = tuple(webhooks)
         self.reader, self.writer = engines(url)
         self.near = self.reader.dialect.name == "sqlite"  # a file, not a server
+        self.reading = sessionmaker(self.reader, expire_on_commit=False)  # its rows can be read after it ends
+        self.writing = sessionmaker(self.writer, expire_on_commit=False).begin  # committed at the end, without an error
 
     def migrate(self) -> Self:
         """Bring the tables to this version, in one transaction, by the steps in ``migrations/versions``."""
@@ -78,18 +79,6 @@ class Database:
     def close(self) -> None:
         self.reader.dispose()
         self.writer.dispose()
-
-    @contextmanager
-    def reading(self) -> Iterator[Session]:
-        """A session for queries; its rows can be read after it ends."""
-        with Session(self.reader, expire_on_commit=False) as session:
-            yield session
-
-    @contextmanager
-    def writing(self) -> Iterator[Session]:
-        """A transaction, committed when the block ends without an error."""
-        with Session(self.writer, expire_on_commit=False) as session, session.begin():
-            yield session
 
     def page(self, kind: type[T], project: str, page: Page, *where: Any) -> tuple[list[T], bool]:
         """A page of a project's objects, and whether there are more."""

@@ -14,13 +14,12 @@ from typing import Annotated, Any
 from fastapi import Query
 from fastapi.responses import FileResponse, RedirectResponse, Response
 from jinja2.filters import do_filesizeformat as size
-from markupsafe import Markup
 from starlette.datastructures import FormData
 
 from gradshield.evaluation.page import compared
 from gradshield.gateway.content import RESULTS, certificate, results
 from gradshield.gateway.dashboard import scan as scans
-from gradshield.gateway.dashboard.visit import Form, Visit, Visiting, field_text, page
+from gradshield.gateway.dashboard.visit import HEADERS, Form, Visit, Visiting, field_text, page
 from gradshield.gateway.dashboard.visit import router as router
 from gradshield.gateway.database import Missing, Page, Refused
 from gradshield.gateway.store import ACTIVE, ENDED, UNSAFE, name_of
@@ -103,8 +102,7 @@ def moved(id: str, visit: Visiting, value: float) -> Response:
     found = _scan(visit, visit.get(id))
     if found is None or not math.isfinite(value):
         raise Missing("scan", id)
-    charts = found.charts(value)
-    return page("cut.html", charts=charts, specs=_specs(charts), answer=found.answer(value))
+    return page("cut.html", charts=found.charts(value), answer=found.answer(value))
 
 
 @router.post("/jobs/{id}")
@@ -134,9 +132,8 @@ def _job(visit: Visit, job: Job, asked: Asked) -> Response:
     found = None if active else _scan(visit, job)
     context: dict[str, Any] = {"scan": found}
     if found is not None:
-        charts = found.charts(asked.cut)
         rows, pages, near = found.rows(asked.cut, asked.page) if asked.page else ([], 0, [])
-        context |= {"charts": charts, "specs": _specs(charts), "answer": found.answer(asked.cut), "ends": found.ends}
+        context |= {"charts": found.charts(asked.cut), "answer": found.answer(asked.cut), "ends": found.ends}
         context |= {"beyond": rows, "pages": pages, "near": near, "page": min(asked.page, pages)}
         context["elsewhere"] = sorted(asked.released - {shown.view.id for shown in rows})
     safety = (job.result or {}).get("safety")
@@ -168,10 +165,6 @@ def _scan(visit: Visit, job: Job) -> scans.Scan | None:
     return scans.read(_folder(visit, job) / "scan")
 
 
-def _specs(charts: Sequence[Any]) -> Markup:
-    return Markup(text.script_json({chart.key: chart.spec for chart in charts}))
-
-
 def _events(visit: Visit, job: Job) -> list[Event]:
     return visit.gateway.store.page(Event, job.project_id, Page(EVENTS), Event.job_id == job.id)[0]
 
@@ -183,8 +176,10 @@ def download(id: str, name: str, visit: Visiting) -> Response:
     if name not in {one.path for one in RESULTS} or not path.is_file():
         raise Missing("file", name)
     if name.endswith(".html"):
-        return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": "sandbox allow-scripts"})
-    return FileResponse(path, media_type="application/octet-stream", filename=f"{id}-{path.name}")
+        headers = {**HEADERS, "Content-Security-Policy": "sandbox allow-scripts"}
+        return FileResponse(path, media_type="text/html", headers=headers)
+    name = f"{id}-{path.name}"
+    return FileResponse(path, media_type="application/octet-stream", filename=name, headers=HEADERS)
 
 
 # Models, health, audit

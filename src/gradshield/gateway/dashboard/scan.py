@@ -66,16 +66,10 @@ class Scan:
 
     def answer(self, value: float | None) -> dict[str, Any]:
         """What a cut does: how many rows go, and which of them would not, or would, by the scan's own."""
-        removed = self.moved(value)
-        more, fewer = removed & ~self.removed, self.removed & ~removed
-        return {
-            "rows": len(removed),
-            "go": int(removed.sum()),
-            "moved": value is not None,
-            "value": self.at if value is None else value,
-            "more": self._named(more),
-            "fewer": self._named(fewer),
-        }
+        removed, moved = self.moved(value), value is not None
+        counts = {"rows": len(removed), "go": int(removed.sum()), "moved": moved, "value": value if moved else self.at}
+        more, fewer = self._named(removed & ~self.removed), self._named(self.removed & ~removed)
+        return {**counts, "more": more, "fewer": fewer}
 
     def _named(self, which: Bools) -> dict[str, Any]:
         rows = self.scores.rows[which]
@@ -92,10 +86,8 @@ class Scan:
         shown = out[(page - 1) * ROWS : page * ROWS]
         near = order[~removed[order]][:NEAR]
         texts = self._texts(np.concatenate([shown, near]))
-        made = [
-            show_rows([self._view(i, value, texts) for i in part.tolist()], reference, BYTES) for part in (shown, near)
-        ]
-        return made[0], pages, made[1]
+        go, stay = ([self._view(i, value, texts) for i in part.tolist()] for part in (shown, near))
+        return show_rows(go, reference, BYTES), pages, show_rows(stay, reference, BYTES)
 
     def _view(self, i: int, value: float | None, texts: Mapping[int, str]) -> RowView:
         scores = self.scores
@@ -107,9 +99,8 @@ class Scan:
         """The beginning of rows whose tokens were not kept, from the scan's files of rows, which hold a row a line."""
         found = {}
         for name, own in (("removed.jsonl", self.removed), ("kept.jsonl", ~self.removed)):
-            lines = {
-                int(own[:i].sum()): i for i in wanted.tolist() if own[i] and int(self.scores.rows[i]) not in self.views
-            }
+            bare = (i for i in wanted.tolist() if own[i] and int(self.scores.rows[i]) not in self.views)
+            lines = {int(own[:i].sum()): i for i in bare}
             if lines and (self.folder / name).is_file():
                 with (self.folder / name).open(encoding="utf-8", errors="backslashreplace", newline="\n") as source:
                     for at, line in enumerate(islice(source, max(lines) + 1)):

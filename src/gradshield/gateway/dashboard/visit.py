@@ -7,7 +7,6 @@ import hmac
 import os
 import secrets
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,7 +26,7 @@ from gradshield.gateway.database import Caller, Missing
 from gradshield.gateway.edge import ApiError
 from gradshield.gateway.settings import private
 from gradshield.gateway.tables import Job, Project
-from gradshield.report import frame, sheet
+from gradshield.report import frame, sheet, text
 from gradshield.stats import percent
 
 COOKIE, DOOR = "gradshield", "gradshield-door"  # of a visit, and of the log-in form alone
@@ -132,11 +131,12 @@ def _url(name: str) -> str:
 
 
 def page(template: str, status: int = 200, **context: Any) -> HTMLResponse:
-    """A page, or a piece of one, of a template."""
+    """A page, or a piece of one, of a template. It runs nothing but the dashboard's own scripts."""
     kit = {"url": _url, "style_guard": frame.style_guard(), "entry": sheet.entry, "rows": sheet.ROWS}
-    defaults = {"visit": None, "project": "", "charts": (), "specs": ""}
-    made = _templates().get_template(template).render(kit | defaults | context)
-    return HTMLResponse(made.encode("utf-8", "replace"), status)
+    charts = context.get("charts", ())
+    drawn = {"charts": charts, "specs": Markup(text.script_json({chart.key: chart.spec for chart in charts}))}
+    made = _templates().get_template(template).render(kit | {"visit": None, "project": ""} | drawn | context)
+    return HTMLResponse(made.encode("utf-8", "replace"), status, HEADERS)
 
 
 def _when(seconds: float | None) -> Markup:
@@ -160,27 +160,13 @@ def _status(job: Job) -> str:
 
 
 class Pages(APIRoute):
-    """A route of the dashboard, whose errors are pages. No page runs anything but the dashboard's own scripts."""
-
-    def get_route_handler(self) -> Callable[[Request], Any]:
-        inner = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            return _guarded(await inner(request))
-
-        return handle
+    """A route of the dashboard, whose errors are pages."""
 
 
 def failed(error: ApiError) -> Response:
     """An error as a page."""
     response = page("error.html", error.status_code, message=error.body["error"]["message"])
     response.headers.update(error.headers or {})
-    return _guarded(response)
-
-
-def _guarded(response: Response) -> Response:
-    for name, value in HEADERS.items():
-        response.headers.setdefault(name, value)
     return response
 
 
@@ -200,19 +186,14 @@ class Visit:
         return self.gateway.store.get(Job, self.caller.project, id)
 
     def show(self, template: str, status: int = 200, **context: Any) -> HTMLResponse:
-        token = _sessions(self.request).token(self.request.cookies[COOKIE])
+        token = self.request.app.state.sessions.token(self.request.cookies[COOKIE])
         return page(template, status, token=token, visit=self, project=self.project.name, **context)
-
-
-def _sessions(request: Request) -> Sessions:
-    found: Sessions = request.app.state.sessions
-    return found
 
 
 def _visiting(request: Request) -> Visit:
     """Raises ApiError, which leads to the log-in, unless the session's key is an operator's and was not revoked."""
     gateway: Gateway = request.app.state.gateway
-    key = _sessions(request).key(request.cookies.get(COOKIE, ""))
+    key = request.app.state.sessions.key(request.cookies.get(COOKIE, ""))
     caller = gateway.store.caller_with(key) if key else None
     if caller is None or caller.role != "operator":
         raise ApiError(303, "Log in first.", headers={"Location": "/login"})
@@ -221,7 +202,8 @@ def _visiting(request: Request) -> Visit:
 
 async def _posted(request: Request) -> FormData:
     """The fields of a form. Raises ApiError for one that this session did not get."""
-    form, sessions = await request.form(max_files=0, max_fields=FIELDS), _sessions(request)
+    form = await request.form(max_files=0, max_fields=FIELDS)
+    sessions: Sessions = request.app.state.sessions
     session = request.cookies.get(DOOR if request.url.path == "/login" else COOKIE, "")
     good = hmac.compare_digest(field_text(form, "token").encode(), sessions.token(session).encode())
     if sessions.key(session) is None or not good:
@@ -244,7 +226,9 @@ def asset(name: str) -> Response:
     if name not in assets():
         raise Missing("file", name)
     kind, source = assets()[name]
-    return Response(source, media_type=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
+    return Response(
+        source, media_type=kind, headers={**HEADERS, "Cache-Control": "public, max-age=31536000, immutable"}
+    )
 
 
 @router.get("/login")
@@ -253,7 +237,7 @@ def login(request: Request) -> Response:
 
 
 def _door(request: Request, problem: str = "") -> Response:
-    sessions = _sessions(request)
+    sessions: Sessions = request.app.state.sessions
     session = sessions.new()
     response = page("login.html", 403 if problem else 200, token=sessions.token(session), problem=problem)
     return sessions.give(request, response, session, DOOR)
@@ -267,7 +251,7 @@ def enter(request: Request, form: Form) -> Response:
         return _door(request, "There is no such key, or it was revoked.")
     if caller.role != "operator":
         return _door(request, "This key is a user's: make an operator's with gradshield keys create --role operator.")
-    sessions = _sessions(request)
+    sessions: Sessions = request.app.state.sessions
     return sessions.give(request, RedirectResponse("/", 303), sessions.new(caller.key))
 
 
