@@ -105,8 +105,14 @@ def serve(
         judges=judge or ("refusal-phrases",),
     )
     configure()
+    if ray and settings.database_url.startswith("sqlite"):
+        why = "--ray runs jobs on other machines, which cannot share a SQLite file"
+        raise UsageError(f"{why}: give --database postgresql://USER@HOST/NAME")
     if ray:
-        _check_cluster(settings)
+        from gradshield.scanning.workers import Workers, connected
+
+        with connected(Workers(ray=ray).ray, 0):  # which says why, if no cluster answers
+            pass
     app = create_app(settings)
     key = _first_key(app.state.gateway.store, settings)
     settings.save()
@@ -114,7 +120,14 @@ def serve(
         out.print(f"webhook secret  {plain(options['webhook_secret'])}")
     if key:
         out.print(f"API key of the project default, shown once: [bold]{plain(key)}[/bold]\n")
-    for line in _lines(settings, key):
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    lines = (
+        "import openai",
+        f'client = openai.OpenAI(base_url="{address}", api_key="{key or "YOUR KEY"}")',
+        'file = client.files.create(file=open("data.jsonl", "rb"), purpose="fine-tune")',
+        f'job = client.fine_tuning.jobs.create(model="{next(iter(settings.models))}", training_file=file.id)',
+    )
+    for line in lines:
         out.print(plain(line))
     worker = Worker(settings) if workers else None
     try:
@@ -122,29 +135,6 @@ def serve(
     finally:
         if worker is not None:
             worker.stop()
-
-
-def _check_cluster(settings: Settings) -> None:
-    """Raises UsageError without a database that other machines reach, without Ray, and if no cluster answers."""
-    from gradshield.scanning.workers import Workers, connected
-
-    if settings.database_url.startswith("sqlite"):
-        why = "--ray runs jobs on other machines, which cannot share a SQLite file"
-        raise UsageError(f"{why}: give --database postgresql://USER@HOST/NAME")
-    with connected(Workers(ray=settings.ray).ray, 0):
-        pass
-
-
-def _lines(settings: Settings, key: str | None) -> tuple[str, ...]:
-    """Four lines of Python to try."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    name = next(iter(settings.models))
-    return (
-        "import openai",
-        f'client = openai.OpenAI(base_url="http://{host}:{settings.port}/v1", api_key="{key or "YOUR KEY"}")',
-        'file = client.files.create(file=open("data.jsonl", "rb"), purpose="fine-tune")',
-        f'job = client.fine_tuning.jobs.create(model="{name}", training_file=file.id)',
-    )
 
 
 def _first_key(store: Store, settings: Settings) -> str | None:

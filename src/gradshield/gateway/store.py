@@ -27,6 +27,8 @@ STATUSES = (*ACTIVE, "paused", *ENDED)
 UNSAFE = "unsafe_model"  # code of a job whose model was withheld
 BY_HAND = "gradshield keys"  # the actor of what is typed on the server
 Found = Mapping[str, Any] | None  # what an event comes with
+_KEY = select(Key.project_id, Key.id, Key.role).where(Key.revoked_at.is_(None))
+_HASH, _ID = (_KEY.where(column == bindparam("value")) for column in (Key.hash, Key.id))
 
 
 class Lost(Exception):
@@ -97,15 +99,12 @@ class Store(Database):
 
     def caller(self, secret: str) -> Caller | None:
         """Who has this key; None if nobody has."""
-        return self._caller(_HASH, hashed(secret))
+        return self.caller_with(hashed(secret), _HASH)
 
-    def caller_with(self, key: str) -> Caller | None:
+    def caller_with(self, key: str, wanted: Select[str, str, str] = _ID) -> Caller | None:
         """Who has the key with this id; None if it was revoked."""
-        return self._caller(_ID, key)
-
-    def _caller(self, wanted: Select[str, str, str], value: str) -> Caller | None:
         with self.reader.connect() as connection:  # of every request, so without the objects and their session
-            row = connection.execute(wanted, {"value": value}).first()
+            row = connection.execute(wanted, {"value": key}).first()
         return None if row is None else Caller(*row)
 
     def audits(self, project: str, limit: int = 100, before: int | None = None) -> list[Audit]:
@@ -236,7 +235,9 @@ class Store(Database):
         """Fail a held job. Raises Refused as `approve` does."""
         with self._deciding(caller, id, reason) as job:
             _waited(job)
-            self._fail(job, "rejected", f"An operator rejected the job: {reason}", "training_file")
+            said = f"An operator rejected the job: {reason}"
+            job.error = {"code": "rejected", "message": said, "param": "training_file"}
+            self._end(job, "failed", said)
             audited(job, caller, "reject job", id, reason)
         return job
 
@@ -321,7 +322,8 @@ class Store(Database):
     def fail(self, id: str, owner: str, code: str, message: str, param: str | None = None, **fields: Any) -> None:
         """End the job with an error. Raises Lost."""
         with self._owned(id, owner, fields) as job:
-            self._fail(job, code, message, param)
+            job.error = {"code": code, "message": message, "param": param}
+            self._end(job, "failed", message)
 
     def waiting(self) -> list[str]:
         """Jobs to be run that no process has."""
@@ -351,10 +353,6 @@ class Store(Database):
             for name, value in (fields or {}).items():
                 setattr(job, name, value)
             yield job
-
-    def _fail(self, job: Job, code: str, message: str, param: str | None) -> None:
-        job.error = {"code": code, "message": message, "param": param}
-        self._end(job, "failed", message)
 
     def _end(self, job: Job, status: str, message: str, model: str | None = None) -> None:
         """A job's last state, its event and its webhook calls."""
@@ -390,7 +388,3 @@ def _free(now: float) -> tuple[Any, Any]:
 def _say(job: Job, message: str, level: str = "info", data: Found = None, type: str = "message") -> None:
     own = {"project_id": job.project_id, "job_id": job.id}
     add(job, Event(level=level, message=message, type=type, data=dict(data or {}), **own))
-
-
-_KEY = select(Key.project_id, Key.id, Key.role).where(Key.revoked_at.is_(None))
-_HASH, _ID = (_KEY.where(column == bindparam("value")) for column in (Key.hash, Key.id))

@@ -33,6 +33,8 @@ from huey.consumer import Consumer
 from huey.registry import Message
 from huey.serializer import Serializer
 from sqlalchemy.engine import make_url
+from structlog.contextvars import merge_contextvars
+from structlog.processors import JSONRenderer, TimeStamper, add_log_level, format_exc_info
 
 from gradshield.errors import UsageError
 from gradshield.gateway.database import AWAY
@@ -56,13 +58,7 @@ def configure() -> None:
     """Log as JSON, a line each on the error stream, with what is bound to the context: the request's id, or the job's."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
+        processors=[merge_contextvars, add_log_level, TimeStamper("iso"), format_exc_info, JSONRenderer()],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
