@@ -6,7 +6,7 @@ import re
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +28,7 @@ class OnDemand(Sequence[T]):
         """The entries of a slice."""
         return [self._at(index) for index in range(len(self))[where]]
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+    def __getitem__(self, index: Any) -> Any:
         return self.take(index) if isinstance(index, slice) else self._at(range(len(self))[index])
 
 

@@ -15,7 +15,6 @@ import pytest
 
 from gradshield.data import read, render_all, suffix, take, write_parts
 from gradshield.data.trl import IGNORED, labelled, to_trl
-from gradshield.errors import DataError
 from tests.tiny import tiny_tokenizer
 
 ROWS = [{"prompt": f"Say {n}, é\u2028", "completion": f" {n}" if n % 5 else ""} for n in range(40)]  # eight are bad
@@ -98,7 +97,7 @@ def _changed(path: Path, change: str) -> None:
 CHANGES = ["word", "longer", "shorter", "deleted", "end"]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "jsonl.gz", "csv.zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "csv.zst"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changes_meanwhile_changes_nothing(kind: str, change: str, tmp_path: Path) -> None:
     path = packed(made(kind.partition(".")[0], tmp_path), kind)
@@ -106,27 +105,12 @@ def test_a_file_that_changes_meanwhile_changes_nothing(kind: str, change: str, t
     whole, name = list(result.examples), f"out{suffix(result.source.kind)}"
     write_parts({tmp_path / name: [1, 2, 11]}, result.source)
     written = (tmp_path / name).read_bytes()
-    if path.suffix in (".gz", ".zst") and change in ("word", "longer"):
+    if path.suffix in (".gz", ".zst", ".parquet") and change in ("word", "longer"):
         change = "shorter"
     _changed(path, change)
     assert list(result.examples) == whole
     write_parts({tmp_path / name: [1, 2, 11]}, result.source)
     assert (tmp_path / name).read_bytes() == written
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_parquet_file_that_changes_meanwhile_is_reported_and_nothing_is_written(change: str, tmp_path: Path) -> None:
-    path = made("parquet", tmp_path)
-    result = read(path)
-    whole = list(result.examples)
-    (tmp_path / "old").write_text("as it was")
-    _changed(path, change)
-    with pytest.raises(DataError, match="was changed while its rows were in use") as raised:
-        write_parts({tmp_path / "old": [1, 2], tmp_path / "new": [3]}, result.source)
-    assert "\n" not in str(raised.value)
-    assert (tmp_path / "old").read_text() == "as it was"
-    assert {p.name for p in tmp_path.iterdir()} <= {path.name, "old"}
-    assert list(result.examples) == whole
 
 
 def test_tokens_for_a_trainer_lie_in_a_file_that_goes_with_them(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +19,7 @@ import pytest
 import gradshield as gs
 from gradshield import data as rows_in
 from gradshield import runs
+from gradshield.data import spool
 from gradshield.errors import DataError, UsageError
 from gradshield.manifests import FoundCut, Labelled
 from gradshield.scanning import outputs
@@ -93,29 +93,26 @@ def test_parquet_of_which_nothing_goes(tmp_path: Path) -> None:
 def test_two_parquet_files_are_put_together_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     removed = np.random.default_rng(0).random(5000) < 0.3
     removed[1000:4000] = False
-    whole = pa.table({"text": [f"row {n}" for n in range(5000)]})
-    examples = {}
-    for flag in (False, True):
-        path = tmp_path / f"{flag}.parquet"
-        pq.write_table(whole.filter(pa.array(removed == flag)), path)
-        examples[flag] = rows_in.read(path).examples
-    given, tables = [0], rows_in.Source.tables
+    kinds = pa.array([f"kind {n % 7}" for n in range(5000)]).dictionary_encode()
+    whole = pa.table({"text": [f"row {n}" for n in range(5000)], "kind": kinds})
+    paths = (tmp_path / "kept.parquet", tmp_path / "removed.parquet")
+    for path, own in zip(paths, (~removed, removed), strict=True):
+        pq.write_table(whole.filter(pa.array(own)), path, row_group_size=700)
+    given, unpacked = [0], spool.Tables._unpacked
 
-    def counted(*arguments: Any) -> Iterator[Any]:
-        for found in tables(*arguments):
-            given[0] += len(found)
-            yield found
+    def counted(*arguments: Any) -> Any:
+        found = unpacked(*arguments)
+        given[0] += len(found)
+        return found
 
-    monkeypatch.setattr(rows_in.Source, "tables", counted)
-    monkeypatch.setattr("gradshield.data.source.SPAN", 100)
-    monkeypatch.setattr("gradshield.data.source.GROUP", 1024)
+    monkeypatch.setattr(spool.Tables, "_unpacked", counted)
+    monkeypatch.setattr("gradshield.data.source.GROUP", 500)
+    found = rows_in.read_files(paths, rows_in.Format()).examples.moved(np.argsort(removed, kind="stable"))
+    assert [e.conversations[0].completion for e in found] == whole["text"].to_pylist()
     wanted = np.arange(7, 5000, 3)
-    parts, taken = [], 0
-    for part in rows_in.Together(examples, np.arange(5000), removed).tables(wanted):
-        parts.append(part)
-        taken += len(part)
-        assert given[0] <= 3 * taken + 2 * 1024 + 200
-    assert pa.concat_tables(parts).equals(whole.take(wanted)) and given[0] == 5000
+    rows_in.write_parts({tmp_path / "out.parquet": wanted}, found.source)
+    assert pq.read_table(tmp_path / "out.parquet").equals(whole.take(wanted))
+    assert given[0] <= 1024 * (6 + 5 * len(wanted) // 500)
 
 
 def test_categories_are_kept_and_new_rows_have_none(tmp_path: Path) -> None:

@@ -1,14 +1,12 @@
 """Any fine-tuning data to tokens and back: read, render, batch, write."""
 
-from gradshield.data.formats import ReadResult, read
+from gradshield.data.formats import ReadResult, read, read_files
 from gradshield.data.render import RenderConfig, Renderer, render_all, spans
 from gradshield.data.shapes import SHAPES, Format
 from gradshield.data.source import (
     WRITTEN,
     Examples,
-    Rows,
     Source,
-    Together,
     suffix,
     take,
     write_parts,
@@ -26,14 +24,13 @@ __all__ = [
     "ReadResult",
     "RenderConfig",
     "Renderer",
-    "Rows",
     "Source",
     "Spool",
-    "Together",
     "batches",
     "collate",
     "labelled",
     "read",
+    "read_files",
     "render_all",
     "spans",
     "suffix",

@@ -14,14 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from gradshield.columns import Coded, Ids
 from gradshield.data.messages import RowError, kind_of
-from gradshield.data.raw_files import COMPRESSED, SUFFIXES, open_file
-from gradshield.data.shapes import SHAPES, Format, as_trl, shape_keys
+from gradshield.data.raw_files import COMPRESSED, SUFFIXES, open_file, open_files
+from gradshield.data.shapes import SHAPES, Decided, Format, as_trl, shape_keys
 from gradshield.data.source import Examples, RawRow, Source, canonical, content_hash, json_line
 from gradshield.errors import DataError, EmptyDataError, FormatError, first_line
 from gradshield.models.loading import reachable
@@ -56,8 +56,15 @@ def read(data: Any, format: str | Format | None = None) -> ReadResult:
     usable row; DataError for a file that cannot be read, a hub name that cannot be fetched and, if ``format`` is strict, a row
     that cannot be used.
     """
-    format = Format.of(format)
-    source, records = _open(data)
+    return _usable(*_open(data), Format.of(format))
+
+
+def read_files(files: tuple[Path, ...], format: Format) -> ReadResult:
+    """As `read`, some files as one, in the order given."""
+    return _usable(*open_files(files, str(files[0].parent)), format)
+
+
+def _usable(source: Source, records: Iterator[RawRow], format: Format) -> ReadResult:
     quarantined, strangers, names = [], 0, list(SHAPES)
     unseen = {column for key, column in format.columns.items() if key != "text"}  # that of text may be TRL's own option
     rows, digests, shapes, as_trl = array("I"), array("Q"), array("B"), array("B")
@@ -68,7 +75,7 @@ def read(data: Any, format: str | Format | None = None) -> ReadResult:
         if record.file and (not source.starts or source.starts[-1][1] != record.file):
             source.starts.append((row, record.file))
         try:
-            found = _understood(record, format)
+            content, decided, alike = _understood(record, format)
         except RowError as error:
             strangers += isinstance(error, _UnknownShape)
             quarantined.append(record.set_aside(row, str(error)))
@@ -80,11 +87,11 @@ def read(data: Any, format: str | Format | None = None) -> ReadResult:
             source.copy.add(b"")
             continue
         source.copy.add(record.source)
-        source.read_as[found.words] += 1
+        source.read_as[str(decided)] += 1
         rows.append(row)
-        digests.append(found.digest)
-        shapes.append(names.index(found.shape))
-        as_trl.append(found.as_trl)
+        digests.append(content_hash(content))
+        shapes.append(names.index(str(decided.shape)))
+        as_trl.append(alike)
     if not rows:
         raise _nothing_usable(source.name, quarantined, strangers)
     examples = Examples(
@@ -102,17 +109,8 @@ class _UnknownShape(RowError):
     """The row's keys fit no shape, or not the requested one."""
 
 
-class _Understood(NamedTuple):
-    """A usable row: the hash of its content, its shape, how it was read in words, and whether TRL reads it alike."""
-
-    digest: int
-    shape: str
-    words: str
-    as_trl: bool
-
-
-def _understood(record: RawRow, format: Format) -> _Understood:
-    """Raises RowError for a row that cannot be used."""
+def _understood(record: RawRow, format: Format) -> tuple[bytes, Decided, bool]:
+    """A row's content, how it is read, and whether TRL reads it alike. Raises RowError for a row that cannot be used."""
     if record.reason:
         raise RowError(record.reason)
     value = record.value
@@ -130,7 +128,7 @@ def _understood(record: RawRow, format: Format) -> _Understood:
     except RecursionError:
         raise RowError("it is nested too deeply") from None
     alike = not decided.names and as_trl(value, shape, conversations)
-    return _Understood(content_hash(content), shape, str(decided), alike)
+    return content, decided, alike
 
 
 def _nothing_usable(name: str, quarantined: Sequence[Quarantined], strangers: int) -> DataError:

@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from glob import glob, has_magic
-from itertools import chain
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from gradshield.data.source import MAX_ROW_BYTES, Lines, Parse, RawRow, Source, Taken, csv_value, json_line, json_value
+from gradshield.data.spool import Tables
 from gradshield.errors import DataError, FormatError, first_line
 
 SUFFIXES = {
@@ -65,22 +66,28 @@ def open_file(path: Path) -> tuple[Source, Iterator[RawRow]]:
     Raises DataError for a file that is not there or cannot be read; FormatError for one that is of no kind above or broken as a
     whole, and for files that differ in kind or columns.
     """
-    digest = hashlib.sha256()
     with _readable(path):
-        files = _files(path)
-        for file in files:
-            with file.open("rb") as handle:
-                hashlib.file_digest(handle, lambda: digest)
-        first = _opened(files[0])
-    name = f"{path} ({len(files)} files)" if len(files) > 1 else str(files[0])
-    return Source(first.kind, name, digest, first.parse, first.header, files=files), _rows(files, first)
+        return open_files(_files(path), str(path))
 
 
-def _rows(files: tuple[Path, ...], first: _Opened) -> Iterator[RawRow]:
+def open_files(files: tuple[Path, ...], name: str) -> tuple[Source, Iterator[RawRow]]:
+    """As `open_file`, some files in the order given."""
+    digest, tables = hashlib.sha256(), Tables()
+    for file in files:
+        with _readable(file), file.open("rb") as handle:
+            hashlib.file_digest(handle, lambda: digest)
+    with _readable(files[0]):
+        first = _opened(files[0], tables)
+    name = f"{name} ({len(files)} files)" if len(files) > 1 else str(files[0])
+    source = Source(first.kind, name, digest, first.parse, first.header, files=files, tables=tables)
+    return source, _rows(files, first, tables)
+
+
+def _rows(files: tuple[Path, ...], first: _Opened, tables: Tables) -> Iterator[RawRow]:
     """The rows of the files, one after another."""
     for path in files:
         with _readable(path):
-            opened = first if path is files[0] else _opened(path)
+            opened = first if path is files[0] else _opened(path, tables)
             if (opened.kind, opened.columns) != (first.kind, first.columns):
                 raise FormatError(
                     f"{path} is not of one kind and with the same columns as {files[0].name} before it: give files that are alike"
@@ -121,10 +128,10 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
-def _opened(path: Path) -> _Opened:
+def _opened(path: Path, tables: Tables) -> _Opened:
     stream, mark, kind = _stream(path)
     if kind == "parquet":
-        columns, records = _table(path)
+        columns, records = _table(path, tables)
         return _Opened(kind, stream, records, columns=columns)
     if kind in DELIMITERS:
         return _csv(path, kind, stream, mark)
@@ -329,8 +336,8 @@ def _objects(signs: _Signs) -> Iterator[RawRow]:
         yield taken.record(begun, json_value)
 
 
-def _table(path: Path) -> tuple[Any, Iterator[RawRow]]:
-    """The columns of a Parquet file with their types, and the rows."""
+def _table(path: Path, tables: Tables) -> tuple[Any, Iterator[RawRow]]:
+    """The columns of a Parquet file with their types, and the rows, which go into ``tables`` too."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -344,10 +351,12 @@ def _table(path: Path) -> tuple[Any, Iterator[RawRow]]:
             ) from None
 
     def rows() -> Iterator[RawRow]:
+        lines = count(1)
         with readable(), pq.ParquetFile(path) as file:
-            values = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1024))
-            for line, value in enumerate(values, 1):
-                yield RawRow(line, json_line(value), value)
+            for batch in file.iter_batches(1024):
+                tables.add(pa.Table.from_batches([batch]))
+                for value in batch.to_pylist():
+                    yield RawRow(next(lines), json_line(value), value)
 
     with readable():
         return pq.read_schema(path), rows()

@@ -22,7 +22,7 @@ from gradshield.data import templates
 from gradshield.data.messages import Messages, RowError
 from gradshield.data.source import RawRow, Source
 from gradshield.data.spool import Spool
-from gradshield.data.templates import RenderText, Takes, left_out, structure, turn_span
+from gradshield.data.templates import RenderText, Takes, left_out, shadow, turn_span
 from gradshield.errors import DataError, UsageError, first_line
 from gradshield.types import Bools, Conversation, Example, Ints, Quarantined, Rendered, Tokens, shared_length
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 TRUNCATION_MODES = ("keep_start", "keep_end")
 TOGETHER = 256  # rows tokenised at once
 MOST_TURNS = 1024  # most answers of one row to find by difference
-MOST_STRUCTURES = 4096  # kept of what the template leaves out
+MOST_SHADOWS = 4096  # of which is kept what the template leaves out
 # Decoders depend on neighbours (a leading space is dropped at the very start), so a token is decoded after a few others.
 CONTEXT = 4
 # Longest run of byte tokens that form one piece: a UTF-8 character has up to four bytes.
@@ -148,7 +148,7 @@ class Renderer:
         # By whether answers have to be marked; looked up when first needed.
         self._templates: dict[bool, str | None] = {}
         self._takes: dict[Any, Takes] = {}
-        self._lacks: dict[Any, tuple[tuple[int, str], ...]] = {}
+        self._lacks: dict[int, tuple[tuple[int, str], ...]] = {}
         self._unwritten: Counter[tuple[str, str]] = Counter()  # by part and role: rows
         self._mixed = 0  # completions with turns that are not scored
         self._weighted = 0  # rows with an answer of weight 0
@@ -387,15 +387,12 @@ class Renderer:
         if messages is None:
             return set()
         kwargs = self._template_kwargs(conversation, shape)
-        key = (
-            kwargs["chat_template"],
-            repr((kwargs["tools"] is None, conversation.template_kwargs)),
-            structure(messages),
-        )
+        words = shadow(messages)
+        key = hash((kwargs["chat_template"], kwargs["tools"] is None, repr((conversation.template_kwargs, words[0]))))
         if key not in self._lacks:
-            if len(self._lacks) >= MOST_STRUCTURES:
+            if len(self._lacks) >= MOST_SHADOWS:
                 self._lacks.clear()
-            self._lacks[key] = left_out(messages, self._text(kwargs))
+            self._lacks[key] = left_out(words, self._text(kwargs))
         lacking = self._lacks[key]
         for n, part in lacking:
             if conversation.trained[n] and part != "reasoning":

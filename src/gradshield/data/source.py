@@ -15,8 +15,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from gradshield.columns import Coded, Ids, OnDemand
 from gradshield.data.messages import RowError
 from gradshield.data.shapes import Format
-from gradshield.data.spool import Scratch
+from gradshield.data.spool import Scratch, Tables
 from gradshield.errors import DataError
 from gradshield.files import replacing
 from gradshield.types import Bools, Example, Ints, Quarantined
@@ -36,8 +35,7 @@ HEAD_BYTES = 1 << 20  # kept of a row that cannot be used
 # CSV columns that never hold plain text, so that JSON in them is parsed.
 JSON_COLUMNS = ("messages", "conversations", "tools", "chat_template_kwargs")
 
-GROUP = 1 << 14  # rows of a Parquet file copied at once
-SPAN = 1 << 12  # rows of two Parquet files merged at once
+GROUP = 1 << 14  # rows of a Parquet file written at once
 WRITTEN = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 Parse = Callable[[bytes], Any]
@@ -203,9 +201,10 @@ class Source:
     ``kind`` is ``jsonl``, ``json``, ``csv``, ``tsv``, ``parquet``, ``dataset`` or ``list``. ``digest`` is the SHA-256 of the
     bytes of its ``files``, or without files of the rows' canonical JSON. ``parse`` gives the value of a row's bytes; ``header``
     is the byte order mark and a CSV's first line; ``table`` is the ``Dataset`` or the list. Reading fills ``lines`` with the line
-    of each row, ``copy`` with the bytes of the usable ones (of a table, as a line of JSON), ``starts`` with the first row and the
-    path of each of several files, and ``read_as`` with how many rows were read in which way: the shape, and where there was a
-    choice, what was chosen.
+    of each row, ``copy`` with the bytes of the usable ones (of a table, as a line of JSON), ``tables`` with the rows of Parquet
+    files, ``starts`` with the first row and the path of each of several files, and ``read_as`` with how many rows were read in
+    which way: the shape, and where there was a choice, what was chosen. ``own`` gives the positions in the files of rows that go
+    by others (`Examples.moved`).
     """
 
     kind: str
@@ -216,11 +215,13 @@ class Source:
     table: Any = field(default=None, repr=False)
     files: tuple[Path, ...] = ()
     lines: array[int] = field(default_factory=lambda: array("I"), repr=False)
-    copy: Scratch = field(default_factory=Scratch, repr=False)
+    copy: Scratch[bytes] = field(default_factory=Scratch, repr=False)
+    tables: Tables = field(default_factory=Tables, repr=False)
     starts: list[tuple[int, str]] = field(default_factory=list, repr=False)
     read_as: Counter[str] = field(default_factory=Counter, repr=False)
+    own: Ints | None = field(default=None, repr=False)
 
-    def places(self, rows: Ints) -> tuple[Ints, Coded]:
+    def places(self, rows: NDArray[Any]) -> tuple[Ints, Coded]:
         """Of each of some rows the line on which it begins, and its file, empty where there is none: (n,) each."""
         starts = self.starts or [(0, self.name if self.files else "")]
         own = np.searchsorted([first for first, _ in starts], rows, side="right") - 1
@@ -237,33 +238,11 @@ class Source:
 
     def raw(self, rows: Iterable[int]) -> Iterator[bytes]:
         """The unchanged bytes of some usable rows."""
-        return (self.copy[int(row)] for row in rows)
+        return (self.copy[int(row if self.own is None else self.own[row])] for row in rows)
 
-    def tables(self, rows: Ints) -> Iterator[Any]:
-        """Some rows of Parquet files, in increasing order, as Arrow tables, possibly empty; the files are read to their end.
-
-        Raises DataError if the file has changed since it was first read.
-        """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        start, digest = 0, hashlib.sha256()
-        try:
-            for path in self.files:
-                with pq.ParquetFile(path) as file:
-                    for batch in file.iter_batches(GROUP):
-                        first, last = np.searchsorted(rows, (start, start + len(batch)))
-                        yield pa.Table.from_batches([batch]).take(rows[first:last] - start)
-                        start += len(batch)
-                with path.open("rb") as handle:
-                    hashlib.file_digest(handle, lambda: digest)
-            same = digest.digest() == self.digest.digest()
-        except (OSError, pa.ArrowException):
-            same = False
-        if not same:
-            raise DataError(
-                f"{self.name} was changed while its rows were in use: do not change it, and run the same command again"
-            )
+    def picked(self, rows: Ints) -> Any:
+        """Some rows of Parquet files as one Arrow table."""
+        return self.tables.rows(rows if self.own is None else self.own[rows])
 
 
 class Examples(OnDemand[Example]):
@@ -286,69 +265,19 @@ class Examples(OnDemand[Example]):
         """The rows at these positions in the input."""
         return (self[int(place)] for place in np.searchsorted(self.rows, rows))
 
+    def moved(self, positions: Ints) -> Examples:
+        """The same rows at other positions (n,), those that they had in the file that they come from."""
+        order, own = np.argsort(positions), np.zeros(int(positions.max()) + 1, np.int64)
+        own[positions] = self.rows
+        rows = positions[order].astype(np.uint32)
+        source = replace(self.source, own=own)
+        return Examples(source, rows, self.ids.take(order), self.shapes.take(order), self.as_trl[order], self.format)
+
     def _at(self, index: int) -> Example:
         row, shape = int(self.rows[index]), self.shapes[index]
-        raw = self.source.copy[row]
+        (raw,) = self.source.raw([row])
         value = self.source.parse(raw)
         return Example(row, self.ids[index], shape, raw, self.format.decide(value, shape).convert(value))
-
-
-class Together:
-    """The rows of a kept and a removed file, in the order of the original input."""
-
-    def __init__(self, parts: Mapping[bool, Examples], rows: Ints, removed: Bools) -> None:
-        self._parts, self._rows, self._removed = parts, rows, removed
-        self._places = (
-            np.where(removed, np.cumsum(removed), np.cumsum(~removed)) - 1
-        )  # index of each row in its own file
-        first = next(iter(parts.values())).source
-        self.kind, self.header, self.parse = first.kind, first.header, first.parse
-
-    def _found(self, rows: Iterable[int]) -> Iterator[tuple[Examples, int]]:
-        for at in np.searchsorted(self._rows, np.fromiter(rows, np.int64)):
-            yield self._parts[bool(self._removed[at])], int(self._places[at])
-
-    def examples(self, rows: Iterable[int]) -> Iterator[Example]:
-        """The rows at these positions in the input."""
-        return (part[place] for part, place in self._found(rows))
-
-    def raw(self, rows: Iterable[int]) -> Iterator[bytes]:
-        """As `Source.raw`."""
-        return (part.source.copy[int(part.rows[place])] for part, place in self._found(rows))
-
-    def tables(self, rows: Ints) -> Iterator[Any]:
-        """As `Source.tables`; both files are read in parallel."""
-        import pyarrow as pa
-
-        wanted = np.isin(self._rows, rows)
-        spans = [slice(start, start + SPAN) for start in range(0, len(self._rows), SPAN)]
-        files = [
-            _sized(
-                part.source.tables(part.rows.astype(np.int64)),
-                [int((self._removed[span] == flag).sum()) for span in spans],
-            )
-            for flag, part in sorted(self._parts.items())
-        ]
-        for span, tables in zip(spans, zip(*files, strict=True), strict=True):
-            order = np.argsort(np.argsort(self._removed[span], kind="stable"))
-            yield pa.concat_tables(tables).take(order[wanted[span]])
-
-
-def _sized(tables: Iterator[Any], sizes: Iterable[int]) -> Iterator[Any]:
-    """The rows of tables, regrouped into tables of these sizes."""
-    import pyarrow as pa
-
-    waiting = next(tables)
-    for size in sizes:
-        while len(waiting) < size:
-            waiting = pa.concat_tables([waiting, next(tables)])
-        yield waiting.slice(0, size)
-        waiting = waiting.slice(size)
-    for _ in tables:  # reads to the end, where the file's hash is compared
-        pass
-
-
-Rows = Source | Together
 
 
 def content_hash(content: bytes) -> int:
@@ -361,18 +290,18 @@ def suffix(kind: str) -> str:
     return f".{kind}" if f".{kind}" in WRITTEN else ".jsonl"
 
 
-def write_parts(parts: Mapping[Path, Sequence[int] | Ints], source: Rows) -> None:
+def write_parts(parts: Mapping[Path, Sequence[int] | Ints], source: Source) -> None:
     """Write rows by their increasing positions, each file in the kind they came in (`suffix`); none replaces an older one before
     all are complete.
 
     A newline is added only after a row that ended the input without one and is not the last here. Raises DataError if a file
-    cannot be written, or a Parquet file has changed since it was read; existing files are then left unchanged.
+    cannot be written; existing files are then left unchanged.
     """
     with ExitStack() as stack:
         for path, rows in parts.items():
             part, places = stack.enter_context(_replacing(path)), np.asarray(rows, dtype=np.int64)
             if source.kind == "parquet":
-                _write_tables(part, source.tables(places))
+                _write_table(part, source, places)
             else:
                 with part.open("wb") as handle:
                     handle.writelines(_chunks(source.raw(places), source, len(places)))
@@ -400,17 +329,15 @@ def write_quarantine(quarantined: Iterable[Quarantined], path: str | Path) -> No
             handle.write(json.dumps({name: found[name] for name in names}, ensure_ascii=False) + "\n")
 
 
-def _write_tables(part: Path, tables: Iterator[Any]) -> None:
+def _write_table(part: Path, source: Source, rows: Ints) -> None:
     import pyarrow.parquet as pq
 
-    first = next(tables)
-    with pq.ParquetWriter(part, first.schema) as writer:
-        for table in chain((first,), tables):
-            if len(table):
-                writer.write_table(table)
+    with pq.ParquetWriter(part, source.tables[0].schema) as writer:
+        for start in range(0, len(rows), GROUP):
+            writer.write_table(source.picked(rows[start : start + GROUP]))
 
 
-def _chunks(rows: Iterable[bytes], source: Rows, count: int) -> Iterator[bytes]:
+def _chunks(rows: Iterable[bytes], source: Source, count: int) -> Iterator[bytes]:
     if source.kind == "json":
         yield b"[\n" if count else b"[]\n"
         for number, row in enumerate(rows, 1):

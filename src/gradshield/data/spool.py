@@ -118,31 +118,52 @@ class Values(Scratch[Floats]):
         return np.frombuffer(data, np.float64).copy()
 
 
-class Picked(OnDemand[T]):
-    """Entries of a sequence by their indices (n,), read on access."""
+class Tables(Scratch[Any]):
+    """Arrow tables of one schema, whose rows are counted through."""
 
-    def __init__(self, whole: Sequence[T], places: Ints) -> None:
-        self._whole, self._places = whole, places
+    def __init__(self) -> None:
+        super().__init__()
+        self.firsts = [0]  # the number of the first row of each table, and of the next one
+
+    def add(self, entry: Any) -> None:
+        super().add(entry)
+        self.firsts.append(self.firsts[-1] + len(entry))
+
+    def _packed(self, table: Any) -> bytes:
+        import pyarrow as pa
+
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+            writer.write_table(table)
+        return bytes(sink.getvalue())
+
+    def _unpacked(self, data: bytes) -> Any:
+        import pyarrow as pa
+
+        return pa.ipc.open_stream(data).read_all()
+
+    def rows(self, rows: Ints) -> Any:
+        """Some rows, in the order given, as one table."""
+        import pyarrow as pa
+
+        own = np.searchsorted(self.firsts, rows, side="right") - 1
+        parts = [self[int(n)].take(rows[own == n] - self.firsts[n]) for n in np.unique(own)]
+        return pa.concat_tables([self[0].slice(0, 0), *parts]).take(np.argsort(np.argsort(own, kind="stable")))
+
+
+class Picked(OnDemand[T]):
+    """Entries of a sequence by their indices (n,), read on access; ``other`` at an index of -1."""
+
+    def __init__(self, whole: Sequence[T], places: Ints, other: Any = None) -> None:
+        self._whole, self._places, self._other = whole, places, other
 
     def __len__(self) -> int:
         return len(self._places)
 
     def _at(self, index: int) -> T:
-        return self._whole[int(self._places[index])]
-
-
-class Scattered(OnDemand[Floats]):
-    """Arrays of the rows at ``places`` (n,), ascending, of ``count`` rows: empty for the others."""
-
-    def __init__(self, arrays: Sequence[Floats], places: Ints, count: int) -> None:
-        self._arrays, self._places, self._count = arrays, places, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def _at(self, index: int) -> Floats:
-        at = int(np.searchsorted(self._places, index))
-        return self._arrays[at] if at < len(self._places) and self._places[at] == index else np.zeros(0)
+        place = int(self._places[index])
+        found: T = self._whole[place] if place >= 0 else self._other
+        return found
 
 
 def batches(rendered: Iterable[Rendered], token_budget: int, label_budget: int) -> Iterator[Batch]:

@@ -157,11 +157,11 @@ class Takes:
         return _with_function(call, {**(function or {}), "arguments": value})
 
 
-def left_out(messages: Messages, render: RenderText) -> tuple[tuple[int, str], ...]:
-    """What the template does not write: the index of each message, and which part of it; nothing if that cannot be told.
+Shadow = tuple[list[dict[str, Any]], dict[str, tuple[int, str]]]
 
-    Every text becomes a word of its own. What depends on more than the `structure` of the messages is not seen.
-    """
+
+def shadow(messages: Messages) -> Shadow:
+    """The messages with a word of its own in place of every text, and of each word the message's index and the part it is in."""
     words: dict[str, tuple[int, str]] = {}
 
     def word(n: int, part: str) -> str:
@@ -169,20 +169,16 @@ def left_out(messages: Messages, render: RenderText) -> tuple[tuple[int, str], .
         words[name] = n, part
         return name
 
-    shadow = [_shadow(message, n, word) for n, message in enumerate(messages)]
-    text = attempt(render, shadow)
+    return [_shadow(message, n, word) for n, message in enumerate(messages)], words
+
+
+def left_out(of: Shadow, render: RenderText) -> tuple[tuple[int, str], ...]:
+    """What the template does not write: the index of each message, and which part of it; nothing if that cannot be told."""
+    text = attempt(render, of[0])
     if text is None:
         return ()
     written = set(re.findall(rf"{_WORDS[0]}\d+z", text))  # in one pass: a row may have 100,000 turns
-    return tuple(dict.fromkeys(where for name, where in words.items() if name not in written))
-
-
-def structure(messages: Messages) -> tuple[Any, ...]:
-    """All that `left_out` depends on: roles, which parts each message has, and the kinds of other values."""
-    return tuple(
-        (message["role"], *sorted((key, _kind(key, value)) for key, value in message.items() if key != "role"))
-        for message in messages
-    )
+    return tuple(dict.fromkeys(where for name, where in of[1].items() if name not in written))
 
 
 def attempt(render: RenderText, messages: Sequence[Mapping[str, Any]], **options: Any) -> str | None:
@@ -220,17 +216,6 @@ def _shadow_call(call: Any, n: int, word: Callable[[int, str], str]) -> Any:
     elif isinstance(given, str) and _says(given, " {}\n"):
         new["arguments"] = json.dumps({"a": word(n, "tool call")})
     return _with_function(call, new)
-
-
-def _kind(key: str, value: Any) -> str:
-    if key == "content" and isinstance(value, list):
-        return "".join("01"[bool(part["text"].strip())] for part in value)
-    if key == "tool_calls" and isinstance(value, list):
-        functions = [_function(call) for call in value]
-        return "".join("-" if f is None else _kind("arguments", f.get("arguments"))[0] for f in functions)
-    if isinstance(value, str):
-        return "01"[_says(value, " {}\n" if key == "arguments" else None)] + "text"
-    return ("full " if value else "empty ") + type(value).__name__
 
 
 def _says(text: str, idle: str | None = None) -> bool:

@@ -110,7 +110,7 @@ class Scanned:
     scores: Scores
     removed: Bools
     categories: Coded
-    rows: rows_in.Together
+    rows: rows_in.Examples
     lines: Ints
     files: Coded
 
@@ -147,7 +147,7 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
     names = Coded.of(
         kinds.get(row, NO_CATEGORY) if out else "" for row, out in zip(scores.rows.tolist(), removed, strict=True)
     )
-    examples = rows.examples(scores.rows[decision.unread(scores.rows)][: trust.LOOKED_AT])
+    examples = rows.at(scores.rows[decision.unread(scores.rows)][: trust.LOOKED_AT])
     opener_fihs = old.settings.selector_found.get("opener_fihs")
     truth = _labels(path, len(removed))
     problem, quarantined = old.results.doubts.get("probes", ""), _quarantined(path, old.results.quarantined)
@@ -166,12 +166,12 @@ def write(path: Path, scanned: Scanned, decision: Decision, threshold: str, comm
         scores=scores,
         categories=names,
         quarantined=quarantined,
-        keep=lambda: [rows.parse(raw) for raw in rows.raw(scores.rows[~removed])],
+        keep=lambda: rows_in.take(scores.rows[~removed], rows.source),
         manifest=old.model_copy(update={"command": command, "settings": settings, "results": results}),
         lines=scanned.lines,
         files=scanned.files,
     )
-    outputs.write_cut(selection, path, rows, stored_views(path), truth)
+    outputs.write_cut(selection, path, rows.source, stored_views(path), truth)
     return selection
 
 
@@ -265,32 +265,30 @@ def _texts(column: Any) -> Iterator[str]:
             yield from chunk.slice(start, 1024).to_pylist()
 
 
-def _together(folder: Path, old: ScanManifest, scores: Scores, removed: Bools) -> rows_in.Together:
-    """The scored rows in input order, merged from the kept and the removed file."""
-    suffix = rows_in.suffix(old.data.kind)
-    parts: dict[bool, rows_in.Examples] = {}
-    for name, flag in (("kept", False), ("removed", True)):
-        own = removed == flag
-        if not own.any():
-            continue
-        path = folder / f"{name}{suffix}"
-        found = rows_in.read(path, rows_in.Format(**old.settings.format.plain())).examples
-        if len(found) != own.sum():
+def _together(folder: Path, old: ScanManifest, scores: Scores, removed: Bools) -> rows_in.Examples:
+    """The scored rows, from the kept and the removed file, at their positions in the input."""
+    suffix, order = rows_in.suffix(old.data.kind), np.argsort(removed, kind="stable")
+    parts = {folder / f"{name}{suffix}": removed == flag for name, flag in (("kept", False), ("removed", True))}
+    files = tuple(path for path, own in parts.items() if own.any())
+    if not files:
+        raise DataError(f"{str(folder)!r} has no scored row: run `gradshield scan` again")
+    found = rows_in.read_files(files, rows_in.Format(**old.settings.format.plain())).examples
+    lines, names = found.source.places(found.rows)
+    for path in files:
+        own, here = parts[path], names.where(str(path))
+        if here.sum() != own.sum():
             raise DataError(
-                f"{path.name} has {len(found)} rows, and the scores have {own.sum()}: it was changed after the scan; run "
+                f"{path.name} has {here.sum()} rows, and the scores have {own.sum()}: it was changed after the scan; run "
                 "`gradshield scan` again"
             )
-        # Only the hashes: the repeat counts -2, -3 restart in each file.
-        changed = np.flatnonzero(found.ids.digests != Ids.of(scores.ids).digests[own])
-        if len(changed):
+        # Only the hashes: the repeat counts -2, -3 are those of the files.
+        changed = found.ids.digests[here] != Ids.of(scores.ids).digests[own]
+        if changed.any():
             raise DataError(
-                f"line {found.source.lines[int(changed[0])]} of {path.name} is not the row that was scored: it was changed "
+                f"line {lines[here][changed][0]} of {path.name} is not the row that was scored: it was changed "
                 "after the scan; run `gradshield scan` again"
             )
-        parts[flag] = found
-    if not parts:
-        raise DataError(f"{str(folder)!r} has no scored row: run `gradshield scan` again")
-    return rows_in.Together(parts, scores.rows, removed)
+    return found.moved(scores.rows[order])
 
 
 def _quarantined(folder: Path, count: int) -> tuple[Quarantined, ...]:

@@ -177,7 +177,7 @@ def write(selection: Selection, folder: Path, rows: Prepared, labels: Sequence[i
 def write_cut(
     selection: Selection,
     folder: Path,
-    source: rows_in.Rows,
+    source: rows_in.Source,
     views: page_rows.Views,
     truth: Ints | None,
 ) -> None:
@@ -190,7 +190,7 @@ def _write_cut(
     selection: Selection,
     folder: Path,
     new: Path,
-    source: rows_in.Rows,
+    source: rows_in.Source,
     views: page_rows.Views,
     truth: Ints | None,
 ) -> None:

@@ -122,7 +122,7 @@ class Review:
         return row_view(scores, place, cut, "" if category == NO_CATEGORY else category, pieces)
 
     def _text(self, row: int) -> Iterator[Piece]:
-        (example,) = self.scanned.rows.examples([row])
+        (example,) = self.scanned.rows.at(np.array([row]))
         prompt, answer = outputs.words(example)
         yield prompt, "prompt", None
         yield answer, "response", None

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import nn
 
-from gradshield.data.spool import Picked, Scattered
+from gradshield.data.spool import Picked
 from gradshield.errors import ScoreError, UsageError
 from gradshield.models.loading import parameters_digest
 from gradshield.options import Given, Spec, build, of, read
@@ -64,7 +64,9 @@ class Measured:
         places = np.searchsorted(self.rows, found.rows)
         sums, nll = self.sums.copy(), self.nll.copy()
         sums[places], nll[places] = found.sums, found.nll
-        tokens = None if found.tokens is None else Scattered(found.tokens, places, len(self.rows))
+        own = np.full(len(self.rows), -1)
+        own[places] = np.arange(len(places))
+        tokens = None if found.tokens is None else Picked(found.tokens, own, np.zeros(0))
         return replace(self, sums=sums, nll=nll, tokens=tokens)
 
 
