@@ -11,7 +11,7 @@ import pytest
 
 from gradshield.cli.serve import _first_key, _loopback, _named
 from gradshield.errors import UsageError
-from gradshield.gateway.settings import LAB, Policy, Settings, made, whole
+from gradshield.gateway.settings import LAB, Policy, Settings, made
 from gradshield.gateway.store import Store
 from tests.common import command as run
 
@@ -181,9 +181,9 @@ def test_a_folder_in_an_option_is_whole_whatever_its_judge_is_called(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "guard").mkdir()
-    assert whole("guard", "guard") == str(tmp_path / "guard")
-    assert whole("guard:guard,words=yes+no", "guard") == f"guard:{tmp_path}/guard,words=yes+no"
-    assert whole("guard:nowhere", "nowhere") == "guard:nowhere" and whole("compliance", "") == "compliance"
+    typed = ("guard", "guard:guard,words=yes+no", "guard:nowhere", "compliance")
+    kept = ("guard", f"guard:{tmp_path}/guard,words=yes+no", "guard:nowhere", "compliance")
+    assert Settings(models={}, folder=tmp_path, judges=typed).judges == kept
 
 
 def test_settings_made_in_python_name_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

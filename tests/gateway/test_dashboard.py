@@ -24,7 +24,7 @@ from sqlalchemy import update
 import gradshield as gs
 from gradshield import lab
 from gradshield.gateway.app import create_app
-from gradshield.gateway.dashboard import pages, scan
+from gradshield.gateway.dashboard import pages
 from gradshield.gateway.dashboard.visit import COOKIE, LIFETIME, SECRET, Sessions
 from gradshield.gateway.settings import LAB, Policy, Settings
 from gradshield.gateway.store import UNSAFE, Store
@@ -286,12 +286,12 @@ def test_rows_are_shown_only_when_asked_for_and_never_in_a_url(desk: Desk, scann
     assert "These rows may hold harmful text" in first
     assert 'class="tokens"' not in first
     shown = desk.post(f"/jobs/{id}", page="1").text
-    assert shown.count('name="released"') == scan.ROWS
+    assert shown.count('name="released"') == pages.ROWS
     assert shown.index("may hold harmful text") < shown.index('class="tokens"')
     assert re.search(r'<span class="[hs]\d', shown)  # tints
     assert "Page 1 of 2" in shown
-    rest = pq.read_table(scanned / "scan" / "scores.parquet")["removed"].to_pylist().count(True) - scan.ROWS
-    assert 0 < rest < scan.ROWS
+    rest = pq.read_table(scanned / "scan" / "scores.parquet")["removed"].to_pylist().count(True) - pages.ROWS
+    assert 0 < rest < pages.ROWS
     assert desk.post(f"/jobs/{id}", page="99999").text.count('name="released"') == rest  # the last page
     assert all("?" not in link or link.startswith("/assets/") for link in re.findall(r'(?:href|src)="([^"]+)"', shown))
 
@@ -311,7 +311,7 @@ def test_the_answer_to_a_moved_cut_is_that_of_the_scores(desk: Desk, scanned: Pa
             assert bool(named) == bool(which.any())
             if named:
                 numbers = [int(one) for one in named.group(1).split(",") if one.strip()]
-                assert numbers == np.flatnonzero(which).tolist()[: scan.NAMED]
+                assert numbers == np.flatnonzero(which).tolist()[: pages.NAMED]
     for value in ("nan", "inf", "x"):
         assert desk.client.get(f"/jobs/{id}/cut?value={value}").status_code in (400, 404)
     again = desk.post(f"/jobs/{id}", do="look", cut="-9", reason="kept while looking")
@@ -322,24 +322,24 @@ def test_the_answer_to_a_moved_cut_is_that_of_the_scores(desk: Desk, scanned: Pa
 
 
 def test_rows_whose_tokens_were_not_kept_are_shown_as_they_came(scanned: Path) -> None:
-    found = scan.read(scanned / "scan")
+    found = pages.read_scan(scanned / "scan")
     assert found is not None
-    bare = scan.Scan(found.folder, found.manifest, found.scores, found.removed, found.categories, found.cuts, {})
-    shown, pages, near = bare.rows(-9.0, 1)
+    bare = pages.Scan(found.folder, found.manifest, found.scores, found.removed, found.categories, found.cuts, {})
+    shown, count, near = bare.rows(-9.0, 1)
     lines = (scanned / "training_file.jsonl").read_text().split("\n")
-    assert pages == 4
+    assert count == 4
     assert near == []
     for row in shown:
         assert "".join(text for text, _, _ in row.view.pieces).strip() == lines[row.view.row]
 
 
 def test_a_scan_that_is_damaged_or_not_there_shows_none(desk: Desk, scanned: Path, tmp_path: Path) -> None:
-    assert scan.read(tmp_path) is None
+    assert pages.read_scan(tmp_path) is None
     id = desk.held(scanned)
     folder = desk.settings.job_folder(id) / "scan"
     table = pq.read_table(folder / "scores.parquet")
     pq.write_table(table.slice(3), folder / "scores.parquet")
-    assert scan.read(folder) is None
+    assert pages.read_scan(folder) is None
     (folder / "scores.parquet").write_bytes(b"x")
     page = desk.client.get(f"/jobs/{id}")
     assert page.status_code == 200
@@ -415,8 +415,8 @@ def test_released_rows_and_a_moved_cut_reach_the_job(desk: Desk, scanned: Path) 
 
 def test_looking_at_a_job_needs_no_torch(desk: Desk, scanned: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from gradshield.gateway.dashboard import pages, scan; "
-        "found = scan.read(Path(sys.argv[1])); found.charts(0.5); found.answer(0.5); assert found.rows(-9.0, 1)[0]; "
+        "import sys; from pathlib import Path; from gradshield.gateway.dashboard import pages; "
+        "found = pages.read_scan(Path(sys.argv[1])); found.charts(0.5); found.answer(0.5); assert found.rows(-9.0, 1)[0]; "
         "print('torch' in sys.modules)"
     )
     command = [sys.executable, "-c", script, str(scanned / "scan")]

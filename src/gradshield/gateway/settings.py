@@ -57,14 +57,6 @@ class Limits(BaseModel, frozen=True, extra="forbid"):
     tokens: int = Field(default=1024, gt=0)  # longest answer of a chat
 
 
-def whole(typed: str, path: str) -> str:
-    """An option with the whole path of the file or folder that it names; as typed where nothing is there, as for a hub name."""
-    if not path or not _absolute(path).exists():
-        return typed
-    at = 0 if typed == path else typed.index(path, typed.index(":"))  # a judge's kind may have the name of its folder
-    return f"{typed[:at]}{_absolute(path)}{typed[at + len(path) :]}"
-
-
 def _absolute(path: str | Path) -> Path:
     return Path(os.path.expanduser(path)).absolute()  # which leaves the home of nobody as it is
 
@@ -76,7 +68,11 @@ def _typed(value: str, info: ValidationInfo) -> str:
 
 
 def _judge(value: str, info: ValidationInfo) -> str:
-    return value if info.mode == "json" else whole(value, Spec.split(value).target)
+    target = Spec.split(value).target
+    if info.mode == "json" or not target or not _absolute(target).exists():
+        return value
+    kind, _, rest = value.partition(":")  # which may have the name of its folder
+    return f"{kind}:{rest.replace(target, str(_absolute(target)), 1)}"
 
 
 def _safety(value: str) -> str:
