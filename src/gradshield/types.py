@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -122,30 +121,6 @@ class Batch:
     loss: Bools  # (B, T), never True in column 0
     rows: Ints  # (B,) position in the input
     coefficients: Floats  # (B,)
-
-
-class OnlineSelection(Protocol):
-    """A method that selects rows during training, at the current weights; ``training.inside`` runs it in a trainer.
-
-    ``begin`` is called once, after the adapter is added and before the first step; ``choose`` gets every collated batch
-    (rows numbered 0 to B - 1) and returns which rows train, at least one (B,); ``correct`` may rewrite the ``.grad`` of the
-    trainable parameters, after a step's backward passes and before the optimiser's step; ``record`` is JSON-able: the settings
-    and counts so far. ``least`` is the smallest batch from which the method can drop its full share of rows; from smaller ones
-    it drops less, or none.
-    """
-
-    name: str
-
-    @property
-    def least(self) -> int: ...
-
-    def begin(self, model: nn.Module) -> None: ...
-
-    def choose(self, model: nn.Module, batch: Batch) -> Bools: ...
-
-    def correct(self, model: nn.Module) -> None: ...
-
-    def record(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, eq=False)

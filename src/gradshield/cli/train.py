@@ -26,6 +26,7 @@ from gradshield.cli.common import (
 )
 from gradshield.errors import DataError, GateError, GradShieldError, UsageError
 from gradshield.files import read_labels
+from gradshield.report.text import duration
 
 training = partial(typer.Option, rich_help_panel="Training")
 
@@ -181,10 +182,8 @@ def compare(
     with progress() as report:
         whole = run(checked, output, workers, command_line(), report)
     cost = whole.cost
-    took = cost.cell_seconds
-    shown = f"{took / 3600:.1f} hours" if took >= 3600 else f"{took / 60:.1f} minutes"
     out.print(
-        f"{cost.cells} cells from {cost.arms} trained models (equal ones are shared), {shown} of work"
+        f"{cost.cells} cells from {cost.arms} trained models (equal ones are shared), {duration(cost.cell_seconds)} of work"
         + (f", [bold]{cost.failed} failed[/bold]" if cost.failed else "")
     )
     out.print(f"table   [bold]{escape(str(output / 'results.md'))}[/bold]")

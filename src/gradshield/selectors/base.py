@@ -15,7 +15,7 @@ from gradshield.errors import ScoreError, UsageError
 from gradshield.models.loading import parameters_digest
 from gradshield.options import Given, Spec, build, of, read
 from gradshield.registry import Registry
-from gradshield.types import Batch, Direction, Floats, Ints, OnlineSelection, Scores
+from gradshield.types import Batch, Bools, Direction, Floats, Ints, Scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +170,32 @@ def listed(rows: Ints) -> str:
 SELECTORS: Registry[type[Selector]] = Registry(
     "selector", needs=("name", "rule", "travels", "probed", "prepare", "measure", "finish", "settings")
 )
+
+
+class OnlineSelection(Protocol):
+    """A method that selects rows during training, at the current weights; ``training.inside`` runs it in a trainer.
+
+    ``begin`` is called once, after the adapter is added and before the first step; ``choose`` gets every collated batch
+    (rows numbered 0 to B - 1) and returns which rows train, at least one (B,); ``correct`` may rewrite the ``.grad`` of the
+    trainable parameters, after a step's backward passes and before the optimiser's step; ``record`` is JSON-able: the settings
+    and counts so far. ``least`` is the smallest batch from which the method can drop its full share of rows; from smaller ones
+    it drops less, or none.
+    """
+
+    name: str
+
+    @property
+    def least(self) -> int: ...
+
+    def begin(self, model: nn.Module) -> None: ...
+
+    def choose(self, model: nn.Module, batch: Batch) -> Bools: ...
+
+    def correct(self, model: nn.Module) -> None: ...
+
+    def record(self) -> Mapping[str, Any]: ...
+
+
 ONLINE: Registry[type[OnlineSelection]] = Registry("online selection")  # methods that select rows during training
 
 GIVEN = ("subspace", "targets", "seed")  # constructor arguments that come from the scan, not from the spec

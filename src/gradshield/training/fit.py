@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+    from gradshield.selectors.base import OnlineSelection
     from gradshield.training.inside import Penalty
-    from gradshield.types import OnlineSelection
 
 
 def fit(

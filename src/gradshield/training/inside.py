@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import Trainer
 
-    from gradshield.types import OnlineSelection
+    from gradshield.selectors.base import OnlineSelection
 else:
     Trainer = object
 
