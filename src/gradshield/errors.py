@@ -30,7 +30,7 @@ class UnknownNameError(UsageError):
     """A name that no registry holds."""
 
     def __init__(self, kind: str, name: str, allowed: list[str]) -> None:
-        self.kind, self.name, self.allowed = kind, name, allowed
+        self.kind, self.name = kind, name
         hint = did_you_mean(name, allowed)
         super().__init__(f"unknown {kind} {name!r}: {hint + ' ' if hint else ''}choose one of {', '.join(allowed)}")
 

@@ -20,7 +20,6 @@ from gradshield.cli import options
 from gradshield.cli.common import command_line, err, out, plain, progress, quiet_libraries, read_as, summary
 from gradshield.errors import DataError, GateError, UsageError
 from gradshield.files import read_labels
-from gradshield.manifests import Data as Dataset
 from gradshield.manifests import ScanManifest, ScanResults
 from gradshield.report.text import duration, visible
 from gradshield.runs import alone, read_manifest, write_json
@@ -115,7 +114,9 @@ def scan(
     from gradshield.scanning.workers import Workers
 
     crew = Workers(workers, ray)
-    earlier = _scanned(output)
+    earlier = None
+    with suppress(DataError):  # nothing yet, or nothing of ours: `run` says what it cannot write into
+        earlier = read_manifest(output, ScanManifest).data
     with progress() as report:
         selection = run(
             data,
@@ -270,14 +271,6 @@ def show(
         + ("" if coloured else " (between ⟦ and ⟧)")
         + f"[dim] · tokenizer of {plain(model or 'the bundled lab')}[/dim]"
     )
-
-
-def _scanned(folder: Path) -> Dataset | None:
-    """The data of the finished scan in the folder, if it holds one that can be read."""
-    try:
-        return read_manifest(folder, ScanManifest).data
-    except DataError:  # nothing yet, or nothing of ours: `run` says what it cannot write into
-        return None
 
 
 def _require_scan(folder: Path) -> None:
