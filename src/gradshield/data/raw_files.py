@@ -143,12 +143,15 @@ def _opened(path: Path, tables: Tables) -> _Opened:
     array = line[:1] == b"[" and not (line[-1:] == b"]" and after)
     lines = line[:1] == b"{" and line[-1:] == b"}" and after[:1] == b"{"  # whatever keys the first row has
     if (kind == "json" and not lines) or spread or array:
-        if (found := _array(path, _signs(stream))) is not None:
-            return _Opened("json", stream, found)
+        signs, held = _signs(stream), list[str]()
+        inside, line_number = _seek(signs, held)
+        if inside > 0:
+            return _Opened("json", stream, _array(path, signs, inside, line_number, held))
         stream.close()
         stream, mark, _ = _stream(path)
     if spread:
-        return _Opened("json", stream, _objects(_signs(stream)))
+        values = _values(path, _signs(stream), 0, 1)
+        return _Opened("json", stream, (taken.record(begun, json_value) for taken, begun, _ in values))
     return _Opened("jsonl", stream, _json_lines(Lines(stream)), header=mark)
 
 
@@ -260,13 +263,6 @@ def _signs(stream: BinaryIO) -> _Signs:
         yield block[start:], b"", depth
 
 
-def _array(path: Path, signs: _Signs) -> Iterator[RawRow] | None:
-    """The elements of the array of rows; None if there is no such array."""
-    held: list[str] = []
-    inside, line = _seek(signs, held)
-    return _elements(path, signs, inside, line, held) if inside > 0 else None
-
-
 def _seek(signs: _Signs, held: list[str]) -> tuple[int, int]:
     """Skip to the inside of an array of rows: its nesting depth and line, counted from here.
 
@@ -286,9 +282,12 @@ def _seek(signs: _Signs, held: list[str]) -> tuple[int, int]:
     return -1, line
 
 
-def _elements(path: Path, signs: _Signs, inside: int, line: int, held: list[str]) -> Iterator[RawRow]:
-    """The elements of the array whose inside has the depth ``inside`` and begins on ``line``."""
-    taken, begun, first, last = Taken(), line, True, False
+def _values(path: Path, signs: _Signs, inside: int, line: int) -> Iterator[tuple[Taken, int, bool]]:
+    """The elements of the array whose inside has the depth ``inside`` and begins on ``line``, or at depth 0 value after value.
+
+    Each with the line on which it begins, and whether the array ends after it.
+    """
+    taken, begun = Taken(), line
     for before, sign, depth in signs:
         line += before.count(b"\n")
         if not taken.size:
@@ -296,20 +295,31 @@ def _elements(path: Path, signs: _Signs, inside: int, line: int, held: list[str]
             begun = line - before.count(b"\n")
         taken.add(before)
         last = depth < inside
-        if not last and (sign != b"," or depth > inside):
+        border = last or (sign == b"," and depth == inside > 0)
+        if not border:
             taken.add(sign)
-            continue
-        taken.data = taken.data.rstrip()
-        if taken.data or not (first and last):
-            yield taken.record(begun, json_value)
+        if border or (sign and depth <= 0):
+            yield taken, begun, last
+            taken = Taken()
         if last:
-            break
-        taken, first = Taken(), False
-    if not last:
+            return
+    if inside:
         raise FormatError(
             f"{path} is not valid JSON (the row that begins on line {begun} has no end): "
             "fix it there, or give one object per line as .jsonl"
         )
+    if taken.size:
+        yield taken, begun, False
+
+
+def _array(path: Path, signs: _Signs, inside: int, line: int, held: list[str]) -> Iterator[RawRow]:
+    """The elements of the array of rows, and what is wrong with what lies behind it."""
+    first = True
+    for taken, begun, last in _values(path, signs, inside, line):
+        taken.data = taken.data.rstrip()
+        if taken.data or not (first and last):
+            yield taken.record(begun, json_value)
+        first = False
     behind = _seek(signs, held)[0] if inside == 2 else 0
     more = {0: "", -1: "no end"}.get(behind, "rows under two keys")
     if not more and any(before.strip() or sign for before, sign, _ in signs):
@@ -318,22 +328,6 @@ def _elements(path: Path, signs: _Signs, inside: int, line: int, held: list[str]
         raise FormatError(f"{path} has {more}: give one array of rows, or one object per line as .jsonl")
     if held:
         warnings.warn(f"{path} also has rows under {' and '.join(held)}, which are not read", stacklevel=2)
-
-
-def _objects(signs: _Signs) -> Iterator[RawRow]:
-    """Objects one after another, whatever their lines."""
-    taken, begun, line = Taken(), 1, 1
-    for before, sign, depth in signs:
-        line += before.count(b"\n")
-        if not taken.size:
-            before = before.lstrip()
-            begun = line - before.count(b"\n")
-        taken.add(before + sign)
-        if sign and depth <= 0:
-            yield taken.record(begun, json_value)
-            taken = Taken()
-    if taken.size:
-        yield taken.record(begun, json_value)
 
 
 def _table(path: Path, tables: Tables) -> tuple[Any, Iterator[RawRow]]:

@@ -23,7 +23,7 @@ from gradshield.data.messages import Messages, RowError
 from gradshield.data.source import RawRow, Source
 from gradshield.data.spool import Spool
 from gradshield.data.templates import RenderText, Takes, left_out, shadow, turn_span
-from gradshield.errors import DataError, UsageError, first_line
+from gradshield.errors import DataError, ModelError, UsageError, first_line
 from gradshield.types import Bools, Conversation, Example, Ints, Quarantined, Rendered, Tokens, shared_length
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,6 @@ class Renderer:
 
     def render(self, example: Example) -> Rendered | str:
         """The row's sequences, or the reason why it cannot be scored."""
-        self._choose_templates(example)
         lacking: set[tuple[str, str]] = set()
         try:
             fitted = self.fit(example)
@@ -168,6 +167,8 @@ class Renderer:
                 parts.append(self._sequence(conversation, example.shape, self._ready.get(id(given))))
         except RowError as error:
             return str(error)
+        except ModelError:
+            raise
         except Exception as error:  # a chat template is the model's own program
             return f"the chat template refuses it ({first_line(error)})"
         if len(parts) > 1:
@@ -189,7 +190,6 @@ class Renderer:
 
     def fit(self, example: Example) -> Example:
         """The row with its messages as its template takes them (`Takes`); the row itself if they are. Raises RowError."""
-        self._choose_templates(example)
         new = tuple(self._fit(conversation, example.shape) for conversation in example.conversations)
         same = all(one is other for one, other in zip(new, example.conversations, strict=True))
         return example if same else replace(example, conversations=new)
@@ -234,7 +234,6 @@ class Renderer:
         self._ready = {}
         groups: dict[tuple[Any, bool], list[tuple[Conversation, dict[str, Any]]]] = {}
         for example in examples:
-            self._choose_templates(example)
             for conversation in example.conversations:
                 if (
                     conversation.messages is not None
@@ -253,14 +252,6 @@ class Renderer:
             masks = output["assistant_masks"] if marked else [[]] * len(own)
             for (conversation, _), ids, mask in zip(own, output["input_ids"], masks, strict=True):
                 self._ready[id(conversation)] = ids, mask
-
-    def _choose_templates(self, example: Example) -> None:
-        if any(c.messages is not None for c in example.conversations):
-            if False not in self._templates:
-                self._templates[False] = templates.missing(self.tokenizer)
-            if True not in self._templates and any(self._marking(c, example.shape) for c in example.conversations):
-                copy = templates.marked_copy(self.tokenizer, needed=bool(self.config.assistant_only_loss))
-                self._templates[True] = copy or self._templates[False]
 
     def _cut(self, ids: list[int], mask: Mask, coefficient: float) -> Tokens | str:
         """Truncate, and exclude the first token from the loss: nothing predicts it."""
@@ -363,12 +354,18 @@ class Renderer:
     def _template_kwargs(self, conversation: Conversation, shape: str) -> dict[str, Any]:
         eos = {"eos_token": self.config.eos_token} if self.config.eos_token else {}
         return {
-            "chat_template": self._templates[self._marking(conversation, shape)],
+            "chat_template": self._template(self._marking(conversation, shape)),
             "tools": None if conversation.tools is None else list(conversation.tools),
             **eos,
             **self.config.chat_template_kwargs,
             **conversation.template_kwargs,
         }
+
+    def _template(self, marking: bool) -> str | None:
+        if marking not in self._templates:
+            copy = templates.marked_copy(self.tokenizer, bool(self.config.assistant_only_loss)) if marking else None
+            self._templates[marking] = copy or (self._template(False) if marking else templates.missing(self.tokenizer))
+        return self._templates[marking]
 
     def _fit(self, conversation: Conversation, shape: str) -> Conversation:
         messages = conversation.messages

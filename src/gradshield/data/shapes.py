@@ -262,10 +262,7 @@ class PreferenceShape(Shape):
             else:  # no prompt, or a string that repeats the first turn: the prompt is the common beginning
                 asked, good, bad = _split(good, bad)
             return (_answered(asked, good, row), _answered(asked, bad, row, coefficient=-1.0))
-        raise RowError(
-            "chosen and rejected must be two strings or two lists of messages, "
-            f"got {kind_of(chosen)} and {kind_of(rejected)}"
-        )
+        raise _unlike("chosen and rejected", chosen, rejected)
 
 
 @SHAPES.register("kto")
@@ -421,10 +418,11 @@ def _completed(row: Row, coefficient: float = 1.0) -> Conversation:
         return Conversation(prompt=prompt, completion=_answer(completion, "completion"), coefficient=coefficient)
     if isinstance(prompt, list) and isinstance(completion, list):
         return _answered(messages(prompt, "prompt"), messages(completion, "completion"), row, coefficient)
-    raise RowError(
-        "prompt and completion must be two strings or two lists of messages, "
-        f"got {kind_of(prompt)} and {kind_of(completion)}"
-    )
+    raise _unlike("prompt and completion", prompt, completion)
+
+
+def _unlike(names: str, one: Any, other: Any) -> RowError:
+    return RowError(f"{names} must be two strings or two lists of messages, got {kind_of(one)} and {kind_of(other)}")
 
 
 def _turns(value: Any) -> Any:

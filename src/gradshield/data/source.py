@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradshield.columns import Coded, Ids, OnDemand
-from gradshield.data.messages import RowError
+from gradshield.data.messages import RowError, parsed
 from gradshield.data.shapes import Format
 from gradshield.data.spool import Scratch, Tables
 from gradshield.errors import DataError
@@ -137,16 +137,8 @@ def csv_value(columns: Sequence[str], delimiter: str, data: bytes) -> dict[str, 
         raise RowError(f"it is not valid CSV ({error})") from None
     if len(cells) != len(columns):
         raise RowError(f"it has {len(cells)} cells where the header names {len(columns)} columns")
-    return {name: _cell(name, text) for name, text in zip(columns, cells, strict=True)}
-
-
-def _cell(column: str, text: str) -> Any:
-    if column not in JSON_COLUMNS:
-        return text
-    try:
-        return json.loads(text) if text else None
-    except (ValueError, RecursionError):
-        return text
+    row: dict[str, Any] = dict(zip(columns, cells, strict=True))
+    return row | {name: parsed(row[name] or None) for name in JSON_COLUMNS if name in row}
 
 
 def _text_only(data: bytes) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradshield.data.messages import Messages, RowError
+from gradshield.data.messages import Messages, RowError, parsed
 from gradshield.errors import ModelError
 from gradshield.types import shared_length
 
@@ -144,10 +144,7 @@ class Takes:
         function = _function(call)
         given = None if function is None else function.get("arguments")
         if isinstance(given, str) and self.objects:
-            try:
-                value: Any = json.loads(given)
-            except (ValueError, RecursionError):
-                value = None
+            value = parsed(given)
             if not isinstance(value, dict):
                 raise RowError(f"the arguments of the tool call in message {number} are not a JSON object")
         elif isinstance(given, Mapping) and self.text:
