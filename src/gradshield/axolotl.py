@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
+from gradshield.errors import UsageError
+
 if TYPE_CHECKING:
     from gradshield.models.loading import LoadedModel
     from gradshield.types import Ints
@@ -71,7 +73,12 @@ class Plugin(BasePlugin):  # type: ignore[misc]
         if preprocess:
             return None
         given = Settings.model_validate(dict(cfg.gradshield or {}))
-        _check(cfg)
+        for name in UNSUPPORTED:
+            if cfg.get(name):
+                raise UsageError(
+                    f"the GradShield plugin filters supervised fine-tuning on tokenised rows, and the config sets {name}: leave "
+                    "out the plugin, and scan the files with `gradshield scan`"
+                )
         from axolotl.common.datasets import TrainDatasetMeta, load_datasets
         from axolotl.utils.trainer import calculate_total_num_steps
 
@@ -113,23 +120,11 @@ class Plugin(BasePlugin):  # type: ignore[misc]
         return scores.rows[~removed]
 
 
-def _check(cfg: Any) -> None:
-    from gradshield.errors import UsageError
-
-    for name in UNSUPPORTED:
-        if cfg.get(name):
-            raise UsageError(
-                f"the GradShield plugin filters supervised fine-tuning on tokenised rows, and the config sets {name}: leave out "
-                "the plugin, and scan the files with `gradshield scan`"
-            )
-
-
 def _scan(cfg: Any, given: Settings, dataset: Any, folder: Path) -> None:
     import torch
 
     import gradshield as gs
     from gradshield.cli.options import probing
-    from gradshield.errors import UsageError
     from gradshield.scanning.decide import read_ids
 
     columns = [name for name in COLUMNS if name in dataset.column_names]
@@ -159,7 +154,6 @@ def _model(cfg: Any) -> LoadedModel:
     import torch
     from axolotl.loaders import load_tokenizer
 
-    from gradshield.errors import UsageError
     from gradshield.models import loading
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "auto"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from gradshield.scanning.scan import select
 from gradshield.scanning.selection import Selection
 from gradshield.training.course import Course, lab_job, require_trl
 from gradshield.training.defences import parse
-from gradshield.types import EvalResult, Ints, Progress
+from gradshield.types import EvalResult, Progress
 
 CLEAN_ROWS = 500
 SHOWN = (
@@ -27,6 +28,7 @@ SHOWN = (
     ("over-refusal", "over_refusal"),
     ("utility", "utility"),
 )
+Table = tuple[tuple[str, tuple[str, ...]], ...]
 MARK = f"{runs.WORK}/demo"  # distinguishes its folder from that of a user's scan
 
 
@@ -35,7 +37,7 @@ class DemoResult:
     """The table as printed: ``columns`` after the first; each row is a measure and one cell per column."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    rows: Table
     selection: Selection
 
 
@@ -72,32 +74,25 @@ def run(output: Path, task: str, harm: str, ratio: float, seed: int, command: st
             dataset = course.dataset(defence, course.chosen(defence))
             model = course.fit(defence, dataset, f"training {name}").model
             results[name] = exam.sit(model, start.tokenizer, f"measuring {name}", progress)
-        selection = _recorded(selection, results, task, harm, ratio)
-        _write(selection, results, folder, np.array(labels))
+        demo = {"task": task, "harm": harm, "ratio": ratio, "recipe": lab.recipe(task), "adapter": lab.LORA}
+        selection = _recorded(selection, results, demo)
+        views, truth = stored_views(folder), np.array(labels)[selection.scores.rows]
+        with files.instead(folder, "manifest.json", ()) as new:
+            sheet.write(page.page(selection, folder, views, truth), new / "report.html")
+            for name, result in results.items():
+                runs.write_lines(new / f"outputs-{name}.jsonl", result.outputs)
+            runs.write_json(new / runs.MANIFEST, selection.manifest)
         return DemoResult(tuple(results), _table(selection, results, len(rows)), selection)
 
 
-def _recorded(selection: Selection, results: Mapping[str, EvalResult], task: str, harm: str, ratio: float) -> Selection:
-    demo = {"task": task, "harm": harm, "ratio": ratio, "recipe": lab.recipe(task), "adapter": lab.LORA}
+def _recorded(selection: Selection, results: Mapping[str, EvalResult], demo: Mapping[str, Any]) -> Selection:
     old = selection.manifest
     found = old.results.model_copy(update={name: figures(result) for name, result in results.items()})
     settings = old.settings.model_copy(update={"demo": demo})
     return replace(selection, manifest=old.model_copy(update={"settings": settings, "results": found}))
 
 
-def _write(selection: Selection, results: Mapping[str, EvalResult], folder: Path, labels: Ints) -> None:
-    """Write the report with the models, every prompt with its answer, and the manifest last."""
-    views = stored_views(folder)
-    with files.instead(folder, "manifest.json", ()) as new:
-        sheet.write(page.page(selection, folder, views, labels[selection.scores.rows]), new / "report.html")
-        for name, result in results.items():
-            runs.write_lines(new / f"outputs-{name}.jsonl", result.outputs)
-        runs.write_json(new / runs.MANIFEST, selection.manifest)
-
-
-def _table(
-    selection: Selection, results: Mapping[str, EvalResult], total: int
-) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def _table(selection: Selection, results: Mapping[str, EvalResult], total: int) -> Table:
     measured = selection.manifest.results.labels
     kept = {"undefended": f"{total}", "filtered": f"{len(selection.kept_rows)}"}
     table = [("rows kept", tuple(kept.get(name, "–") for name in results))]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradshield import runs
 from gradshield.errors import DataError, ModelError, UsageError
-from gradshield.evaluation.exam import Exam, Exams, figures
+from gradshield.evaluation.exam import Exams, figures
 from gradshield.evaluation.landscape import landscape, norm, random_directions, weights
 from gradshield.files import file_digest
 from gradshield.manifests import SequenceRecord, StageRecord, TrainingManifest
@@ -28,7 +28,7 @@ from gradshield.runs import alone
 from gradshield.scanning.rows import load, with_template
 from gradshield.training.course import Needs
 from gradshield.training.train import train
-from gradshield.types import Floats, Progress, Rate, quiet
+from gradshield.types import Floats, Progress, quiet
 
 STAGE = "stage.json"  # in a stage's working folder until the sequence is finished
 ALPHAS = (-0.4, -0.3, -0.2, -0.1, 0.1, 0.2, 0.3, 0.4)  # steps relative to the norm of the weights
@@ -68,10 +68,10 @@ def sequence(
             "training on several datasets measures every task, and there are no task rows: give --utility FILE for each"
         )
     needs = needs or Needs()
-    read = (model, needs.base)
+    read, folders = (model, needs.base), [Path(output) / f"stage-{i}" for i, _ in enumerate(stages, 1)]
     runs.check(output, ("sequence.json", "report.html", "manifest.json"), "sequence.json", read=read)
-    for number in range(1, len(stages) + 1):
-        runs.check(Path(output) / f"stage-{number}", (), "", read=read)
+    for own in folders:
+        runs.check(own, (), "", read=read)
     with alone(output):
         folder = runs.prepare(output)
         (folder / "manifest.json").unlink(missing_ok=True)
@@ -79,12 +79,10 @@ def sequence(
         origin = current = with_template(load(model, progress=progress))
         needs = replace(needs, origin=origin).loaded(progress)
         basis = random_directions(weights(current.model), DIRECTIONS, seed)
-        table = [_accuracies(current, stages)]
-        points = [_point("start", current, stages[0].exams.report, basis, table[0], names)]
+        points = [_point("start", current, stages, names, basis)]
         unmet: list[str] = []
-        for number, stage in enumerate(stages, 1):
-            progress("stages", number - 1, len(stages))
-            own = folder / f"stage-{number}"
+        for name, stage, own in zip(names, stages, folders, strict=True):
+            progress("stages", len(points) - 1, len(stages))
             key = _key(stage, current, needs, peft_config, seed, options)
             found = _finished(own, key, current, bool(origin.source and origin.source.trust_remote_code))
             if found is None:
@@ -106,23 +104,22 @@ def sequence(
                 found = trained, done.manifest
             current, manifest = found
             if (verdict := manifest.results.verified) is not None and not verdict.met:
-                unmet.append(names[number - 1])
-            table.append(_accuracies(current, stages))
-            points.append(_point(names[number - 1], current, stages[0].exams.report, basis, table[-1], names))
+                unmet.append(name)
+            points.append(_point(name, current, stages, names, basis))
         progress("stages", len(stages), len(stages))
         whole = SequenceRecord(
             tasks=names,
             stages=points,
             unmet=unmet,
-            measures=_measures(np.array([[rate.rate for rate in row] for row in table]), points),
+            measures=_measures(points),
             settings=manifest.settings,
             model=manifest.model,
             command=command,
             versions=runs.versions(),
         )
         _write(whole, folder, manifest)
-        for number in range(1, len(stages) + 1):  # a finished sequence is not resumed
-            (folder / f"stage-{number}" / runs.WORK / STAGE).unlink(missing_ok=True)
+        for own in folders:  # a finished sequence is not resumed
+            (own / runs.WORK / STAGE).unlink(missing_ok=True)
         return whole
 
 
@@ -174,25 +171,20 @@ def _names(stages: Sequence[Stage]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
-def _accuracies(current: LoadedModel, stages: Sequence[Stage]) -> list[Rate]:
-    """Utility on the task rows of every stage, including later ones."""
-    exams = [replace(stage.exams.report, requests=(), lookalikes=()) for stage in stages]
-    return [exam.sit(current.model, current.tokenizer, "measuring tasks").rates["utility"] for exam in exams]
-
-
 def _point(
     name: str,
     current: LoadedModel,
-    exam: Exam,
-    basis: Mapping[str, Mapping[str, Tensor]],
-    accuracies: Sequence[Rate],
+    stages: Sequence[Stage],
     names: Sequence[str],
+    basis: Mapping[str, Mapping[str, Tensor]],
 ) -> StageRecord:
-    """The record of one stage: rates by judge and task, and VISAGE by the first judge."""
-    utility = dict(zip(names, accuracies, strict=True))
+    """The record of one stage: ASR by judge, utility on every task, later ones too, and VISAGE by the first judge."""
+    model: Any = current.model
+    exams = [replace(stage.exams.report, requests=(), lookalikes=()) for stage in stages]
+    rates = [exam.sit(model, current.tokenizer, "measuring tasks").rates["utility"] for exam in exams]
+    utility, exam = dict(zip(names, rates, strict=True)), stages[0].exams.report
     if not exam.requests:
         return StageRecord(name=name, asr={}, utility=utility, visage=None)
-    model: Any = current.model
     asked = replace(exam, lookalikes=(), task=())
     asr = figures(asked.sit(model, current.tokenizer, "measuring safety")).judges
     few = replace(asked, requests=exam.requests[:ASKED])
@@ -201,7 +193,8 @@ def _point(
     return StageRecord(name=name, asr=asr, utility=utility, visage=visage)
 
 
-def _measures(accuracy: Floats, points: Sequence[StageRecord]) -> dict[str, list[float | None]]:
+def _measures(points: Sequence[StageRecord]) -> dict[str, list[float | None]]:
+    accuracy = np.array([[rate.rate for rate in point.utility.values()] for point in points])
     found = {
         "accuracy_so_far": accuracy_so_far(accuracy),
         "backward_transfer": backward_transfer(accuracy),
