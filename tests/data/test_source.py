@@ -76,7 +76,7 @@ def test_some_rows_are_written_and_taken(kind: str, tmp_path: Path) -> None:
     assert [e.conversations for e in again] == [e.conversations for e in result.examples if e.row in rows]
     assert list(again.ids) == [e.id for e in result.examples if e.row in rows]
     given = list(take(rows, result.source))
-    assert given == [result.source.parse(e.source) for e in result.examples if e.row in rows]
+    assert given == [result.source.parse(e.source.decode()) for e in result.examples if e.row in rows]
 
 
 def _changed(path: Path, change: str) -> None:

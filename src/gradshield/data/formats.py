@@ -122,7 +122,8 @@ def _understood(record: RawRow, format: Format) -> tuple[bytes, Decided, bool]:
     if shape is None and format.name is not None:
         raise _UnknownShape(f"it lacks {' or '.join(SHAPES[format.name].keys)}, the keys of the format {format.name}")
     if shape is None:
-        raise _UnknownShape(f"its keys ({_keys(value)}) fit no known format")
+        keys = ", ".join(str(key)[:40] for key in list(value)[:8]) + (", …" if len(value) > 8 else "")
+        raise _UnknownShape(f"its keys ({keys or 'none'}) fit no known format")
     try:
         conversations = decided.convert(value)
     except RecursionError:
@@ -144,11 +145,6 @@ def _nothing_usable(name: str, quarantined: Sequence[Quarantined], strangers: in
     return EmptyDataError(
         f"0 of {len(quarantined)} rows of {name} can be used, line {first.line}: {first.reason}; fix the file"
     )
-
-
-def _keys(row: Mapping[str, Any]) -> str:
-    keys = [str(key)[:40] for key in row][:8]
-    return ", ".join(keys) + (", …" if len(row) > len(keys) else "") if keys else "none"
 
 
 def _open(data: Any) -> tuple[Source, Iterator[RawRow]]:

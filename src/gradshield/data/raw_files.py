@@ -164,7 +164,7 @@ def _stream(path: Path) -> tuple[BinaryIO, bytes, str]:
 
         stream = io.BufferedReader(pa.CompressedInputStream(stream, packed), BLOCK)
     start = stream.peek(4096)
-    kind = _kind(path, _suffix(path), start)
+    kind = _kind(path, start)
     if kind == "parquet" and packed is not None:
         raise FormatError(
             f"{path} is a compressed Parquet file: decompress it, since Parquet compresses its own columns"
@@ -174,8 +174,8 @@ def _stream(path: Path) -> tuple[BinaryIO, bytes, str]:
     return stream, stream.read(len(BOM)) if start.startswith(BOM) else b"", kind
 
 
-def _kind(path: Path, suffix: str, start: bytes) -> str:
-    if kind := SUFFIXES.get(suffix):
+def _kind(path: Path, start: bytes) -> str:
+    if kind := SUFFIXES.get(_suffix(path)):
         return kind
     if start.startswith(b"PAR1"):
         return "parquet"
@@ -216,7 +216,7 @@ def _csv(path: Path, kind: str, stream: BinaryIO, mark: bytes) -> _Opened:
     reader = csv.reader(texts, delimiter=delimiter, strict=True)
     try:
         columns: list[str] = next((cells for cells in reader if cells), [])
-        header = lines.take().record(1, bytes)
+        header = lines.take().record(1, str)
     except csv.Error:
         header = RawRow(1, b"", reason="broken")
     if header.reason:

@@ -338,11 +338,6 @@ class Renderer:
     def _wanted(self, shape: str) -> bool | None:
         return False if shape == "preference" else self.config.assistant_only_loss
 
-    def _marking(self, conversation: Conversation, shape: str) -> bool:
-        """Whether TRL's marked copy of the template is used: as in TRL, which has none where a prompt says what counts."""
-        wanted = self._wanted(shape)
-        return bool(wanted or (wanted is None and conversation.prompt_turns is None))
-
     def _marked(self, kwargs: Mapping[str, Any], shape: str) -> bool:
         """Whether the mask comes from markers: of the template, or (some tokenizers have one) of its variant for tools."""
         wanted = self._wanted(shape)
@@ -353,8 +348,11 @@ class Renderer:
 
     def _template_kwargs(self, conversation: Conversation, shape: str) -> dict[str, Any]:
         eos = {"eos_token": self.config.eos_token} if self.config.eos_token else {}
+        wanted = self._wanted(shape)
+        # As in TRL, which uses no marked copy where a prompt says what counts.
+        marking = bool(wanted or (wanted is None and conversation.prompt_turns is None))
         return {
-            "chat_template": self._template(self._marking(conversation, shape)),
+            "chat_template": self._template(marking),
             "tools": None if conversation.tools is None else list(conversation.tools),
             **eos,
             **self.config.chat_template_kwargs,

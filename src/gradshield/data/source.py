@@ -38,7 +38,7 @@ JSON_COLUMNS = ("messages", "conversations", "tools", "chat_template_kwargs")
 GROUP = 1 << 14  # rows of a Parquet file written at once
 WRITTEN = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
-Parse = Callable[[bytes], Any]
+Parse = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Taken:
             reason = f"it has {self.size:,} bytes, more than the {MAX_ROW_BYTES:,} that a row may have"
             return RawRow(line, data, reason=reason, whole=(self.size, self._digest.hexdigest()))
         try:
-            return RawRow(line, data, _text_only(data) and parse(data))
+            return RawRow(line, data, parse(_text(data)))
         except RowError as error:
             return RawRow(line, data, reason=str(error))
 
@@ -117,10 +117,20 @@ class Lines:
             yield data
 
 
-def json_value(data: bytes) -> Any:
+def _text(data: bytes) -> str:
+    """Raises RowError for bytes that are not text."""
+    if b"\0" in data:
+        raise RowError("it has NUL bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise RowError(f"it is not UTF-8 (byte 0x{data[error.start]:02x} at column {error.start + 1})") from None
+
+
+def json_value(text: str) -> Any:
     """The value of a row of JSON. Raises RowError."""
     try:
-        return json.loads(data.decode())
+        return json.loads(text)
     except RecursionError:
         raise RowError("it is nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -129,27 +139,16 @@ def json_value(data: bytes) -> Any:
         raise RowError(f"it is not valid JSON ({str(error).split(';')[0]})") from None
 
 
-def csv_value(columns: Sequence[str], delimiter: str, data: bytes) -> dict[str, Any]:
+def csv_value(columns: Sequence[str], delimiter: str, text: str) -> dict[str, Any]:
     """The value of one CSV record, every cell as text except JSON columns. Raises RowError."""
     try:
-        (cells,) = csv.reader(io.StringIO(data.decode()), delimiter=delimiter, strict=True)
+        (cells,) = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
     except csv.Error as error:
         raise RowError(f"it is not valid CSV ({error})") from None
     if len(cells) != len(columns):
         raise RowError(f"it has {len(cells)} cells where the header names {len(columns)} columns")
     row: dict[str, Any] = dict(zip(columns, cells, strict=True))
     return row | {name: parsed(row[name] or None) for name in JSON_COLUMNS if name in row}
-
-
-def _text_only(data: bytes) -> bool:
-    """True; raises RowError for bytes that are not text."""
-    if b"\0" in data:
-        raise RowError("it has NUL bytes")
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        raise RowError(f"it is not UTF-8 (byte 0x{data[error.start]:02x} at column {error.start + 1})") from None
-    return True
 
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # the backslash is not itself escaped
@@ -191,7 +190,7 @@ class Source:
     """The source of the rows, with everything needed to write some of them unchanged.
 
     ``kind`` is ``jsonl``, ``json``, ``csv``, ``tsv``, ``parquet``, ``dataset`` or ``list``. ``digest`` is the SHA-256 of the
-    bytes of its ``files``, or without files of the rows' canonical JSON. ``parse`` gives the value of a row's bytes; ``header``
+    bytes of its ``files``, or without files of the rows' canonical JSON. ``parse`` gives the value of a row's text; ``header``
     is the byte order mark and a CSV's first line; ``table`` is the ``Dataset`` or the list. Reading fills ``lines`` with the line
     of each row, ``copy`` with the bytes of the usable ones (of a table, as a line of JSON), ``tables`` with the rows of Parquet
     files, ``starts`` with the first row and the path of each of several files, and ``read_as`` with how many rows were read in
@@ -268,7 +267,7 @@ class Examples(OnDemand[Example]):
     def _at(self, index: int) -> Example:
         row, shape = int(self.rows[index]), self.shapes[index]
         (raw,) = self.source.raw([row])
-        value = self.source.parse(raw)
+        value = self.source.parse(raw.decode())
         return Example(row, self.ids[index], shape, raw, self.format.decide(value, shape).convert(value))
 
 
@@ -305,7 +304,7 @@ def take(rows: Sequence[int] | Ints, source: Source) -> Any:
         return source.table.select(rows)
     if source.kind == "list":
         return [source.table[row] for row in rows]
-    return [source.parse(raw) for raw in source.raw(rows)]
+    return [source.parse(raw.decode()) for raw in source.raw(rows)]
 
 
 def write_quarantine(quarantined: Iterable[Quarantined], path: str | Path) -> None:

@@ -280,7 +280,7 @@ def _by_substitution(
     if opening.strip():
         # The model also writes what is between its header and the content, such as a thinking block. The generation prompt
         # may hold a closed one, where the row has its own. Earlier turns may be written differently: then the last header.
-        header = _header(opening)
+        header = opening.split(maxsplit=1)[0]  # a special token or a name, where a turn begins
         at = text.find(header, len(bare), start) if text.startswith(bare) else text.rfind(header, 0, start)
         if at >= 0:
             start = min(start, at + shared_length(opening[opening.index(header) :], text[at:]))
@@ -311,11 +311,6 @@ def _with_content(messages: Sequence[Mapping[str, Any]], turn: int, content: str
 def _shared(left: str, right: str) -> str:
     """The beginning that two texts have in common."""
     return left[: shared_length(left, right)]
-
-
-def _header(opening: str) -> str:
-    """The first word of the generation prompt, a special token or a name: where a turn begins."""
-    return opening.split(maxsplit=1)[0]
 
 
 def _close(text: str, start: int, end: int, ends: str) -> int:
