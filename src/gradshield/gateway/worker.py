@@ -92,8 +92,10 @@ def here(arguments: Sequence[str]) -> int:
     """Run Python with these arguments on this machine, until it ends or the worker stops; the exit status."""
     with subprocess.Popen([sys.executable, *arguments], stdin=subprocess.DEVNULL) as process:
         try:
-            while process.poll() is None and not stopping.wait(0.2):
-                pass
+            while process.poll() is None and not stopping.is_set():
+                time.sleep(
+                    0.2
+                )  # a cancelled task of Ray's is interrupted between two looks, not while it waits for a lock
         finally:
             process.terminate()
     return int(process.returncode)
