@@ -95,6 +95,7 @@ def test_a_command_that_is_not_utf8_is_written_too(quick: list[str], tmp_path: P
     compare.compare(_config(grids=grids), tmp_path, command="gradshield compare \udcff.yaml")
     for name in ("results.md", "results.html", "results.json"):
         assert "gradshield compare" in (tmp_path / name).read_text(encoding="utf-8")
+    compare.compare(_config(grids=grids), tmp_path)  # and read again
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.md").write_text("mine")
     with pytest.raises(DataError, match=r"results\.md"):

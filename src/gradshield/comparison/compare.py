@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from gradshield import files, lab, runs
 from gradshield.comparison import grid
@@ -41,6 +41,7 @@ from gradshield.training.defences import describe, parse
 from gradshield.types import EvalResult, Progress, quiet
 
 ARMS, CELLS = "arms", "cells"
+R = TypeVar("R", CellResult, Comparison)
 
 
 def compare(
@@ -93,14 +94,21 @@ def _all(config: Config, folder: Path, workers: int, progress: Progress) -> list
     else:
         _share_out(workers, _run_group, [(config, cells, folder) for cells in groups.values()], report)
     report()
-    return [CellResult.model_validate_json(_file(folder, cell).read_bytes()) for cell in wanted]
+    return [_read(_file(folder, cell), CellResult) for cell in wanted]
+
+
+def _read(path: Path, kind: type[R]) -> R:
+    """A stored record. Raises OSError, or ValueError or RecursionError if it is damaged or of a version with other fields."""
+    return kind.model_validate(
+        json.loads(path.read_text(encoding="utf-8"))
+    )  # unlike pydantic's, it takes lone surrogates
 
 
 def _done(path: Path, cell: Cell, setting: str) -> bool:
-    """Whether the cell was run under this setting; not if its file is missing, damaged, or of a version with other fields."""
+    """Whether the cell was run under this setting."""
     try:
-        found = CellResult.model_validate_json(path.read_bytes())
-    except (OSError, ValueError):
+        found = _read(path, CellResult)
+    except (OSError, ValueError, RecursionError):
         return False
     return found.setting == setting and found.cell == cell and found.failed is None
 
@@ -154,8 +162,8 @@ def _take_over(folder: Path) -> None:
     if not path.exists():
         return
     try:
-        found = Comparison.model_validate_json(path.read_bytes())
-    except ValueError:
+        found = _read(path, Comparison)
+    except (ValueError, RecursionError):
         raise DataError(f"{path} is not a comparison's results.json: move it away, or give another --output") from None
     for one in found.cells:
         path = _file(folder, one.cell)

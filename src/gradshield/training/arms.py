@@ -46,7 +46,7 @@ class Arms:
         if (known := _stored(path, key)) is not None:
             return known
         if key not in self.models:
-            self.models = {best: kept for best, kept in self.models.items() if best == self._best}
+            self._forget()
             began = time.monotonic()
             fitted = self.course.fit(defence, dataset, stage, self.merge)
             self.models[key] = fitted, time.monotonic() - began
@@ -59,6 +59,9 @@ class Arms:
         self.folder.mkdir(exist_ok=True)
         runs.write_json(path, arm | runs.finite(found))
         return found, arm
+
+    def _forget(self) -> None:
+        self.models = {key: kept for key, kept in self.models.items() if key == self._best}
 
     def search(self, defence: Defence, exam: Exam) -> tuple[Search, Chosen]:
         """Search the cut of a defence's scores, starting with the default cut; the verdict, and the rows of its best round.
@@ -98,6 +101,7 @@ class Arms:
             drawn = self.course.drawn(int(decision.removed.sum()))
             target = examined(drawn, never)[0].rates["utility"].low + rule.tolerance
         verdict = rule.search(scored.scores.values, start, trial, target, after=after)
+        self._forget()
         return verdict, self.course.chosen(defence, verdict.kept.cut)
 
 
