@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
 from gradshield.data.spool import PAD
 from gradshield.data.templates import DEFAULT_CHAT_TEMPLATE
 from gradshield.data.trl import IGNORED, PAIR, check_names, config_of
@@ -176,8 +178,6 @@ def _trainer(
 
 def _config(kind: Any, options: Mapping[str, Any], seed: int, folder: str, saving: bool, on_cpu: bool) -> Any:
     """TRL's config with the caller's options over quiet defaults; ``on_cpu`` says where the model is."""
-    import torch
-
     on_cpu = not torch.accelerator.is_available() or bool(options.get("use_cpu", on_cpu))
     quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
     quiet["include_num_input_tokens_seen"] = "non_padding"
@@ -232,8 +232,6 @@ def _is_whole(path: Path, config: TrainingArguments) -> bool:
 
 def _warn_of_rounding(model: Any) -> None:
     """Warn if steps may round to nothing; not for quantised models, whose adapters TRL keeps in half precision."""
-    import torch
-
     quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
     if half and not quantised:
@@ -269,8 +267,6 @@ class _State:
     """What training changes on a model besides its weights, saved to be restored."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        import torch
-
         self.model = model
         self.dropout = [(m, m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout)]
         self.forwards = {m: vars(m)["forward"] for m in model.modules() if "forward" in vars(m)}

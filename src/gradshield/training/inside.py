@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 
 from gradshield.data.trl import IGNORED
 from gradshield.errors import UsageError
@@ -189,8 +190,6 @@ def as_batch(inputs: dict[str, Any]) -> Batch:
 
 def _taken(inputs: dict[str, Any], chosen: Bools) -> dict[str, Any]:
     """The chosen rows of every tensor, without columns that hold only padding."""
-    import torch
-
     index = torch.as_tensor(np.flatnonzero(chosen))
     count, width = inputs["input_ids"].shape
     kept = {
