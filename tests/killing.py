@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -36,12 +37,19 @@ def rows() -> list[Any]:
     return [*found[: ROWS - 20], *harmful[:20]]
 
 
+class Lockless(runs.FileLock):
+    """On a file system without locks."""
+
+    def acquire(self, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
 def scan(data: Path, output: Path, touched: Callable[[], None] = lambda: None, locked: bool = True) -> None:
     """Scan; ``touched`` is called before every file or folder of the output is opened, moved, made or taken away."""
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not locked:
-        runs._locked = lambda lock, path: False
+        runs.FileLock = Lockless
     own = str(output)
 
     def heard(event: str, arguments: tuple[Any, ...]) -> None:
