@@ -50,7 +50,7 @@ def write(cells: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 def rate(value: Mapping[str, Any] | None) -> str:
     """``12.0 % [8.2, 17.2] n=200``."""
-    return str(Rate.of(value)) if value else "–"
+    return str(Rate(**value)) if value else "–"
 
 
 def _line(cell: Mapping[str, Any]) -> str:

@@ -65,7 +65,7 @@ def scans() -> str:
 
 
 def _rate(value: Mapping[str, Any] | None) -> Rate | None:
-    return Rate.of(value) if value else None
+    return Rate(**value) if value else None
 
 
 def defences() -> str:

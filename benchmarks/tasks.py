@@ -127,7 +127,7 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
 
 def outputs_rate(rate: dict[str, Any] | None) -> str:
     """A rate in per cent with its interval and n."""
-    return "–" if rate is None else str(Rate.of(rate))
+    return "–" if rate is None else str(Rate(**rate))
 
 
 def page(runs: Sequence[dict[str, Any]]) -> str:
