@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd as _Conv
 
 from gradshield.errors import UsageError
 from gradshield.models.logits import token_nll
-from gradshield.models.modules import evaluating, modules_by_name, parameters_by_name, parameters_of
+from gradshield.models.modules import evaluating, in_float64, modules_by_name, parameters_by_name, parameters_of
 from gradshield.registry import Registry
 from gradshield.types import Batch, Direction
 
@@ -91,6 +91,17 @@ def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[st
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
+
+
+def gradient(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """∇loss by parameter; those that it does not reach are left out (an expert that no token was routed to)."""
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """The L2 norm of all tensors together, in float64."""
+    return float(sum(float(in_float64(t.detach()).square().sum()) for t in tensors) ** 0.5)
 
 
 @contextmanager

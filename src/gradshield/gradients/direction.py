@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from gradshield.errors import DataError, ModelError, ScoreError, UsageError
 from gradshield.files import replacing
-from gradshield.gradients.base import scoring
-from gradshield.models.modules import in_float64, modules_by_name, text_config
+from gradshield.gradients.base import gradient, norm, scoring
+from gradshield.models.modules import modules_by_name, text_config
 from gradshield.types import Direction
 
 if TYPE_CHECKING:
@@ -44,39 +44,31 @@ def gradient_direction(model: nn.Module, scores: Mapping[str, Iterable[Score]], 
     """
     gradients = {name: _gradient(model, parts, parameters) for name, parts in scores.items()}
     names = tuple(gradients)
-    norms = [_norm(gradient.values()) for gradient in gradients.values()]
-    for name, norm in zip(names, norms, strict=True):
-        if not norm > 0 or norm == float("inf"):
+    sizes = [norm(found.values()) for found in gradients.values()]
+    for name, size in zip(names, sizes, strict=True):
+        if not 0 < size < float("inf"):
             raise ScoreError(
-                f"the gradient of the unsafety score {name!r} has norm {norm}, and a direction must be finite and not "
+                f"the gradient of the unsafety score {name!r} has norm {size}, and a direction must be finite and not "
                 "zero: check the model's weights, or choose another probe"
             )
     with torch.no_grad():
-        theta = _norm(p for n, p in model.named_parameters() if n in set(parameters))
-        scales = tuple(theta / norm for norm in norms)
+        theta = norm(p for n, p in model.named_parameters() if n in set(parameters))
+        scales = tuple(theta / size for size in sizes)
         moved = [p for p in parameters if any(bool(gradients[name][p].any()) for name in names)]
-        tensors = {p: _joined([gradients[name].pop(p) for name in names]) for p in moved}
+        tensors = {}
+        for p in moved:
+            parts = [gradients[name].pop(p) for name in names]
+            tensors[p] = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)  # one is not copied
     return Direction(tensors, names, scales, digest(names, tensors))
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """One parameter's gradients as (K, …); a single one is not copied, to save memory."""
-    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
 
 def _gradient(model: nn.Module, parts: Iterable[Score], parameters: list[str]) -> dict[str, Tensor]:
     with scoring(model, parameters) as trainable, torch.enable_grad():
         total = {name: torch.zeros_like(p) for name, p in trainable.items()}
         for part in parts:
-            found = torch.autograd.grad(part(model), list(trainable.values()), allow_unused=True)
-            for name, g in zip(trainable, found, strict=True):
-                if g is not None:
-                    total[name] += g
+            for name, g in gradient(part(model), trainable).items():
+                total[name] += g
     return total
-
-
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return float(sum(float(in_float64(t.detach()).pow(2).sum()) for t in tensors) ** 0.5)
 
 
 def digest(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, scoring
+from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, gradient, scoring
 from gradshield.models.logits import token_nll
 from gradshield.models.modules import in_float64
 from gradshield.types import Batch, Direction, Ints
@@ -34,20 +34,13 @@ class Loop:
         with scoring(model, direction.tensors) as parameters, torch.enable_grad():
             for i in range(len(whole.ids)):
                 losses = _alone(model, whole, i)
-                gradient = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
-                values[:, i] = -self._dot(dict(zip(parameters, gradient, strict=True)), direction)
+                along = torch.zeros(len(direction.names), dtype=torch.float64)
+                for name, g in gradient(losses.sum(), parameters).items():
+                    v = direction.tensors[name].to(g.device)
+                    along += (in_float64(v.flatten(1)) @ in_float64(g.flatten())).cpu()
+                values[:, i] = -along
                 nll[i, : len(losses)] = in_float64(losses.detach()).cpu()
         return Derivatives(values, nll)
-
-    @staticmethod
-    def _dot(gradient: dict[str, Tensor | None], direction: Direction) -> Tensor:
-        total = torch.zeros(len(direction.names), dtype=torch.float64)
-        for name, g in gradient.items():
-            if g is None:  # a parameter the row does not reach (an expert it was not routed to)
-                continue
-            v = direction.tensors[name].to(g.device)
-            total += (in_float64(v.flatten(1)) @ in_float64(g.flatten())).cpu()
-        return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +73,7 @@ def row_norms(model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norm
                 losses = _alone(model, whole, i)
                 total = total + float(batch.coefficients[i]) * losses.sum()
                 nll[i, : len(losses)] = in_float64(losses.detach()).cpu()
-            gradient = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
-            squares.append(sum(float(in_float64(g).square().sum()) for g in gradient if g is not None))
+            squares.append(sum(float(in_float64(g).square().sum()) for g in gradient(total, trainable).values()))
     return Norms(torch.tensor(squares, dtype=torch.float64).sqrt(), np.array(rows, dtype=np.int64), nll)
 
 

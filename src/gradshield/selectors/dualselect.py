@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from gradshield.data import collate
 from gradshield.errors import UsageError
 from gradshield.gradients import Engine, pick
-from gradshield.gradients.base import DeviceBatch, scoring
+from gradshield.gradients.base import DeviceBatch, gradient, norm, scoring
 from gradshield.models.logits import logits_at, predicting
 from gradshield.models.modules import in_float64
 from gradshield.options import Option, check
@@ -176,12 +176,12 @@ class DualSelect:
         The same in every process: correcting averaged gradients by different r would let the models diverge.
         """
         with scoring(model, trainable(model)) as parameters, torch.enable_grad():
-            task = _averaged(_gradient(_mean_loss(model, batch), parameters), parameters)
+            task = _averaged(gradient(_mean_loss(model, batch), parameters), parameters)
             losses, cosines = [], []
             for start in self._start:
-                loss, gradient = _valued(start, model, parameters)
+                loss, own = _valued(start, model, parameters)
                 losses.append(loss)
-                cosines.append(_cosine(gradient, task))
+                cosines.append(_cosine(own, task))
             weights = reference_weights(losses, cosines, self.weight, self.temperature, self.top)
             r = {name: torch.zeros_like(p) for name, p in parameters.items()}
             for start, w in zip(self._start, weights.tolist(), strict=True):
@@ -189,11 +189,11 @@ class DualSelect:
                     for name, g in _valued(start, model, parameters)[1].items():
                         r[name].add_(g, alpha=w)
             r = _averaged(r, parameters)
-            theta = _norm({name: p.detach() for name, p in parameters.items()})
+            theta = norm(parameters.values())
         self._counts["refreshes"] += 1
         self._refreshed.append({"conflict": -float(np.mean(cosines)), "preservation": float(np.mean(losses))})
-        size = _norm(r)
-        if not _ROUNDING * _norm(task) < size < float("inf"):
+        size = norm(r.values())
+        if not _ROUNDING * norm(task.values()) < size < float("inf"):
             return None
         tensors = {name: g.unsqueeze(0) for name, g in r.items() if bool(g.any())}
         return Direction(tensors, ("preservation",), (theta / size,), "")
@@ -267,7 +267,7 @@ def _coarse(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
 def _valued(start: _Start, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
     """A reference's preservation loss and its gradient."""
     loss = start.divergence(model)
-    return float(loss.detach()), _gradient(loss, parameters)
+    return float(loss.detach()), gradient(loss, parameters)
 
 
 def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -276,11 +276,6 @@ def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     each = data.nll(model).sum(-1)
     signs = torch.as_tensor(batch.coefficients, dtype=each.dtype, device=each.device)
     return (signs * each).sum() / data.loss.sum()
-
-
-def _gradient(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return {name: g.detach() for name, g in zip(parameters, found, strict=True) if g is not None}
 
 
 def _averaged(gradient: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -298,13 +293,9 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return float((in_float64(a) * in_float64(b)).sum())
 
 
-def _norm(gradient: Mapping[str, Tensor]) -> float:
-    return float(sum(_dot(g, g) for g in gradient.values()) ** 0.5)
-
-
 def _cosine(reference: Mapping[str, Tensor], task: Mapping[str, Tensor]) -> float:
     """Cosine of a reference's gradient with the task's; 0 if it vanishes, as at θ0."""
-    size, of_task = _norm(reference), _norm(task)
+    size, of_task = norm(reference.values()), norm(task.values())
     if size <= _ROUNDING * of_task or of_task == 0:
         return 0.0
     return sum(_dot(g, task[name]) for name, g in reference.items() if name in task) / (size * of_task)
