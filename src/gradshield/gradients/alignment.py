@@ -1,8 +1,6 @@
 """The alignment direction: what alignment training did to each weight matrix, V = W_aligned - W_base.
 
-Methods that keep fine-tuning near an aligned model treat V as the safe direction. This module computes it from two models and
-analyses it: how many directions it spans, and how the published operator
-C = V Vᵀ/‖V‖_F stretches them.
+Methods that keep fine-tuning near an aligned model treat V as the safe direction, and stretch it by C = V Vᵀ/‖V‖_F.
 """
 
 from __future__ import annotations
@@ -17,9 +15,8 @@ from gradshield.gradients.direction import plain_name
 from gradshield.models.modules import in_float64
 
 Alignment = Mapping[str, Tensor]
-"""One V for each weight matrix, (d_out, d_in), float32, on the CPU, by its name in the model without an adapter.
-
-Rows are outputs and columns inputs, whatever the layer's own layout, so a LoRA update ``scale * B @ A`` has V's shape.
+"""One V for each weight matrix by its name in the model without an adapter: (outputs, inputs), whatever the layer's own layout,
+so that a LoRA update ``scale * B @ A`` has its shape; float32, on the CPU.
 """
 
 
@@ -88,9 +85,8 @@ def _difference(name: str, owner: nn.Module, one: Tensor, other: Tensor) -> Tens
 def largest_eigenvalue(v: Tensor) -> float:
     """The largest eigenvalue of C = V Vᵀ/‖V‖_F of one (d_out, d_in) matrix; 0 for V = 0.
 
-    A projector has only the eigenvalues 0 and 1. I - C shrinks a direction whose eigenvalue is between 0 and 2 and stretches
-    one above 2: there the published penalty punishes the alignment direction itself, harder than any other. Exact, from the
-    smaller Gram matrix in float64, on ``v``'s device if it has float64.
+    I - C shrinks a direction whose eigenvalue is between 0 and 2 and stretches one above 2: there the published penalty punishes
+    the alignment direction itself, harder than any other. Exact, from the smaller Gram matrix in float64.
     """
     squares = torch.linalg.eigvalsh(_gram(v)).clamp(min=0)  # squared singular values, ascending
     norm = float(squares.sum().sqrt())

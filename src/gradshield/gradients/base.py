@@ -75,21 +75,20 @@ class DeviceBatch:
 
 @contextmanager
 def scoring(model: nn.Module, trainable: Iterable[str] = ()) -> Iterator[dict[str, nn.Parameter]]:
-    """The model in evaluation mode, with gradients for ``trainable`` parameters only; restored at the end.
+    """The model in evaluation mode, with gradients for ``trainable`` parameters only, which it yields by name.
 
-    Yields those parameters by name. Modes and ``requires_grad`` flags are restored one by one, since the caller may have
-    frozen any part of the model, and no ``.grad`` is ever written.
+    Modes and ``requires_grad`` flags are restored one by one, since the caller may have frozen any part of the model, and no
+    ``.grad`` is ever written.
     """
-    parameters = parameters_by_name(model)
-    flags = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
-    wanted = set(trainable)
+    parameters, wanted = parameters_by_name(model), set(trainable)
+    flags = [parameter.requires_grad for parameter in parameters.values()]
     with evaluating(model):
         try:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(name in wanted)
             yield {name: parameters[name] for name in parameters if name in wanted}
         finally:
-            for parameter, flag in flags:
+            for parameter, flag in zip(parameters.values(), flags, strict=True):
                 parameter.requires_grad_(flag)
 
 

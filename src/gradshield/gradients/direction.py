@@ -1,11 +1,7 @@
 """The direction v = ∇S of a differentiable score, its file, and the parameter subspace that it is taken over.
 
-``all``      every parameter.
-``targets``  the weights that the training's adapter will change, without the adapter. A LoRA factor A is initialised at random;
-             the score in the subspace ``lora``, averaged over initialisations, is proportional to this one, without the noise.
-``lora``     the LoRA (or other PEFT) adapter that the training will add, at its seeded initialisation, with the modules that it
-             trains in full (``modules_to_save``).
-``last:k``   the last k decoder layers and the final norm; ``last:25%`` takes that share of the layers, at least one.
+Of the weights that training changes, ``lora`` takes the adapter at its seeded initialisation, with the modules that it trains
+in full; ``targets`` the weights themselves: the same score averaged over initialisations, without the noise of a random A.
 """
 
 from __future__ import annotations
@@ -82,11 +78,7 @@ def digest(names: tuple[str, ...], tensors: Mapping[str, Tensor]) -> str:
 
 def save(direction: Direction, path: Path) -> None:
     """Write the direction as safetensors, atomically, with its digest in the header."""
-    header = {
-        "names": json.dumps(direction.names),
-        "scales": json.dumps(direction.scales),
-        "digest": direction.digest,
-    }
+    header = {name: json.dumps(getattr(direction, name)) for name in ("names", "scales")} | {"digest": direction.digest}
     with replacing(path) as part:
         save_file({name: t.detach().cpu().contiguous() for name, t in direction.tensors.items()}, part, header)
 
@@ -131,24 +123,20 @@ def check_subspace(subspace: str) -> None:
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder's blocks. Raises ModelError if they cannot be found."""
     wanted = getattr(text_config(model), "num_hidden_layers", None)
-    lists = [
-        (name, m) for name, m in modules_by_name(model).items() if isinstance(m, nn.ModuleList) and len(m) == wanted
-    ]
+    lists = {name: m for name, m in modules_by_name(model).items() if isinstance(m, nn.ModuleList) and len(m) == wanted}
     if not lists:
         raise ModelError(
             f"the decoder layers of {type(model).__name__} could not be found, and the subspace last:k and methods that read "
             "hidden states need them: use the subspace all or lora, or the selector fihs"
         )
-    return min(lists, key=lambda item: item[0].count("."))
+    return min(lists.items(), key=lambda item: item[0].count("."))
 
 
 def parameter_names(model: nn.Module, subspace: str, targets: Sequence[str] = ()) -> list[str]:
     """Names of the subspace's parameters; ``model`` must already hold its adapter when the subspace is ``lora``.
 
-    ``targets`` are the names from `target_names`, for the subspace of that name.
-
-    Raises UsageError for an unknown subspace, and for one with weights that have no gradient (4 or 8 bits); ModelError if
-    the model has no such parameters.
+    ``targets`` are those of `target_names`. Raises UsageError for an unknown subspace, and for one with weights that have no
+    gradient (4 or 8 bits); ModelError if the model has no such parameters.
     """
     check_subspace(subspace)
     found = dict(model.named_parameters())
@@ -217,16 +205,12 @@ def target_names(model: nn.Module, peft_config: PeftConfig | None, saved: bool =
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name in the model without its adapter."""
-    # Adapters of two weights of one layer (fused experts) are nested.
+    """A parameter's name in the model without its adapter; those of two weights of one layer (fused experts) are nested."""
     return re.sub(r"(\.base_layer)+(?=\.|$)", "", name.removeprefix("base_model.model."))
 
 
 def _is_adapter(name: str) -> bool:
-    return any(
-        part.startswith(("lora_", "ia3_", "hada_", "lokr_", "vera_", "oft_", "boft_")) or part == "modules_to_save"
-        for part in name.split(".")
-    )
+    return bool(re.search(r"(^|\.)((lora|ia3|hada|lokr|vera|oft|boft)_|modules_to_save(\.|$))", name))
 
 
 @contextmanager
@@ -257,9 +241,8 @@ def _restored(model: nn.Module, moved: bool) -> Iterator[None]:
 def adapted(model: nn.Module, peft_config: PeftConfig | None, seed: int) -> Iterator[nn.Module]:
     """The model with the adapter that training will add, initialised under ``seed``; removed at the end.
 
-    A model that already has an adapter (a PeftModel) is used unchanged, and so is any model if ``peft_config`` is None.
-    Afterwards every module and parameter of the caller's model is the same object with the same bytes, and the
-    configuration is unchanged.
+    A PeftModel is used unchanged, and so is any model if ``peft_config`` is None. Afterwards every module and parameter of the
+    caller's model is the same object with the same bytes, and the configuration is unchanged.
     """
     if peft_config is None or hasattr(model, "peft_config"):
         yield model

@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradshield.errors import ModelError, UsageError
-from gradshield.gradients.base import (
-    ENGINES,
-    Derivatives,
-    DeviceBatch,
-    Places,
-    check_direction,
-    followed,
-    scoring,
-)
+from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, Places, check_direction, followed, scoring
 from gradshield.gradients.direction import decoder_layers
 from gradshield.gradients.loop import Loop
 from gradshield.models.modules import in_float64, modules_by_name, parameters_by_name, text_config

@@ -37,17 +37,16 @@ class Measured:
     @staticmethod
     def joined(parts: Sequence[Measured]) -> Measured:
         """All parts as one, in input order."""
-        rows = np.concatenate([p.rows for p in parts])
-        order = np.argsort(rows, kind="stable")
-        whole = [p.tokens for p in parts]
-        tokens = None if any(t is None for t in whole) else [values for t in whole for values in t or ()]
+        order = np.argsort(np.concatenate([p.rows for p in parts]), kind="stable")
+
+        def whole(name: str) -> Any:
+            return np.concatenate([getattr(p, name) for p in parts])[order]
+
+        tokens = [values for p in parts for values in p.tokens or ()]
         return Measured(
-            rows[order],
-            np.concatenate([p.sums for p in parts])[order],
-            np.concatenate([p.nll for p in parts])[order],
-            np.concatenate([p.lengths for p in parts])[order],
-            None if tokens is None else tuple(tokens[i] for i in order),
-            None if parts[0].extra is None else np.concatenate([p.extra for p in parts if p.extra is not None])[order],
+            **{name: whole(name) for name in ("rows", "sums", "nll", "lengths")},
+            tokens=None if any(p.tokens is None for p in parts) else tuple(tokens[i] for i in order),
+            extra=None if parts[0].extra is None else whole("extra"),
         )
 
     def only(self, places: Ints) -> Measured:
@@ -57,10 +56,7 @@ class Measured:
         return Measured(self.rows[places], self.sums[places], self.nll[places], self.lengths[places], tokens, extra)
 
     def updated(self, found: Measured) -> Measured:
-        """These rows with the values of those that were ``found``, and tokens of no other; ``extra`` stays.
-
-        Both are in input order.
-        """
+        """These rows with values of those that were ``found``, both in input order, and tokens of no other; ``extra`` stays."""
         places = np.searchsorted(self.rows, found.rows)
         sums, nll = self.sums.copy(), self.nll.copy()
         sums[places], nll[places] = found.sums, found.nll
@@ -71,7 +67,7 @@ class Measured:
 
 
 class Selector(Protocol):
-    """A method that scores rows. ``measure`` sees one batch at a time; ``finish`` sees the whole dataset, in numpy.
+    """A method that scores rows; the methods of this package inherit what is the same in most.
 
     ``rule`` is the default threshold. ``travels``: ``measure`` needs nothing but the given model, so other processes can run
     it. ``probed``: the method is FIHS or built on it; it has `Fihs`'s attributes, its probes must be valid, and its engine is
@@ -80,8 +76,6 @@ class Selector(Protocol):
 
     A method of two stages also has a ``look`` of the class ``looks``: a selector without ``finish`` that measures each row as far
     as a cheaper look tells, without a direction. Its ``further(seen)`` are the rows (N,) that ``measure`` must see (`Screen`).
-
-    The methods of this package inherit what is the same in most.
     """
 
     name: str
@@ -93,11 +87,14 @@ class Selector(Protocol):
         """The direction; of a method without one, `no_direction`."""
         return no_direction(self.name, model)
 
-    def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured: ...
+    def measure(self, model: nn.Module, direction: Direction, batch: Batch) -> Measured:
+        """The measurements of one batch."""
+        ...
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
-        """One score per row, here the measured value. ``ids`` and ``shapes`` are passed on unchanged: for many rows they are
-        compact columns (`columns`). Raises ScoreError naming the rows whose value or loss is not finite.
+        """One score per row of the whole dataset, in numpy: here the measured value.
+
+        ``ids`` and ``shapes`` go on unchanged, as compact columns (`columns`). Raises ScoreError naming rows that are not finite.
         """
         require_finite(raw)
         return Scores(raw.rows, ids, raw.sums, shapes, lengths=raw.lengths, nll=raw.nll)
@@ -108,14 +105,12 @@ class Selector(Protocol):
 
 
 def no_direction(name: str, model: nn.Module | None = None, subspace: str = "all") -> Direction:
-    """The result of ``prepare`` for a method without a direction: no tensors, and a digest unique to the weights.
+    """The result of ``prepare`` for a method without a direction; ``model`` is None for one that does not use the model.
 
-    The digest identifies the model in the names of saved shards, so it covers the selector's ``name``, the subspace and the
-    bytes of every parameter; ``model`` is None for a method that does not use the model.
+    No tensors, and a digest, for the names of saved shards, of the method, the subspace and the bytes of every parameter.
     """
     weights = parameters_digest(model) if model is not None else ""
-    sha = hashlib.sha256(f"{name}\n{subspace}\n{weights}".encode())
-    return Direction({}, (), (), sha.hexdigest())
+    return Direction({}, (), (), hashlib.sha256(f"{name}\n{subspace}\n{weights}".encode()).hexdigest())
 
 
 def members(batch: Batch) -> tuple[Ints, list[Ints]]:
@@ -215,8 +210,8 @@ def make(text: str, given: Given) -> Selector:
     A class whose options are not ``key=value`` pairs has a ``parse(options, given)`` that builds it.
     """
     spec = Spec.split(text)
-    made = SELECTORS[spec.name]
-    if hasattr(made, "parse"):
-        found: Selector = made.parse(text.partition(":")[2], given)
-        return found
-    return build("selector", spec, made, given)
+    made: Any = SELECTORS[spec.name]
+    found: Selector = (
+        made.parse(text.partition(":")[2], given) if hasattr(made, "parse") else build("selector", spec, made, given)
+    )
+    return found

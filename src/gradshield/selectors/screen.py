@@ -68,8 +68,8 @@ class Look:
             openings = self.reading.turn.openings(ids, loss)
             for opened, own in openings:
                 request = self._request(opened)
-                if not request.strip() and self._is_empty(opened):
-                    continue
+                if not request.strip() and not self._request(opened, whole=True).strip():
+                    continue  # an empty last message may follow a turn that says something
                 words = self._words(ids[own], loss[own], bool(loss[max(own.start - 1, 0)]))
                 within = dict.fromkeys((bare(request), *asked(request), self.shared.rest(request)))
                 inside = [one for one in within if one not in ("", request)]
@@ -99,7 +99,6 @@ class Look:
         return seen.extra[:, 2] > 0
 
     def settings(self) -> dict[str, Any]:
-        """How many of the other rows are measured, the ruler's digest, and the shared words that are skipped."""
         return {
             "one_in": self.one_in,
             "reading_sha256": self.reading.digest,
@@ -107,24 +106,17 @@ class Look:
         }
 
     def _opened(self, request: str) -> tuple[int, ...]:
-        """The ids of a turn that a request opens."""
         ids = self.tokenizer(request, add_special_tokens=False)["input_ids"]
         return (*self.reading.turn.before, *ids, *self.reading.turn.after)
 
-    def _is_empty(self, opened: tuple[int, ...]) -> bool:
-        """Whether no turn says anything; an empty last message may follow one that does."""
+    def _request(self, opened: tuple[int, ...], whole: bool = False) -> str:
+        """The text of the last user message of an opened turn; ``whole``, of all turns before the answer."""
         before, after = self.reading.turn.before, self.reading.turn.after
-        start = len(before) if opened[: len(before)] == before else 0
-        return not self.tokenizer.decode(opened[start : -len(after)], skip_special_tokens=True).strip()
-
-    def _request(self, opened: tuple[int, ...]) -> str:
-        """The text of the last user message of an opened turn."""
-        before, after = self.reading.turn.before, self.reading.turn.after
-        starts = (i for i in range(len(opened), 0, -1) if list(opened[i - len(self._header) : i]) == self._header)
-        start = next(starts, 0) if self._header else 0
-        if opened[: len(before)] == before:
-            start = max(start, len(before))
-        return str(self.tokenizer.decode(opened[start : -len(after)], skip_special_tokens=True))
+        starts = [len(before)] if opened[: len(before)] == before else [0]
+        if self._header and not whole:
+            found = (i for i in range(len(opened), 0, -1) if list(opened[i - len(self._header) : i]) == self._header)
+            starts.append(next(found, 0))
+        return str(self.tokenizer.decode(opened[max(starts) : -len(after)], skip_special_tokens=True))
 
     def _words(self, ids: Ints, loss: Bools, whole: bool) -> str:
         """The text of an answer's tokens that have a loss, whatever special tokens stand between them.
@@ -163,12 +155,11 @@ class Screen(Fihs):
     Departures: the constants were chosen on ordinary tasks, everyday requests and the lab (docs/methods.md).
 
     Two stages, one score: every request is read first (`Look`), which takes half a forward pass over the requests; FIHS is
-    measured only where it decides, and on one of ONE_IN other rows (``fihs_of=all``: on all), by the hash of its tokens.
-
-    The request is read as it stands, without white space or a code fence around it and, if marks of any kind in its text say it
-    (`MARKS`), by itself; the largest r counts. Of plain text, every request is read that marks say, by itself and with the
-    turns before it. With ``shared=skipped``, the request is also read without the words that the file's requests share, which
-    may change what is asked.
+    measured only where it decides, and on one of ONE_IN other rows (``fihs_of=all``: on all), by the hash of its tokens. A
+    request is read as it stands, without white space or a code fence around it and, if marks of any kind in its text say it
+    (`MARKS`), by itself; the largest r counts. Of plain text, every request is read that marks say, by itself and with the turns
+    before it. With ``shared=skipped``, a request is also read without the words that the file's requests share, which may change
+    what is asked.
 
     ``Scores.signals`` holds ``request`` (r), ``fihs`` (NaN where it was not measured), and ``pivots``: whether an answer declines
     and then continues. A row without a request (plain text, an empty message) has r = NaN, scores zero and is kept.
@@ -192,7 +183,10 @@ class Screen(Fihs):
         super().__init__(fihs.probe, fihs.requests, fihs.engine, fihs.aggregate, fihs.subspace, fihs.targets)
         self.look = Look(reading, tokenizer, rendered, fihs_of, shared)
         self.opener_fihs = float(np.median(known.harmful))
-        self.floor = _floor(known)
+        self.floor = float("inf")  # FIHS from which a row pushes like harm
+        if known.floor:
+            low, high = float(np.quantile(known.harmless, 0.95)), float(np.quantile(known.harmful, 0.05))
+            self.floor = known.floor if high - low >= APART * self.opener_fihs else float("inf")
 
     def finish(self, raw: Measured, ids: Sequence[str], shapes: Sequence[str]) -> Scores:
         """One score per row (see the class). Raises ScoreError naming the rows whose value or loss is not finite."""
@@ -212,21 +206,12 @@ class Screen(Fihs):
         )
 
     def settings(self) -> dict[str, Any]:
-        """The engine and its step, the settings of the look, and the FIHS of known rows."""
         return {
             **super().settings(),
             **self.look.settings(),
             "opener_fihs": self.opener_fihs,
             "floor": self.floor if np.isfinite(self.floor) else None,
         }
-
-
-def _floor(known: Anchors) -> float:
-    """The FIHS from which a row pushes like harm; infinite if the known kinds are not APART."""
-    if not known.floor:
-        return float("inf")
-    low, high = float(np.quantile(known.harmless, 0.95)), float(np.quantile(known.harmful, 0.05))
-    return known.floor if high - low >= APART * float(np.median(known.harmful)) else float("inf")
 
 
 # ---- what of a text is a request -------------------------------------------------------------------------------------
