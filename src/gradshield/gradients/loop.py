@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from gradshield.gradients.base import ENGINES, Derivatives, DeviceBatch, check_direction, gradient, scoring
 from gradshield.models.logits import token_nll
 from gradshield.models.modules import in_float64
-from gradshield.types import Batch, Direction, Ints
+from gradshield.types import Batch, Direction
 
 
 @ENGINES.register("loop")
@@ -43,38 +42,24 @@ class Loop:
         return Derivatives(values, nll)
 
 
-@dataclass(frozen=True, eq=False)
-class Norms:
-    """``values[r]`` is the L2 norm of the gradient of row ``rows[r]``'s loss; rows are in order of first appearance.
+def row_norms(model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Derivatives:
+    """``values[r]`` (R,) is the L2 norm of the gradient of row r's loss over the named parameters, in order of first appearance.
 
-    A row's loss is the sum over its sequences of coefficient times negative log-likelihood, in nats, so that a preference
-    pair has one gradient. ``nll`` is (B, T), the loss of each token. Both tensors are on the CPU, in float64.
-    """
-
-    values: Tensor
-    rows: Ints
-    nll: Tensor
-
-
-def row_norms(model: nn.Module, batch: Batch, parameters: Sequence[str]) -> Norms:
-    """Norms of the rows' gradients over the named parameters, whatever layer or adapter they are of.
-
-    One backward pass per row, in evaluation mode, without dropout; the model is bit-identical afterwards, with every mode, flag
-    and ``.grad`` unchanged.
+    A row's loss is the sum over its sequences of coefficient times negative log-likelihood, in nats, so that a preference pair
+    has one gradient. One backward pass per row, in evaluation mode, without dropout.
     """
     whole = DeviceBatch.of(batch, model)
     nll = torch.zeros(whole.ids.shape, dtype=torch.float64)
-    rows = list(dict.fromkeys(batch.rows.tolist()))
     squares = []
     with scoring(model, parameters) as trainable, torch.enable_grad():
-        for row in rows:
+        for row in dict.fromkeys(batch.rows.tolist()):
             total = torch.zeros((), device=whole.ids.device)
             for i in np.flatnonzero(batch.rows == row).tolist():
                 losses = _alone(model, whole, i)
                 total = total + float(batch.coefficients[i]) * losses.sum()
                 nll[i, : len(losses)] = in_float64(losses.detach()).cpu()
             squares.append(sum(float(in_float64(g).square().sum()) for g in gradient(total, trainable).values()))
-    return Norms(torch.tensor(squares, dtype=torch.float64).sqrt(), np.array(rows, dtype=np.int64), nll)
+    return Derivatives(torch.tensor(squares, dtype=torch.float64).sqrt(), nll)
 
 
 def _alone(model: nn.Module, whole: DeviceBatch, i: int) -> Tensor:

@@ -188,32 +188,27 @@ def wrap(model: Any, tokenizer: Any) -> LoadedModel:
     )
 
 
-def parameters_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every parameter, one at a time, in the order of their names."""
+def parameters_digest(model: torch.nn.Module, some: int | None = None) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every parameter, one at a time, in the order of their names.
+
+    With ``some``, of so many values of each, evenly spaced, and up to twice as many.
+    """
     import torch
 
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        data = parameter.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
-        digest.update(data.numpy().data)
+        data = parameter.detach().contiguous().reshape(-1)
+        data = data if some is None else data[:: max(1, len(data) // some)].contiguous()
+        digest.update(data.view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 
 def fingerprint(loaded: LoadedModel, model: torch.nn.Module) -> str:
-    """SHA-256 that tells whether this is the loaded model, or has other weights since: its digest, and values of every parameter.
-
-    ``model`` is the loaded one, maybe with an adapter. Of each parameter 64 to 127 values are read, evenly spaced.
-    """
-    import torch
-
+    """SHA-256 that tells whether this is the loaded model, maybe with an adapter, or has other weights since."""
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    sha = hashlib.sha256(f"{loaded.digest} {loaded.dtype} {loaded.device.type} {type(model)} {attention}\n".encode())
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 64)].contiguous().view(torch.uint8).cpu()
-        sha.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode() + some.numpy().tobytes())
-    return sha.hexdigest()
+    given = f"{loaded.digest} {loaded.dtype} {loaded.device.type} {type(model)} {attention}"
+    return hashlib.sha256(f"{given}\n{parameters_digest(model, 64)}".encode()).hexdigest()
 
 
 def _widest_float(model: torch.nn.Module) -> torch.dtype:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -84,7 +83,7 @@ class DualSelect:
         self.weight, self.drop, self.correction, self.engine = weight, drop, correction, engine
         self._settings = {**numbers, "correction": correction}
         self.position = 0  # index of the next batch of the training; a trainer that resumes sets it
-        self._start: list[_Start] = []
+        self._start: list[Callable[[nn.Module], Tensor]] = []
         self._direction: Direction | None = None
         self._counts = dict.fromkeys(("batches", "rows", "dropped", "refreshes", "steps", "corrections"), 0)
         self._refreshed: list[dict[str, float]] = []
@@ -99,7 +98,7 @@ class DualSelect:
         self.position, self._direction, self._refreshed = 0, None, []
         self._counts = dict.fromkeys(self._counts, 0)
         with scoring(model), torch.no_grad():
-            self._start = [_Start.of(model, collate([row])) for row in self.references]
+            self._start = [_preservation(model, collate([row])) for row in self.references]
 
     def choose(self, model: nn.Module, batch: Batch) -> Bools:
         """Which rows of the batch train: all in the warm-up, later those that do not raise the preservation loss.
@@ -179,14 +178,14 @@ class DualSelect:
             task = _averaged(gradient(_mean_loss(model, batch), parameters), parameters)
             losses, cosines = [], []
             for start in self._start:
-                loss, own = _valued(start, model, parameters)
-                losses.append(loss)
-                cosines.append(_cosine(own, task))
+                loss = start(model)
+                losses.append(float(loss.detach()))
+                cosines.append(_cosine(gradient(loss, parameters), task))
             weights = reference_weights(losses, cosines, self.weight, self.temperature, self.top)
             r = {name: torch.zeros_like(p) for name, p in parameters.items()}
             for start, w in zip(self._start, weights.tolist(), strict=True):
                 if w > 0:
-                    for name, g in _valued(start, model, parameters)[1].items():
+                    for name, g in gradient(start(model), parameters).items():
                         r[name].add_(g, alpha=w)
             r = _averaged(r, parameters)
             theta = norm(parameters.values())
@@ -225,33 +224,25 @@ def kept(compatibility: Floats, drop: float) -> Bools:
     return keep | ~(compatibility < 0)
 
 
-@dataclass(frozen=True, eq=False)
-class _Start:
-    """One reference with θ0's log-probabilities on its M answer tokens: the most likely tokens, and the rest as one."""
+def _preservation(model: nn.Module, batch: Batch) -> Callable[[nn.Module], Tensor]:
+    """KL(θ0 ‖ θ) of one reference as a function of the model at θ, in nats, differentiable; ``model`` is at θ0.
 
-    data: DeviceBatch
-    where: Tensor  # (B, T) positions that predict the answer
-    tokens: Tensor  # (M, E)
-    logs: Tensor  # (M, E)
-    rest: Tensor | None  # (M,), None where E is the whole vocabulary
+    The mean over its M answer tokens. Of θ0 the log-probabilities of the likeliest tokens are kept, (M, E), and the rest as one.
+    """
+    data = DeviceBatch.of(batch, model)
+    where = predicting(data.loss)  # (B, T)
+    logits = logits_at(model, data.ids, data.attention, where)
+    tokens = logits.topk(min(_ENTRIES, logits.shape[-1]), -1).indices
+    start, others = _coarse(logits, tokens)
 
-    @classmethod
-    def of(cls, model: nn.Module, batch: Batch) -> _Start:
-        data = DeviceBatch.of(batch, model)
-        where = predicting(data.loss)
-        logits = logits_at(model, data.ids, data.attention, where)
-        tokens = logits.topk(min(_ENTRIES, logits.shape[-1]), -1).indices
-        logs, rest = _coarse(logits, tokens)
-        return cls(data, where, tokens, logs, rest)
-
-    def divergence(self, model: nn.Module) -> Tensor:
-        """KL(θ0 ‖ θ), the mean over the answer's tokens, in nats, differentiable."""
-        logits = logits_at(model, self.data.ids, self.data.attention, self.where)
-        logs, rest = _coarse(logits, self.tokens)
-        each = (self.logs.exp() * (self.logs - logs)).sum(-1)
-        if self.rest is not None and rest is not None:
-            each = each + self.rest.exp() * (self.rest - rest)
+    def divergence(now: nn.Module) -> Tensor:
+        logs, rest = _coarse(logits_at(now, data.ids, data.attention, where), tokens)
+        each = (start.exp() * (start - logs)).sum(-1)
+        if others is not None and rest is not None:
+            each = each + others.exp() * (others - rest)
         return each.mean()
+
+    return divergence
 
 
 def _coarse(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -262,12 +253,6 @@ def _coarse(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         return logs, None
     others = logits.scatter(-1, tokens, float("-inf"))
     return logs, others.logsumexp(-1) - total.squeeze(-1)
-
-
-def _valued(start: _Start, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
-    """A reference's preservation loss and its gradient."""
-    loss = start.divergence(model)
-    return float(loss.detach()), gradient(loss, parameters)
 
 
 def _mean_loss(model: nn.Module, batch: Batch) -> Tensor:
