@@ -22,8 +22,7 @@ from gradshield.models.loading import LoadedModel
 from gradshield.probes import read_prompts
 from gradshield.scanning import outputs, scoring, shards
 from gradshield.scanning.decide import group
-from gradshield.scanning.preparing import asked_of
-from gradshield.scanning.references import refusals
+from gradshield.scanning.preparing import asked_of, refusals
 from gradshield.scanning.rows import prepare
 from gradshield.scanning.settings import Probing, ScanSettings, peft_config
 from gradshield.selectors import Measured

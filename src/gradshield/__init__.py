@@ -24,9 +24,9 @@ if TYPE_CHECKING:  # for type checkers, what `__getattr__` finds
     from gradshield.evaluation.exam import Exam as Exam
     from gradshield.evaluation.exam import Exams as Exams
     from gradshield.scanning.cut import cut as cut
+    from gradshield.scanning.decide import Selection as Selection
     from gradshield.scanning.estimate import estimate as estimate
     from gradshield.scanning.scan import scan as scan
-    from gradshield.scanning.selection import Selection as Selection
     from gradshield.scanning.settings import Probing as Probing
     from gradshield.scanning.settings import ScanSettings as ScanSettings
     from gradshield.scanning.show import show as show
@@ -38,7 +38,7 @@ __version__ = version("gradshield")
 _HOMES = {
     "scan": "gradshield.scanning.scan",
     "Format": "gradshield.data.shapes",
-    "Selection": "gradshield.scanning.selection",
+    "Selection": "gradshield.scanning.decide",
     "Probing": "gradshield.scanning.settings",
     "ScanSettings": "gradshield.scanning.settings",
     "cut": "gradshield.scanning.cut",

@@ -12,7 +12,7 @@ import gradshield as gs
 from gradshield.errors import UsageError
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
-from gradshield.scanning.parcel import Origin
+from gradshield.scanning.workers import Parcel
 from tests.common import PROBING, chats, command, jsonl, scan_arguments, write, write_probes
 
 pytest.importorskip("bitsandbytes", reason="needs gradshield[quantized]")
@@ -95,6 +95,5 @@ def test_its_workers_load_the_same(folder: Path) -> None:
     assert loaded.source is not None
     again = loaded.source.load("cpu")
     assert loading.parameters_digest(again.model) == loading.parameters_digest(loaded.model)
-    given = Origin(replace(loaded, source=None), loaded.model, None, 0)
     with pytest.raises(UsageError, match="weights of the type Params4bit"):
-        given.pack()
+        Parcel.of(replace(loaded, source=None), loaded.model, None, 0)

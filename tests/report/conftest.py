@@ -11,9 +11,9 @@ import pytest
 from gradshield.manifests import Data, ScanManifest, ScanRecord, ScanResults
 from gradshield.report import sheet
 from gradshield.scanning import page
+from gradshield.scanning.decide import Selection
 from gradshield.scanning.outputs import counted
 from gradshield.scanning.page_rows import Piece, Views
-from gradshield.scanning.selection import Selection
 from gradshield.stats import wilson
 from gradshield.types import Cut, Quarantined, Scores
 from tests.report.pages import MODEL, SETTINGS

@@ -7,7 +7,7 @@ import pytest
 
 from gradshield.data import collate
 from gradshield.probes import Prompts
-from gradshield.scanning.kinds import Kinds, _request
+from gradshield.scanning.scoring import Kinds, _request
 from gradshield.selectors.base import no_direction
 from gradshield.types import Rendered, Tokens
 from tests.common import chats, scan

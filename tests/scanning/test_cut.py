@@ -448,7 +448,7 @@ def test_only_what_the_report_needs_may_be_missing(finished: Path, tmp_path: Pat
 
 
 def test_an_unfinished_scan_cannot_be_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradshield.scanning.kinds import Kinds
+    from gradshield.scanning.scoring import Kinds
 
     monkeypatch.setattr(Kinds, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

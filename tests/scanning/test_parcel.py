@@ -18,10 +18,10 @@ from gradshield.data import RenderConfig, read, render_all
 from gradshield.errors import ModelError, UsageError
 from gradshield.gradients import Loop, adapted
 from gradshield.models import loading
-from gradshield.models.loading import parameters_digest
+from gradshield.models.loading import LoadedModel, parameters_digest
 from gradshield.scanning import shards
-from gradshield.scanning.parcel import Origin, bare, packed, unpacked
 from gradshield.scanning.preparing import asked_of
+from gradshield.scanning.workers import Parcel, bare, packed, unpacked
 from gradshield.selectors import (
     SELECTORS,
     Anchoring,
@@ -46,14 +46,20 @@ LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 
-def origin(model: Any) -> Origin:
-    """A model that a caller gave as an object."""
-    return Origin(loading.wrap(model, tiny_tokenizer()), model, None, 0)
+def sent(loaded: LoadedModel, model: Any, adapter: LoraConfig | None = None, seed: int = 0) -> Parcel:
+    """The parcel as another process gets it."""
+    found: Parcel = unpacked(packed(Parcel.of(loaded, model, adapter, seed)), "cpu")
+    return found
+
+
+def given(model: Any) -> Parcel:
+    """That of a model that a caller gave as an object."""
+    return sent(loading.wrap(model, tiny_tokenizer()), model)
 
 
 def arrived(model: Any) -> Any:
     """The model as another process has it."""
-    with unpacked(origin(model).pack(), "cpu").open("cpu") as found:
+    with given(model).open("cpu") as found:
         return found
 
 
@@ -157,7 +163,7 @@ def _with_a_layer_of_its_own(model: Any) -> None:
 def test_a_model_changed_after_it_was_loaded_is_not_taken_for_that_of_its_folder(change: Any, folder: Path) -> None:
     loaded = loading.load(folder)
     change(loaded.model)
-    parcel = unpacked(Origin(loaded, loaded.model, None, 0).pack(), "cpu")
+    parcel = sent(loaded, loaded.model)
     with pytest.raises(ModelError, match="is not the scored one"), parcel.open("cpu"):
         pass
 
@@ -170,16 +176,14 @@ def test_hooks_of_the_libraries_are_no_code_of_the_callers_own(folder: Path) -> 
     for module in (model.lm_head, model.model.norm):
         add_hook_to_module(module, AlignDevicesHook("cpu"))
     remove_hook_from_module(model.lm_head)
-    with unpacked(Origin(loaded, model, None, 0).pack(), "cpu").open("cpu") as found:
+    with sent(loaded, model).open("cpu") as found:
         assert torch.equal(found(IDS).logits, model(IDS).logits)
 
 
 def test_the_adapter_of_a_loaded_model_is_made_again(folder: Path) -> None:
     loaded = loading.load(folder)
-    with adapted(loaded.model, LORA, 7) as model:
-        parcel = unpacked(Origin(loaded, model, LORA, 7).pack(), "cpu")
-        with parcel.open("cpu") as found:
-            assert parameters_digest(found) == parameters_digest(model)
+    with adapted(loaded.model, LORA, 7) as model, sent(loaded, model, LORA, 7).open("cpu") as found:
+        assert parameters_digest(found) == parameters_digest(model)
 
 
 class _Quantized(torch.nn.Parameter):
@@ -190,16 +194,16 @@ def test_a_model_that_cannot_travel_is_refused() -> None:
     model: Any = tiny_model("llama")
     model.lm_head.weight = _Quantized(model.lm_head.weight.data)
     with pytest.raises(UsageError, match=r"weights of the type _Quantized.*give the path or hub name"):
-        origin(model).pack()
+        given(model)
     model = tiny_model("llama")
     lock = Lock()
     model.register_forward_hook(lambda *_: lock.release())
     with pytest.raises(UsageError, match="cannot be sent to another process"):
-        origin(model).pack()
+        given(model)
     model = tiny_model("llama")
     model.lm_head.to("meta")
     with pytest.raises(UsageError, match=r"spread over 2 devices \(cpu, meta\)"):
-        Origin(loading.wrap(tiny_model("llama"), tiny_tokenizer()), model, None, 0).pack()
+        sent(loading.wrap(tiny_model("llama"), tiny_tokenizer()), model)
 
 
 def test_every_selector_travels() -> None:

@@ -24,7 +24,6 @@ from gradshield.errors import DataError, ScoreError, UsageError
 from gradshield.models import loading
 from gradshield.models.loading import parameters_digest
 from gradshield.scanning import shards, workers
-from gradshield.scanning.parcel import Origin
 from gradshield.scanning.workers import Workers
 from gradshield.selectors import Loss
 from tests.common import chats, command, jsonl, scan, scan_arguments, write
@@ -113,24 +112,18 @@ def test_two_actors_find_what_one_process_finds_though_one_is_killed(
 
 
 class _Light:
-    """An actor that loads nothing: ``loads`` and ``measures`` say what it does in place of work."""
+    """An actor that loads nothing: ``measures`` says what it does in place of work."""
 
-    loads, measures = "works", "works"
+    measures = "works"
 
-    def load(self, *_: Any) -> None:
-        self.do(self.loads)
-
-    def measure(self, number: int, order: Any, rows: list[Any]) -> Any:
-        self.do(self.measures)
-        return [row.row for row in rows]
-
-    def do(self, what: str) -> None:
-        if what == "dies":
+    def measure(self, *given: Any) -> Any:
+        if self.measures == "dies":
             os._exit(1)
-        if what == "refuses":
+        if self.measures == "refuses":
             raise DataError("not these rows: give others")
-        if what == "fails":
+        if self.measures == "fails":
             raise ValueError("a shape is wrong")
+        return [row.row for row in given[-1]]
 
 
 def given_to(cluster: str, monkeypatch: pytest.MonkeyPatch, **what: str) -> list[tuple[str, Any]]:
@@ -147,7 +140,7 @@ def given_to(cluster: str, monkeypatch: pytest.MonkeyPatch, **what: str) -> list
             yield str(start), [rows[start], rows[start + 1]]
 
     found = []
-    with Workers(2, cluster).open(Origin(loading.wrap(model, tiny_tokenizer()), model, None, 0)) as hands:
+    with Workers(2, cluster).open(loading.wrap(model, tiny_tokenizer()), model, None, 0) as hands:
         for key, part in hands(job, missing()):
             found.append((key, part))
             assert len(drawn) <= len(found) + 2  # as many shards in memory as actors, and no more
@@ -165,15 +158,14 @@ def test_each_shard_comes_back_once(cluster: str, monkeypatch: pytest.MonkeyPatc
     ("what", "error", "sentence"),
     [
         ({"measures": "dies"}, ScoreError, r"^3 workers died in a row on rows \d+ to \d+ \("),
-        ({"loads": "dies"}, ScoreError, r"^3 workers died in a row while they loaded the model \("),
         ({"measures": "refuses"}, DataError, "^not these rows: give others$"),
         (
-            {"loads": "fails"},
+            {"measures": "fails"},
             ScoreError,
             r"^a worker failed \(ValueError: a shape is wrong\): run the scan in one process",
         ),
     ],
-    ids=["measure dies", "load dies", "measure refuses", "load fails"],
+    ids=["dies", "refuses", "fails"],
 )
 def test_what_goes_wrong_in_actors_is_one_sentence(
     what: dict[str, str], error: type[Exception], sentence: str, cluster: str, monkeypatch: pytest.MonkeyPatch
@@ -245,7 +237,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from gradshield.scanning.workers import Workers
-with Workers(2).open(SimpleNamespace(loaded=SimpleNamespace(device=torch.device("cpu"), source=None))):
+with Workers(2).open(SimpleNamespace(device=torch.device("cpu"), source=None), None, None, 0):
     Path(sys.argv[1]).touch()
     time.sleep(600)
 """

@@ -18,7 +18,7 @@ from gradshield.errors import ModelError, ProbeError, ScoreError, UsageError
 from gradshield.gradients.direction import load, save
 from gradshield.models import loading
 from gradshield.probes import open_turns
-from gradshield.scanning.references import references
+from gradshield.scanning.preparing import references
 from gradshield.selectors import SELECTORS, Anchoring, Larf, Measured
 from gradshield.selectors.representation import FEATURES, separation
 from gradshield.types import Direction, References, Rendered, Tokens

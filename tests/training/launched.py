@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from gradshield import lab
 from gradshield.probes import open_turns
-from gradshield.scanning.references import answers
+from gradshield.scanning.preparing import answers
 from gradshield.selectors import DualSelect, OnlineModerate
 from gradshield.training import Selecting
 

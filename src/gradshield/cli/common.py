@@ -20,7 +20,7 @@ from gradshield.report.text import duration, visible
 
 if TYPE_CHECKING:
     from gradshield.manifests import ExamRecord, Figures
-    from gradshield.scanning.selection import Selection
+    from gradshield.scanning.decide import Selection
 
 QUIET = 60  # seconds between progress lines without a terminal
 NOTED = 5.0  # seconds from which a stage has a line of its own

@@ -25,7 +25,7 @@ from gradshield.report.text import duration, visible
 from gradshield.runs import alone, read_manifest, write_json
 
 if TYPE_CHECKING:
-    from gradshield.scanning.selection import Selection
+    from gradshield.scanning.decide import Selection
 
 REASONS = 5  # why rows cannot be scored, printed one by one; the rest are counted
 _BRACKETS = str.maketrans({"⟦": "\\u27e6", "⟧": "\\u27e7"})  # a row cannot draw marks of its own

@@ -14,9 +14,9 @@ from gradshield.errors import UsageError
 from gradshield.evaluation.exam import figures, lab_exam
 from gradshield.report import sheet
 from gradshield.scanning import outputs, page
+from gradshield.scanning.decide import Selection
 from gradshield.scanning.page_rows import stored_views
 from gradshield.scanning.scan import select
-from gradshield.scanning.selection import Selection
 from gradshield.training.course import Course, lab_job, require_trl
 from gradshield.training.defences import parse
 from gradshield.types import EvalResult, Progress

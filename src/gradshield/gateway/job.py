@@ -39,8 +39,7 @@ from gradshield.gateway.worker import configure
 from gradshield.models import loading
 from gradshield.models.loading import LoadedModel
 from gradshield.probes import read_prompts
-from gradshield.scanning.decide import PREFERENCE
-from gradshield.scanning.selection import Selection
+from gradshield.scanning.decide import PREFERENCE, Selection
 from gradshield.scanning.settings import Probing, ScanSettings, peft_config
 from gradshield.stats import percent
 from gradshield.training.course import lab_probing

@@ -21,9 +21,8 @@ from gradshield.errors import DataError, UsageError
 from gradshield.manifests import Labelled, ScanManifest, ScanResults
 from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
-from gradshield.scanning.decide import Decision, caught_and_lost, decide, read_ids
+from gradshield.scanning.decide import Decision, Selection, caught_and_lost, decide, read_ids
 from gradshield.scanning.page_rows import stored_views
-from gradshield.scanning.selection import Selection
 from gradshield.thresholds import Threshold
 from gradshield.thresholds import parse as parse_threshold
 from gradshield.types import Anchors, Bools, Cut, Ints, Quarantined, Scores

@@ -1,9 +1,10 @@
-"""From scores to removed rows: the cut of each group, and what a reviewer says of single rows. No model, no torch."""
+"""From scores to removed rows: the cut of each group, what a reviewer says of single rows, and the `Selection`. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 from gradshield.columns import Coded, Ids
 from gradshield.errors import DataError, UsageError
 from gradshield.files import read_text
+from gradshield.manifests import ScanManifest
 from gradshield.stats import wilson
 from gradshield.thresholds import Threshold
-from gradshield.types import Bools, Cut, Ints, Rate, Scores
+from gradshield.types import Bools, Cut, Floats, Ints, Quarantined, Rate, Scores
 
 ROWS, PREFERENCE = "rows", "preference"  # groups of rows that share a scale
 
@@ -41,6 +43,75 @@ class Decision:
     def unread(self, rows: Ints) -> Bools:
         """Which of the scored ``rows`` (N,) go without a person's word, (N,)."""
         return self.removed & ~np.isin(rows, (*self.denied, *self.confirmed))
+
+
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """Each row's decision as new columns, for ``dataset.map(marks, batched=True, with_indices=True)``.
+
+    All fields are (N,), aligned. ``datasets`` hashes a mapped function by its content, so it holds arrays and nothing else.
+    """
+
+    rows: Ints
+    values: Floats
+    removed: Bools
+    categories: Sequence[str]
+
+    def __call__(self, batch: Mapping[str, Any], indices: Sequence[int]) -> dict[str, list[Any]]:
+        """The columns for the rows at these positions in the input; None for a row that was not scored."""
+        places = np.searchsorted(self.rows, indices)
+        found = [p if p < len(self.rows) and self.rows[p] == i else None for p, i in zip(places, indices, strict=True)]
+        return {
+            "gradshield_score": [None if p is None else float(self.values[p]) for p in found],
+            "gradshield_removed": [None if p is None else bool(self.removed[p]) for p in found],
+            "gradshield_category": [None if p is None else str(self.categories[p]) for p in found],
+        }
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Selection(Decision):
+    """A scan's decision for every row, with what is needed to repeat it.
+
+    ``categories`` (the kind of harm a removed row asks for, else empty) are aligned with ``scores.rows``, as are ``lines`` and
+    ``files``: where a row begins (the file is empty where there is none). ``kept``, made on first access, is ready for a trainer:
+    the caller's own ``Dataset`` without the removed rows if TRL knows its shape, else the rows tokenised as they were scored.
+    """
+
+    scores: Scores
+    categories: Sequence[str]
+    quarantined: tuple[Quarantined, ...]
+    keep: Callable[[], Any]
+    manifest: ScanManifest
+    lines: Ints
+    files: Sequence[str]
+
+    def __repr__(self) -> str:
+        said = "certified" if self.certified else "not certified: see manifest.results.doubts"
+        return f"<Selection: {int(self.removed.sum()):,} of {len(self.removed):,} rows removed, {said}>"
+
+    @property
+    def certified(self) -> bool:
+        """Whether the model refused its probes and no check of the scan failed (`scanning.trust`)."""
+        return self.manifest.results.certified
+
+    @cached_property
+    def kept(self) -> Any:
+        return self.keep()
+
+    @property
+    def marks(self) -> Marks:
+        """Score, decision and kind of harm as columns of a ``Dataset``."""
+        return Marks(self.scores.rows, self.scores.values, self.removed, self.categories)
+
+    @property
+    def kept_rows(self) -> Ints:
+        """Positions in the input of the kept rows."""
+        return self.scores.rows[~self.removed]
+
+    @property
+    def removed_rows(self) -> Ints:
+        """Positions in the input of the removed rows."""
+        return self.scores.rows[self.removed]
 
 
 def decide(scores: Scores, rule: Threshold, allow: Iterable[str] = (), deny: Iterable[str] = ()) -> Decision:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import numpy as np
 
 from gradshield.report.text import one_line, visible
-from gradshield.scanning.selection import Selection
+from gradshield.scanning.decide import Selection
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 MOST = 5000  # results: GitHub shows no more of a run

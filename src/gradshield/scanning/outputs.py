@@ -34,9 +34,9 @@ from gradshield.stats import wilson
 from gradshield.types import Bools, Example, Ints
 
 if TYPE_CHECKING:
+    from gradshield.scanning.decide import Selection
     from gradshield.scanning.preparing import Scored
     from gradshield.scanning.rows import Prepared
-    from gradshield.scanning.selection import Selection
 
 KINDS = "kinds.json"  # the kinds of harm that a scan found, for later cuts
 RANKED = 20_000  # most labelled rows for AUROCs

@@ -17,7 +17,7 @@ from gradshield.report.draw import Chart
 from gradshield.report.frame import Status
 from gradshield.report.sheet import NOTHING, Entry, Section, Sheet, Table, drawn, interval, rate_entry
 from gradshield.report.text import flatten, number, one_line, percent
-from gradshield.scanning.decide import ROWS
+from gradshield.scanning.decide import ROWS, Selection
 from gradshield.scanning.page_charts import category_chart, class_charts, score_charts
 from gradshield.scanning.page_rows import (
     LEVELS,
@@ -30,7 +30,6 @@ from gradshield.scanning.page_rows import (
     row_view,
     show_rows,
 )
-from gradshield.scanning.selection import Selection
 from gradshield.stats import wilson
 from gradshield.types import Cut, Ints, Quarantined
 

@@ -22,8 +22,7 @@ from pydantic import TypeAdapter
 from gradshield import data as rows_in
 from gradshield import runs
 from gradshield.report.text import number, one_line, shorten, visible
-from gradshield.scanning.decide import ROWS
-from gradshield.scanning.selection import Selection
+from gradshield.scanning.decide import ROWS, Selection
 from gradshield.types import Example, Floats, Rendered, Scores
 
 SHOWN = 200  # highest-scoring rows whose tokens are stored

@@ -1,4 +1,5 @@
-"""The steps of a scan that need the model: probe, direction, engine, measurement, kinds of harm."""
+"""What a selector needs of the model before rows are measured: valid probes, the ruler, the direction, an engine that agrees with
+the oracle, and short rows of known kind."""
 
 from __future__ import annotations
 
@@ -15,7 +16,6 @@ from torch import nn
 
 from gradshield import cache, runs
 from gradshield import data as rows_in
-from gradshield.columns import Coded
 from gradshield.errors import ProbeError, ScoreError, UsageError, first_line
 from gradshield.gradients import (
     ENGINES,
@@ -34,6 +34,7 @@ from gradshield.manifests import LEAST_SPEARMAN
 from gradshield.models.loading import LoadedModel, fingerprint
 from gradshield.options import Spec
 from gradshield.probes import (
+    COMPLY,
     Prompts,
     Validity,
     blunt,
@@ -48,15 +49,13 @@ from gradshield.probes import (
 )
 from gradshield.scanning import shards
 from gradshield.scanning.decide import ROWS, group
-from gradshield.scanning.kinds import Kinds
-from gradshield.scanning.references import answered, opened
 from gradshield.scanning.settings import Probing, ScanSettings
-from gradshield.scanning.shards import Hands, here
 from gradshield.selectors import SELECTORS, Fihs, Measured, Selector, parse_aggregate
-from gradshield.selectors.base import no_direction
 from gradshield.selectors.reading import LEAST, Reading, Turn
-from gradshield.types import Anchors, Bools, Direction, Floats, Progress, Rendered, Scores
+from gradshield.types import Anchors, Direction, Floats, Progress, References, Rendered, Scores, Tokens
 
+LONGEST = 96  # tokens of a refusal that is trained on
+ANSWER = 24  # tokens of the model's own answers: enough to recognise a refusal
 FEW = 1024  # positions in one batch of a few known rows: fewer of them are padding
 
 
@@ -354,36 +353,43 @@ def _step(model: nn.Module, asked: Prompts, harmless: Prompts, pad: int, directi
     return calibrated(model, rows_in.collate(rows), direction)[0].relative_step
 
 
-def categories(
-    model: nn.Module,
-    scored: Scored,
-    rows: Sequence[Rendered],
-    removed: Bools,
-    settings: ScanSettings,
-    progress: Progress,
-    hands: Hands = here,
-) -> Coded:
-    """The kind of harm that each removed row asks for (`Kinds`), by the categories of the probe requests.
+def answered(row: int, prompt: Sequence[int], answer: Sequence[int]) -> Rendered:
+    """A prompt with an answer as a row, the loss over the answer."""
+    ids = np.array([*prompt, *answer], dtype=np.int64)
+    return Rendered(row, "", "probe", (Tokens(ids, np.arange(len(ids)) >= len(prompt)),))
 
-    ``rows`` are the removed rows, in the order of ``removed``.
-    """
-    if not scored.selector.probed:
-        return Coded(np.zeros(len(removed), dtype=np.uint8), ("",))
-    asked = cast(Fihs, scored.selector).requests
-    names = sorted(set(asked.categories))
-    if not rows or len(names) < 2:
-        only = names[0] if len(names) == 1 else ""
-        return Coded(removed.astype(np.uint8), ("", only))
-    kinds = Kinds.fit(model, asked)
-    found = shards.measure(
-        cast(Selector, kinds),
-        model,
-        no_direction(kinds.name),
-        rows,
-        settings.token_budget,
-        progress=lambda done, total: progress("naming the harm", done, total),
-        hands=hands,
+
+def opened(tokenizer: Any, prompts: Prompts) -> list[Rendered]:
+    """Every prompt with only a compliant opener. Row numbers are negative: these are not rows of the data."""
+    rows = []
+    for number, prompt in enumerate(prompts.ids):
+        opener = tokenizer(COMPLY[number % len(COMPLY)], add_special_tokens=False)["input_ids"]
+        rows.append(answered(-1 - number, prompt, opener))
+    return rows
+
+
+def answers(model: nn.Module, tokenizer: Any, prompts: Prompts, pad: int, refused: bool) -> list[Rendered]:
+    """The prompts that the model refuses (or answers), each with the model's answer."""
+    replies = greedy(model, prompts, ANSWER, pad)
+    own = [(p, a) for p, a in zip(prompts.ids, replies, strict=True) if a and refuses(tokenizer.decode(a)) == refused]
+    return [answered(-1 - number, prompt, answer) for number, (prompt, answer) in enumerate(own)]
+
+
+def references(model: nn.Module, tokenizer: Any, asked: Prompts, harmless: Prompts, pad: int) -> References:
+    """Rows of known kind on this model; a kind may be empty."""
+    return References(
+        tuple(opened(tokenizer, asked)),
+        tuple(answers(model, tokenizer, asked, pad, refused=True)),
+        tuple(answers(model, tokenizer, harmless, pad, refused=False)),
     )
-    codes = np.zeros(len(removed), dtype=np.int64)
-    codes[removed] = found.sums.astype(np.int64)
-    return Coded(codes, kinds.names).only(removed)
+
+
+def refusals(loaded: LoadedModel, asked: Prompts) -> list[dict[str, Any]]:
+    """Chat rows of the probe requests with the model's own refusals, if they end within LONGEST tokens."""
+    rows = []
+    for prompt, ids in zip(asked.texts, greedy(loaded.model, asked, LONGEST, loaded.pad_token_id), strict=True):
+        text = loaded.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        if len(ids) < LONGEST and refuses(text):
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+            rows.append({"messages": turns})
+    return rows

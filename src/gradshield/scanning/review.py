@@ -17,9 +17,8 @@ from gradshield.errors import UsageError
 from gradshield.files import write_text
 from gradshield.scanning import outputs
 from gradshield.scanning.cut import ALLOW, DENY, NO_CATEGORY, Scanned, write
-from gradshield.scanning.decide import above, reviewed
+from gradshield.scanning.decide import Selection, above, reviewed
 from gradshield.scanning.page_rows import Piece, RowView, references, row_view, stored_views
-from gradshield.scanning.selection import Selection
 from gradshield.types import Bools, Floats, Ints
 
 REASON = 300  # characters of a reason

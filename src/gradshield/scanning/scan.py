@@ -15,12 +15,10 @@ from gradshield.manifests import Data, RowFormat, ScanManifest, ScanRecord, Scan
 from gradshield.probes import requests
 from gradshield.runs import alone
 from gradshield.scanning import outputs, trust
-from gradshield.scanning.decide import Decision, decide
-from gradshield.scanning.parcel import Origin
-from gradshield.scanning.preparing import Scored, categories, scored_model
+from gradshield.scanning.decide import Decision, Selection, decide
+from gradshield.scanning.preparing import Scored, scored_model
 from gradshield.scanning.rows import Prepared, prepare
-from gradshield.scanning.scoring import score
-from gradshield.scanning.selection import Selection
+from gradshield.scanning.scoring import categories, score
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.scanning.workers import Workers
 from gradshield.selectors import Fihs
@@ -139,7 +137,7 @@ def select(
     loaded = rows.loaded
     with (
         scored_model(loaded, settings, peft_config) as (model, targets, adapter),
-        workers.open(Origin(loaded, model, adapter, settings.seed)) as hands,
+        workers.open(loaded, model, adapter, settings.seed) as hands,
     ):
         scored = score(model, rows, settings, probing, targets, output, progress, hands)
         decision = decide(scored.scores, settings.make_threshold(), allow)

@@ -29,8 +29,7 @@ from gradshield.options import asked
 from gradshield.runs import digest, versions
 from gradshield.scanning.decide import PREFERENCE, Decision, caught_and_lost, decide, reviewed
 from gradshield.scanning.outputs import words
-from gradshield.scanning.preparing import Scored, asked_of, scored_model, weights_changed
-from gradshield.scanning.references import refusals
+from gradshield.scanning.preparing import Scored, asked_of, refusals, scored_model, weights_changed
 from gradshield.scanning.rows import Prepared, load, prepare
 from gradshield.scanning.scoring import score
 from gradshield.scanning.settings import Probing, ScanSettings, peft_config

@@ -43,10 +43,9 @@ from gradshield.manifests import (
 from gradshield.probes import requests
 from gradshield.runs import CERTIFICATE, alone
 from gradshield.scanning import outputs, trust
-from gradshield.scanning.decide import Decision
+from gradshield.scanning.decide import Decision, Selection
 from gradshield.scanning.rows import prepare
 from gradshield.scanning.scan import select, selected
-from gradshield.scanning.selection import Selection
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.training import arms
 from gradshield.training.arms import Arms
