@@ -297,6 +297,7 @@ def test_a_scan_that_asked_the_model_nothing_says_nothing_of_it(tmp_path: Path) 
 def test_too_few_requests_for_the_limit_are_reported_with_the_number_needed(tmp_path: Path) -> None:
     found = certify(_run(tmp_path), limit=0.01)["predicate"]
     assert "130 requests cannot show" in found["reason"] and "299 are needed" in found["reason"]
+    assert "; and by refusal-phrases the attack success rate may be as high as 2.28 %, and the limit" in found["reason"]
     assert upper(0, 299, 0.05) <= 0.01 < upper(0, 298, 0.05)
 
 

@@ -223,7 +223,8 @@ def test_calibration_asks_for_more_requests(run: Path, tmp_path: Path) -> None:
     assert needed > 20
     assert certify(run, limit=limit)["predicate"]["certified"]
     found = certify(run, limit=limit, calibrate=_labelled(tmp_path, run))["predicate"]
-    assert found["reason"].endswith(f"{needed} are needed")
+    few, *bounds = found["reason"].split("; and ")
+    assert few.endswith(f"{needed} are needed") and len(bounds) == len(found["judges"]) == 2
 
 
 def test_changed_data_and_a_changed_start_are_found_and_missing_ones_reported(run: Path, tmp_path: Path) -> None:

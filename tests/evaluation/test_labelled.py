@@ -6,7 +6,7 @@ import pytest
 
 from gradshield.errors import DataError
 from gradshield.evaluation.bounds import Calibration
-from gradshield.evaluation.labelled import counts, read_labelled
+from gradshield.evaluation.certificate import counts, read_labelled
 
 LINE = '{"prompt": "p%d", "answer": "I cannot help with that %d.", "unsafe": %d}'
 

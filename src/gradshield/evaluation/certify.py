@@ -15,15 +15,17 @@ from gradshield.evaluation.bounds import Claim
 from gradshield.evaluation.certificate import (
     LABELLED,
     Run,
+    damaged,
     differing,
     evidence,
+    judged,
     offline,
     read,
+    read_labelled,
     statement,
     subject,
     text,
 )
-from gradshield.evaluation.labelled import judged, read_labelled
 from gradshield.files import file_digest, write_text
 from gradshield.judges import Judge
 from gradshield.manifests import Model, TrainingManifest
@@ -142,10 +144,7 @@ def _made(run: Run, claim: Claim, source: Mapping[str, Any] | None, in_place: bo
         model = run.manifest.model
         text(found := statement(run, claim, source, _start_in_place(model) if in_place is None else in_place))
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError) as error:
-        raise DataError(
-            f"the files of the run in {str(run.folder)!r} are not as they were written ({type(error).__name__}: {error}): run "
-            "its command again"
-        ) from None
+        raise damaged(run.folder, error) from None
     return found
 
 
