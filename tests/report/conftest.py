@@ -105,18 +105,16 @@ def make_scan(
     )  # fmt: skip
     scores = Scores(np.arange(n), ids or tuple(f"{i:016x}" for i in range(n)), values, shapes, decoys)
     selection = Selection(
-        scores,
-        removed,
-        categories,
         cuts,
-        quarantined,
+        removed,
         cleared,
-        (),
-        (),
-        lambda: None,
-        manifest,
-        np.arange(n) + 1,
-        ("",) * n,
+        scores=scores,
+        categories=categories,
+        quarantined=quarantined,
+        keep=lambda: None,
+        manifest=manifest,
+        lines=np.arange(n) + 1,
+        files=("",) * n,
     )
     return Scanned(selection, views or {}, labels)
 
