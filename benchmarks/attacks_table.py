@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.tasks import outputs_rate
 from gradshield import files, runs
-from gradshield.report.markdown import code, plain
+from gradshield.report.text import code, plain
 
 Results = Mapping[str, Any]
 HEAD = (

@@ -12,8 +12,7 @@ from benchmarks.directions import breaking_steps
 from gradshield.evaluation.landscape import Landscape
 from gradshield.report import sheet
 from gradshield.report.draw import STYLES, Chart, axis_style, banded, base_layout, limit_line, percent_axis, worded
-from gradshield.report.frame import Status
-from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
+from gradshield.report.sheet import Entry, Section, Sheet, Status, Table, rate_entry
 from gradshield.report.text import MISSING, chart_text, number, percent
 from gradshield.thresholds.verified import TARGET
 

@@ -22,7 +22,7 @@ import yaml
 
 from gradshield import files
 from gradshield.comparison.grid import CellResult, Comparison
-from gradshield.comparison.markdown import markdown
+from gradshield.comparison.page import markdown
 from gradshield.evaluation.exam import exam, figures
 from gradshield.manifests import Figures
 from gradshield.models.loading import load

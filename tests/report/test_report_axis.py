@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gradshield.scanning.page_axis import make_axis
+from gradshield.scanning.page_charts import make_axis
 
 RNG = np.random.default_rng(0)
 SCORES = {

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradshield.comparison import markdown as results
 from gradshield.comparison import outcome
 from gradshield.comparison import page as compared
 from gradshield.comparison.grid import CellResult
@@ -110,7 +109,7 @@ def square(markdown: str, defence: str) -> str:
 
 
 def test_the_markdown_says_the_pooled_figures_of_each_judge() -> None:
-    text = results.markdown(
+    text = compared.markdown(
         comparison([make_cell("screen", 0, 2, 20), make_cell("screen", 1, 6, 60), make_cell("none", 0, 180)])
     )
     low, high = slow_wilson(8, 400)
@@ -136,7 +135,7 @@ def test_a_rival_that_is_safer_is_named_and_one_that_is_not_is_not() -> None:
     assert {(win.rival, win.judge) for win in wins} == {
         ("better", "refusal-phrases"), ("better", "lab-classifier"), ("useful", None)
     }  # fmt: skip
-    text = results.markdown(comparison(cells))
+    text = compared.markdown(comparison(cells))
     assert "| ASR, refusal-phrases | 0.0 \\[0.0, 1.9\\] % | 10.0 \\[6.6, 14.9\\] % | clear |" in text
     assert "| utility | 95.0" in text
     assert "within the intervals" in text
@@ -161,14 +160,14 @@ FAILURE = "every row scored above the cut: choose another cut"
 def test_failed_missing_and_empty() -> None:
     bare = CellResult(task="t", harm="own", ratio=0.0, seed=0, defence="asft", seconds=1.0)
     failed = bare.model_copy(update={"defence": "loss", "failed": FAILURE})
-    text = results.markdown(comparison([make_cell("screen"), bare, failed]))
+    text = compared.markdown(comparison([make_cell("screen"), bare, failed]))
     assert "| `loss` | failed |" in text
     assert FAILURE in text
     assert "| `asft` | – / – · – |" in text
     page = sheet.render(compared.page(comparison([make_cell("screen"), bare, failed])))
     assert FAILURE in shown(page)
     for whole in (comparison([]), comparison([bare]), comparison([failed])):
-        assert results.markdown(whole)
+        assert compared.markdown(whole)
         assert_tame(sheet.render(compared.page(whole)))
 
 
@@ -187,7 +186,7 @@ def test_searches_come_with_their_rounds_and_those_that_met_nothing_first() -> N
         make_cell("screen:verified", 0, verified=verified(True, 3)),
         make_cell("screen:verified", 1, verified=verified(False, 5)),
     ]
-    text = results.markdown(comparison(cells))
+    text = compared.markdown(comparison(cells))
     assert "1 of 2 searches met both targets." in text
     assert text.index("sentence of 5") < text.index("sentence of 3")
     page = sheet.render(compared.page(comparison(cells)))
@@ -214,7 +213,7 @@ def test_hostile_names_are_only_text() -> None:
     }  # fmt: skip
     whole = comparison(cells, command=EVIL, versions={EVIL: EVIL}, defences={EVIL: EVIL}, config=config)
     assert_tame(sheet.render(compared.page(whole)))
-    text = results.markdown(whole)
+    text = compared.markdown(whole)
     assert "\u202e" not in text
     outside = re.sub(r"(?<!\\)`[^`]*`", "", text)  # an escaped backtick begins no code
     assert "<script" not in outside
@@ -234,7 +233,7 @@ def test_two_thousand_cells_stay_readable() -> None:
     ]  # fmt: skip
     assert len(cells) == 2000
     whole = comparison(cells)
-    text = results.markdown(whole)
+    text = compared.markdown(whole)
     assert len(text) < 200_000
     assert "t4" in text
     page = sheet.render(compared.page(whole))
@@ -294,7 +293,7 @@ def test_a_grid_on_which_nothing_was_learned_or_finished_is_no_pass() -> None:
     assert found.tone == "warn"
     assert found.facts == ("1 of 2 screen cells failed and are not counted.",)
     assert "that finished" in found.standing
-    text = results.markdown(comparison([make_cell("screen", **useless), none.model_copy(update=useless)]))
+    text = compared.markdown(comparison([make_cell("screen", **useless), none.model_copy(update=useless)]))
     assert "- Caution: No model learned its task" in text
     assert "**Every screen cell is at 6 % or below, but read the cautions.**" in text
 
@@ -323,7 +322,7 @@ def test_the_training_is_described_on_the_page_and_in_the_markdown() -> None:
         "Utility": "news by the metric of its rows; at most 50 rows of each", "Rows trained on": "910",
     }  # fmt: skip
     assert made.items() >= wanted.items()
-    text = results.markdown(whole)
+    text = compared.markdown(whole)
     for name, value in wanted.items():
         assert f"- {name}: {value}\n" in text
     where = {"model": "a/../../models/mine", "base": "b/../base", "requests": {"report": "a/b/../asked.jsonl"}}
@@ -357,7 +356,7 @@ def test_every_defence_has_its_mark_and_the_target_is_on_the_chart() -> None:
 
 
 def test_costs_that_are_shared_stand_in_no_table() -> None:
-    text = results.markdown(comparison([make_cell("screen"), make_cell("other")]))
+    text = compared.markdown(comparison([make_cell("screen"), make_cell("other")]))
     assert "seconds" not in text
     assert "| Cells compared |" in text.replace("| Rival ", "")
     page = shown(sheet.render(compared.page(comparison([make_cell("screen"), make_cell("other")]))))

@@ -9,7 +9,7 @@ import pytest
 from gradshield.manifests import SequenceRecord, StageRecord
 from gradshield.report import sheet
 from gradshield.stats import wilson
-from gradshield.training import page_sequence
+from gradshield.training.page import sequence_page
 from tests.report.pages import EVIL, MODEL, SETTINGS, assert_tame, shown, specs
 
 MEASURES = {
@@ -34,7 +34,7 @@ def run(*stages: StageRecord, measures: dict[str, list[float | None]] = MEASURES
         "tasks": ["news", "sums"], "stages": stages or usual, "unmet": [], "measures": measures, "settings": SETTINGS,
         "model": MODEL, "command": "gradshield train a b", "versions": {"gradshield": "1"},
     }  # fmt: skip
-    return page_sequence.page(SequenceRecord.model_validate(found | more))
+    return sequence_page(SequenceRecord.model_validate(found | more))
 
 
 @pytest.mark.parametrize(("last", "tone"), [(4, "pass"), (12, "pass"), (13, "fail"), (90, "fail")])

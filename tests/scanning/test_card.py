@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import gradshield as gs
-from gradshield.report.markdown import BEGIN, END, put_section
+from gradshield.report.text import BEGIN, END, put_section
 from tests.common import chats, jsonl, scan, write
 
 

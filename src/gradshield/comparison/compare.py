@@ -298,7 +298,6 @@ def _recipes(config: Config, cells: Sequence[CellResult]) -> dict[str, Any]:
 def _write(config: Config, cells: Sequence[CellResult], folder: Path, command: str, seconds: float) -> Comparison:
     """Write the table, the page and, last, ``results.json``."""
     from gradshield.comparison import page
-    from gradshield.comparison.markdown import markdown
 
     whole = Comparison(
         command=command,
@@ -316,7 +315,7 @@ def _write(config: Config, cells: Sequence[CellResult], folder: Path, command: s
         cells=list(cells),
     )
     runs.write_lines(folder / "cells.jsonl", cells)
-    files.write_text(folder / "results.md", markdown(whole))
+    files.write_text(folder / "results.md", page.markdown(whole))
     sheet.write(page.page(whole), folder / "results.html")
     runs.write_json(folder / "results.json", whole)
     return whole

@@ -21,7 +21,7 @@ import numpy as np
 
 from gradshield.comparison.grid import CellResult
 from gradshield.manifests import judges_of
-from gradshield.report.frame import Status
+from gradshield.report.sheet import Status
 from gradshield.report.text import MISSING
 from gradshield.stats import Difference, counted, wilson
 from gradshield.thresholds.verified import TARGET

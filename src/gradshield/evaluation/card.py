@@ -9,7 +9,7 @@ from typing import Any
 
 from gradshield.evaluation.certificate import text
 from gradshield.manifests import Figures, TrainingManifest
-from gradshield.report.markdown import BEGIN, END, code, plain, put_section
+from gradshield.report.text import BEGIN, END, code, plain, put_section
 from gradshield.runs import CERTIFICATE
 from gradshield.stats import percent
 

@@ -30,7 +30,7 @@ from gradshield.files import file_digest, write_text
 from gradshield.judges import Judge
 from gradshield.manifests import Model, TrainingManifest
 from gradshield.models.loading import files_digest
-from gradshield.report.markdown import BEGIN, END
+from gradshield.report.text import BEGIN, END
 from gradshield.runs import CERTIFICATE, alone, write_lines
 from gradshield.thresholds.verified import TARGET
 

@@ -8,8 +8,7 @@ from typing import Any
 from gradshield.evaluation.asr import attack
 from gradshield.manifests import EvaluationManifest, Figures, JudgeAgreement
 from gradshield.report.draw import Chart, axis_style, barred, base_layout, limit_line, percent_axis, worded
-from gradshield.report.frame import Status
-from gradshield.report.sheet import Entry, Section, Sheet, Table, rate_entry
+from gradshield.report.sheet import Entry, Section, Sheet, Status, Table, rate_entry
 from gradshield.report.text import chart_text, flatten, one_line, percent, shorten, visible
 from gradshield.stats import wilson
 from gradshield.thresholds.verified import TARGET

@@ -28,7 +28,8 @@ from gradshield.columns import Coded
 from gradshield.files import instead, replacing
 from gradshield.manifests import EngineCheck, FoundCut, KnownScores, Labelled, Probed, ScanResults
 from gradshield.report import sheet
-from gradshield.scanning import card, page, page_rows, trust
+from gradshield.report.text import put_section
+from gradshield.scanning import page, page_rows, trust
 from gradshield.scanning.decide import Decision, caught_and_lost
 from gradshield.stats import wilson
 from gradshield.types import Bools, Example, Ints
@@ -198,10 +199,12 @@ def _write_cut(
     parts = {f"kept{suffix}": selection.kept_rows, f"removed{suffix}": selection.removed_rows}
     rows_in.write_parts({new / name: rows for name, rows in parts.items()}, source)
     write_scores(selection, new / SCORES)
-    sheet.write(page.page(selection, folder, views, truth), new / "report.html")
+    kept = new / f"kept{suffix}"
+    card, shown = page.card(selection.manifest, kept), page.page(selection, folder, views, truth)
     if (folder / "README.md").is_file():  # kept, but for our section
         shutil.copyfile(folder / "README.md", new / "README.md")
-    card.write(new, selection.manifest, new / f"kept{suffix}")
+    put_section(new / "README.md", card, page.FRONT.format(kept=kept.name))
+    sheet.write(shown, new / "report.html")
     runs.write_json(new / runs.MANIFEST, selection.manifest)
 
 

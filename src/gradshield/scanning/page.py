@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradshield import data as rows_in
-from gradshield.manifests import LEAST_SPEARMAN, Figures, Labelled, ScanResults, judges_of
+from gradshield.files import file_digest
+from gradshield.manifests import LEAST_SPEARMAN, Figures, Labelled, ScanManifest, ScanResults, judges_of
 from gradshield.report import made
 from gradshield.report.draw import Chart
-from gradshield.report.frame import Status
-from gradshield.report.sheet import NOTHING, Entry, Section, Sheet, Table, drawn, interval, rate_entry
-from gradshield.report.text import flatten, number, one_line, percent
+from gradshield.report.sheet import NOTHING, Entry, Section, Sheet, Status, Table, drawn, interval, rate_entry
+from gradshield.report.text import BEGIN, END, code, flatten, number, one_line, percent, plain, table_row, table_rule
 from gradshield.scanning.decide import ROWS, Selection
 from gradshield.scanning.page_charts import category_chart, class_charts, score_charts
 from gradshield.scanning.page_rows import (
@@ -384,3 +384,52 @@ def _steps(results: ScanResults, folder: Path, kept: str, removed: str) -> list[
             f"Train on {folder / kept}, then measure the trained model: only that shows whether the filter worked."
         )
     return found
+
+
+# So that the hub shows the rows that stay, and not those that went.
+FRONT = "---\nconfigs:\n- config_name: default\n  data_files: {kept}\n---\n"
+VERSIONS = ("gradshield", "torch", "transformers")
+
+
+def card(manifest: ScanManifest, kept: Path) -> str:
+    """The section of a dataset's card, as Markdown; of paths only the last part, since a card is published."""
+    results, data, model = manifest.results, manifest.data, manifest.model
+    counts = f"{results.removed:,} of {results.read:,} rows removed, {results.kept:,} kept"
+    counts += f", {results.quarantined:,} set aside as unusable" if results.quarantined else ""
+    counts += f", {results.cleared:,} of the kept ones cleared by a reviewer" if results.cleared else ""
+    counts += f", {results.denied:,} of the removed ones taken out by a reviewer" if results.denied else ""
+    cuts = "; ".join(
+        f"{plain(cut.rule)}, score above {cut.value:.6g}" + (f" ({plain(name)})" if name != "rows" else "")
+        for name, cut in results.cuts.items()
+    )
+    verdict = (
+        "**Certified**: no check speaks against the scan."
+        if results.certified
+        else f"**Not certified**: {plain('; '.join(results.doubts.values()))}."
+    )
+    kinds = ", ".join(f"{plain(name)} {count:,}" for name, count in results.categories.items() if name)
+    hashes = [
+        ("input", data.name, data.sha256),
+        ("kept", kept.name, file_digest(kept)),
+        ("model", model.name, model.sha256),
+    ]
+    versions = ", ".join(f"{name} {manifest.versions[name]}" for name in VERSIONS if name in manifest.versions)
+    lines = [
+        BEGIN,
+        "## Safety screening",
+        "",
+        f"Screened with GradShield, selector {code(manifest.settings.selector)}, for rows that would make the model less safe: "
+        f"{counts}.",
+        f"Removed: {cuts or 'nothing could be cut'}.",
+        *([f"Nearest kinds of harm, a guess: {kinds}."] if kinds else []),
+        "",
+        f"{verdict} A certified scan is one whose own checks passed; no scan finds every harmful row.",
+        "",
+        table_row("", "name", "SHA-256"),
+        table_rule(3),
+        *(table_row(label, code(Path(name).name), code(digest)) for label, name, digest in hashes),
+        "",
+        f"Seed {manifest.settings.seed}; {plain(versions)}. Everything else is in `manifest.json`.",
+        END,
+    ]
+    return "\n".join(lines)

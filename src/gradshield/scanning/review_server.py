@@ -18,7 +18,7 @@ import numpy as np
 from markupsafe import Markup
 
 from gradshield.errors import GradShieldError, UsageError
-from gradshield.report.frame import asset, environment, source_hash
+from gradshield.report.sheet import asset, environment, source_hash
 from gradshield.scanning.page_rows import show_rows
 from gradshield.scanning.review import Review
 

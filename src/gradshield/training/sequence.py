@@ -208,10 +208,10 @@ def _measures(points: Sequence[StageRecord]) -> dict[str, list[float | None]]:
 
 def _write(whole: SequenceRecord, folder: Path, manifest: TrainingManifest) -> None:
     from gradshield.report import sheet
-    from gradshield.training import page_sequence as page
+    from gradshield.training.page import sequence_page
 
     runs.write_json(folder / "sequence.json", whole)
-    sheet.write(page.page(whole), folder / "report.html")
+    sheet.write(sequence_page(whole), folder / "report.html")
     runs.write_json(folder / runs.MANIFEST, manifest)
 
 

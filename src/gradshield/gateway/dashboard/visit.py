@@ -26,7 +26,7 @@ from gradshield.gateway.database import Caller, Missing
 from gradshield.gateway.edge import ApiError
 from gradshield.gateway.settings import private
 from gradshield.gateway.tables import Job, Project
-from gradshield.report import frame, sheet, text
+from gradshield.report import sheet, text
 from gradshield.stats import percent
 
 COOKIE, DOOR = "gradshield", "gradshield-door"  # of a visit, and of the log-in form alone
@@ -43,7 +43,7 @@ STATUS = {
 }
 # Plotly adds one empty style element and sets styles by script, which a policy allows.
 POLICY = (
-    f"default-src 'none'; script-src 'self'; style-src 'self' {frame.source_hash('')}; img-src data:; connect-src 'self'; "
+    f"default-src 'none'; script-src 'self'; style-src 'self' {sheet.source_hash('')}; img-src data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
@@ -105,7 +105,7 @@ class Sessions:
 @cache
 def _templates() -> Environment:
     """The report's templates and filters, with the pages'."""
-    kit = frame.environment()
+    kit = sheet.environment()
     assert kit.loader is not None
     made = kit.overlay(loader=ChoiceLoader([FileSystemLoader(TEMPLATES), kit.loader]))
     made.filters |= {"when": _when, "status": _status, "bound": _bound}
@@ -117,9 +117,9 @@ def assets() -> dict[str, tuple[str, str]]:
     """The styles and scripts, by name: media type and source."""
     css, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("dashboard.css", "dashboard.js"))
     return {
-        "dashboard.css": ("text/css", frame.asset("report.css") + css),
-        "plotly.js": ("text/javascript", frame.plotly()),
-        "report.js": ("text/javascript", frame.asset("report.js")),
+        "dashboard.css": ("text/css", sheet.asset("report.css") + css),
+        "plotly.js": ("text/javascript", sheet.plotly()),
+        "report.js": ("text/javascript", sheet.asset("report.js")),
         "dashboard.js": ("text/javascript", script),
     }
 
@@ -132,7 +132,7 @@ def _url(name: str) -> str:
 
 def page(template: str, status: int = 200, **context: Any) -> HTMLResponse:
     """A page, or a piece of one, of a template. It runs nothing but the dashboard's own scripts."""
-    kit = {"url": _url, "style_guard": frame.style_guard(), "entry": sheet.entry, "rows": sheet.ROWS}
+    kit = {"url": _url, "style_guard": sheet.style_guard(), "entry": sheet.entry, "rows": sheet.ROWS}
     charts = context.get("charts", ())
     drawn = {"charts": charts, "specs": Markup(text.script_json({chart.key: chart.spec for chart in charts}))}
     made = _templates().get_template(template).render(kit | {"visit": None, "project": ""} | drawn | context)
