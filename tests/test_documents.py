@@ -27,7 +27,7 @@ from gradshield import lab
 from gradshield.cli.app import app
 from gradshield.data import read
 from gradshield.probes import base as probes
-from gradshield.scanning.review_server import Server
+from gradshield.scanning.review import Server
 from tests.common import command, jsonl
 
 ROOT = Path(__file__).parents[1]

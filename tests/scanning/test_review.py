@@ -19,9 +19,7 @@ import pytest
 import gradshield as gs
 from gradshield import lab
 from gradshield.errors import DataError, UsageError
-from gradshield.scanning import review_server
-from gradshield.scanning.review import ALLOW, DENY, REASON, Review
-from gradshield.scanning.review_server import BODY, ROWS, Server, page
+from gradshield.scanning.review import ALLOW, BODY, DENY, REASON, ROWS, Review, Server, page
 from tests.report.pages import EVIL
 from tests.report.test_report_browser import browser  # noqa: F401
 from tests.report.test_report_browser import pytestmark as needs_browser
@@ -133,7 +131,7 @@ def test_hostile_rows_are_only_text_and_long_ones_are_cut_short(folder: Path, mo
     )
     assert html.count("<script>") == 3
     assert "This row is longer than shown here." not in html
-    monkeypatch.setattr(review_server, "BYTES", 4000)
+    monkeypatch.setattr("gradshield.scanning.review.BYTES", 4000)
     assert "This row is longer than shown here." in page(review, 0)
 
 

@@ -220,8 +220,7 @@ def review(
     deny.txt in the folder; Ctrl-C ends.
     """
     _require_scan(folder)
-    from gradshield.scanning.review import Review
-    from gradshield.scanning.review_server import Server
+    from gradshield.scanning.review import Review, Server
 
     with alone(folder):
         found = Review(folder)
