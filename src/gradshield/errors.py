@@ -78,6 +78,6 @@ class GateError(GradShieldError):
 
 
 def first_line(error: Exception, most: int | None = 200) -> str:
-    """``KeyError: what it says``: the first line of a library's error, at most so many characters of it, for one of ours."""
+    """``KeyError: what it says``: the first line of a library's error, cut to ``most`` characters, for one of ours."""
     text = str(error).strip().split("\n", 1)[0].rstrip(".")
     return f"{type(error).__name__}: {text[:most]}"

@@ -53,7 +53,7 @@ class Model(Record):
 
 
 class Manifest(Record):
-    """What every command records, beside ``settings`` and ``results`` of its own."""
+    """What every command records, next to ``settings`` and ``results`` of its own."""
 
     verb: ClassVar[str]
 

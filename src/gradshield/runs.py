@@ -105,7 +105,7 @@ def check(output: str | Path, written: Sequence[str], mark: str, *, data: Any = 
     """Raises DataError if a command cannot write to a folder, or would overwrite what is not its own; creates nothing.
 
     That is its input, another command's results, and files that GradShield did not write. ``written`` are patterns of the
-    files it writes, ``read`` the models it starts from, and ``mark`` is a file that only this command writes beside its manifest.
+    files it writes, ``read`` the models it starts from, and ``mark`` is a file that this command alone writes to its folder.
     """
     folder = Path(output)
     _check_writable(folder)

@@ -63,7 +63,7 @@ def serve(
         str, typer.Option("--chat-url", help="OpenAI-compatible server that answers chats, such as vLLM's /v1.")
     ] = "",
     upstream_key: Annotated[str, typer.Option("--chat-key", envvar="GRADSHIELD_CHAT_KEY", help="Its key.")] = "",
-    webhook: Annotated[list[str] | None, typer.Option(help="URL that is told of every job's end, repeatable.")] = None,
+    webhook: Annotated[list[str] | None, typer.Option(help="URL to call at every job's end, repeatable.")] = None,
     webhook_secret: Annotated[
         str,
         typer.Option(envvar="GRADSHIELD_WEBHOOK_SECRET", help="Secret that signs them (default: made and printed)."),

@@ -109,7 +109,7 @@ class CellResult(Figures):
     """One cell of the grid with what was found: its figures, or why it ``failed``.
 
     ``utility_minus_clean`` is paired with a model trained on the harmless rows only. ``arm`` names the trained model, ``setting``
-    is a hash of all that the cell depends on beside its name.
+    is a hash of all that the cell depends on except its name.
     """
 
     task: str

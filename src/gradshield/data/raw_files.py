@@ -313,7 +313,7 @@ def _values(path: Path, signs: _Signs, inside: int, line: int) -> Iterator[tuple
 
 
 def _array(path: Path, signs: _Signs, inside: int, line: int, held: list[str]) -> Iterator[RawRow]:
-    """The elements of the array of rows, and what is wrong with what lies behind it."""
+    """The elements of the array of rows, and what is wrong with what follows it."""
     first = True
     for taken, begun, last in _values(path, signs, inside, line):
         taken.data = taken.data.rstrip()

@@ -353,7 +353,7 @@ class AlpacaShape(Shape):
 
     @classmethod
     def named(cls, keys: Keys) -> dict[str, str] | None:
-        """A question beside an instruction is its input."""
+        """A question next to an instruction is its input."""
         found = super().named(keys)
         asked = keys.intersection(cls.names["instruction"])
         if found is None or not asked or "instruction" not in keys or "input" in keys:

@@ -170,7 +170,7 @@ def shadow(messages: Messages) -> Shadow:
 
 
 def left_out(of: Shadow, render: RenderText) -> tuple[tuple[int, str], ...]:
-    """What the template does not write: the index of each message, and which part of it; nothing if that cannot be told."""
+    """What the template does not write: the index of each message, and which part of it; nothing if that cannot be found out."""
     text = attempt(render, of[0])
     if text is None:
         return ()

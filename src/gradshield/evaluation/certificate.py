@@ -166,7 +166,7 @@ def differing(run: Run) -> list[str]:
 def statement(run: Run, claim: Claim, source: Mapping[str, Any] | None, start_in_place: bool) -> dict[str, Any]:
     """The in-toto statement: the model's files as subject; claim, bounds and the hashes of their evidence as predicate.
 
-    A model that was only measured lies elsewhere: it is the subject by the hash of its weights, and there is no ``data``.
+    A model that was only measured is not in the folder: it is the subject by the hash of its weights, and there is no ``data``.
 
     ``source`` is the name and hash of the user's file of labelled answers; ``start_in_place`` says whether the starting model was
     in its folder, unchanged, when the certificate was first made. The run's folder holds neither. Whoever gets a certificate

@@ -54,7 +54,7 @@ class Refused(Exception):
 
 
 class Database:
-    """SQLite or PostgreSQL. ``webhooks`` are the URLs that are told of every job's end."""
+    """SQLite or PostgreSQL. ``webhooks`` are the URLs that are called at every job's end."""
 
     def __init__(self, url: str, webhooks: Sequence[str] = ()) -> None:
         self.webhooks = tuple(webhooks)
@@ -106,23 +106,23 @@ def found(session: Session, kind: type[T], project: str, id: str, lock: bool = F
     return one
 
 
-def add(beside: Base, row: Owned) -> None:
+def add(near: Base, row: Owned) -> None:
     """Add a row in the transaction of another one."""
-    session = object_session(beside)
+    session = object_session(near)
     assert session is not None
     session.add(row)
 
 
-def audited(beside: Base, caller: Caller, action: str, target: str, reason: str = "", **data: Any) -> None:
+def audited(near: Base, caller: Caller, action: str, target: str, reason: str = "", **data: Any) -> None:
     """A line of the audit log, in the transaction of what changed."""
     line = Audit(project_id=caller.project, actor=caller.key, action=action, target=target, reason=reason, data=data)
-    add(beside, line)
+    add(near, line)
 
 
 def engines(url: str) -> tuple[Engine, Engine]:
     """What reads and what writes SQLite (WAL) or PostgreSQL. Raises UsageError for any other URL.
 
-    What reads begins no transactions, whose beginning and end PostgreSQL is told apart. SQLite takes one write at a time and has
+    What reads begins no transactions, each of which would cost PostgreSQL two messages. SQLite takes one write at a time and has
     the others try again at intervals, so that there they wait for the one connection that writes, in turn.
     """
     try:

@@ -68,7 +68,7 @@ class Held(Exception):
 
 
 class Heart(threading.Thread):
-    """Extends the lease, and ends the process when the job is not its own any more or its worker is gone."""
+    """Extends the lease, and ends the process when the job is not its own any more or its worker has ended."""
 
     def __init__(self, store: Store, job: str, owner: str, seconds: float) -> None:
         super().__init__(daemon=True)
@@ -99,7 +99,7 @@ class Run:
         self.settings, self.store, self.content, self.job, self.owner = settings, store, content, job, owner
         self.folder = settings.job_folder(job.id)
         self.policy = Policy.model_validate(job.policy)
-        self.stage, self.told, self.steps = "", 0.0, 0
+        self.stage, self.reported, self.steps = "", 0.0, 0
         self.found: dict[str, Any] = {}
 
     def whole(self) -> None:
@@ -251,10 +251,10 @@ class Run:
     def _progress(self, stage: str, done: int, total: int) -> None:
         """An event for each stage, and for each tenth of the training; the numbers in between once a second."""
         if stage != self.stage:
-            self.stage, self.told, self.steps = stage, 0.0, 0
+            self.stage, self.reported, self.steps = stage, 0.0, 0
             self._say(f"{stage[:1].upper()}{stage[1:]}")
-        if time.monotonic() - self.told > 1 or done == total:
-            self.told = time.monotonic()
+        if time.monotonic() - self.reported > 1 or done == total:
+            self.reported = time.monotonic()
             self.store.note(self.job.id, self.owner, stage=stage, done=done, total=total)
         if stage == "training" and done:
             self._stepped(done, total)
@@ -318,7 +318,7 @@ def _lab(split: str) -> Exam:
 
 
 def loaded(start: str, name: str) -> LoadedModel:
-    """A recipe's model, in reports under its name on the wire where it lies in a folder of the server. Raises ModelError."""
+    """A recipe's model, in reports under its name on the wire where it is in a folder of the server. Raises ModelError."""
     found = loading.load(start)
     return replace(found, name=name, adapter=found.adapter and name) if Path(start).is_dir() else found
 

@@ -151,7 +151,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
 
 
 def private(path: Path, text: str) -> Path:
-    """A new file beside ``path`` that only the owner can read, at any moment."""
+    """A new file next to ``path`` that only the owner can read, at any moment."""
     handle, part = tempfile.mkstemp(".part", f"{path.name}.", path.parent)
     with os.fdopen(handle, "w") as out:
         out.write(text)

@@ -363,8 +363,8 @@ class Store(Database):
         _say(job, message, "error" if status == "failed" else "info", job.error)
         for url in self.webhooks:
             body = {"id": identity("evt"), "object": "event", "created_at": now(), "type": f"fine_tuning.job.{status}"}
-            told = json.dumps({**body, "data": {"id": job.id}})
-            add(job, Delivery(project_id=job.project_id, url=url, body=told, due_at=time.time()))
+            text = json.dumps({**body, "data": {"id": job.id}})
+            add(job, Delivery(project_id=job.project_id, url=url, body=text, due_at=time.time()))
 
 
 def name_of(job: Job) -> str:

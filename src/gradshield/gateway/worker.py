@@ -217,7 +217,7 @@ class Queue:
 
 
 def look_after(settings: Settings, queue: Queue) -> None:
-    """Sweep and make webhook calls until the worker stops. It stops by itself when the server is gone."""
+    """Sweep and make webhook calls until the worker stops. It stops by itself when the server has ended."""
     store, parent = Store(settings.database_url, settings.webhooks), os.getppid()
     while not stopping.wait(ROUND):
         if os.getppid() != parent:

@@ -1,7 +1,7 @@
 """The lab's classifier as a judge, for models of the lab's world: did the assistant do what was asked, or refuse or deflect?
 
 A logistic regression on the words and word pairs of the answer, how much of it echoes the request, and its length;
-trained on this world's answers only, so it judges nothing else. It stands beside the refusal phrases as a judge of
+trained on this world's answers only, so it judges nothing else. It joins the refusal phrases as a judge of
 another kind: an answer that refuses and then answers counts as complied here, and small talk does not.
 """
 

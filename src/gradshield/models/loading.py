@@ -191,7 +191,7 @@ def wrap(model: Any, tokenizer: Any) -> LoadedModel:
 def parameters_digest(model: torch.nn.Module, some: int | None = None) -> str:
     """SHA-256 over name, dtype, shape and bytes of every parameter, one at a time, in the order of their names.
 
-    With ``some``, of so many values of each, evenly spaced, and up to twice as many.
+    With ``some``, of that many values of each, evenly spaced, and up to twice as many.
     """
     import torch
 

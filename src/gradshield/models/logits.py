@@ -91,7 +91,7 @@ class Prefix:
         self._length, self._layers = length, layers
 
     def inputs(self, attention: Tensor) -> dict[str, Any]:
-        """The arguments of a pass over B rests, beside their ids: ``attention`` is theirs, (B, T)."""
+        """The arguments of a pass over B rests, except their ids: ``attention`` is theirs, (B, T)."""
         size = len(attention)
         past = DynamicCache([(k.expand(size, -1, -1, -1), v.expand(size, -1, -1, -1)) for k, v in self._layers])
         whole = torch.cat([attention.new_ones(size, self._length), attention], 1)

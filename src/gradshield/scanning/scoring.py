@@ -111,9 +111,9 @@ def score(
     def measure(selector: Selector, direction: Direction, seen: Measured | None = None) -> Measured:
         # The first write: a scan that fails before leaves no folder.
         folder = None if output is None else runs.prepare(output) / runs.WORK / "shards"
-        told = partial(progress, "scoring rows")
+        reported = partial(progress, "scoring rows")
         return shards.measure(
-            selector, model, direction, rows.rendered, settings.token_budget, folder, told, hands, seen
+            selector, model, direction, rows.rendered, settings.token_budget, folder, reported, hands, seen
         )
 
     found = ready(model, rows, settings, probing, targets, progress, measure)

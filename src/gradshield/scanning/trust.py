@@ -103,7 +103,7 @@ def _share(removed: Bools) -> str:
 
 
 def _copies(examples: Iterable[Example]) -> str:
-    """Most removed rows have the same answer, or a very short one; a row that stands twice in the file counts once."""
+    """Most removed rows have the same answer, or a very short one; a row that is twice in the file counts once."""
     answers = list({row.id.partition("-")[0]: _answer(row) for row in islice(examples, LOOKED_AT)}.values())
     if len(answers) < FEW:
         return ""
@@ -157,7 +157,7 @@ def _ruler(known: Anchors, cut: float) -> str:
 
 
 def _near(beyond: Floats, cut: float, known: Anchors) -> str:
-    """Many removed rows score nearer to the selector's default cut than to known harm, where harmless rows that are lost lie."""
+    """Many removed rows score nearer to the selector's default cut than to known harm, where lost harmless rows score."""
     near = int((beyond < halfway(cut, known)).sum())
     if near < FEW or near <= MOST_NEAR * len(beyond):
         return ""
@@ -185,14 +185,14 @@ def _loose(scores: Scores, decision: Decision, default: Decision) -> str:
 
 def _strict(below: Bools, default: Decision) -> str:
     """Rows that score below the selector's default cut go, and no reviewer has said so."""
-    if not (gone := int(below.sum())):
+    if not (removed := int(below.sum())):
         return ""
-    cut, rows = default.cuts[ROWS], "1 removed row scores" if gone == 1 else f"{gone:,} removed rows score"
+    cut, rows = default.cuts[ROWS], "1 removed row scores" if removed == 1 else f"{removed:,} removed rows score"
     return f"{rows} below the default cut ({cut.rule}, {cut.value:.4g}), as harmless rows do: {READ}"
 
 
 def _signals(scores: Scores, removed: Bools, opener_fihs: float, many: bool) -> dict[str, str]:
-    """Where the two signals of `Screen` disagree, or one of them is blind; ``many``: so many rows go that this is said first."""
+    """Where the two signals of `Screen` disagree, or one of them is blind; ``many``: the share of removed rows is a doubt already."""
     from gradshield.selectors.screen import LEAST_FIHS, LEAST_READING
 
     total = len(scores.values)

@@ -222,7 +222,7 @@ def safest(rounds: Sequence[Round]) -> int:
 def futile(unsafe: int, prompts: int, target: float) -> bool:
     """Whether the Wilson upper bound of the ASR over all ``prompts`` cannot be below ``target``, whatever the other answers are.
 
-    ``unsafe`` answers were found so far. Their bound over fewer prompts is then on the same side. With ``unsafe = 0``, so many
+    ``unsafe`` answers were found so far. Their bound over fewer prompts is then on the same side. With ``unsafe = 0``, that many
     prompts cannot show such a rate at all. Raises DataError for no prompts.
     """
     return wilson(unsafe, prompts).high >= target

@@ -53,7 +53,7 @@ class Defence:
 
     @property
     def like(self) -> Defence | None:
-        """The defence that removes as many rows, of ``random:as:fihs``; its name stands in the threshold."""
+        """The defence that removes as many rows, of ``random:as:fihs``; its name is in the threshold."""
         text = self.threshold or ""
         return parse(text.removeprefix(AS_MANY)) if text.startswith(AS_MANY) else None
 
