@@ -192,7 +192,7 @@ def _strict(below: Bools, default: Decision) -> str:
 
 
 def _signals(scores: Scores, removed: Bools, opener_fihs: float, many: bool) -> dict[str, str]:
-    """Where the two signals of `Screen` disagree, or one of them is blind; ``many``: the share of removed rows is a doubt already."""
+    """Where the two signals of `Screen` disagree, or one is blind; ``many``: the share removed is a doubt already."""
     from gradshield.selectors.screen import LEAST_FIHS, LEAST_READING
 
     total = len(scores.values)
