@@ -46,6 +46,9 @@ def test_json_files_that_hold_lines_bad_rows_or_junk(tmp_path: Path) -> None:
     result = read(_file(tmp_path, b'[{"text": "a"},\n\n"x",\n{"text": "\xff"}, {"text": "\0"}]'))
     assert [(bad.row, bad.line) for bad in result.quarantined] == [(1, 3), (2, 4), (3, 4)]
     assert [bad.source for bad in result.quarantined] == [b'"x"', b'{"text": "\xff"}', b'{"text": "\0"}']
+    stray = b'{\n"text": "a"}\n}\n' + b'{\n"text": "b"}\n' * 2
+    result = read(_file(tmp_path, stray))  # no row after a bracket too many is lost without a word
+    assert len(result.examples) == 1 and result.quarantined[-1].line == 7
     for content in (b'[{"text": "a"}, {]', b'[{"text": "a"}', b"[" * 100_000, b"5", b'{"data": 5', b""):
         with pytest.raises(DataError) as raised:
             read(_file(tmp_path, content))

@@ -579,6 +579,7 @@ def test_a_bad_row_of_a_shard_names_its_file(tmp_path: Path) -> None:
         (lambda d: _bytes("a.csv", b"text\nx\n")(_bytes("b.jsonl", b"{}")(d).parent).parent, "files of several kinds"),
         (lambda d: _bytes("scores.parquet", b"")(d).parent, "the folder of a finished scan"),
         (lambda d: _bytes("a.csv", b"text\nx\n")(_bytes("b.csv", b"text,n\nx,1\n")(d).parent).parent, "with the same columns"),
+        (lambda d: _bytes("a.csv", b"text,n\nx,1\n")(_bytes("b.csv", b"text;n\n")(d).parent).parent, "with the same columns"),
         (lambda d: _bytes("state.json", b"{}")(d).parent, "cannot be read as a saved dataset"),
         (lambda d: _text("d.json", '[{"text": "a"}]\n[{"text": "b"}]')(d), "more behind the end of its rows"),
         (lambda d: _text("d.json", '{"data": [{"text": "a"}]} {"data": [{"text": "b"}]}')(d), "more behind the end of its rows"),

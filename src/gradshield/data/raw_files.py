@@ -224,7 +224,8 @@ def _csv(path: Path, kind: str, stream: BinaryIO, mark: bytes) -> _Opened:
     if len(set(columns)) < len(columns):
         raise FormatError(f"{path} names a column twice in its header ({', '.join(columns)}): rename one of them")
     parse = partial(csv_value, columns, delimiter)
-    return _Opened(kind, stream, _csv_records(lines, reader, parse), parse, mark + header.source, columns)
+    records = _csv_records(lines, reader, parse)
+    return _Opened(kind, stream, records, parse, mark + header.source, (delimiter, columns))
 
 
 def _csv_records(lines: Lines, reader: Iterator[list[str]], parse: Parse) -> Iterator[RawRow]:
@@ -294,7 +295,7 @@ def _values(path: Path, signs: _Signs, inside: int, line: int) -> Iterator[tuple
             before = before.lstrip()
             begun = line - before.count(b"\n")
         taken.add(before)
-        last = depth < inside
+        last = depth < inside > 0
         border = last or (sign == b"," and depth == inside > 0)
         if not border:
             taken.add(sign)

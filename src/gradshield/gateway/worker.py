@@ -93,9 +93,7 @@ def here(arguments: Sequence[str]) -> int:
     with subprocess.Popen([sys.executable, *arguments], stdin=subprocess.DEVNULL) as process:
         try:
             while process.poll() is None and not stopping.is_set():
-                time.sleep(
-                    0.2
-                )  # a cancelled task of Ray's is interrupted between two looks, not while it waits for a lock
+                time.sleep(0.2)  # Ray interrupts a cancelled task between two looks, not while it waits for a lock
         finally:
             process.terminate()
     return int(process.returncode)
