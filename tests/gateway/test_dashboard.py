@@ -207,7 +207,9 @@ def test_the_log_in_page_says_what_the_server_says_and_leaves_a_visit_alone(desk
 
 
 def test_logging_out_ends_the_visit(desk: Desk) -> None:
-    assert desk.post("/logout").headers["location"] == "/login"
+    left = desk.post("/logout")
+    assert left.headers["location"] == "/login"
+    assert left.headers["cache-control"] == "no-store" and "content-security-policy" in left.headers
     assert desk.client.get("/").status_code == 303
 
 

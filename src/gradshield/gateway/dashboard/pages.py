@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import Query
-from fastapi.responses import FileResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, Response
 from jinja2.filters import do_filesizeformat as size
 from starlette.datastructures import FormData
 
@@ -24,7 +24,7 @@ from gradshield.columns import Coded
 from gradshield.errors import GradShieldError
 from gradshield.evaluation.page import compared
 from gradshield.gateway.content import RESULTS, certificate, results
-from gradshield.gateway.dashboard.visit import HEADERS, Form, Visit, Visiting, field_text, page
+from gradshield.gateway.dashboard.visit import HEADERS, Form, Visit, Visiting, field_text, page, redirect
 from gradshield.gateway.dashboard.visit import router as router
 from gradshield.gateway.database import Missing, Page, Refused
 from gradshield.gateway.store import ACTIVE, ENDED, UNSAFE, name_of
@@ -139,7 +139,7 @@ def decide(id: str, visit: Visiting, form: Form) -> Response:
             store.release_model(visit.caller, id, name_of(found), asked.reason)
     except Refused as error:
         return _job(visit, visit.get(id), replace(asked, problem=str(error)))
-    return RedirectResponse(f"/jobs/{id}", 303)
+    return redirect(f"/jobs/{id}")
 
 
 def _job(visit: Visit, job: Job, asked: Asked) -> Response:
@@ -215,7 +215,7 @@ def delete_model(visit: Visiting, form: Form) -> Response:
     name = field_text(form, "model")
     visit.gateway.store.delete_model(visit.caller, name)
     visit.gateway.chats.forget(name)
-    return RedirectResponse("/models", 303)
+    return redirect("/models")
 
 
 @router.get("/health")

@@ -139,6 +139,11 @@ def page(template: str, status: int = 200, **context: Any) -> HTMLResponse:
     return HTMLResponse(made.encode("utf-8", "replace"), status, HEADERS)
 
 
+def redirect(where: str) -> Response:
+    """To another page, with the headers of every page: it may carry the session's cookie."""
+    return RedirectResponse(where, 303, HEADERS)
+
+
 def _when(seconds: float | None) -> Markup:
     """A time for people and for machines."""
     if seconds is None:
@@ -252,11 +257,11 @@ def enter(request: Request, form: Form) -> Response:
     if caller.role != "operator":
         return _door(request, "This key is a user's: make an operator's with gradshield keys create --role operator.")
     sessions: Sessions = request.app.state.sessions
-    return sessions.give(request, RedirectResponse("/", 303), sessions.new(caller.key))
+    return sessions.give(request, redirect("/"), sessions.new(caller.key))
 
 
 @router.post("/logout")
 def leave(_form: Form) -> Response:
-    response = RedirectResponse("/login", 303)
+    response = redirect("/login")
     response.delete_cookie(COOKIE, httponly=True, samesite="strict")
     return response
