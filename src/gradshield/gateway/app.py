@@ -44,7 +44,9 @@ def create_app(settings: Settings, send: Callable[[str], None] | None = None) ->
         raise UsageError(f"the folder {folder!r} cannot be made ({error.strerror}): give another --folder") from None
     send = send or Queue(settings).send
     store = Store(settings.database_url, settings.webhooks).migrate()
-    gateway = api.Gateway(settings, store, Content(settings.files_url), send, Chats(settings))
+    content = Content(settings.files_url)
+    content.sweep()
+    gateway = api.Gateway(settings, store, content, send, Chats(settings))
     jobs = Gauge("gradshield_jobs", "Jobs by status.", ("status",), registry=gateway.registry)
 
     @asynccontextmanager

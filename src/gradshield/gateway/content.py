@@ -33,8 +33,6 @@ class Content:
         self.fs, self.root = fsspec.url_to_fs(url)
         self.local = isinstance(self.fs, LocalFileSystem)
         self.fs.makedirs(self.root, exist_ok=True)
-        if self.local:  # what killed processes left of contents
-            files.sweep(Path(self.root), ABANDONED)
 
     def keep(self, id: str, source: IO[bytes]) -> tuple[int, str]:
         """Store a content under an id: its bytes and SHA-256. After an error nothing is there. Raises OSError."""
@@ -50,6 +48,11 @@ class Content:
             self._remove(part)
             raise
         return done
+
+    def sweep(self) -> None:
+        """Delete what killed processes left of contents a day ago or earlier, where files are local."""
+        if self.local:
+            files.sweep(Path(self.root), ABANDONED)
 
     def read(self, id: str) -> Iterator[bytes]:
         """A content in blocks. Raises FileNotFoundError before the first one."""

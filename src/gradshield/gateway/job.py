@@ -113,7 +113,8 @@ class Run:
                 self._say("Files validated, moving job to queued state", status="queued")
             began = "resumed" if self.job.attempt > 1 else "started"
             self._say(f"Fine-tuning job {began}", status="running")
-            self._served(self._trained(str(rows), validation))
+            assert rows is not None  # every job has a training file
+            self._served(self._trained(rows, validation))
 
     def _file(self, param: str) -> str | None:
         """The name of a file of the job, in its folder. Raises Stopped if it was deleted, or its rows cannot be used."""

@@ -99,12 +99,15 @@ class Store(Database):
 
     def caller(self, secret: str) -> Caller | None:
         """Who has this key; None if nobody has."""
-        return self.caller_with(hashed(secret), _HASH)
+        return self._caller(_HASH, hashed(secret))
 
-    def caller_with(self, key: str, wanted: Select[str, str, str] = _ID) -> Caller | None:
+    def caller_with(self, key: str) -> Caller | None:
         """Who has the key with this id; None if it was revoked."""
+        return self._caller(_ID, key)
+
+    def _caller(self, wanted: Select[str, str, str], value: str) -> Caller | None:
         with self.reader.connect() as connection:  # of every request, so without the objects and their session
-            row = connection.execute(wanted, {"value": key}).first()
+            row = connection.execute(wanted, {"value": value}).first()
         return None if row is None else Caller(*row)
 
     def audits(self, project: str, limit: int = 100, before: int | None = None) -> list[Audit]:

@@ -252,16 +252,19 @@ def signature(secret: str, id: str, timestamp: int, body: str) -> str:
 
 def deliver(settings: Settings, store: Store) -> None:
     """Make every call that is due. One that fails is made again later."""
-    for one in store.due():
-        again, error = None, _called(settings, one)
-        if error is not None:
-            log.warning("a webhook call failed", url=one.url, attempt=one.attempt, error=error)
-            if one.attempt < ATTEMPTS:
-                again = time.time() + min(DAY, FIRST * 4 ** (one.attempt - 1))
-        store.called(one.id, error, again)
+    if not (due := store.due()):
+        return
+    with httpx2.Client(timeout=10, follow_redirects=False) as client:
+        for one in due:
+            again, error = None, _called(client, settings, one)
+            if error is not None:
+                log.warning("a webhook call failed", url=one.url, attempt=one.attempt, error=error)
+                if one.attempt < ATTEMPTS:
+                    again = time.time() + min(DAY, FIRST * 4 ** (one.attempt - 1))
+            store.called(one.id, error, again)
 
 
-def _called(settings: Settings, one: Delivery) -> str | None:
+def _called(client: httpx2.Client, settings: Settings, one: Delivery) -> str | None:
     """One call; what went wrong. The id stays the same over the attempts, so that the receiving end knows a repetition."""
     now = int(time.time())
     headers = {
@@ -271,7 +274,7 @@ def _called(settings: Settings, one: Delivery) -> str | None:
         "webhook-signature": signature(settings.webhook_secret.get_secret_value(), one.id, now, one.body),
     }
     try:
-        response = httpx2.post(one.url, content=one.body.encode(), headers=headers, timeout=10, follow_redirects=False)
+        response = client.post(one.url, content=one.body.encode(), headers=headers)
     except httpx2.HTTPError as error:
         return type(error).__name__
     return None if response.is_success else f"status {response.status_code}"
