@@ -154,16 +154,18 @@ class Actor:
         self.number = 0
 
     def measure(
-        self, parcel: np.ndarray, device: str, threads: int, number: int, order: np.ndarray, rows: Sequence[Rendered]
+        self, parcel: list[Any], device: str, threads: int, number: int, order: np.ndarray, rows: Sequence[Rendered]
     ) -> Measured:
         """Measure one shard with the selector, direction and token budget in ``order``, the same for equal ``number``.
 
-        The first call loads the model. Raises like `Parcel.open`.
+        ``parcel`` holds a reference, so that only the first call, which loads the model, fetches it. Raises like `Parcel.open`.
         """
         if self.model is None:
             keep_freed_memory()
             torch.set_num_threads(threads)
-            found: Parcel = unpacked(parcel, device)
+            import ray
+
+            found: Parcel = unpacked(ray.get(parcel[0]), device)
             self.model = self.kept.enter_context(found.open(device))
         if number != self.number:
             self.job = None  # its direction may be as large as the model
@@ -193,10 +195,11 @@ class _Crew:
         self.jobs += 1
         for shard in missing:
             if order is None:
-                self.parcel = self.parcel or self._put(packed(self.pack()))
+                # A selector that cannot travel is refused before the model, which may be large, is hashed and packed.
                 order = self._put(packed((bare(job.selector), job.direction, job.token_budget)))
+                self.parcel = self.parcel or self._put(packed(self.pack()))
             actor = self.free.pop() if self.free else self.new()
-            given = (self.parcel, self.device, self.threads, self.jobs, order, shard[1])
+            given = ([self.parcel], self.device, self.threads, self.jobs, order, shard[1])
             self.tasks[actor.measure.remote(*given)] = actor, shard
             if len(self.tasks) == self.count:
                 yield self._next()
