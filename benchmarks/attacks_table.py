@@ -180,9 +180,9 @@ def markdown(results: Results) -> str:
             for recipe, arm in results["unattacked_recipes"].items()
         )
         + "\n",
-        f"The defences: {_defences(results)}. What an attack is aimed at beside these stands with it, and with `plain` for "
-        "comparison. A set of kept rows is trained once; where a defence was not trained and no equal set was, its ASR is left "
-        "open.\n\n",
+        f"The defences: {_defences(results)}. A defence that one attack is aimed at is in the lines of that attack, and of "
+        "`plain` for comparison. A set of kept rows is trained once; where a defence was not trained and no equal set was, its "
+        "ASR is left open.\n\n",
         HEAD.format(judges=" | ".join(f"ASR, {judge}" for judge in judges), bars="---|" * len(judges)),
         *(_line(cell, judges, results) for cell in results["cells"]),
         "\n## The attacks\n\n| attack | what it does |\n|---|---|\n",

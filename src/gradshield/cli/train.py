@@ -212,9 +212,8 @@ def demo(
 
     from gradshield.comparison.demo import run
 
-    torch.set_num_threads(
-        1
-    )  # a second one saves nothing on so small a model, and on a busy machine the two wait for each other
+    # A second thread saves nothing on so small a model, and on a busy machine the two wait for each other.
+    torch.set_num_threads(1)
     out.print("[dim]one scan, two trainings, three measurements: about a minute[/dim]")
     with progress() as report:
         result = run(output, task, harm, amount, seed, command_line(), report)

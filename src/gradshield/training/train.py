@@ -48,7 +48,6 @@ from gradshield.scanning.rows import prepare
 from gradshield.scanning.scan import select, selected
 from gradshield.scanning.settings import Probing, ScanSettings
 from gradshield.training import arms
-from gradshield.training.arms import Arms
 from gradshield.training.course import Chosen, Course, Fitted, Job, Needs, method_of
 from gradshield.training.defences import Defence, parse
 from gradshield.types import EvalResult, Progress, quiet
@@ -202,7 +201,7 @@ class _Run:
         if selection is not None and gate is not None:
             gate(selection)
         before = self._measured(self.course.loaded.model, "measuring the start")
-        tried = Arms(self.course, self.folder / runs.WORK / "rounds", self.merge)
+        tried = arms.Arms(self.course, self.folder / runs.WORK / "rounds", self.merge)
         verdict = None
         if self.defence.verified is not None:
             verdict, chosen = tried.search(self.defence, self.exams.search)
